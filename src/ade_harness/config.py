@@ -1,0 +1,398 @@
+"""The run's configuration: typed, composed by Hydra, checked before anything is loaded.
+
+Every field here can be set on the command line as ``group.field=value``; the YAML files in ``conf/`` are named
+choices of these fields. An unknown key, a value of the wrong type or out of range is one clear message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ade_harness.errors import HarnessError, did_you_mean
+
+GROUPS = ("model", "dataset", "inference", "runtime", "tracking")
+
+
+@dataclass
+class InputConfig:
+    """What pixel values a network wants: ``(value - mean) / std`` on the 0..255 scale."""
+
+    mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
+    std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
+    channel_order: str = "rgb"  # rgb or bgr; mean and std are in this order
+
+
+@dataclass
+class CheckpointConfig:
+    """Public weights on the hub."""
+
+    hub_id: str | None = None
+    revision: str | None = None  # commit; null takes the newest and records which it was
+    filename: str | None = None
+    sha256: str | None = None
+    license: str | None = None
+
+
+@dataclass
+class PublishedConfig:
+    """The score that others published: shown beside ours, never as ours."""
+
+    mIoU: float | None = None  # percent, as printed in the source
+    protocol: str = ""
+    source: str = ""
+
+
+@dataclass
+class ModelConfig:
+    """Which network, its weights, and what its outputs mean."""
+
+    name: str = MISSING
+    kind: str = MISSING  # key of ade_harness.models.loading.LOADERS
+    label: str = ""  # how tables call it
+    _target_: str | None = None  # kind=custom: import path of an nn.Module class or a function that makes one
+    kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments
+    path: str | None = None  # kind=onnx, torchscript, predictions: file or folder
+    id: str | None = None  # kind=hf: hub id or local folder
+    revision: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    hub: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: str | None = None  # a weight file of your own, in place of the hub's
+    checkpoint_sha256: str | None = None
+    weights: str = "pretrained"  # or random
+    seed: int = 0  # of random weights
+    class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
+    class_names: list[str] | None = None  # per output channel, if the file carries none
+    encoding: str = "official"  # kind=predictions: official (0 none, 1..150) or zero_based (0..149, 255 none)
+    input: InputConfig = field(default_factory=InputConfig)
+    allow_missing_keys: list[str] = field(default_factory=list)
+    allow_unexpected_keys: list[str] = field(default_factory=list)
+    published: PublishedConfig = field(default_factory=PublishedConfig)
+
+
+@dataclass
+class DatasetConfig:
+    """Which images."""
+
+    name: str = MISSING
+    kind: str = MISSING  # demo or ade20k
+    root: str | None = None
+    split: str = "validation"
+    images: int = 200  # kind=demo: how many to make
+    limit: int | None = None  # only the first N: marks the run as partial
+    ids: list[str] | None = None  # only these: marks the run as partial
+    check_headers: bool = True  # look at every file's header before the first forward
+
+
+@dataclass
+class ResizeConfig:
+    """How the network's input is made from the image, in uint8."""
+
+    rule: str = "none"  # none, exact, short_side, longest_side
+    height: int | None = None  # exact
+    width: int | None = None
+    side: int | None = None  # short_side, longest_side
+    max_side: int | None = None  # short_side: cap of the long side
+    rounding: str = "mmseg"  # mmseg or detectron2: where the cap is applied and how sizes are rounded
+    backend: str = "opencv"  # opencv (no antialias), pillow (antialias), torch
+    antialias: bool = False  # torch only
+    multiple_of: int = 1  # then resize both sides up to a multiple of this
+    pad_to: list[int] | None = None  # then pad right and bottom to (height, width)
+    pad_multiple: int = 1  # or to a multiple of this
+    pad_value: float | None = None  # 0..255 before normalisation; null pads zeros after it
+
+
+@dataclass
+class OutputConfig:
+    """How scores become labels of the original size."""
+
+    upsample: str = "two_step"  # two_step: to the input's size, then to the original; one_step: straight
+    first_step: str = "bilinear"  # or legacy_bilinear (TensorFlow 1: corner-aligned origin, no half pixel)
+    labels: str = "original"  # argmax at the original size; or input: argmax there, then nearest resize of labels
+
+
+@dataclass
+class InferenceConfig:
+    """The protocol."""
+
+    name: str = MISSING
+    source: str = ""  # paper or code that defines it
+    mode: str = "whole"
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+@dataclass
+class RuntimeConfig:
+    """Where it runs."""
+
+    accelerator: str = "auto"  # auto, cpu, cuda
+    devices: Any = "auto"  # number of ranks on each node; auto: all GPUs, or one CPU rank
+    num_nodes: int = 1
+    threads: int = 1  # of each rank on CPU; fixed, because the number of threads can change float results
+    workers: int | None = None  # loader processes per rank; null chooses
+    timeout_min: float = 60.0  # of collectives
+    seed: int = 0
+    deterministic: bool = True
+
+
+@dataclass
+class RunConfig:
+    """Where it is written."""
+
+    dir: str | None = None  # null: runs/<date-time>_<model>_<short id>
+    root: str = "runs"
+    overlays: int = 4  # images drawn with truth, prediction and errors
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases."""
+
+    name: str = MISSING
+    kind: str = MISSING  # wandb or none
+    project: str = "ade20k"
+    entity: str | None = None
+    group: str | None = None  # null: the model's name
+    tags: list[str] = field(default_factory=list)
+    mode: str | None = None  # null: online if a key is set, else offline
+
+
+@dataclass
+class Config:
+    """Everything."""
+
+    model: ModelConfig = MISSING
+    dataset: DatasetConfig = MISSING
+    inference: InferenceConfig = MISSING
+    runtime: RuntimeConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def conf_dir() -> Path:
+    """Return the folder of the YAML choices: inside the wheel, or the repository's conf/."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def register_schemas() -> None:
+    """Tell Hydra the types."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, node in (
+        ("model", ModelConfig),
+        ("dataset", DatasetConfig),
+        ("inference", InferenceConfig),
+        ("runtime", RuntimeConfig),
+        ("tracking", TrackingConfig),
+    ):
+        store.store(group=group, name="schema", node=node)
+
+
+def choices(group: str, extra: Path | None = None) -> list[str]:
+    """Return the names that a config group offers."""
+    folders = [conf_dir(), *([extra] if extra else [])]
+    return sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
+
+
+def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
+    """Compose and check a configuration.
+
+    Args:
+        overrides: Hydra overrides, such as ``model=segformer_b0`` or ``dataset.limit=10``.
+        extra: a folder of your own with the same groups, such as ``model/mine.yaml``.
+
+    Raises:
+        HarnessError: an unknown key or choice, a value of the wrong type or out of range.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    if extra is not None and not extra.is_dir():
+        raise HarnessError(f"--config-dir: {extra} is not a folder.")
+    search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            for text in overrides:
+                _check_override(text, extra)
+            cfg = compose("config", overrides=[*map(_open_dict, overrides), *search])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise HarnessError(_explain(error, overrides)) from error
+    _check_missing(cfg)
+    validate(cfg)
+    return cfg
+
+
+def _open_dict(text: str) -> str:
+    """Let the free-form dictionaries take new keys without Hydra's ``+``."""
+    return f"++{text}" if text.startswith(("model.kwargs.", "model.architecture.")) else text
+
+
+def _check_override(text: str, extra: Path | None) -> None:
+    """Refuse what Hydra's parser or our groups and keys do not know, with the nearest known word."""
+    if "=" not in text and not text.startswith("~"):
+        verbs = ("evaluate", "models", "data", "doctor")
+        raise HarnessError(
+            f"{text!r} is neither a verb nor key=value.{did_you_mean(text, verbs)}"
+            " `python -m ade_harness --help` lists both."
+        )
+    override = OverridesParser.create().parse_override(text)
+    key = override.key_or_group
+    if key in GROUPS:
+        known = choices(key, extra)
+        value = override.value()
+        if isinstance(value, str) and value not in known:
+            raise HarnessError(
+                f"{key}={value}: no such choice.{did_you_mean(value, known)} Known: {', '.join(known)}."
+            )
+    elif not text.startswith(("+", "~", "hydra.")) and not key.startswith(("model.kwargs.", "model.architecture.")):
+        known = list(known_keys())
+        if key not in known and not any(k.startswith(key + ".") for k in known):
+            raise HarnessError(f"{key}: no such option.{did_you_mean(key, [*known, *GROUPS])} `--cfg job` lists all.")
+
+
+def known_keys() -> Iterator[str]:
+    """Yield every dotted key of the schema."""
+    nodes = (ModelConfig, DatasetConfig, InferenceConfig, RuntimeConfig, TrackingConfig, RunConfig)
+    for group, node in zip((*GROUPS, "run"), nodes, strict=True):
+        yield from _leaves(OmegaConf.structured(node), group)
+
+
+def _leaves(cfg: DictConfig, prefix: str) -> Iterator[str]:
+    for key in cfg:
+        path = f"{prefix}.{key}"
+        value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
+        if isinstance(value, DictConfig) and len(value):
+            yield from _leaves(value, path)
+        yield path
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause) not in str(error):
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+    skip = ("full_key:", "object_type=", "Set the environment", "reference_type=", "See https", "Config search path")
+    text = " ".join(line for line in lines if not line.startswith(skip))
+    key = re.search(r"full_key: (\S+)", f"{error}\n{cause or ''}")
+    where = f" (key {key[1]})" if key and key[1] not in text else ""
+    return f"The configuration is not valid{where}: {text or type(error).__name__}. Given: {' '.join(overrides) or '(nothing)'}"
+
+
+def _check_missing(cfg: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise HarnessError(f"{missing[0]} must be set: add {missing[0]}=... to the command.")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise HarnessError(message)
+
+
+def _one_of(cfg: DictConfig, key: str, allowed: Sequence[str]) -> None:
+    value = OmegaConf.select(cfg, key)
+    _require(
+        value in allowed,
+        f"{key}={value}: expected one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}",
+    )
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check ranges and combinations; raises HarnessError naming the key."""
+    _one_of(cfg, "model.weights", ("pretrained", "random"))
+    _one_of(cfg, "model.encoding", ("official", "zero_based"))
+    _one_of(cfg, "model.input.channel_order", ("rgb", "bgr"))
+    _one_of(cfg, "dataset.kind", ("demo", "ade20k"))
+    _one_of(cfg, "dataset.split", ("validation", "training"))
+    _one_of(cfg, "inference.mode", ("whole",))
+    _one_of(cfg, "inference.resize.rule", ("none", "exact", "short_side", "longest_side"))
+    _one_of(cfg, "inference.resize.rounding", ("mmseg", "detectron2"))
+    _one_of(cfg, "inference.resize.backend", ("opencv", "pillow", "torch"))
+    _one_of(cfg, "inference.output.upsample", ("two_step", "one_step"))
+    _one_of(cfg, "inference.output.first_step", ("bilinear", "legacy_bilinear"))
+    _one_of(cfg, "inference.output.labels", ("original", "input"))
+    _one_of(cfg, "runtime.accelerator", ("auto", "cpu", "cuda"))
+    _one_of(cfg, "tracking.kind", ("wandb", "none"))
+    if cfg.tracking.mode is not None:
+        _one_of(cfg, "tracking.mode", ("online", "offline", "disabled"))
+    for key in ("dataset.limit", "dataset.images", "runtime.threads", "runtime.num_nodes"):
+        value = OmegaConf.select(cfg, key)
+        _require(value is None or value >= 1, f"{key}={value}: expected 1 or more.")
+    for key in ("runtime.workers", "run.overlays"):
+        value = OmegaConf.select(cfg, key)
+        _require(value is None or value >= 0, f"{key}={value}: expected 0 or more.")
+    devices = cfg.runtime.devices
+    _require(
+        devices == "auto" or (isinstance(devices, int) and devices >= 1),
+        f"runtime.devices={devices}: expected a number of ranks from 1 up, or auto.",
+    )
+    resize = cfg.inference.resize
+    needed = {"exact": ("height", "width"), "short_side": ("side",), "longest_side": ("side",)}
+    for name in needed.get(resize.rule, ()):
+        value = resize[name]
+        _require(
+            value is not None and value >= 1,
+            f"inference.resize.{name}={value}: the rule {resize.rule} needs it, in pixels.",
+        )
+    for name in ("multiple_of", "pad_multiple"):
+        _require(resize[name] >= 1, f"inference.resize.{name}={resize[name]}: expected 1 or more.")
+    padded = resize.pad_to is not None or resize.pad_multiple > 1
+    _require(
+        not (padded and cfg.inference.output.upsample == "one_step"),
+        "inference.output.upsample=one_step does not go with padding: the padding is cut off at the input's size."
+        " Use two_step.",
+    )
+    for name in ("mean", "std"):
+        values = cfg.model.input[name]
+        _require(len(values) == 3, f"model.input.{name}: expected three numbers, got {list(values)}.")
+    _require(all(v > 0 for v in cfg.model.input.std), "model.input.std: expected numbers over 0.")
+    _check_class_map(cfg.model.class_map)
+    _check_model(cfg)
+
+
+def _check_class_map(class_map: Sequence[int | None] | None) -> None:
+    for channel, value in enumerate(class_map or ()):
+        _require(
+            value is None or 0 <= value < 150,
+            f"model.class_map[{channel}]={value}: expected 0..149, or null for a channel that is left out.",
+        )
+    _require(
+        class_map is None or any(v is not None for v in class_map),
+        "model.class_map: every channel is null, so nothing could be predicted.",
+    )
+
+
+_NEEDED = {
+    "onnx": ("path", "the .onnx file"),
+    "torchscript": ("path", "the TorchScript file"),
+    "predictions": ("path", "the folder of label PNGs"),
+    "hf": ("id", "a hub id or a local folder"),
+    "custom": ("_target_", "the import path of your nn.Module, such as my_pkg.my_module.MyNet"),
+}
+
+
+def _check_model(cfg: DictConfig) -> None:
+    key, what = _NEEDED.get(cfg.model.kind, (None, None))
+    _require(key is None or cfg.model[key] is not None, f"model.{key} must be set: {what}.")
+    _require(
+        cfg.model.kind != "demo" or cfg.dataset.kind == "demo",
+        "model=demo knows only the made-up demo images. Choose a model for this data set, such as"
+        " model=segformer_b0: `python -m ade_harness models` lists them.",
+    )
+    _require(
+        cfg.dataset.kind != "ade20k" or bool(cfg.dataset.root),
+        "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT)."
+        " `python -m ade_harness data download` fetches it.",
+    )

@@ -1,0 +1,1 @@
+"""Images, annotations and label conventions of ADE20K; no knowledge of models."""

@@ -1,0 +1,247 @@
+"""ADEChallengeData2016 as a list of image and annotation pairs, from a folder or straight from the zip."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from ade_harness.data.decode import (
+    check_annotation_values,
+    check_label_mode,
+    decode_image,
+    decode_labels,
+    read_header,
+)
+from ade_harness.data.labels import target_from_annotation
+from ade_harness.data.source import FileSource, open_source
+from ade_harness.errors import HarnessError, did_you_mean
+
+_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its annotation; names are relative to the source."""
+
+    image_id: str
+    image: str
+    annotation: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded pair."""
+
+    image_id: str
+    image: npt.NDArray[np.uint8]
+    """[H, W, 3] RGB."""
+    target: npt.NDArray[np.uint8]
+    """[H, W], 0..149, 255 where nothing is counted."""
+    content_hash: str
+    """Of both files' bytes: the run's record of what was evaluated."""
+
+
+@dataclass(frozen=True)
+class SegmentationDataset:
+    """The pairs of one split, in the order of their ids."""
+
+    name: str
+    source: FileSource
+    pairs: tuple[Pair, ...]
+    expected_images: int
+    """How many images the whole split has: fewer pairs make a run partial."""
+    is_demo: bool = False
+
+    @property
+    def ids(self) -> list[str]:
+        """Image ids in order."""
+        return [p.image_id for p in self.pairs]
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether images of the split are left out."""
+        return len(self.pairs) != self.expected_images
+
+    def listing_hash(self) -> str:
+        """Return a hash of the ids and file lengths: cheap, and enough to notice that files changed."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            sizes = (self.source.size(pair.image), self.source.size(pair.annotation))
+            digest.update(f"{pair.image_id} {sizes[0]} {sizes[1]}\n".encode())
+        return digest.hexdigest()
+
+    def load(self, index: int) -> Sample:
+        """Decode one pair and check it.
+
+        Raises:
+            HarnessError: a file is damaged, of the wrong kind, has labels over 150, or the sizes differ.
+        """
+        pair = self.pairs[index]
+        image_bytes, annotation_bytes = self.source.read(pair.image), self.source.read(pair.annotation)
+        image = decode_image(image_bytes, pair.image)
+        annotation = decode_labels(annotation_bytes, pair.annotation)
+        check_sizes(image.shape[:2], annotation.shape, pair)
+        check_annotation_values(annotation, pair.annotation)
+        digest = hashlib.blake2b(image_bytes, digest_size=16)
+        digest.update(annotation_bytes)
+        return Sample(pair.image_id, image, target_from_annotation(annotation), digest.hexdigest())
+
+    def check_headers(self) -> list[tuple[int, int]]:
+        """Check size and kind of every pair from the files' headers alone, and return the (height, width) of all.
+
+        Raises:
+            HarnessError: the first pair that does not fit.
+        """
+        sizes = []
+        for pair in self.pairs:
+            height, width, _ = self._header(pair.image)
+            label_height, label_width, label_mode = self._header(pair.annotation)
+            check_label_mode(label_mode, pair.annotation)
+            check_sizes((height, width), (label_height, label_width), pair)
+            sizes.append((height, width))
+        return sizes
+
+    def _header(self, name: str) -> tuple[int, int, str]:
+        try:
+            return read_header(self.source.read(name, limit=_HEADER_BYTES), name)
+        except HarnessError:  # a long EXIF block can push the size behind the first bytes
+            return read_header(self.source.read(name), name)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return (height, width) of every image: from the packaged list where it knows the id, else from the file."""
+        known = validation_sizes()
+        return [known.get(p.image_id) or self._header(p.image)[:2] for p in self.pairs]
+
+
+def check_sizes(image: Sequence[int], annotation: Sequence[int], pair: Pair) -> None:
+    """Refuse a pair whose image and annotation differ in size (each is (height, width))."""
+    if tuple(image) != tuple(annotation):
+        raise HarnessError(
+            f"{pair.image} is {image[1]}x{image[0]} (width x height) but {pair.annotation} is"
+            f" {annotation[1]}x{annotation[0]}: they must be of equal size. One of them is not the official file."
+        )
+
+
+@cache
+def validation_sizes() -> dict[str, tuple[int, int]]:
+    """Return the official validation set: image id -> (height, width), 2,000 entries."""
+    with files("ade_harness.data").joinpath("ade20k_validation_sizes.csv").open(encoding="utf-8") as file:
+        return {row["image_id"]: (int(row["height"]), int(row["width"])) for row in csv.DictReader(file)}
+
+
+def open_ade20k(
+    root: Path,
+    split: str = "validation",
+    limit: int | None = None,
+    ids: Iterable[str] | None = None,
+) -> SegmentationDataset:
+    """Open one split of ADEChallengeData2016.
+
+    Args:
+        root: the folder ADEChallengeData2016, the folder that holds it, or the official zip (read in place).
+        split: "validation" or "training".
+        limit: only the first `limit` images, in the order of ids.
+        ids: only these image ids.
+
+    Raises:
+        HarnessError: nothing there, another data set, a pair that is not whole, or an unknown id.
+    """
+    source = open_source(root)
+    names = source.names()
+    if not names:
+        raise HarnessError(f"{root}: this folder is empty. Expected ADEChallengeData2016 with images/ and annotations/.")
+    images, annotations = split_files(names, split)
+    if not images and not annotations:
+        raise HarnessError(_nothing_here(root, split, names))
+    for left, right, kind, missing in (
+        (images, annotations, "image", f"annotation annotations/{split}"),
+        (annotations, images, "annotation", f"image images/{split}"),
+    ):
+        alone = sorted(set(left) - set(right))
+        if alone:
+            suffix = ".png" if kind == "image" else ".jpg"
+            raise HarnessError(
+                f"{root}: {len(alone)} of {len(left)} {kind}s in {split} have no partner, the first is {alone[0]}"
+                f" (missing: {missing}/{alone[0]}{suffix}). Extract the archive again; `data verify` lists all."
+            )
+    pairs = tuple(Pair(i, images[i], annotations[i]) for i in sorted(images))
+    official = {"validation": len(validation_sizes()), "training": 20210}
+    return SegmentationDataset(
+        name="ade20k",
+        source=source,
+        pairs=select(pairs, limit, ids, root),
+        expected_images=official.get(split, len(pairs)),
+    )
+
+
+def select(pairs: tuple[Pair, ...], limit: int | None, ids: Iterable[str] | None, root: Path) -> tuple[Pair, ...]:
+    """Keep the pairs named by `ids`, then the first `limit`; raises HarnessError for an id that is not there."""
+    if ids is not None:
+        wanted = set(ids)
+        unknown = sorted(wanted - {p.image_id for p in pairs})
+        if unknown:
+            hint = did_you_mean(unknown[0], [p.image_id for p in pairs])
+            raise HarnessError(f"dataset.ids: {unknown[0]!r} is not in {root} ({len(pairs)} images).{hint}")
+        pairs = tuple(p for p in pairs if p.image_id in wanted)
+    if limit is not None:
+        pairs = pairs[:limit]
+    if not pairs:
+        raise HarnessError("dataset.limit and dataset.ids leave no image to evaluate.")
+    return pairs
+
+
+def split_files(names: Iterable[str], split: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return id -> name of images and of annotations of a split, wherever below the root the two folders are."""
+    images: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        parent = path.parts[-3:-1]
+        if parent == ("images", split) and path.suffix.lower() in (".jpg", ".jpeg"):
+            _add(images, path.stem, name)
+        elif parent == ("annotations", split) and path.suffix.lower() == ".png":
+            _add(annotations, path.stem, name)
+    return images, annotations
+
+
+def _add(found: dict[str, str], image_id: str, name: str) -> None:
+    if image_id in found:
+        raise HarnessError(
+            f"The image id {image_id} occurs twice, as {found[image_id]} and {name}:"
+            " dataset.root must hold one copy of the data set."
+        )
+    found[image_id] = name
+
+
+_OTHER_DATASETS = (
+    ("the full ADE20K (3,000 classes)", ("_seg.png", "index_ade20k", "/ADE/validation/", "ADE20K_2021", "ADE20K_2016")),
+    ("Cityscapes", ("leftImg8bit", "gtFine")),
+    ("COCO or COCO-Stuff", ("val2017", "train2017", "stuffthingmaps", "instances_val")),
+    ("PASCAL VOC or Context", ("JPEGImages", "SegmentationClass", "VOCdevkit")),
+    ("Mapillary Vistas", ("mapillary", "v2.0/labels", "v1.2/labels")),
+    ("the ADE20K instance challenge", ("annotations_instance/",)),
+    ("the ADE20K test release (no annotations are public)", ("release_test/", "ADE_test_")),
+)
+
+
+def recognise(names: Iterable[str]) -> str | None:
+    """Return what data set a list of file names looks like, if it is one that people mix up with this one."""
+    text = "\n".join("/" + name for name in names)
+    return next((label for label, marks in _OTHER_DATASETS if any(mark in text for mark in marks)), None)
+
+
+def _nothing_here(root: Path, split: str, names: list[str]) -> str:
+    other = recognise(names)
+    found = f"it looks like {other}" if other else f"found {len(names)} other files, such as {names[0]}"
+    return (
+        f"{root}: no ADEChallengeData2016 here: {found}. Expected images/{split}/*.jpg and"
+        f" annotations/{split}/*.png (150 classes). `python -m ade_harness data download` fetches it."
+    )

@@ -1,0 +1,110 @@
+"""Decode one image or label file from bytes, strictly.
+
+Pillow decodes everything: its pixels equal OpenCV's on JPEG (both are libjpeg-turbo), and unlike OpenCV it
+reports a truncated file instead of filling it with grey.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.errors import HarnessError
+
+_EXIF_ORIENTATION = 0x0112
+
+
+def decode_image(data: bytes, name: str) -> npt.NDArray[np.uint8]:
+    """Decode an image file to RGB as the official loaders do.
+
+    Grey and palette images are expanded to RGB, CMYK is converted, alpha is dropped, and the EXIF orientation
+    is applied (both OpenCV's loader, used by mmsegmentation, and detectron2's honour it).
+
+    Args:
+        data: the file's bytes.
+        name: how error messages call the file.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
+
+    Raises:
+        HarnessError: the file is truncated or no image.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF and on very large images
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return np.array(upright.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise HarnessError(_unreadable(name, "image", error)) from error
+
+
+def decode_labels(data: bytes, name: str) -> npt.NDArray[np.uint8]:
+    """Decode a label PNG (8-bit grey, or palette indices) without any mapping.
+
+    Returns:
+        uint8 [H, W], the file's own values.
+
+    Raises:
+        HarnessError: the file is truncated, or not one 8-bit channel.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_label_mode(image.mode, name)
+            return np.array(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise HarnessError(_unreadable(name, "label map", error)) from error
+
+
+def check_label_mode(mode: str, name: str) -> None:
+    """Refuse label files that are not one 8-bit channel (`mode` is Pillow's)."""
+    if mode in ("L", "P"):
+        return
+    what = {"RGB": "a colour image", "RGBA": "a colour image", "I;16": "16-bit", "I": "16-bit or 32-bit", "1": "1-bit"}
+    hint = ""
+    if mode in ("RGB", "RGBA"):
+        hint = (
+            " Colour PNGs with the ending _seg.png belong to the full ADE20K (3,000 classes):"
+            " this benchmark uses ADEChallengeData2016."
+        )
+    raise HarnessError(
+        f"{name}: the label file is {what.get(mode, f'of mode {mode}')}, expected one 8-bit channel"
+        f" with the values 0..{NUM_CLASSES}.{hint}"
+    )
+
+
+def check_annotation_values(annotation: npt.NDArray[np.uint8], name: str) -> None:
+    """Refuse annotations with a label over 150."""
+    highest = int(annotation.max(initial=0))
+    if highest > NUM_CLASSES:
+        over = np.unique(annotation[annotation > NUM_CLASSES])
+        raise HarnessError(
+            f"{name}: label {highest} is over {NUM_CLASSES} ({over.size} such values:"
+            f" {', '.join(map(str, over[:5]))}{', ...' if over.size > 5 else ''})."
+            f" Annotations of this benchmark hold 0 (other) and 1..{NUM_CLASSES}."
+        )
+
+
+def read_header(data: bytes, name: str) -> tuple[int, int, str]:
+    """Return (height, width, Pillow mode) of an image file without decoding its pixels, EXIF applied."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if image.format == "JPEG" and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            return height, width, image.mode
+    except (OSError, SyntaxError, ValueError) as error:
+        raise HarnessError(_unreadable(name, "image", error)) from error
+
+
+def _unreadable(name: str, what: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "cannot identify" in reason:
+        reason = "not an image file that Pillow knows"
+    return f"{name}: this {what} cannot be read ({reason}). Replace the file: `data verify` lists all damaged ones."

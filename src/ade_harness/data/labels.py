@@ -1,0 +1,85 @@
+"""The 150 classes, and the only place that knows how annotation files encode them.
+
+Annotation PNGs of ADEChallengeData2016 hold 0 for "other / unlabelled" and 1..150 for the classes.
+Everywhere else in this package a class is 0..149.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import numpy.typing as npt
+
+NUM_CLASSES = 150
+IGNORE_INDEX = 255
+"""Target value of pixels without ground truth: they are never counted."""
+NO_CLASS = 255
+"""Label value of a pixel predicted as none of the 150 classes: wrong wherever there is ground truth."""
+
+_TO_TARGET: npt.NDArray[np.uint8] = np.full(256, IGNORE_INDEX, np.uint8)
+_TO_TARGET[1 : NUM_CLASSES + 1] = np.arange(NUM_CLASSES, dtype=np.uint8)
+
+
+def target_from_annotation(annotation: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Map an annotation file's values to targets: 0 -> 255 (ignored), 1..150 -> 0..149.
+
+    Source: ``reduce_zero_label`` of the public code bases, and CSAILVision/sceneparsing, which drops
+    pixels annotated 0 for prediction and ground truth alike. Values over 150 must have been refused before.
+
+    Args:
+        annotation: uint8 [H, W], values 0..150.
+
+    Returns:
+        uint8 [H, W], values 0..149 and 255.
+    """
+    return _TO_TARGET[annotation]
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One of the 150 classes."""
+
+    index: int
+    """0..149."""
+    names: tuple[str, ...]
+    """Synonyms of the official list, the usual name first."""
+    pixel_ratio: float
+    """Share of the labelled pixels (official objectInfo150.txt)."""
+    color: tuple[int, int, int]
+    """RGB of the public 150-colour palette, 0..255."""
+
+    @property
+    def name(self) -> str:
+        """The usual name."""
+        return self.names[0]
+
+
+@cache
+def classes() -> tuple[ClassInfo, ...]:
+    """Return the 150 classes in order (names and ratios: the official objectInfo150.txt)."""
+    with files("ade_harness.data").joinpath("ade20k_classes.csv").open(encoding="utf-8") as file:
+        return tuple(
+            ClassInfo(
+                index=int(row["class_index"]),
+                names=tuple(part.strip() for part in row["names"].split(",")),
+                pixel_ratio=float(row["pixel_ratio"]),
+                color=(int(row["red"]), int(row["green"]), int(row["blue"])),
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def class_names() -> list[str]:
+    """Return the 150 usual names in class order."""
+    return [c.name for c in classes()]
+
+
+def palette() -> npt.NDArray[np.uint8]:
+    """Return uint8 [256, 3] RGB: the 150 class colours, black elsewhere (ignored, none)."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:NUM_CLASSES] = [c.color for c in classes()]
+    return table

@@ -1,0 +1,120 @@
+"""Read files from a folder or straight from a zip, by the same two calls.
+
+Zip members are checked before use: a name that would leave the folder is refused, as is a damaged archive.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from ade_harness.errors import HarnessError
+
+
+class FileSource(Protocol):
+    """Where a data set's files are. Names are relative, with forward slashes."""
+
+    location: Path
+
+    def names(self) -> list[str]:
+        """Return all file names, sorted."""
+
+    def size(self, name: str) -> int:
+        """Return a file's length in bytes."""
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Return a file's content, or its first `limit` bytes."""
+
+
+def open_source(path: Path) -> FileSource:
+    """Open a folder or a zip file; raises HarnessError if `path` is neither."""
+    if path.is_dir():
+        return FolderSource(path)
+    if path.is_file():
+        return ZipSource(path)
+    raise HarnessError(
+        f"{path}: no such folder or zip. `python -m ade_harness data download` fetches the data set,"
+        " and dataset.root=PATH says where it is."
+    )
+
+
+class FolderSource:
+    """Files below a folder."""
+
+    def __init__(self, location: Path) -> None:
+        self.location = location
+
+    def names(self) -> list[str]:
+        """Return all file names, sorted; hidden files are left out."""
+        found = []
+        for folder, folders, files in os.walk(self.location, followlinks=True):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            relative = Path(folder).relative_to(self.location)
+            found += [(relative / f).as_posix() for f in files if not f.startswith(".")]
+        return sorted(found)
+
+    def size(self, name: str) -> int:
+        """Return a file's length in bytes."""
+        return (self.location / name).stat().st_size
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Return a file's content, or its first `limit` bytes."""
+        try:
+            with (self.location / name).open("rb") as file:
+                return file.read() if limit is None else file.read(limit)
+        except OSError as error:
+            raise HarnessError(f"{self.location / name}: cannot be read ({error.strerror}).") from error
+
+
+class ZipSource:
+    """Members of a zip file. Each process opens it for itself (a file handle cannot be shared by workers)."""
+
+    def __init__(self, location: Path) -> None:
+        self.location = location
+        self._archive: zipfile.ZipFile | None = None
+        self._owner = -1
+        self._sizes = {m.filename: m.file_size for m in self._open().infolist() if not m.is_dir()}
+        for name in self._sizes:
+            check_member_name(name, location)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"location": self.location, "_archive": None, "_owner": -1, "_sizes": self._sizes}
+
+    def _open(self) -> zipfile.ZipFile:
+        if self._archive is None or self._owner != os.getpid():
+            try:
+                self._archive, self._owner = zipfile.ZipFile(self.location), os.getpid()
+            except (zipfile.BadZipFile, OSError) as error:
+                raise HarnessError(
+                    f"{self.location}: not a whole zip file ({error}). Delete it and download it again:"
+                    " `python -m ade_harness data download`."
+                ) from error
+        return self._archive
+
+    def names(self) -> list[str]:
+        """Return all file names, sorted."""
+        return sorted(self._sizes)
+
+    def size(self, name: str) -> int:
+        """Return a member's length in bytes, unpacked."""
+        return self._sizes[name]
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Return a member's content, or its first `limit` bytes; the zip's own checksum is verified."""
+        try:
+            with self._open().open(name) as member:
+                return member.read() if limit is None else member.read(limit)
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+            raise HarnessError(f"{self.location}: {name} is damaged ({error}). Download the archive again.") from error
+
+
+def check_member_name(name: str, archive: Path) -> None:
+    """Refuse a member whose name would be written outside the folder it is extracted to."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
+        raise HarnessError(
+            f"{archive}: the member {name!r} points outside the archive (path traversal)."
+            " This is not the official file: nothing was extracted. Delete it."
+        )

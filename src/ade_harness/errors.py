@@ -1,0 +1,25 @@
+"""The one error type that a user is meant to see."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HarnessError(Exception):
+    """Something that the user can act on.
+
+    The command line prints its message without a traceback and exits with code 2, so a message names the
+    file, key or image, says what was expected, and what to do.
+    """
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest of `choices`, or an empty string.
+
+    A dotted key that ends like a choice counts as near (``devices`` -> ``runtime.devices``).
+    """
+    known = list(choices)
+    near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    near += [c for c in known if c.rpartition(".")[2] == word and c not in near][:1]
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""What others published, and how our runs relate to it."""

@@ -1,0 +1,118 @@
+"""From a network's output channels to the 150 classes: a wrong map is the usual reason for an mIoU near zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ade_harness.data.labels import NUM_CLASSES, classes
+from ade_harness.errors import HarnessError
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Which channels take part in the argmax, and which class each of them is."""
+
+    kept: tuple[int, ...] | None
+    """Channels in the argmax; None keeps all."""
+    class_of: Tensor
+    """uint8 [kept channels]: 0..149."""
+    note: str | None = None
+    """What the user should know about it."""
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Drop the channels that are left out; scores [C, h, w]."""
+        return scores if self.kept is None else scores[list(self.kept)]
+
+    def classes_of(self, channels: Tensor) -> Tensor:
+        """Map an integer map of kept channels [H, W] to classes uint8 [H, W]."""
+        if self.kept is None and self.class_of.numel() == NUM_CLASSES and self._is_identity():
+            return channels
+        return self.class_of.to(channels.device)[channels.long()]
+
+    def _is_identity(self) -> bool:
+        return bool((self.class_of == torch.arange(NUM_CLASSES, dtype=torch.uint8)).all())
+
+
+def resolve_class_map(
+    channels: int, class_map: Sequence[int | None] | None, names: Sequence[str] | None
+) -> ClassMap:
+    """Decide what a network's channels mean.
+
+    Args:
+        channels: of the network's output.
+        class_map: from the configuration: 0..149 or None per channel; None altogether if not set.
+        names: class names that the model carries, one per channel, if it does.
+
+    Raises:
+        HarnessError: the channels do not fit the 150 classes, or names say that the order is another.
+    """
+    found = _classes_by_name(names) if names is not None and len(names) == channels else None
+    if class_map is None:
+        if channels != NUM_CLASSES:
+            raise HarnessError(_wrong_number(channels, found))
+        if found is not None:
+            _refuse_other_order(found, names or [])
+        return ClassMap(None, torch.arange(NUM_CLASSES, dtype=torch.uint8))
+    if len(class_map) != channels:
+        raise HarnessError(
+            f"model.class_map has {len(class_map)} entries, but the model gives {channels} channels:"
+            " one entry per channel (0..149, or null to leave it out)."
+        )
+    kept = tuple(c for c, value in enumerate(class_map) if value is not None)
+    class_of = torch.tensor([class_map[c] for c in kept], dtype=torch.uint8)
+    return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names))
+
+
+def _classes_by_name(names: Sequence[str]) -> list[int | None] | None:
+    """Return the class of each name, or None if fewer than half are ADE20K's."""
+    known = {name.lower(): c.index for c in reversed(classes()) for name in c.names}
+    found = [known.get(str(n).strip().lower().split(",")[0].strip()) for n in names]
+    return found if sum(f is not None for f in found) * 2 > len(names) else None
+
+
+def _refuse_other_order(found: list[int | None], names: Sequence[str]) -> None:
+    wrong = [(c, f) for c, f in enumerate(found) if f is not None and f != c]
+    if len(wrong) > NUM_CLASSES // 10:  # a few names have other spellings or are shared by two classes
+        channel, actual = wrong[0]
+        raise HarnessError(
+            f"The model's own names are not in ADE20K's order: channel {channel} is {names[channel]!r}, which is"
+            f" class {actual}, not {channel} ({classes()[channel].name!r}); {len(wrong)} channels differ."
+            f" Set model.class_map=[{_written(found)}]."
+        )
+
+
+def _wrong_number(channels: int, found: list[int | None] | None) -> str:
+    text = f"The model gives {channels} channels, ADE20K has {NUM_CLASSES} classes: set model.class_map, one entry"
+    text += " per channel (0..149, or null for a channel that is left out of the argmax)."
+    if found is not None:
+        return f"{text} By the model's own names: model.class_map=[{_written(found)}]."
+    if channels == NUM_CLASSES + 1:
+        text += " One channel more is usually 'other': null,0,1,...,149 if it is first, 0,...,149,null if it is last."
+    elif channels in (19, 21, 133, 171, 847, 3000):
+        other = {19: "Cityscapes", 21: "PASCAL VOC", 133: "COCO panoptic", 171: "COCO-Stuff", 847: "ADE20K-full", 3000: "ADE20K-full"}
+        text += f" {channels} channels are usual for {other[channels]}: is this the right checkpoint?"
+    return text
+
+
+def _note(
+    class_map: Sequence[int | None], found: list[int | None] | None, names: Sequence[str] | None
+) -> str | None:
+    missing = NUM_CLASSES - len({v for v in class_map if v is not None})
+    notes = [f"{missing} of the 150 classes can never be predicted with this model.class_map"] if missing else []
+    if found is not None and names is not None:
+        wrong = [c for c, f in enumerate(found) if f is not None and class_map[c] not in (None, f)]
+        if wrong:
+            channel = wrong[0]
+            notes.append(
+                f"model.class_map calls channel {channel} class {class_map[channel]}, the model's own name for it is"
+                f" {names[channel]!r} ({len(wrong)} channels disagree)"
+            )
+    return "; ".join(notes) or None
+
+
+def _written(values: Sequence[int | None]) -> str:
+    return ",".join("null" if v is None else str(v) for v in values)

@@ -1,0 +1,223 @@
+"""One entry for every kind of model: configuration in, network with its facts out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ade_harness.data.download import file_hash
+from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.models.demo import load_demo_network
+from ade_harness.models.onnx import OnnxModel
+from ade_harness.models.segformer import Segformer, random_segformer
+from ade_harness.models.transformers_models import load_transformers
+from ade_harness.models.weights import (
+    Checkpoint,
+    hub_checkpoint,
+    load_strictly,
+    local_checkpoint,
+    read_state_dict,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network, ready to be called, and what is known about it."""
+
+    module: nn.Module
+    """Normalised images float32 [N, 3, H, W] to scores [N, C, h, w]."""
+    weights: str
+    """pretrained, random, demo, or constructed (a custom model without a checkpoint)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: list[str] | None = None
+    channels: int | None = None
+    """Of the scores, if it is known before the first image."""
+    fixed_size: tuple[int, int] | None = None
+    """(height, width) of the only input it takes."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the manifest: origin and sha256 of the weights, parameters."""
+
+
+def load_model(cfg: DictConfig, threads: int = 1) -> LoadedModel:
+    """Build the network of ``cfg.model`` with its weights, on the CPU, in evaluation mode.
+
+    Raises:
+        HarnessError: anything that the user can mend: see the loaders.
+    """
+    loader = LOADERS.get(cfg.kind)
+    if loader is None:
+        raise HarnessError(f"model.kind={cfg.kind}: unknown.{did_you_mean(cfg.kind, LOADERS)} Known: {', '.join(LOADERS)}.")
+    model = loader(cfg, threads)
+    model.module.eval().requires_grad_(False)
+    model.facts.setdefault("parameters", sum(p.numel() for p in model.module.parameters()))
+    return model
+
+
+def _statistics(cfg: DictConfig) -> dict[str, tuple[float, ...]]:
+    return {"mean": tuple(cfg.input.mean), "std": tuple(cfg.input.std)}
+
+
+def _names(cfg: DictConfig, carried: list[str] | None = None) -> list[str] | None:
+    return list(cfg.class_names) if cfg.class_names is not None else carried
+
+
+def _checkpoint(cfg: DictConfig) -> Checkpoint | None:
+    """Return the weight file to load; None for random weights."""
+    if cfg.weights == "random":
+        return None
+    if cfg.checkpoint is not None:
+        return local_checkpoint(cfg.checkpoint, cfg.checkpoint_sha256)
+    if cfg.hub.hub_id is None:
+        return None
+    return hub_checkpoint(cfg.hub.hub_id, cfg.hub.filename, cfg.hub.revision, cfg.hub.sha256)
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"origin": checkpoint.origin, "sha256": checkpoint.sha256}
+
+
+def _load_demo(cfg: DictConfig, threads: int) -> LoadedModel:
+    return LoadedModel(load_demo_network(), "demo", **_statistics(cfg), channels=150, facts={"origin": "packaged demo network"})
+
+
+def _load_segformer(cfg: DictConfig, threads: int) -> LoadedModel:
+    architecture: Any = OmegaConf.to_container(cfg.architecture, resolve=True)
+    checkpoint = _checkpoint(cfg)
+    if checkpoint is None:
+        module = random_segformer(architecture, cfg.seed)
+        return LoadedModel(module, "random", **_statistics(cfg), facts={"origin": f"random, seed {cfg.seed}"})
+    module = Segformer(
+        architecture,
+        read_state_dict(checkpoint.path),
+        checkpoint.origin,
+        tuple(cfg.allow_missing_keys),
+        tuple(cfg.allow_unexpected_keys),
+    )
+    return LoadedModel(module, "pretrained", **_statistics(cfg), facts=_facts(checkpoint))
+
+
+def _load_hf(cfg: DictConfig, threads: int) -> LoadedModel:
+    module, names, statistics, facts = load_transformers(
+        cfg.id, cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
+    )
+    mean, std = statistics or (list(cfg.input.mean), list(cfg.input.std))
+    folder = Path(cfg.id)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            facts["sha256"] = file_hash(folder / name, "sha256")
+    return LoadedModel(
+        module, "pretrained", tuple(mean), tuple(std), _names(cfg, names), len(names) if names else None, facts=dict(facts)
+    )
+
+
+def _load_custom(cfg: DictConfig, threads: int) -> LoadedModel:
+    from hydra.utils import get_object
+
+    target: str = cfg._target_
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the console script does not
+    try:
+        make = get_object(target)
+    except Exception as error:  # importing runs the user's code, which may fail in any way
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise HarnessError(
+            f"model._target_={target}: cannot be imported ({reason}). Expected package.module.Name, importable from"
+            f" {Path.cwd()} or installed."
+        ) from error
+    kwargs: Any = OmegaConf.to_container(cfg.kwargs, resolve=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        try:
+            module = make(**kwargs)
+        except TypeError as error:
+            raise HarnessError(
+                f"model._target_={target}: does not take these arguments ({error}). Set them as model.kwargs.NAME=VALUE."
+            ) from error
+    if not isinstance(module, nn.Module):
+        raise HarnessError(f"model._target_={target}: gave a {type(module).__name__}, expected a torch.nn.Module.")
+    checkpoint = _checkpoint(cfg)
+    if checkpoint is None:
+        weights = "random" if cfg.weights == "random" else "constructed"
+        facts: dict[str, Any] = {"origin": f"{target}, as constructed (seed {cfg.seed})"}
+    else:
+        state = read_state_dict(checkpoint.path)
+        load_strictly(module, state, checkpoint.origin, cfg.allow_missing_keys, cfg.allow_unexpected_keys)
+        weights, facts = "pretrained", _facts(checkpoint)
+    names = getattr(module, "class_names", None)
+    return LoadedModel(module, weights, **_statistics(cfg), class_names=_names(cfg, names), facts=facts)
+
+
+def _file(cfg: DictConfig) -> Path:
+    path = Path(cfg.path).expanduser()
+    if not path.is_file():
+        raise HarnessError(f"model.path={cfg.path}: no such file.")
+    digest = cfg.checkpoint_sha256
+    if digest is not None and file_hash(path, "sha256") != digest.lower():
+        raise HarnessError(f"{path}: the sha256 is {file_hash(path, 'sha256')}, model.checkpoint_sha256 expects {digest}.")
+    return path
+
+
+def _load_torchscript(cfg: DictConfig, threads: int) -> LoadedModel:
+    path = _file(cfg)
+    try:
+        module = torch.jit.load(str(path), map_location="cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise HarnessError(
+            f"{path}: not a TorchScript file ({str(error).splitlines()[0]}). A state_dict goes with model=custom or a"
+            " named model, as model.checkpoint=PATH."
+        ) from error
+    facts = {"origin": str(path), "sha256": file_hash(path, "sha256")}
+    return LoadedModel(module, "pretrained", **_statistics(cfg), class_names=_names(cfg), facts=facts)
+
+
+def _load_onnx(cfg: DictConfig, threads: int) -> LoadedModel:
+    path = _file(cfg)
+    module = OnnxModel(path, threads)
+    facts = {"origin": str(path), "sha256": file_hash(path, "sha256"), "parameters": None}
+    return LoadedModel(
+        module,
+        "pretrained",
+        **_statistics(cfg),
+        class_names=_names(cfg, module.class_names),
+        channels=module.output_shape[1] if isinstance(module.output_shape[1], int) else None,
+        fixed_size=module.fixed_size,
+        facts=facts,
+    )
+
+
+LOADERS: dict[str, Callable[[DictConfig, int], LoadedModel]] = {
+    "demo": _load_demo,
+    "segformer": _load_segformer,
+    "hf": _load_hf,
+    "custom": _load_custom,
+    "torchscript": _load_torchscript,
+    "onnx": _load_onnx,
+}
+
+
+def as_scores(output: Any, what: str) -> Tensor:
+    """Find the scores in what a network returned: a tensor, ``.logits``, a dict's "out" or "logits", or a first item.
+
+    Raises:
+        HarnessError: no tensor of four dimensions there.
+    """
+    found = output
+    if isinstance(found, dict):
+        found = found.get("logits", found.get("out", found.get("sem_seg")))
+    elif hasattr(found, "logits"):
+        found = found.logits
+    elif isinstance(found, list | tuple) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        got = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
+        raise HarnessError(f"{what}: the model returned {got}, expected logits [N, C, h, w].")
+    return found

@@ -1,0 +1,107 @@
+"""ONNX files through onnxruntime, as an nn.Module."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ade_harness.errors import HarnessError
+
+
+class OnnxModel(nn.Module):
+    """Runs a file with one image input; the first output of four dimensions is taken as scores.
+
+    Args:
+        path: the .onnx file.
+        threads: of one rank.
+
+    Raises:
+        HarnessError: the file is not there, is no ONNX model, or has no such input or output.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        super().__init__()
+        self.path = path
+        self.threads = threads
+        self._session: Any = None
+        self._device_type = ""
+        session = self._session_on("cpu")
+        inputs = session.get_inputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
+            described = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+            raise HarnessError(f"{path}: expected one input, float32 [N, 3, H, W]; the model has {described}.")
+        self.input_name: str = inputs[0].name
+        self.input_shape = tuple(inputs[0].shape)
+        outputs = [o for o in session.get_outputs() if len(o.shape) == 4]
+        if not outputs:
+            described = ", ".join(f"{o.name} {o.type} {o.shape}" for o in session.get_outputs())
+            raise HarnessError(
+                f"{path}: no output of four dimensions, scores [N, C, h, w]; the model has {described}."
+                " If it gives labels, write them as PNGs and use model=predictions."
+            )
+        self.output_name: str = outputs[0].name
+        self.output_shape = tuple(outputs[0].shape)
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(height, width) if the file takes no other."""
+        height, width = self.input_shape[2:]
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images per call if the file takes no other number."""
+        return self.input_shape[0] if isinstance(self.input_shape[0], int) else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names in the file's metadata (keys names, classes or labels; JSON, a Python literal, or lines)."""
+        stored = self._session_on("cpu").get_modelmeta().custom_metadata_map
+        return next((_parse_names(stored[k]) for k in ("names", "classes", "class_names", "labels") if k in stored), None)
+
+    def _session_on(self, device_type: str) -> Any:
+        if self._session is None or self._device_type != device_type:
+            import onnxruntime
+
+            if not self.path.is_file():
+                raise HarnessError(f"model.path={self.path}: no such file.")
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = self.threads
+            options.inter_op_num_threads = 1
+            wanted = ["CUDAExecutionProvider"] if device_type == "cuda" else []
+            available = onnxruntime.get_available_providers()
+            providers = [p for p in [*wanted, "CPUExecutionProvider"] if p in available]
+            try:
+                self._session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+            except Exception as error:  # onnxruntime's exceptions share no public base class
+                reason = str(error).splitlines()[0]
+                raise HarnessError(f"{self.path}: onnxruntime cannot load this file ({reason}).") from error
+            self._device_type = device_type
+        return self._session
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images float32 [N, 3, H, W] to scores [N, C, h, w]."""
+        session = self._session_on(images.device.type)
+        array = np.ascontiguousarray(images.detach().cpu().numpy())
+        scores = session.run([self.output_name], {self.input_name: array})[0]
+        return torch.from_numpy(scores).to(images.device)
+
+
+def _parse_names(text: str) -> list[str] | None:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError):
+            continue
+        if isinstance(value, dict):
+            return [str(v) for _, v in sorted(value.items(), key=lambda item: int(item[0]))]
+        if isinstance(value, list | tuple):
+            return [str(v) for v in value]
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines if len(lines) > 1 else None

@@ -1,0 +1,1 @@
+"""Numbers to people: files, the terminal table, figures."""

@@ -1,0 +1,74 @@
+"""Pictures of single images: image, truth, prediction, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, class_names, palette
+from ade_harness.errors import HarnessError
+
+_GAP = 6
+_CAPTION = 22
+_MIN_PANEL_HEIGHT = 240
+_WRONG = (214, 39, 40)
+_RIGHT = (225, 225, 225)
+_IGNORED = (60, 60, 60)
+
+
+def draw_overlay(
+    image: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]
+) -> Image.Image:
+    """Draw four panels side by side, with the classes that cover most.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        target: uint8 [H, W], 255 where nothing is counted.
+        labels: uint8 [H, W].
+    """
+    colors = palette()
+    valid = target != IGNORE_INDEX
+    errors = np.full((*target.shape, 3), _IGNORED, np.uint8)
+    errors[valid & (labels == target)] = _RIGHT
+    errors[valid & (labels != target)] = _WRONG
+    right = (labels == target)[valid].mean() if valid.any() else 0.0
+    half = image // 2
+    panels = {
+        "image": image,
+        "truth: " + _largest(target[valid]): half + colors[target] // 2,
+        "prediction: " + _largest(labels[labels != NO_CLASS]): half + colors[labels] // 2,
+        f"errors: {right:.1%} of valid pixels right (red wrong, dark not counted)": errors,
+    }
+    scale = max(1, -(-_MIN_PANEL_HEIGHT // image.shape[0]))
+    height, width = image.shape[0] * scale, image.shape[1] * scale
+    canvas = Image.new("RGB", (4 * width + 3 * _GAP, height + _CAPTION), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(13)
+    for column, (caption, pixels) in enumerate(panels.items()):
+        left = column * (width + _GAP)
+        panel = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(panel, (left, _CAPTION))
+        while draw.textlength(caption, font=font) > width and len(caption) > 4:
+            caption = caption[:-4] + "..."
+        draw.text((left + 2, 3), caption, fill="black", font=font)
+    return canvas
+
+
+def save_overlay(
+    path: Path, image: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]
+) -> None:
+    """Write :func:`draw_overlay` as a PNG."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_overlay(image, target, labels).save(path)
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _largest(values: npt.NDArray[np.uint8]) -> str:
+    counts = np.bincount(values.reshape(-1), minlength=1)
+    names = class_names()
+    return ", ".join(names[c] for c in np.argsort(-counts, kind="stable")[:4] if counts[c] and c < len(names))

@@ -1,0 +1,115 @@
+"""What a finished run found, and the files that hold it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ade_harness.data.labels import classes
+from ade_harness.errors import HarnessError
+from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou
+from ade_harness.runs.directory import write_json, write_text
+
+CONVENTION = (
+    "mIoU: IoU from pixels summed over all images (pixels annotated 'other' are ignored), averaged over the classes"
+    " that occur in truth or prediction (mmsegmentation's nanmean). mIoU_csail counts absent classes as 0 and"
+    " averages 150; mIoU_detectron2 averages the classes that occur in the truth."
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A score from a paper; never ours."""
+
+    mIoU: float
+    """Percent, as printed."""
+    protocol: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    run_dir: Path
+    label: str
+    """The model, as tables call it."""
+    dataset: str
+    matrix: Matrix
+    scores: Scores
+    images: int
+    expected_images: int
+    marks: tuple[str, ...]
+    """What makes the score no score of the model on ADE20K: demo, partial, random weights."""
+    notes: tuple[str, ...]
+    """Warnings about the class map."""
+    published: Published | None
+    seconds: float
+    world_size: int
+    convention: str = CONVENTION
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image of the split was evaluated."""
+        return self.images == self.expected_images
+
+    @property
+    def pixels(self) -> int:
+        """Valid pixels."""
+        return int(self.matrix.sum())
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the content of metrics.json: fractions 0..1 and integers."""
+        return {
+            **self.scores.as_dict(),
+            "images": self.images,
+            "expected_images": self.expected_images,
+            "pixels": self.pixels,
+            "complete": self.complete,
+            "marks": list(self.marks),
+            "notes": list(self.notes),
+            "convention": self.convention,
+        }
+
+
+def per_class_rows(matrix: Matrix) -> list[dict[str, Any]]:
+    """Return one row per class; None where a ratio is not defined."""
+    iou, accuracy = class_iou(matrix), class_accuracy(matrix)
+    truth, predicted = matrix.sum(1), matrix[:, :-1].sum(0)
+    return [
+        {
+            "class": c.index,
+            "name": c.name,
+            "IoU": None if np.isnan(iou[c.index]) else float(iou[c.index]),
+            "accuracy": None if np.isnan(accuracy[c.index]) else float(accuracy[c.index]),
+            "ground_truth_pixels": int(truth[c.index]),
+            "predicted_pixels": int(predicted[c.index]),
+            "intersection_pixels": int(matrix[c.index, c.index]),
+        }
+        for c in classes()
+    ]
+
+
+def write_result(result: Result) -> None:
+    """Write confusion_matrix.npy, per_class.csv and metrics.json; the last one last, so that it marks a whole set."""
+    path = result.run_dir / "confusion_matrix.npy"
+    temporary = path.with_name(f".{path.name}.tmp.npy")
+    try:
+        np.save(temporary, result.matrix)
+        temporary.replace(path)
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    rows = per_class_rows(result.matrix)
+    text = io.StringIO()
+    if result.marks:
+        text.write(f"# {'; '.join(result.marks)}\n")
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(result.run_dir / "per_class.csv", text.getvalue())
+    write_json(result.run_dir / "metrics.json", result.metrics())

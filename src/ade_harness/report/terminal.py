@@ -1,0 +1,83 @@
+"""The final table."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ade_harness.report.result import Result, per_class_rows
+from ade_harness.runtime.progress import format_seconds
+
+_ROWS = (
+    ("mIoU", "mIoU"),
+    ("pixel_accuracy", "pixel accuracy"),
+    ("mean_accuracy", "mean accuracy"),
+    ("fwIoU", "frequency-weighted IoU"),
+    ("final_score", "final score"),
+)
+_CLASSES_SHOWN = 5
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction as percent with two decimals."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def print_result(console: Console, result: Result, tracking_path: str | None) -> None:
+    """Print marks, scores beside the published one, worst and best classes, and where everything is."""
+    for mark in result.marks:
+        console.print(Text(f" {mark} ", style="bold black on yellow"))
+    title = f"{result.label} on {result.dataset}, {result.images:,} of {result.expected_images:,} images"
+    console.print(Panel(Group(_scores(result), "", _classes(result)), title=title, expand=False))
+    for note in result.notes:
+        console.print(Text(f"Note: {note}.", style="yellow"))
+    rate = result.images / result.seconds if result.seconds else 0.0
+    ranks = "1 rank" if result.world_size == 1 else f"{result.world_size} ranks"
+    lines = [
+        ("time", f"{format_seconds(result.seconds)} on {ranks}, {rate:.1f} images/s"),
+        ("run directory", str(result.run_dir)),
+        ("W&B", tracking_path or "off"),
+    ]
+    for name, value in lines:
+        console.print(f"{name + ':':15}{value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _scores(result: Result) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("percent")
+    table.add_column("measured", justify="right", style="bold")
+    published = result.published
+    if published:
+        table.add_column("published by others", justify="right", style="dim")
+    values = result.scores.as_dict()
+    for key, name in _ROWS:
+        cells = [name, percent(values[key])]
+        if published:
+            cells.append(f"{published.mIoU:.2f}" if key == "mIoU" else "")
+        table.add_row(*cells)
+    caption = f"{result.pixels:,} pixels. mIoU: mean over classes in truth or prediction (mmseg)."
+    scores = result.scores
+    if len({scores.mIoU, scores.mIoU_csail, scores.mIoU_detectron2}) > 1:
+        caption += (
+            f"\nSome classes are absent here, so conventions differ: CSAIL {percent(scores.mIoU_csail)}"
+            f" (absent = 0), detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)."
+        )
+    if published:
+        caption += f"\nPublished: {published.protocol}, on all 2,000 images ({published.source})."
+    table.caption, table.caption_justify = caption, "left"
+    return table
+
+
+def _classes(result: Result) -> Table:
+    rows = [r for r in per_class_rows(result.matrix) if r["ground_truth_pixels"]]
+    rows.sort(key=lambda r: (-r["IoU"], r["class"]))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("best classes")
+    table.add_column("IoU", justify="right")
+    table.add_column("   worst classes")
+    table.add_column("IoU", justify="right")
+    for good, bad in zip(rows[:_CLASSES_SHOWN], rows[::-1][:_CLASSES_SHOWN], strict=True):
+        table.add_row(good["name"], percent(good["IoU"]), f"   {bad['name']}", percent(bad["IoU"]))
+    return table

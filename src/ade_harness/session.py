@@ -1,0 +1,45 @@
+"""One evaluation with everything around it: tracking and the final table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from ade_harness.evaluation import evaluate
+from ade_harness.report.result import Result
+from ade_harness.report.terminal import print_result
+
+
+def run_session(cfg: DictConfig, on_run_dir: Callable[[Path], None] = lambda _: None) -> Result | None:
+    """Evaluate, track, and print; returns the result on rank 0.
+
+    Args:
+        cfg: a composed configuration.
+        on_run_dir: told the run directory as soon as it is there.
+
+    Raises:
+        HarnessError: see :func:`ade_harness.evaluation.evaluate`.
+    """
+    console = Console()
+    finished = evaluate(cfg, console, on_run_dir)
+    if finished is None:
+        return None
+    result, record = finished
+    tracking_path = None
+    if cfg.tracking.kind == "wandb":
+        from ade_harness.tracking.wandb_run import log_result
+
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            tracking_path = log_result(cfg.tracking, result, config, record.summary())
+        for warning in caught:
+            if "W&B logging failed" in str(warning.message):
+                console.print(str(warning.message), style="yellow", markup=False)
+    print_result(console, result, tracking_path)
+    return result

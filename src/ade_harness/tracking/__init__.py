@@ -1,0 +1,1 @@
+"""Experiment tracking: rank 0 only, after the result is on disk."""
