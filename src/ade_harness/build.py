@@ -83,10 +83,13 @@ def describe_marks(cfg: DictConfig, dataset: SegmentationDataset, model: LoadedM
     return marks
 
 
-def describe_facts(dataset: SegmentationDataset, model: LoadedModel | None, cfg: DictConfig) -> dict[str, Any]:
+def describe_facts(
+    dataset: SegmentationDataset, model: LoadedModel | None, cfg: DictConfig, device: str
+) -> dict[str, Any]:
     """Return origins and hashes for the manifest."""
     facts = {"weights": model.weights, **model.facts} if model is not None else {"origin": cfg.model.path}
     return {
+        "device": device,
         "model": {"name": cfg.model.name, **facts},
         "dataset": {
             "name": dataset.name,

@@ -106,8 +106,9 @@ def _dispatch(words: list[str]) -> int:
         return run_data(rest)
     if verb == "doctor":
         from ade_harness.doctor import run_doctor
+        from ade_harness.report.terminal import make_console
 
-        return run_doctor(Console())
+        return run_doctor(make_console())
     if verb != "evaluate":
         raise HarnessError(f"{verb!r} is no verb.{did_you_mean(verb, VERBS)} Known: {', '.join(VERBS)}; see --help.")
     return _evaluate(rest)
@@ -188,6 +189,7 @@ def _models(words: Sequence[str]) -> int:
         raise HarnessError(f"models takes no arguments, got {' '.join(words)}.")
     from ade_harness.config import choices
     from ade_harness.leaderboard.catalogue import print_catalogue
+    from ade_harness.report.terminal import make_console
 
-    print_catalogue(Console(), choices("model"))
+    print_catalogue(make_console(), choices("model"))
     return 0

@@ -60,7 +60,7 @@ def evaluate(
         if trainer.is_global_zero:
             config: Any = OmegaConf.to_container(cfg, resolve=True)
             seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
-            record = start_record(config, describe_facts(dataset, model, cfg), marks, seeds)
+            record = start_record(config, describe_facts(dataset, model, cfg, trainer.strategy.root_device.type), marks, seeds)
             for line in (*marks, f"run directory: {record.path}"):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
         run_dir: Path = broadcast(record.path if record else None)
@@ -97,7 +97,7 @@ def evaluate(
     if failures:
         raise HarnessError(_failure_message(failures, len(rows), len(dataset.ids), run_dir))
     check_exact(rows, total, dataset.ids)
-    advice = diagnose(total)
+    advice = None if model is not None and model.weights == "random" else diagnose(total)
     published = cfg.model.published
     result = Result(
         run_dir=run_dir,

@@ -9,6 +9,7 @@ from torch import Tensor
 from ade_harness.data.labels import NUM_CLASSES
 
 _CHANNELS_AT_ONCE = 10
+_SMALL_OUTPUT = 128
 _COLUMNS = NUM_CLASSES + 1
 
 
@@ -17,8 +18,8 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
     Bit-identical to ``F.interpolate(scores, size, mode="bilinear", align_corners=False).argmax(1)``: a running
     strict maximum over a few channels at a time, since bilinear interpolation treats channels independently.
-    The first channel wins ties. When `size` is the scores' own size, the interpolation is the identity and is
-    left out.
+    The first channel wins ties, and NaN (which interpolating infinities makes) wins over numbers, as in argmax.
+    When `size` is the scores' own size, the interpolation of finite scores is the identity and is left out.
 
     Args:
         scores: float [C, h, w], without NaN.
@@ -27,13 +28,14 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         [H, W], values 0..C-1: uint8 up to 256 channels, else int32.
     """
-    scores = scores.float()  # half-precision interpolation rounds each output, which flips near-ties
-    identity = tuple(scores.shape[-2:]) == tuple(size)
+    # half-precision interpolation rounds each output, which flips near-ties
+    scores = scores.float().contiguous()
+    identity = tuple(scores.shape[-2:]) == tuple(size) and bool(torch.isfinite(scores).all())
     best: Tensor | None = None
     dtype = torch.uint8 if scores.shape[0] <= 256 else torch.int32
     labels = torch.zeros(size, dtype=dtype, device=scores.device)
-    for start in range(0, scores.shape[0], _CHANNELS_AT_ONCE):
-        chunk = scores[start : start + _CHANNELS_AT_ONCE]
+    for start, end in _chunks(scores.shape[0], tuple(scores.shape[1:]), size):
+        chunk = scores[start:end]
         if not identity:
             chunk = F.interpolate(chunk[None], size, mode="bilinear", align_corners=False)[0]
         values, channels = chunk.max(0)
@@ -41,10 +43,25 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
         if best is None:
             best, labels = values, channels
         else:
-            better = values > best
+            better = (values > best) | (values.isnan() & ~best.isnan())
             labels = torch.where(better, channels, labels)
             best = torch.where(better, values, best)
     return labels
+
+
+def _chunks(channels: int, size: tuple[int, ...], new_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return channel ranges whose interpolation equals that of all channels at once, in every bit.
+
+    torch's CPU code has other kernels, whose rounding depends on the number of channels, for outputs of
+    height + width <= 128 and for tensors that could be called channels-last (a single pixel or channel). Such
+    small outputs are not cut, and a single channel is not made by cutting. (Found by comparing bits, torch 2.13.)
+    """
+    if sum(new_size) <= _SMALL_OUTPUT or 1 in (*size, *new_size):
+        return [(0, channels)]
+    starts = list(range(0, channels, _CHANNELS_AT_ONCE))
+    if channels - starts[-1] == 1 and len(starts) > 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], channels], strict=True))
 
 
 def count(labels: Tensor, target: Tensor) -> Tensor:

@@ -55,13 +55,12 @@ def print_catalogue(console: Console, ready: Sequence[str]) -> None:
         ready: names of the model configurations that there are.
     """
     table = Table(title="ADE20K leaderboard, as published by others (percent; nothing here was measured by this tool)")
-    for name in ("metric", "system", "label", "source says", "weights", "model="):
+    for name in ("metric", "system", "label", "source says", "weights", "model=", "ready"):
         table.add_column(name, justify="right" if name in ("label", "source says") else "left", overflow="fold")
     for row in published_rows():
         source = "-" if row.source_score is None else f"{row.source_score:.1f}"
-        command = row.config if row.config in ready else f"{row.config} (not yet)"
-        table.add_row(row.metric, row.system, f"{row.score:.1f}", source, row.checkpoint_status, command)
-    width = max(console.width, 110) if not console.is_terminal else console.width
-    console.print(table, width=width)
+        is_ready = "yes" if row.config in ready else "not yet"
+        table.add_row(row.metric, row.system, f"{row.score:.1f}", source, row.checkpoint_status, row.config, is_ready)
+    console.print(table)
     others = [name for name in ready if name not in {r.config for r in published_rows()}]
     console.print(f"\nOther models: {', '.join(others)}", highlight=False, markup=False)

@@ -9,6 +9,7 @@ from ade_harness.metrics.confusion import Matrix, scores
 
 _NEAR_ZERO = 0.05
 _CLEARLY_BETTER = 3.0
+_MOVED_CLASSES = 5
 
 
 def diagnose(matrix: Matrix) -> str | None:
@@ -30,18 +31,30 @@ def diagnose(matrix: Matrix) -> str | None:
         else:
             shifted[:, : NUM_CLASSES - 1] = source[:, 1:]
         if _is_better(shifted, result.pixel_accuracy):
-            return f"The score is near zero and every predicted class {reason}. Check model.class_map or model.encoding."
-    best = matrix[:, :NUM_CLASSES].argmax(0)  # the truth that each predicted class meets most often
-    agreeing = int(matrix[best, np.arange(NUM_CLASSES)].sum()) / int(matrix.sum())
-    moved = [c for c in range(NUM_CLASSES) if best[c] != c and matrix[best[c], c] > 0]
-    if agreeing > 0.3 and agreeing > _CLEARLY_BETTER * max(result.pixel_accuracy, 1e-9) and moved:
+            return f"The score is near zero and every predicted class {reason}. Check model.class_map or model.encoding"
+    pairs = _one_to_one(matrix)
+    agreeing = sum(int(matrix[t, p]) for t, p in pairs) / int(matrix.sum())
+    moved = [(t, p) for t, p in pairs if t != p]
+    if len(moved) >= _MOVED_CLASSES and agreeing > 0.3 and agreeing > _CLEARLY_BETTER * result.pixel_accuracy:
         names = class_names()
-        heaviest = max(moved, key=lambda c: int(matrix[best[c], c]))
+        truth, predicted = moved[0]
         return (
-            f"The score is near zero but the predictions are consistent: what is called {names[heaviest]!r}"
-            f" is mostly {names[best[heaviest]]!r}. The class order differs: set model.class_map."
+            f"The score is near zero but the predictions are consistent: what is called {names[predicted]!r}"
+            f" is mostly {names[truth]!r}. The class order differs: set model.class_map"
         )
     return None
+
+
+def _one_to_one(matrix: Matrix) -> list[tuple[int, int]]:
+    """Match truths and predictions one to one, the largest counts first; pairs without pixels are left out."""
+    counts = matrix[:, :NUM_CLASSES].copy()
+    pairs = []
+    while counts.max(initial=0) > 0:
+        truth, predicted = divmod(int(counts.argmax()), NUM_CLASSES)
+        pairs.append((truth, predicted))
+        counts[truth, :] = 0
+        counts[:, predicted] = 0
+    return pairs
 
 
 def _is_better(matrix: Matrix, pixel_accuracy: float) -> bool:

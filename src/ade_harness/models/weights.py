@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
     )
 
     where = f"{hub_id}{'@' + revision if revision else ''}/{filename}"
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is reported below
     advice = "Download it elsewhere and give model.checkpoint=PATH, or try without weights: model.weights=random."
     try:
         path = Path(hf_hub_download(hub_id, filename, revision=revision))

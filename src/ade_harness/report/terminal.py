@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -18,6 +20,12 @@ _ROWS = (
     ("final_score", "final score"),
 )
 _CLASSES_SHOWN = 5
+_LOG_WIDTH = 120
+
+
+def make_console() -> Console:
+    """Return a console for stdout: a log gets lines of a fixed width, and no control codes."""
+    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
 
 
 def percent(fraction: float | None) -> str:
@@ -30,7 +38,7 @@ def print_result(console: Console, result: Result, tracking_path: str | None) ->
     for mark in result.marks:
         console.print(Text(f" {mark} ", style="bold black on yellow"))
     title = f"{result.label} on {result.dataset}, {result.images:,} of {result.expected_images:,} images"
-    console.print(Panel(Group(_scores(result), "", _classes(result)), title=title, expand=False))
+    console.print(Panel(Group(_scores(result), _remarks(result), "", _classes(result)), title=title, expand=False))
     for note in result.notes:
         console.print(Text(f"Note: {note}.", style="yellow"))
     rate = result.images / result.seconds if result.seconds else 0.0
@@ -57,17 +65,21 @@ def _scores(result: Result) -> Table:
         if published:
             cells.append(f"{published.mIoU:.2f}" if key == "mIoU" else "")
         table.add_row(*cells)
-    caption = f"{result.pixels:,} pixels. mIoU: mean over classes in truth or prediction (mmseg)."
-    scores = result.scores
-    if len({scores.mIoU, scores.mIoU_csail, scores.mIoU_detectron2}) > 1:
-        caption += (
-            f"\nSome classes are absent here, so conventions differ: CSAIL {percent(scores.mIoU_csail)}"
-            f" (absent = 0), detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)."
-        )
-    if published:
-        caption += f"\nPublished: {published.protocol}, on all 2,000 images ({published.source})."
-    table.caption, table.caption_justify = caption, "left"
     return table
+
+
+def _remarks(result: Result) -> Text:
+    """Say what mIoU means here."""
+    scores, published = result.scores, result.published
+    lines = [f"{result.pixels:,} pixels; mIoU is the mean over classes in truth or prediction (mmseg)"]
+    if len({scores.mIoU, scores.mIoU_csail, scores.mIoU_detectron2}) > 1:
+        lines += [
+            "some classes are absent here, so conventions differ: CSAIL "
+            f"{percent(scores.mIoU_csail)} (absent = 0), detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
+        ]
+    if published:
+        lines += [f"published: {published.protocol}, on all 2,000 images ({published.source})"]
+    return Text("\n".join(lines), style="dim")
 
 
 def _classes(result: Result) -> Table:

@@ -33,6 +33,7 @@ class ProgressReporter:
         self._unit = unit
         self._title = title
         self._start = self._printed = time.monotonic()
+        self._shown = -1
         self._bar: Progress | None = None
 
     def start(self) -> None:
@@ -57,8 +58,8 @@ class ProgressReporter:
         rate = done / max(now - self._start, 1e-9)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._before + done, rate=f"{rate:.1f} {self._unit}/s")
-        elif now - self._printed >= _LINE_EVERY_S or self._before + done == self._total:
-            self._printed = now
+        elif done != self._shown and (now - self._printed >= _LINE_EVERY_S or self._before + done == self._total):
+            self._printed, self._shown = now, done
             left = (self._total - self._before - done) / rate if rate else 0.0
             self._console.print(
                 f"{self._label}{self._before + done} of {self._total} {self._unit},"

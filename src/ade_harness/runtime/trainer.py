@@ -45,10 +45,9 @@ class WorkItems(pl.LightningDataModule):
         workers: loader processes per rank; None takes the cores that the ranks leave, at most 8 each.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than items
-
     def __init__(self, items: Dataset[Any], costs: Sequence[float], workers: int | None) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than items
         self.items = items
         self.costs = costs
         self.workers = workers
@@ -126,6 +125,8 @@ class WorkLoop(pl.LightningModule):
         while not interrupted and not self._coordinator.stopped and (done := self._coordinator.done()) < total:
             self._reporter.update(done)
             time.sleep(0.2)
+        if not interrupted and total:
+            self._reporter.update(self._coordinator.done())
         self._reporter.close()
 
 

@@ -88,7 +88,7 @@ def _log(cfg: DictConfig, mode: str, result: Result, config: dict[str, Any], man
             {
                 "per_class": table,
                 "confusion_matrix": wandb.Image(str(figure)),
-                "overlays": [wandb.Image(str(p), caption=p.stem) for p in pictures],
+                **{f"overlays/{p.stem}": wandb.Image(str(p), caption=p.stem) for p in pictures},
             }
         )
         path = run.url if mode == "online" else str(Path(run.dir).parent)

@@ -1,0 +1,88 @@
+"""Fixtures: small data sets in the official layout, and the real command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+os.environ["WANDB_SILENT"] = "true"
+for _key in ("WANDB_API_KEY", "ADE20K_ROOT"):
+    os.environ.pop(_key, None)
+
+
+@dataclass
+class Done:
+    """What a finished command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep made-up data and downloads out of the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["ADE_HARNESS_CACHE"] = str(folder)
+    os.environ["HF_HOME"] = str(folder / "hub")
+    return folder
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., Done]:
+    """Run ``python -m ade_harness`` in `tmp_path`."""
+
+    def run(*arguments: object, timeout: float = 240, **environment: str) -> Done:
+        done = subprocess.run(
+            [sys.executable, "-m", "ade_harness", *map(str, arguments)],
+            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run a command in this process (fast; one rank only)."""
+    from ade_harness.cli import main
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
+        code = main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return Done(code, out, err)
+
+    return run
+
+
+def write_pair(root: Path, name: str, image: np.ndarray, annotation: np.ndarray) -> None:
+    """Write one pair in the official layout."""
+    for kind in ("images", "annotations"):
+        (root / kind / "validation").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(root / "images/validation" / f"{name}.jpg", quality=95)
+    Image.fromarray(annotation).save(root / "annotations/validation" / f"{name}.png")
+
+
+@pytest.fixture
+def tiny_ade(tmp_path: Path) -> Path:
+    """Make ADEChallengeData2016 with 7 small images of different sizes, named unlike the official ones."""
+    root = tmp_path / "ADEChallengeData2016"
+    rng = np.random.default_rng(7)
+    for index in range(7):
+        height, width = 24 + 5 * index, 40 - 3 * index
+        annotation = rng.integers(0, 151, (height // 4 + 1, width // 4 + 1)).astype(np.uint8)
+        annotation = annotation.repeat(4, 0).repeat(4, 1)[:height, :width]
+        image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        write_pair(root, f"ADE_val_9999{index:04d}", image, annotation)
+    return root
