@@ -98,9 +98,15 @@ def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
 
 
 def resize_labels(labels: Tensor, size: Size) -> Tensor:
-    """Resize an integer map [h, w] to `size`, nearest pixel centre (Pillow's NEAREST, scikit-image's order 0)."""
+    """Resize an integer map [h, w] to `size`, nearest pixel centre: equal to Pillow's NEAREST."""
     rows, columns = (
-        ((torch.arange(new, device=labels.device) + 0.5) * (old / new)).long().clamp(max=old - 1)
-        for old, new in zip(labels.shape, size, strict=True)
+        _nearest(old, new).to(labels.device) for old, new in zip(labels.shape, size, strict=True)
     )
     return labels[rows[:, None], columns]
+
+
+def _nearest(old: int, new: int) -> Tensor:
+    step = old / new
+    # Pillow adds the step up in double precision, which decides between pixels at exact halves
+    positions = np.cumsum(np.concatenate([[step * 0.5], np.full(new - 1, step)]))
+    return torch.from_numpy(positions.astype(np.int64)).clamp(max=old - 1)

@@ -56,7 +56,9 @@ def load_model(cfg: DictConfig, threads: int = 1) -> LoadedModel:
     if loader is None:
         raise HarnessError(f"model.kind={cfg.kind}: unknown.{did_you_mean(cfg.kind, LOADERS)} Known: {', '.join(LOADERS)}.")
     model = loader(cfg, threads)
-    model.module.eval().requires_grad_(False)
+    model.module.eval()
+    for parameter in model.module.parameters():  # ScriptModules have no requires_grad_ of their own
+        parameter.requires_grad_(False)
     model.facts.setdefault("parameters", sum(p.numel() for p in model.module.parameters()))
     return model
 

@@ -1,0 +1,263 @@
+"""The protocol: sizes and pixels as the official loaders make them, labels as a slow reference does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from PIL import Image
+from torch import nn
+
+from ade_harness.config import compose_config
+from ade_harness.errors import HarnessError
+from ade_harness.inference.predictor import FolderPredictor, NetworkPredictor, label_hash
+from ade_harness.inference.resize import legacy_bilinear, resize_image, resize_labels, target_sizes
+from ade_harness.models.loading import LoadedModel
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CPU = torch.device("cpu")
+BASE = ["model=custom", "model._target_=x.y", "dataset=ade20k", "dataset.root=."]
+
+
+def config(*overrides: str) -> DictConfig:
+    return compose_config([*BASE, *overrides])
+
+
+class Fixed(nn.Module):
+    """Scores that depend on the input: stride-4 averages of it, in `channels` mixtures."""
+
+    def __init__(self, channels: int = 150, spoil: float | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.mix = torch.randn(channels, 3, 1, 1, generator=generator)
+        self.bias = torch.randn(channels, generator=generator) * 0.1
+        self.spoil = spoil
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores = F.conv2d(F.avg_pool2d(images, 4, ceil_mode=True), self.mix, self.bias)
+        if self.spoil is not None:
+            scores[0, 0, 0, 0] = self.spoil
+        return scores
+
+
+def predictor(cfg: DictConfig, module: nn.Module | None = None, **facts: Any) -> NetworkPredictor:
+    model = LoadedModel(
+        module or Fixed(), "random", tuple(cfg.model.input.mean), tuple(cfg.model.input.std), **facts
+    )
+    return NetworkPredictor(model, cfg.inference, cfg.model)
+
+
+@pytest.mark.parametrize(
+    ("rule", "overrides"),
+    [
+        ("swin_segformer_style_512_Resize", ["inference=mmseg_whole_512"]),
+        ("dinov2_linear_512", ["inference=mmseg_whole_512", "inference.resize.max_side=null"]),
+        ("segformer_512_Aligned32", ["inference=mmseg_whole_512_align32"]),
+        ("convnext_swinL_640_Resize", ["inference=mmseg_whole_512", "inference.resize.side=640", "inference.resize.max_side=2560"]),
+    ],
+)  # fmt: skip
+def test_sizes_equal_the_official_loaders(rule: str, overrides: list[str]) -> None:
+    stored = json.loads((GOLDEN / "mmseg0_resize_sizes.json").read_text())[rule]
+    resize = config(*overrides).inference.resize
+    for text, sizes in stored.items():
+        height, width = map(int, text.split("x"))
+        assert list(target_sizes((height, width), resize)[-1]) == sizes[0], text
+    assert len(stored) == 10
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("segformer_512_Aligned32_scale(512, 128).0", ["inference=mmseg_whole_512_align32", "inference.resize.side=128", "inference.resize.max_side=512"]),
+        ("convnext_swinL_640_Resize_scale(640, 160).0", ["inference=mmseg_whole_512", "inference.resize.side=160", "inference.resize.max_side=640"]),
+    ],
+)  # fmt: skip
+def test_pixels_equal_mmsegmentation(key: str, overrides: list[str]) -> None:
+    stored = np.load(GOLDEN / "mmseg0_protocol.npz")
+    rgb = np.ascontiguousarray(stored["image_bgr_uint8"][..., ::-1])
+    made = predictor(config(*overrides))
+    images, _ = made._input(made.prepare("x", rgb), CPU)
+    # mmcv normalises in another order of float operations: one unit in the last place of values up to 3
+    assert np.abs(images[0].numpy() - stored[key]).max() < 5e-7
+
+
+def test_pixels_equal_detectron2() -> None:
+    stored = np.load(GOLDEN / "preprocessing.npz")
+    overrides = ["rule=short_side", "side=128", "max_side=512", "rounding=detectron2", "backend=pillow"]
+    cfg = config(*(f"inference.resize.{o}" for o in overrides))
+    prepared = predictor(cfg).prepare("x", stored["rgb"])
+    assert np.array_equal(prepared.pixels.permute(2, 0, 1).numpy(), stored["d2_ss"])
+
+
+def slow_labels(cfg: DictConfig, image: np.ndarray, module: nn.Module) -> torch.Tensor:
+    """The same protocols written out plainly, with [C, H, W] tensors."""
+    resize, output = cfg.inference.resize, cfg.inference.output
+    original = image.shape[:2]
+    for size in target_sizes(original, resize):
+        image = resize_image(image, size, resize.backend)
+    x = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
+    mean, std = (torch.tensor(list(cfg.model.input[k]))[:, None, None] for k in ("mean", "std"))
+    x = (x - mean) / std
+    height, width = x.shape[1:]
+    if resize.pad_to is not None:
+        canvas = torch.zeros(3, *resize.pad_to)
+        if resize.pad_value is not None:
+            canvas[:] = (resize.pad_value - mean) / std
+        canvas[:, :height, :width] = x
+        x = canvas
+    scores = module(x[None])
+    if output.upsample == "two_step":
+        scores = F.interpolate(scores, x.shape[1:], mode="bilinear", align_corners=False)[..., :height, :width]
+    if output.labels == "input":
+        labels = scores.argmax(1)[0].to(torch.uint8).numpy()
+        return torch.from_numpy(np.array(Image.fromarray(labels).resize(original[::-1], Image.Resampling.NEAREST)))
+    return F.interpolate(scores, original, mode="bilinear", align_corners=False).argmax(1)[0].to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["inference=original_size"],
+        ["inference=mmseg_whole_512", "inference.resize.side=96", "inference.resize.max_side=200"],
+        ["inference=mmseg_whole_512_align32", "inference.resize.side=96", "inference.resize.max_side=200"],
+        ["inference=mmseg_whole_512", "inference.resize.side=96", "inference.output.upsample=one_step"],
+        ["inference=fit_512", "inference.resize.side=128", "inference.resize.pad_to=[128,128]"],
+        ["inference=fit_512", "inference.resize.side=128", "inference.resize.pad_to=[128,160]", "inference.output.labels=input"],
+        ["inference.resize.rule=exact", "inference.resize.height=64", "inference.resize.width=80"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(70, 101), (96, 60), (33, 33)])
+def test_labels_equal_a_plain_reference(overrides: list[str], size: tuple[int, int]) -> None:
+    cfg = config(*overrides)
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3)).astype(np.uint8)
+    made = predictor(cfg)
+    labels = made.predict(made.prepare("x", image), CPU)
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels, slow_labels(cfg, image, Fixed()))
+
+
+def test_bgr_networks_see_bgr() -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[..., 0] = 200  # red
+    cfg = config("model.input.channel_order=bgr", "model.input.mean=[0,0,0]", "model.input.std=[1,1,1]", "inference=original_size")
+    made = predictor(cfg)
+    seen, _ = made._input(made.prepare("x", image), CPU)
+    assert seen[0, :, 0, 0].tolist() == [0, 0, 200]
+
+
+def test_class_map_reaches_the_labels() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    made = predictor(config("inference=original_size", "model.class_map=[null,7,149,null]"), Fixed(4))
+    assert set(made.predict(made.prepare("x", image), CPU).unique().tolist()) <= {7, 149}
+    assert "148 of the 150" in made.notes()[0]
+
+
+# what cannot work is said before, or at, the first image
+
+
+@pytest.mark.parametrize("spoil", [float("nan")])
+def test_nan_names_the_image(spoil: float) -> None:
+    made = predictor(config("inference=original_size"), Fixed(spoil=spoil))
+    with pytest.raises(HarnessError, match=r"ADE_val_1: .*% of the model's scores are NaN"):
+        made.predict(made.prepare("ADE_val_1", np.zeros((20, 30, 3), np.uint8)), CPU)
+
+
+def test_wrong_number_of_channels() -> None:
+    made = predictor(config("inference=original_size"), Fixed(32))
+    with pytest.raises(HarnessError, match="gives 32 channels"):
+        made.predict(made.prepare("x", np.zeros((20, 30, 3), np.uint8)), CPU)
+    with pytest.raises(HarnessError, match="gives 32 channels"):  # known before the first image
+        predictor(config("inference=original_size"), Fixed(32), channels=32)
+
+
+def test_a_model_that_fails_is_reported_with_its_input() -> None:
+    made = predictor(config("inference=original_size"), nn.Linear(7, 7))
+    with pytest.raises(HarnessError, match=r"x: the model failed on an input of \[1, 3, 20, 30\]"):
+        made.predict(made.prepare("x", np.zeros((20, 30, 3), np.uint8)), CPU)
+
+
+def test_protocols_that_a_model_cannot_take() -> None:
+    made = predictor(config("inference=mmseg_whole_512"), fixed_size=(512, 512))
+    with pytest.raises(HarnessError, match="takes 512x512 .* makes 683x512. Choose inference=fit_512"):
+        made.check_sizes({"a": (512, 683)})
+    predictor(config("inference=fit_512"), fixed_size=(512, 512)).check_sizes({"a": (512, 683), "b": (10, 3000)})
+    small = predictor(config("inference=fit_512", "inference.resize.pad_to=[256,512]"))
+    with pytest.raises(HarnessError, match="a: 512x384 .* does not fit"):
+        small.check_sizes({"a": (384, 512)})
+    with pytest.raises(HarnessError, match="makes a size of 8x0"):
+        predictor(config("inference.resize.rule=longest_side", "inference.resize.side=8")).check_sizes({"a": (10, 3000)})
+
+
+def test_legacy_bilinear_equals_its_definition() -> None:
+    scores = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    found = legacy_bilinear(scores, (7, 11))
+    for y in range(7):
+        for x in range(11):
+            v, u = y * 3 / 7, x * 5 / 11
+            top, left = int(v), int(u)
+            bottom, right = min(top + 1, 2), min(left + 1, 4)
+            a = scores[:, top, left] * (1 - (u - left)) + scores[:, top, right] * (u - left)
+            b = scores[:, bottom, left] * (1 - (u - left)) + scores[:, bottom, right] * (u - left)
+            assert torch.allclose(found[:, y, x], a * (1 - (v - top)) + b * (v - top), atol=1e-6)  # order of float32 sums
+
+
+@pytest.mark.parametrize("sizes", [((5, 9), (13, 4)), ((8, 8), (8, 8)), ((3, 100), (50, 7))])
+def test_labels_are_resized_as_pillow_does(sizes: Any) -> None:
+    (h, w), (height, width) = sizes
+    labels = np.random.default_rng(0).integers(0, 150, (h, w)).astype(np.uint8)
+    expected = np.array(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+    assert np.array_equal(resize_labels(torch.from_numpy(labels), (height, width)).numpy(), expected)
+
+
+# label files
+
+
+def write_labels(folder: Path, name: str, labels: np.ndarray) -> None:
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(labels).save(folder / f"{name}.png")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "stored", "expected"),
+    [("official", [0, 1, 150], [255, 0, 149]), ("zero_based", [0, 149, 255], [0, 149, 255])],
+)
+def test_label_files(tmp_path: Path, encoding: str, stored: list[int], expected: list[int]) -> None:
+    write_labels(tmp_path / "p", "a", np.array([stored], np.uint8))
+    made = FolderPredictor(tmp_path / "p", encoding)
+    prepared = made.prepare("a", np.zeros((1, 3, 3), np.uint8))
+    assert made.predict(prepared, CPU).tolist() == [expected]
+    assert made.missing(["a", "b"]) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "labels", "message"),
+    [
+        ("official", np.full((2, 2), 255, np.uint8), "holds the value 255; expected 0 .none. and 1..150"),
+        ("zero_based", np.full((2, 2), 150, np.uint8), "holds the value 150; expected 0..149 and 255"),
+        ("official", np.zeros((3, 2), np.uint8), "the image is 2x2: label files must have the original"),
+        ("official", np.zeros((2, 2, 3), np.uint8), "a colour image, expected one 8-bit channel"),
+    ],
+)
+def test_bad_label_files(tmp_path: Path, encoding: str, labels: np.ndarray, message: str) -> None:
+    write_labels(tmp_path / "p", "a", labels)
+    with pytest.raises(HarnessError, match=message):
+        FolderPredictor(tmp_path / "p", encoding).prepare("a", np.zeros((2, 2, 3), np.uint8))
+
+
+def test_label_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match="no such folder"):
+        FolderPredictor(tmp_path / "x", "official")
+
+
+def test_label_hash_tells_every_pixel() -> None:
+    labels = torch.zeros(5, 6, dtype=torch.uint8)
+    first = label_hash(labels)
+    assert label_hash(labels.clone()) == first
+    labels[4, 5] = 1
+    assert label_hash(labels) != first

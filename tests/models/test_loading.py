@@ -1,0 +1,424 @@
+"""Every kind of model, and every way that loading can go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from onnx import TensorProto, helper
+from safetensors.torch import save_file
+from torch import nn
+
+from ade_harness.config import compose_config
+from ade_harness.data.labels import class_names
+from ade_harness.errors import HarnessError
+from ade_harness.models.class_map import resolve_class_map
+from ade_harness.models.demo import WEIGHTS
+from ade_harness.models.loading import as_scores, load_model
+from ade_harness.models.segformer import hub_names
+from ade_harness.models.weights import hub_checkpoint, load_strictly, read_state_dict
+from tests.models.test_segformer import B0, official
+
+__all__ = ["official"]
+
+
+class Tiny(nn.Module):
+    """A custom model: 1x1 convolution and stride 4."""
+
+    def __init__(self, channels: int = 150) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 4, stride=4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(images)
+
+
+def model_cfg(*overrides: str) -> DictConfig:
+    return compose_config([*overrides, "dataset=ade20k", "dataset.root=."]).model
+
+
+def write_onnx(path: Path, channels: int = 150, size: Any = ("h", "w"), names: str | None = None, rank: int = 4) -> None:
+    """Write an ONNX model: one convolution."""
+    weights = Tiny(channels).state_dict()
+    tensors = [
+        helper.make_tensor(n, TensorProto.FLOAT, list(weights[k].shape), weights[k].reshape(-1).tolist())
+        for n, k in (("w", "conv.weight"), ("b", "conv.bias"))
+    ]
+    nodes = [helper.make_node("Conv", ["images", "w", "b"], ["logits"], strides=[4, 4])]
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", channels, "oh", "ow"])
+    if rank != 4:
+        nodes.append(helper.make_node("ArgMax", ["logits"], ["labels"], axis=1, keepdims=0))
+        output = helper.make_tensor_value_info("labels", TensorProto.INT64, ["n", "oh", "ow"])
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, *size])], [output], tensors
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    if names is not None:
+        helper.set_model_props(model, {"names": names})
+    onnx.save(model, path)
+
+
+def test_demo_weights_are_small_and_load() -> None:
+    from importlib.resources import files
+
+    assert len(files("ade_harness.models").joinpath(WEIGHTS).read_bytes()) < 1_000_000
+    model = load_model(compose_config([]).model)
+    assert model.weights == "demo"
+    assert model.module(torch.zeros(1, 3, 33, 50)).shape == (1, 150, 9, 13)
+
+
+def test_custom_model_with_arguments_and_checkpoint(tmp_path: Path) -> None:
+    target = "model._target_=tests.models.test_loading.Tiny"
+    model = load_model(model_cfg("model=custom", target, "model.kwargs.channels=7"))
+    assert model.module(torch.zeros(1, 3, 8, 8)).shape[1] == 7
+    assert model.weights == "constructed"
+    weights = Tiny().state_dict()
+    save_file(weights, tmp_path / "w.safetensors")
+    model = load_model(model_cfg("model=custom", target, f"model.checkpoint={tmp_path / 'w.safetensors'}"))
+    assert model.weights == "pretrained"
+    assert torch.equal(model.module.state_dict()["conv.weight"], weights["conv.weight"])
+    assert model.facts["sha256"] == hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing.here.Net", "cannot be imported"),
+        ("tests.models.test_loading.Missing", "cannot be imported"),
+        ("builtins.dict", "expected a torch.nn.Module"),
+    ],
+)
+def test_custom_model_that_is_none(target: str, message: str) -> None:
+    with pytest.raises(HarnessError, match=message):
+        load_model(model_cfg("model=custom", f"model._target_={target}"))
+
+
+def test_custom_model_with_wrong_arguments() -> None:
+    with pytest.raises(HarnessError, match="does not take these arguments"):
+        load_model(model_cfg("model=custom", "model._target_=tests.models.test_loading.Tiny", "model.kwargs.x=1"))
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.jit.script(Tiny(9)).save(str(path))
+    model = load_model(model_cfg("model=torchscript", f"model.path={path}"))
+    assert model.module(torch.zeros(1, 3, 8, 12)).shape == (1, 9, 2, 3)
+    path.write_bytes(b"no model")
+    with pytest.raises(HarnessError, match="not a TorchScript file"):
+        load_model(model_cfg("model=torchscript", f"model.path={path}"))
+
+
+def test_onnx_runs_and_tells_its_sizes_and_names(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    write_onnx(path, 5, names='["wall", "sky", "tree", "floor", "bed"]')
+    model = load_model(model_cfg("model=onnx", f"model.path={path}"))
+    assert model.module(torch.zeros(2, 3, 8, 12)).shape == (2, 5, 2, 3)
+    assert (model.channels, model.fixed_size) == (5, None)
+    assert model.class_names == ["wall", "sky", "tree", "floor", "bed"]
+    write_onnx(path, 5, size=(64, 96), names="{0: 'wall', 1: 'sky', 2: 'tree', 3: 'floor', 4: 'bed'}")
+    model = load_model(model_cfg("model=onnx", f"model.path={path}"))
+    assert model.fixed_size == (64, 96)
+    assert model.class_names is not None
+    assert model.class_names[1] == "sky"
+
+
+def test_onnx_that_gives_labels_or_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    with pytest.raises(HarnessError, match=r"model\.path=.*m\.onnx: no such file"):
+        load_model(model_cfg("model=onnx", f"model.path={path}"))
+    path.write_bytes(b"no model")
+    with pytest.raises(HarnessError, match="onnxruntime cannot load this file"):
+        load_model(model_cfg("model=onnx", f"model.path={path}"))
+    write_onnx(path, rank=3)
+    with pytest.raises(HarnessError, match="use model=predictions"):
+        load_model(model_cfg("model=onnx", f"model.path={path}"))
+
+
+@pytest.mark.parametrize("kind", ["semantic", "universal"])
+def test_transformers_checkpoints(tmp_path: Path, kind: str) -> None:
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        SegformerConfig,
+        SegformerForSemanticSegmentation,
+        SwinConfig,
+    )
+
+    names = dict(enumerate(class_names()))
+    folder = tmp_path / kind
+    if kind == "semantic":
+        small = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
+        SegformerForSemanticSegmentation(SegformerConfig(id2label=names, **small)).save_pretrained(folder)
+    else:
+        backbone = SwinConfig(
+            embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=[f"stage{i}" for i in range(1, 5)]
+        )
+        config = Mask2FormerConfig(
+            backbone_config=backbone, hidden_dim=32, mask_feature_size=32, feature_size=32, num_queries=5,
+            encoder_layers=1, decoder_layers=2, num_attention_heads=2, encoder_feedforward_dim=16, dim_feedforward=16,
+            id2label=names,
+        )  # fmt: skip
+        Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "do_normalize": True})
+    )
+    model = load_model(model_cfg("model=hf", f"model.id={folder}"))
+    assert model.mean == pytest.approx((127.5,) * 3)
+    assert model.std == pytest.approx((63.75,) * 3)
+    assert model.channels == 150
+    with torch.inference_mode():
+        scores = model.module(torch.randn(1, 3, 64, 96))
+    assert scores.shape == ((1, 150, 16, 24) if kind == "semantic" else (1, 150, 64, 96))
+    assert len(model.facts["sha256"]) == 64
+    if kind == "universal":
+        assert scores.min() >= 0
+        assert scores.max() <= 5  # five queries, each a probability times a probability
+
+
+def test_transformers_checkpoint_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match="cannot be loaded"):
+        load_model(model_cfg("model=hf", f"model.id={tmp_path}"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(HarnessError, match="a bert checkpoint"):
+        load_model(model_cfg("model=hf", f"model.id={tmp_path}"))
+
+
+# weight files
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, ("/tmp/ade_harness_was_here", "w"))
+
+
+def test_pickled_code_is_never_run(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "evil": Evil()}, path)
+    with pytest.raises(HarnessError, match=r"evil\.pth: this file holds more than tensors"):
+        read_state_dict(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(HarnessError, match=r"evil\.pth"):
+        read_state_dict(path)
+    assert not Path("/tmp/ade_harness_was_here").exists()
+
+
+def test_damaged_weight_files(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(100)}, tmp_path / "a.safetensors")
+    torch.save({"a": torch.zeros(100)}, tmp_path / "a.pth")
+    for name in ("a.safetensors", "a.pth"):
+        path = tmp_path / name
+        assert read_state_dict(path)["a"].shape == (100,)
+        path.write_bytes(path.read_bytes()[:150])
+        with pytest.raises(HarnessError, match=name):
+            read_state_dict(path)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(HarnessError, match="holds no state_dict"):
+        read_state_dict(tmp_path / "list.pth")
+
+
+def test_wrappers_and_strict_loading(tmp_path: Path) -> None:
+    state = Tiny().state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "meta": {"epoch": 3}}, tmp_path / "w.pth")
+    read = read_state_dict(tmp_path / "w.pth")
+    model = Tiny()
+    load_strictly(model, read, "w", (), ())
+    assert torch.equal(model.conv.weight, state["conv.weight"])
+    with pytest.raises(HarnessError, match=r"1 missing: conv\.bias; 1 unexpected: head"):
+        load_strictly(model, {"conv.weight": read["conv.weight"], "head": read["conv.bias"]}, "w", (), ())
+    load_strictly(model, {"conv.weight": read["conv.weight"]}, "w", ("conv.bias",), ())
+
+
+def test_checkpoint_missing_or_with_another_hash(tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match=r"model\.checkpoint=.*: no such file"):
+        load_model(model_cfg("model=segformer_b0", f"model.checkpoint={tmp_path / 'x.pth'}"))
+    torch.save({}, tmp_path / "x.pth")
+    with pytest.raises(HarnessError, match="checkpoint_sha256 expects abc"):
+        load_model(
+            model_cfg("model=segformer_b0", f"model.checkpoint={tmp_path / 'x.pth'}", "model.checkpoint_sha256=abc")
+        )
+
+
+def test_official_checkpoint_file_of_segformer(tmp_path: Path, official: dict[str, torch.Tensor]) -> None:
+    torch.save({"meta": {"CLASSES": ["wall"]}, "state_dict": official}, tmp_path / "b0.pth")
+    model = load_model(model_cfg("model=segformer_b0", f"model.checkpoint={tmp_path / 'b0.pth'}"))
+    assert model.weights == "pretrained"
+    assert model.facts["parameters"] == 3_752_694
+
+
+# the hub, on loopback
+
+
+class Hub(ThreadingHTTPServer):
+    """Answers like the hub for one file."""
+
+    content = b""
+    commit = "489d5cd81a0b59fab9b7ea758d3548ebe99677da"
+    break_after: int | None = None
+    requests: list[str | None]
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def _head(self, start: int, status: int) -> None:
+        self.send_response(status)
+        self.send_header("ETag", '"' + hashlib.sha256(self.server.content).hexdigest() + '"')
+        self.send_header("X-Repo-Commit", self.server.commit)
+        self.send_header("Content-Length", str(len(self.server.content) - start))
+        self.send_header("Accept-Ranges", "bytes")
+        if start:
+            total = len(self.server.content)
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+        self.end_headers()
+
+    def do_HEAD(self) -> None:  # noqa: N802
+        if "gated" in self.path:
+            self.send_response(403)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif "model.safetensors" not in self.path:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self._head(0, 200)
+
+    def do_GET(self) -> None:  # noqa: N802
+        if "/resolve/" not in self.path:  # the client's other questions
+            self.send_error(404)
+            return
+        wanted = self.headers.get("Range")
+        self.server.requests.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self._head(start, 206 if start else 200)
+        body = self.server.content[start:]
+        if self.server.break_after is not None:
+            self.wfile.write(body[: self.server.break_after])
+            self.server.break_after = None
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    served = Hub(("127.0.0.1", 0), HubHandler)
+    served.requests = []
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{served.server_port}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        f"http://127.0.0.1:{served.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+def test_hub_download_is_resumed_checked_and_cached(
+    hub: Hub, tmp_path: Path, official: dict[str, torch.Tensor]
+) -> None:
+    save_file({k: v.contiguous() for k, v in hub_names(official).items()}, tmp_path / "m.safetensors")
+    hub.content = (tmp_path / "m.safetensors").read_bytes()
+    hub.break_after = 12_000_000  # the hub client writes 10 MB at a time
+    digest = hashlib.sha256(hub.content).hexdigest()
+    cfg = model_cfg("model=segformer_b0", f"model.hub.sha256={digest}")
+    model = load_model(cfg)
+    assert model.facts["sha256"] == digest
+    assert model.facts["origin"] == f"nvidia/segformer-b0-finetuned-ade-512-512@{hub.commit}/model.safetensors"
+    assert hub.requests[0] is None
+    assert hub.requests[1] is not None  # only the rest
+    load_model(cfg)
+    assert len(hub.requests) == 2  # from the cache
+    with pytest.raises(HarnessError, match=r"model\.hub\.sha256 expects 6ae39add"):
+        load_model(model_cfg("model=segformer_b0"))
+
+
+def test_hub_errors(hub: Hub) -> None:
+    with pytest.raises(HarnessError, match="not found on the hub"):
+        hub_checkpoint("a/b", "other.bin", hub.commit, None)
+    with pytest.raises(HarnessError, match="this repository is gated"):
+        hub_checkpoint("a/gated", "model.safetensors", hub.commit, None)
+
+
+def test_no_network_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HarnessError, match=r"cannot be reached\. Download it elsewhere"):
+        hub_checkpoint("a/b", "model.safetensors", "489d5cd81a0b59fab9b7ea758d3548ebe99677da", None)
+
+
+# class maps
+
+
+def test_150_channels_need_no_map() -> None:
+    found = resolve_class_map(150, None, class_names())
+    labels = torch.tensor([[0, 149]], dtype=torch.uint8)
+    assert torch.equal(found.classes_of(labels), labels)
+    assert found.select(torch.zeros(150, 2, 2)).shape[0] == 150
+
+
+def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
+    found = resolve_class_map(4, [None, 7, None, 3], None)
+    scores = torch.tensor([9.0, 1.0, 8.0, 2.0])[:, None, None]
+    kept = found.select(scores)
+    assert kept.flatten().tolist() == [1.0, 2.0]
+    assert found.classes_of(kept.argmax(0)).item() == 3
+    assert "148 of the 150 classes can never be predicted" in (found.note or "")
+
+
+@pytest.mark.parametrize(
+    ("channels", "class_map", "names", "message"),
+    [
+        (32, None, None, "gives 32 channels, ADE20K has 150"),
+        (151, None, None, "usually 'other'"),
+        (19, None, None, "usual for Cityscapes"),
+        (3, None, ["sky", "wall", "other"], r"model\.class_map=\[2,0,null\]"),
+        (3, [0, 1], None, "has 2 entries, but the model gives 3"),
+        (150, None, class_names()[::-1], "not in ADE20K's order: channel 0 is 'flag'"),
+    ],
+)
+def test_maps_that_do_not_fit(channels: int, class_map: Any, names: Any, message: str) -> None:
+    with pytest.raises(HarnessError, match=message):
+        resolve_class_map(channels, class_map, names)
+
+
+def test_names_that_disagree_with_the_map_are_noted() -> None:
+    found = resolve_class_map(3, [0, 1, 2], ["wall", "sky", "building"])
+    assert "model's own name for it is 'sky'" in (found.note or "")
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda t: t, lambda t: {"out": t}, lambda t: {"logits": t}, lambda t: (t, 1), lambda t: [t]]
+)
+def test_outputs_in_usual_wrappers(wrap: Callable[[torch.Tensor], Any]) -> None:
+    scores = torch.zeros(1, 2, 3, 4)
+    assert as_scores(wrap(scores), "x") is scores
+
+
+@pytest.mark.parametrize("output", [torch.zeros(1, 2, 3), {"boxes": 1}, None, ()])
+def test_outputs_without_scores(output: Any) -> None:
+    with pytest.raises(HarnessError, match=r"x: the model returned .* expected logits"):
+        as_scores(output, "x")
+
+
+def test_architecture_can_be_changed_on_the_command_line() -> None:
+    cfg = model_cfg("model=segformer_b0", "model.weights=random", "model.architecture.decoder_hidden_size=64")
+    assert OmegaConf.to_container(cfg.architecture) == B0 | {"decoder_hidden_size": 64}
+    assert load_model(cfg).weights == "random"

@@ -1,0 +1,74 @@
+"""SegFormer computes what the official code computes, and loads official and hub files strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ade_harness.errors import HarnessError
+from ade_harness.models.segformer import Segformer, hub_names, random_segformer
+from tests.models.golden_weights import draw, fill
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+B0 = {
+    "depths": [2, 2, 2, 2],
+    "hidden_sizes": [32, 64, 160, 256],
+    "num_attention_heads": [1, 2, 5, 8],
+    "decoder_hidden_size": 256,
+}
+
+
+@pytest.fixture(scope="module")
+def official() -> dict[str, torch.Tensor]:
+    """The official state_dict of the golden file."""
+    facts = json.loads((GOLDEN / "segformer_b0.json").read_text())
+    return {
+        key: fill(facts["seed"], key, shape) if kind == "filled" else torch.zeros(shape, dtype=torch.long)
+        for key, (shape, kind) in facts["keys"].items()
+    }
+
+
+def test_equals_the_official_code(official: dict[str, torch.Tensor]) -> None:
+    images = torch.from_numpy(draw(0, "input", [1, 3, 160, 224]))
+    expected = torch.from_numpy(np.load(GOLDEN / "segformer_b0.npz")["logits_every8"])
+    with torch.inference_mode():
+        logits = Segformer(B0, official).eval()(images)
+    found = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)[..., ::8, ::8]
+    assert found.shape == expected.shape
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < 5e-6, error  # reached here: 6.9e-7; float32 sums in another order
+
+
+def test_hub_names_load_the_same(official: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        from_official = Segformer(B0, official).eval()(images)
+        from_hub = Segformer(B0, hub_names(official)).eval()(images)
+    assert torch.equal(from_official, from_hub)
+
+
+def test_missing_unexpected_and_wrong_keys_stop(official: dict[str, torch.Tensor]) -> None:
+    lacking = {k: v for k, v in official.items() if k != "decode_head.linear_pred.bias"}
+    with pytest.raises(HarnessError, match=r"weights do not fit the model. 1 missing: decode_head.classifier.bias"):
+        Segformer(B0, lacking)
+    with pytest.raises(HarnessError, match="1 unexpected: something.else"):
+        Segformer(B0, official | {"something.else": torch.zeros(1)})
+    Segformer(B0, official | {"something.else": torch.zeros(1)}, allow_unexpected=("something.*",))
+    with pytest.raises(HarnessError, match="of another shape: decode_head.classifier.weight"):
+        Segformer(B0, official | {"decode_head.linear_pred.weight": torch.zeros(19, 256, 1, 1)})
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = random_segformer(B0, 5).state_dict()
+    torch.manual_seed(2)
+    again, other = random_segformer(B0, 5).state_dict(), random_segformer(B0, 6).state_dict()
+    key = "network.decode_head.classifier.weight"
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first[key], other[key])
+    assert sum(v.numel() for k, v in first.items() if "running" not in k and "tracked" not in k) == 3_752_694
