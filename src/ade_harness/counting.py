@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +88,7 @@ class ImageCounter:
     writer: LedgerWriter
     coordinator: Coordinator
     overlay_folder: Path
+    marks: Sequence[str] = ()
     matrix: np.ndarray = field(default_factory=lambda: np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64))
     """Sum of this rank's images."""
     failures: list[Failure] = field(default_factory=list)
@@ -121,8 +123,9 @@ class ImageCounter:
                 )
             )
             if item.overlay_image is not None:
-                target = item.target.numpy()
-                save_overlay(self.overlay_folder / f"{item.image_id}.png", item.overlay_image.numpy(), target, labels.cpu().numpy())
+                path = self.overlay_folder / f"{item.image_id}.png"
+                picture, target = item.overlay_image.numpy(), item.target.numpy()
+                save_overlay(path, picture, target, labels.cpu().numpy(), self.marks)
         except HarnessError as error:
             self._fail(Failure(item.image_id, str(error)))
             return

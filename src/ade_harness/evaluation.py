@@ -74,11 +74,12 @@ def evaluate(
         coordinator = Coordinator()
         drawn = np.linspace(0, len(dataset.ids) - 1, min(cfg.run.overlays, len(dataset.ids))).astype(int)
         items = ImageItems(dataset, todo, predictor, {dataset.ids[i] for i in drawn})
-        counter = ImageCounter(predictor, LedgerWriter(run_dir / LEDGER), coordinator, run_dir / "overlays")
+        counter = ImageCounter(predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir / "overlays", marks)
         sizes = dataset.sizes()
         work = WorkItems(items, [sizes[i][0] * sizes[i][1] for i in todo], cfg.runtime.workers)
         reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(before))
         loop = WorkLoop(counter.process, model.module if model else None, coordinator, reporter)
+        begin = time.monotonic()
         try:
             if todo:
                 trainer.test(loop, work, verbose=False)
@@ -89,6 +90,7 @@ def evaluate(
                 loop.close(len(todo))
         failures: list[Failure] = sum(gather(counter.failures), [])
         total = all_reduce_sum(counter.matrix, trainer.strategy.root_device) + matrix_of(before)
+        rate = len(todo) / (time.monotonic() - begin)
         world_size = trainer.world_size
 
     if record is None:
@@ -113,10 +115,11 @@ def evaluate(
         if published.mIoU is None or dataset.is_demo
         else Published(published.mIoU, published.protocol, published.source),
         seconds=time.monotonic() - start,
+        images_per_second=rate,
         world_size=world_size,
     )
     write_result(result)
-    record.finish(rows, result.seconds, world_size)
+    record.finish(rows, result.seconds, rate, world_size)
     return result, record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ _IGNORED = (60, 60, 60)
 
 
 def draw_overlay(
-    image: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8],
+    target: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.uint8],
+    marks: Sequence[str] = (),
 ) -> Image.Image:
     """Draw four panels side by side, with the classes that cover most.
 
@@ -28,6 +32,7 @@ def draw_overlay(
         image: uint8 [H, W, 3] RGB.
         target: uint8 [H, W], 255 where nothing is counted.
         labels: uint8 [H, W].
+        marks: written below the panels.
     """
     colors = palette()
     valid = target != IGNORE_INDEX
@@ -44,7 +49,7 @@ def draw_overlay(
     }
     scale = max(1, -(-_MIN_PANEL_HEIGHT // image.shape[0]))
     height, width = image.shape[0] * scale, image.shape[1] * scale
-    canvas = Image.new("RGB", (4 * width + 3 * _GAP, height + _CAPTION), "white")
+    canvas = Image.new("RGB", (4 * width + 3 * _GAP, height + _CAPTION * (1 + bool(marks))), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(13)
     for column, (caption, pixels) in enumerate(panels.items()):
@@ -54,16 +59,22 @@ def draw_overlay(
         while draw.textlength(caption, font=font) > width and len(caption) > 4:
             caption = caption[:-4] + "..."
         draw.text((left + 2, 3), caption, fill="black", font=font)
+    if marks:
+        draw.text((2, height + _CAPTION + 3), "; ".join(marks), fill=_WRONG, font=font)
     return canvas
 
 
 def save_overlay(
-    path: Path, image: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]
+    path: Path,
+    image: npt.NDArray[np.uint8],
+    target: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.uint8],
+    marks: Sequence[str] = (),
 ) -> None:
     """Write :func:`draw_overlay` as a PNG."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_overlay(image, target, labels).save(path)
+        draw_overlay(image, target, labels, marks).save(path)
     except OSError as error:
         raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
 

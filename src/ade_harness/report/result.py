@@ -50,6 +50,9 @@ class Result:
     """Warnings about the class map."""
     published: Published | None
     seconds: float
+    """From start to end, loading included."""
+    images_per_second: float
+    """Of the evaluation alone; 0 if nothing was left to do."""
     world_size: int
     convention: str = CONVENTION
 
@@ -106,10 +109,8 @@ def write_result(result: Result) -> None:
         raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
     rows = per_class_rows(result.matrix)
     text = io.StringIO()
-    if result.marks:
-        text.write(f"# {'; '.join(result.marks)}\n")
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, [*rows[0], "marks"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**row, "marks": "; ".join(result.marks)} for row in rows)
     write_text(result.run_dir / "per_class.csv", text.getvalue())
     write_json(result.run_dir / "metrics.json", result.metrics())

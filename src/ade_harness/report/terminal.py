@@ -41,10 +41,9 @@ def print_result(console: Console, result: Result, tracking_path: str | None) ->
     console.print(Panel(Group(_scores(result), _remarks(result), "", _classes(result)), title=title, expand=False))
     for note in result.notes:
         console.print(Text(f"Note: {note}.", style="yellow"))
-    rate = result.images / result.seconds if result.seconds else 0.0
     ranks = "1 rank" if result.world_size == 1 else f"{result.world_size} ranks"
     lines = [
-        ("time", f"{format_seconds(result.seconds)} on {ranks}, {rate:.1f} images/s"),
+        ("time", f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating"),
         ("run directory", str(result.run_dir)),
         ("W&B", tracking_path or "off"),
     ]

@@ -1,0 +1,423 @@
+"""The command line: help, configuration, every mistake as one message with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from ade_harness.config import choices, compose_config, conf_dir, known_keys
+from ade_harness.errors import HarnessError
+from ade_harness.leaderboard.catalogue import published_rows
+from tests.conftest import REPOSITORY, Done
+
+Call = Callable[..., Done]
+FAST = ("tracking=none", "run.overlays=0", "runtime.workers=0")
+
+
+def one_message(done: Done, *words: str) -> None:
+    """Check that a command failed with exit code 2 and one clear message."""
+    assert done.code == 2, done.out + done.err
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err + done.out
+    for word in words:
+        assert word in done.err, done.err
+
+
+def test_help_tells_the_verbs_and_options(call: Call) -> None:
+    for words in (["--help"], ["-h"], ["help"], ["evaluate", "--help"]):
+        done = call(*words)
+        assert done.code == 0
+        for word in ("evaluate", "models", "data download", "data verify", "doctor", "model.checkpoint=", "--cfg job"):
+            assert word in done.out
+    assert call("--version").out.startswith("ade-harness ")
+
+
+def test_models_lists_the_catalogue(call: Call) -> None:
+    done = call("models")
+    assert done.code == 0
+    assert len(published_rows()) == 21
+    assert sum(r.metric == "mIoU" for r in published_rows()) == 6
+    for row in published_rows():
+        assert row.system.split(" ")[0] in done.out
+    assert "never published" in done.out
+    assert "not yet" in done.out
+    assert "published by others" in done.out
+    assert published_rows()[0].score == 62.9
+    for metric in ("mIoU", "miou"):  # ranked by score, ties by date, as the site does
+        rows = [r for r in published_rows() if r.metric == metric]
+        assert rows == sorted(rows, key=lambda r: (-r.score, r.date))
+
+
+def test_doctor_tells_what_there_is(call: Call) -> None:
+    done = call("doctor")
+    assert done.code == 0
+    for word in ("python:", "torch:", "CUDA:", "GPUs:", "memory:", "disk:", "W&B:", "network:", "dataset:", "SLURM:"):
+        assert word in done.out
+
+
+def test_cfg_job_shows_the_composed_configuration(call: Call) -> None:
+    done = call("model=segformer_b0", "model.weights=random", "dataset=ade20k", "dataset.root=/x", "--cfg", "job")
+    shown = yaml.safe_load(done.out)
+    assert shown["inference"]["name"] == "mmseg_whole_512_align32"
+    assert shown["model"]["hub"]["sha256"].startswith("6ae39add")
+    assert call("--cfg=job").out == call("--cfg", "job").out
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_configuration_composes(name: str) -> None:
+    needed = {"custom": ["model._target_=a.b"], "hf": ["model.id=x"]}.get(name, ["model.path=x"])
+    data = [] if name == "demo" else ["dataset=ade20k", "dataset.root=x"]
+    cfg = compose_config([f"model={name}", *needed, *data])
+    assert cfg.model.name == name
+    assert cfg.model.label
+    assert cfg.inference.source
+
+
+@pytest.mark.parametrize("name", choices("inference"))
+def test_every_protocol_names_its_source(name: str) -> None:
+    assert len(compose_config([f"inference={name}"]).inference.source) > 5
+
+
+def test_a_models_protocol_can_be_overridden() -> None:
+    base = ["dataset=ade20k", "dataset.root=x", "model=segformer_b0"]
+    assert compose_config([*base, "inference=fit_512"]).inference.name == "fit_512"
+
+
+def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "defaults: [schema, {override /inference@_global_.inference: fit_512}, _self_]\n"
+        "name: mine\nkind: custom\nlabel: mine\n_target_: a.b\n"
+    )
+    cfg = compose_config(["model=mine", "dataset=ade20k", "dataset.root=x"], tmp_path)
+    assert (cfg.model.name, cfg.inference.name) == ("mine", "fit_512")
+    with pytest.raises(HarnessError, match=r"model=mina: no such choice. Did you mean 'mine'"):
+        compose_config(["model=mina"], tmp_path)
+    with pytest.raises(HarnessError, match="is not a folder"):
+        compose_config([], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model=segfomer_b0"], ["model=segfomer_b0: no such choice", "'segformer_b0'"]),
+        (["dataset.limt=3"], ["dataset.limt: no such option", "'dataset.limit'"]),
+        (["devices=2"], ["'runtime.devices'"]),
+        (["modle=demo"], ["Did you mean 'model'"]),
+        (["evalute"], ["'evalute' is no verb", "'evaluate'"]),
+        (["--confg", "job"], ["--confg: no such flag", "--cfg"]),
+        (["dataset.limit=many"], ["dataset.limit", "Integer"]),
+        (["dataset.limit=0"], ["dataset.limit=0: expected 1 or more"]),
+        (["runtime.devices=none"], ["runtime.devices=none: expected a number"]),
+        (["runtime.accelerator=gpu"], ["expected one of auto, cpu, cuda"]),
+        (["inference.resize.rule=short"], ["'short_side'"]),
+        (["inference.resize.rule=exact"], ["inference.resize.height=None"]),
+        (["inference=fit_512", "inference.output.upsample=one_step"], ["does not go with padding"]),
+        (["model.input.std=[1,0,1]"], ["model.input.std: expected numbers over 0"]),
+        (["model.class_map=[0,150]"], ["model.class_map[1]=150: expected 0..149"]),
+        (["model=onnx"], ["model.path must be set"]),
+        (["model=custom"], ["model._target_ must be set"]),
+        (["model=hf"], ["model.id must be set"]),
+        (["dataset=ade20k", "model=segformer_b0"], ["dataset.root must be set", "data download"]),
+        (["dataset=ade20k", "dataset.root=x"], ["model=demo knows only the made-up demo images"]),
+        (["a=[b"], ["configuration is not valid"]),
+        (["dataset=ade20k", "dataset.root=nowhere", "model=segformer_b0"], ["nowhere: no such folder or zip"]),
+        (["models", "x"], ["models takes no arguments"]),
+        (["data"], ["data download"]),
+        (["data", "verify", "nowhere"], ["nowhere: no such folder or zip"]),
+        (["data", "download", "--colour"], ["unrecognized arguments: --colour"]),
+        (["runtime.accelerator=cuda", "runtime.devices=99"], ["GPU"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_message(call: Call, tmp_path: Path, words: list[str], expected: list[str]) -> None:
+    one_message(call(*words), *expected)
+    assert not list(tmp_path.iterdir())  # nothing written
+
+
+def test_known_keys_cover_the_schema() -> None:
+    keys = set(known_keys())
+    assert {"model.hub.sha256", "runtime.devices", "inference.resize.pad_to", "run.dir", "model.kwargs"} <= keys
+
+
+# the demo, and what a run directory holds
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run the embedded default once, without arguments but where to write."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [sys.executable, "-m", "ade_harness"], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "runs").iterdir()
+    return run, done.stdout
+
+
+def test_demo_says_that_it_is_one_on_every_output(demo: tuple[Path, str]) -> None:
+    run, shown = demo
+    assert shown.count("DEMO: made-up images") == 2
+    for name in ("metrics.json", "manifest.json", "config.yaml", "per_class.csv"):
+        assert "DEMO: made-up images" in (run / name).read_text(), name
+    import pyarrow.parquet as pq
+
+    segment = next((run / "ledger").glob("*.parquet"))
+    assert b"DEMO" in pq.read_schema(segment).metadata[b"ade_harness.marks"]
+
+
+def test_demo_is_far_better_than_chance(demo: tuple[Path, str]) -> None:
+    metrics = json.loads((demo[0] / "metrics.json").read_text())
+    assert metrics["complete"] is True
+    assert metrics["images"] == 200
+    assert metrics["mIoU"] > 0.5  # chance is below 0.01
+    assert metrics["mIoU"] == metrics["mIoU_csail"] == metrics["mIoU_detectron2"]  # all classes occur
+    assert {"pixel_accuracy", "mean_accuracy", "fwIoU", "final_score", "pixels"} <= metrics.keys()
+
+
+def test_run_directory_holds_the_whole_record(demo: tuple[Path, str]) -> None:
+    run, _ = demo
+    matrix = np.load(run / "confusion_matrix.npy")
+    assert (matrix.shape, matrix.dtype) == ((150, 151), np.int64)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert matrix.sum() == metrics["pixels"]
+    frame = pd.read_parquet(run / "ledger")
+    assert len(frame) == 200
+    assert frame.valid_pixels.sum() == metrics["pixels"]
+    table = pd.read_csv(run / "per_class.csv")
+    assert len(table) == 150
+    assert table.IoU.mean() == pytest.approx(metrics["mIoU"])
+    assert table.ground_truth_pixels.sum() == metrics["pixels"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["dataset"]["images"] == 200
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["command"] == ["python", "-m", "ade_harness"]
+    assert len(manifest["dataset"]["content_hash"]) == 64
+    assert manifest["timings"]["world_size"] == 1
+    assert manifest["environment"]["packages"]["torch"]
+    assert len(list((run / "overlays").glob("*.png"))) == 4
+
+
+def test_terminal_shows_the_table(demo: tuple[Path, str]) -> None:
+    _, shown = demo
+    for words in ("mIoU", "pixel accuracy", "frequency-weighted IoU", "final score", "best classes", "worst classes"):
+        assert words in shown
+    assert "run directory:" in shown
+    assert "images/s" in shown
+    assert "\x1b[" not in shown  # no control codes in a log
+    assert "published" not in shown  # there is no published score of the demo
+
+
+# W&B
+
+
+def read_wandb(path: Path) -> list[object]:
+    """Read the records of an offline W&B file: a 7-byte header, then LevelDB's log format in 32 KiB blocks."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts, records = path.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records
+
+
+def test_wandb_offline_run_holds_the_result(demo: tuple[Path, str]) -> None:
+    run, shown = demo
+    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    assert str(file.parent.name) in shown
+    records = read_wandb(file)
+    (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]  # type: ignore[attr-defined]
+    assert (started.project, started.run_group, started.job_type) == ("ade20k", "demo", "evaluate")
+    assert "demo" in started.tags
+    config = {u.key: json.loads(u.value_json) for u in started.config.update}
+    assert config["dataset"]["images"] == 200
+    assert config["provenance"]["marks"]
+    summary: dict[str, object] = {}
+    for record in records:
+        updates = record.summary.update if record.WhichOneof("record_type") == "summary" else ()  # type: ignore[attr-defined]
+        summary |= {(u.key or ".".join(u.nested_key)): json.loads(u.value_json) for u in updates}
+        history = record.history.item if record.WhichOneof("record_type") == "history" else ()  # type: ignore[attr-defined]
+        summary |= {(u.key or ".".join(u.nested_key)): json.loads(u.value_json) for u in history}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert summary["mIoU"] == metrics["mIoU"]
+    assert summary["pixels"] == metrics["pixels"]
+    assert summary["per_class.nrows"] == 150
+    assert summary["confusion_matrix._type"] == "image-file"
+    pictures = [key for key in summary if key.startswith("overlays/") and key.endswith(".path")]
+    assert len(pictures) == 4
+    for key in (*pictures, "confusion_matrix.path", "per_class.path"):
+        assert (file.parent / "files" / str(summary[key])).is_file()
+
+
+def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ade_harness.cli import main; code = main(sys.argv[1:]);"
+        "assert 'wandb' not in sys.modules, 'imported'; sys.exit(code)"
+    )
+    words = ["dataset.limit=2", *FAST]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_tracking_failure_loses_nothing(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    def broken(**_: object) -> None:
+        raise RuntimeError("the server is on fire")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
+    assert done.code == 0
+    assert "W&B logging failed (RuntimeError: the server is on fire)" in done.out.replace("\n", " ")
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 2
+
+
+# real runs on small data
+
+
+def test_predictions_of_the_truth_score_one(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for path in (tiny_ade / "annotations/validation").iterdir():
+        Image.fromarray(np.maximum(np.array(Image.open(path)), 1)).save(folder / path.name)
+    words = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST]
+    done = call(*words, "run.dir=run")
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["mIoU"] == metrics["pixel_accuracy"] == 1.0
+    assert metrics["complete"] is False
+    assert "PARTIAL: 7 of 2,000 images" in done.out
+    for path in folder.iterdir():
+        Image.fromarray(np.array(Image.open(path)) - 1).save(path)  # zero-based, but read as official:
+    done = call(*words, "run.dir=run2")
+    assert done.code == 0, done.err
+    assert "every predicted class is one too low" in done.out  # the usual mistake is recognised
+    done = call(*words, "model.encoding=zero_based", "run.dir=run3")
+    assert json.loads((tmp_path / "run3/metrics.json").read_text())["mIoU"] == 1.0
+    (folder / "ADE_val_99990003.png").unlink()
+    one_message(call(*words), "1 of 7 label files are missing, the first is ADE_val_99990003.png")
+
+
+def test_predictions_from_the_zip_count_the_same(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "ADEChallengeData2016.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for file in sorted(tiny_ade.rglob("*.*")):
+            opened.write(file, file.relative_to(tiny_ade.parent))
+    folder = tiny_ade / "annotations/validation"
+    for name, root in (("a", tiny_ade), ("b", archive)):
+        done = call(
+            "model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={root}", f"run.dir={name}",
+            "tracking=none", "runtime.workers=2",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+    a, b = (np.load(tmp_path / n / "confusion_matrix.npy") for n in "ab")
+    assert np.array_equal(a, b)
+
+
+def test_random_weights_are_marked_on_every_output(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
+    done = call(
+        "model=segformer_b0", "model.weights=random", "dataset=ade20k", f"dataset.root={tiny_ade}",
+        "dataset.limit=1", "run.dir=run", "tracking=none",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.out.count("RANDOM WEIGHTS") == 2
+    for name in ("metrics.json", "manifest.json", "config.yaml", "per_class.csv"):
+        assert "RANDOM WEIGHTS" in (tmp_path / "run" / name).read_text()
+    assert "published by others" in done.out
+    assert "37.40" in done.out
+
+
+def damaged_run(call: Call, tiny_ade: Path) -> Done:
+    folder = tiny_ade / "annotations/validation"
+    words = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", "run.dir=run"]
+    return call(*words, "tracking=none", "runtime.workers=1")
+
+
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_a_damaged_file_gives_no_score_and_the_run_goes_on_after_mending(
+    call: Call, tiny_ade: Path, tmp_path: Path, kind: str
+) -> None:
+    part = "images" if kind == "image" else "annotations"
+    victim = next((tiny_ade / part / "validation").glob("*99990001.*"))
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2 + 100] if kind == "image" else content[:60])
+    done = damaged_run(call, tiny_ade)
+    one_message(done, "ADE_val_99990001", "cannot be read", "No score:", "run.dir=")
+    assert not (tmp_path / "run/metrics.json").exists()
+    victim.write_bytes(content)
+    # the listing differs from the damaged one, so this is a new run
+    one_message(damaged_run(call, tiny_ade), "dataset.listing_hash")
+
+
+def test_label_over_150_in_the_data_gives_no_score(call: Call, tiny_ade: Path) -> None:
+    victim = tiny_ade / "annotations/validation/ADE_val_99990001.png"
+    labels = np.array(Image.open(victim))
+    folder = tiny_ade.parent / "labels"
+    folder.mkdir()
+    for path in (tiny_ade / "annotations/validation").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    labels[0, 0] = 151
+    Image.fromarray(labels).save(victim)
+    words = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST]
+    one_message(call(*words), "ADE_val_99990001.png: label 151 is over 150", "No score: ")
+
+
+def test_a_finished_run_continues_to_the_same_result(call: Call, tmp_path: Path) -> None:
+    words = ["dataset.limit=5", "run.dir=run", *FAST]
+    assert call(*words).code == 0
+    first = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix in (".npy", ".csv")}
+    segments = sorted(p.name for p in (tmp_path / "run/ledger").iterdir())
+    done = call(*words)
+    assert done.code == 0
+    assert "continuing: 5 images are done" in done.out
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix in (".npy", ".csv")} == first
+    assert sorted(p.name for p in (tmp_path / "run/ledger").iterdir()) == segments  # nothing was done again
+    one_message(call("dataset.limit=4", "run.dir=run", *FAST), "dataset.limit: was 5, is 4")
+
+
+def test_lost_and_damaged_segments_are_done_again(call: Call, tmp_path: Path) -> None:
+    words = ["dataset.limit=40", "run.dir=run", *FAST]
+    assert call(*words).code == 0
+    first = np.load(tmp_path / "run/confusion_matrix.npy")
+    segments = sorted((tmp_path / "run/ledger").iterdir())
+    assert len(segments) == 2
+    segments[0].write_bytes(segments[0].read_bytes()[:500])
+    done = call(*words)
+    assert done.code == 0
+    assert "continuing: 8 images are done, 1 ledger files are damaged" in done.out
+    assert np.array_equal(np.load(tmp_path / "run/confusion_matrix.npy"), first)
+
+
+def test_multirun_runs_every_combination(call: Call, tmp_path: Path) -> None:
+    done = call("-m", "dataset.limit=1,2", "run.root=out", *FAST)
+    assert done.code == 0, done.err
+    found = sorted(json.loads(p.read_text())["images"] for p in (tmp_path / "out").glob("*/metrics.json"))
+    assert found == [1, 2]
+    one_message(call("-m", "model=demo,segfomer_b0"), "'segformer_b0'")
+
+
+def test_config_dir_is_in_the_wheel_or_the_repository() -> None:
+    assert (conf_dir() / "config.yaml").is_file()
+    assert (REPOSITORY / "conf" / "config.yaml").is_file()
