@@ -17,7 +17,7 @@ SOURCE = REPOSITORY / "src" / "ade_harness"
 ORDER = (
     "errors", "config", "data", "models", "inference", "kernels", "runs", "metrics", "report", "tracking", "leaderboard",
 )  # fmt: skip
-ALLOWED_BACK = {("inference", "kernels"), ("report", "runtime"), ("runs", "data")}
+ALLOWED_BACK = {("inference", "kernels"), ("report", "runtime")}
 
 
 def imports_of(path: Path) -> set[str]:

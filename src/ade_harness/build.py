@@ -32,6 +32,7 @@ def build_dataset(cfg: DictConfig, check: bool) -> SegmentationDataset:
 
     Raises:
         HarnessError: see :mod:`ade_harness.data.ade20k`.
+
     """
     ids = list(cfg.ids) if cfg.ids is not None else None
     if cfg.kind == "demo":
@@ -53,6 +54,7 @@ def build_predictor(
 
     Raises:
         HarnessError: see :mod:`ade_harness.models.loading`; or a protocol that the model cannot take.
+
     """
     if cfg.model.kind == "predictions":
         folder = FolderPredictor(Path(cfg.model.path).expanduser(), cfg.model.encoding)

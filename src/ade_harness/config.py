@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ade_harness.config_checks import validate
 from ade_harness.errors import HarnessError, did_you_mean
 
 GROUPS = ("model", "dataset", "inference", "runtime", "tracking")
@@ -216,6 +217,7 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
 
     Raises:
         HarnessError: an unknown key or choice, a value of the wrong type or out of range.
+
     """
     register_schemas()
     GlobalHydra.instance().clear()
@@ -253,9 +255,7 @@ def _check_override(text: str, extra: Path | None) -> None:
         known = choices(key, extra)
         value = override.value()
         if isinstance(value, str) and value not in known:
-            raise HarnessError(
-                f"{key}={value}: no such choice.{did_you_mean(value, known)} Known: {', '.join(known)}."
-            )
+            raise HarnessError(f"{key}={value}: no such choice.{did_you_mean(value, known)} Known: {', '.join(known)}.")
     elif not text.startswith(("+", "~", "hydra.")) and not key.startswith(("model.kwargs.", "model.architecture.")):
         known = list(known_keys())
         if key not in known and not any(k.startswith(key + ".") for k in known):
@@ -271,7 +271,7 @@ def known_keys() -> Iterator[str]:
 
 def _leaves(cfg: DictConfig, prefix: str) -> Iterator[str]:
     for key in cfg:
-        path = f"{prefix}.{key}"
+        path = f"{prefix}.{key!s}"
         value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
         if isinstance(value, DictConfig) and len(value):
             yield from _leaves(value, path)
@@ -283,116 +283,22 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     cause = error.__cause__
     if cause is not None and str(cause) not in str(error):
         lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
-    skip = ("full_key:", "object_type=", "Set the environment", "reference_type=", "See https", "Config search path")
+    skip = (
+        "full_key:",
+        "object_type=",
+        "Set the environment",
+        "reference_type=",
+        "See https",
+        "Config search path",
+    )
     text = " ".join(line for line in lines if not line.startswith(skip))
     key = re.search(r"full_key: (\S+)", f"{error}\n{cause or ''}")
     where = f" (key {key[1]})" if key and key[1] not in text else ""
-    return f"The configuration is not valid{where}: {text or type(error).__name__}. Given: {' '.join(overrides) or '(nothing)'}"
+    given = " ".join(overrides) or "(nothing)"
+    return f"The configuration is not valid{where}: {text or type(error).__name__}. Given: {given}"
 
 
 def _check_missing(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise HarnessError(f"{missing[0]} must be set: add {missing[0]}=... to the command.")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise HarnessError(message)
-
-
-def _one_of(cfg: DictConfig, key: str, allowed: Sequence[str]) -> None:
-    value = OmegaConf.select(cfg, key)
-    _require(
-        value in allowed,
-        f"{key}={value}: expected one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}",
-    )
-
-
-def validate(cfg: DictConfig) -> None:
-    """Check ranges and combinations; raises HarnessError naming the key."""
-    _one_of(cfg, "model.weights", ("pretrained", "random"))
-    _one_of(cfg, "model.encoding", ("official", "zero_based"))
-    _one_of(cfg, "model.input.channel_order", ("rgb", "bgr"))
-    _one_of(cfg, "dataset.kind", ("demo", "ade20k"))
-    _one_of(cfg, "dataset.split", ("validation", "training"))
-    _one_of(cfg, "inference.mode", ("whole",))
-    _one_of(cfg, "inference.resize.rule", ("none", "exact", "short_side", "longest_side"))
-    _one_of(cfg, "inference.resize.rounding", ("mmseg", "detectron2"))
-    _one_of(cfg, "inference.resize.backend", ("opencv", "pillow", "torch"))
-    _one_of(cfg, "inference.output.upsample", ("two_step", "one_step"))
-    _one_of(cfg, "inference.output.first_step", ("bilinear", "legacy_bilinear"))
-    _one_of(cfg, "inference.output.labels", ("original", "input"))
-    _one_of(cfg, "runtime.accelerator", ("auto", "cpu", "cuda"))
-    _one_of(cfg, "tracking.kind", ("wandb", "none"))
-    if cfg.tracking.mode is not None:
-        _one_of(cfg, "tracking.mode", ("online", "offline", "disabled"))
-    for key in ("dataset.limit", "dataset.images", "runtime.threads", "runtime.num_nodes"):
-        value = OmegaConf.select(cfg, key)
-        _require(value is None or value >= 1, f"{key}={value}: expected 1 or more.")
-    for key in ("runtime.workers", "run.overlays"):
-        value = OmegaConf.select(cfg, key)
-        _require(value is None or value >= 0, f"{key}={value}: expected 0 or more.")
-    devices = cfg.runtime.devices
-    _require(
-        devices == "auto" or (isinstance(devices, int) and devices >= 1),
-        f"runtime.devices={devices}: expected a number of ranks from 1 up, or auto.",
-    )
-    resize = cfg.inference.resize
-    needed = {"exact": ("height", "width"), "short_side": ("side",), "longest_side": ("side",)}
-    for name in needed.get(resize.rule, ()):
-        value = resize[name]
-        _require(
-            value is not None and value >= 1,
-            f"inference.resize.{name}={value}: the rule {resize.rule} needs it, in pixels.",
-        )
-    for name in ("multiple_of", "pad_multiple"):
-        _require(resize[name] >= 1, f"inference.resize.{name}={resize[name]}: expected 1 or more.")
-    padded = resize.pad_to is not None or resize.pad_multiple > 1
-    _require(
-        not (padded and cfg.inference.output.upsample == "one_step"),
-        "inference.output.upsample=one_step does not go with padding: the padding is cut off at the input's size."
-        " Use two_step.",
-    )
-    for name in ("mean", "std"):
-        values = cfg.model.input[name]
-        _require(len(values) == 3, f"model.input.{name}: expected three numbers, got {list(values)}.")
-    _require(all(v > 0 for v in cfg.model.input.std), "model.input.std: expected numbers over 0.")
-    _check_class_map(cfg.model.class_map)
-    _check_model(cfg)
-
-
-def _check_class_map(class_map: Sequence[int | None] | None) -> None:
-    for channel, value in enumerate(class_map or ()):
-        _require(
-            value is None or 0 <= value < 150,
-            f"model.class_map[{channel}]={value}: expected 0..149, or null for a channel that is left out.",
-        )
-    _require(
-        class_map is None or any(v is not None for v in class_map),
-        "model.class_map: every channel is null, so nothing could be predicted.",
-    )
-
-
-_NEEDED = {
-    "onnx": ("path", "the .onnx file"),
-    "torchscript": ("path", "the TorchScript file"),
-    "predictions": ("path", "the folder of label PNGs"),
-    "hf": ("id", "a hub id or a local folder"),
-    "custom": ("_target_", "the import path of your nn.Module, such as my_pkg.my_module.MyNet"),
-}
-
-
-def _check_model(cfg: DictConfig) -> None:
-    key, what = _NEEDED.get(cfg.model.kind, (None, None))
-    _require(key is None or cfg.model[key] is not None, f"model.{key} must be set: {what}.")
-    _require(
-        cfg.model.kind != "demo" or cfg.dataset.kind == "demo",
-        "model=demo knows only the made-up demo images. Choose a model for this data set, such as"
-        " model=segformer_b0: `python -m ade_harness models` lists them.",
-    )
-    _require(
-        cfg.dataset.kind != "ade20k" or bool(cfg.dataset.root),
-        "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT)."
-        " `python -m ade_harness data download` fetches it.",
-    )

@@ -54,6 +54,7 @@ class ImageItems(Dataset[LoadedImage | Failure]):
         indices: which of them, by item number.
         predictor: prepares the network's input.
         overlay_ids: images to be drawn.
+
     """
 
     def __init__(
@@ -141,5 +142,3 @@ class ImageCounter:
     def _fail(self, failure: Failure) -> None:
         self.failures.append(failure)
         self.coordinator.stop()
-
-

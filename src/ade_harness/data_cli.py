@@ -99,7 +99,10 @@ def _print_report(console: Console, report: VerifyReport) -> None:
 
     pixels = int(report.class_pixels.sum())
     say(f"{report.root}: {report.pairs} of {report.expected} {report.split} pairs")
-    say(f"{pixels:,} labelled and {report.ignored_pixels:,} unlabelled pixels, {(report.class_pixels > 0).sum()} of 150 classes occur")
+    say(
+        f"{pixels:,} labelled and {report.ignored_pixels:,} unlabelled pixels,"
+        f" {(report.class_pixels > 0).sum()} of 150 classes occur"
+    )
     if report.missing:
         shown = ", ".join(report.missing[:5])
         say(f"{len(report.missing)} official images are missing: {shown}{', ...' if len(report.missing) > 5 else ''}")
@@ -107,4 +110,8 @@ def _print_report(console: Console, report: VerifyReport) -> None:
         say(f"problem: {problem}")
     if len(report.problems) > _PROBLEMS_SHOWN:
         say(f"... and {len(report.problems) - _PROBLEMS_SHOWN} more problems")
-    say("whole and undamaged" if report.is_whole else "NOT the whole official set: a score on it would be partial or wrong")
+    say(
+        "whole and undamaged"
+        if report.is_whole
+        else "NOT the whole official set: a score on it would be partial or wrong"
+    )

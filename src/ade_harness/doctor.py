@@ -39,9 +39,15 @@ def findings() -> list[tuple[str, str]]:
     return [
         ("ade-harness", f"{code['version']}{commit}, configuration in {conf_dir()}"),
         ("python", f"{facts['python']} on {facts['platform']}"),
-        ("torch", f"{packages['torch']} (lightning {packages.get('lightning')}, transformers {packages.get('transformers')})"),
+        (
+            "torch",
+            f"{packages['torch']} (lightning {packages.get('lightning')}, transformers {packages.get('transformers')})",
+        ),
         ("CUDA", _cuda(facts["cuda"], facts["driver"])),
-        ("GPUs", ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none: evaluation runs on the CPU"),
+        (
+            "GPUs",
+            ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none: evaluation runs on the CPU",
+        ),
         ("CPU", f"{facts['cpu_cores']} cores, {facts['cpu']}"),
         ("memory", f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free"),
         ("disk", f"{free:.1f} GiB free here; cache in {cache_dir()} ({_writable(cache_parent)})"),
@@ -78,8 +84,13 @@ def _dataset() -> str:
 
 def _network() -> str:
     hub = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    hosts = {"hub": (hub.hostname or "", hub.port or 443), "dataset": (urlparse(OFFICIAL_URL).hostname or "", 80)}
-    return ", ".join(f"{name} {'reachable' if _reaches(*address) else 'not reachable'}" for name, address in hosts.items())
+    hosts = {
+        "hub": (hub.hostname or "", hub.port or 443),
+        "dataset": (urlparse(OFFICIAL_URL).hostname or "", 80),
+    }
+    return ", ".join(
+        f"{name} {'reachable' if _reaches(*address) else 'not reachable'}" for name, address in hosts.items()
+    )
 
 
 def _reaches(host: str, port: int) -> bool:

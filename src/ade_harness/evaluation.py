@@ -22,11 +22,12 @@ from rich.console import Console
 from ade_harness.build import build_dataset, build_predictor, describe_facts, describe_marks
 from ade_harness.counting import Failure, ImageCounter, ImageItems
 from ade_harness.errors import HarnessError
-from ade_harness.metrics.confusion import Matrix, scores
+from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.report.result import Published, Result, write_result
 from ade_harness.runs.directory import LEDGER
-from ade_harness.runs.ledger import LedgerWriter, Row, matrix_of, read_rows
+from ade_harness.runs.exactness import check_exact
+from ade_harness.runs.ledger import LedgerWriter, matrix_of, read_rows
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.coordination import Coordinator, all_reduce_sum, broadcast, gather
 from ade_harness.runtime.progress import reporter_for
@@ -48,6 +49,7 @@ def evaluate(
 
     Raises:
         HarnessError: nothing was scored; what was counted is in the ledger, and the message says how to go on.
+
     """
     start = time.monotonic()
     seed_everything(cfg.runtime.seed, verbose=False)
@@ -60,7 +62,9 @@ def evaluate(
         if trainer.is_global_zero:
             config: Any = OmegaConf.to_container(cfg, resolve=True)
             seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
-            record = start_record(config, describe_facts(dataset, model, cfg, trainer.strategy.root_device.type), marks, seeds)
+            record = start_record(
+                config, describe_facts(dataset, model, cfg, trainer.strategy.root_device.type), marks, seeds
+            )
             for line in (*marks, f"run directory: {record.path}"):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
         run_dir: Path = broadcast(record.path if record else None)
@@ -74,7 +78,9 @@ def evaluate(
         coordinator = Coordinator()
         drawn = np.linspace(0, len(dataset.ids) - 1, min(cfg.run.overlays, len(dataset.ids))).astype(int)
         items = ImageItems(dataset, todo, predictor, {dataset.ids[i] for i in drawn})
-        counter = ImageCounter(predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir / "overlays", marks)
+        counter = ImageCounter(
+            predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir / "overlays", marks
+        )
         sizes = dataset.sizes()
         work = WorkItems(items, [sizes[i][0] * sizes[i][1] for i in todo], cfg.runtime.workers)
         reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(before))
@@ -121,26 +127,6 @@ def evaluate(
     write_result(result)
     record.finish(rows, result.seconds, rate, world_size)
     return result, record
-
-
-def check_exact(rows: Sequence[Row], total: Matrix, image_ids: Sequence[str]) -> None:
-    """Check that every image was counted exactly once (invariant 1).
-
-    Raises:
-        HarnessError: the ledger lacks images, has others, or does not sum to the ranks' matrix.
-    """
-    recorded, expected = {row.image_id for row in rows}, set(image_ids)
-    for what, ids in (("lacks", expected - recorded), ("has unknown", recorded - expected)):
-        if ids:
-            shown = ", ".join(sorted(ids)[:10])
-            raise HarnessError(f"The ledger {what} {len(ids)} images ({shown}{', ...' if len(ids) > 10 else ''}): no score.")
-    from_ledger = matrix_of(rows)
-    if not np.array_equal(from_ledger, total):
-        wrong = int(np.abs(from_ledger - total).sum())
-        raise HarnessError(
-            f"The ranks' sum and the ledger differ by {wrong} pixels: no score."
-            " An image was counted twice or not at all. Start a new run, and please report this."
-        )
 
 
 def _failure_message(failures: Sequence[Failure], counted: int, images: int, run_dir: Path) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from ade_harness.report.terminal import make_console, print_result
+
 from ade_harness.evaluation import evaluate
 from ade_harness.report.result import Result
+from ade_harness.report.terminal import make_console, print_result
 
 
 def run_session(cfg: DictConfig, on_run_dir: Callable[[Path], None] = lambda _: None) -> Result | None:
@@ -22,6 +23,7 @@ def run_session(cfg: DictConfig, on_run_dir: Callable[[Path], None] = lambda _: 
 
     Raises:
         HarnessError: see :func:`ade_harness.evaluation.evaluate`.
+
     """
     console = make_console()
     finished = evaluate(cfg, console, on_run_dir)

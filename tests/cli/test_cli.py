@@ -37,7 +37,15 @@ def test_help_tells_the_verbs_and_options(call: Call) -> None:
     for words in (["--help"], ["-h"], ["help"], ["evaluate", "--help"]):
         done = call(*words)
         assert done.code == 0
-        for word in ("evaluate", "models", "data download", "data verify", "doctor", "model.checkpoint=", "--cfg job"):
+        for word in (
+            "evaluate",
+            "models",
+            "data download",
+            "data verify",
+            "doctor",
+            "model.checkpoint=",
+            "--cfg job",
+        ):
             assert word in done.out
     assert call("--version").out.startswith("ade-harness ")
 
@@ -61,7 +69,18 @@ def test_models_lists_the_catalogue(call: Call) -> None:
 def test_doctor_tells_what_there_is(call: Call) -> None:
     done = call("doctor")
     assert done.code == 0
-    for word in ("python:", "torch:", "CUDA:", "GPUs:", "memory:", "disk:", "W&B:", "network:", "dataset:", "SLURM:"):
+    for word in (
+        "python:",
+        "torch:",
+        "CUDA:",
+        "GPUs:",
+        "memory:",
+        "disk:",
+        "W&B:",
+        "network:",
+        "dataset:",
+        "SLURM:",
+    ):
         assert word in done.out
 
 
@@ -146,7 +165,13 @@ def test_mistakes_are_one_message(call: Call, tmp_path: Path, words: list[str], 
 
 def test_known_keys_cover_the_schema() -> None:
     keys = set(known_keys())
-    assert {"model.hub.sha256", "runtime.devices", "inference.resize.pad_to", "run.dir", "model.kwargs"} <= keys
+    assert {
+        "model.hub.sha256",
+        "runtime.devices",
+        "inference.resize.pad_to",
+        "run.dir",
+        "model.kwargs",
+    } <= keys
 
 
 # the demo, and what a run directory holds
@@ -157,7 +182,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Run the embedded default once, without arguments but where to write."""
     folder = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
-        [sys.executable, "-m", "ade_harness"], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "ade_harness"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "runs").iterdir()
@@ -210,7 +240,14 @@ def test_run_directory_holds_the_whole_record(demo: tuple[Path, str]) -> None:
 
 def test_terminal_shows_the_table(demo: tuple[Path, str]) -> None:
     _, shown = demo
-    for words in ("mIoU", "pixel accuracy", "frequency-weighted IoU", "final score", "best classes", "worst classes"):
+    for words in (
+        "mIoU",
+        "pixel accuracy",
+        "frequency-weighted IoU",
+        "final score",
+        "best classes",
+        "worst classes",
+    ):
         assert words in shown
     assert "run directory:" in shown
     assert "images/s" in shown
@@ -277,7 +314,9 @@ def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
         "assert 'wandb' not in sys.modules, 'imported'; sys.exit(code)"
     )
     words = ["dataset.limit=2", *FAST]
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -351,7 +390,13 @@ def test_random_weights_are_marked_on_every_output(call: Call, tiny_ade: Path, t
 
 def damaged_run(call: Call, tiny_ade: Path) -> Done:
     folder = tiny_ade / "annotations/validation"
-    words = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", "run.dir=run"]
+    words = [
+        "model=predictions",
+        f"model.path={folder}",
+        "dataset=ade20k",
+        f"dataset.root={tiny_ade}",
+        "run.dir=run",
+    ]
     return call(*words, "tracking=none", "runtime.workers=1")
 
 

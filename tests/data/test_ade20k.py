@@ -146,12 +146,17 @@ def test_missing_partners_empty_folders_and_other_sizes(tiny_ade: Path, tmp_path
     annotation = tiny_ade / "annotations/validation/ADE_val_99990002.png"
     content = annotation.read_bytes()
     annotation.unlink()
-    with pytest.raises(HarnessError, match=r"1 of 7 images .*ADE_val_99990002 .missing: annotation annotations/validation/ADE_val_99990002\.jpg|1 of 7 images"):
+    with pytest.raises(
+        HarnessError,
+        match=r"1 of 7 images .*ADE_val_99990002 .missing: annotation annotations/validation/ADE_val_99990002\.jpg|1 of 7 images",
+    ):
         open_ade20k(tiny_ade)
     annotation.write_bytes(content)
     image = tiny_ade / "images/validation/ADE_val_99990002.jpg"
     image.rename(tmp_path / "away.jpg")
-    with pytest.raises(HarnessError, match=r"1 of 7 annotations .*missing: image images/validation/ADE_val_99990002\.jpg"):
+    with pytest.raises(
+        HarnessError, match=r"1 of 7 annotations .*missing: image images/validation/ADE_val_99990002\.jpg"
+    ):
         open_ade20k(tiny_ade)
     Image.new("RGB", (9, 9)).save(image)
     with pytest.raises(HarnessError, match=r"ADE_val_99990002\.jpg is 9x9 .* but .*ADE_val_99990002\.png is 34x34"):
@@ -196,7 +201,12 @@ def test_verify_lists_everything_that_is_wrong(tiny_ade: Path) -> None:
         (images / f"ADE_val_9999{i:04d}.jpg").rename(images / f"ADE_val_{i + 1:08d}.jpg")
         (annotations / f"ADE_val_9999{i:04d}.png").rename(annotations / f"ADE_val_{i + 1:08d}.png")
     height, width = validation_sizes()["ADE_val_00000001"]
-    write_pair(tiny_ade, "ADE_val_00000001", np.zeros((height, width, 3), np.uint8), np.ones((height, width), np.uint8))
+    write_pair(
+        tiny_ade,
+        "ADE_val_00000001",
+        np.zeros((height, width, 3), np.uint8),
+        np.ones((height, width), np.uint8),
+    )
     broken = images / "ADE_val_00000002.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     (annotations / "ADE_val_00000003.png").unlink()

@@ -31,7 +31,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         wanted = self.headers.get("Range")
         self.server.requests.append(wanted)
         if self.server.status != 200:

@@ -47,9 +47,7 @@ class Fixed(nn.Module):
 
 
 def predictor(cfg: DictConfig, module: nn.Module | None = None, **facts: Any) -> NetworkPredictor:
-    model = LoadedModel(
-        module or Fixed(), "random", tuple(cfg.model.input.mean), tuple(cfg.model.input.std), **facts
-    )
+    model = LoadedModel(module or Fixed(), "random", tuple(cfg.model.input.mean), tuple(cfg.model.input.std), **facts)
     return NetworkPredictor(model, cfg.inference, cfg.model)
 
 
@@ -145,7 +143,12 @@ def test_labels_equal_a_plain_reference(overrides: list[str], size: tuple[int, i
 def test_bgr_networks_see_bgr() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     image[..., 0] = 200  # red
-    cfg = config("model.input.channel_order=bgr", "model.input.mean=[0,0,0]", "model.input.std=[1,1,1]", "inference=original_size")
+    cfg = config(
+        "model.input.channel_order=bgr",
+        "model.input.mean=[0,0,0]",
+        "model.input.std=[1,1,1]",
+        "inference=original_size",
+    )
     made = predictor(cfg)
     seen, _ = made._input(made.prepare("x", image), CPU)
     assert seen[0, :, 0, 0].tolist() == [0, 0, 200]
@@ -191,7 +194,9 @@ def test_protocols_that_a_model_cannot_take() -> None:
     with pytest.raises(HarnessError, match="a: 512x384 .* does not fit"):
         small.check_sizes({"a": (384, 512)})
     with pytest.raises(HarnessError, match="makes a size of 8x0"):
-        predictor(config("inference.resize.rule=longest_side", "inference.resize.side=8")).check_sizes({"a": (10, 3000)})
+        predictor(config("inference.resize.rule=longest_side", "inference.resize.side=8")).check_sizes(
+            {"a": (10, 3000)}
+        )
 
 
 def test_legacy_bilinear_equals_its_definition() -> None:
@@ -204,7 +209,9 @@ def test_legacy_bilinear_equals_its_definition() -> None:
             bottom, right = min(top + 1, 2), min(left + 1, 4)
             a = scores[:, top, left] * (1 - (u - left)) + scores[:, top, right] * (u - left)
             b = scores[:, bottom, left] * (1 - (u - left)) + scores[:, bottom, right] * (u - left)
-            assert torch.allclose(found[:, y, x], a * (1 - (v - top)) + b * (v - top), atol=1e-6)  # order of float32 sums
+            assert torch.allclose(
+                found[:, y, x], a * (1 - (v - top)) + b * (v - top), atol=1e-6
+            )  # order of float32 sums
 
 
 @pytest.mark.parametrize("sizes", [((5, 9), (13, 4)), ((8, 8), (8, 8)), ((3, 100), (50, 7))])

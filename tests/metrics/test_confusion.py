@@ -45,7 +45,9 @@ def slow_scores(target: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "mIoU_csail": sum(seen) / NUM_CLASSES,
         "mIoU_detectron2": sum(with_truth) / len(with_truth) if with_truth else 0.0,
         "pixel_accuracy": sum(hit) / pixels if pixels else 0.0,
-        "mean_accuracy": sum(hit[c] / truth[c] for c in range(NUM_CLASSES) if truth[c]) / len(with_truth) if pixels else 0.0,
+        "mean_accuracy": sum(hit[c] / truth[c] for c in range(NUM_CLASSES) if truth[c]) / len(with_truth)
+        if pixels
+        else 0.0,
         "fwIoU": sum(truth[c] * iou[c] for c in range(NUM_CLASSES) if truth[c]) / pixels if pixels else 0.0,
     }
     result["final_score"] = (result["pixel_accuracy"] + result["mIoU"]) / 2
@@ -105,7 +107,9 @@ def official_case(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "metrics.json").read_text())["cases"], ids=lambda c: str(c["seed"]))
+@pytest.mark.parametrize(
+    "case", json.loads((GOLDEN / "metrics.json").read_text())["cases"], ids=lambda c: str(c["seed"])
+)
 def test_equals_the_official_scorers(case: dict) -> None:
     matrix = sum(matrix_from(target_from_annotation(a), p - 1) for a, p in official_case(case["seed"]))
     hit, union = np.diagonal(matrix), matrix.sum(1) + matrix[:, :150].sum(0) - np.diagonal(matrix)

@@ -47,7 +47,9 @@ def model_cfg(*overrides: str) -> DictConfig:
     return compose_config([*overrides, "dataset=ade20k", "dataset.root=."]).model
 
 
-def write_onnx(path: Path, channels: int = 150, size: Any = ("h", "w"), names: str | None = None, rank: int = 4) -> None:
+def write_onnx(
+    path: Path, channels: int = 150, size: Any = ("h", "w"), names: str | None = None, rank: int = 4
+) -> None:
     """Write an ONNX model: one convolution."""
     weights = Tiny(channels).state_dict()
     tensors = [
@@ -60,7 +62,11 @@ def write_onnx(path: Path, channels: int = 150, size: Any = ("h", "w"), names: s
         nodes.append(helper.make_node("ArgMax", ["logits"], ["labels"], axis=1, keepdims=0))
         output = helper.make_tensor_value_info("labels", TensorProto.INT64, ["n", "oh", "ow"])
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, *size])], [output], tensors
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, *size])],
+        [output],
+        tensors,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     if names is not None:
@@ -161,7 +167,11 @@ def test_transformers_checkpoints(tmp_path: Path, kind: str) -> None:
         SegformerForSemanticSegmentation(SegformerConfig(id2label=names, **small)).save_pretrained(folder)
     else:
         backbone = SwinConfig(
-            embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=[f"stage{i}" for i in range(1, 5)]
+            embed_dim=8,
+            depths=[1] * 4,
+            num_heads=[1] * 4,
+            window_size=4,
+            out_features=[f"stage{i}" for i in range(1, 5)],
         )
         config = Mask2FormerConfig(
             backbone_config=backbone, hidden_dim=32, mask_feature_size=32, feature_size=32, num_queries=5,
@@ -281,7 +291,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
         self.end_headers()
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         if "gated" in self.path:
             self.send_response(403)
             self.send_header("X-Error-Code", "GatedRepo")
@@ -295,7 +305,7 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self._head(0, 200)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if "/resolve/" not in self.path:  # the client's other questions
             self.send_error(404)
             return

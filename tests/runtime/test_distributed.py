@@ -67,9 +67,7 @@ def test_another_number_of_ranks_continues(cli: Callable[..., Done], tmp_path: P
     assert done.code == 0, done.err
     assert "continuing: " in done.out
     assert table(tmp_path / "run").label_hash.tolist() == table(one_rank).label_hash.tolist()
-    assert np.array_equal(
-        np.load(tmp_path / "run/confusion_matrix.npy"), np.load(one_rank / "confusion_matrix.npy")
-    )
+    assert np.array_equal(np.load(tmp_path / "run/confusion_matrix.npy"), np.load(one_rank / "confusion_matrix.npy"))
 
 
 @pytest.mark.slow
@@ -118,10 +116,21 @@ def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(
     cli: Callable[..., Done], tmp_path: Path, ranks: int
 ) -> None:
     (tmp_path / "slow_model.py").write_text(SLOW_MODEL)
-    words = ["model=custom", "model._target_=slow_model.Net", "inference=original_size", *WORDS, "dataset.limit=60"]
+    words = [
+        "model=custom",
+        "model._target_=slow_model.Net",
+        "inference=original_size",
+        *WORDS,
+        "dataset.limit=60",
+    ]
     command = [sys.executable, "-m", "ade_harness", *words, f"runtime.devices={ranks}", "run.dir=run"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 90
     while not list((tmp_path / "run/overlays").glob("*.png")) and time.monotonic() < deadline:

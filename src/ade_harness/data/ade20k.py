@@ -83,6 +83,7 @@ class SegmentationDataset:
 
         Raises:
             HarnessError: a file is damaged, of the wrong kind, has labels over 150, or the sizes differ.
+
         """
         pair = self.pairs[index]
         image_bytes, annotation_bytes = self.source.read(pair.image), self.source.read(pair.annotation)
@@ -99,6 +100,7 @@ class SegmentationDataset:
 
         Raises:
             HarnessError: the first pair that does not fit.
+
         """
         sizes = []
         for pair in self.pairs:
@@ -153,11 +155,14 @@ def open_ade20k(
 
     Raises:
         HarnessError: nothing there, another data set, a pair that is not whole, or an unknown id.
+
     """
     source = open_source(root)
     names = source.names()
     if not names:
-        raise HarnessError(f"{root}: this folder is empty. Expected ADEChallengeData2016 with images/ and annotations/.")
+        raise HarnessError(
+            f"{root}: this folder is empty. Expected ADEChallengeData2016 with images/ and annotations/."
+        )
     images, annotations = split_files(names, split)
     if not images and not annotations:
         raise HarnessError(_nothing_here(root, split, names))
@@ -222,7 +227,10 @@ def _add(found: dict[str, str], image_id: str, name: str) -> None:
 
 
 _OTHER_DATASETS = (
-    ("the full ADE20K (3,000 classes)", ("_seg.png", "index_ade20k", "/ADE/validation/", "ADE20K_2021", "ADE20K_2016")),
+    (
+        "the full ADE20K (3,000 classes)",
+        ("_seg.png", "index_ade20k", "/ADE/validation/", "ADE20K_2021", "ADE20K_2016"),
+    ),
     ("Cityscapes", ("leftImg8bit", "gtFine")),
     ("COCO or COCO-Stuff", ("val2017", "train2017", "stuffthingmaps", "instances_val")),
     ("PASCAL VOC or Context", ("JPEGImages", "SegmentationClass", "VOCdevkit")),

@@ -34,6 +34,7 @@ def decode_image(data: bytes, name: str) -> npt.NDArray[np.uint8]:
 
     Raises:
         HarnessError: the file is truncated or no image.
+
     """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
@@ -53,6 +54,7 @@ def decode_labels(data: bytes, name: str) -> npt.NDArray[np.uint8]:
 
     Raises:
         HarnessError: the file is truncated, or not one 8-bit channel.
+
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -66,7 +68,13 @@ def check_label_mode(mode: str, name: str) -> None:
     """Refuse label files that are not one 8-bit channel (`mode` is Pillow's)."""
     if mode in ("L", "P"):
         return
-    what = {"RGB": "a colour image", "RGBA": "a colour image", "I;16": "16-bit", "I": "16-bit or 32-bit", "1": "1-bit"}
+    what = {
+        "RGB": "a colour image",
+        "RGBA": "a colour image",
+        "I;16": "16-bit",
+        "I": "16-bit or 32-bit",
+        "1": "1-bit",
+    }
     hint = ""
     if mode in ("RGB", "RGBA"):
         hint = (

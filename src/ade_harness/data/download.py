@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -54,6 +53,7 @@ def fetch(
 
     Raises:
         HarnessError: the server fails, or the checksum is wrong (the bad file is deleted).
+
     """
     if destination.exists() and (digest is None or file_hash(destination, algorithm) == digest):
         return destination
@@ -68,7 +68,7 @@ def fetch(
                 f"{url}: the {algorithm} of what came is {found}, expected {digest}."
                 " The download was deleted: try again, or get the file from another mirror with --url."
             )
-        os.replace(part, destination)
+        part.replace(destination)
     except OSError as error:
         raise HarnessError(f"{destination}: cannot be written ({error.strerror or error}).") from error
     return destination
@@ -119,6 +119,7 @@ def extract(archive: Path, folder: Path, on_bytes: OnBytes | None = None) -> Non
     Raises:
         HarnessError: path traversal, a damaged member, or too little space; nothing is extracted in the first
             and last case.
+
     """
     try:
         with zipfile.ZipFile(archive) as opened:

@@ -7,7 +7,6 @@ sizes scaled down. A score on it says that the harness works, nothing about scen
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,7 +32,8 @@ _UNLABELLED_SHARE = 0.08
 def class_colors() -> npt.NDArray[np.float32]:
     """Return float32 [150, 3]: a 6 x 5 x 5 lattice of RGB, shuffled so that neighbours in the list differ."""
     lattice = np.stack(
-        np.meshgrid(np.linspace(35, 220, 6), np.linspace(40, 215, 5), np.linspace(40, 215, 5), indexing="ij"), -1
+        np.meshgrid(np.linspace(35, 220, 6), np.linspace(40, 215, 5), np.linspace(40, 215, 5), indexing="ij"),
+        -1,
     ).reshape(NUM_CLASSES, 3)
     return lattice[np.random.default_rng(150).permutation(NUM_CLASSES)].astype(np.float32)
 
@@ -45,6 +45,7 @@ def make_sample(seed: int, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArr
 
     Returns:
         image uint8 [H, W, 3]; annotation uint8 [H, W] with 0 and 1..150; whether to store it as grey-scale JPEG.
+
     """
     rng = np.random.default_rng([seed, index])
     real = list(validation_sizes().values())
@@ -95,6 +96,7 @@ def write_dataset(root: Path, images: int, seed: int = VALIDATION_SEED, split: s
 
     Returns:
         The folder ADEChallengeData2016.
+
     """
     final = root / "ADEChallengeData2016"
     if final.exists():
@@ -114,7 +116,7 @@ def write_dataset(root: Path, images: int, seed: int = VALIDATION_SEED, split: s
         names = "".join(f"{c.index + 1}\t{', '.join(c.names)}\n" for c in classes())
         (work / "objectInfo150.txt").write_text("Idx\tName\n" + names)
         try:
-            os.rename(work, final)
+            work.rename(final)
         except OSError:
             if not final.exists():  # otherwise another process was faster, with the same bytes
                 raise
@@ -127,9 +129,7 @@ def write_dataset(root: Path, images: int, seed: int = VALIDATION_SEED, split: s
     return final
 
 
-def open_demo(
-    cache: Path, images: int, limit: int | None = None, ids: list[str] | None = None
-) -> SegmentationDataset:
+def open_demo(cache: Path, images: int, limit: int | None = None, ids: list[str] | None = None) -> SegmentationDataset:
     """Write the demo set into `cache` if it is not there, and open it."""
     root = write_dataset(cache / f"demo-v{GENERATOR_VERSION}-{VALIDATION_SEED}-{images}", images)
     opened = open_ade20k(root)

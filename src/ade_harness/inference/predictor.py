@@ -60,9 +60,7 @@ class NetworkPredictor:
     def __init__(self, model: LoadedModel, inference: DictConfig, model_cfg: DictConfig) -> None:
         self.model = model
         self.cfg = inference
-        self.class_map_cfg: list[int | None] | None = (
-            None if model_cfg.class_map is None else list(model_cfg.class_map)
-        )
+        self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         self.reverse_channels = model_cfg.input.channel_order == "bgr"
         self._class_map: ClassMap | None = None
         self._statistics = (torch.tensor(model.mean)[:, None, None], torch.tensor(model.std)[:, None, None])
@@ -74,6 +72,7 @@ class NetworkPredictor:
 
         Args:
             sizes: image id -> (height, width).
+
         """
         for image_id, size in sizes.items():
             resized = target_sizes(size, self.cfg.resize)[-1]
@@ -194,6 +193,7 @@ class FolderPredictor:
 
     Raises:
         HarnessError: no such folder.
+
     """
 
     def __init__(self, folder: Path, encoding: str) -> None:
@@ -250,4 +250,4 @@ class FolderPredictor:
 
 def label_hash(labels: Tensor) -> str:
     """Return BLAKE2b (16 bytes, hex) of a uint8 label map [H, W]: equal hashes mean equal labels."""
-    return hashlib.blake2b(labels.cpu().contiguous().numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(labels.cpu().contiguous().numpy().data, digest_size=16).hexdigest()

@@ -25,6 +25,7 @@ def target_sizes(size: Size, cfg: DictConfig) -> list[Size]:
     Args:
         size: of the image.
         cfg: an ``inference.resize`` node.
+
     """
     height, width = size
     if cfg.rule == "exact":
@@ -47,7 +48,7 @@ def target_sizes(size: Size, cfg: DictConfig) -> list[Size]:
         first = size
     sizes = [first]
     if cfg.multiple_of > 1:
-        sizes.append(tuple(-(-side // cfg.multiple_of) * cfg.multiple_of for side in first))  # type: ignore[arg-type]
+        sizes.append(tuple(-(-side // cfg.multiple_of) * cfg.multiple_of for side in first))
     return sizes
 
 
@@ -71,6 +72,7 @@ def resize_image(image: Pixels, size: Size, backend: str, antialias: bool = Fals
         size: the new (height, width).
         backend: "opencv", "pillow" or "torch".
         antialias: for torch only.
+
     """
     if image.shape[:2] == size:
         return image
@@ -99,9 +101,7 @@ def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
 
 def resize_labels(labels: Tensor, size: Size) -> Tensor:
     """Resize an integer map [h, w] to `size`, nearest pixel centre: equal to Pillow's NEAREST."""
-    rows, columns = (
-        _nearest(old, new).to(labels.device) for old, new in zip(labels.shape, size, strict=True)
-    )
+    rows, columns = (_nearest(old, new).to(labels.device) for old, new in zip(labels.shape, size, strict=True))
     return labels[rows[:, None], columns]
 
 

@@ -49,7 +49,8 @@ def _areas(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
 
 def _ratio(numerator: Matrix, denominator: Matrix) -> npt.NDArray[np.float64]:
     """Divide; NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+    ratio: npt.NDArray[np.float64] = np.full(numerator.shape, np.nan)
+    return np.divide(numerator, denominator, out=ratio, where=denominator > 0)
 
 
 def class_iou(matrix: Matrix) -> npt.NDArray[np.float64]:

@@ -22,7 +22,10 @@ def diagnose(matrix: Matrix) -> str | None:
         return None
     for shift, reason in (
         (1, "is one too low: add 1 (zero-based labels read as 1..150, or reduce_zero_label applied twice)"),
-        (-1, "is one too high: subtract 1 (output 0 is 'other' or background, or reduce_zero_label was not applied)"),
+        (
+            -1,
+            "is one too high: subtract 1 (output 0 is 'other' or background, or reduce_zero_label was not applied)",
+        ),
     ):
         shifted = np.zeros_like(matrix)
         source = matrix[:, :NUM_CLASSES]

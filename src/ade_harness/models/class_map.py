@@ -37,9 +37,7 @@ class ClassMap:
         return bool((self.class_of == torch.arange(NUM_CLASSES, dtype=torch.uint8)).all())
 
 
-def resolve_class_map(
-    channels: int, class_map: Sequence[int | None] | None, names: Sequence[str] | None
-) -> ClassMap:
+def resolve_class_map(channels: int, class_map: Sequence[int | None] | None, names: Sequence[str] | None) -> ClassMap:
     """Decide what a network's channels mean.
 
     Args:
@@ -49,6 +47,7 @@ def resolve_class_map(
 
     Raises:
         HarnessError: the channels do not fit the 150 classes, or names say that the order is another.
+
     """
     found = _classes_by_name(names) if names is not None and len(names) == channels else None
     if class_map is None:
@@ -93,14 +92,19 @@ def _wrong_number(channels: int, found: list[int | None] | None) -> str:
     if channels == NUM_CLASSES + 1:
         text += " One channel more is usually 'other': null,0,1,...,149 if it is first, 0,...,149,null if it is last."
     elif channels in (19, 21, 133, 171, 847, 3000):
-        other = {19: "Cityscapes", 21: "PASCAL VOC", 133: "COCO panoptic", 171: "COCO-Stuff", 847: "ADE20K-full", 3000: "ADE20K-full"}
+        other = {
+            19: "Cityscapes",
+            21: "PASCAL VOC",
+            133: "COCO panoptic",
+            171: "COCO-Stuff",
+            847: "ADE20K-full",
+            3000: "ADE20K-full",
+        }
         text += f" {channels} channels are usual for {other[channels]}: is this the right checkpoint?"
     return text
 
 
-def _note(
-    class_map: Sequence[int | None], found: list[int | None] | None, names: Sequence[str] | None
-) -> str | None:
+def _note(class_map: Sequence[int | None], found: list[int | None] | None, names: Sequence[str] | None) -> str | None:
     missing = NUM_CLASSES - len({v for v in class_map if v is not None})
     notes = [f"{missing} of the 150 classes can never be predicted with this model.class_map"] if missing else []
     if found is not None and names is not None:

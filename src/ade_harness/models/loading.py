@@ -51,10 +51,13 @@ def load_model(cfg: DictConfig, threads: int = 1) -> LoadedModel:
 
     Raises:
         HarnessError: anything that the user can mend: see the loaders.
+
     """
     loader = LOADERS.get(cfg.kind)
     if loader is None:
-        raise HarnessError(f"model.kind={cfg.kind}: unknown.{did_you_mean(cfg.kind, LOADERS)} Known: {', '.join(LOADERS)}.")
+        raise HarnessError(
+            f"model.kind={cfg.kind}: unknown.{did_you_mean(cfg.kind, LOADERS)} Known: {', '.join(LOADERS)}."
+        )
     model = loader(cfg, threads)
     model.module.eval()
     for parameter in model.module.parameters():  # ScriptModules have no requires_grad_ of their own
@@ -63,7 +66,7 @@ def load_model(cfg: DictConfig, threads: int = 1) -> LoadedModel:
     return model
 
 
-def _statistics(cfg: DictConfig) -> dict[str, tuple[float, ...]]:
+def _statistics(cfg: DictConfig) -> dict[str, Any]:
     return {"mean": tuple(cfg.input.mean), "std": tuple(cfg.input.std)}
 
 
@@ -87,7 +90,13 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _load_demo(cfg: DictConfig, threads: int) -> LoadedModel:
-    return LoadedModel(load_demo_network(), "demo", **_statistics(cfg), channels=150, facts={"origin": "packaged demo network"})
+    return LoadedModel(
+        load_demo_network(),
+        "demo",
+        **_statistics(cfg),
+        channels=150,
+        facts={"origin": "packaged demo network"},
+    )
 
 
 def _load_segformer(cfg: DictConfig, threads: int) -> LoadedModel:
@@ -116,7 +125,13 @@ def _load_hf(cfg: DictConfig, threads: int) -> LoadedModel:
         if (folder / name).is_file():
             facts["sha256"] = file_hash(folder / name, "sha256")
     return LoadedModel(
-        module, "pretrained", tuple(mean), tuple(std), _names(cfg, names), len(names) if names else None, facts=dict(facts)
+        module,
+        "pretrained",
+        tuple(mean),
+        tuple(std),
+        _names(cfg, names),
+        len(names) if names else None,
+        facts=dict(facts),
     )
 
 
@@ -142,7 +157,8 @@ def _load_custom(cfg: DictConfig, threads: int) -> LoadedModel:
             module = make(**kwargs)
         except TypeError as error:
             raise HarnessError(
-                f"model._target_={target}: does not take these arguments ({error}). Set them as model.kwargs.NAME=VALUE."
+                f"model._target_={target}: does not take these arguments ({error})."
+                " Set them as model.kwargs.NAME=VALUE."
             ) from error
     if not isinstance(module, nn.Module):
         raise HarnessError(f"model._target_={target}: gave a {type(module).__name__}, expected a torch.nn.Module.")
@@ -164,14 +180,16 @@ def _file(cfg: DictConfig) -> Path:
         raise HarnessError(f"model.path={cfg.path}: no such file.")
     digest = cfg.checkpoint_sha256
     if digest is not None and file_hash(path, "sha256") != digest.lower():
-        raise HarnessError(f"{path}: the sha256 is {file_hash(path, 'sha256')}, model.checkpoint_sha256 expects {digest}.")
+        raise HarnessError(
+            f"{path}: the sha256 is {file_hash(path, 'sha256')}, model.checkpoint_sha256 expects {digest}."
+        )
     return path
 
 
 def _load_torchscript(cfg: DictConfig, threads: int) -> LoadedModel:
     path = _file(cfg)
     try:
-        module = torch.jit.load(str(path), map_location="cpu")
+        module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError) as error:
         raise HarnessError(
             f"{path}: not a TorchScript file ({str(error).splitlines()[0]}). A state_dict goes with model=custom or a"
@@ -211,6 +229,7 @@ def as_scores(output: Any, what: str) -> Tensor:
 
     Raises:
         HarnessError: no tensor of four dimensions there.
+
     """
     found = output
     if isinstance(found, dict):

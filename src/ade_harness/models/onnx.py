@@ -23,6 +23,7 @@ class OnnxModel(nn.Module):
 
     Raises:
         HarnessError: the file is not there, is no ONNX model, or has no such input or output.
+
     """
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -63,7 +64,10 @@ class OnnxModel(nn.Module):
     def class_names(self) -> list[str] | None:
         """Names in the file's metadata (keys names, classes or labels; JSON, a Python literal, or lines)."""
         stored = self._session_on("cpu").get_modelmeta().custom_metadata_map
-        return next((_parse_names(stored[k]) for k in ("names", "classes", "class_names", "labels") if k in stored), None)
+        return next(
+            (_parse_names(stored[k]) for k in ("names", "classes", "class_names", "labels") if k in stored),
+            None,
+        )
 
     def _session_on(self, device_type: str) -> Any:
         if self._session is None or self._device_type != device_type:

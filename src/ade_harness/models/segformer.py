@@ -22,13 +22,34 @@ OFFICIAL_TO_HUB: tuple[tuple[str, str], ...] = (
     (r"backbone\.patch_embed(?P<N>\d)\.proj\.", "segformer.encoder.patch_embeddings.{N}.proj."),
     (r"backbone\.patch_embed(?P<N>\d)\.norm\.", "segformer.encoder.patch_embeddings.{N}.layer_norm."),
     (r"backbone\.norm(?P<N>\d)\.", "segformer.encoder.layer_norm.{N}."),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.norm(?P<I>\d)\.", "segformer.encoder.block.{N}.{B}.layer_norm_{I}."),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.q\.", "segformer.encoder.block.{N}.{B}.attention.self.query."),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.kv\.", "segformer.encoder.block.{N}.{B}.attention.self.{KV}."),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.sr\.", "segformer.encoder.block.{N}.{B}.attention.self.sr."),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.norm\.", "segformer.encoder.block.{N}.{B}.attention.self.layer_norm."),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.proj\.", "segformer.encoder.block.{N}.{B}.attention.output.dense."),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.mlp\.fc(?P<I>\d)\.", "segformer.encoder.block.{N}.{B}.mlp.dense{I}."),
+    (
+        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.norm(?P<I>\d)\.",
+        "segformer.encoder.block.{N}.{B}.layer_norm_{I}.",
+    ),
+    (
+        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.q\.",
+        "segformer.encoder.block.{N}.{B}.attention.self.query.",
+    ),
+    (
+        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.kv\.",
+        "segformer.encoder.block.{N}.{B}.attention.self.{KV}.",
+    ),
+    (
+        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.sr\.",
+        "segformer.encoder.block.{N}.{B}.attention.self.sr.",
+    ),
+    (
+        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.norm\.",
+        "segformer.encoder.block.{N}.{B}.attention.self.layer_norm.",
+    ),
+    (
+        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.proj\.",
+        "segformer.encoder.block.{N}.{B}.attention.output.dense.",
+    ),
+    (
+        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.mlp\.fc(?P<I>\d)\.",
+        "segformer.encoder.block.{N}.{B}.mlp.dense{I}.",
+    ),
     (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.mlp\.dwconv\.", "segformer.encoder.block.{N}.{B}.mlp.dwconv."),
     (r"decode_head\.linear_c(?P<N>\d)\.proj\.", "decode_head.linear_c.{N}.proj."),
     (r"decode_head\.linear_fuse\.conv\.", "decode_head.linear_fuse."),
@@ -73,6 +94,7 @@ class Segformer(nn.Module):
         origin: how error messages call the weights.
         allow_missing: patterns of keys that `state` may lack.
         allow_unexpected: patterns of keys that `state` may have too many.
+
     """
 
     def __init__(
@@ -91,7 +113,12 @@ class Segformer(nn.Module):
             self.network = SegformerForSemanticSegmentation(config)
         else:
             self.network = load_into_transformers(
-                SegformerForSemanticSegmentation, config, hub_names(state), origin, allow_missing, allow_unexpected
+                SegformerForSemanticSegmentation,
+                config,
+                hub_names(state),
+                origin,
+                allow_missing,
+                allow_unexpected,
             )
         for name, module in self.network.named_modules():
             if isinstance(module, nn.LayerNorm):

@@ -46,7 +46,11 @@ def load_into_transformers(
     """
     with _quiet():
         module, info = cls.from_pretrained(
-            None, config=config, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=config,
+            state_dict=dict(state),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     _check_loading_info(info, origin, allow_missing, allow_unexpected)
     loaded: nn.Module = module.eval()
@@ -113,6 +117,7 @@ def load_transformers(
 
     Raises:
         HarnessError: not found, no network, no segmentation model, or keys that do not fit.
+
     """
     from transformers import AutoConfig, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
     from transformers.models.auto.modeling_auto import (
@@ -121,6 +126,7 @@ def load_transformers(
     )
 
     where = f"model.id={model_id}"
+    wrap: type[UniversalModel] | type[SemanticModel]
     with _quiet(), _explained(where):
         config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
         if type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING:

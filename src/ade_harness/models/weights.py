@@ -35,6 +35,7 @@ def local_checkpoint(path: str, sha256: str | None) -> Checkpoint:
 
     Raises:
         HarnessError: it is not there, or its hash is not the expected one.
+
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -47,6 +48,7 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
 
     Raises:
         HarnessError: no network, no such file, a gated repository, or a wrong hash.
+
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -96,6 +98,7 @@ def read_state_dict(path: Path) -> StateDict:
 
     Raises:
         HarnessError: the file is damaged, or holds pickled code.
+
     """
     if path.suffix == ".safetensors":
         try:
@@ -124,12 +127,17 @@ def read_state_dict(path: Path) -> StateDict:
 
 
 def load_strictly(
-    module: nn.Module, state: StateDict, origin: str, allow_missing: Sequence[str], allow_unexpected: Sequence[str]
+    module: nn.Module,
+    state: StateDict,
+    origin: str,
+    allow_missing: Sequence[str],
+    allow_unexpected: Sequence[str],
 ) -> None:
     """Load every key, in place.
 
     Raises:
         HarnessError: a missing, unexpected or differently shaped key that no pattern allows.
+
     """
     own = module.state_dict()
     shapes = [
@@ -156,7 +164,11 @@ def require_all_keys(
     if missing or unexpected or shapes:
         parts = [
             f"{len(keys)} {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", list(shapes)))
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", list(shapes)),
+            )
             if keys
         ]
         raise HarnessError(

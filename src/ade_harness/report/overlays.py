@@ -33,6 +33,7 @@ def draw_overlay(
         target: uint8 [H, W], 255 where nothing is counted.
         labels: uint8 [H, W].
         marks: written below the panels.
+
     """
     colors = palette()
     valid = target != IGNORE_INDEX
@@ -56,9 +57,10 @@ def draw_overlay(
         left = column * (width + _GAP)
         panel = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(panel, (left, _CAPTION))
-        while draw.textlength(caption, font=font) > width and len(caption) > 4:
-            caption = caption[:-4] + "..."
-        draw.text((left + 2, 3), caption, fill="black", font=font)
+        text = caption
+        while draw.textlength(text, font=font) > width and len(text) > 4:
+            text = text[:-4] + "..."
+        draw.text((left + 2, 3), text, fill="black", font=font)
     if marks:
         draw.text((2, height + _CAPTION + 3), "; ".join(marks), fill=_WRONG, font=font)
     return canvas

@@ -43,7 +43,10 @@ def print_result(console: Console, result: Result, tracking_path: str | None) ->
         console.print(Text(f"Note: {note}.", style="yellow"))
     ranks = "1 rank" if result.world_size == 1 else f"{result.world_size} ranks"
     lines = [
-        ("time", f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating"),
+        (
+            "time",
+            f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating",
+        ),
         ("run directory", str(result.run_dir)),
         ("W&B", tracking_path or "off"),
     ]
@@ -73,8 +76,8 @@ def _remarks(result: Result) -> Text:
     lines = [f"{result.pixels:,} pixels; mIoU is the mean over classes in truth or prediction (mmseg)"]
     if len({scores.mIoU, scores.mIoU_csail, scores.mIoU_detectron2}) > 1:
         lines += [
-            "some classes are absent here, so conventions differ: CSAIL "
-            f"{percent(scores.mIoU_csail)} (absent = 0), detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
+            f"some classes are absent here, so conventions differ: CSAIL {percent(scores.mIoU_csail)} (absent = 0),"
+            f" detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
         ]
     if published:
         lines += [f"published: {published.protocol}, on all 2,000 images ({published.source})"]

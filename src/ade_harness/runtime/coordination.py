@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 
 def is_distributed() -> bool:
@@ -31,7 +32,7 @@ class Coordinator:
             return self._local[key]
         if self._store is None:
             # The store has no public accessor; torch's own rendezvous code reads it in the same way.
-            self._store = dist.PrefixStore("ade_harness", dist.distributed_c10d._get_default_store())
+            self._store = c10d.PrefixStore("ade_harness", c10d._get_default_store())
         return int(self._store.add(key, amount))
 
     def done(self, items: int = 0) -> int:

@@ -6,7 +6,14 @@ import os
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 _LINE_EVERY_S = 10.0
 
@@ -21,10 +28,17 @@ class ProgressReporter:
         label: what leads the plain lines, such as ``rank 3``.
         unit: plural of what is counted.
         title: leads the bar.
+
     """
 
     def __init__(
-        self, console: Console, total: int, before: int = 0, label: str = "", unit: str = "images", title: str = "evaluating"
+        self,
+        console: Console,
+        total: int,
+        before: int = 0,
+        label: str = "",
+        unit: str = "images",
+        title: str = "evaluating",
     ) -> None:
         self._console = console
         self._total = total

@@ -43,6 +43,7 @@ class WorkItems(pl.LightningDataModule):
         items: maps an index to a loaded item, in worker processes.
         costs: expected cost of each item.
         workers: loader processes per rank; None takes the cores that the ranks leave, at most 8 each.
+
     """
 
     def __init__(self, items: Dataset[Any], costs: Sequence[float], workers: int | None) -> None:
@@ -84,6 +85,7 @@ class WorkLoop(pl.LightningModule):
         network: moved to the device by Lightning; None if there is none.
         coordinator: counts, and stops early.
         reporter: this rank's progress display, if it has one.
+
     """
 
     def __init__(
@@ -142,6 +144,7 @@ def resolve_device_count(cfg: DictConfig) -> tuple[str, int]:
 
     Raises:
         HarnessError: more GPUs asked for than there are.
+
     """
     gpus = torch.cuda.device_count()
     accelerator = cfg.accelerator if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
@@ -166,7 +169,7 @@ def make_trainer(cfg: DictConfig) -> pl.Trainer:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and hides nothing here
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and hides nothing here
     ranks = devices * cfg.num_nodes
     strategy: Any = "auto" if ranks == 1 else DDPStrategy(timeout=timedelta(minutes=cfg.timeout_min))
     # Lightning's requeue saves a training checkpoint and knows nothing of finished images: ours is the ledger.
@@ -195,6 +198,7 @@ def started_ranks(cfg: DictConfig) -> Iterator[pl.Trainer]:
 
     Raises:
         KeyboardInterrupt: also where Lightning has turned it into an exit.
+
     """
     trainer = make_trainer(cfg)
     launcher = trainer.strategy.launcher

@@ -45,6 +45,7 @@ def log_result(cfg: DictConfig, result: Result, config: dict[str, Any], manifest
 
     Returns:
         Where the run is (URL, or the folder to sync), or None if tracking failed or is disabled.
+
     """
     mode = wandb_mode(cfg.mode)
     if mode == "disabled":
@@ -54,12 +55,13 @@ def log_result(cfg: DictConfig, result: Result, config: dict[str, Any], manifest
     except Exception as error:  # whatever tracking does, the evaluation is done and on disk
         reason = str(error).splitlines()[0] if str(error) else ""
         warnings.warn(
-            f"W&B logging failed ({type(error).__name__}: {reason}). The run is whole in {result.run_dir}.", stacklevel=2
+            f"W&B logging failed ({type(error).__name__}: {reason}). The run is whole in {result.run_dir}.",
+            stacklevel=2,
         )
         return None
 
 
-def _log(cfg: DictConfig, mode: str, result: Result, config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+def _log(cfg: DictConfig, mode: Any, result: Result, config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
     import wandb
 
     figure = result.run_dir / "confusion_matrix.png"
