@@ -1,0 +1,180 @@
+"""The ledger: append-only Parquet segments, one writer per file.
+
+A segment is written under a temporary name, synced, and renamed: a file that has its name is whole. Parquet's
+page checksums catch damage after that. ``pandas.read_parquet(run / "ledger")`` reads all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.errors import HarnessError
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("valid_pixels", pa.int64()),
+        ("ignored_pixels", pa.int64()),
+        ("ground_truth", pa.list_(pa.uint8())),
+        ("prediction", pa.list_(pa.uint8())),
+        ("pixels", pa.list_(pa.int64())),
+        ("label_hash", pa.string()),
+        ("content_hash", pa.string()),
+        ("seconds", pa.float32()),
+        ("rank", pa.int32()),
+        ("host", pa.string()),
+    ],
+    metadata={"ade_harness.ledger": "1"},
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is kept of one image. `ground_truth`, `prediction`, `pixels` are the non-zero counts."""
+
+    image_id: str
+    height: int
+    width: int
+    valid_pixels: int
+    ignored_pixels: int
+    ground_truth: npt.NDArray[np.uint8]
+    prediction: npt.NDArray[np.uint8]
+    """0..149, 150 = none of the classes."""
+    pixels: npt.NDArray[np.int64]
+    label_hash: str
+    """BLAKE2b of the uint8 label map: equal hashes mean equal predictions in every pixel."""
+    content_hash: str
+    """BLAKE2b of the image's and the annotation's bytes."""
+    seconds: float
+    rank: int
+    host: str
+
+
+def sparse_counts(
+    matrix: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return the non-zero entries of an int64 [150, 151] matrix as (row, column, value)."""
+    ground_truth, prediction = np.nonzero(matrix)
+    return ground_truth.astype(np.uint8), prediction.astype(np.uint8), matrix[ground_truth, prediction]
+
+
+class LedgerWriter:
+    """Writes the rows of one process; every `flush_every` rows become one durable segment.
+
+    Args:
+        folder: of the ledger; made when needed.
+        marks: what the run's numbers are not; kept in each file's metadata.
+        flush_every: rows of a segment.
+
+    Raises:
+        HarnessError: the folder cannot be written (no space, no permission). What is on disk stays valid.
+    """
+
+    def __init__(self, folder: Path, marks: Sequence[str] = (), flush_every: int = 32) -> None:
+        self.folder = folder
+        self._schema = SCHEMA.with_metadata({**SCHEMA.metadata, "ade_harness.marks": "; ".join(marks)})
+        self.flush_every = flush_every
+        self._rows: list[Row] = []
+        self._session = uuid.uuid4().hex[:8]
+        self._segments = 0
+
+    def append(self, row: Row) -> None:
+        """Add a row; it is durable after the next flush."""
+        self._rows.append(row)
+        if len(self._rows) >= self.flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make all rows so far durable."""
+        if not self._rows:
+            return
+        rank = self._rows[0].rank
+        name = f"rank{rank:05d}-{self._session}-{self._segments:06d}.parquet"
+        # pyarrow's readers skip names with a leading dot or underscore, so pandas never sees half a file
+        temporary = self.folder / f".{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            table = pa.Table.from_pylist([asdict(r) for r in self._rows], schema=self._schema)
+            with temporary.open("wb") as file:
+                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.folder / name)
+            _sync_folder(self.folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise HarnessError(
+                f"{self.folder}: the ledger cannot be written ({error.strerror or error})."
+                f" {self._segments} segments of rank {rank} are safe: make room, then give the same command"
+                f" with run.dir={self.folder.parent} to continue."
+            ) from error
+        self._segments += 1
+        self._rows = []
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems refuse to sync folders; the rename is still atomic
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
+    """Read all segments.
+
+    Returns:
+        The rows in the order of image ids, and the names of damaged segments, whose images must be redone.
+
+    Raises:
+        HarnessError: an image is recorded twice with different results, or a segment of another version.
+    """
+    rows: dict[str, Row] = {}
+    damaged = []
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+        except (pa.ArrowException, OSError):
+            damaged.append(path.name)
+            continue
+        if not table.schema.equals(SCHEMA):
+            raise HarnessError(f"{path}: a ledger of another version of this package. Start a new run.")
+        for record in table.to_pylist():
+            row = _row_from(record)
+            other = rows.setdefault(row.image_id, row)
+            if other.label_hash != row.label_hash or other.content_hash != row.content_hash:
+                raise HarnessError(
+                    f"{path}: {row.image_id} is recorded twice with different results (label hashes"
+                    f" {other.label_hash} and {row.label_hash}). Start a new run."
+                )
+    return [rows[i] for i in sorted(rows)], damaged
+
+
+def _row_from(record: dict[str, object]) -> Row:
+    values = {f.name: record[f.name] for f in fields(Row)}
+    for name, dtype in (("ground_truth", np.uint8), ("prediction", np.uint8), ("pixels", np.int64)):
+        values[name] = np.array(values[name], dtype)
+    return Row(**values)  # type: ignore[arg-type]
+
+
+def matrix_of(rows: Iterable[Row]) -> npt.NDArray[np.int64]:
+    """Sum rows to the confusion matrix, int64 [150, 151]."""
+    total = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64)
+    for row in rows:
+        np.add.at(total, (row.ground_truth, row.prediction), row.pixels)
+    return total

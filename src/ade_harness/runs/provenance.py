@@ -1,0 +1,114 @@
+"""What somebody else needs to know to get the same number: code, environment, command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import ade_harness
+
+_PACKAGES = (
+    "torch", "lightning", "hydra-core", "omegaconf", "transformers", "huggingface-hub", "safetensors", "onnxruntime",
+    "numpy", "pillow", "opencv-python-headless", "pyarrow", "matplotlib", "wandb", "timm", "triton", "numba",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Return interpreter, packages, machine and GPUs."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def code_state(package: Path | None = None) -> dict[str, Any]:
+    """Return version, commit and uncommitted changes of this package's own checkout.
+
+    Args:
+        package: the package's folder (tests give another).
+
+    Returns:
+        ``version``; in a git checkout also ``commit``, ``origin`` (without credentials), ``dirty``, ``diff``
+        (text, also of new files below src/ and conf/), and ``diff_sha256``.
+    """
+    folder = package or Path(ade_harness.__file__).parent
+    state: dict[str, Any] = {"version": ade_harness.__version__, "commit": None, "dirty": None}
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None or not folder.resolve().is_relative_to(Path(top.strip()).resolve() / "src"):
+        return state  # an installed wheel, perhaps inside somebody else's repository
+    root = Path(top.strip())
+    commit = _git(root, "rev-parse", "HEAD")
+    diff = _git(root, "diff", "HEAD", "--no-ext-diff") or ""
+    untracked = (_git(root, "ls-files", "--others", "--exclude-standard", "src", "conf") or "").splitlines()
+    for name in untracked:
+        diff += f"\n+++ new file {name}\n{(root / name).read_text(errors='replace')}"
+    origin = _git(root, "remote", "get-url", "origin")
+    state.update(
+        commit=commit.strip() if commit else None,
+        origin=re.sub(r"//[^/@]*@", "//", origin.strip()) if origin else None,
+        dirty=bool(diff),
+        diff=diff,
+        diff_sha256=hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+    )
+    return state
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def command_line() -> list[str]:
+    """Return the command that started this process, as a user would type it."""
+    arguments = sys.argv[1:]
+    if Path(sys.argv[0]).name == "__main__.py":
+        return ["python", "-m", "ade_harness", *arguments]
+    return [Path(sys.argv[0]).name, *arguments]

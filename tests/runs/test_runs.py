@@ -1,0 +1,212 @@
+"""Ledger, run directory and provenance."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ade_harness.errors import HarnessError
+from ade_harness.runs.exactness import check_exact
+from ade_harness.runs import directory
+from ade_harness.runs.directory import new_run_name, open_run, write_json
+from ade_harness.runs.ledger import LedgerWriter, Row, matrix_of, read_rows, sparse_counts
+from ade_harness.runs.provenance import code_state, environment
+
+
+def make_row(index: int, seed: int = 0, **changes: Any) -> Row:
+    rng = np.random.default_rng([seed, index])
+    matrix = np.zeros((150, 151), np.int64)
+    matrix[rng.integers(0, 150, 30), rng.integers(0, 151, 30)] = rng.integers(1, 9999, 30)
+    truth, prediction, pixels = sparse_counts(matrix)
+    values = {
+        "image_id": f"ADE_val_{index:08d}", "height": 512, "width": 683, "valid_pixels": int(pixels.sum()),
+        "ignored_pixels": 3, "ground_truth": truth, "prediction": prediction, "pixels": pixels,
+        "label_hash": f"{seed}-{index}", "content_hash": "c", "seconds": 0.5, "rank": 0, "host": "h",
+    }  # fmt: skip
+    return Row(**(values | changes))
+
+
+def test_ledger_keeps_every_count(tmp_path: Path) -> None:
+    rows = [make_row(i) for i in range(70)]
+    writer = LedgerWriter(tmp_path / "ledger")
+    for row in rows:
+        writer.append(row)
+    assert len(read_rows(tmp_path / "ledger")[0]) == 64  # the rest is not durable yet
+    writer.flush()
+    found, damaged = read_rows(tmp_path / "ledger")
+    assert damaged == []
+    assert [r.image_id for r in found] == [r.image_id for r in rows]
+    assert np.array_equal(matrix_of(found), matrix_of(rows))
+    assert found[5].pixels.tolist() == rows[5].pixels.tolist()
+    frame = pd.read_parquet(tmp_path / "ledger")
+    assert len(frame) == 70
+    assert frame.valid_pixels.sum() == sum(r.valid_pixels for r in rows)
+
+
+def test_2000_images_stay_under_10_mb(tmp_path: Path) -> None:
+    writer = LedgerWriter(tmp_path)
+    for i in range(2000):
+        writer.append(make_row(i))
+    writer.flush()
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 10_000_000
+
+
+def test_damaged_and_half_files_are_left_out(tmp_path: Path) -> None:
+    for start in (0, 10):
+        writer = LedgerWriter(tmp_path)
+        for i in range(start, start + 10):
+            writer.append(make_row(i))
+        writer.flush()
+    victim = sorted(tmp_path.glob("*.parquet"))[0]
+    content = bytearray(victim.read_bytes())
+    for broken in (content[: len(content) // 2], content[:60] + bytes([content[60] ^ 1]) + content[61:]):
+        victim.write_bytes(bytes(broken))
+        rows, damaged = read_rows(tmp_path)
+        assert damaged == [victim.name]
+        assert len(rows) == 10
+    (tmp_path / ".half.parquet.tmp").write_bytes(b"PAR1")
+    assert len(read_rows(tmp_path)[0]) == 10
+
+
+def test_the_same_image_twice_must_agree(tmp_path: Path) -> None:
+    for seed in (0, 0, 1):
+        writer = LedgerWriter(tmp_path)
+        writer.append(make_row(1, seed))
+        writer.flush()
+        if seed == 0:
+            assert len(read_rows(tmp_path)[0]) == 1
+    with pytest.raises(HarnessError, match="recorded twice with different results"):
+        read_rows(tmp_path)
+
+
+def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LedgerWriter(tmp_path / "run" / "ledger", flush_every=1)
+    writer.append(make_row(0))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ade_harness.runs.ledger.os.fsync", full)
+    with pytest.raises(HarnessError, match=r"No space left on device.*run\.dir="):
+        writer.append(make_row(1))
+    monkeypatch.undo()
+    assert [r.image_id for r in read_rows(tmp_path / "run" / "ledger")[0]] == ["ADE_val_00000000"]
+    assert len(list((tmp_path / "run" / "ledger").iterdir())) == 1  # no half file
+
+
+# invariant 1: each way to break it
+
+
+def test_exactness_check_names_what_is_wrong() -> None:
+    rows = [make_row(i) for i in range(5)]
+    ids = [r.image_id for r in rows]
+    total = matrix_of(rows)
+    check_exact(rows, total, ids)
+    with pytest.raises(HarnessError, match="lacks 1 images .ADE_val_00000004"):
+        check_exact(rows[:4], matrix_of(rows[:4]), ids)
+    with pytest.raises(HarnessError, match="has unknown 1 images .ADE_val_00000004"):
+        check_exact(rows, total, ids[:4])
+    twice = total + matrix_of(rows[:1])
+    with pytest.raises(HarnessError, match=f"differ by {rows[0].valid_pixels} pixels: no score"):
+        check_exact(rows, twice, ids)
+
+
+# run directories
+
+
+def test_two_runs_of_one_second_have_different_names(tmp_path: Path) -> None:
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    names = {new_run_name("hf/model x", now) for _ in range(50)}
+    assert len(names) == 50
+    assert all(n.startswith("20260102-030405_hf-model-x_") for n in names)
+    first, _ = open_run(None, str(tmp_path), "m", {})
+    second, _ = open_run(None, str(tmp_path), "m", {})
+    assert first != second
+
+
+def test_run_dir_is_continued_only_by_the_same_run(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert open_run(str(path), "runs", "m", {"a": 1, "b": [None]}) == (path, False)
+    write_json(path / "manifest.json", {"identity": {"a": 1, "b": [None]}})
+    assert open_run(str(path), "runs", "m", {"a": 1, "b": [None]}) == (path, True)
+    with pytest.raises(HarnessError, match="Different: a: was 1, is 2"):
+        open_run(str(path), "runs", "m", {"a": 2, "b": [None]})
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(HarnessError, match="damaged"):
+        open_run(str(path), "runs", "m", {})
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(HarnessError, match="not empty and holds no run. Nothing was changed"):
+        open_run(str(tmp_path), "runs", "m", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HarnessError, match="cannot be written .Not a directory"):
+        open_run(str(tmp_path / "file" / "run"), "runs", "m", {})
+
+
+def test_json_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(directory.os, "fsync", full)
+    with pytest.raises(HarnessError, match=r"a\.json: cannot be written .No space left"):
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+# provenance
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_code_state_in_a_checkout(tmp_path: Path) -> None:
+    package = tmp_path / "src" / "ade_harness"
+    package.mkdir(parents=True)
+    (package / "a.py").write_text("x = 1\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    git(tmp_path, "remote", "add", "origin", "https://me:secret@example.org/a/b.git")
+    state = code_state(package)
+    assert state["commit"] == git(tmp_path, "rev-parse", "HEAD")
+    assert state["dirty"] is False
+    assert state["origin"] == "https://example.org/a/b.git"
+    (package / "a.py").write_text("x = 2\n")
+    (package / "new.py").write_text("y = 3\n")
+    state = code_state(package)
+    assert state["dirty"] is True
+    assert "+x = 2" in state["diff"]
+    assert "y = 3" in state["diff"]
+    assert len(state["diff_sha256"]) == 64
+
+
+def test_code_state_of_an_installed_package_is_not_the_users_repository(tmp_path: Path) -> None:
+    package = tmp_path / ".venv/lib/site-packages/ade_harness"
+    package.mkdir(parents=True)
+    git(tmp_path, "init", "-q")
+    assert code_state(package)["commit"] is None
+
+
+def test_environment_names_what_matters() -> None:
+    facts = environment()
+    assert {"torch", "lightning", "numpy", "transformers"} <= facts["packages"].keys()
+    assert facts["cpu_cores"] >= 1
+    json.dumps(facts)
