@@ -1,6 +1,6 @@
 """Print a command of the README, so that CI and tests run the very text that a newcomer copies.
 
-    python scripts/readme_commands.py demo|tests
+python scripts/readme_commands.py demo|tests
 """
 
 from __future__ import annotations

@@ -85,7 +85,12 @@ def test_worked_example_of_a_custom_model(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for name, command in commands.items():
         done = subprocess.run(
-            ["bash", "-ec", command], cwd=tmp_path, env=environment(PATH=path), capture_output=True, text=True, check=False
+            ["bash", "-ec", command],
+            cwd=tmp_path,
+            env=environment(PATH=path),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, name + done.stdout + done.stderr
     # the same seed makes the same weights, so both ways predict the same labels

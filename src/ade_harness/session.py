@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from ade_harness.evaluation import evaluate
 from ade_harness.report.result import Result
 from ade_harness.report.terminal import make_console, print_result
 
 
-def run_session(cfg: DictConfig, on_run_dir: Callable[[Path], None] = lambda _: None) -> Result | None:
+def run_session(
+    cfg: DictConfig, on_run_dir: Callable[[Path], None] = lambda _: None, console: Console | None = None
+) -> Result | None:
     """Evaluate, track, and print; returns the result on rank 0.
 
     Args:
         cfg: a composed configuration.
         on_run_dir: told the run directory as soon as it is there.
+        console: where to print; None is stdout.
 
     Raises:
         HarnessError: see :func:`ade_harness.evaluation.evaluate`.
 
     """
-    console = make_console()
+    console = console or make_console()
     finished = evaluate(cfg, console, on_run_dir)
     if finished is None:
         return None

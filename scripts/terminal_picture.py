@@ -1,0 +1,45 @@
+"""Make docs/terminal.png: the demo's real output, as a terminal shows it. Needs Chromium.
+
+python scripts/terminal_picture.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from ade_harness.config import compose_config
+from ade_harness.session import run_session
+
+PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
+WIDTH, HEIGHT = 1120, 606
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--hide-scrollbars")  # fmt: skip
+
+
+def main() -> None:
+    """Run the demo with a recording console, and draw the record."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        with Path(os.devnull).open("w") as nowhere:
+            console = Console(record=True, force_terminal=False, width=96, file=nowhere)
+            console.print("[bold green]$[/] python -m ade_harness")
+            run_session(compose_config([]), console=console)
+        page = Path(folder) / "page.html"
+        svg = console.export_svg(title="ade-harness")
+        page.write_text(f"<body style='margin:0'><style>svg {{width: {WIDTH}px}}</style>{svg}</body>")
+        browser = shutil.which("chromium") or shutil.which("google-chrome")
+        if browser is None:
+            raise SystemExit("install chromium to make the picture")
+        command = [browser, *FLAGS, f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{HEIGHT}",
+                   f"--screenshot={PICTURE}", page.as_uri()]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    main()
