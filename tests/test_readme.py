@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from scripts.readme_commands import readme_command
+
 from tests.conftest import REPOSITORY
 
 

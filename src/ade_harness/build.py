@@ -32,7 +32,6 @@ def build_dataset(cfg: DictConfig, check: bool) -> SegmentationDataset:
 
     Raises:
         HarnessError: see :mod:`ade_harness.data.ade20k`.
-
     """
     ids = list(cfg.ids) if cfg.ids is not None else None
     if cfg.kind == "demo":
@@ -54,7 +53,6 @@ def build_predictor(
 
     Raises:
         HarnessError: see :mod:`ade_harness.models.loading`; or a protocol that the model cannot take.
-
     """
     if cfg.model.kind == "predictions":
         folder = FolderPredictor(Path(cfg.model.path).expanduser(), cfg.model.encoding)
@@ -98,6 +96,6 @@ def describe_facts(
             "root": str(dataset.source.location),
             "images": len(dataset.pairs),
             "expected_images": dataset.expected_images,
-            "listing_hash": dataset.listing_hash(),
+            "ids_hash": dataset.ids_hash(),
         },
     }

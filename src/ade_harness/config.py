@@ -217,7 +217,6 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
 
     Raises:
         HarnessError: an unknown key or choice, a value of the wrong type or out of range.
-
     """
     register_schemas()
     GlobalHydra.instance().clear()

@@ -54,7 +54,6 @@ class ImageItems(Dataset[LoadedImage | Failure]):
         indices: which of them, by item number.
         predictor: prepares the network's input.
         overlay_ids: images to be drawn.
-
     """
 
     def __init__(
@@ -78,7 +77,8 @@ class ImageItems(Dataset[LoadedImage | Failure]):
         except HarnessError as error:
             return Failure(image_id, str(error))
         overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
-        return LoadedImage(image_id, prepared, torch.from_numpy(sample.target), sample.content_hash, overlay)
+        content_hash = sample.content_hash + self.predictor.source_hash(image_id)
+        return LoadedImage(image_id, prepared, torch.from_numpy(sample.target), content_hash, overlay)
 
 
 @dataclass
@@ -142,3 +142,19 @@ class ImageCounter:
     def _fail(self, failure: Failure) -> None:
         self.failures.append(failure)
         self.coordinator.stop()
+
+
+def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor: Predictor) -> None:
+    """Refuse to add to counts that were made from other files than those that are there now.
+
+    Raises:
+        HarnessError: names the first image whose files changed.
+    """
+    index_of = {image_id: index for index, image_id in enumerate(dataset.ids)}
+    for row in rows:
+        now = dataset.content_hash(index_of[row.image_id]) + predictor.source_hash(row.image_id)
+        if now != row.content_hash:
+            raise HarnessError(
+                f"{row.image_id}: its files changed since it was counted, so the run cannot be continued."
+                " Put the old files back, or start a new run."
+            )

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ade_harness.build import build_dataset, build_predictor, describe_facts, describe_marks
-from ade_harness.counting import Failure, ImageCounter, ImageItems
+from ade_harness.counting import Failure, ImageCounter, ImageItems, check_unchanged
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.diagnosis import diagnose
@@ -49,7 +49,6 @@ def evaluate(
 
     Raises:
         HarnessError: nothing was scored; what was counted is in the ledger, and the message says how to go on.
-
     """
     start = time.monotonic()
     seed_everything(cfg.runtime.seed, verbose=False)
@@ -70,10 +69,12 @@ def evaluate(
         run_dir: Path = broadcast(record.path if record else None)
         on_run_dir(run_dir)
 
-        before, damaged = read_rows(run_dir / LEDGER)
-        todo = [i for i, image_id in enumerate(dataset.ids) if image_id not in {r.image_id for r in before}]
-        if record and (before or damaged):
+        before, damaged = read_rows(run_dir / LEDGER) if record else ([], [])
+        if before or damaged:
+            check_unchanged(before, dataset, predictor)
             console.print(f"continuing: {len(before)} images are done, {len(damaged)} ledger files are damaged")
+        done: set[str] = broadcast({row.image_id for row in before})  # one rank reads: others may write soon
+        todo = [i for i, image_id in enumerate(dataset.ids) if image_id not in done]
 
         coordinator = Coordinator()
         drawn = np.linspace(0, len(dataset.ids) - 1, min(cfg.run.overlays, len(dataset.ids))).astype(int)
@@ -83,7 +84,7 @@ def evaluate(
         )
         sizes = dataset.sizes()
         work = WorkItems(items, [sizes[i][0] * sizes[i][1] for i in todo], cfg.runtime.workers)
-        reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(before))
+        reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(done))
         loop = WorkLoop(counter.process, model.module if model else None, coordinator, reporter)
         begin = time.monotonic()
         try:

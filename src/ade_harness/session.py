@@ -27,7 +27,6 @@ def run_session(
 
     Raises:
         HarnessError: see :func:`ade_harness.evaluation.evaluate`.
-
     """
     console = console or make_console()
     finished = evaluate(cfg, console, on_run_dir)

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 from ade_harness.errors import HarnessError
-from ade_harness.runs.exactness import check_exact
 from ade_harness.runs import directory
 from ade_harness.runs.directory import new_run_name, open_run, write_json
+from ade_harness.runs.exactness import check_exact
 from ade_harness.runs.ledger import LedgerWriter, Row, matrix_of, read_rows, sparse_counts
 from ade_harness.runs.provenance import code_state, environment
 

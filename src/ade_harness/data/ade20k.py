@@ -70,37 +70,40 @@ class SegmentationDataset:
         """Whether images of the split are left out."""
         return len(self.pairs) != self.expected_images
 
-    def listing_hash(self) -> str:
-        """Return a hash of the ids and file lengths: cheap, and enough to notice that files changed."""
-        digest = hashlib.sha256()
-        for pair in self.pairs:
-            sizes = (self.source.size(pair.image), self.source.size(pair.annotation))
-            digest.update(f"{pair.image_id} {sizes[0]} {sizes[1]}\n".encode())
-        return digest.hexdigest()
+    def ids_hash(self) -> str:
+        """Return a sha256 of the ids, one per line."""
+        return hashlib.sha256("".join(f"{i}\n" for i in self.ids).encode()).hexdigest()
+
+    def content_hash(self, index: int) -> str:
+        """Return a hash of both files' bytes."""
+        return self._read(index)[2]
+
+    def _read(self, index: int) -> tuple[bytes, bytes, str]:
+        pair = self.pairs[index]
+        image, annotation = self.source.read(pair.image), self.source.read(pair.annotation)
+        digest = hashlib.blake2b(image, digest_size=16)
+        digest.update(annotation)
+        return image, annotation, digest.hexdigest()
 
     def load(self, index: int) -> Sample:
         """Decode one pair and check it.
 
         Raises:
             HarnessError: a file is damaged, of the wrong kind, has labels over 150, or the sizes differ.
-
         """
         pair = self.pairs[index]
-        image_bytes, annotation_bytes = self.source.read(pair.image), self.source.read(pair.annotation)
+        image_bytes, annotation_bytes, content_hash = self._read(index)
         image = decode_image(image_bytes, pair.image)
         annotation = decode_labels(annotation_bytes, pair.annotation)
         check_sizes(image.shape[:2], annotation.shape, pair)
         check_annotation_values(annotation, pair.annotation)
-        digest = hashlib.blake2b(image_bytes, digest_size=16)
-        digest.update(annotation_bytes)
-        return Sample(pair.image_id, image, target_from_annotation(annotation), digest.hexdigest())
+        return Sample(pair.image_id, image, target_from_annotation(annotation), content_hash)
 
     def check_headers(self) -> list[tuple[int, int]]:
         """Check size and kind of every pair from the files' headers alone, and return the (height, width) of all.
 
         Raises:
             HarnessError: the first pair that does not fit.
-
         """
         sizes = []
         for pair in self.pairs:
@@ -155,7 +158,6 @@ def open_ade20k(
 
     Raises:
         HarnessError: nothing there, another data set, a pair that is not whole, or an unknown id.
-
     """
     source = open_source(root)
     names = source.names()

@@ -34,7 +34,6 @@ def decode_image(data: bytes, name: str) -> npt.NDArray[np.uint8]:
 
     Raises:
         HarnessError: the file is truncated or no image.
-
     """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
@@ -54,7 +53,6 @@ def decode_labels(data: bytes, name: str) -> npt.NDArray[np.uint8]:
 
     Raises:
         HarnessError: the file is truncated, or not one 8-bit channel.
-
     """
     try:
         with Image.open(io.BytesIO(data)) as image:

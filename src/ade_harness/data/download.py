@@ -53,7 +53,6 @@ def fetch(
 
     Raises:
         HarnessError: the server fails, or the checksum is wrong (the bad file is deleted).
-
     """
     if destination.exists() and (digest is None or file_hash(destination, algorithm) == digest):
         return destination
@@ -119,7 +118,6 @@ def extract(archive: Path, folder: Path, on_bytes: OnBytes | None = None) -> Non
     Raises:
         HarnessError: path traversal, a damaged member, or too little space; nothing is extracted in the first
             and last case.
-
     """
     try:
         with zipfile.ZipFile(archive) as opened:

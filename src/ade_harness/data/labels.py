@@ -35,7 +35,6 @@ def target_from_annotation(annotation: npt.NDArray[np.uint8]) -> npt.NDArray[np.
 
     Returns:
         uint8 [H, W], values 0..149 and 255.
-
     """
     return _TO_TARGET[annotation]
 

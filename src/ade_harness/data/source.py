@@ -21,9 +21,6 @@ class FileSource(Protocol):
     def names(self) -> list[str]:
         """Return all file names, sorted."""
 
-    def size(self, name: str) -> int:
-        """Return a file's length in bytes."""
-
     def read(self, name: str, limit: int | None = None) -> bytes:
         """Return a file's content, or its first `limit` bytes."""
 
@@ -55,10 +52,6 @@ class FolderSource:
             found += [(relative / f).as_posix() for f in files if not f.startswith(".")]
         return sorted(found)
 
-    def size(self, name: str) -> int:
-        """Return a file's length in bytes."""
-        return (self.location / name).stat().st_size
-
     def read(self, name: str, limit: int | None = None) -> bytes:
         """Return a file's content, or its first `limit` bytes."""
         try:
@@ -75,12 +68,12 @@ class ZipSource:
         self.location = location
         self._archive: zipfile.ZipFile | None = None
         self._owner = -1
-        self._sizes = {m.filename: m.file_size for m in self._open().infolist() if not m.is_dir()}
-        for name in self._sizes:
+        self._names = sorted(m.filename for m in self._open().infolist() if not m.is_dir())
+        for name in self._names:
             check_member_name(name, location)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"location": self.location, "_archive": None, "_owner": -1, "_sizes": self._sizes}
+        return {"location": self.location, "_archive": None, "_owner": -1, "_names": self._names}
 
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None or self._owner != os.getpid():
@@ -95,11 +88,7 @@ class ZipSource:
 
     def names(self) -> list[str]:
         """Return all file names, sorted."""
-        return sorted(self._sizes)
-
-    def size(self, name: str) -> int:
-        """Return a member's length in bytes, unpacked."""
-        return self._sizes[name]
+        return self._names
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """Return a member's content, or its first `limit` bytes; the zip's own checksum is verified."""

@@ -45,7 +45,6 @@ def make_sample(seed: int, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArr
 
     Returns:
         image uint8 [H, W, 3]; annotation uint8 [H, W] with 0 and 1..150; whether to store it as grey-scale JPEG.
-
     """
     rng = np.random.default_rng([seed, index])
     real = list(validation_sizes().values())
@@ -96,7 +95,6 @@ def write_dataset(root: Path, images: int, seed: int = VALIDATION_SEED, split: s
 
     Returns:
         The folder ADEChallengeData2016.
-
     """
     final = root / "ADEChallengeData2016"
     if final.exists():

@@ -47,7 +47,6 @@ def verify(root: Path, split: str = "validation", on_pair: Callable[[int, int], 
 
     Raises:
         HarnessError: `root` holds no ADEChallengeData2016 at all.
-
     """
     source = open_source(root)
     names = source.names()

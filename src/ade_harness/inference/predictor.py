@@ -50,6 +50,9 @@ class Predictor(Protocol):
     def predict(self, prepared: Prepared, device: torch.device) -> Tensor:
         """Return the label map, uint8 [H, W], 0..149 or 255 for none of the classes."""
 
+    def source_hash(self, image_id: str) -> str:
+        """Return a hash of the files that this image's prediction is read from, empty if there are none."""
+
     def notes(self) -> list[str]:
         """Return what the user should know about the predictions so far."""
 
@@ -72,7 +75,6 @@ class NetworkPredictor:
 
         Args:
             sizes: image id -> (height, width).
-
         """
         for image_id, size in sizes.items():
             resized = target_sizes(size, self.cfg.resize)[-1]
@@ -110,6 +112,10 @@ class NetworkPredictor:
         images, size = self._input(prepared, device)
         scores = self._scores(images, prepared)
         return self._labels(scores, size, (images.shape[2], images.shape[3]), prepared.original_size)
+
+    def source_hash(self, image_id: str) -> str:
+        """Nothing is read: the weights are recorded for the whole run."""
+        return ""
 
     def notes(self) -> list[str]:
         """Return the class map's remarks."""
@@ -193,7 +199,6 @@ class FolderPredictor:
 
     Raises:
         HarnessError: no such folder.
-
     """
 
     def __init__(self, folder: Path, encoding: str) -> None:
@@ -209,11 +214,7 @@ class FolderPredictor:
     def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
         """Read the image's label file and check it."""
         path = self.folder / f"{image_id}.png"
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise HarnessError(f"{path}: cannot be read ({error.strerror}): one label PNG per image.") from error
-        stored = decode_labels(data, str(path))
+        stored = decode_labels(self._read(image_id), str(path))
         if stored.shape != image.shape[:2]:
             raise HarnessError(
                 f"{path}: {stored.shape[1]}x{stored.shape[0]} (width x height), the image is"
@@ -242,6 +243,17 @@ class FolderPredictor:
     def predict(self, prepared: Prepared, device: torch.device) -> Tensor:
         """Return the labels that were read."""
         return prepared.pixels.to(device, non_blocking=True)
+
+    def source_hash(self, image_id: str) -> str:
+        """Return BLAKE2b of the image's label file."""
+        return hashlib.blake2b(self._read(image_id), digest_size=16).hexdigest()
+
+    def _read(self, image_id: str) -> bytes:
+        path = self.folder / f"{image_id}.png"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise HarnessError(f"{path}: cannot be read ({error.strerror}): one label PNG per image.") from error
 
     def notes(self) -> list[str]:
         """Nothing to remark."""

@@ -25,7 +25,6 @@ def target_sizes(size: Size, cfg: DictConfig) -> list[Size]:
     Args:
         size: of the image.
         cfg: an ``inference.resize`` node.
-
     """
     height, width = size
     if cfg.rule == "exact":
@@ -72,7 +71,6 @@ def resize_image(image: Pixels, size: Size, backend: str, antialias: bool = Fals
         size: the new (height, width).
         backend: "opencv", "pillow" or "torch".
         antialias: for torch only.
-
     """
     if image.shape[:2] == size:
         return image

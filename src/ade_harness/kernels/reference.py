@@ -27,7 +27,6 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         [H, W], values 0..C-1: uint8 up to 256 channels, else int32.
-
     """
     # half-precision interpolation rounds each output, which flips near-ties
     scores = scores.float().contiguous()
@@ -77,7 +76,6 @@ def count(labels: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         int64 [150, 151] ``confusion_matrix[ground_truth, prediction]``; the last column is "none".
-
     """
     keys = target.to(torch.int32).mul_(_COLUMNS).add_(labels.clamp(max=NUM_CLASSES))
     counts = torch.bincount(keys.view(-1), minlength=256 * _COLUMNS)

@@ -53,7 +53,6 @@ def print_catalogue(console: Console, ready: Sequence[str]) -> None:
     Args:
         console: where to.
         ready: names of the model configurations that there are.
-
     """
     table = Table(title="ADE20K leaderboard, as published by others (percent; nothing here was measured by this tool)")
     for name in ("metric", "system", "label", "source says", "weights", "model=", "ready"):

@@ -47,7 +47,6 @@ def resolve_class_map(channels: int, class_map: Sequence[int | None] | None, nam
 
     Raises:
         HarnessError: the channels do not fit the 150 classes, or names say that the order is another.
-
     """
     found = _classes_by_name(names) if names is not None and len(names) == channels else None
     if class_map is None:

@@ -18,7 +18,6 @@ class DemoNetwork(nn.Module):
 
     Args:
         width: channels of the body.
-
     """
 
     def __init__(self, width: int = 64) -> None:

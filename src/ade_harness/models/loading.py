@@ -51,7 +51,6 @@ def load_model(cfg: DictConfig, threads: int = 1) -> LoadedModel:
 
     Raises:
         HarnessError: anything that the user can mend: see the loaders.
-
     """
     loader = LOADERS.get(cfg.kind)
     if loader is None:
@@ -229,7 +228,6 @@ def as_scores(output: Any, what: str) -> Tensor:
 
     Raises:
         HarnessError: no tensor of four dimensions there.
-
     """
     found = output
     if isinstance(found, dict):

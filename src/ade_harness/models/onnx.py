@@ -23,7 +23,6 @@ class OnnxModel(nn.Module):
 
     Raises:
         HarnessError: the file is not there, is no ONNX model, or has no such input or output.
-
     """
 
     def __init__(self, path: Path, threads: int) -> None:

@@ -94,7 +94,6 @@ class Segformer(nn.Module):
         origin: how error messages call the weights.
         allow_missing: patterns of keys that `state` may lack.
         allow_unexpected: patterns of keys that `state` may have too many.
-
     """
 
     def __init__(

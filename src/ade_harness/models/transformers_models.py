@@ -117,7 +117,6 @@ def load_transformers(
 
     Raises:
         HarnessError: not found, no network, no segmentation model, or keys that do not fit.
-
     """
     from transformers import AutoConfig, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
     from transformers.models.auto.modeling_auto import (

@@ -35,7 +35,6 @@ def local_checkpoint(path: str, sha256: str | None) -> Checkpoint:
 
     Raises:
         HarnessError: it is not there, or its hash is not the expected one.
-
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -48,7 +47,6 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
 
     Raises:
         HarnessError: no network, no such file, a gated repository, or a wrong hash.
-
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -98,7 +96,6 @@ def read_state_dict(path: Path) -> StateDict:
 
     Raises:
         HarnessError: the file is damaged, or holds pickled code.
-
     """
     if path.suffix == ".safetensors":
         try:
@@ -137,7 +134,6 @@ def load_strictly(
 
     Raises:
         HarnessError: a missing, unexpected or differently shaped key that no pattern allows.
-
     """
     own = module.state_dict()
     shapes = [

@@ -33,7 +33,6 @@ def draw_overlay(
         target: uint8 [H, W], 255 where nothing is counted.
         labels: uint8 [H, W].
         marks: written below the panels.
-
     """
     colors = palette()
     valid = target != IGNORE_INDEX

@@ -16,7 +16,6 @@ def check_exact(rows: Sequence[Row], total: npt.NDArray[np.int64], image_ids: Se
 
     Raises:
         HarnessError: the ledger lacks images, has others, or does not sum to the ranks' matrix.
-
     """
     recorded, expected = {row.image_id for row in rows}, set(image_ids)
     for what, ids in (("lacks", expected - recorded), ("has unknown", recorded - expected)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ class RunRecord:
     """The record of one run, held by rank 0."""
 
     path: Path
-    continued: bool
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any]
 
     def finish(self, rows: Sequence[Row], seconds: float, rate: float, world_size: int) -> None:
         """Note the end: timings, and a hash of everything that was read."""
@@ -87,7 +86,7 @@ def start_record(
     header = "".join(f"# {mark}\n" for mark in marks)
     write_text(path / "config.yaml", header + yaml.safe_dump(config, sort_keys=False))
     write_json(path / MANIFEST, manifest)
-    return RunRecord(path, continued, manifest)
+    return RunRecord(path, manifest)
 
 
 def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any
         **flatten({"runtime": runtime}),
         "device": facts["device"],
         "checkpoint.sha256": facts["model"].get("sha256"),
-        "dataset.listing_hash": facts["dataset"]["listing_hash"],
+        "dataset.ids_hash": facts["dataset"]["ids_hash"],
         "code.version": code["version"],
         "code.commit": code["commit"],
         "code.diff_sha256": code.get("diff_sha256"),

@@ -17,7 +17,6 @@ def assign(costs: Sequence[float], world_size: int) -> list[list[int]]:
 
     Returns:
         For each rank its items, largest first.
-
     """
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0.0, rank) for rank in range(world_size)]

@@ -28,7 +28,6 @@ class ProgressReporter:
         label: what leads the plain lines, such as ``rank 3``.
         unit: plural of what is counted.
         title: leads the bar.
-
     """
 
     def __init__(

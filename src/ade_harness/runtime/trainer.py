@@ -43,7 +43,6 @@ class WorkItems(pl.LightningDataModule):
         items: maps an index to a loaded item, in worker processes.
         costs: expected cost of each item.
         workers: loader processes per rank; None takes the cores that the ranks leave, at most 8 each.
-
     """
 
     def __init__(self, items: Dataset[Any], costs: Sequence[float], workers: int | None) -> None:
@@ -85,7 +84,6 @@ class WorkLoop(pl.LightningModule):
         network: moved to the device by Lightning; None if there is none.
         coordinator: counts, and stops early.
         reporter: this rank's progress display, if it has one.
-
     """
 
     def __init__(
@@ -144,7 +142,6 @@ def resolve_device_count(cfg: DictConfig) -> tuple[str, int]:
 
     Raises:
         HarnessError: more GPUs asked for than there are.
-
     """
     gpus = torch.cuda.device_count()
     accelerator = cfg.accelerator if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
@@ -198,7 +195,6 @@ def started_ranks(cfg: DictConfig) -> Iterator[pl.Trainer]:
 
     Raises:
         KeyboardInterrupt: also where Lightning has turned it into an exit.
-
     """
     trainer = make_trainer(cfg)
     launcher = trainer.strategy.launcher

@@ -45,7 +45,6 @@ def log_result(cfg: DictConfig, result: Result, config: dict[str, Any], manifest
 
     Returns:
         Where the run is (URL, or the folder to sync), or None if tracking failed or is disabled.
-
     """
     mode = wandb_mode(cfg.mode)
     if mode == "disabled":
