@@ -100,8 +100,8 @@ class DatasetConfig:
 class ResizeConfig:
     """How the network's input is made from the image, in uint8."""
 
-    rule: str = "none"  # none, exact, short_side, longest_side
-    height: int | None = None  # exact
+    rule: str = "none"  # none, exact, short_side, longest_side, fit
+    height: int | None = None  # exact; fit (null: what the model takes, if it takes only one size)
     width: int | None = None
     side: int | None = None  # short_side, longest_side
     max_side: int | None = None  # short_side: cap of the long side

@@ -30,7 +30,7 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "dataset.kind", ("demo", "ade20k"))
     _one_of(cfg, "dataset.split", ("validation", "training"))
     _one_of(cfg, "inference.mode", ("whole",))
-    _one_of(cfg, "inference.resize.rule", ("none", "exact", "short_side", "longest_side"))
+    _one_of(cfg, "inference.resize.rule", ("none", "exact", "short_side", "longest_side", "fit"))
     _one_of(cfg, "inference.resize.rounding", ("mmseg", "detectron2"))
     _one_of(cfg, "inference.resize.backend", ("opencv", "pillow", "torch"))
     _one_of(cfg, "inference.output.upsample", ("two_step", "one_step"))

@@ -199,6 +199,19 @@ def test_protocols_that_a_model_cannot_take() -> None:
         )
 
 
+def test_an_unknown_file_is_fitted_and_the_guess_is_noted() -> None:
+    made = predictor(config("inference=fit_input"), fixed_size=(64, 96))
+    made.check_sizes({"a": (512, 683), "b": (683, 512)})
+    prepared = made.prepare("a", np.full((512, 683, 3), 200, np.uint8))
+    images, size = made._input(prepared, CPU)
+    assert images.shape == (1, 3, 64, 96)
+    assert size == (64, 85)
+    assert images[0, :, :, 85:].abs().max() == 0  # the mean colour
+    assert "no published protocol" in made.notes()[-1]
+    free = predictor(config("inference=fit_input"))
+    assert free.prepare("a", np.zeros((30, 40, 3), np.uint8)).pixels.shape == (30, 40, 3)
+
+
 def test_legacy_bilinear_equals_its_definition() -> None:
     scores = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     found = legacy_bilinear(scores, (7, 11))

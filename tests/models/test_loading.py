@@ -150,11 +150,13 @@ def test_onnx_that_gives_labels_or_is_none(tmp_path: Path) -> None:
         load_model(model_cfg("model=onnx", f"model.path={path}"))
 
 
-@pytest.mark.parametrize("kind", ["semantic", "universal"])
+@pytest.mark.parametrize("kind", ["semantic", "universal", "oneformer"])
 def test_transformers_checkpoints(tmp_path: Path, kind: str) -> None:
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
+        OneFormerConfig,
+        OneFormerForUniversalSegmentation,
         SegformerConfig,
         SegformerForSemanticSegmentation,
         SwinConfig,
@@ -165,20 +167,24 @@ def test_transformers_checkpoints(tmp_path: Path, kind: str) -> None:
     if kind == "semantic":
         small = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
         SegformerForSemanticSegmentation(SegformerConfig(id2label=names, **small)).save_pretrained(folder)
-    else:
-        backbone = SwinConfig(
-            embed_dim=8,
-            depths=[1] * 4,
-            num_heads=[1] * 4,
-            window_size=4,
-            out_features=[f"stage{i}" for i in range(1, 5)],
-        )
+    backbone = SwinConfig(
+        embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=[f"stage{i}" for i in range(1, 5)]
+    )
+    if kind == "universal":
         config = Mask2FormerConfig(
             backbone_config=backbone, hidden_dim=32, mask_feature_size=32, feature_size=32, num_queries=5,
             encoder_layers=1, decoder_layers=2, num_attention_heads=2, encoder_feedforward_dim=16, dim_feedforward=16,
             id2label=names,
         )  # fmt: skip
         Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    if kind == "oneformer":
+        config = OneFormerConfig(
+            backbone_config=backbone, hidden_dim=32, mask_dim=32, conv_dim=32, num_queries=5, encoder_layers=1,
+            decoder_layers=2, num_attention_heads=2, encoder_feedforward_dim=16, dim_feedforward=16, query_dec_layers=1,
+            text_encoder_width=32, text_encoder_num_layers=1, text_encoder_proj_layers=1, is_training=False,
+            task_seq_len=77, id2label=names,
+        )  # fmt: skip
+        OneFormerForUniversalSegmentation(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "do_normalize": True})
     )
@@ -190,7 +196,7 @@ def test_transformers_checkpoints(tmp_path: Path, kind: str) -> None:
         scores = model.module(torch.randn(1, 3, 64, 96))
     assert scores.shape == ((1, 150, 16, 24) if kind == "semantic" else (1, 150, 64, 96))
     assert len(model.facts["sha256"]) == 64
-    if kind == "universal":
+    if kind != "semantic":
         assert scores.min() >= 0
         assert scores.max() <= 5  # five queries, each a probability times a probability
 

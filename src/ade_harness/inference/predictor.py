@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -62,7 +62,7 @@ class NetworkPredictor:
 
     def __init__(self, model: LoadedModel, inference: DictConfig, model_cfg: DictConfig) -> None:
         self.model = model
-        self.cfg = inference
+        self.cfg = _fitted(inference, model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         self.reverse_channels = model_cfg.input.channel_order == "bgr"
         self._class_map: ClassMap | None = None
@@ -119,7 +119,14 @@ class NetworkPredictor:
 
     def notes(self) -> list[str]:
         """Return the class map's remarks."""
-        return [self._class_map.note] if self._class_map is not None and self._class_map.note else []
+        notes = [self._class_map.note] if self._class_map is not None and self._class_map.note else []
+        if self.cfg.resize.rule == "fit":
+            size = "images as they are" if self.cfg.resize.height is None else "images fitted into the model's input"
+            notes.append(
+                f"inference={self.cfg.name} is no published protocol ({size}, pixels normalised with mean"
+                f" {_written(self.model.mean)} and std {_written(self.model.std)}): choose the model's own"
+            )
+        return notes
 
     def _input(self, prepared: Prepared, device: torch.device) -> tuple[Tensor, Size]:
         """Normalise and pad: float32 [1, 3, h, w], and the size without padding."""
@@ -182,6 +189,19 @@ class NetworkPredictor:
         if padded != size:
             scores = scores[:, : size[0], : size[1]]
         return self._class_map.classes_of(kernels.label_map(scores, original))
+
+
+def _fitted(inference: DictConfig, fixed_size: Size | None) -> DictConfig:
+    """Fill in the model's only input size where the protocol leaves it open."""
+    if inference.resize.rule != "fit" or inference.resize.height is not None or fixed_size is None:
+        return inference
+    filled = inference.copy()
+    filled.resize.height, filled.resize.width = fixed_size
+    return filled
+
+
+def _written(values: Sequence[float]) -> str:
+    return "/".join(f"{v:g}" for v in values)
 
 
 def _bilinear(scores: Tensor, size: Size) -> Tensor:

@@ -29,6 +29,8 @@ def target_sizes(size: Size, cfg: DictConfig) -> list[Size]:
     height, width = size
     if cfg.rule == "exact":
         first = (cfg.height, cfg.width)
+    elif cfg.rule == "fit" and cfg.height is not None:
+        first = _round_each(size, min(cfg.height / height, cfg.width / width))
     elif cfg.rule == "longest_side":
         first = _round_each(size, cfg.side / max(size))
     elif cfg.rule == "short_side" and cfg.rounding == "mmseg":
@@ -53,6 +55,8 @@ def target_sizes(size: Size, cfg: DictConfig) -> list[Size]:
 
 def padded_size(size: Size, cfg: DictConfig) -> Size:
     """Return the size after padding right and bottom."""
+    if cfg.rule == "fit" and cfg.height is not None:
+        return (cfg.height, cfg.width)
     if cfg.pad_to is not None:
         return (cfg.pad_to[0], cfg.pad_to[1])
     height, width = (-(-side // cfg.pad_multiple) * cfg.pad_multiple for side in size)

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ade_harness.errors import HarnessError
 from ade_harness.models.weights import require_all_keys
 
+_SEMANTIC_TASK = [49406, 518, 10549, 533, 29119, 1550, 49407, *[0] * 70]
+"""OneFormer's text "the task is semantic" in CLIP's 77 tokens: no tokenizer is needed at run time."""
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -88,14 +91,17 @@ class UniversalModel(nn.Module):
     transformers' own post-processing passes through 384 x 384 instead, which changes the score.
     """
 
-    def __init__(self, network: nn.Module, extra_inputs: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.extra_inputs = dict(extra_inputs or {})
+        self.is_oneformer = getattr(network.config, "model_type", None) == "oneformer"
 
     def forward(self, images: Tensor) -> Tensor:
         """Return scores [N, C, H, W] at the input's size."""
-        output = self.network(pixel_values=images)
+        extra = {}
+        if self.is_oneformer:
+            extra["task_inputs"] = torch.tensor([_SEMANTIC_TASK] * images.shape[0], device=images.device)
+        output = self.network(pixel_values=images, **extra)
         classes = output.class_queries_logits.softmax(-1)[..., :-1]
         masks = F.interpolate(
             output.masks_queries_logits, images.shape[-2:], mode="bilinear", align_corners=False
@@ -129,8 +135,6 @@ def load_transformers(
     with _quiet(), _explained(where):
         config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
         if type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING:
-            if config.model_type == "oneformer":
-                raise HarnessError(f"{where}: OneFormer needs a task text that this loader does not give it.")
             auto, wrap = AutoModelForUniversalSegmentation, UniversalModel
         elif type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
             auto, wrap = AutoModelForSemanticSegmentation, SemanticModel
