@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,27 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ade_harness"
 
 
-def build_dataset(cfg: DictConfig, check: bool) -> SegmentationDataset:
+def build_dataset(cfg: DictConfig) -> SegmentationDataset:
     """Open the data set of a ``dataset`` node.
-
-    Args:
-        cfg: the node.
-        check: look at every file's header (one rank does it for all).
 
     Raises:
         HarnessError: see :mod:`ade_harness.data.ade20k`.
     """
     ids = list(cfg.ids) if cfg.ids is not None else None
     if cfg.kind == "demo":
-        dataset = open_demo(cache_dir(), cfg.images, cfg.limit, ids)
-    else:
-        dataset = open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
-    if check and cfg.check_headers:
-        dataset.check_headers()
-    return dataset
+        return open_demo(cache_dir(), cfg.images, cfg.limit, ids)
+    return open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
 
 
 def build_predictor(
-    cfg: DictConfig, dataset: SegmentationDataset
+    cfg: DictConfig, dataset: SegmentationDataset, sizes: Sequence[tuple[int, int]]
 ) -> tuple[NetworkPredictor | FolderPredictor, LoadedModel | None]:
     """Load the model, and check that it can take what the protocol makes of every image.
+
+    Args:
+        cfg: the whole configuration.
+        dataset: its images.
+        sizes: their (height, width); empty on the ranks that leave the check to another.
 
     Returns:
         The predictor, and its model if there is one.
@@ -65,12 +63,14 @@ def build_predictor(
         return folder, None
     model = load_model(cfg.model, cfg.runtime.threads)
     predictor = NetworkPredictor(model, cfg.inference, cfg.model)
-    predictor.check_sizes(dict(zip(dataset.ids, dataset.sizes(), strict=True)))
+    predictor.check_sizes(dict(zip(dataset.ids, sizes, strict=False)))
     return predictor, model
 
 
-def describe_marks(cfg: DictConfig, dataset: SegmentationDataset, model: LoadedModel | None) -> list[str]:
-    """Return what the run's numbers are not; shown on every output."""
+def describe_marks(
+    cfg: DictConfig, dataset: SegmentationDataset, model: LoadedModel | None, sizes: Sequence[tuple[int, int]]
+) -> list[str]:
+    """Return what the run's numbers are not; shown on every output. Arguments: as of :func:`build_predictor`."""
     marks = []
     if dataset.is_demo:
         marks.append("DEMO: made-up images, the score says nothing about scene parsing")
@@ -78,6 +78,9 @@ def describe_marks(cfg: DictConfig, dataset: SegmentationDataset, model: LoadedM
         marks.append(f"RANDOM WEIGHTS: seed {cfg.model.seed}, the score says nothing about the model")
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
+    resized = dataset.resized_images(sizes) if sizes else []
+    if resized:
+        marks.append(f"NOT THE OFFICIAL IMAGES: {len(resized)} of {len(sizes)} have another size, such as {resized[0]}")
     if not dataset.is_demo and cfg.dataset.split != "validation":
         marks.append(f"NOT VALIDATION: the {cfg.dataset.split} images")
     return marks

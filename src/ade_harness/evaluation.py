@@ -52,9 +52,12 @@ def evaluate(
     """
     start = time.monotonic()
     seed_everything(cfg.runtime.seed, verbose=False)
-    dataset = build_dataset(cfg.dataset, check=is_main_process())
-    predictor, model = build_predictor(cfg, dataset)
-    marks = describe_marks(cfg, dataset, model)
+    dataset = build_dataset(cfg.dataset)
+    sizes: list[tuple[int, int]] = []
+    if is_main_process():  # one rank looks at the files for all
+        sizes = dataset.check_headers() if cfg.dataset.check_headers else dataset.sizes()
+    predictor, model = build_predictor(cfg, dataset, sizes)
+    marks = describe_marks(cfg, dataset, model, sizes)
 
     with started_ranks(cfg.runtime) as trainer:
         record = None
@@ -66,7 +69,8 @@ def evaluate(
             )
             for line in (*marks, f"run directory: {record.path}"):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-        run_dir: Path = broadcast(record.path if record else None)
+        run_dir: Path
+        run_dir, sizes, marks = broadcast((record.path if record else None, sizes, marks))
         on_run_dir(run_dir)
 
         before, damaged = read_rows(run_dir / LEDGER) if record else ([], [])
@@ -82,7 +86,6 @@ def evaluate(
         counter = ImageCounter(
             predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir / "overlays", marks
         )
-        sizes = dataset.sizes()
         work = WorkItems(items, [sizes[i][0] * sizes[i][1] for i in todo], cfg.runtime.workers)
         reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(done))
         loop = WorkLoop(counter.process, model.module if model else None, coordinator, reporter)

@@ -388,6 +388,16 @@ def test_random_weights_are_marked_on_every_output(call: Call, tiny_ade: Path, t
     assert "37.40" in done.out
 
 
+def test_a_resized_copy_of_the_data_set_is_marked(call: Call, tiny_ade: Path) -> None:
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        path = tiny_ade / kind / "validation" / f"ADE_val_99990000.{suffix}"
+        path.rename(path.with_name(f"ADE_val_00000001.{suffix}"))
+    folder = tiny_ade / "annotations/validation"
+    done = call("model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST)
+    assert done.code == 0, done.err
+    assert "NOT THE OFFICIAL IMAGES: 1 of 7 have another size, such as ADE_val_00000001" in done.out
+
+
 def damaged_run(call: Call, tiny_ade: Path) -> Done:
     folder = tiny_ade / "annotations/validation"
     words = [

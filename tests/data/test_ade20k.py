@@ -52,7 +52,14 @@ def test_a_pair_is_decoded_and_mapped(tiny_ade: Path) -> None:
     assert np.array_equal(sample.target, target_from_annotation(annotation))
     assert sample.image.shape == (*annotation.shape, 3)
     assert dataset.check_headers() == [dataset.load(i).target.shape for i in range(7)]
+    assert dataset.sizes() == dataset.check_headers()
     assert dataset.is_partial
+
+
+def test_images_of_another_size_than_the_official_ones_are_found(tiny_ade: Path) -> None:
+    write_pair(tiny_ade, "ADE_val_00000001", np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
+    dataset = open_ade20k(tiny_ade)
+    assert dataset.resized_images(dataset.sizes()) == ["ADE_val_00000001"]
 
 
 @pytest.mark.parametrize("place", ["folder", "parent", "zip"])

@@ -58,6 +58,7 @@ class SegmentationDataset:
     pairs: tuple[Pair, ...]
     expected_images: int
     """How many images the whole split has: fewer pairs make a run partial."""
+    split: str = "validation"
     is_demo: bool = False
 
     @property
@@ -121,9 +122,15 @@ class SegmentationDataset:
             return read_header(self.source.read(name), name)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Return (height, width) of every image: from the packaged list where it knows the id, else from the file."""
-        known = validation_sizes()
-        return [known.get(p.image_id) or self._header(p.image)[:2] for p in self.pairs]
+        """Return the (height, width) of every image, from its file's header."""
+        return [self._header(pair.image)[:2] for pair in self.pairs]
+
+    def resized_images(self, sizes: Sequence[tuple[int, int]]) -> list[str]:
+        """Return the ids whose image has another (height, width) than the official one."""
+        if self.is_demo or self.split != "validation":
+            return []
+        official = validation_sizes()
+        return [i for i, size in zip(self.ids, sizes, strict=True) if official.get(i, size) != tuple(size)]
 
 
 def check_sizes(image: Sequence[int], annotation: Sequence[int], pair: Pair) -> None:
@@ -186,6 +193,7 @@ def open_ade20k(
         source=source,
         pairs=select(pairs, limit, ids, root),
         expected_images=official.get(split, len(pairs)),
+        split=split,
     )
 
 
