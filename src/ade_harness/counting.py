@@ -106,6 +106,11 @@ class ImageCounter:
             ground_truth, prediction, pixels = sparse_counts(counts)
             height, width = item.target.shape
             valid = int(pixels.sum())
+            seconds = time.perf_counter() - start
+            if item.overlay_image is not None:
+                path = self.overlay_folder / f"{item.image_id}.png"
+                picture, target = item.overlay_image.numpy(), item.target.numpy()
+                save_overlay(path, picture, target, labels.cpu().numpy(), self.marks)
             self.writer.append(
                 Row(
                     image_id=item.image_id,
@@ -118,15 +123,11 @@ class ImageCounter:
                     pixels=pixels,
                     label_hash=label_hash(labels),
                     content_hash=item.content_hash,
-                    seconds=time.perf_counter() - start,
+                    seconds=seconds,
                     rank=rank,
                     host=platform.node(),
                 )
             )
-            if item.overlay_image is not None:
-                path = self.overlay_folder / f"{item.image_id}.png"
-                picture, target = item.overlay_image.numpy(), item.target.numpy()
-                save_overlay(path, picture, target, labels.cpu().numpy(), self.marks)
         except HarnessError as error:
             self._fail(Failure(item.image_id, str(error)))
             return

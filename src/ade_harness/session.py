@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ade_harness.evaluation import evaluate
 from ade_harness.report.result import Result
-from ade_harness.report.terminal import make_console, print_result
+from ade_harness.report.terminal import make_console, print_fact, print_result
 
 
 def run_session(
@@ -33,7 +33,7 @@ def run_session(
     if finished is None:
         return None
     result, record = finished
-    tracking_path = None
+    print_result(console, result)
     if cfg.tracking.kind == "wandb":
         from ade_harness.tracking.wandb_run import log_result
 
@@ -42,7 +42,7 @@ def run_session(
             warnings.simplefilter("always", UserWarning)
             tracking_path = log_result(cfg.tracking, result, config, record.summary())
         for warning in caught:
-            if "W&B logging failed" in str(warning.message):
+            if str(warning.message).startswith("W&B"):
                 console.print(str(warning.message), style="yellow", markup=False)
-    print_result(console, result, tracking_path)
+        print_fact(console, "W&B", tracking_path or "not logged")
     return result

@@ -329,8 +329,20 @@ def test_a_tracking_failure_loses_nothing(call: Call, monkeypatch: pytest.Monkey
     monkeypatch.setattr(wandb, "init", broken)
     done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
     assert done.code == 0
-    assert "W&B logging failed (RuntimeError: the server is on fire)" in done.out.replace("\n", " ")
+    assert "W&B offline logging failed (RuntimeError: the server is on fire)" in done.out.replace("\n", " ")
     assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 2
+
+
+def test_a_server_that_is_down_leaves_an_offline_run(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ade_harness.tracking.wandb_run._INIT_TIMEOUT_S", 3)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
+    assert done.code == 0, done.err
+    assert "W&B online logging failed" in done.out
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 # real runs on small data

@@ -6,10 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Literal
 
 import yaml
 from rich.console import Console
 from rich.table import Table
+
+_WEIGHTS = {
+    "official": "public",
+    "official sibling": "sibling public",
+    "third party": "third party",
+    "head to be trained": "no head public",
+    "never published": "never published",
+}
+"""How the table says whether weights for a row are public."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,6 @@ class PublishedRow:
     checkpoint_status: str
     """official, official sibling, third party, head to be trained, or never published."""
 
-    @property
-    def weights_are_public(self) -> bool:
-        """Whether weights for exactly this row can be had."""
-        return self.checkpoint_status == "official"
-
 
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
@@ -54,13 +59,16 @@ def print_catalogue(console: Console, ready: Sequence[str]) -> None:
         console: where to.
         ready: names of the model configurations that there are.
     """
-    table = Table(title="ADE20K leaderboard, as published by others (percent; nothing here was measured by this tool)")
-    for name in ("metric", "system", "label", "source says", "weights", "model=", "ready"):
-        table.add_column(name, justify="right" if name in ("label", "source says") else "left", overflow="fold")
+    table = Table(title="ADE20K leaderboard, as published by others: percent, nothing here was measured by this tool")
+    for name in ("system", "label", "source says", "source", "weights", "model=", "ready"):
+        justify: Literal["left", "right"] = "right" if name in ("label", "source says") else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "system")
     for row in published_rows():
         source = "-" if row.source_score is None else f"{row.source_score:.1f}"
         is_ready = "yes" if row.config in ready else "not yet"
-        table.add_row(row.metric, row.system, f"{row.score:.1f}", source, row.checkpoint_status, row.config, is_ready)
+        weights = _WEIGHTS[row.checkpoint_status]
+        label = f"{row.score:.1f} {row.metric}"
+        table.add_row(row.system, label, source, row.paper, weights, row.config, is_ready)
     console.print(table)
     others = [name for name in ready if name not in {r.config for r in published_rows()}]
     console.print(f"\nOther models: {', '.join(others)}", highlight=False, markup=False)

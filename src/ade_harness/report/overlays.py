@@ -73,10 +73,13 @@ def save_overlay(
     marks: Sequence[str] = (),
 ) -> None:
     """Write :func:`draw_overlay` as a PNG."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_overlay(image, target, labels, marks).save(path)
+        draw_overlay(image, target, labels, marks).save(temporary, "PNG")
+        temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 

@@ -33,7 +33,7 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 
-def print_result(console: Console, result: Result, tracking_path: str | None) -> None:
+def print_result(console: Console, result: Result) -> None:
     """Print marks, scores beside the published one, worst and best classes, and where everything is."""
     for mark in result.marks:
         console.print(Text(f" {mark} ", style="bold black on yellow"))
@@ -48,10 +48,14 @@ def print_result(console: Console, result: Result, tracking_path: str | None) ->
             f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating",
         ),
         ("run directory", str(result.run_dir)),
-        ("W&B", tracking_path or "off"),
     ]
     for name, value in lines:
-        console.print(f"{name + ':':15}{value}", markup=False, highlight=False, soft_wrap=True)
+        print_fact(console, name, value)
+
+
+def print_fact(console: Console, name: str, value: str) -> None:
+    """Print one of the lines below the table."""
+    console.print(f"{name + ':':15}{value}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _scores(result: Result) -> Table:

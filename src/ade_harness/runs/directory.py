@@ -107,6 +107,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 

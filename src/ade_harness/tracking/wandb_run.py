@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from ade_harness.report.figures import save_confusion_matrix
 from ade_harness.report.result import Result, per_class_rows
 
-_INIT_TIMEOUT_S = 60
+_INIT_TIMEOUT_S = 30
 
 
 def wandb_mode(configured: str | None) -> str:
@@ -49,15 +49,17 @@ def log_result(cfg: DictConfig, result: Result, config: dict[str, Any], manifest
     mode = wandb_mode(cfg.mode)
     if mode == "disabled":
         return None
-    try:
-        return _log(cfg, mode, result, config, manifest)
-    except Exception as error:  # whatever tracking does, the evaluation is done and on disk
-        reason = str(error).splitlines()[0] if str(error) else ""
-        warnings.warn(
-            f"W&B logging failed ({type(error).__name__}: {reason}). The run is whole in {result.run_dir}.",
-            stacklevel=2,
-        )
-        return None
+    for attempt in dict.fromkeys((mode, "offline")):  # a server that is down still leaves a run to sync later
+        try:
+            return _log(cfg, attempt, result, config, manifest)
+        except Exception as error:  # whatever tracking does, the evaluation is done and on disk
+            reason = str(error).splitlines()[0] if str(error) else ""
+            warnings.warn(
+                f"W&B {attempt} logging failed ({type(error).__name__}: {reason})."
+                f" The run is whole in {result.run_dir}.",
+                stacklevel=2,
+            )
+    return None
 
 
 def _log(cfg: DictConfig, mode: Any, result: Result, config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
