@@ -76,6 +76,15 @@ def test_folder_parent_and_zip_give_the_same(tiny_ade: Path, tmp_path: Path, pla
     assert found.ids_hash() == expected.ids_hash()
 
 
+def test_links_are_followed_and_loops_end(tiny_ade: Path, tmp_path: Path) -> None:
+    root = tmp_path / "linked"
+    root.mkdir()
+    for kind in ("images", "annotations"):
+        (root / kind).symlink_to(tiny_ade / kind)
+    (root / "loop").symlink_to(root)
+    assert open_ade20k(root).ids == open_ade20k(tiny_ade).ids
+
+
 def test_limit_and_ids_make_a_partial_set(tiny_ade: Path) -> None:
     assert open_ade20k(tiny_ade, limit=2).ids == ["ADE_val_99990000", "ADE_val_99990001"]
     assert open_ade20k(tiny_ade, ids=["ADE_val_99990005"]).ids == ["ADE_val_99990005"]

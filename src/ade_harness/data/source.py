@@ -46,7 +46,12 @@ class FolderSource:
     def names(self) -> list[str]:
         """Return all file names, sorted; hidden files are left out."""
         found = []
+        seen: set[str] = set()
         for folder, folders, files in os.walk(self.location, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             relative = Path(folder).relative_to(self.location)
             found += [(relative / f).as_posix() for f in files if not f.startswith(".")]
