@@ -86,7 +86,7 @@ def evaluate(
         counter = ImageCounter(
             predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir / "overlays", marks
         )
-        work = WorkItems(items, [sizes[i][0] * sizes[i][1] for i in todo], cfg.runtime.workers)
+        work = WorkItems(items, [sizes[i][0] * sizes[i][1] for i in todo], cfg.runtime.workers, coordinator)
         reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(done))
         loop = WorkLoop(counter.process, model.module if model else None, coordinator, reporter)
         begin = time.monotonic()

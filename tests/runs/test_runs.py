@@ -51,6 +51,12 @@ def test_ledger_keeps_every_count(tmp_path: Path) -> None:
     assert frame.valid_pixels.sum() == sum(r.valid_pixels for r in rows)
 
 
+def test_slow_images_become_durable_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ade_harness.runs.ledger._FLUSH_EVERY_S", 0.0)
+    LedgerWriter(tmp_path).append(make_row(0))
+    assert len(read_rows(tmp_path)[0]) == 1
+
+
 def test_2000_images_stay_under_10_mb(tmp_path: Path) -> None:
     writer = LedgerWriter(tmp_path)
     for i in range(2000):

@@ -7,6 +7,7 @@ page checksums catch damage after that. ``pandas.read_parquet(run / "ledger")`` 
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -40,6 +41,10 @@ SCHEMA = pa.schema(
 )
 
 
+_FLUSH_EVERY_S = 30.0
+"""A slow model's images must not be lost either."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What is kept of one image. `ground_truth`, `prediction`, `pixels` are the non-zero counts."""
@@ -71,7 +76,7 @@ def sparse_counts(
 
 
 class LedgerWriter:
-    """Writes the rows of one process; every `flush_every` rows become one durable segment.
+    """Writes the rows of one process; every `flush_every` rows, or 30 seconds, become one durable segment.
 
     Args:
         folder: of the ledger; made when needed.
@@ -89,15 +94,17 @@ class LedgerWriter:
         self._rows: list[Row] = []
         self._session = uuid.uuid4().hex[:8]
         self._segments = 0
+        self._flushed = time.monotonic()
 
     def append(self, row: Row) -> None:
         """Add a row; it is durable after the next flush."""
         self._rows.append(row)
-        if len(self._rows) >= self.flush_every:
+        if len(self._rows) >= self.flush_every or time.monotonic() - self._flushed >= _FLUSH_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
         """Make all rows so far durable."""
+        self._flushed = time.monotonic()
         if not self._rows:
             return
         rank = self._rows[0].rank

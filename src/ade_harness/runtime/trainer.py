@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.coordination import Coordinator
@@ -43,14 +43,18 @@ class WorkItems(pl.LightningDataModule):
         items: maps an index to a loaded item, in worker processes.
         costs: expected cost of each item.
         workers: loader processes per rank; None takes the cores that the ranks leave, at most 8 each.
+        coordinator: no item is loaded after any rank has stopped.
     """
 
-    def __init__(self, items: Dataset[Any], costs: Sequence[float], workers: int | None) -> None:
+    def __init__(
+        self, items: Dataset[Any], costs: Sequence[float], workers: int | None, coordinator: Coordinator
+    ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than items
         self.items = items
         self.costs = costs
         self.workers = workers
+        self.coordinator = coordinator
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this rank's share, largest item first."""
@@ -62,12 +66,29 @@ class WorkItems(pl.LightningDataModule):
         return DataLoader(
             self.items,
             batch_size=None,
-            sampler=share,
+            sampler=_UntilStopped(share, self.coordinator),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_quiet_worker,
         )
+
+
+class _UntilStopped(Sampler[int]):
+    """The items of a rank in their order, cut off when a rank has stopped."""
+
+    def __init__(self, share: Sequence[int], coordinator: Coordinator) -> None:
+        self._share = share
+        self._coordinator = coordinator
+
+    def __len__(self) -> int:
+        return len(self._share)
+
+    def __iter__(self) -> Iterator[int]:
+        for item in self._share:
+            if self._coordinator.stopped:
+                return
+            yield item
 
 
 def _quiet_worker(_: int) -> None:
