@@ -176,8 +176,12 @@ def _split_flags(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             flags["--multirun"] = ""
         elif name in ("--cfg", "-c"):
             flags["--cfg"] = value if given else next(rest, "job")
+            if flags["--cfg"] != "job":
+                raise HarnessError(f"--cfg {flags['--cfg']}: expected `--cfg job`.")
         elif name in ("--config-dir", "-cd"):
             flags["--config-dir"] = value if given else next(rest, "")
+            if not flags["--config-dir"]:
+                raise HarnessError("--config-dir needs a folder, such as `--config-dir my_conf`.")
         else:
             known = ("--cfg", "--config-dir", "--multirun", "--help", "--version")
             raise HarnessError(f"{word}: no such flag.{did_you_mean(name, known)} Known: {', '.join(known)}.")

@@ -255,7 +255,7 @@ def _check_override(text: str, extra: Path | None) -> None:
         value = override.value()
         if isinstance(value, str) and value not in known:
             raise HarnessError(f"{key}={value}: no such choice.{did_you_mean(value, known)} Known: {', '.join(known)}.")
-    elif not text.startswith(("+", "~", "hydra.")) and not key.startswith(("model.kwargs.", "model.architecture.")):
+    elif not text.startswith(("~", "hydra.")) and not key.startswith(("model.kwargs.", "model.architecture.")):
         known = list(known_keys())
         if key not in known and not any(k.startswith(key + ".") for k in known):
             raise HarnessError(f"{key}: no such option.{did_you_mean(key, [*known, *GROUPS])} `--cfg job` lists all.")

@@ -22,6 +22,9 @@ def _one_of(cfg: DictConfig, key: str, allowed: Sequence[str]) -> None:
     )
 
 
+_MOST_DEMO_IMAGES = 20_000
+
+
 def validate(cfg: DictConfig) -> None:
     """Check ranges and combinations; raises HarnessError naming the key."""
     _one_of(cfg, "model.weights", ("pretrained", "random"))
@@ -57,10 +60,18 @@ def validate(cfg: DictConfig) -> None:
         value = resize[name]
         _require(
             value is not None and value >= 1,
-            f"inference.resize.{name}={value}: the rule {resize.rule} needs it, in pixels.",
+            f"inference.resize.{name}={value}: the rule {resize.rule} needs a length of 1 pixel or more.",
         )
     for name in ("multiple_of", "pad_multiple"):
         _require(resize[name] >= 1, f"inference.resize.{name}={resize[name]}: expected 1 or more.")
+    _require(
+        resize.pad_to is None or (len(resize.pad_to) == 2 and min(resize.pad_to) >= 1),
+        f"inference.resize.pad_to={resize.pad_to}: expected [height, width] in pixels.",
+    )
+    _require(
+        cfg.dataset.images <= _MOST_DEMO_IMAGES,
+        f"dataset.images={cfg.dataset.images}: expected at most {_MOST_DEMO_IMAGES:,} made-up images.",
+    )
     padded = resize.pad_to is not None or resize.pad_multiple > 1
     _require(
         not (padded and cfg.inference.output.upsample == "one_step"),
@@ -83,7 +94,7 @@ def _check_class_map(class_map: Sequence[int | None] | None) -> None:
         )
     _require(
         class_map is None or any(v is not None for v in class_map),
-        "model.class_map: every channel is null, so nothing could be predicted.",
+        "model.class_map: no channel has a class, so nothing could be predicted.",
     )
 
 

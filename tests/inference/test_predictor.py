@@ -185,6 +185,35 @@ def test_a_model_that_fails_is_reported_with_its_input() -> None:
         made.predict(made.prepare("x", np.zeros((20, 30, 3), np.uint8)), CPU)
 
 
+class Raises(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise KeyError("missing feature")
+
+
+class Doubles(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(2, 150, 5, 5)
+
+
+class Empty(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 150, 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Raises(), r"x: the model failed .* \(KeyError: 'missing feature'\)"),
+        (Doubles(), r"returned \[2, 150, 5, 5\] for an input of \[1, 3, 20, 30\]"),
+        (Empty(), r"returned \[1, 150, 5, 0\]"),
+    ],
+)
+def test_models_that_misbehave(module: nn.Module, message: str) -> None:
+    made = predictor(config("inference=original_size"), module)
+    with pytest.raises(HarnessError, match=message):
+        made.predict(made.prepare("x", np.zeros((20, 30, 3), np.uint8)), CPU)
+
+
 def test_protocols_that_a_model_cannot_take() -> None:
     made = predictor(config("inference=mmseg_whole_512"), fixed_size=(512, 512))
     with pytest.raises(HarnessError, match="takes 512x512 .* makes 683x512. Choose inference=fit_512"):

@@ -43,6 +43,10 @@ class Tiny(nn.Module):
         return self.conv(images)
 
 
+def exploding() -> nn.Module:
+    raise RuntimeError("no luck")
+
+
 def model_cfg(*overrides: str) -> DictConfig:
     return compose_config([*overrides, "dataset=ade20k", "dataset.root=."]).model
 
@@ -101,6 +105,8 @@ def test_custom_model_with_arguments_and_checkpoint(tmp_path: Path) -> None:
     [
         ("nothing.here.Net", "cannot be imported"),
         ("tests.models.test_loading.Missing", "cannot be imported"),
+        ("Net", "a dotted path is needed"),
+        ("tests.models.test_loading.exploding", r"making it failed \(RuntimeError: no luck\)"),
         ("builtins.dict", "expected a torch.nn.Module"),
     ],
 )
@@ -237,6 +243,9 @@ def test_damaged_weight_files(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:150])
         with pytest.raises(HarnessError, match=name):
             read_state_dict(path)
+    (tmp_path / "text.pth").write_text("import torch")
+    with pytest.raises(HarnessError, match="not a torch file"):
+        read_state_dict(tmp_path / "text.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(HarnessError, match="holds no state_dict"):
         read_state_dict(tmp_path / "list.pth")

@@ -163,6 +163,11 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
         open_run(str(tmp_path / "file" / "run"), "runs", "m", {})
 
 
+def test_json_takes_what_json_cannot_hold(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [float("inf"), 1.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": ["inf", 1.5, None]}
+
+
 def test_json_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
 

@@ -154,13 +154,21 @@ class NetworkPredictor:
                 f"{prepared.image_id}: out of GPU memory with an input of {list(images.shape)}."
                 " Use a larger GPU or a protocol with smaller inputs."
             ) from error
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except HarnessError:
+            raise
+        except Exception as error:  # the network may be anybody's code
             reason = " ".join(str(error).split())[:300]
             raise HarnessError(
                 f"{prepared.image_id}: the model failed on an input of {list(images.shape)}"
                 f" ({type(error).__name__}: {reason}). ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
-        scores = as_scores(output, prepared.image_id)[0].float()
+        batch = as_scores(output, prepared.image_id)
+        if batch.shape[0] != images.shape[0] or batch.numel() == 0:
+            raise HarnessError(
+                f"{prepared.image_id}: the model returned {list(batch.shape)} for an input of {list(images.shape)},"
+                " expected logits [N, C, h, w] with the same N."
+            )
+        scores = batch[0].float()
         if torch.isnan(scores).any():
             share = torch.isnan(scores).float().mean().item()
             raise HarnessError(

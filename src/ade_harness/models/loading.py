@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -135,16 +136,13 @@ def _load_hf(cfg: DictConfig, threads: int) -> LoadedModel:
 
 
 def _load_custom(cfg: DictConfig, threads: int) -> LoadedModel:
-    from hydra.utils import get_object
-
     target: str = cfg._target_
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the console script does not
     try:
-        make = get_object(target)
+        make = _import_target(target)
     except Exception as error:  # importing runs the user's code, which may fail in any way
-        cause = error.__cause__ or error
-        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise HarnessError(
             f"model._target_={target}: cannot be imported ({reason}). Expected package.module.Name, importable from"
             f" {Path.cwd()} or installed."
@@ -159,6 +157,11 @@ def _load_custom(cfg: DictConfig, threads: int) -> LoadedModel:
                 f"model._target_={target}: does not take these arguments ({error})."
                 " Set them as model.kwargs.NAME=VALUE."
             ) from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise HarnessError(
+                f"model._target_={target}: making it failed ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
+            ) from error
     if not isinstance(module, nn.Module):
         raise HarnessError(f"model._target_={target}: gave a {type(module).__name__}, expected a torch.nn.Module.")
     checkpoint = _checkpoint(cfg)
@@ -171,6 +174,23 @@ def _load_custom(cfg: DictConfig, threads: int) -> LoadedModel:
         weights, facts = "pretrained", _facts(checkpoint)
     names = getattr(module, "class_names", None)
     return LoadedModel(module, weights, **_statistics(cfg), class_names=_names(cfg, names), facts=facts)
+
+
+def _import_target(target: str) -> Any:
+    """Return what an import path names: the longest importable module, then attributes."""
+    names = target.split(".")
+    for end in range(len(names) - 1, 0, -1):
+        module_name = ".".join(names[:end])
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_name.startswith(error.name) or end == 1:
+                raise
+            continue
+        for name in names[end:]:
+            found = getattr(found, name)
+        return found
+    raise ImportError("a dotted path is needed")
 
 
 def _file(cfg: DictConfig) -> Path:

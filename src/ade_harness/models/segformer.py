@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.errors import HarnessError
 from ade_harness.models.transformers_models import load_into_transformers
 from ade_harness.models.weights import StateDict
 
@@ -109,7 +110,13 @@ class Segformer(nn.Module):
 
         config = SegformerConfig(num_labels=NUM_CLASSES, **architecture)
         if state is None:
-            self.network = SegformerForSemanticSegmentation(config)
+            try:
+                self.network = SegformerForSemanticSegmentation(config)
+            except (IndexError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+                raise HarnessError(
+                    f"model.architecture={dict(architecture)}: makes no SegFormer ({error}). Every list needs one entry"
+                    " for each of the four stages."
+                ) from error
         else:
             self.network = load_into_transformers(
                 SegformerForSemanticSegmentation,

@@ -131,6 +131,7 @@ def load_transformers(
     )
 
     where = f"model.id={model_id}"
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
     wrap: type[UniversalModel] | type[SemanticModel]
     with _quiet(), _explained(where):
         config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)

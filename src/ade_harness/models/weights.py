@@ -59,7 +59,7 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
     )
 
     where = f"{hub_id}{'@' + revision if revision else ''}/{filename}"
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is reported below
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
     advice = "Download it elsewhere and give model.checkpoint=PATH, or try without weights: model.weights=random."
     try:
         path = Path(hf_hub_download(hub_id, filename, revision=revision))
@@ -105,6 +105,12 @@ def read_state_dict(path: Path) -> StateDict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            head = file.read(2)
+        if head != b"PK" and head[:1] != b"\x80":  # neither torch's zip nor a pickle
+            raise HarnessError(
+                f"{path}: not a torch file. Expected .safetensors, or a .pth or .bin of tensors."
+            ) from error
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "pickled objects")
         raise HarnessError(
             f"{path}: this file holds more than tensors ({reason.strip()}): loading it would run code from it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import uuid
@@ -62,7 +63,7 @@ def _check_same(path: Path, identity: dict[str, Any]) -> None:
         before = json.loads(manifest.read_text())["identity"]
     except (ValueError, KeyError) as error:
         raise HarnessError(f"{manifest}: damaged, or of another version. Start a new run.") from error
-    now = json.loads(json.dumps(identity))
+    now = _json_safe(identity)
     differences = [
         f"{key}: was {_short(old)}, is {_short(new)}"
         for key in sorted(before.keys() | now.keys())
@@ -112,5 +113,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON as :func:`write_text` does."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Write JSON as :func:`write_text` does; what JSON cannot hold (NaN, infinities) becomes text."""
+    write_text(path, json.dumps(_json_safe(content), indent=2, allow_nan=False) + "\n")
+
+
+def _json_safe(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(k): _json_safe(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [_json_safe(v) for v in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
