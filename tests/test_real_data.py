@@ -36,9 +36,9 @@ def test_a_trained_model_on_real_images(cli: Callable[..., Done], tmp_path: Path
         assert "PARTIAL: 33 of 2,000 images" in done.out
     metrics = json.loads((tmp_path / "run1/metrics.json").read_text())
     assert metrics["pixels"] == 7_761_862
-    # An independent implementation of the same protocol measured 0.7529, 0.1665 and 0.0977 (four digits); the rest
-    # is how labels are resized to the original size, which its description leaves open.
-    assert metrics["pixel_accuracy"] == pytest.approx(0.7529, abs=2e-4)
+    # An independent implementation with the PyTorch form of this network measured 0.7529, 0.1665 and 0.0977; the ONNX
+    # graph's floats differ in the last digits: 0.75284, 0.16653, 0.09770.
+    assert metrics["pixel_accuracy"] == pytest.approx(0.7529, abs=1e-4)
     assert metrics["mIoU"] == pytest.approx(0.1665, abs=1e-4)
     assert metrics["mIoU_csail"] == pytest.approx(0.0977, abs=1e-4)
     first, second = (np.load(tmp_path / f"run{n}/confusion_matrix.npy") for n in (1, 2))
@@ -46,6 +46,29 @@ def test_a_trained_model_on_real_images(cli: Callable[..., Done], tmp_path: Path
     hashes = [pd.read_parquet(tmp_path / f"run{n}/ledger").sort_values("image_id").label_hash.tolist() for n in (1, 2)]
     assert hashes[0] == hashes[1]
     assert len(hashes[0]) == 33
+
+
+SHIM = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("deeplab", {path!r})
+deeplab = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(deeplab)
+Net = deeplab.DeepLabV3PlusMNV2
+"""
+
+
+def test_the_same_model_as_a_custom_torch_model(cli: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "shim.py").write_text(SHIM.format(path=str(MODEL.parent / "deeplabv3plus_mnv2.py")))
+    done = cli(
+        "model=deeplabv3plus_mnv2_mlperf", "model.kind=custom", "model._target_=shim.Net", "dataset=ade20k",
+        f"model.checkpoint={MODEL.with_suffix('.safetensors')}", f"dataset.root={DATA / 'ADEChallengeData2016'}",
+        "tracking=none", "run.dir=run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    # the independent implementation's figures, all four digits: it ran this PyTorch form of the network
+    found = [round(metrics[key], 4) for key in ("pixel_accuracy", "mIoU", "mIoU_csail")]
+    assert found == [0.7529, 0.1665, 0.0977]
 
 
 def test_verify_of_real_files(cli: Callable[..., Done]) -> None:
