@@ -72,7 +72,7 @@ def validate(cfg: DictConfig) -> None:
         cfg.dataset.images <= _MOST_DEMO_IMAGES,
         f"dataset.images={cfg.dataset.images}: expected at most {_MOST_DEMO_IMAGES:,} made-up images.",
     )
-    padded = resize.pad_to is not None or resize.pad_multiple > 1
+    padded = resize.pad_to is not None or resize.pad_multiple > 1 or resize.rule == "fit"
     _require(
         not (padded and cfg.inference.output.upsample == "one_step"),
         "inference.output.upsample=one_step does not go with padding: the padding is cut off at the input's size."

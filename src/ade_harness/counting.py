@@ -128,6 +128,10 @@ class ImageCounter:
                     host=platform.node(),
                 )
             )
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            self._fail(Failure(item.image_id, f"{item.image_id}: out of GPU memory ({reason}). Use a larger GPU."))
+            return
         except HarnessError as error:
             self._fail(Failure(item.image_id, str(error)))
             return

@@ -150,6 +150,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["dataset=ade20k", "model=segformer_b0"], ["dataset.root must be set", "data download"]),
         (["dataset=ade20k", "dataset.root=x"], ["model=demo knows only the made-up demo images"]),
         (["inference.resize.pad_to=[1]"], ["inference.resize.pad_to=[1]: expected [height, width]"]),
+        (["inference=fit_input", "inference.output.upsample=one_step"], ["does not go with padding"]),
         (["+foo=1"], ["foo: no such option"]),
         (["dataset.images=1000000000000"], ["at most 20,000"]),
         (["--cfg", "all"], ["expected `--cfg job`"]),

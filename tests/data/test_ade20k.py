@@ -208,6 +208,35 @@ def test_zip_with_path_traversal_and_broken_zip(tmp_path: Path) -> None:
         open_ade20k(evil)
 
 
+def test_damaged_members_and_leftovers_of_file_managers(tiny_ade: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(tiny_ade.rglob("*.*")):
+            archive.write(file, file.relative_to(tiny_ade.parent))
+        archive.writestr("__MACOSX/ADEChallengeData2016/images/validation/._ADE_val_99990000.jpg", "x")
+    dataset = open_ade20k(path)
+    assert len(dataset.ids) == 7
+    name = dataset.pairs[0].annotation
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo(name).header_offset + 30 + len(name)
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 20] = b"\xff" * 20
+    path.write_bytes(bytes(content))
+    with pytest.raises(HarnessError, match=f"{Path(name).name} is damaged"):
+        open_ade20k(path).load(0)
+
+
+def test_one_folder_linked_twice(tiny_ade: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in tiny_ade.rglob("*.*g"):
+        (flat / file.name).write_bytes(file.read_bytes())
+    for kind in ("images", "annotations"):
+        (tmp_path / "root" / kind).mkdir(parents=True)
+        (tmp_path / "root" / kind / "validation").symlink_to(flat)
+    assert len(open_ade20k(tmp_path / "root").ids) == 7
+
+
 # verify, and the made-up set
 
 

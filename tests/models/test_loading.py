@@ -207,6 +207,29 @@ def test_transformers_checkpoints(tmp_path: Path, kind: str) -> None:
         assert scores.max() <= 5  # five queries, each a probability times a probability
 
 
+def test_transformers_checkpoint_without_normalisation(tmp_path: Path) -> None:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    small = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
+    names = dict(enumerate(class_names()))
+    SegformerForSemanticSegmentation(SegformerConfig(id2label=names, **small)).save_pretrained(tmp_path)
+    settings = tmp_path / "preprocessor_config.json"
+    settings.write_text(json.dumps({"do_normalize": False, "rescale_factor": 1 / 255}))
+    model = load_model(model_cfg("model=hf", f"model.id={tmp_path}"))
+    assert (model.mean, model.std) == ((0.0,) * 3, pytest.approx((255.0,) * 3))
+    settings.write_text(json.dumps({"do_flip_channel_order": True}))
+    with pytest.raises(HarnessError, match="wants BGR"):
+        load_model(model_cfg("model=hf", f"model.id={tmp_path}"))
+
+
+def test_a_network_with_an_attribute_called_module(tmp_path: Path) -> None:
+    state = {"module.weight": torch.zeros(2), "head.weight": torch.ones(2)}
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        assert read_state_dict(tmp_path / name).keys() == state.keys()
+
+
 def test_transformers_checkpoint_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="cannot be loaded"):
         load_model(model_cfg("model=hf", f"model.id={tmp_path}"))

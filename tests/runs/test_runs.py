@@ -150,6 +150,12 @@ def test_run_dir_is_continued_only_by_the_same_run(tmp_path: Path) -> None:
         open_run(str(path), "runs", "m", {})
 
 
+def test_a_run_killed_before_its_manifest_starts_again(tmp_path: Path) -> None:
+    (tmp_path / ".writable").touch()
+    (tmp_path / ".manifest.json.tmp").write_text("{")
+    assert open_run(str(tmp_path), "runs", "m", {"a": 1}) == (tmp_path, False)
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(HarnessError, match="not empty and holds no run. Nothing was changed"):

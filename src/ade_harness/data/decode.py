@@ -58,7 +58,7 @@ def decode_labels(data: bytes, name: str) -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(data)) as image:
             check_label_mode(image.mode, name)
             return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise HarnessError(_unreadable(name, "label map", error)) from error
 
 
@@ -105,7 +105,7 @@ def read_header(data: bytes, name: str) -> tuple[int, int, str]:
             if image.format == "JPEG" and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
                 width, height = height, width
             return height, width, image.mode
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise HarnessError(_unreadable(name, "image", error)) from error
 
 

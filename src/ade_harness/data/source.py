@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -46,12 +47,11 @@ class FolderSource:
     def names(self) -> list[str]:
         """Return all file names, sorted; hidden files are left out."""
         found = []
-        seen: set[str] = set()
         for folder, folders, files in os.walk(self.location, followlinks=True):
-            if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+            above = Path(folder).parents[: len(Path(folder).relative_to(self.location).parts)]
+            if Path(folder).resolve() in {parent.resolve() for parent in above}:  # a link to a folder above it
                 folders.clear()
                 continue
-            seen.add(real)
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             relative = Path(folder).relative_to(self.location)
             found += [(relative / f).as_posix() for f in files if not f.startswith(".")]
@@ -73,9 +73,10 @@ class ZipSource:
         self.location = location
         self._archive: zipfile.ZipFile | None = None
         self._owner = -1
-        self._names = sorted(m.filename for m in self._open().infolist() if not m.is_dir())
-        for name in self._names:
+        members = sorted(m.filename for m in self._open().infolist() if not m.is_dir())
+        for name in members:
             check_member_name(name, location)
+        self._names = [name for name in members if not _is_hidden(name)]
 
     def __getstate__(self) -> dict[str, object]:
         return {"location": self.location, "_archive": None, "_owner": -1, "_names": self._names}
@@ -100,8 +101,13 @@ class ZipSource:
         try:
             with self._open().open(name) as member:
                 return member.read() if limit is None else member.read(limit)
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
             raise HarnessError(f"{self.location}: {name} is damaged ({error}). Download the archive again.") from error
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a member is what file managers leave behind (.DS_Store, __MACOSX/._x.jpg)."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def check_member_name(name: str, archive: Path) -> None:

@@ -113,6 +113,7 @@ def write_dataset(root: Path, images: int, seed: int = VALIDATION_SEED, split: s
             Image.fromarray(annotation).save(work / "annotations" / split / f"{stem}.png")
         names = "".join(f"{c.index + 1}\t{', '.join(c.names)}\n" for c in classes())
         (work / "objectInfo150.txt").write_text("Idx\tName\n" + names)
+        work.chmod(0o755)  # mkdtemp's folders are for one user only
         try:
             work.rename(final)
         except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable
@@ -121,9 +122,10 @@ def _load_hf(cfg: DictConfig, threads: int) -> LoadedModel:
     )
     mean, std = statistics or (list(cfg.input.mean), list(cfg.input.std))
     folder = Path(cfg.id)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            facts["sha256"] = file_hash(folder / name, "sha256")
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
+    if files:  # one file, or the shards; transformers prefers safetensors
+        digests = [file_hash(f, "sha256") for f in files]
+        facts["sha256"] = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return LoadedModel(
         module,
         "pretrained",

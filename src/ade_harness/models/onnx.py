@@ -30,8 +30,8 @@ class OnnxModel(nn.Module):
         self.path = path
         self.threads = threads
         self._session: Any = None
-        self._device_type = ""
-        session = self._session_on("cpu")
+        self._device: torch.device | None = None
+        session = self._session_on(torch.device("cpu"))
         inputs = session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
             described = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
@@ -62,14 +62,14 @@ class OnnxModel(nn.Module):
     @property
     def class_names(self) -> list[str] | None:
         """Names in the file's metadata (keys names, classes or labels; JSON, a Python literal, or lines)."""
-        stored = self._session_on("cpu").get_modelmeta().custom_metadata_map
+        stored = self._session_on(torch.device("cpu")).get_modelmeta().custom_metadata_map
         return next(
             (_parse_names(stored[k]) for k in ("names", "classes", "class_names", "labels") if k in stored),
             None,
         )
 
-    def _session_on(self, device_type: str) -> Any:
-        if self._session is None or self._device_type != device_type:
+    def _session_on(self, device: torch.device) -> Any:
+        if self._session is None or self._device != device:
             import onnxruntime
 
             if not self.path.is_file():
@@ -77,20 +77,27 @@ class OnnxModel(nn.Module):
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1
-            wanted = ["CUDAExecutionProvider"] if device_type == "cuda" else []
-            available = onnxruntime.get_available_providers()
-            providers = [p for p in [*wanted, "CPUExecutionProvider"] if p in available]
+            providers: list[Any] = ["CPUExecutionProvider"]
+            if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+                # this rank's GPU, full float32, and no choice of algorithm by timing, which would vary from run to run
+                chosen = {"device_id": device.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+                providers.insert(0, ("CUDAExecutionProvider", chosen))
             try:
                 self._session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
             except Exception as error:  # onnxruntime's exceptions share no public base class
                 reason = str(error).splitlines()[0]
                 raise HarnessError(f"{self.path}: onnxruntime cannot load this file ({reason}).") from error
-            self._device_type = device_type
+            if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
+                raise HarnessError(
+                    f"{self.path}: this onnxruntime cannot use the GPU. Install onnxruntime-gpu in its place, or run"
+                    " with runtime.accelerator=cpu."
+                )
+            self._device = device
         return self._session
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images float32 [N, 3, H, W] to scores [N, C, h, w]."""
-        session = self._session_on(images.device.type)
+        session = self._session_on(images.device)
         array = np.ascontiguousarray(images.detach().cpu().numpy())
         scores = session.run([self.output_name], {self.input_name: array})[0]
         return torch.from_numpy(scores).to(images.device)

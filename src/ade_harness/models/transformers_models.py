@@ -168,12 +168,15 @@ def _pixel_statistics(model_id: str, revision: str | None) -> tuple[list[float],
         values, _ = ImageProcessingMixin.get_image_processor_dict(model_id, revision=revision)
     except (OSError, ValueError):
         return None
-    if not values.get("do_normalize", True):
-        return None
-    scale = 1.0 / float(values.get("rescale_factor", 1 / 255))
+    if values.get("do_flip_channel_order"):
+        raise HarnessError(
+            f"model.id={model_id}: its preprocessor wants BGR, which model=hf does not do. Use model=custom with"
+            " model.input.channel_order=bgr."
+        )
+    scale = 1.0 / float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
     mean, std = values.get("image_mean"), values.get("image_std")
-    if mean is None or std is None:
-        return None
+    if not values.get("do_normalize", True) or mean is None or std is None:
+        return [0.0] * 3, [scale] * 3
     return [m * scale for m in mean], [s * scale for s in std]
 
 

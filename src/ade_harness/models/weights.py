@@ -75,7 +75,8 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
         raise HarnessError(f"{where}: not found on the hub. {advice}") from error
     except (HfHubHTTPError, OSError) as error:
         raise HarnessError(f"{where}: the download failed ({str(error).splitlines()[0]}). {advice}") from error
-    commit = revision or path.parent.name  # the cache's snapshot folder is named by the commit
+    parts = path.parts  # the cache's snapshot folder is named by the commit
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
     return _checked(path, sha256, f"{hub_id}@{commit}/{filename}", "model.hub.sha256")
 
 
@@ -126,7 +127,9 @@ def read_state_dict(path: Path) -> StateDict:
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    if all(key.startswith("module.") for key in content):  # saved from DataParallel
+        return {key.removeprefix("module."): value for key, value in content.items()}
+    return dict(content)
 
 
 def load_strictly(

@@ -40,7 +40,7 @@ def open_run(directory: str | None, root: str, model: str, identity: dict[str, A
     """
     path = Path(directory).expanduser() if directory else Path(root).expanduser() / new_run_name(model)
     try:
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):  # not just leftovers
             _check_same(path, identity)
             return path, True
         path.mkdir(parents=True, exist_ok=directory is not None)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ade_harness.runs.directory import MANIFEST, flatten, open_run, write_json, write_text
@@ -81,11 +82,11 @@ def start_record(
         before = json.loads((path / MANIFEST).read_text())
         earlier = {"started": before["started"], "command": before["command"]}
         manifest["earlier"] = [*before.get("earlier", []), earlier]
+    write_json(path / MANIFEST, manifest)  # first: from now on the directory is known as this run's
     if diff:
         write_text(path / "code.diff", diff)
     header = "".join(f"# {mark}\n" for mark in marks)
     write_text(path / "config.yaml", header + yaml.safe_dump(config, sort_keys=False))
-    write_json(path / MANIFEST, manifest)
     return RunRecord(path, manifest)
 
 
@@ -98,6 +99,8 @@ def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any
         **flatten({"runtime": runtime}),
         "device": facts["device"],
         "checkpoint.sha256": facts["model"].get("sha256"),
+        "checkpoint.origin": facts["model"].get("origin"),
+        "environment.torch": torch.__version__,
         "dataset.ids_hash": facts["dataset"]["ids_hash"],
         "code.version": code["version"],
         "code.commit": code["commit"],

@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import nn
@@ -69,6 +69,7 @@ class WorkItems(pl.LightningDataModule):
             sampler=_UntilStopped(share, self.coordinator),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            multiprocessing_context="fork" if workers else None,  # nothing of the network is sent to workers
             pin_memory=trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_quiet_worker,
         )
@@ -129,7 +130,11 @@ class WorkLoop(pl.LightningModule):
         """Do one item."""
         if self._coordinator.stopped:
             return
-        self._process(batch, self.device, self.global_rank)
+        try:
+            self._process(batch, self.device, self.global_rank)
+        except BaseException:
+            self._coordinator.stop()  # the other ranks need not finish what cannot be scored
+            raise
         done = self._coordinator.done(1)
         if self._reporter is not None:
             self._reporter.update(done)
@@ -191,7 +196,8 @@ def make_trainer(cfg: DictConfig) -> pl.Trainer:
     ranks = devices * cfg.num_nodes
     strategy: Any = "auto" if ranks == 1 else DDPStrategy(timeout=timedelta(minutes=cfg.timeout_min))
     # Lightning's requeue saves a training checkpoint and knows nothing of finished images: ours is the ledger.
-    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+    on_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()  # torchrun may run inside a job
+    plugins = [SLURMEnvironment(auto_requeue=False)] if on_slurm else None
     return pl.Trainer(
         accelerator=accelerator,
         devices=devices,
