@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from omegaconf import DictConfig
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
 from ade_harness.data.synthetic import open_demo
 from ade_harness.errors import HarnessError
-from ade_harness.inference.predictor import FolderPredictor, NetworkPredictor
+from ade_harness.inference.folder import FolderPredictor
+from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.models.loading import LoadedModel, load_model
 
 
@@ -24,8 +26,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ade_harness"
 
 
-def build_dataset(cfg: DictConfig) -> SegmentationDataset:
+def build_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDataset:
     """Open the data set of a ``dataset`` node.
+
+    Args:
+        cfg: the node.
+        apply_exif: turn images as their EXIF orientation says.
 
     Raises:
         HarnessError: see :mod:`ade_harness.data.ade20k`.
@@ -33,7 +39,8 @@ def build_dataset(cfg: DictConfig) -> SegmentationDataset:
     ids = list(cfg.ids) if cfg.ids is not None else None
     if cfg.kind == "demo":
         return open_demo(cache_dir(), cfg.images, cfg.limit, ids)
-    return open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
+    dataset = open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
+    return replace(dataset, apply_exif=apply_exif)
 
 
 def build_predictor(
@@ -62,7 +69,7 @@ def build_predictor(
             )
         return folder, None
     model = load_model(cfg.model, cfg.runtime.threads)
-    predictor = NetworkPredictor(model, cfg.inference, cfg.model)
+    predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels)
     predictor.check_sizes(dict(zip(dataset.ids, sizes, strict=False)))
     return predictor, model
 

@@ -33,6 +33,8 @@ class InputConfig:
     mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
     std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
     channel_order: str = "rgb"  # rgb or bgr; mean and std are in this order
+    max_value: float = 255.0  # what a pixel of 255 is before mean and std: 255, or 1 for statistics on the 0..1 scale
+    stride: int = 1  # of the coarsest features: no side of the network's input may be smaller
 
 
 @dataclass
@@ -100,18 +102,53 @@ class DatasetConfig:
 class ResizeConfig:
     """How the network's input is made from the image, in uint8."""
 
-    rule: str = "none"  # none, exact, short_side, longest_side, fit
-    height: int | None = None  # exact; fit (null: what the model takes, if it takes only one size)
+    rule: str = "none"  # none, exact, short_side, longest_side, cover, fit
+    height: int | None = None  # exact; cover: at least this; fit (null: what the model takes, if only one size)
     width: int | None = None
     side: int | None = None  # short_side, longest_side
     max_side: int | None = None  # short_side: cap of the long side
-    rounding: str = "mmseg"  # mmseg or detectron2: where the cap is applied and how sizes are rounded
+    rounding: str = "mmseg"  # short_side: mmseg, detectron2 or dinov3: where the cap is applied, how sizes are rounded
     backend: str = "opencv"  # opencv (no antialias), pillow (antialias), torch
     antialias: bool = False  # torch only
-    multiple_of: int = 1  # then resize both sides up to a multiple of this
-    pad_to: list[int] | None = None  # then pad right and bottom to (height, width)
-    pad_multiple: int = 1  # or to a multiple of this
+    multiple_of: int = 1  # then resize both sides to a multiple of this
+    multiple_rounding: str = "up"  # or nearest
+    pad_to: list[int] | None = None  # then pad to exactly (height, width)
+    pad_at_least: int | None = None  # or each side that is shorter, to this
+    pad_multiple: int = 1  # or each side to a multiple of this
+    pad_position: str = "corner"  # corner: padding is right and bottom; centre: on all sides
     pad_value: float | None = None  # 0..255 before normalisation; null pads zeros after it
+
+
+@dataclass
+class WindowConfig:
+    """mode=slide and mode=long_side."""
+
+    crop: int | None = None  # side of a window
+    stride: int | None = None  # slide only
+    shrink: str = "each"  # image smaller than the crop: each side alone (mmseg), or both to the shorter (dinov3)
+
+
+@dataclass
+class AugmentationConfig:
+    """Test-time augmentation: the views of an image whose results are averaged."""
+
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    sides: list[int] | None = None  # short sides in pixels, in place of scales
+    source: str = "protocol"  # what scales multiply: protocol (its sides), image (its size), resized (the input's size)
+    max_side: int | None = None  # cap of the long side for `sides`; null scales the protocol's
+    min_side: int | None = None  # no scaled short side is below this, and there is no cap then (BEiT)
+    round_up: int = 1  # scaled sides below the protocol's go up to a multiple of this (DINOv3)
+    flip: bool = False  # each view also mirrored
+    order: str = "scale_first"  # of summation: scale_first (each scale plain, mirrored) or flips_last
+    average: str = "probabilities"  # softmax over classes of each view, or scores
+
+
+@dataclass
+class MaskConfig:
+    """How mask classification becomes scores: class softmax without void times mask sigmoid, over all queries."""
+
+    resolution: str = "input"  # where masks are upsampled to before the sigmoid: scores (nowhere), input, original
+    einsum: str = "float32"  # or bfloat16 (DINOv3)
 
 
 @dataclass
@@ -129,9 +166,18 @@ class InferenceConfig:
 
     name: str = MISSING
     source: str = ""  # paper or code that defines it
-    mode: str = "whole"
+    exif: bool = True  # turn images as their EXIF orientation says
     resize: ResizeConfig = field(default_factory=ResizeConfig)
+    mode: str = "whole"  # or slide (windows), or long_side (windows along the long side, spread evenly)
+    window: WindowConfig = field(default_factory=WindowConfig)
+    tta: AugmentationConfig = field(default_factory=AugmentationConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    precision: str = "fp32"  # fp32, tf32, bf16, fp16: of the network's forward; everything after it is float32
+    batch: int = 8  # windows and mirrored views of an image in one forward; halved when memory is short
+    images: int = 1  # images of equal size that may share a forward
+    channels_last: bool = False
+    compile: str | None = None  # torch.compile backend, such as inductor
 
 
 @dataclass
@@ -146,6 +192,7 @@ class RuntimeConfig:
     timeout_min: float = 60.0  # of collectives
     seed: int = 0
     deterministic: bool = True
+    kernels: str = "auto"  # upsampling, argmax, counting: auto, torch, numba (CPU), triton (CUDA)
 
 
 @dataclass

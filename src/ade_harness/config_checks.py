@@ -6,17 +6,13 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from ade_harness.errors import HarnessError, did_you_mean
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise HarnessError(message)
+from ade_harness.errors import did_you_mean, require
+from ade_harness.protocol_checks import check_protocol
 
 
 def _one_of(cfg: DictConfig, key: str, allowed: Sequence[str]) -> None:
     value = OmegaConf.select(cfg, key)
-    _require(
+    require(
         value in allowed,
         f"{key}={value}: expected one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}",
     )
@@ -32,67 +28,45 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "model.input.channel_order", ("rgb", "bgr"))
     _one_of(cfg, "dataset.kind", ("demo", "ade20k"))
     _one_of(cfg, "dataset.split", ("validation", "training"))
-    _one_of(cfg, "inference.mode", ("whole",))
-    _one_of(cfg, "inference.resize.rule", ("none", "exact", "short_side", "longest_side", "fit"))
-    _one_of(cfg, "inference.resize.rounding", ("mmseg", "detectron2"))
-    _one_of(cfg, "inference.resize.backend", ("opencv", "pillow", "torch"))
-    _one_of(cfg, "inference.output.upsample", ("two_step", "one_step"))
-    _one_of(cfg, "inference.output.first_step", ("bilinear", "legacy_bilinear"))
-    _one_of(cfg, "inference.output.labels", ("original", "input"))
     _one_of(cfg, "runtime.accelerator", ("auto", "cpu", "cuda"))
+    _one_of(cfg, "runtime.kernels", ("auto", "torch", "numba", "triton"))
     _one_of(cfg, "tracking.kind", ("wandb", "none"))
     if cfg.tracking.mode is not None:
         _one_of(cfg, "tracking.mode", ("online", "offline", "disabled"))
     for key in ("dataset.limit", "dataset.images", "runtime.threads", "runtime.num_nodes"):
         value = OmegaConf.select(cfg, key)
-        _require(value is None or value >= 1, f"{key}={value}: expected 1 or more.")
+        require(value is None or value >= 1, f"{key}={value}: expected 1 or more.")
     for key in ("runtime.workers", "run.overlays"):
         value = OmegaConf.select(cfg, key)
-        _require(value is None or value >= 0, f"{key}={value}: expected 0 or more.")
+        require(value is None or value >= 0, f"{key}={value}: expected 0 or more.")
     devices = cfg.runtime.devices
-    _require(
+    require(
         devices == "auto" or (isinstance(devices, int) and devices >= 1),
         f"runtime.devices={devices}: expected a number of ranks from 1 up, or auto.",
     )
-    resize = cfg.inference.resize
-    needed = {"exact": ("height", "width"), "short_side": ("side",), "longest_side": ("side",)}
-    for name in needed.get(resize.rule, ()):
-        value = resize[name]
-        _require(
-            value is not None and value >= 1,
-            f"inference.resize.{name}={value}: the rule {resize.rule} needs a length of 1 pixel or more.",
-        )
-    for name in ("multiple_of", "pad_multiple"):
-        _require(resize[name] >= 1, f"inference.resize.{name}={resize[name]}: expected 1 or more.")
-    _require(
-        resize.pad_to is None or (len(resize.pad_to) == 2 and min(resize.pad_to) >= 1),
-        f"inference.resize.pad_to={resize.pad_to}: expected [height, width] in pixels.",
-    )
-    _require(
+    check_protocol(cfg)
+    require(
         cfg.dataset.images <= _MOST_DEMO_IMAGES,
         f"dataset.images={cfg.dataset.images}: expected at most {_MOST_DEMO_IMAGES:,} made-up images.",
     )
-    padded = resize.pad_to is not None or resize.pad_multiple > 1 or resize.rule == "fit"
-    _require(
-        not (padded and cfg.inference.output.upsample == "one_step"),
-        "inference.output.upsample=one_step does not go with padding: the padding is cut off at the input's size."
-        " Use two_step.",
-    )
     for name in ("mean", "std"):
         values = cfg.model.input[name]
-        _require(len(values) == 3, f"model.input.{name}: expected three numbers, got {list(values)}.")
-    _require(all(v > 0 for v in cfg.model.input.std), "model.input.std: expected numbers over 0.")
+        require(len(values) == 3, f"model.input.{name}: expected three numbers, got {list(values)}.")
+    require(all(v > 0 for v in cfg.model.input.std), "model.input.std: expected numbers over 0.")
+    for name in ("max_value", "stride"):
+        value = cfg.model.input[name]
+        require(value > 0, f"model.input.{name}={value}: expected a number over 0.")
     _check_class_map(cfg.model.class_map)
     _check_model(cfg)
 
 
 def _check_class_map(class_map: Sequence[int | None] | None) -> None:
     for channel, value in enumerate(class_map or ()):
-        _require(
+        require(
             value is None or 0 <= value < 150,
             f"model.class_map[{channel}]={value}: expected 0..149, or null for a channel that is left out.",
         )
-    _require(
+    require(
         class_map is None or any(v is not None for v in class_map),
         "model.class_map: no channel has a class, so nothing could be predicted.",
     )
@@ -109,13 +83,13 @@ _NEEDED = {
 
 def _check_model(cfg: DictConfig) -> None:
     key, what = _NEEDED.get(cfg.model.kind, (None, None))
-    _require(key is None or cfg.model[key] is not None, f"model.{key} must be set: {what}.")
-    _require(
+    require(key is None or cfg.model[key] is not None, f"model.{key} must be set: {what}.")
+    require(
         cfg.model.kind != "demo" or cfg.dataset.kind == "demo",
         "model=demo knows only the made-up demo images. Choose a model for this data set, such as"
         " model=segformer_b0: `python -m ade_harness models` lists them.",
     )
-    _require(
+    require(
         cfg.dataset.kind != "ade20k" or bool(cfg.dataset.root),
         "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT)."
         " `python -m ade_harness data download` fetches it.",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
-from ade_harness.inference.predictor import Predictor, Prepared, label_hash
+from ade_harness.inference.predictor import Prediction, Predictor, Prepared, label_hash
+from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.report.overlays import save_overlay
 from ade_harness.runs.ledger import LedgerWriter, Row, sparse_counts
 from ade_harness.runtime.coordination import Coordinator
@@ -34,6 +35,13 @@ class LoadedImage:
     content_hash: str
     overlay_image: Tensor | None
     """uint8 [H, W, 3], for the few images that are drawn."""
+    load_seconds: float
+    """Reading, decoding and resizing."""
+
+    def pin_memory(self) -> LoadedImage:
+        """Return a copy from which a GPU can be fed asynchronously; called by torch's DataLoader."""
+        prepared = replace(self.prepared, pixels=tuple(p.pin_memory() for p in self.prepared.pixels))
+        return replace(self, prepared=prepared, target=self.target.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -44,32 +52,58 @@ class Failure:
     message: str
 
 
-class ImageItems(Dataset[LoadedImage | Failure]):
-    """Decodes and prepares images in loader processes.
+def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, most: int) -> list[list[int]]:
+    """Decide which images share a batch: by their sizes and order in the data set alone.
+
+    Args:
+        sizes: (height, width) of all images of the data set.
+        predictor: knows which sizes go together.
+        most: images in a batch.
+
+    Returns:
+        Indices of the images of each batch.
+    """
+    groups: list[list[int]] = []
+    open_groups: dict[Hashable, list[int]] = {}
+    for index, size in enumerate(sizes):
+        key = predictor.group_key(size)
+        group = open_groups.get(key)
+        if key is None or group is None or len(group) == most:
+            group = open_groups[key] = []
+            groups.append(group)
+        group.append(index)
+    return groups
+
+
+class ImageItems(Dataset[list[LoadedImage | Failure]]):
+    """Decodes and prepares batches of images in loader processes.
 
     A problem with one file comes back as a value: an exception would lose its message on the way out of a worker.
 
     Args:
         dataset: the pairs.
-        indices: which of them, by item number.
+        groups: indices of the images of each batch.
         predictor: prepares the network's input.
         overlay_ids: images to be drawn.
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, indices: list[int], predictor: Predictor, overlay_ids: set[str]
+        self, dataset: SegmentationDataset, groups: list[list[int]], predictor: Predictor, overlay_ids: set[str]
     ) -> None:
         self.dataset = dataset
-        self.indices = indices
+        self.groups = groups
         self.predictor = predictor
         self.overlay_ids = overlay_ids
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.groups)
 
-    def __getitem__(self, item: int) -> LoadedImage | Failure:
-        """Load one image; never raises for a bad file."""
-        index = self.indices[item]
+    def __getitem__(self, item: int) -> list[LoadedImage | Failure]:
+        """Load one batch; never raises for a bad file."""
+        return [self._load(index) for index in self.groups[item]]
+
+    def _load(self, index: int) -> LoadedImage | Failure:
+        start = time.perf_counter()
         image_id = self.dataset.pairs[index].image_id
         try:
             sample = self.dataset.load(index)
@@ -78,75 +112,160 @@ class ImageItems(Dataset[LoadedImage | Failure]):
             return Failure(image_id, str(error))
         overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
         content_hash = sample.content_hash + self.predictor.source_hash(image_id)
-        return LoadedImage(image_id, prepared, torch.from_numpy(sample.target), content_hash, overlay)
+        target = torch.from_numpy(sample.target)
+        return LoadedImage(image_id, prepared, target, content_hash, overlay, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch whose results the device may still be working on."""
+
+    images: list[LoadedImage]
+    predictions: list[Prediction]
+    counts: list[Tensor]
+    watch: Stopwatch
+    done: torch.cuda.Event | None
 
 
 @dataclass
 class ImageCounter:
-    """Predicts, counts, and writes the ledger, on one rank."""
+    """Predicts, counts, and writes the ledger, on one rank.
+
+    On a GPU the results of a batch are read after the next one has been launched, so that neither waits.
+    """
 
     predictor: Predictor
     writer: LedgerWriter
     coordinator: Coordinator
     overlay_folder: Path
     marks: Sequence[str] = ()
+    kernels_choice: str = "auto"
+    counted: set[str] = field(default_factory=set)
+    """Images that are in the ledger already: they only keep their batch whole."""
     matrix: np.ndarray = field(default_factory=lambda: np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64))
     """Sum of this rank's images."""
     failures: list[Failure] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    """Seconds of this rank: wait (for loaders), copy, forward, labels, counts, ledger; and load, in the loaders."""
+    _launched: list[_Launched] = field(default_factory=list)
+    _free_since: float = field(default_factory=time.perf_counter)
 
-    def process(self, item: LoadedImage | Failure, device: torch.device, rank: int) -> None:
-        """Do one image; a failure stops all ranks, since there can be no score without the image."""
-        start = time.perf_counter()
-        if isinstance(item, Failure):
-            self._fail(item)
-            return
+    def process(self, batch: list[LoadedImage | Failure], device: torch.device, rank: int) -> int:
+        """Do one batch; a failure stops all ranks, since there can be no score without the image.
+
+        Returns:
+            How many images are new in the ledger, or soon will be.
+        """
+        self._spend("wait", time.perf_counter() - self._free_since)
+        failed = [item for item in batch if isinstance(item, Failure)]
+        if failed:
+            for failure in failed:
+                self._fail(failure)
+            return 0
+        images = [item for item in batch if isinstance(item, LoadedImage)]
         try:
-            labels = self.predictor.predict(item.prepared, device)
-            counts = kernels.count(labels, item.target.to(device, non_blocking=True)).cpu().numpy()
-            ground_truth, prediction, pixels = sparse_counts(counts)
-            height, width = item.target.shape
-            valid = int(pixels.sum())
-            seconds = time.perf_counter() - start
-            if item.overlay_image is not None:
-                path = self.overlay_folder / f"{item.image_id}.png"
-                picture, target = item.overlay_image.numpy(), item.target.numpy()
-                save_overlay(path, picture, target, labels.cpu().numpy(), self.marks)
-            self.writer.append(
-                Row(
-                    image_id=item.image_id,
-                    height=height,
-                    width=width,
-                    valid_pixels=valid,
-                    ignored_pixels=height * width - valid,
-                    ground_truth=ground_truth,
-                    prediction=prediction,
-                    pixels=pixels,
-                    label_hash=label_hash(labels),
-                    content_hash=item.content_hash,
-                    seconds=seconds,
-                    rank=rank,
-                    host=platform.node(),
-                )
-            )
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            self._fail(Failure(item.image_id, f"{item.image_id}: out of GPU memory ({reason}). Use a larger GPU."))
-            return
+            self._launched.append(self._launch(images, device))
+            while len(self._launched) > (1 if device.type == "cuda" else 0):
+                self._finish(self._launched.pop(0), rank)
         except HarnessError as error:
-            self._fail(Failure(item.image_id, str(error)))
-            return
+            self._fail(Failure(images[0].image_id, str(error)))
+            return 0
+        finally:
+            self._free_since = time.perf_counter()
+        return sum(image.image_id not in self.counted for image in images)
+
+    def _launch(self, images: list[LoadedImage], device: torch.device) -> _Launched:
+        watch = Stopwatch(device)
+        predictions = self.predictor.predict([image.prepared for image in images], device, watch)
+        chosen = kernels.select(self.kernels_choice, device.type)
+        counts = []
+        with watch("counts"):
+            for image, prediction in zip(images, predictions, strict=True):
+                counts.append(chosen.count(prediction.labels, image.target.to(device, non_blocking=True)))
+        with watch("copy"):
+            counts = [_to_host(c) for c in counts]
+            predictions = [Prediction(_to_host(p.labels), _to_host(p.nan_share)) for p in predictions]
+        done = None
+        if device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return _Launched(images, predictions, counts, watch, done)
+
+    def _finish(self, batch: _Launched, rank: int) -> None:
+        if batch.done is not None:
+            batch.done.synchronize()
+        seconds = batch.watch.seconds()
+        for stage, spent in seconds.items():
+            self._spend(stage, spent)
+        start = time.perf_counter()
+        for image, prediction, counted in zip(batch.images, batch.predictions, batch.counts, strict=True):
+            self._spend("load", image.load_seconds)
+            if image.image_id in self.counted:
+                continue
+            if prediction.nan_share is not None and prediction.nan_share > 0:
+                raise HarnessError(
+                    f"{image.image_id}: {prediction.nan_share.item():.1%} of the model's scores are NaN. Check the"
+                    " checkpoint, the pixel statistics (model.input) and the precision."
+                )
+            self._record(image, prediction.labels, counted.numpy(), sum(seconds.values()) / len(batch.images), rank)
+        self._spend("ledger", time.perf_counter() - start)
+
+    def _record(self, image: LoadedImage, labels: Tensor, counts: np.ndarray, seconds: float, rank: int) -> None:
+        ground_truth, prediction, pixels = sparse_counts(counts)
+        height, width = image.target.shape
+        valid = int(pixels.sum())
+        if image.overlay_image is not None:
+            path = self.overlay_folder / f"{image.image_id}.png"
+            save_overlay(path, image.overlay_image.numpy(), image.target.numpy(), labels.numpy(), self.marks)
+        self.writer.append(
+            Row(
+                image_id=image.image_id,
+                height=height,
+                width=width,
+                valid_pixels=valid,
+                ignored_pixels=height * width - valid,
+                ground_truth=ground_truth,
+                prediction=prediction,
+                pixels=pixels,
+                label_hash=label_hash(labels),
+                content_hash=image.content_hash,
+                seconds=seconds,
+                rank=rank,
+                host=platform.node(),
+            )
+        )
         self.matrix += counts
 
     def close(self, rank: int) -> None:
-        """Make the last rows durable; a full disk is a failure like any other."""
+        """Read what is still on the device and make the last rows durable; a full disk is a failure like any other."""
         try:
+            while self._launched:
+                self._finish(self._launched.pop(0), rank)
             self.writer.flush()
         except HarnessError as error:
             self._fail(Failure(f"rank {rank}", str(error)))
 
+    def _spend(self, stage: str, seconds: float) -> None:
+        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
     def _fail(self, failure: Failure) -> None:
         self.failures.append(failure)
         self.coordinator.stop()
+
+
+def sum_stages(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Add up the seconds that ranks spent in each stage."""
+    names = dict.fromkeys(name for stages in of_ranks for name in stages)
+    return {name: sum(stages.get(name, 0.0) for stages in of_ranks) for name in names}
+
+
+def _to_host(tensor: Tensor | None) -> Tensor:
+    """Start copying a tensor to the host; on a GPU it is there when the stream has come this far."""
+    if tensor is None:
+        return torch.zeros(())
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor: Predictor) -> None:

@@ -23,3 +23,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
     near += [c for c in known if c.rpartition(".")[2] == word and c not in near][:1]
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise HarnessError with `message` unless the condition holds."""
+    if not condition:
+        raise HarnessError(message)

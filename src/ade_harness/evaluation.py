@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ade_harness.build import build_dataset, build_predictor, describe_facts, describe_marks
-from ade_harness.counting import Failure, ImageCounter, ImageItems, check_unchanged
+from ade_harness.counting import Failure, ImageCounter, ImageItems, check_unchanged, group_images, sum_stages
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.diagnosis import diagnose
@@ -52,7 +52,7 @@ def evaluate(
     """
     start = time.monotonic()
     seed_everything(cfg.runtime.seed, verbose=False)
-    dataset = build_dataset(cfg.dataset)
+    dataset = build_dataset(cfg.dataset, cfg.inference.exif)
     sizes: list[tuple[int, int]] = []
     if is_main_process():  # one rank looks at the files for all
         sizes = dataset.check_headers() if cfg.dataset.check_headers else dataset.sizes()
@@ -78,15 +78,16 @@ def evaluate(
             check_unchanged(before, dataset, predictor)
             console.print(f"continuing: {len(before)} images are done, {len(damaged)} ledger files are damaged")
         done: set[str] = broadcast({row.image_id for row in before})  # one rank reads: others may write soon
-        todo = [i for i, image_id in enumerate(dataset.ids) if image_id not in done]
+        groups = group_images(sizes, predictor, cfg.inference.images)  # of all images: batches never depend on the past
+        todo = [group for group in groups if not done.issuperset(dataset.ids[i] for i in group)]
 
         coordinator = Coordinator()
         drawn = np.linspace(0, len(dataset.ids) - 1, min(cfg.run.overlays, len(dataset.ids))).astype(int)
         items = ImageItems(dataset, todo, predictor, {dataset.ids[i] for i in drawn})
-        counter = ImageCounter(
-            predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir / "overlays", marks
-        )
-        work = WorkItems(items, [sizes[i][0] * sizes[i][1] for i in todo], cfg.runtime.workers, coordinator)
+        writer, overlays, choice = LedgerWriter(run_dir / LEDGER, marks), run_dir / "overlays", cfg.runtime.kernels
+        counter = ImageCounter(predictor, writer, coordinator, overlays, marks, choice, done)
+        costs = [sum(predictor.cost(sizes[i]) for i in group) for group in todo]
+        work = WorkItems(items, costs, cfg.runtime.workers, coordinator)
         reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(done))
         loop = WorkLoop(counter.process, model.module if model else None, coordinator, reporter)
         begin = time.monotonic()
@@ -97,10 +98,11 @@ def evaluate(
             try:
                 counter.close(trainer.global_rank)  # also after Ctrl-C: what was counted stays counted
             finally:
-                loop.close(len(todo))
+                loop.close(len(dataset.ids) - len(done))
         failures: list[Failure] = sum(gather(counter.failures), [])
         total = all_reduce_sum(counter.matrix, trainer.strategy.root_device) + matrix_of(before)
-        rate = len(todo) / (time.monotonic() - begin)
+        rate = (len(dataset.ids) - len(done)) / (time.monotonic() - begin)
+        stages = sum_stages(gather(counter.stages))
         world_size = trainer.world_size
 
     if record is None:
@@ -127,9 +129,10 @@ def evaluate(
         seconds=time.monotonic() - start,
         images_per_second=rate,
         world_size=world_size,
+        stages=stages,
     )
     write_result(result)
-    record.finish(rows, result.seconds, rate, world_size)
+    record.finish(rows, result.seconds, rate, world_size, stages)
     return result, record
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from ade_harness import kernels
 from ade_harness.data.labels import IGNORE_INDEX, NUM_CLASSES, target_from_annotation
+from ade_harness.kernels import reference
 from ade_harness.metrics import Convention, class_iou, mean_iou, scores
 from ade_harness.metrics.confusion import class_accuracy
 from ade_harness.metrics.diagnosis import diagnose
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def matrix_from(target: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return kernels.count(torch.from_numpy(labels), torch.from_numpy(target)).numpy()
+    return reference.count(torch.from_numpy(labels), torch.from_numpy(target)).numpy()
 
 
 def slow_scores(target: np.ndarray, labels: np.ndarray) -> dict[str, float]:

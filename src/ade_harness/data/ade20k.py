@@ -60,6 +60,8 @@ class SegmentationDataset:
     """How many images the whole split has: fewer pairs make a run partial."""
     split: str = "validation"
     is_demo: bool = False
+    apply_exif: bool = True
+    """Turn images as their EXIF orientation says."""
 
     @property
     def ids(self) -> list[str]:
@@ -94,7 +96,7 @@ class SegmentationDataset:
         """
         pair = self.pairs[index]
         image_bytes, annotation_bytes, content_hash = self._read(index)
-        image = decode_image(image_bytes, pair.image)
+        image = decode_image(image_bytes, pair.image, self.apply_exif)
         annotation = decode_labels(annotation_bytes, pair.annotation)
         check_sizes(image.shape[:2], annotation.shape, pair)
         check_annotation_values(annotation, pair.annotation)
@@ -117,9 +119,9 @@ class SegmentationDataset:
 
     def _header(self, name: str) -> tuple[int, int, str]:
         try:
-            return read_header(self.source.read(name, limit=_HEADER_BYTES), name)
+            return read_header(self.source.read(name, limit=_HEADER_BYTES), name, self.apply_exif)
         except HarnessError:  # a long EXIF block can push the size behind the first bytes
-            return read_header(self.source.read(name), name)
+            return read_header(self.source.read(name), name, self.apply_exif)
 
     def sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of every image, from its file's header."""

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ade_harness import kernels
-from ade_harness.data.decode import decode_labels
-from ade_harness.data.labels import NO_CLASS, NUM_CLASSES
+from ade_harness.config import InferenceConfig
 from ade_harness.errors import HarnessError
-from ade_harness.inference.resize import (
-    Size,
-    legacy_bilinear,
-    padded_size,
-    resize_image,
-    resize_labels,
-    target_sizes,
-)
+from ade_harness.inference.forward import BatchedForward
+from ade_harness.inference.masks import mask_view
+from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views, uncovered
+from ade_harness.inference.resize import legacy_bilinear, resize_image, resize_labels
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels import Kernels, PixelStatistics, Size, View, whole
+from ade_harness.kernels import reference as torch_kernels
 from ade_harness.models.class_map import ClassMap, resolve_class_map
-from ade_harness.models.loading import LoadedModel, as_scores
+from ade_harness.models.loading import LoadedModel
+from ade_harness.models.outputs import MaskLogits
+
+_LABEL_COST = 0.3
+"""Of a pixel of the original image, against one that goes through the network; see docs/performance.md."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,19 @@ class Prepared:
     """What a worker hands to the device."""
 
     image_id: str
-    pixels: Tensor
-    """uint8 [h, w, 3] at the network's input size, not yet padded; or, without a network, the labels [H, W]."""
+    pixels: tuple[Tensor, ...]
+    """uint8 [h, w, 3], not yet padded, for each scale once; or, without a network, the labels [H, W]."""
     original_size: Size
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network makes of an image."""
+
+    labels: Tensor
+    """uint8 [H, W], 0..149 or 255 for none of the classes; on the device, which may still be working on it."""
+    nan_share: Tensor | None = None
+    """Share of NaN among the scores; over 0 the labels are worth nothing."""
 
 
 class Predictor(Protocol):
@@ -47,8 +57,14 @@ class Predictor(Protocol):
     def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
         """Make a worker's part of the prediction from uint8 [H, W, 3] RGB."""
 
-    def predict(self, prepared: Prepared, device: torch.device) -> Tensor:
-        """Return the label map, uint8 [H, W], 0..149 or 255 for none of the classes."""
+    def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
+        """Return the label map of each image."""
+
+    def cost(self, size: Size) -> float:
+        """Return the expected cost of an image of (height, width), in any unit."""
+
+    def group_key(self, size: Size) -> Hashable:
+        """Return a value that images share if they may be in one batch; None if not."""
 
     def source_hash(self, image_id: str) -> str:
         """Return a hash of the files that this image's prediction is read from, empty if there are none."""
@@ -58,15 +74,28 @@ class Predictor(Protocol):
 
 
 class NetworkPredictor:
-    """Runs a network by a protocol (``inference`` node of the configuration)."""
+    """Runs a network by a protocol.
 
-    def __init__(self, model: LoadedModel, inference: DictConfig, model_cfg: DictConfig) -> None:
+    Args:
+        model: the network.
+        inference: ``inference`` node of the configuration.
+        model_cfg: ``model`` node.
+        kernels_choice: ``runtime.kernels``.
+    """
+
+    def __init__(
+        self, model: LoadedModel, inference: DictConfig, model_cfg: DictConfig, kernels_choice: str = "auto"
+    ) -> None:
         self.model = model
-        self.cfg = _fitted(inference, model.fixed_size)
+        self.cfg = _fitted(cast(InferenceConfig, OmegaConf.to_object(inference)), model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
-        self.reverse_channels = model_cfg.input.channel_order == "bgr"
+        pixels = model_cfg.input
+        self.statistics = PixelStatistics(model.mean, model.std, pixels.channel_order == "bgr", pixels.max_value)
+        self.stride: int = pixels.stride
+        self.forward = BatchedForward(model, self.cfg)
+        self._kernels_choice = kernels_choice
+        self._kernels: Kernels | None = None
         self._class_map: ClassMap | None = None
-        self._statistics = (torch.tensor(model.mean)[:, None, None], torch.tensor(model.std)[:, None, None])
         if model.channels is not None:
             self._class_map = resolve_class_map(model.channels, self.class_map_cfg, model.class_names)
 
@@ -76,49 +105,88 @@ class NetworkPredictor:
         Args:
             sizes: image id -> (height, width).
         """
+        checked: set[Size] = set()
         for image_id, size in sizes.items():
-            resized = target_sizes(size, self.cfg.resize)[-1]
-            if min(resized) < 1:
-                raise HarnessError(f"{image_id}: inference.resize makes a size of {resized[1]}x{resized[0]}.")
-            self._check_input(image_id, resized)
+            if size not in checked:
+                checked.add(size)
+                for plan in plan_views(size, self.cfg):
+                    self._check_plan(image_id, plan)
 
-    def _check_input(self, image_id: str, size: Size) -> Size:
-        padded = padded_size(size, self.cfg.resize)
-        if size[0] > padded[0] or size[1] > padded[1]:
+    def _check_plan(self, image_id: str, plan: ViewPlan) -> None:
+        if min(min(s) for s in plan.sizes) < 1:
+            written = " then ".join(f"{w}x{h}" for h, w in plan.sizes)
+            raise HarnessError(f"{image_id}: {self._name} makes an image of {written} (width x height): no pixels.")
+        if plan.size[0] > plan.canvas[0] or plan.size[1] > plan.canvas[1]:
             raise HarnessError(
-                f"{image_id}: {size[1]}x{size[0]} (width x height) after resizing does not fit"
-                f" inference.resize.pad_to={[*padded]} (height, width)."
+                f"{image_id}: {plan.size[1]}x{plan.size[0]} (width x height) after resizing does not fit"
+                f" inference.resize.pad_to={[*plan.canvas]} (height, width)."
+            )
+        gaps = uncovered(plan)
+        if gaps:
+            raise HarnessError(
+                f"{image_id}: with {self._name}, {gaps} rows or columns of the {plan.canvas[1]}x{plan.canvas[0]} input"
+                f" lie in none of its windows ({plan.window[1]}x{plan.window[0]}, stride"
+                f" {self.cfg.window.stride}). Choose a smaller inference.window.stride."
+            )
+        if min(plan.window) < self.stride:
+            raise HarnessError(
+                f"{image_id}: {self._name} makes a network input of {plan.window[1]}x{plan.window[0]} (width x height),"
+                f" smaller than the model's stride of {self.stride} (model.input.stride)."
             )
         fixed = self.model.fixed_size
-        if fixed is not None and fixed != padded:
+        if fixed is not None and fixed != plan.window:
             raise HarnessError(
-                f"{image_id}: the model takes {fixed[1]}x{fixed[0]} (width x height) only, the protocol"
-                f" {self.cfg.name} makes {padded[1]}x{padded[0]}. Choose inference=fit_512 with"
-                f" inference.resize.side={max(fixed)} inference.resize.pad_to=[{fixed[0]},{fixed[1]}], or"
-                f" inference.resize.rule=exact with height and width."
+                f"{image_id}: the model takes {fixed[1]}x{fixed[0]} (width x height) only, {self._name} makes"
+                f" {plan.window[1]}x{plan.window[0]}. Choose inference=fit_512 with inference.resize.side={max(fixed)}"
+                f" inference.resize.pad_to=[{fixed[0]},{fixed[1]}], or inference.resize.rule=exact with height and"
+                " width, or windows of that size."
             )
-        return padded
+
+    @property
+    def _name(self) -> str:
+        return f"inference={self.cfg.name}"
+
+    def cost(self, size: Size) -> float:
+        """Return the pixels that go through the network, and a share of those that are labelled."""
+        return forward_pixels(plan_views(size, self.cfg)) + _LABEL_COST * size[0] * size[1]
+
+    def group_key(self, size: Size) -> Hashable:
+        """Images whose views have the same sizes may share a batch, if the protocol says so."""
+        return None if self.cfg.images == 1 else tuple((v.sizes[-1], v.canvas) for v in plan_views(size, self.cfg))
 
     def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
-        """Resize uint8 [H, W, 3] RGB to the network's input size, in uint8 as the official loaders do."""
-        resize = self.cfg.resize
+        """Resize uint8 [H, W, 3] RGB to each scale of the protocol, in uint8 as the official loaders do."""
+        rule = self.cfg.resize
         original = (image.shape[0], image.shape[1])
-        for size in target_sizes(original, resize):
-            image = resize_image(image, size, resize.backend, resize.antialias)
-        return Prepared(image_id, torch.from_numpy(np.array(image)), original)
+        made: dict[tuple[Size, ...], npt.NDArray[np.uint8]] = {(): image}
+        for plan in plan_views(original, self.cfg):
+            for step in range(1, len(plan.sizes) + 1):
+                chain = plan.sizes[:step]
+                if chain not in made:
+                    made[chain] = resize_image(made[chain[:-1]], chain[-1], rule.backend, rule.antialias)
+        distinct = dict.fromkeys(plan.sizes for plan in plan_views(original, self.cfg))
+        return Prepared(image_id, tuple(torch.from_numpy(np.array(made[chain])) for chain in distinct), original)
 
-    def predict(self, prepared: Prepared, device: torch.device) -> Tensor:
+    def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
         """Run the network and return labels of the original size; see :class:`Predictor`."""
-        images, size = self._input(prepared, device)
-        scores = self._scores(images, prepared)
-        return self._labels(scores, size, (images.shape[2], images.shape[3]), prepared.original_size)
+        if self._kernels is None:
+            self._kernels = kernels.select(self._kernels_choice, device.type)
+        plans = [plan_views(prepared.original_size, self.cfg) for prepared in batch]
+        outputs = self._outputs(batch, plans, device, watch)
+        predictions = []
+        for prepared, views, output in zip(batch, plans, outputs, strict=True):
+            with watch("labels"):
+                nan_share = self._check_scores(prepared.image_id, [o for window in output for o in window])
+                labels = self._labels(views, output, prepared.original_size)
+                predictions.append(Prediction(labels, nan_share))
+        return predictions
 
     def source_hash(self, image_id: str) -> str:
         """Nothing is read: the weights are recorded for the whole run."""
         return ""
 
     def notes(self) -> list[str]:
-        """Return the class map's remarks."""
+        """Return the class map's remarks, and what the run had to do otherwise than asked."""
         notes = [self._class_map.note] if self._class_map is not None and self._class_map.note else []
         if self.cfg.resize.rule == "fit":
             size = "images as they are" if self.cfg.resize.height is None else "images fitted into the model's input"
@@ -126,166 +194,120 @@ class NetworkPredictor:
                 f"inference={self.cfg.name} is no published protocol ({size}, pixels normalised with mean"
                 f" {_written(self.model.mean)} and std {_written(self.model.std)}): choose the model's own"
             )
+        if self.forward.halved:
+            notes.append(
+                f"memory was short {self.forward.halved} times: the image was redone in smaller batches, whose float"
+                f" sums may differ in the last bit; inference.batch={max(1, self.cfg.batch // 2)} avoids it"
+            )
         return notes
 
-    def _input(self, prepared: Prepared, device: torch.device) -> tuple[Tensor, Size]:
-        """Normalise and pad: float32 [1, 3, h, w], and the size without padding."""
-        pixels = prepared.pixels.to(device, non_blocking=True).permute(2, 0, 1)
-        if self.reverse_channels:
-            pixels = pixels.flip(0)
-        mean, std = (s.to(device) for s in self._statistics)
-        image = (pixels.float() - mean) / std
-        size = (image.shape[1], image.shape[2])
-        padded = self._check_input(prepared.image_id, size)
-        if padded != size:
-            value = self.cfg.resize.pad_value
-            fill = torch.zeros_like(mean) if value is None else (value - mean) / std
-            canvas = fill.expand(3, *padded).clone()
-            canvas[:, : size[0], : size[1]] = image
-            image = canvas
-        return image[None], size
+    def _outputs(
+        self, batch: Sequence[Prepared], plans: Sequence[list[ViewPlan]], device: torch.device, watch: Stopwatch
+    ) -> list[list[list[Tensor | MaskLogits]]]:
+        """Run all windows of all views of all images, those of one size together.
 
-    def _scores(self, images: Tensor, prepared: Prepared) -> Tensor:
-        """Return float32 scores [C, h, w] of the kept channels."""
-        try:
-            output = self.model.module(images)
-        except torch.OutOfMemoryError as error:
-            raise HarnessError(
-                f"{prepared.image_id}: out of GPU memory with an input of {list(images.shape)}."
-                " Use a larger GPU or a protocol with smaller inputs."
-            ) from error
-        except HarnessError:
-            raise
-        except Exception as error:  # the network may be anybody's code
-            reason = " ".join(str(error).split())[:300]
-            raise HarnessError(
-                f"{prepared.image_id}: the model failed on an input of {list(images.shape)}"
-                f" ({type(error).__name__}: {reason}). ADE_HARNESS_TRACEBACK=1 shows where."
-            ) from error
-        batch = as_scores(output, prepared.image_id)
-        if batch.shape[0] != images.shape[0] or batch.numel() == 0:
-            raise HarnessError(
-                f"{prepared.image_id}: the model returned {list(batch.shape)} for an input of {list(images.shape)},"
-                " expected logits [N, C, h, w] with the same N."
+        Returns:
+            For each image, for each view, for each window the network's output.
+        """
+        windows: dict[Size, list[tuple[int, int, Tensor]]] = {}
+        for image, (prepared, views) in enumerate(zip(batch, plans, strict=True)):
+            distinct = list(dict.fromkeys(plan.sizes for plan in views))
+            for view, plan in enumerate(views):
+                with watch("copy"):
+                    pixels = prepared.pixels[distinct.index(plan.sizes)].to(device, non_blocking=True)
+                    canvas = self._canvas(pixels, plan)
+                for top, left in plan.origins:
+                    part = canvas[:, top : top + plan.window[0], left : left + plan.window[1]]
+                    windows.setdefault(plan.window, []).append((image, view, part))
+        outputs: list[list[list[Tensor | MaskLogits]]] = [[[] for _ in views] for views in plans]
+        names = ", ".join(p.image_id for p in batch)
+        for group in windows.values():
+            with watch("forward"):
+                results = self.forward([part for _, _, part in group], names)
+            for (image, view, _), result in zip(group, results, strict=True):
+                outputs[image][view].append(result)
+        return outputs
+
+    def _canvas(self, pixels: Tensor, plan: ViewPlan) -> Tensor:
+        """Mirror, normalise, and pad: float32 [3, h, w]."""
+        assert self._kernels is not None
+        if plan.flipped:
+            pixels = pixels.flip(1)
+        image = self._kernels.normalise(pixels, self.statistics)
+        if plan.size == plan.canvas:
+            return image
+        canvas = image.new_zeros((3, *plan.canvas))
+        if self.cfg.resize.pad_value is not None:
+            canvas += torch_kernels.normalise_values(
+                image.new_full((3, 1, 1), self.cfg.resize.pad_value), self.statistics
             )
-        scores = batch[0].float()
-        if torch.isnan(scores).any():
-            share = torch.isnan(scores).float().mean().item()
-            raise HarnessError(
-                f"{prepared.image_id}: {share:.1%} of the model's scores are NaN. Check the checkpoint, the pixel"
-                " statistics (model.input) and the precision."
-            )
+        top, left, height, width = plan.valid
+        canvas[:, top : top + height, left : left + width] = image
+        return canvas
+
+    def _check_scores(self, image_id: str, outputs: Sequence[Tensor | MaskLogits]) -> Tensor:
+        """Find out what the channels mean, once; return the share of NaN."""
+        first = outputs[0]
+        channels = first.classes.shape[-1] - 1 if isinstance(first, MaskLogits) else first.shape[1]
         if self._class_map is None:
-            self._class_map = resolve_class_map(scores.shape[0], self.class_map_cfg, self.model.class_names)
-        if self.model.channels not in (None, scores.shape[0]):
-            raise HarnessError(
-                f"{prepared.image_id}: the model gives {scores.shape[0]} channels, {self.model.channels} were expected."
-            )
-        return self._class_map.select(scores)
+            self._class_map = resolve_class_map(channels, self.class_map_cfg, self.model.class_names)
+        if self.model.channels not in (None, channels):
+            raise HarnessError(f"{image_id}: the model gives {channels} channels, {self.model.channels} were expected.")
+        tensors = [t for o in outputs for t in ((o.classes, o.masks) if isinstance(o, MaskLogits) else (o,))]
+        if tensors[0].device.type == "cpu" and not any(t.sum().isnan() for t in tensors):
+            return torch.zeros(())  # one quick pass; NaN in the sum may also be two infinities
+        return torch.stack([t.isnan().float().mean() for t in tensors]).max()
 
-    def _labels(self, scores: Tensor, size: Size, padded: Size, original: Size) -> Tensor:
-        """Upsample and argmax, in the protocol's order of steps."""
+    def _labels(self, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]], original: Size) -> Tensor:
+        """Merge, upsample and argmax, in the protocol's order of steps."""
         assert self._class_map is not None
-        output = self.cfg.output
-        if output.first_step == "legacy_bilinear":
-            scores = legacy_bilinear(scores, padded)
-        elif output.upsample == "two_step" and (padded != size or output.labels != "input"):
-            scores = _bilinear(scores, padded)
-        if output.labels == "input":
-            labels = kernels.label_map(scores, padded)[: size[0], : size[1]]
+        assert self._kernels is not None
+        probabilities = self.cfg.tta.average == "probabilities"
+        if self.cfg.output.labels == "input":
+            view = self._view(plans[0], outputs[0], original)
+            labels = self._kernels.merge([whole(view.scores[0], view.canvas)], view.canvas, False)
+            top, left, height, width = view.area
+            labels = labels[top : top + height, left : left + width]
             return self._class_map.classes_of(resize_labels(labels, original))
-        if padded != size:
-            scores = scores[:, : size[0], : size[1]]
-        return self._class_map.classes_of(kernels.label_map(scores, original))
+        is_mask = isinstance(outputs[0][0], MaskLogits)
+        if is_mask and len(plans) > 1 and self.cfg.masks.resolution != "scores":
+            # the queries are the smallest form; their full-size scores are added up one view at a time
+            total: Tensor | None = None
+            for plan, output in zip(plans, outputs, strict=True):
+                view = self._view(plan, output, original)
+                if total is None:
+                    total = torch.zeros((view.scores.shape[1], *original), device=view.scores.device)
+                torch_kernels.accumulate(total, view, probabilities)
+            assert total is not None
+            return self._class_map.classes_of(self._kernels.label_map(total.div_(len(plans)), original))
+        views = [self._view(plan, output, original) for plan, output in zip(plans, outputs, strict=True)]
+        return self._class_map.classes_of(self._kernels.merge(views, original, probabilities))
+
+    def _view(self, plan: ViewPlan, windows: Sequence[Tensor | MaskLogits], original: Size) -> View:
+        """Collect the scores of a view's windows."""
+        assert self._class_map is not None
+        first = windows[0]
+        if isinstance(first, MaskLogits):
+            queries = [w for w in windows if isinstance(w, MaskLogits)]
+            return mask_view(plan, queries, self.cfg.masks, self._class_map, original)
+        class_map = self._class_map
+        scores = torch.stack([class_map.select(w[0]) for w in windows if isinstance(w, Tensor)])
+        if self.cfg.output.first_step == "legacy_bilinear":
+            return whole(legacy_bilinear(scores[0], plan.canvas), plan.canvas, plan.valid, plan.flipped)
+        if self.cfg.output.upsample == "one_step" and plan.window == plan.canvas:
+            return whole(scores[0], original, flipped=plan.flipped)
+        return View(scores, plan.origins, plan.window, plan.canvas, plan.valid, plan.flipped)
 
 
-def _fitted(inference: DictConfig, fixed_size: Size | None) -> DictConfig:
+def _fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConfig:
     """Fill in the model's only input size where the protocol leaves it open."""
-    if inference.resize.rule != "fit" or inference.resize.height is not None or fixed_size is None:
-        return inference
-    filled = inference.copy()
-    filled.resize.height, filled.resize.width = fixed_size
-    return filled
+    if inference.resize.rule == "fit" and inference.resize.height is None and fixed_size is not None:
+        inference.resize.height, inference.resize.width = fixed_size
+    return inference
 
 
 def _written(values: Sequence[float]) -> str:
     return "/".join(f"{v:g}" for v in values)
-
-
-def _bilinear(scores: Tensor, size: Size) -> Tensor:
-    if tuple(scores.shape[1:]) == size:
-        return scores
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
-
-
-class FolderPredictor:
-    """Takes the label maps from PNG files ``<image id>.png`` made by any framework.
-
-    Args:
-        folder: where they are.
-        encoding: "official" (0 none of the classes, 1..150) or "zero_based" (0..149, 255 none).
-
-    Raises:
-        HarnessError: no such folder.
-    """
-
-    def __init__(self, folder: Path, encoding: str) -> None:
-        if not folder.is_dir():
-            raise HarnessError(f"model.path={folder}: no such folder.")
-        self.folder = folder
-        self.encoding = encoding
-
-    def missing(self, image_ids: list[str]) -> list[str]:
-        """Return the ids that have no file."""
-        return [i for i in image_ids if not (self.folder / f"{i}.png").is_file()]
-
-    def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
-        """Read the image's label file and check it."""
-        path = self.folder / f"{image_id}.png"
-        stored = decode_labels(self._read(image_id), str(path))
-        if stored.shape != image.shape[:2]:
-            raise HarnessError(
-                f"{path}: {stored.shape[1]}x{stored.shape[0]} (width x height), the image is"
-                f" {image.shape[1]}x{image.shape[0]}: label files must have the original image's size."
-            )
-        return Prepared(image_id, torch.from_numpy(self._decode(stored, path)), (image.shape[0], image.shape[1]))
-
-    def _decode(self, stored: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
-        table = np.full(256, NO_CLASS, np.uint8)
-        allowed = np.zeros(256, bool)
-        if self.encoding == "official":
-            table[1 : NUM_CLASSES + 1] = np.arange(NUM_CLASSES)
-            allowed[: NUM_CLASSES + 1] = True
-            expected = "0 (none) and 1..150 (model.encoding=official); 0..149 with 255 is model.encoding=zero_based"
-        else:
-            table[:NUM_CLASSES] = np.arange(NUM_CLASSES)
-            allowed[:NUM_CLASSES] = True
-            allowed[NO_CLASS] = True
-            expected = "0..149 and 255 (none) (model.encoding=zero_based); 0..150 is model.encoding=official"
-        wrong = np.unique(stored[~allowed[stored]])
-        if wrong.size:
-            raise HarnessError(f"{path}: holds the value {wrong[0]}; expected {expected}.")
-        labels: npt.NDArray[np.uint8] = table[stored]
-        return labels
-
-    def predict(self, prepared: Prepared, device: torch.device) -> Tensor:
-        """Return the labels that were read."""
-        return prepared.pixels.to(device, non_blocking=True)
-
-    def source_hash(self, image_id: str) -> str:
-        """Return BLAKE2b of the image's label file."""
-        return hashlib.blake2b(self._read(image_id), digest_size=16).hexdigest()
-
-    def _read(self, image_id: str) -> bytes:
-        path = self.folder / f"{image_id}.png"
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise HarnessError(f"{path}: cannot be read ({error.strerror}): one label PNG per image.") from error
-
-    def notes(self) -> list[str]:
-        """Nothing to remark."""
-        return []
 
 
 def label_hash(labels: Tensor) -> str:

@@ -6,65 +6,97 @@ Pillow's BILINEAR has; on 33 halved validation images they differed by up to 85 
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-Size = tuple[int, int]
+from ade_harness.config import ResizeConfig
+from ade_harness.kernels.views import Size
+
 Pixels = npt.NDArray[np.uint8]
 
 
-def target_sizes(size: Size, cfg: DictConfig) -> list[Size]:
+def target_sizes(size: Size, rule: ResizeConfig) -> list[Size]:
     """Return the sizes that an image passes through, in order; each is one uint8 resize unless it changes nothing.
 
     Args:
         size: of the image.
-        cfg: an ``inference.resize`` node.
+        rule: an ``inference.resize`` node.
     """
-    height, width = size
-    if cfg.rule == "exact":
-        first = (cfg.height, cfg.width)
-    elif cfg.rule == "fit" and cfg.height is not None:
-        first = _round_each(size, min(cfg.height / height, cfg.width / width))
-    elif cfg.rule == "longest_side":
-        first = _round_each(size, cfg.side / max(size))
-    elif cfg.rule == "short_side" and cfg.rounding == "mmseg":
-        # mmcv.imrescale: the smaller of the two factors, each side rounded half up
-        cap = cfg.max_side if cfg.max_side is not None else np.inf
-        first = _round_each(size, min(cap / max(size), cfg.side / min(size)))
-    elif cfg.rule == "short_side":
-        # detectron2 ResizeShortestEdge: the short side is exact first, then the cap scales both
-        scale = cfg.side / min(size)
-        new_height, new_width = (cfg.side, scale * width) if height < width else (scale * height, cfg.side)
-        if cfg.max_side is not None and max(new_height, new_width) > cfg.max_side:
-            shrink = cfg.max_side / max(new_height, new_width)
-            new_height, new_width = new_height * shrink, new_width * shrink
-        first = (int(new_height + 0.5), int(new_width + 0.5))
+    first = _first_size(size, rule)
+    multiple = rule.multiple_of
+    if multiple == 1:
+        return [first]
+    if rule.multiple_rounding == "nearest":
+        height, width = (max(multiple, math.floor(side / multiple + 0.5) * multiple) for side in first)
     else:
-        first = size
-    sizes = [first]
-    if cfg.multiple_of > 1:
-        sizes.append(tuple(-(-side // cfg.multiple_of) * cfg.multiple_of for side in first))
-    return sizes
+        height, width = (-(-side // multiple) * multiple for side in first)
+    return [first, (height, width)]
 
 
-def padded_size(size: Size, cfg: DictConfig) -> Size:
-    """Return the size after padding right and bottom."""
-    if cfg.rule == "fit" and cfg.height is not None:
-        return (cfg.height, cfg.width)
-    if cfg.pad_to is not None:
-        return (cfg.pad_to[0], cfg.pad_to[1])
-    height, width = (-(-side // cfg.pad_multiple) * cfg.pad_multiple for side in size)
+def _first_size(size: Size, rule: ResizeConfig) -> Size:
+    height, width = size
+    if rule.rule == "none" or (rule.rule == "fit" and (rule.height is None or rule.width is None)):
+        return size
+    if rule.rule in ("exact", "fit", "cover"):
+        assert rule.height is not None
+        assert rule.width is not None
+        if rule.rule == "exact":
+            return (rule.height, rule.width)
+        if rule.rule == "fit":
+            return round_half_up(size, min(rule.height / height, rule.width / width))
+        factor = max(rule.height / height, rule.width / width)
+        return (round(height * factor), round(width * factor))  # EoMT: Python's round, halves to even
+    assert rule.side is not None
+    return round_half_up(size, rule.side / max(size)) if rule.rule == "longest_side" else _short_side(size, rule)
+
+
+def _short_side(size: Size, rule: ResizeConfig) -> Size:
+    height, width = size
+    side = rule.side
+    assert side is not None
+    if rule.rounding == "mmseg":
+        # mmcv.imrescale: the smaller of the two factors, each side rounded half up
+        cap = rule.max_side if rule.max_side is not None else np.inf
+        return round_half_up(size, min(cap / max(size), side / min(size)))
+    if rule.rounding == "dinov3":
+        # dinov3/eval/segmentation/transforms.py: the short side is exact, no cap
+        return (int(side * height / width + 0.5), side) if height > width else (side, int(side * width / height + 0.5))
+    # detectron2 ResizeShortestEdge: the short side is exact first, then the cap scales both
+    scale = side / min(size)
+    new_height, new_width = (side, scale * width) if height < width else (scale * height, side)
+    if rule.max_side is not None and max(new_height, new_width) > rule.max_side:
+        shrink = rule.max_side / max(new_height, new_width)
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return (int(new_height + 0.5), int(new_width + 0.5))
+
+
+def round_half_up(size: Size, scale: float) -> Size:
+    """Return both sides times `scale`, rounded as ``int(x + 0.5)``."""
+    return (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5))
+
+
+def padded_size(size: Size, rule: ResizeConfig) -> Size:
+    """Return the size after padding."""
+    if rule.rule == "fit" and rule.height is not None and rule.width is not None:
+        return (rule.height, rule.width)
+    if rule.pad_to is not None:
+        return (rule.pad_to[0], rule.pad_to[1])
+    height, width = (-(-max(side, rule.pad_at_least or 0) // rule.pad_multiple) * rule.pad_multiple for side in size)
     return (height, width)
 
 
-def _round_each(size: Size, scale: float) -> Size:
-    return (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5))
+def padding_offset(size: Size, padded: Size, rule: ResizeConfig) -> Size:
+    """Return (top, left) of the image in the padded input."""
+    if rule.pad_position == "corner":
+        return (0, 0)
+    return ((padded[0] - size[0]) // 2, (padded[1] - size[1]) // 2)
 
 
 def resize_image(image: Pixels, size: Size, backend: str, antialias: bool = False) -> Pixels:

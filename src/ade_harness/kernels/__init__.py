@@ -1,5 +1,83 @@
-"""Scores to label maps to counts. `reference` is plain torch; faster implementations keep its interface."""
+"""Scores to label maps to counts: one interface, three implementations.
 
-from ade_harness.kernels.reference import count, label_map
+`reference` is plain torch on any device; `numba_cpu` and `triton_gpu` are compiled. `select` chooses.
+"""
 
-__all__ = ["count", "label_map"]
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from ade_harness.errors import HarnessError
+from ade_harness.kernels.views import PixelStatistics, Size, View, whole
+
+__all__ = ["CHOICES", "Kernels", "PixelStatistics", "Size", "View", "label_counts", "select", "whole"]
+
+CHOICES = ("auto", "torch", "numba", "triton")
+
+
+class Kernels(Protocol):
+    """What an implementation offers; documented in :mod:`ade_harness.kernels.reference`."""
+
+    def normalise(self, pixels: Tensor, statistics: PixelStatistics) -> Tensor:
+        """Make float32 [3, H, W] of uint8 [H, W, 3]."""
+
+    def label_map(self, scores: Tensor, size: Size) -> Tensor:
+        """Upsample scores [C, h, w] and take the best channel: [H, W]."""
+
+    def merge(self, views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
+        """Average views and take the best channel: [H, W]."""
+
+    def count(self, labels: Tensor, target: Tensor) -> Tensor:
+        """Count pixels: int64 [150, 151]."""
+
+
+def select(choice: str, device_type: str) -> Kernels:
+    """Return an implementation for tensors on "cpu" or "cuda".
+
+    Args:
+        choice: one of `CHOICES`; auto takes the compiled one where it gives torch's bits on this machine, and
+            plain torch elsewhere.
+        device_type: of the tensors.
+
+    Raises:
+        HarnessError: what was asked for is not installed, or not for this device, or not exact here.
+    """
+    module, device = {"numba": ("numba_cpu", "cpu"), "triton": ("triton_gpu", "cuda")}.get(choice, (None, None))
+    if choice == "auto":
+        module = {"cpu": "numba_cpu", "cuda": "triton_gpu"}.get(device_type)
+    elif module is not None and device != device_type:
+        raise HarnessError(f"runtime.kernels={choice}: works on {device} only, this run is on {device_type}. Use auto.")
+    if module is not None:
+        reason = "it rounds otherwise than torch on this machine"
+        try:
+            found = importlib.import_module(f"ade_harness.kernels.{module}")
+            if found.agrees_with_torch():
+                return cast(Kernels, found)
+        except Exception as error:  # a missing package, or a compiler that fails in any way
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if choice != "auto":
+            raise HarnessError(f"runtime.kernels={choice}: cannot be used ({reason}). runtime.kernels=torch works.")
+    return cast(Kernels, importlib.import_module("ade_harness.kernels.reference"))
+
+
+def label_counts(
+    kernels: Kernels, scores: Tensor, target: Tensor, views: Sequence[View] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Upsample, argmax and count without a tensor of [C, H, W].
+
+    Args:
+        kernels: an implementation.
+        scores: float [C, h, w].
+        target: uint8 [H, W], 0..149, 255 where nothing is counted.
+        views: instead of `scores`, when they are merged.
+
+    Returns:
+        Labels [H, W] and counts int64 [150, 151].
+    """
+    size = (target.shape[0], target.shape[1])
+    labels = kernels.label_map(scores, size) if views is None else kernels.merge(views, size, False)
+    return labels, kernels.count(labels, target)

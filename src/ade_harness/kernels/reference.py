@@ -1,62 +1,143 @@
-"""Plain torch, on any device: exact by construction, and without a tensor of [150, H, W]."""
+"""Plain torch, on any device: exact by construction, and without a tensor of [150, H, W] unless softmax needs it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
 _CHANNELS_AT_ONCE = 10
 _SMALL_OUTPUT = 128
 _COLUMNS = NUM_CLASSES + 1
 
 
-def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
+def normalise(pixels: Tensor, statistics: PixelStatistics) -> Tensor:
+    """Make a network's input of pixels.
+
+    Args:
+        pixels: uint8 [H, W, 3], RGB.
+        statistics: mean, standard deviation, channel order, range.
+
+    Returns:
+        float32 [3, H, W].
+    """
+    planes = pixels.permute(2, 0, 1)
+    if statistics.reverse_channels:
+        planes = planes.flip(0)
+    return normalise_values(planes.float(), statistics)
+
+
+def normalise_values(values: Tensor, statistics: PixelStatistics) -> Tensor:
+    """Normalise float32 [3, H, W] on the 0..255 scale, in the network's channel order, in place."""
+    if statistics.max_value != 255:
+        values /= 255 / statistics.max_value
+    mean, std = (torch.tensor(v, device=values.device)[:, None, None] for v in (statistics.mean, statistics.std))
+    return values.sub_(mean).div_(std)
+
+
+def label_map(scores: Tensor, size: Size) -> Tensor:
     """Upsample scores and take the best channel of each pixel.
 
     Bit-identical to ``F.interpolate(scores, size, mode="bilinear", align_corners=False).argmax(1)``: a running
     strict maximum over a few channels at a time, since bilinear interpolation treats channels independently.
     The first channel wins ties, and NaN (which interpolating infinities makes) wins over numbers, as in argmax.
-    When `size` is the scores' own size, the interpolation of finite scores is the identity and is left out.
+    Where an interpolation would not change the size of finite scores it is left out, and the second one of a
+    two-step protocol also for infinite ones, which it would turn into NaN.
 
     Args:
-        scores: float [C, h, w], without NaN.
+        scores: float [C, h, w], without NaN; half precision is converted to float32 first, because rounding
+            each interpolated value flips near-ties.
         size: (H, W) of the label map.
 
     Returns:
         [H, W], values 0..C-1: uint8 up to 256 channels, else int32.
     """
-    # half-precision interpolation rounds each output, which flips near-ties
-    scores = scores.float().contiguous()
-    identity = tuple(scores.shape[-2:]) == tuple(size) and bool(torch.isfinite(scores).all())
+    return merge([whole(scores, size)], size, False)
+
+
+def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
+    """Average the views' scores at the label map's size, and take the best channel of each pixel.
+
+    Args:
+        views: of one image, in the order of summation.
+        size: (H, W) of the label map.
+        probabilities: average softmax over channels instead of the scores.
+
+    Returns:
+        As :func:`label_map`.
+    """
+    first = views[0].scores
+    channels, device = first.shape[1], first.device
+    dtype = torch.uint8 if channels <= 256 else torch.int32
+    if probabilities and len(views) > 1:
+        total = torch.zeros((channels, *size), device=device)
+        for view in views:
+            accumulate(total, view, True)
+        return total.div_(len(views)).argmax(0).to(dtype)
     best: Tensor | None = None
-    dtype = torch.uint8 if scores.shape[0] <= 256 else torch.int32
-    labels = torch.zeros(size, dtype=dtype, device=scores.device)
-    for start, end in _chunks(scores.shape[0], tuple(scores.shape[1:]), size):
-        chunk = scores[start:end]
-        if not identity:
-            chunk = F.interpolate(chunk[None], size, mode="bilinear", align_corners=False)[0]
-        values, channels = chunk.max(0)
-        channels = channels.to(dtype) + start
+    labels = torch.zeros(size, dtype=dtype, device=device)
+    for start, end in _chunks(views, size):
+        chunk = _planes(views[0], start, end, size)
+        for view in views[1:]:
+            chunk = chunk + _planes(view, start, end, size)
+        if len(views) > 1:
+            chunk = chunk / len(views)
+        values, indices = chunk.max(0)
+        indices = indices.to(dtype) + start
         if best is None:
-            best, labels = values, channels
+            best, labels = values, indices
         else:
             better = (values > best) | (values.isnan() & ~best.isnan())
-            labels = torch.where(better, channels, labels)
+            labels = torch.where(better, indices, labels)
             best = torch.where(better, values, best)
     return labels
 
 
-def _chunks(channels: int, size: tuple[int, ...], new_size: tuple[int, int]) -> list[tuple[int, int]]:
+def accumulate(total: Tensor, view: View, probabilities: bool) -> None:
+    """Add a view's scores, or their softmax over channels, to float32 [C, H, W]."""
+    planes = _planes(view, 0, total.shape[0], (total.shape[1], total.shape[2]))
+    total += torch.softmax(planes, 0) if probabilities else planes
+
+
+def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
+    """Return channels start..end-1 of a view at the label map's size, float32 [end - start, H, W]."""
+    scores = view.scores[:, start:end].float().contiguous()
+    if view.is_whole:
+        canvas = _resize(scores, view.canvas)[0]
+    else:
+        canvas = torch.zeros((end - start, *view.canvas), device=scores.device)
+        height, width = view.window
+        for (top, left), window in zip(view.origins, scores, strict=True):
+            canvas[:, top : top + height, left : left + width] += _resize(window[None], view.window)[0]
+        rows, columns = (torch.from_numpy(n).to(scores.device) for n in view.overlaps())
+        canvas /= rows[:, None] * columns
+    top, left, height, width = view.area
+    planes = canvas[:, top : top + height, left : left + width]
+    if (height, width) != tuple(size):
+        planes = _resize(planes[None], size)[0]
+    return planes.flip(-1) if view.flipped else planes
+
+
+def _resize(scores: Tensor, size: Size) -> Tensor:
+    if tuple(scores.shape[2:]) == tuple(size) and bool(torch.isfinite(scores).all()):
+        return scores
+    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
+
+
+def _chunks(views: Sequence[View], size: Size) -> list[tuple[int, int]]:
     """Return channel ranges whose interpolation equals that of all channels at once, in every bit.
 
     torch's CPU code has other kernels, whose rounding depends on the number of channels, for outputs of
     height + width <= 128 and for tensors that could be called channels-last (a single pixel or channel). Such
     small outputs are not cut, and a single channel is not made by cutting. (Found by comparing bits, torch 2.13.)
     """
-    if sum(new_size) <= _SMALL_OUTPUT or 1 in (*size, *new_size):
+    channels = views[0].scores.shape[1]
+    if any(uses_other_kernel(view, size) for view in views):
         return [(0, channels)]
     starts = list(range(0, channels, _CHANNELS_AT_ONCE))
     if channels - starts[-1] == 1 and len(starts) > 1:
@@ -64,11 +145,17 @@ def _chunks(channels: int, size: tuple[int, ...], new_size: tuple[int, int]) -> 
     return list(zip(starts, [*starts[1:], channels], strict=True))
 
 
+def uses_other_kernel(view: View, size: Size) -> bool:
+    """Whether torch's CPU code takes one of its other kernels somewhere in this view, so that rounding differs."""
+    steps = [(tuple(view.scores.shape[2:]), view.window), (view.area[2:], size)]
+    return any(old != new and (sum(new) <= _SMALL_OUTPUT or 1 in (*old, *new)) for old, new in steps)
+
+
 def count(labels: Tensor, target: Tensor) -> Tensor:
     """Count pixels by ground truth and prediction.
 
-    The ignored pixels get rows of their own that are cut off afterwards: no boolean gather, no host
-    synchronisation. ``torch.bincount`` of integers is exact and deterministic on every device.
+    The ignored pixels get rows of their own that are cut off afterwards: no boolean gather. The sum is of integers,
+    so it is exact and does not depend on the order.
 
     Args:
         labels: uint8 [H, W], 0..149, anything above is "none of the classes".
@@ -77,6 +164,10 @@ def count(labels: Tensor, target: Tensor) -> Tensor:
     Returns:
         int64 [150, 151] ``confusion_matrix[ground_truth, prediction]``; the last column is "none".
     """
-    keys = target.to(torch.int32).mul_(_COLUMNS).add_(labels.clamp(max=NUM_CLASSES))
-    counts = torch.bincount(keys.view(-1), minlength=256 * _COLUMNS)
+    keys = target.to(torch.int32).mul_(_COLUMNS).add_(labels.clamp(max=NUM_CLASSES)).view(-1)
+    if keys.device.type == "cuda":  # torch.bincount would wait for the largest value
+        counts = torch.zeros(256 * _COLUMNS, dtype=torch.int64, device=keys.device)
+        counts.scatter_add_(0, keys.long(), torch.ones_like(keys, dtype=torch.int64))
+    else:
+        counts = torch.bincount(keys, minlength=256 * _COLUMNS)
     return counts[: NUM_CLASSES * _COLUMNS].view(NUM_CLASSES, _COLUMNS)

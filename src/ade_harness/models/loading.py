@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from ade_harness.data.download import file_hash
 from ade_harness.errors import HarnessError, did_you_mean
@@ -34,7 +34,7 @@ class LoadedModel:
     """A network, ready to be called, and what is known about it."""
 
     module: nn.Module
-    """Normalised images float32 [N, 3, H, W] to scores [N, C, h, w]."""
+    """Normalised images float32 [N, 3, H, W] to scores [N, C, h, w], or to mask classification (models/outputs.py)."""
     weights: str
     """pretrained, random, demo, or constructed (a custom model without a checkpoint)."""
     mean: tuple[float, ...]
@@ -44,6 +44,8 @@ class LoadedModel:
     """Of the scores, if it is known before the first image."""
     fixed_size: tuple[int, int] | None = None
     """(height, width) of the only input it takes."""
+    fixed_batch: int | None = None
+    """Images per call if it takes no other number."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the manifest: origin and sha256 of the weights, parameters."""
 
@@ -231,6 +233,7 @@ def _load_onnx(cfg: DictConfig, threads: int) -> LoadedModel:
         class_names=_names(cfg, module.class_names),
         channels=module.output_shape[1] if isinstance(module.output_shape[1], int) else None,
         fixed_size=module.fixed_size,
+        fixed_batch=module.fixed_batch,
         facts=facts,
     )
 
@@ -243,22 +246,3 @@ LOADERS: dict[str, Callable[[DictConfig, int], LoadedModel]] = {
     "torchscript": _load_torchscript,
     "onnx": _load_onnx,
 }
-
-
-def as_scores(output: Any, what: str) -> Tensor:
-    """Find the scores in what a network returned: a tensor, ``.logits``, a dict's "out" or "logits", or a first item.
-
-    Raises:
-        HarnessError: no tensor of four dimensions there.
-    """
-    found = output
-    if isinstance(found, dict):
-        found = found.get("logits", found.get("out", found.get("sem_seg")))
-    elif hasattr(found, "logits"):
-        found = found.logits
-    elif isinstance(found, list | tuple) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or found.ndim != 4:
-        got = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
-        raise HarnessError(f"{what}: the model returned {got}, expected logits [N, C, h, w].")
-    return found

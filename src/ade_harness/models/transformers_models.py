@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError
+from ade_harness.models.outputs import MaskLogits
 from ade_harness.models.weights import require_all_keys
 
 _SEMANTIC_TASK = [49406, 518, 10549, 533, 29119, 1550, 49407, *[0] * 70]
@@ -84,11 +84,9 @@ class SemanticModel(nn.Module):
 
 
 class UniversalModel(nn.Module):
-    """A ``...ForUniversalSegmentation`` read as semantic scores.
+    """A ``...ForUniversalSegmentation``: images [N, 3, H, W] to class and mask logits.
 
-    Softmax of the class logits without the void class, times the sigmoid of the mask logits upsampled to the
-    input's size, summed over queries: the order of the official Mask2Former (maskformer_model.py).
-    transformers' own post-processing passes through 384 x 384 instead, which changes the score.
+    transformers' own post-processing passes through 384 x 384, which changes the score: the protocol merges them.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -96,17 +94,13 @@ class UniversalModel(nn.Module):
         self.network = network
         self.is_oneformer = getattr(network.config, "model_type", None) == "oneformer"
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return scores [N, C, H, W] at the input's size."""
+    def forward(self, images: Tensor) -> MaskLogits:
+        """Return class logits [N, Q, C + 1] and mask logits [N, Q, h, w]."""
         extra = {}
         if self.is_oneformer:
             extra["task_inputs"] = torch.tensor([_SEMANTIC_TASK] * images.shape[0], device=images.device)
         output = self.network(pixel_values=images, **extra)
-        classes = output.class_queries_logits.softmax(-1)[..., :-1]
-        masks = F.interpolate(
-            output.masks_queries_logits, images.shape[-2:], mode="bilinear", align_corners=False
-        ).sigmoid()
-        return torch.einsum("nqc,nqhw->nchw", classes, masks)
+        return MaskLogits(output.class_queries_logits, output.masks_queries_logits)
 
 
 def load_transformers(

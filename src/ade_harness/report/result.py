@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class Result:
     images_per_second: float
     """Of the evaluation alone; 0 if nothing was left to do."""
     world_size: int
+    stages: Mapping[str, float]
+    """Seconds in each stage, added up over ranks; load happens in loader processes, beside the rest."""
     convention: str = CONVENTION
 
     @property
@@ -65,6 +68,13 @@ class Result:
     def pixels(self) -> int:
         """Valid pixels."""
         return int(self.matrix.sum())
+
+    @property
+    def stage_shares(self) -> dict[str, float]:
+        """Share of each stage in the time of the ranks, 0..1, largest first; without the loaders' own time."""
+        own = {name: spent for name, spent in self.stages.items() if name != "load"}
+        total = sum(own.values())
+        return {n: s / total for n, s in sorted(own.items(), key=lambda item: -item[1])} if total else {}
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of metrics.json: fractions 0..1 and integers."""

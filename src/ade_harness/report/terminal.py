@@ -47,6 +47,7 @@ def print_result(console: Console, result: Result) -> None:
             "time",
             f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating",
         ),
+        ("where it went", ", ".join(f"{name} {share:.0%}" for name, share in result.stage_shares.items())),
         ("run directory", str(result.run_dir)),
     ]
     for name, value in lines:

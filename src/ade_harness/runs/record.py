@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,9 @@ class RunRecord:
     path: Path
     manifest: dict[str, Any]
 
-    def finish(self, rows: Sequence[Row], seconds: float, rate: float, world_size: int) -> None:
+    def finish(
+        self, rows: Sequence[Row], seconds: float, rate: float, world_size: int, stages: Mapping[str, float]
+    ) -> None:
         """Note the end: timings, and a hash of everything that was read."""
         digest = hashlib.sha256()
         for row in rows:
@@ -39,6 +41,7 @@ class RunRecord:
             "images_per_second": round(rate, 3),
             "predict_seconds": round(sum(r.seconds for r in rows), 3),
             "world_size": world_size,
+            "stages": {name: round(spent, 3) for name, spent in stages.items()},
         }
         write_json(self.path / MANIFEST, self.manifest)
 

@@ -32,8 +32,8 @@ from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.plan import assign
 from ade_harness.runtime.progress import ProgressReporter
 
-Process = Callable[[Any, torch.device, int], None]
-"""Does one loaded item on a device, as a rank."""
+Process = Callable[[Any, torch.device, int], int]
+"""Does one loaded item on a device, as a rank; returns how much progress that is."""
 
 
 class WorkItems(pl.LightningDataModule):
@@ -131,11 +131,11 @@ class WorkLoop(pl.LightningModule):
         if self._coordinator.stopped:
             return
         try:
-            self._process(batch, self.device, self.global_rank)
+            progress = self._process(batch, self.device, self.global_rank)
         except BaseException:
             self._coordinator.stop()  # the other ranks need not finish what cannot be scored
             raise
-        done = self._coordinator.done(1)
+        done = self._coordinator.done(progress)
         if self._reporter is not None:
             self._reporter.update(done)
 

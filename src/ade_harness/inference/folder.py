@@ -1,0 +1,97 @@
+"""Label maps that any framework wrote, in place of a network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ade_harness.data.decode import decode_labels
+from ade_harness.data.labels import NO_CLASS, NUM_CLASSES
+from ade_harness.errors import HarnessError
+from ade_harness.inference.predictor import Prediction, Prepared
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels.views import Size
+
+
+class FolderPredictor:
+    """Takes the label maps from PNG files ``<image id>.png`` made by any framework.
+
+    Args:
+        folder: where they are.
+        encoding: "official" (0 none of the classes, 1..150) or "zero_based" (0..149, 255 none).
+
+    Raises:
+        HarnessError: no such folder.
+    """
+
+    def __init__(self, folder: Path, encoding: str) -> None:
+        if not folder.is_dir():
+            raise HarnessError(f"model.path={folder}: no such folder.")
+        self.folder = folder
+        self.encoding = encoding
+
+    def missing(self, image_ids: list[str]) -> list[str]:
+        """Return the ids that have no file."""
+        return [i for i in image_ids if not (self.folder / f"{i}.png").is_file()]
+
+    def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
+        """Read the image's label file and check it."""
+        path = self.folder / f"{image_id}.png"
+        stored = decode_labels(self._read(image_id), str(path))
+        if stored.shape != image.shape[:2]:
+            raise HarnessError(
+                f"{path}: {stored.shape[1]}x{stored.shape[0]} (width x height), the image is"
+                f" {image.shape[1]}x{image.shape[0]}: label files must have the original image's size."
+            )
+        labels = torch.from_numpy(self._decode(stored, path))
+        return Prepared(image_id, (labels,), (image.shape[0], image.shape[1]))
+
+    def _decode(self, stored: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
+        table = np.full(256, NO_CLASS, np.uint8)
+        allowed = np.zeros(256, bool)
+        if self.encoding == "official":
+            table[1 : NUM_CLASSES + 1] = np.arange(NUM_CLASSES)
+            allowed[: NUM_CLASSES + 1] = True
+            expected = "0 (none) and 1..150 (model.encoding=official); 0..149 with 255 is model.encoding=zero_based"
+        else:
+            table[:NUM_CLASSES] = np.arange(NUM_CLASSES)
+            allowed[:NUM_CLASSES] = True
+            allowed[NO_CLASS] = True
+            expected = "0..149 and 255 (none) (model.encoding=zero_based); 0..150 is model.encoding=official"
+        wrong = np.unique(stored[~allowed[stored]])
+        if wrong.size:
+            raise HarnessError(f"{path}: holds the value {wrong[0]}; expected {expected}.")
+        labels: npt.NDArray[np.uint8] = table[stored]
+        return labels
+
+    def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
+        """Return the labels that were read."""
+        with watch("copy"):
+            return [Prediction(p.pixels[0].to(device, non_blocking=True)) for p in batch]
+
+    def cost(self, size: Size) -> float:
+        """Return the expected cost of an image: its pixels."""
+        return float(size[0] * size[1])
+
+    def group_key(self, size: Size) -> None:
+        """Images are done one by one."""
+
+    def source_hash(self, image_id: str) -> str:
+        """Return BLAKE2b of the image's label file."""
+        return hashlib.blake2b(self._read(image_id), digest_size=16).hexdigest()
+
+    def _read(self, image_id: str) -> bytes:
+        path = self.folder / f"{image_id}.png"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise HarnessError(f"{path}: cannot be read ({error.strerror}): one label PNG per image.") from error
+
+    def notes(self) -> list[str]:
+        """Nothing to remark."""
+        return []

@@ -1,0 +1,121 @@
+"""The network's forward: batches, precision, compilation, and what to do when memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ade_harness.config import InferenceConfig
+from ade_harness.errors import HarnessError
+from ade_harness.models.loading import LoadedModel
+from ade_harness.models.outputs import MaskLogits, read_output
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BatchedForward:
+    """Runs a network on images of one size, several at a time.
+
+    Attributes:
+        halved: how often a batch was halved because memory was short.
+    """
+
+    def __init__(self, model: LoadedModel, cfg: InferenceConfig) -> None:
+        self.model = model
+        self.cfg = cfg
+        self.halved = 0
+        self._module: Any = None
+
+    def __call__(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
+        """Return each image's scores [1, C, h, w] float32, or mask classification with N = 1.
+
+        Args:
+            images: float32 [3, H, W], all of one size, normalised.
+            what: names the image in messages.
+
+        Raises:
+            HarnessError: the network failed, or memory is too short for one image.
+        """
+        limit = self.model.fixed_batch or self.cfg.batch
+        while True:
+            short: Exception
+            try:
+                outputs: list[Tensor | MaskLogits] = []
+                for start in range(0, len(images), limit):
+                    outputs += self._split(images[start : start + limit], what)
+                return outputs
+            except torch.OutOfMemoryError as error:
+                short = error
+            except RuntimeError as error:  # on the CPU
+                if "can't allocate memory" not in str(error):
+                    raise
+                short = error
+            # outside of the except block, where the traceback would keep the failed batch's tensors
+            size = f"{images[0].shape[2]}x{images[0].shape[1]}"
+            limit = min(limit, len(images)) // 2
+            if limit < 1 or self.model.fixed_batch:
+                raise HarnessError(
+                    f"{what}: out of memory with one input of {size} ({str(short).splitlines()[0]})."
+                    " Use a device with more memory, inference.precision=bf16, or a protocol with smaller inputs."
+                ) from short
+            self.halved += 1
+            del short
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _split(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
+        fill = (self.model.fixed_batch or 0) - len(images)
+        batch = torch.stack([*images, *[images[-1]] * max(0, fill)])
+        output = read_output(self._run(batch, what), what)
+        tensors = (output.classes, output.masks) if isinstance(output, MaskLogits) else (output,)
+        for tensor in tensors:
+            if tensor.shape[0] != batch.shape[0] or tensor.numel() == 0:
+                raise HarnessError(
+                    f"{what}: the model returned {list(tensor.shape)} for an input of {list(batch.shape)},"
+                    " expected logits [N, C, h, w] with the same N."
+                )
+        if isinstance(output, MaskLogits):
+            parts = [(output.classes[i : i + 1], output.masks[i : i + 1]) for i in range(len(images))]
+            return [MaskLogits(c.float(), m.float()) for c, m in parts]
+        return [output[i : i + 1].float() for i in range(len(images))]
+
+    def _run(self, batch: Tensor, what: str) -> Any:
+        if self.cfg.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        try:
+            with _precision(self.cfg.precision, batch.device.type), torch.inference_mode():
+                return self._callable(batch.device)(batch)
+        except (HarnessError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the network may be anybody's code
+            if "can't allocate memory" in str(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise HarnessError(
+                f"{what}: the model failed on an input of {list(batch.shape)}"
+                f" ({type(error).__name__}: {reason}). ADE_HARNESS_TRACEBACK=1 shows where."
+            ) from error
+
+    def _callable(self, device: torch.device) -> Any:
+        if self._module is None:
+            module: Any = self.model.module
+            if self.cfg.channels_last:
+                module = module.to(memory_format=torch.channels_last)
+            self._module = torch.compile(module, backend=self.cfg.compile) if self.cfg.compile else module
+        return self._module
+
+
+@contextmanager
+def _precision(name: str, device_type: str) -> Iterator[None]:
+    """Set the forward's precision: TF32 in matrix products and convolutions, or autocast."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+    try:
+        with torch.autocast(device_type, dtype=_AUTOCAST.get(name), enabled=name in _AUTOCAST):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,282 @@
+"""One suite for the three implementations: labels equal interpolate + argmax in every bit; counts equal a loop."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ade_harness import kernels
+from ade_harness.errors import HarnessError
+from ade_harness.kernels import Kernels, PixelStatistics, View, reference, whole
+from ade_harness.kernels.bilinear import axis
+
+GPU = torch.cuda.is_available()
+KINDS = ("random", "tied", "peaky", "infinite", "huge", "flat")
+
+
+def implementation(name: str) -> Kernels:
+    if name == "triton_gpu":
+        pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to test the GPU kernels")
+    return cast(Kernels, importlib.import_module(f"ade_harness.kernels.{name}"))
+
+
+def on(name: str, tensor: Tensor) -> Tensor:
+    return tensor.cuda() if name == "triton_gpu" and GPU else tensor
+
+
+def scores_of(kind: str, shape: tuple[int, int, int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(shape, generator=generator)
+    if kind == "tied":
+        return scores.round()
+    if kind == "flat":
+        return torch.zeros(shape)
+    if kind == "huge":
+        return scores * 1e38
+    if kind == "peaky":
+        owner = torch.randint(0, shape[0], (1, -(-shape[1] // 5), -(-shape[2] // 5)), generator=generator)
+        owner = owner.repeat_interleave(5, 1).repeat_interleave(5, 2)[:, : shape[1], : shape[2]]
+        return (scores * 0.3).scatter_add_(0, owner, torch.full(owner.shape, 8.0))
+    if kind == "infinite":
+        scores[0] = float("-inf")
+        scores[-1, 0, 0] = float("inf")
+    return scores
+
+
+def naive(scores: Tensor, *sizes: tuple[int, int]) -> Tensor:
+    """Interpolate and argmax; a later step that changes no size is left out: torch would make infinities NaN in it."""
+    for step, size in enumerate(sizes):
+        if step and tuple(scores.shape[1:]) == size:
+            continue
+        scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+    return scores.argmax(0)
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu"])
+@given(
+    st.sampled_from(KINDS), st.sampled_from([1, 2, 9, 10, 11, 32, 150]),
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 170), st.integers(1, 170), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_label_map_equals_interpolate_and_argmax(
+    name: str, kind: str, channels: int, h: int, w: int, height: int, width: int, seed: int
+) -> None:
+    scores = scores_of(kind, (channels, h, w), seed)
+    found = implementation(name).label_map(scores, (height, width))
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.long(), naive(scores, (height, width)))
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu"])
+@given(
+    st.sampled_from(KINDS), st.sampled_from([2, 11, 150]), st.integers(2, 30), st.integers(2, 30),
+    st.integers(20, 130), st.integers(20, 130), st.integers(20, 200), st.integers(20, 200), st.integers(0, 99),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_two_steps_with_cropped_padding(
+    name: str, kind: str, channels: int, h: int, w: int, mid_height: int, mid_width: int,
+    height: int, width: int, seed: int, centred: bool, padded: bool,
+) -> None:  # fmt: skip
+    scores = scores_of(kind, (channels, h, w), seed)
+    valid = (3 * centred, 5 * centred, mid_height - 9, mid_width - 11) if padded else (0, 0, mid_height, mid_width)
+    middle = F.interpolate(scores[None], (mid_height, mid_width), mode="bilinear", align_corners=False)[0]
+    top, left, rows, columns = valid
+    cropped = middle[:, top : top + rows, left : left + columns]
+    expected = cropped.argmax(0) if (rows, columns) == (height, width) else naive(cropped, (height, width))
+    view = whole(scores, (mid_height, mid_width), valid)
+    found = implementation(name).merge([view], (height, width), False)
+    assert torch.equal(found.long(), expected)
+
+
+def slow_merge(views: list[View], size: tuple[int, int], probabilities: bool) -> Tensor:
+    """As mmseg does it: every window padded to the whole canvas, a plane of counts, every view kept."""
+    results = []
+    for view in views:
+        canvas = torch.zeros((1, view.scores.shape[1], *view.canvas))
+        count = torch.zeros((1, 1, *view.canvas))
+        for (top, left), window in zip(view.origins, view.scores, strict=True):
+            up = F.interpolate(window[None], view.window, mode="bilinear", align_corners=False)
+            margins = (left, view.canvas[1] - left - view.window[1], top, view.canvas[0] - top - view.window[0])
+            canvas = canvas + F.pad(up, margins)
+            count = count + F.pad(torch.ones((1, 1, *view.window)), margins)
+        scores = canvas / count
+        top, left, height, width = view.area
+        scores = scores[:, :, top : top + height, left : left + width]
+        scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
+        scores = scores.softmax(1) if probabilities and len(views) > 1 else scores
+        results.append(scores.flip(-1) if view.flipped else scores)
+    return sum(results[1:], results[0])[0] / len(results)
+
+
+def random_views(seed: int) -> tuple[list[View], tuple[int, int]]:
+    rng = np.random.default_rng(seed)
+    kind = KINDS[seed % 3]
+    views = []
+    channels = int(rng.choice([3, 11, 150]))
+    for number in range(int(rng.integers(1, 4))):
+        window = (int(rng.integers(66, 90)), int(rng.integers(66, 90)))
+        tops = [0, *([int(rng.integers(1, window[0] + 1))] if rng.random() < 0.6 else [])]
+        lefts = [0, *([int(rng.integers(1, window[1] + 1))] if rng.random() < 0.6 else [])]
+        origins = tuple((top, left) for top in tops for left in lefts)
+        canvas = (tops[-1] + window[0], lefts[-1] + window[1])
+        size = (-(-window[0] // 4), -(-window[1] // 4))
+        scores = torch.stack([scores_of(kind, (channels, *size), 7 * seed + number + i) for i in range(len(origins))])
+        valid = (1, 2, canvas[0] - 3, canvas[1] - 5) if rng.random() < 0.3 else None
+        views.append(View(scores, origins, window, canvas, valid, bool(rng.random() < 0.5)))
+    return views, (int(rng.integers(70, 160)), int(rng.integers(70, 160)))
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu"])
+@pytest.mark.parametrize("seed", range(30))
+def test_merged_scores_equal_the_slow_way_in_every_bit(name: str, seed: int) -> None:
+    views, size = random_views(seed)
+    found = implementation(name).merge(views, size, False)
+    assert torch.equal(found.long(), slow_merge(views, size, False).argmax(0))
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu"])
+@pytest.mark.parametrize("seed", range(15))
+def test_merged_probabilities_equal_the_slow_way_but_for_ties(name: str, seed: int) -> None:
+    """exp may differ in its last bits: labels differ only where the best two averages are within 1e-6."""
+    views, size = random_views(seed)
+    found = implementation(name).merge(views, size, True).long()
+    average = slow_merge(views, size, True)
+    gap = average.max(0).values - average.gather(0, found[None])[0]
+    assert gap.max() < 1e-6
+    if KINDS[seed % 3] == "random":
+        assert (found != average.argmax(0)).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["one_step", "two_steps", "padded"])
+@pytest.mark.parametrize("kind", KINDS[:5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_equals_torch_but_for_near_ties(mode: str, kind: str, dtype: torch.dtype) -> None:
+    """In Triton's interpreter where there is no GPU."""
+    made = implementation("triton_gpu")
+    canvas = (52, 76) if mode == "one_step" else (40, 60)
+    valid = (2, 3, 36, 50) if mode == "padded" else None
+    scores = scores_of(kind, (7, 13, 19), 5)
+    scores = on("triton_gpu", scores if kind != "huge" or dtype != torch.float16 else scores / 1e35).to(dtype)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities make NaN on purpose
+        found = made.merge([whole(scores, canvas, valid)], (52, 76), False)
+    expected = reference.merge([whole(scores, canvas, valid)], (52, 76), False)
+    assert found.shape == expected.shape
+    assert (found != expected).float().mean() < (2e-3 if kind != "tied" else 0.02)
+    assert made.agrees_with_torch()  # type: ignore[attr-defined]
+
+
+def test_triton_leaves_windows_to_torch() -> None:
+    made = implementation("triton_gpu")
+    views, size = random_views(1)
+    views = [View(on("triton_gpu", v.scores), v.origins, v.window, v.canvas, v.valid, v.flipped) for v in views]
+    assert torch.equal(made.merge(views, size, False), reference.merge(views, size, False))
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu", "triton_gpu"])
+def test_half_precision_scores_are_compared_in_float32(name: str) -> None:
+    scores = torch.randn(5, 9, 11, generator=torch.Generator().manual_seed(1))
+    made = implementation(name)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = on(name, scores.to(dtype))
+        assert torch.equal(made.label_map(half, (72, 88)), made.label_map(half.float(), (72, 88)))
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu", "triton_gpu"])
+def test_more_than_256_channels(name: str) -> None:
+    scores = on(name, torch.randn(300, 6, 7))
+    found = implementation(name).label_map(scores, (6, 7))
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), scores.argmax(0))
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu", "triton_gpu"])
+@pytest.mark.parametrize("seed", range(5))
+def test_count_equals_a_loop(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    target = rng.choice(np.array([0, 1, 77, 149, 255], np.uint8), (9, 11))
+    labels = rng.choice(np.array([0, 1, 77, 149, 150, 200, 255], np.uint8), (9, 11))
+    expected = np.zeros((150, 151), np.int64)
+    for t, p in zip(target.flat, labels.flat, strict=True):
+        if t != 255:
+            expected[t, min(p, 150)] += 1
+    found = implementation(name).count(on(name, torch.from_numpy(labels)), on(name, torch.from_numpy(target)))
+    assert found.dtype == torch.int64
+    assert np.array_equal(found.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["reference", "numba_cpu"])
+def test_the_pair_equals_its_parts(name: str) -> None:
+    made = implementation(name)
+    scores = torch.randn(150, 20, 20, generator=torch.Generator().manual_seed(2))
+    target = torch.randint(0, 150, (80, 77), dtype=torch.uint8)
+    labels, counts = kernels.label_counts(made, scores, target)
+    assert torch.equal(labels.long(), naive(scores, (80, 77)))
+    assert torch.equal(counts, reference.count(labels, target))
+    views = [whole(scores, (90, 90))]
+    labels, counts = kernels.label_counts(made, scores, target, views)
+    assert torch.equal(labels.long(), naive(scores, (90, 90), (80, 77)))
+    assert counts.sum() == 80 * 77
+
+
+@pytest.mark.parametrize("statistics", [
+    PixelStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    PixelStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), reverse_channels=True),
+    PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), max_value=1.0),
+])  # fmt: skip
+def test_pixels_are_normalised_alike(statistics: PixelStatistics) -> None:
+    pixels = torch.randint(0, 256, (31, 17, 3), dtype=torch.uint8)
+    order = [2, 1, 0] if statistics.reverse_channels else [0, 1, 2]
+    values = pixels[..., order].permute(2, 0, 1).float()
+    if statistics.max_value == 1:
+        values = values / 255
+    expected = (values - torch.tensor(statistics.mean)[:, None, None]) / torch.tensor(statistics.std)[:, None, None]
+    for name in ("reference", "numba_cpu"):
+        assert torch.equal(implementation(name).normalise(pixels, statistics), expected)
+
+
+def test_axis_tables_rebuild_torch_interpolation() -> None:
+    """One axis at a time: the tables give torch's values."""
+    for old, new in ((7, 30), (30, 7), (128, 683), (171, 512), (5, 200)):
+        low, high, w_low, w_high = axis(old, new)
+        line = torch.randn(old, generator=torch.Generator().manual_seed(old)).double()
+        expected = F.interpolate(line[None, None].float(), new, mode="linear", align_corners=False)[0, 0]
+        found = line[low.astype(np.int64)] * torch.from_numpy(w_low) + line[high.astype(np.int64)] * torch.from_numpy(
+            w_high
+        )
+        assert torch.allclose(found.float(), expected, atol=1e-6, rtol=0)
+
+
+def test_choices() -> None:
+    assert kernels.select("torch", "cpu") is reference
+    assert kernels.select("auto", "cpu") is implementation("numba_cpu")
+    with pytest.raises(HarnessError, match="runtime.kernels=triton: works on cuda only"):
+        kernels.select("triton", "cpu")
+
+
+def test_a_machine_that_rounds_otherwise_gets_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ade_harness.kernels.numba_cpu.agrees_with_torch", lambda: False)
+    assert kernels.select("auto", "cpu") is reference
+    with pytest.raises(HarnessError, match="rounds otherwise"):
+        kernels.select("numba", "cpu")
+
+
+def test_the_comparison_notices_another_order_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = implementation("numba_cpu")
+    original: Callable[..., Any] = made.axis
+
+    def shifted(old: int, new: int) -> Any:
+        low, high, w_low, w_high = original(old, new)
+        return type(original(old, new))(low, high, np.nextafter(w_low, np.float32(2)), w_high)
+
+    monkeypatch.setattr(made, "axis", shifted)
+    assert not made.agrees_with_torch.__wrapped__()
