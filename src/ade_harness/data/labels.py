@@ -20,9 +20,6 @@ IGNORE_INDEX = 255
 NO_CLASS = 255
 """Label value of a pixel predicted as none of the 150 classes: wrong wherever there is ground truth."""
 
-_TO_TARGET: npt.NDArray[np.uint8] = np.full(256, IGNORE_INDEX, np.uint8)
-_TO_TARGET[1 : NUM_CLASSES + 1] = np.arange(NUM_CLASSES, dtype=np.uint8)
-
 
 def target_from_annotation(annotation: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Map an annotation file's values to targets: 0 -> 255 (ignored), 1..150 -> 0..149.
@@ -36,7 +33,7 @@ def target_from_annotation(annotation: npt.NDArray[np.uint8]) -> npt.NDArray[np.
     Returns:
         uint8 [H, W], values 0..149 and 255.
     """
-    return _TO_TARGET[annotation]
+    return annotation - np.uint8(1)  # 0 wraps to 255
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ class BatchedForward:
 
     def _split(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
         fill = (self.model.fixed_batch or 0) - len(images)
-        batch = torch.stack([*images, *[images[-1]] * max(0, fill)])
+        filled = [*images, *[images[-1]] * max(0, fill)]
+        batch = filled[0][None] if len(filled) == 1 else torch.stack(filled)  # one image is not copied
         output = read_output(self._run(batch, what), what)
         tensors = (output.classes, output.masks) if isinstance(output, MaskLogits) else (output,)
         for tensor in tensors:

@@ -159,13 +159,15 @@ class NetworkPredictor:
         rule = self.cfg.resize
         original = (image.shape[0], image.shape[1])
         made: dict[tuple[Size, ...], npt.NDArray[np.uint8]] = {(): image}
-        for plan in plan_views(original, self.cfg):
+        plans = plan_views(original, self.cfg)
+        for plan in plans:
             for step in range(1, len(plan.sizes) + 1):
                 chain = plan.sizes[:step]
                 if chain not in made:
                     made[chain] = resize_image(made[chain[:-1]], chain[-1], rule.backend, rule.antialias)
-        distinct = dict.fromkeys(plan.sizes for plan in plan_views(original, self.cfg))
-        return Prepared(image_id, tuple(torch.from_numpy(np.array(made[chain])) for chain in distinct), original)
+        # Pillow's arrays are read-only, and sharing the image itself would keep it writable elsewhere
+        pixels = {p.sizes: made[p.sizes] if made[p.sizes].flags.owndata else np.array(made[p.sizes]) for p in plans}
+        return Prepared(image_id, tuple(torch.from_numpy(p) for p in pixels.values()), original)
 
     def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
         """Run the network and return labels of the original size; see :class:`Predictor`."""
@@ -291,7 +293,8 @@ class NetworkPredictor:
             queries = [w for w in windows if isinstance(w, MaskLogits)]
             return mask_view(plan, queries, self.cfg.masks, self._class_map, original)
         class_map = self._class_map
-        scores = torch.stack([class_map.select(w[0]) for w in windows if isinstance(w, Tensor)])
+        kept = [class_map.select(w[0]) for w in windows if isinstance(w, Tensor)]
+        scores = kept[0][None] if len(kept) == 1 else torch.stack(kept)  # one window is not copied
         if self.cfg.output.first_step == "legacy_bilinear":
             return whole(legacy_bilinear(scores[0], plan.canvas), plan.canvas, plan.valid, plan.flipped)
         if self.cfg.output.upsample == "one_step" and plan.window == plan.canvas:

@@ -115,10 +115,12 @@ def count(labels: Tensor, target: Tensor) -> Tensor:
 
 @cache
 def agrees_with_torch() -> bool:
-    """Whether this machine's torch rounds as the compiled loops do: decided by comparing bits, once per process."""
+    """Whether this machine's torch rounds as the compiled loops do: decided by comparing bits, once per process.
+
+    Whole images only: windows use the same two functions, and compiling them takes seconds.
+    """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(12, 23, 31, generator=generator)
     ties = torch.randint(0, 3, (12, 23, 31), generator=generator).float()
     cases = [[whole(scores, canvas)] for scores in (noise, ties) for canvas in ((92, 124), (70, 100))]
-    cases.append([View(torch.stack([noise, ties]), ((0, 0), (0, 20)), (92, 100), (92, 120))])
     return all(torch.equal(merge(views, (92, 124), False), reference.merge(views, (92, 124), False)) for views in cases)

@@ -1,0 +1,127 @@
+"""Each kernel against the naive way and against the bytes it must move: `python benchmarks/bench_kernels.py`.
+
+On a machine with CUDA it measures the GPU kernels, with events, else the CPU's on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from images import stride4_logits
+from measure import add_peaks, interleave, machine_line, one_thread, show
+from peers import mmseg_counts, torchmetrics_counts
+from torch import Tensor
+
+from ade_harness.kernels import Kernels, label_counts, select, whole
+
+INPUT, ORIGINAL = (512, 683), (375, 500)
+"""The median image's input; and the original size of a two-step case."""
+
+
+def naive(scores: Tensor, *sizes: tuple[int, int]) -> Tensor:
+    """Interpolate everything, then argmax."""
+    planes = scores[None]
+    for size in sizes:
+        planes = F.interpolate(planes, size, mode="bilinear", align_corners=False)
+    return planes.argmax(1)[0]
+
+
+def cpu(rounds: int) -> None:
+    """Label maps, counts and the pair on one thread."""
+    one_thread()
+    compiled, plain = select("numba", "cpu"), select("torch", "cpu")
+    target = torch.from_numpy(np.random.default_rng(0).integers(0, 150, INPUT).astype(np.uint8))
+    for kind in ("peaky", "white"):
+        scores = stride4_logits(INPUT, kind)
+        for title, sizes in (("one step", (INPUT,)), ("two steps", (INPUT, ORIGINAL))):
+            views = [whole(scores, sizes[0])]
+            expected = naive(scores, *sizes)
+            variants: dict[str, Callable[[], Any]] = {
+                "F.interpolate, argmax": lambda sizes=sizes: naive(scores, *sizes),
+                "ade-harness, plain torch": lambda views=views, sizes=sizes: plain.merge(views, sizes[-1], False),
+                "ade-harness, numba": lambda views=views, sizes=sizes: compiled.merge(views, sizes[-1], False),
+            }
+            for name, call in variants.items():
+                differ = int((call().long() != expected).sum())
+                assert differ == 0, f"{name}: {differ} pixels differ from torch's"
+            show(
+                f"label map, {kind} scores {list(scores.shape)}, {title} to {sizes[-1]}: 0 of {expected.numel()}"
+                f" pixels differ; the bytes of input and output: {_megabytes(scores, expected):.1f} MB",
+                add_peaks(interleave(variants, rounds), variants),
+            )
+        variants = {
+            "F.interpolate, argmax, mmseg IoUMetric": lambda: mmseg_counts()(naive(scores, INPUT), target.long()),
+            "ade-harness, label_counts": lambda: label_counts(compiled, scores, target),
+        }
+        show(f"label map and count, {kind}", add_peaks(interleave(variants, rounds), variants))
+    labels = naive(stride4_logits(INPUT, "peaky"), INPUT)
+    small = labels.to(torch.uint8)
+    mmseg, metrics = mmseg_counts(), torchmetrics_counts()
+    variants = {
+        "mmseg IoUMetric": lambda: mmseg(labels, target.long()),
+        "torchmetrics": lambda: metrics(labels, target.long()),
+        "ade-harness, plain torch": lambda: plain.count(small, target),
+        "ade-harness, numba": lambda: compiled.count(small, target),
+    }
+    show(f"counting {INPUT}", add_peaks(interleave(variants, rounds), variants))
+
+
+def _megabytes(scores: Tensor, labels: Tensor) -> float:
+    return (scores.numel() * 4 + labels.numel()) / 1e6
+
+
+def gpu(rounds: int) -> None:
+    """Label maps on CUDA; near-ties are counted."""
+    print(torch.cuda.get_device_name(), machine_line(("torch", "triton")))
+    triton: Kernels = select("triton", "cuda")
+    plain = select("torch", "cuda")
+    from ade_harness.kernels.triton_gpu import near_ties
+
+    for kind in ("peaky", "white"):
+        for dtype in (torch.float32, torch.bfloat16):
+            scores = stride4_logits(INPUT, kind).cuda().to(dtype)
+            for sizes in ((INPUT,), (INPUT, ORIGINAL)):
+                views = [whole(scores, sizes[0])]
+                variants = {
+                    "F.interpolate, argmax": lambda sizes=sizes, scores=scores: naive(scores.float(), *sizes),
+                    "class chunks": lambda views=views, sizes=sizes: plain.merge(views, sizes[-1], False),
+                    "triton": lambda views=views, sizes=sizes: triton.merge(views, sizes[-1], False),
+                }
+                expected = plain.merge(views, sizes[-1], False)
+                found = triton.merge(views, sizes[-1], False)
+                middle = F.interpolate(scores[None].float(), INPUT, mode="bilinear", align_corners=False)[0]
+                base = scores if len(sizes) == 1 else middle
+                differ, real = near_ties(base, sizes[-1], found, expected)
+                print(f"{kind} {dtype} {sizes}: {differ} of {expected.numel()} pixels differ, {real} of them no near-tie")
+                for name, call in variants.items():
+                    micro, peak = _cuda_time(call, rounds)
+                    print(f"    {name:24} {micro:9.1f} us   {peak:8.1f} MB live")
+
+
+def _cuda_time(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    times = []
+    for _ in range(10 * rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000)
+    return float(np.median(times)), (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    (gpu if torch.cuda.is_available() else cpu)(options.rounds)
