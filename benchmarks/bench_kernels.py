@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,9 @@ def cpu(rounds: int) -> None:
             views = [whole(scores, sizes[0])]
             expected = naive(scores, *sizes)
             variants: dict[str, Callable[[], Any]] = {
-                "F.interpolate, argmax": lambda sizes=sizes: naive(scores, *sizes),
-                "ade-harness, plain torch": lambda views=views, sizes=sizes: plain.merge(views, sizes[-1], False),
-                "ade-harness, numba": lambda views=views, sizes=sizes: compiled.merge(views, sizes[-1], False),
+                "F.interpolate, argmax": partial(naive, scores, *sizes),
+                "ade-harness, plain torch": partial(plain.merge, views, sizes[-1], False),
+                "ade-harness, numba": partial(compiled.merge, views, sizes[-1], False),
             }
             for name, call in variants.items():
                 differ = int((call().long() != expected).sum())
@@ -55,8 +56,8 @@ def cpu(rounds: int) -> None:
                 add_peaks(interleave(variants, rounds), variants),
             )
         variants = {
-            "F.interpolate, argmax, mmseg IoUMetric": lambda: mmseg_counts()(naive(scores, INPUT), target.long()),
-            "ade-harness, label_counts": lambda: label_counts(compiled, scores, target),
+            "F.interpolate, argmax, mmseg IoUMetric": partial(_naive_counts, mmseg_counts(), scores, target),
+            "ade-harness, label_counts": partial(label_counts, compiled, scores, target),
         }
         show(f"label map and count, {kind}", add_peaks(interleave(variants, rounds), variants))
     labels = naive(stride4_logits(INPUT, "peaky"), INPUT)
@@ -69,6 +70,10 @@ def cpu(rounds: int) -> None:
         "ade-harness, numba": lambda: compiled.count(small, target),
     }
     show(f"counting {INPUT}", add_peaks(interleave(variants, rounds), variants))
+
+
+def _naive_counts(counts: Callable[[Tensor, Tensor], Any], scores: Tensor, target: Tensor) -> Any:
+    return counts(naive(scores, INPUT), target.long())
 
 
 def _megabytes(scores: Tensor, labels: Tensor) -> float:
@@ -88,16 +93,18 @@ def gpu(rounds: int) -> None:
             for sizes in ((INPUT,), (INPUT, ORIGINAL)):
                 views = [whole(scores, sizes[0])]
                 variants = {
-                    "F.interpolate, argmax": lambda sizes=sizes, scores=scores: naive(scores.float(), *sizes),
-                    "class chunks": lambda views=views, sizes=sizes: plain.merge(views, sizes[-1], False),
-                    "triton": lambda views=views, sizes=sizes: triton.merge(views, sizes[-1], False),
+                    "F.interpolate, argmax": partial(naive, scores.float(), *sizes),
+                    "class chunks": partial(plain.merge, views, sizes[-1], False),
+                    "triton": partial(triton.merge, views, sizes[-1], False),
                 }
                 expected = plain.merge(views, sizes[-1], False)
                 found = triton.merge(views, sizes[-1], False)
                 middle = F.interpolate(scores[None].float(), INPUT, mode="bilinear", align_corners=False)[0]
                 base = scores if len(sizes) == 1 else middle
                 differ, real = near_ties(base, sizes[-1], found, expected)
-                print(f"{kind} {dtype} {sizes}: {differ} of {expected.numel()} pixels differ, {real} of them no near-tie")
+                print(
+                    f"{kind} {dtype} {sizes}: {differ} of {expected.numel()} pixels differ, {real} of them no near-tie"
+                )
                 for name, call in variants.items():
                     micro, peak = _cuda_time(call, rounds)
                     print(f"    {name:24} {micro:9.1f} us   {peak:8.1f} MB live")

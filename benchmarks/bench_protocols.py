@@ -55,9 +55,7 @@ def slide(network: nn.Module, title: str, rounds: int, forward: bool) -> None:
     inputs = [normalised(picture, made) for picture in pictures]
     prepared = [made.prepare("x", picture) for picture in pictures]
     variants: dict[str, Callable[[], Any]] = {
-        "mmseg slide": lambda: [
-            theirs(x, (p.shape[0], p.shape[1])) for x, p in zip(inputs, pictures, strict=True)
-        ],
+        "mmseg slide": lambda: [theirs(x, (p.shape[0], p.shape[1])) for x, p in zip(inputs, pictures, strict=True)],
         "ade-harness, plain torch": lambda: [plain.predict([p], CPU, Stopwatch(CPU))[0].labels for p in prepared],
         "ade-harness": lambda: [made.predict([p], CPU, Stopwatch(CPU))[0].labels for p in prepared],
     }

@@ -1,4 +1,4 @@
-"""This project's own loop in the form that the benchmarks compare: the parts that an evaluation runs, in one process."""
+"""This project's own loop in the form that the benchmarks compare: the parts of an evaluation, in one process."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runtime.coordination import Coordinator
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def config(*overrides: str) -> DictConfig:
@@ -39,8 +40,16 @@ def predictor(network: nn.Module, kernels: str, *overrides: str) -> NetworkPredi
 class Evaluation:
     """Decode, prepare, predict, count and write the ledger for all images, as an evaluation's only rank does."""
 
-    def __init__(self, dataset: SegmentationDataset, network: nn.Module, kernels: str, *overrides: str) -> None:
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        network: nn.Module,
+        kernels: str,
+        *overrides: str,
+        device: torch.device = CPU,
+    ) -> None:
         self.dataset = dataset
+        self.device = device
         self.made = predictor(network, kernels, *overrides)
         self.kernels = kernels
         self.stages: dict[str, float] = {}
@@ -53,7 +62,7 @@ class Evaluation:
             writer = LedgerWriter(Path(folder) / "ledger")
             counter = ImageCounter(self.made, writer, Coordinator(), Path(folder), (), self.kernels)
             for item in range(len(items)):
-                counter.process(items[item], CPU, 0)
+                counter.process(items[item], self.device, 0)
             counter.close(0)
         assert not counter.failures, counter.failures
         self.stages = counter.stages

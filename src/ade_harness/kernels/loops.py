@@ -301,6 +301,26 @@ def _exp(value: Any) -> Any:
 
 
 @_jit
+def _overlap_factors(rows: Any, columns: Any, first: int, last: int) -> tuple[Any, bool]:
+    """Return, for canvas rows first..last, what to divide sums by; or to multiply, where that is exact.
+
+    Counts of windows are mostly powers of two, whose reciprocals are exact, and multiplying is much faster.
+    """
+    factors = np.empty((last - first + 1, columns.size), np.float32)
+    multiply = True
+    for m in range(first, last + 1):
+        for x in range(columns.size):
+            number = np.int64(rows[m] * columns[x])
+            factors[m - first, x] = np.float32(number)
+            multiply = multiply and (number & (number - 1)) == 0
+    if multiply:
+        for m in range(factors.shape[0]):
+            for x in range(columns.size):
+                factors[m, x] = np.float32(1) / factors[m, x]
+    return factors, multiply
+
+
+@_jit
 def view_rows(
     scores: Any,
     origins: Any,
@@ -315,6 +335,7 @@ def view_rows(
     start: int,
     stop: int,
     out: Any,
+    labels: Any,
 ) -> None:
     """Compute rows start..stop-1 of a view at the label map's size; see :class:`ade_harness.kernels.views.View`.
 
@@ -326,9 +347,11 @@ def view_rows(
         area: (top, left, height, width) of the valid part of the canvas.
         y2: axis from the area's height to H; x2 likewise.
         steps: (whether y2 and x2 change anything, whether windows overlap).
-        out: float32 [C, stop - start, W].
+        out: float32 [C, stop - start, W] for the scores; or [1, ...] as work space, when only labels are wanted.
+        labels: uint8 or int32 [stop - start, W] for the first largest channel; or [0, 0], when scores are wanted.
     """
     second, overlapping = steps
+    keep = labels.size == 0
     top, left = area[0], area[1]
     first_mid, last_mid = top + np.int64(y2[0][start]), top + np.int64(y2[1][stop - 1])
     height, width = y1[0].size, x1[0].size
@@ -336,6 +359,9 @@ def view_rows(
     low_rows = np.empty((scores.shape[2], width), np.float32)
     wide = np.empty((middle.shape[0], x2[0].size), np.float32)
     part = np.empty(width, np.float32)
+    best = np.full(labels.shape, -np.inf, np.float32)
+    labels[:] = 0
+    factors, multiply = _overlap_factors(rows, columns, first_mid, last_mid)
     for c in range(scores.shape[1]):
         middle[:] = 0
         for n in range(scores.shape[0]):
@@ -354,20 +380,31 @@ def view_rows(
                 for x in range(width):
                     target[window_left + x] += part[x]
         if overlapping:
-            for m in range(first_mid, last_mid + 1):
-                line, above = middle[m - first_mid], rows[m]
-                for x in range(line.size):
-                    line[x] = line[x] / (above * columns[x])
-        if not second:
-            for y in range(start, stop):
-                out[c, y - start] = middle[top + y - first_mid, left : left + x2[0].size]
-            continue
-        for m in range(middle.shape[0]):
-            _lerp_row(middle[m, left : left + area[3]], x2[0], x2[1], x2[2], x2[3], wide[m])
+            for m in range(middle.shape[0]):
+                line, factor = middle[m], factors[m]
+                if multiply:
+                    for x in range(line.size):
+                        line[x] = line[x] * factor[x]
+                else:
+                    for x in range(line.size):
+                        line[x] = line[x] / factor[x]
+        if second:
+            for m in range(middle.shape[0]):
+                _lerp_row(middle[m, left : left + area[3]], x2[0], x2[1], x2[2], x2[3], wide[m])
         for y in range(start, stop):
-            upper = wide[top + np.int64(y2[0][y]) - first_mid]
-            lower = wide[top + np.int64(y2[1][y]) - first_mid]
-            _mix_rows(upper, lower, y2[2][y], y2[3][y], out[c, y - start])
+            row = out[c if keep else 0, y - start]
+            if second:
+                upper = wide[top + np.int64(y2[0][y]) - first_mid]
+                lower = wide[top + np.int64(y2[1][y]) - first_mid]
+                _mix_rows(upper, lower, y2[2][y], y2[3][y], row)
+            else:
+                row[:] = middle[top + y - first_mid, left : left + row.size]
+            if not keep:
+                row_best, row_labels, label = best[y - start], labels[y - start], np.int32(c)
+                for x in range(row.size):
+                    better = row[x] > row_best[x]
+                    row_best[x] = row[x] if better else row_best[x]
+                    row_labels[x] = label if better else row_labels[x]
 
 
 @_jit

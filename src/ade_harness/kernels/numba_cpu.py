@@ -16,6 +16,7 @@ from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
 _CHUNK_BYTES = 4 << 20
 """Of the rows that are merged at a time."""
+_ROWS_OF_WINDOWS = 16
 
 
 @lru_cache(maxsize=8)
@@ -50,8 +51,10 @@ def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
     labels = np.empty(size, np.uint8 if arrays[0].shape[1] <= 256 else np.int32)
     if len(views) == 1 and views[0].is_whole and not views[0].flipped:
         _label_whole(views[0], arrays[0][0], magnitudes[0][0], labels)
+    elif len(views) == 1:
+        _label_windows(views[0], arrays[0], labels)
     else:
-        _label_merged(views, arrays, probabilities and len(views) > 1, labels)
+        _label_merged(views, arrays, probabilities, labels)
     return torch.from_numpy(labels)
 
 
@@ -64,12 +67,24 @@ def _label_whole(view: View, scores: loops.Floats, magnitude: np.float32, labels
     loops.label_rows(scores, tuple(y1), tuple(x1), tuple(y2), tuple(x2), two_steps, magnitude, labels)
 
 
+def _label_windows(view: View, scores: np.ndarray, labels: np.ndarray) -> None:
+    """One view without softmax: channel by channel, nothing of all channels is held."""
+    space = np.empty((1, _ROWS_OF_WINDOWS, labels.shape[1]), np.float32)
+    for start in range(0, labels.shape[0], _ROWS_OF_WINDOWS):
+        stop = min(start + _ROWS_OF_WINDOWS, labels.shape[0])
+        _view_rows(view, scores, start, stop, labels.shape, space, labels[start:stop])
+    if view.flipped:
+        labels[:] = labels[:, ::-1].copy()
+
+
 def _label_merged(views: Sequence[View], arrays: Sequence[np.ndarray], probabilities: bool, labels: np.ndarray) -> None:
+    """Several views: some rows of all channels at a time."""
     height, width = labels.shape
     channels = arrays[0].shape[1]
     at_once = max(1, min(height, _CHUNK_BYTES // (channels * width * 4)))
     total = np.empty((channels, at_once, width), np.float32)
     values = np.empty_like(total)
+    no_labels = np.empty((0, 0), labels.dtype)
     for start in range(0, height, at_once):
         stop = min(start + at_once, height)
         # contiguous also where the last rows are fewer
@@ -77,21 +92,25 @@ def _label_merged(views: Sequence[View], arrays: Sequence[np.ndarray], probabili
         into = total.reshape(-1)[: part.size].reshape(part.shape)
         into[:] = 0
         for view, scores in zip(views, arrays, strict=True):
-            _view_rows(view, scores, start, stop, (height, width), part)
+            _view_rows(view, scores, start, stop, (height, width), part, no_labels)
             if probabilities:
                 loops.softmax_rows(part)
             loops.add_rows(part, view.flipped, into)
         loops.best_rows(into, np.float32(len(views)), labels[start:stop])
 
 
-def _view_rows(view: View, scores: np.ndarray, start: int, stop: int, size: Size, out: np.ndarray) -> None:
+def _view_rows(
+    view: View, scores: np.ndarray, start: int, stop: int, size: Size, out: np.ndarray, labels: np.ndarray
+) -> None:
     area = view.area
     rows, columns = view.overlaps()
     y1, x1 = axis(scores.shape[2], view.window[0]), axis(scores.shape[3], view.window[1])
     y2, x2 = axis(area[2], size[0]), axis(area[3], size[1])
+    steps = (area[2:] != size, len(view.origins) > 1)
+    origins = np.array(view.origins, np.int64)
     loops.view_rows(
         scores,
-        np.array(view.origins, np.int64),
+        origins,
         tuple(y1),
         tuple(x1),
         rows,
@@ -99,10 +118,11 @@ def _view_rows(view: View, scores: np.ndarray, start: int, stop: int, size: Size
         area,
         tuple(y2),
         tuple(x2),
-        (area[2:] != size, len(view.origins) > 1),
+        steps,
         start,
         stop,
         out,
+        labels,
     )
 
 

@@ -1,0 +1,252 @@
+"""Batches: what shares a forward, what happens when memory is short, precision and compilation."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ade_harness.config import compose_config
+from ade_harness.counting import group_images
+from ade_harness.errors import HarnessError
+from ade_harness.inference.plan import uncovered, window_grid
+from ade_harness.inference.predictor import NetworkPredictor, Prediction
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.models.demo import load_demo_network
+from ade_harness.models.loading import LoadedModel
+
+CPU = torch.device("cpu")
+SLIDE = ["inference=mmseg_slide_512", "inference.resize.side=96", "inference.resize.max_side=400", "inference.window.crop=64", "inference.window.stride=43"]  # fmt: skip
+
+
+class Recorder(nn.Module):
+    """The demo network, with a memory limit and a memory of its batches."""
+
+    def __init__(self, most: int = 1000, error: type[Exception] = torch.OutOfMemoryError, text: str = "CUDA out of memory. Tried") -> None:  # fmt: skip
+        super().__init__()
+        self.network = load_demo_network()
+        self.batches: list[tuple[int, ...]] = []
+        self.most, self.error, self.text = most, error, text
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.batches.append(tuple(images.shape))
+        if images.shape[0] > self.most:
+            raise self.error(self.text)
+        scores: torch.Tensor = self.network(images)
+        return scores
+
+
+def predictor(module: nn.Module, *overrides: str, **facts: Any) -> NetworkPredictor:
+    cfg = compose_config(["model=custom", "model._target_=x.y", "dataset=ade20k", "dataset.root=.", *overrides])
+    model = LoadedModel(module.eval(), "random", tuple(cfg.model.input.mean), tuple(cfg.model.input.std), **facts)
+    return NetworkPredictor(model, cfg.inference, cfg.model)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return np.ascontiguousarray(small.repeat(8, 0).repeat(8, 1)[:height, :width])
+
+
+def predict(made: NetworkPredictor, *images: np.ndarray) -> list[Prediction]:
+    batch = [made.prepare(f"image{i}", image) for i, image in enumerate(images)]
+    return made.predict(batch, CPU, Stopwatch(CPU))
+
+
+def test_windows_and_mirrors_of_one_size_share_a_forward() -> None:
+    module = Recorder()
+    predict(predictor(module, *SLIDE, "inference.tta.flip=true", "inference.batch=100"), picture(96, 128))
+    assert module.batches == [(12, 3, 64, 64)]  # 2 x 3 windows, plain and mirrored
+    module = Recorder()
+    predict(predictor(module, *SLIDE, "inference.tta.flip=true", "inference.batch=5"), picture(96, 128))
+    assert [b[0] for b in module.batches] == [5, 5, 2]
+
+
+def test_the_batch_does_not_change_the_labels() -> None:
+    """On this network and machine; float sums of other networks may depend on it in the last bit."""
+    found = [
+        predict(predictor(Recorder(), *SLIDE, f"inference.batch={batch}"), picture(96, 128))[0].labels
+        for batch in (1, 4, 100)
+    ]
+    assert (found[0] != found[1]).float().mean() < 1e-3
+    assert (found[0] != found[2]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 1 GiB"),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_short_memory_halves_the_batch_and_the_run_says_so(error: type[Exception], text: str) -> None:
+    module = Recorder(2, error, text)
+    made = predictor(module, *SLIDE, "inference.batch=6")
+    found = predict(made, picture(96, 128))[0].labels
+    assert [b[0] for b in module.batches] == [6, 3, 1, 1, 1, 1, 1, 1]  # the image is redone from its first window
+    one_by_one = predict(predictor(Recorder(), *SLIDE, "inference.batch=1"), picture(96, 128))[0].labels
+    assert torch.equal(found, one_by_one)
+    assert "memory was short 2 times" in made.notes()[0]
+    predict(made, picture(96, 128))
+    assert module.batches[8][0] == 6  # the next image does not depend on what happened to this one
+
+
+def test_no_memory_for_one_input() -> None:
+    made = predictor(Recorder(0), *SLIDE)
+    with pytest.raises(HarnessError, match=r"image0: out of memory with one input of 64x64 .*inference.precision=bf16"):
+        predict(made, picture(96, 128))
+
+
+def test_images_of_equal_size_may_share_a_forward() -> None:
+    module = Recorder()
+    made = predictor(module, "inference=original_size", "inference.images=2")
+    images = [picture(64, 80, seed) for seed in range(2)]
+    both = predict(made, *images)
+    assert module.batches == [(2, 3, 64, 80)]
+    for image, together in zip(images, both, strict=True):
+        alone = predict(predictor(Recorder(), "inference=original_size"), image)[0].labels
+        assert (alone != together.labels).float().mean() < 1e-3
+
+
+def test_groups_depend_on_sizes_and_order_alone() -> None:
+    sizes = [(64, 80), (80, 64), (64, 80), (64, 80), (80, 64), (64, 80)]
+    one = predictor(Recorder(), "inference=original_size")
+    two = predictor(Recorder(), "inference=original_size", "inference.images=2")
+    assert group_images(sizes, one, 1) == [[0], [1], [2], [3], [4], [5]]
+    assert group_images(sizes, two, 2) == [[0, 2], [1, 4], [3, 5]]
+    # two originals that the protocol makes equal, and that may then be labelled at their own sizes
+    same = predictor(Recorder(), "inference=mmseg_whole_512", "inference.resize.side=64", "inference.images=2")
+    assert group_images([(128, 160), (64, 80)], same, 2) == [[0, 1]]
+    assert [p.labels.shape for p in predict(same, picture(128, 160), picture(64, 80))] == [(128, 160), (64, 80)]
+
+
+def test_a_file_with_a_fixed_batch_is_filled_up() -> None:
+    module = Recorder()
+    made = predictor(module, *SLIDE, fixed_batch=4)
+    found = predict(made, picture(96, 128))[0].labels
+    assert [b[0] for b in module.batches] == [4, 4]  # 6 windows and 2 copies
+    assert torch.equal(found, predict(predictor(Recorder(), *SLIDE, "inference.batch=4"), picture(96, 128))[0].labels)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("tf32", 0.0), ("bf16", 0.2), ("fp16", 0.05)])
+def test_lower_precision_changes_few_labels(precision: str, most: float) -> None:
+    full = predict(predictor(Recorder(), "inference=original_size"), picture(128, 160))[0].labels
+    low = predict(
+        predictor(Recorder(), "inference=original_size", f"inference.precision={precision}"), picture(128, 160)
+    )
+    share = (low[0].labels != full).float().mean().item()
+    assert share <= most
+    assert precision == "tf32" or share > 0  # it was not ignored; TF32 is a GPU's
+
+
+def test_channels_last_and_compiled_networks_give_the_labels() -> None:
+    full = predict(predictor(Recorder(), "inference=original_size"), picture(64, 80))[0].labels
+    module = Recorder()
+    last = predict(predictor(module, "inference=original_size", "inference.channels_last=true"), picture(64, 80))
+    assert (last[0].labels != full).float().mean() < 1e-3
+    weight = module.network.body[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    # aot_eager traces as inductor does but needs no compiler
+    compiled = predictor(load_demo_network(), "inference=original_size", "inference.compile=aot_eager")
+    assert (predict(compiled, picture(64, 80))[0].labels != full).float().mean() < 1e-3
+
+
+# grids, against the rules written out
+
+
+@pytest.mark.parametrize(("height", "width", "crop", "stride"), [(512, 683, 512, 341), (96, 128, 64, 43), (50, 200, 64, 43), (64, 64, 64, 43), (65, 300, 64, 64), (640, 1000, 640, 426)])  # fmt: skip
+def test_slide_grid(height: int, width: int, crop: int, stride: int) -> None:
+    made = predictor(Recorder(), *SLIDE, f"inference.window.crop={crop}", f"inference.window.stride={stride}")
+    window, origins = window_grid((height, width), "slide", made.cfg.window)
+    expected = []
+    for row in range(max(height - crop + stride - 1, 0) // stride + 1):
+        for column in range(max(width - crop + stride - 1, 0) // stride + 1):
+            bottom, right = min(row * stride + crop, height), min(column * stride + crop, width)
+            expected.append((max(bottom - crop, 0), max(right - crop, 0)))
+    assert list(origins) == expected
+    assert window == (min(crop, height), min(crop, width))
+
+
+@pytest.mark.parametrize("long", [512, 513, 700, 1024, 1025, 1500, 8000])
+def test_windows_along_the_long_side_cover_it(long: int) -> None:
+    made = predictor(Recorder(), "inference=eomt_512")
+    for size in ((512, long), (long, 512)):
+        window, origins = window_grid(size, "long_side", made.cfg.window)
+        assert window == (512, 512)
+        starts = sorted(max(o) for o in origins)
+        assert starts[0] == 0
+        assert starts[-1] + 512 >= long - 1
+        assert all(b - a <= 512 for a, b in itertools.pairwise(starts))
+
+
+# what cannot work is said before the first image
+
+
+def test_pixels_that_no_window_covers() -> None:
+    """DINOv3's window shrinks with small images, its stride does not."""
+    made = predictor(Recorder(), "inference=dinov3_slide_512", "inference.resize.side=20", "inference.window.crop=64", "inference.window.stride=43")  # fmt: skip
+    with pytest.raises(HarnessError, match=r"a: with inference=dinov3_slide_512, \d+ rows or columns .* smaller inference.window.stride"):  # fmt: skip
+        made.check_sizes({"a": (20, 62)})
+    made.check_sizes({"a": (20, 30)})
+
+
+def test_windows_below_the_stride_of_the_model() -> None:
+    made = predictor(
+        Recorder(), *SLIDE, "model.input.stride=32", "inference.window.crop=16", "inference.window.stride=8"
+    )
+    with pytest.raises(HarnessError, match="network input of 16x16 .* smaller than the model's stride of 32"):
+        made.check_sizes({"a": (96, 128)})
+
+
+def test_windows_of_another_size_than_a_fixed_input() -> None:
+    with pytest.raises(HarnessError, match="takes 512x512 .* makes 64x64"):
+        predictor(Recorder(), *SLIDE, fixed_size=(512, 512)).check_sizes({"a": (96, 128)})
+
+
+def test_every_canvas_of_the_published_protocols_is_covered() -> None:
+    from ade_harness.data.ade20k import validation_sizes
+    from ade_harness.inference.plan import plan_views
+
+    sizes = sorted(set(validation_sizes().values()))[::7]
+    for name in ("mmseg_slide_512_ms", "beit_slide_640_ms", "dinov2_slide_640_ms", "dinov3_slide_896_ms", "vit_adapter_896_ms", "eomt_512", "detectron2_640_ms", "oneformer_640_ms", "internimage_896_ms"):  # fmt: skip
+        made = predictor(Recorder(), f"inference={name}")
+        for size in sizes:
+            assert all(uncovered(plan) == 0 for plan in plan_views(size, made.cfg)), (name, size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["inference.mode=slide"], "inference.window.crop=None: mode=slide needs"),
+        (["inference.mode=slide", "inference.window.crop=64"], "inference.window.stride=None"),
+        (["inference.mode=slide", "inference.window.crop=64", "inference.window.stride=65"], "is over inference.window.crop=64, so pixels"),
+        (["inference.mode=tiles"], "inference.mode=tiles: expected one of whole, slide, long_side"),
+        (["inference.tta.scales=[]"], "is empty"),
+        (["inference.tta.scales=[1.0,0.0]"], r"\[0.0\] makes no image"),
+        (["inference.tta.scales=[-1.0]"], "makes no image"),
+        (["inference.tta.sides=[512]"], "the protocol's rule is fit. Use tta.scales"),
+        (["inference=mmseg_whole_512", "inference.tta.sides=[0]"], "makes no image"),
+        (["inference=mlperf_deeplab", "inference.tta.flip=true"], "labels cannot be averaged"),
+        (["inference=oneformer_640", "inference.mode=slide", "inference.window.crop=64", "inference.window.stride=64"], "masks.resolution: needs inference.mode=whole"),
+        (["inference=mmseg_slide_512", "inference.output.upsample=one_step"], "windows are put together"),
+        (["inference.precision=int8"], "expected one of fp32, tf32, bf16, fp16"),
+        (["inference.batch=0"], "inference.batch=0: expected 1 or more"),
+        (["inference.resize.antialias=true"], "antialias=true: is for backend=torch; pillow always has it"),
+        (["inference=dinov3_slide_512", "inference.resize.max_side=900"], "has no cap"),
+        (["inference.tta.flip=true"], "has one size only"),
+    ],
+)  # fmt: skip
+def test_protocols_that_make_no_sense(overrides: list[str], message: str) -> None:
+    with pytest.raises(HarnessError, match=message):
+        predictor(Recorder(), *overrides)
+
+
+def test_exported_files_keep_their_precision() -> None:
+    with pytest.raises(HarnessError, match="a model of kind onnx runs as it was exported"):
+        compose_config(
+            ["model=onnx", "model.path=x.onnx", "dataset=ade20k", "dataset.root=.", "inference.precision=bf16"]
+        )
