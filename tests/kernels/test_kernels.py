@@ -157,6 +157,18 @@ def test_merged_probabilities_equal_the_slow_way_but_for_ties(name: str, seed: i
         assert (found != average.argmax(0)).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["numba_cpu", "triton_gpu"])
+def test_legacy_upsampling_equals_the_reference(name: str, kind: str) -> None:
+    scores = on(name, scores_of(kind, (9, 13, 17), 3))
+    for valid in (None, (0, 0, 70, 90)):
+        view = View(scores[None], ((0, 0),), (104, 136), (104, 136), valid, legacy=True)
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = implementation(name).merge([view], (104, 136), False)
+        expected = reference.merge([view], (104, 136), False)
+        assert (found != expected).float().mean() <= (0 if name == "numba_cpu" else 2e-3 + 0.02 * (kind == "tied"))
+
+
 @pytest.mark.parametrize("mode", ["one_step", "two_steps", "padded"])
 @pytest.mark.parametrize("kind", KINDS[:5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -274,9 +286,9 @@ def test_the_comparison_notices_another_order_of_operations(monkeypatch: pytest.
     made: Any = implementation("numba_cpu")
     original: Callable[..., Any] = made.axis
 
-    def shifted(old: int, new: int) -> Any:
-        low, high, w_low, w_high = original(old, new)
-        return type(original(old, new))(low, high, np.nextafter(w_low, np.float32(2)), w_high)
+    def shifted(*arguments: Any) -> Any:
+        low, high, w_low, w_high = original(*arguments)
+        return type(original(*arguments))(low, high, np.nextafter(w_low, np.float32(2)), w_high)
 
     monkeypatch.setattr(made, "axis", shifted)
     assert not made.agrees_with_torch.__wrapped__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.inference.forward import BatchedForward
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views, uncovered
-from ade_harness.inference.resize import legacy_bilinear, resize_image, resize_labels
+from ade_harness.inference.resize import resize_image, resize_labels
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import Kernels, PixelStatistics, Size, View, whole
 from ade_harness.kernels import reference as torch_kernels
@@ -267,8 +267,8 @@ class NetworkPredictor:
         probabilities = self.cfg.tta.average == "probabilities"
         if self.cfg.output.labels == "input":
             view = self._view(plans[0], outputs[0], original)
-            labels = self._kernels.merge([whole(view.scores[0], view.canvas)], view.canvas, False)
             top, left, height, width = view.area
+            labels = self._kernels.merge([replace(view, valid=None)], view.canvas, False)
             labels = labels[top : top + height, left : left + width]
             return self._class_map.classes_of(resize_labels(labels, original))
         is_mask = isinstance(outputs[0][0], MaskLogits)
@@ -295,11 +295,10 @@ class NetworkPredictor:
         class_map = self._class_map
         kept = [class_map.select(w[0]) for w in windows if isinstance(w, Tensor)]
         scores = kept[0][None] if len(kept) == 1 else torch.stack(kept)  # one window is not copied
-        if self.cfg.output.first_step == "legacy_bilinear":
-            return whole(legacy_bilinear(scores[0], plan.canvas), plan.canvas, plan.valid, plan.flipped)
         if self.cfg.output.upsample == "one_step" and plan.window == plan.canvas:
             return whole(scores[0], original, flipped=plan.flipped)
-        return View(scores, plan.origins, plan.window, plan.canvas, plan.valid, plan.flipped)
+        legacy = self.cfg.output.first_step == "legacy_bilinear"
+        return View(scores, plan.origins, plan.window, plan.canvas, plan.valid, plan.flipped, legacy)
 
 
 def _fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConfig:

@@ -121,18 +121,6 @@ def resize_image(image: Pixels, size: Size, backend: str, antialias: bool = Fals
     return result
 
 
-def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
-    """Resize [C, h, w] as TensorFlow 1's ``resize_bilinear(align_corners=False)`` did: source = index * h / H."""
-    for dim, length in ((1, size[0]), (2, size[1])):
-        count = scores.shape[dim]
-        position = torch.arange(length, dtype=torch.float32, device=scores.device) * (count / length)
-        low = position.floor().long().clamp(max=count - 1)
-        high = (low + 1).clamp(max=count - 1)
-        weight = (position - low).view([-1 if d == dim else 1 for d in range(3)])
-        scores = scores.index_select(dim, low) * (1 - weight) + scores.index_select(dim, high) * weight
-    return scores
-
-
 def resize_labels(labels: Tensor, size: Size) -> Tensor:
     """Resize an integer map [h, w] to `size`, nearest pixel centre: equal to Pillow's NEAREST."""
     rows, columns = (_nearest(old, new).to(labels.device) for old, new in zip(labels.shape, size, strict=True))

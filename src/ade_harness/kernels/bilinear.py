@@ -24,9 +24,20 @@ class Axis(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def axis(old: int, new: int) -> Axis:
-    """Return the table for resizing `old` samples to `new`; the arrays are shared, not to be written."""
+def axis(old: int, new: int, legacy: bool = False) -> Axis:
+    """Return the table for resizing `old` samples to `new`; the arrays are shared, not to be written.
+
+    With `legacy`, as TensorFlow 1's ``resize_bilinear(align_corners=False)``: ``source = d * old / new``, whose pixels
+    have their origin in the corner.
+    """
     index = np.arange(new)
+    if legacy:
+        position = index.astype(np.float32) * np.float32(old / new)
+        low = np.minimum(position.astype(np.int64), old - 1)
+        weight = position - low.astype(np.float32)
+        return Axis(
+            low.astype(np.uint32), np.minimum(low + 1, old - 1).astype(np.uint32), np.float32(1) - weight, weight
+        )
     if old == new:
         low = index.astype(np.uint32)
         return Axis(low, low, np.ones(new, np.float32), np.zeros(new, np.float32))

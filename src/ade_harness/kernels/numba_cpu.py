@@ -60,8 +60,8 @@ def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
 
 def _label_whole(view: View, scores: loops.Floats, magnitude: np.float32, labels: np.ndarray) -> None:
     top, left, height, width = view.area
-    y1 = part(axis(scores.shape[1], view.canvas[0]), top, height)
-    x1 = part(axis(scores.shape[2], view.canvas[1]), left, width)
+    y1 = part(axis(scores.shape[1], view.canvas[0], view.legacy), top, height)
+    x1 = part(axis(scores.shape[2], view.canvas[1], view.legacy), left, width)
     y2, x2 = axis(height, labels.shape[0]), axis(width, labels.shape[1])
     two_steps = (height, width) != labels.shape
     loops.label_rows(scores, tuple(y1), tuple(x1), tuple(y2), tuple(x2), two_steps, magnitude, labels)
@@ -104,7 +104,7 @@ def _view_rows(
 ) -> None:
     area = view.area
     rows, columns = view.overlaps()
-    y1, x1 = axis(scores.shape[2], view.window[0]), axis(scores.shape[3], view.window[1])
+    y1, x1 = (axis(old, new, view.legacy) for old, new in zip(scores.shape[2:], view.window, strict=True))
     y2, x2 = axis(area[2], size[0]), axis(area[3], size[1])
     steps = (area[2:] != size, len(view.origins) > 1)
     origins = np.array(view.origins, np.int64)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.kernels.bilinear import axis
 from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
 _CHANNELS_AT_ONCE = 10
@@ -111,13 +113,14 @@ def accumulate(total: Tensor, view: View, probabilities: bool) -> None:
 def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
     """Return channels start..end-1 of a view at the label map's size, float32 [end - start, H, W]."""
     scores = view.scores[:, start:end].float().contiguous()
+    resize = legacy_bilinear if view.legacy else _resize
     if view.is_whole:
-        canvas = _resize(scores, view.canvas)[0]
+        canvas = resize(scores, view.canvas)[0]
     else:
         canvas = torch.zeros((end - start, *view.canvas), device=scores.device)
         height, width = view.window
         for (top, left), window in zip(view.origins, scores, strict=True):
-            canvas[:, top : top + height, left : left + width] += _resize(window[None], view.window)[0]
+            canvas[:, top : top + height, left : left + width] += resize(window[None], view.window)[0]
         rows, columns = (torch.from_numpy(n).to(scores.device) for n in view.overlaps())
         canvas /= rows[:, None] * columns
     top, left, height, width = view.area
@@ -125,6 +128,21 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
     if (height, width) != tuple(size):
         planes = _resize(planes[None], size)[0]
     return planes.flip(-1) if view.flipped else planes
+
+
+def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
+    """Resize [N, C, h, w] as TensorFlow 1's ``resize_bilinear(align_corners=False)`` did, x first, then y.
+
+    Sums are taken in float64 and rounded once, as the compiled kernels' fused multiply-add does.
+    """
+    for dim, length in ((3, size[1]), (2, size[0])):
+        table = axis(scores.shape[dim], length, legacy=True)
+        low, high = (torch.from_numpy(i.astype(np.int64)).to(scores.device) for i in (table.low, table.high))
+        shape = [-1 if d == dim else 1 for d in range(4)]
+        w_low, w_high = (torch.from_numpy(w).to(scores.device).view(shape) for w in (table.w_low, table.w_high))
+        upper = (scores.index_select(dim, high) * w_high).double()
+        scores = (scores.index_select(dim, low).double() * w_low + upper).float()
+    return scores
 
 
 def _resize(scores: Tensor, size: Size) -> Tensor:
@@ -151,7 +169,9 @@ def _chunks(views: Sequence[View], size: Size) -> list[tuple[int, int]]:
 
 def uses_other_kernel(view: View, size: Size) -> bool:
     """Whether torch's CPU code takes one of its other kernels somewhere in this view, so that rounding differs."""
-    steps = [(tuple(view.scores.shape[2:]), view.window), (view.area[2:], size)]
+    steps = (
+        [(view.area[2:], size)] if view.legacy else [(tuple(view.scores.shape[2:]), view.window), (view.area[2:], size)]
+    )
     return any(old != new and (sum(new) <= _SMALL_OUTPUT or 1 in (*old, *new)) for old, new in steps)
 
 

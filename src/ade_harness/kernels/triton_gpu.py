@@ -115,8 +115,8 @@ def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
     channels, low_height, low_width = scores.shape
     top, left, height, width = view.area
     device = str(scores.device)
-    y1 = _table(low_height, view.canvas[0], top, height, device)
-    x1 = _table(low_width, view.canvas[1], left, width, device)
+    y1 = _table(low_height, view.canvas[0], top, height, device, view.legacy)
+    x1 = _table(low_width, view.canvas[1], left, width, device, view.legacy)
     y2 = _table(height, size[0], 0, size[0], device)
     x2 = _table(width, size[1], 0, size[1], device)
     labels = torch.empty(size, dtype=torch.uint8 if channels <= 256 else torch.int32, device=scores.device)
@@ -130,9 +130,9 @@ def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
 
 
 @lru_cache(maxsize=512)
-def _table(old: int, new: int, start: int, length: int, device: str) -> tuple[Tensor, Tensor]:
+def _table(old: int, new: int, start: int, length: int, device: str, legacy: bool = False) -> tuple[Tensor, Tensor]:
     """Return indices int32 [2 * length] and weights float32 [2 * length] of part of an axis, on the device."""
-    low, high, w_low, w_high = part(axis(old, new), start, length)
+    low, high, w_low, w_high = part(axis(old, new, legacy), start, length)
     index = torch.from_numpy(np.concatenate([low, high]).astype(np.int32))
     weight = torch.from_numpy(np.concatenate([w_low, w_high]))
     return index.to(device), weight.to(device)

@@ -29,6 +29,8 @@ class View:
     """(top, left, height, width) of the canvas without padding; None is all of it."""
     flipped: bool = False
     """Whether the network saw the image mirrored: the upsampled scores are mirrored back."""
+    legacy: bool = False
+    """Whether windows are upsampled as TensorFlow 1 did."""
 
     @property
     def area(self) -> tuple[int, int, int, int]:
