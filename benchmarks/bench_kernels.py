@@ -24,6 +24,10 @@ INPUT, ORIGINAL = (512, 683), (375, 500)
 """The median image's input; and the original size of a two-step case."""
 
 
+LARGEST = (1600, 1600)
+"""Of the 2,000."""
+
+
 def naive(scores: Tensor, *sizes: tuple[int, int]) -> Tensor:
     """Interpolate everything, then argmax."""
     planes = scores[None]
@@ -39,7 +43,8 @@ def cpu(rounds: int) -> None:
     target = torch.from_numpy(np.random.default_rng(0).integers(0, 150, INPUT).astype(np.uint8))
     for kind in ("peaky", "white"):
         scores = stride4_logits(INPUT, kind)
-        for title, sizes in (("one step", (INPUT,)), ("two steps", (INPUT, ORIGINAL))):
+        cases = [("one step", (INPUT,)), ("two steps", (INPUT, ORIGINAL))]
+        for title, sizes in cases + ([("the largest image", (INPUT, LARGEST))] if kind == "peaky" else []):
             views = [whole(scores, sizes[0])]
             expected = naive(scores, *sizes)
             variants: dict[str, Callable[[], Any]] = {

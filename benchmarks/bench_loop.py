@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from images import make_folder
-from measure import add_peaks, interleave, interleave_loops, one_thread, show
-from ours import loop, predictor
+from measure import add_peaks, interleave, interleave_loops, one_thread, peak_memory, show
+from ours import Evaluation, loop, predictor
 from peers import LOOPS, TrivialNetwork, mmseg_host
 
 from ade_harness.data.ade20k import open_ade20k
@@ -47,8 +49,21 @@ def main() -> None:
     show(f"whole loop, {options.images} images, ms per image", add_peaks(whole, runs), "ms", packages)
     show("outside the forward", outside, "ms", packages)
     print("forward, ms per image:", {name: round(value, 2) for name, value in forward.items()})
+    memory(folder)
     if "mmsegmentation" in options.peers:
         host(folder, options.rounds, options.images)
+
+
+def memory(folder: Path) -> None:
+    """Show that memory does not grow with the number of images: the same images once and eight times."""
+    dataset = open_ade20k(folder, "validation")
+    for times in (1, 8):
+        longer = replace(dataset, pairs=list(dataset.pairs) * times)
+        evaluation = Evaluation(longer, TrivialNetwork().eval(), "auto", "inference=mmseg_whole_512")
+        with torch.no_grad():
+            evaluation()
+            peak = peak_memory(evaluation)
+        print(f"ade-harness, {len(longer.pairs)} images: {peak:.0f} MiB above the start")
 
 
 def host(folder: Path, rounds: int, images: int) -> None:

@@ -63,7 +63,7 @@ def main() -> None:
             start = time.perf_counter()
             peak = peak_memory(evaluation)
             seconds = time.perf_counter() - start
-            total = sum(spent for stage, spent in evaluation.stages.items() if stage != "load")
+            total = sum(spent for stage, spent in evaluation.stages.items() if stage != "decode")
             shares = [f"{100 * evaluation.stages.get(stage, 0) / total:.1f}" for stage in STAGES]
             label = f"SegFormer-{name.upper()} ({parameters:.1f} M)"
             table.add_row(label, protocol, str(images), f"{images / seconds:.2f}", *shares, f"{peak:.0f}")

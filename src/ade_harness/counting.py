@@ -146,7 +146,8 @@ class ImageCounter:
     """Sum of this rank's images."""
     failures: list[Failure] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
-    """Seconds of this rank: wait (for loaders), copy, forward, labels, counts, ledger; and load, in the loaders."""
+    """Seconds of this rank: wait (for loaders), copy (and normalise), forward, labels, counts, ledger; and decode (and
+    resize), which happens in loader processes beside the rest if there are any, and else is part of wait."""
     _launched: list[_Launched] = field(default_factory=list)
     _free_since: float = field(default_factory=time.perf_counter)
 
@@ -199,7 +200,7 @@ class ImageCounter:
             self._spend(stage, spent)
         start = time.perf_counter()
         for image, prediction, counted in zip(batch.images, batch.predictions, batch.counts, strict=True):
-            self._spend("load", image.load_seconds)
+            self._spend("decode", image.load_seconds)
             if image.image_id in self.counted:
                 continue
             if prediction.nan_share is not None and prediction.nan_share > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -285,6 +286,35 @@ def read_wandb(path: Path) -> list[object]:
             records.append(record)
             parts = b""
     return records
+
+
+def test_the_result_says_where_the_time_went(demo: tuple[Path, str]) -> None:
+    run, shown = demo
+    assert re.search(r"where it went: .*forward \d+%.*; decoding in the loaders, beside it: \d+%", shown)
+    stages = json.loads((run / "manifest.json").read_text())["timings"]["stages"]
+    assert set(stages) == {"wait", "copy", "forward", "labels", "counts", "ledger", "decode"}
+    assert all(seconds >= 0 for seconds in stages.values())
+
+
+def test_nan_scores_stop_the_run_and_name_the_image(call: Callable[..., Done], tiny_ade: Path) -> None:
+    done = call(
+        "model=custom", "model._target_=tests.inference.test_predictor.Fixed", "model.kwargs.spoil=nan",
+        "dataset=ade20k", f"dataset.root={tiny_ade}", "tracking=none", "runtime.workers=0", "inference=original_size",
+    )  # fmt: skip
+    assert done.code == 2
+    assert re.search(r"ADE_val_9999\d+: .*% of the model's scores are NaN. Check the checkpoint", done.err)
+    assert "No score: 0 of" in done.err
+
+
+def test_both_kernels_give_the_same_run(call: Callable[..., Done], tmp_path: Path) -> None:
+    words = ("dataset.limit=6", "tracking=none", "runtime.workers=0", "run.overlays=0")
+    for kernels in ("torch", "numba"):
+        assert call(*words, f"runtime.kernels={kernels}", f"run.dir={tmp_path / kernels}").code == 0
+    matrices = [np.load(tmp_path / kernels / "confusion_matrix.npy") for kernels in ("torch", "numba")]
+    assert np.array_equal(*matrices)
+    done = call(*words, "runtime.kernels=triton")
+    assert done.code == 2
+    assert "runtime.kernels=triton: works on cuda only" in done.err
 
 
 def test_wandb_offline_run_holds_the_result(demo: tuple[Path, str]) -> None:

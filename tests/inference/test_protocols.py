@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import nn
 
-from ade_harness.config import InferenceConfig, compose_config
-from ade_harness.inference.plan import plan_views
+from ade_harness.config import MaskConfig, compose_config
+from ade_harness.inference.masks import mask_view
+from ade_harness.inference.plan import ViewPlan, plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.loading import LoadedModel
 from ade_harness.models.outputs import MaskLogits
 
@@ -120,7 +121,6 @@ def test_labels_equal_the_official_code(case: str, kernels: str) -> None:
     expected = np.load(GOLDEN / "protocols.npz")[case]
     labels = labels_of(predictor(network(), *overrides, kernels=kernels), np.ascontiguousarray(image))
     assert labels.shape == expected.shape
-    print(case, int((labels != expected).sum()))
     assert int((labels != expected).sum()) <= ties
     assert len(np.unique(expected)) >= 5  # the comparison means something
 
@@ -173,8 +173,22 @@ def test_pixels_equal_the_official_loaders(family: str, kernels: str) -> None:
         assert np.array_equal(view.numpy(), official.astype(np.float32))
 
 
-def inference_config(*overrides: str) -> InferenceConfig:
-    cfg = compose_config(["model=custom", "model._target_=x.y", "dataset=ade20k", "dataset.root=.", *overrides])
-    made = OmegaConf.to_object(cfg.inference)
-    assert isinstance(made, InferenceConfig)
-    return made
+@pytest.mark.parametrize(("system", "size"), [("internimage", (96, 128)), ("vit_adapter", (64, 64))])
+def test_queries_merged_at_their_own_resolution(system: str, size: tuple[int, int]) -> None:
+    """The semantic scores that the official heads of InternImage and ViT-Adapter make of these class and mask logits."""
+    stored = np.load(GOLDEN / "mask_scores.npz")
+    output = MaskLogits(*(torch.from_numpy(stored[f"{system}.{name}"]) for name in ("cls", "mask")))
+    plan = ViewPlan((size,), size, (0, 0), size, ((0, 0),), False)
+    view = mask_view(plan, [output], MaskConfig(resolution="scores"), resolve_class_map(150, None, None), size)
+    scores = F.interpolate(view.scores, size, mode="bilinear", align_corners=False)[:, ::10, ::4, ::4]
+    expected = torch.from_numpy(stored[f"{system}.sem_every4"])
+    assert scores.shape == expected.shape
+    assert (scores - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_sizes_of_mmseg_1_tta_are_rescaled_twice() -> None:
+    """853x703 at .75: the scaled size 640x527 becomes the target of a second rescale with the ratio kept: 639x527."""
+    made = predictor(
+        Toy(), *MMSEG_MS, "inference.tta.source=image", "inference.tta.scales=[0.75]", "inference.tta.flip=false"
+    )
+    assert [plan.size for plan in plan_views((853, 703), made.cfg)] == [(639, 527)]

@@ -71,6 +71,30 @@ def test_another_number_of_ranks_continues(cli: Callable[..., Done], tmp_path: P
 
 
 @pytest.mark.slow
+def test_shared_batches_do_not_depend_on_ranks_or_restarts(cli: Callable[..., Done], tmp_path: Path) -> None:
+    """Images of equal size share a forward; a restart redoes a batch whole though only part of it was lost."""
+    protocol = (
+        "inference=mmseg_whole_512",
+        "inference.resize.side=96",
+        "inference.resize.max_side=96",
+        "inference.images=3",
+    )
+    words = (f"dataset.limit={2 * IMAGES}", *WORDS, *protocol)
+    assert cli(*words, "run.dir=one").code == 0
+    expected = table(tmp_path / "one")
+    assert cli(*words, "runtime.devices=3", "run.dir=run").code == 0
+    assert table(tmp_path / "run").label_hash.tolist() == expected.label_hash.tolist()
+    sorted((tmp_path / "run/ledger").glob("rank00001*"))[0].unlink()
+    done = cli(*words, "runtime.devices=2", "run.dir=run")
+    assert done.code == 0, done.err
+    found = table(tmp_path / "run")
+    assert found.image_id.is_unique
+    assert found.label_hash.tolist() == expected.label_hash.tolist()
+    matrices = [np.load(tmp_path / run / "confusion_matrix.npy") for run in ("one", "run")]
+    assert np.array_equal(*matrices)
+
+
+@pytest.mark.slow
 def test_a_bad_image_on_one_rank_ends_all_with_one_message(
     cli: Callable[..., Done], tiny_ade: Path, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ class Result:
     """Of the evaluation alone; 0 if nothing was left to do."""
     world_size: int
     stages: Mapping[str, float]
-    """Seconds in each stage, added up over ranks; load happens in loader processes, beside the rest."""
+    """Seconds in each stage, added up over ranks; decode happens in loader processes, beside the rest."""
     convention: str = CONVENTION
 
     @property
@@ -71,10 +71,10 @@ class Result:
 
     @property
     def stage_shares(self) -> dict[str, float]:
-        """Share of each stage in the time of the ranks, 0..1, largest first; without the loaders' own time."""
-        own = {name: spent for name, spent in self.stages.items() if name != "load"}
-        total = sum(own.values())
-        return {n: s / total for n, s in sorted(own.items(), key=lambda item: -item[1])} if total else {}
+        """Time in each stage over the time of the ranks, largest first; decode, which is beside it, comes last."""
+        total = sum(spent for name, spent in self.stages.items() if name != "decode")
+        ordered = sorted(self.stages.items(), key=lambda item: (item[0] == "decode", -item[1]))
+        return {name: spent / total for name, spent in ordered} if total else {}
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of metrics.json: fractions 0..1 and integers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -47,11 +48,16 @@ def print_result(console: Console, result: Result) -> None:
             "time",
             f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating",
         ),
-        ("where it went", ", ".join(f"{name} {share:.0%}" for name, share in result.stage_shares.items())),
+        *([("where it went", _stages(result.stage_shares))] if result.stage_shares else []),
         ("run directory", str(result.run_dir)),
     ]
     for name, value in lines:
         print_fact(console, name, value)
+
+
+def _stages(shares: Mapping[str, float]) -> str:
+    own = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "decode")
+    return f"{own}; decoding in the loaders, beside it: {shares.get('decode', 0):.0%}"
 
 
 def print_fact(console: Console, name: str, value: str) -> None:
