@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY
 
@@ -73,3 +74,14 @@ def test_malicious_and_unfitting_versions_are_excluded() -> None:
     pins = (REPOSITORY / "constraints.txt").read_text()
     assert "://" not in pins
     assert re.search(r"^lightning==(?!2\.6\.[23]$)", pins, re.M)
+
+
+def test_every_protocol_has_a_source_and_stands_in_the_docs() -> None:
+    page = (REPOSITORY / "docs" / "protocols.md").read_text()
+    files = sorted((REPOSITORY / "conf" / "inference").glob("*.yaml"))
+    assert len(files) > 25
+    for path in files:
+        text = yaml.safe_load(path.read_text())
+        assert text["name"] == path.stem
+        assert text["source"], path
+        assert f"`{path.stem}`" in page, path

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
 from ade_harness.data.synthetic import open_demo
 from ade_harness.errors import HarnessError
@@ -96,10 +97,16 @@ def describe_marks(
 def describe_facts(
     dataset: SegmentationDataset, model: LoadedModel | None, cfg: DictConfig, device: str
 ) -> dict[str, Any]:
-    """Return origins and hashes for the manifest."""
+    """Return origins and hashes for the manifest.
+
+    Raises:
+        HarnessError: ``runtime.kernels`` cannot be used on this device.
+    """
     facts = {"weights": model.weights, **model.facts} if model is not None else {"origin": cfg.model.path}
+    implementation: Any = kernels.select(cfg.runtime.kernels, device)
     return {
         "device": device,
+        "kernels": implementation.__name__.rpartition(".")[2],
         "model": {"name": cfg.model.name, **facts},
         "dataset": {
             "name": dataset.name,

@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
-from ade_harness.config import InferenceConfig, compose_config
+from ade_harness.config import InferenceConfig, ResizeConfig, compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.predictor import NetworkPredictor, Prepared, label_hash
-from ade_harness.inference.resize import resize_image, resize_labels, target_sizes
+from ade_harness.inference.resize import padded_size, padding_offset, resize_image, resize_labels, target_sizes
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.reference import legacy_bilinear
 from ade_harness.models.loading import LoadedModel
@@ -125,15 +125,20 @@ def slow_labels(cfg: DictConfig, image: np.ndarray, module: nn.Module) -> torch.
     mean, std = (torch.tensor(list(cfg.model.input[k]))[:, None, None] for k in ("mean", "std"))
     x = (x - mean) / std
     height, width = x.shape[1:]
-    if resize.pad_to is not None:
-        canvas = torch.zeros(3, *resize.pad_to)
+    top = left = 0
+    padded = padded_size((height, width), resize)
+    if padded != (height, width):
+        canvas = torch.zeros(3, *padded)
         if resize.pad_value is not None:
             canvas[:] = (resize.pad_value - mean) / std
-        canvas[:, :height, :width] = x
+        if resize.pad_position == "centre":
+            top, left = (padded[0] - height) // 2, (padded[1] - width) // 2
+        canvas[:, top : top + height, left : left + width] = x
         x = canvas
     scores = module(x[None])
     if output.upsample == "two_step":
-        scores = F.interpolate(scores, x.shape[1:], mode="bilinear", align_corners=False)[..., :height, :width]
+        scores = F.interpolate(scores, x.shape[1:], mode="bilinear", align_corners=False)
+        scores = scores[..., top : top + height, left : left + width]
     if output.labels == "input":
         labels = scores.argmax(1)[0].to(torch.uint8).numpy()
         return torch.from_numpy(np.array(Image.fromarray(labels).resize(original[::-1], Image.Resampling.NEAREST)))
@@ -150,6 +155,12 @@ def slow_labels(cfg: DictConfig, image: np.ndarray, module: nn.Module) -> torch.
         ["inference=fit_512", "inference.resize.side=128", "inference.resize.pad_to=[128,128]"],
         ["inference=fit_512", "inference.resize.side=128", "inference.resize.pad_to=[128,160]", "inference.output.labels=input"],
         ["inference.resize.rule=exact", "inference.resize.height=64", "inference.resize.width=80"],
+        ["inference=mmseg_whole_512", "inference.resize.side=96", "inference.resize.pad_multiple=28", "inference.resize.pad_position=centre"],
+        ["inference=mmseg_whole_512", "inference.resize.side=80", "inference.resize.pad_at_least=100", "inference.resize.pad_value=30"],
+        ["inference=mmseg_whole_512", "inference.resize.side=96", "inference.resize.multiple_of=28", "inference.resize.multiple_rounding=nearest"],
+        ["inference=mmseg_whole_512", "inference.resize.side=96", "inference.resize.backend=torch"],
+        ["inference.resize.rule=longest_side", "inference.resize.side=90"],
+        ["inference.resize.rule=cover", "inference.resize.height=72", "inference.resize.width=72"],
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [(70, 101), (96, 60), (33, 33)])
@@ -160,6 +171,46 @@ def test_labels_equal_a_plain_reference(overrides: list[str], size: tuple[int, i
     labels = labels_of(made, made.prepare("x", image))
     assert labels.dtype == torch.uint8
     assert torch.equal(labels, slow_labels(cfg, image, Fixed()))
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "expected"),
+    [
+        (ResizeConfig(rule="short_side", side=100, multiple_of=14, multiple_rounding="nearest"), (100, 105), [(100, 105), (98, 112)]),
+        (ResizeConfig(rule="short_side", side=100, multiple_of=14), (100, 105), [(100, 105), (112, 112)]),
+        (ResizeConfig(rule="exact", height=5, width=6, multiple_of=14, multiple_rounding="nearest"), (9, 9), [(5, 6), (14, 14)]),
+        (ResizeConfig(rule="longest_side", side=50), (100, 200), [(25, 50)]),
+        (ResizeConfig(rule="cover", height=64, width=64), (97, 131), [(64, 86)]),
+        (ResizeConfig(rule="cover", height=64, width=100), (97, 131), [(74, 100)]),
+        (ResizeConfig(rule="short_side", side=128, max_side=150, rounding="detectron2"), (97, 131), [(111, 150)]),
+        (ResizeConfig(rule="short_side", side=128, max_side=150), (97, 131), [(111, 150)]),
+        (ResizeConfig(rule="short_side", side=3, max_side=None, rounding="detectron2"), (2, 3), [(3, 5)]),
+        (ResizeConfig(rule="none"), (7, 9), [(7, 9)]),
+    ],
+)  # fmt: skip
+def test_sizes_by_hand(rule: ResizeConfig, size: tuple[int, int], expected: list[tuple[int, int]]) -> None:
+    assert target_sizes(size, rule) == expected
+
+
+def test_padding_by_hand() -> None:
+    centred = ResizeConfig(pad_multiple=14, pad_position="centre")
+    assert padded_size((512, 640), centred) == (518, 644)
+    assert padding_offset((512, 640), (518, 644), centred) == (3, 2)  # DINOv2's CenterPadding: the smaller half first
+    assert padding_offset((512, 640), (518, 644), ResizeConfig(pad_multiple=14)) == (0, 0)
+    assert padded_size((600, 1000), ResizeConfig(pad_at_least=896)) == (896, 1000)
+    assert padded_size((600, 1000), ResizeConfig(pad_at_least=890, pad_multiple=32)) == (896, 1024)
+
+
+def test_resizers_differ_as_documented() -> None:
+    """Halving: Pillow antialiases, OpenCV does not, torch does if it is told to (within 1 of Pillow)."""
+    image = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    opencv, pillow, plain, smooth = (
+        resize_image(image, (40, 60), backend, antialias).astype(int)
+        for backend, antialias in (("opencv", False), ("pillow", False), ("torch", False), ("torch", True))
+    )
+    assert np.abs(opencv - pillow).max() > 20
+    assert np.abs(opencv - plain).max() <= 1
+    assert np.abs(pillow - smooth).max() <= 1
 
 
 def test_bgr_networks_see_bgr() -> None:

@@ -13,7 +13,7 @@ from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.kernels.bilinear import axis
 from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
-_CHANNELS_AT_ONCE = 10
+_CHANNELS_AT_ONCE = 4
 _SMALL_OUTPUT = 128
 _ORDINARY = 1e37
 _COLUMNS = NUM_CLASSES + 1

@@ -129,7 +129,7 @@ def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
     return labels
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4096)
 def _table(old: int, new: int, start: int, length: int, device: str, legacy: bool = False) -> tuple[Tensor, Tensor]:
     """Return indices int32 [2 * length] and weights float32 [2 * length] of part of an axis, on the device."""
     low, high, w_low, w_high = part(axis(old, new, legacy), start, length)
