@@ -17,7 +17,7 @@ from ade_harness.config import compose_config
 from ade_harness.session import run_session
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
-WIDTH, HEIGHT = 1120, 606
+WIDTH, HEIGHT = 1120, 630
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars")  # fmt: skip
 

@@ -464,6 +464,28 @@ def test_outputs_in_usual_wrappers(wrap: Callable[[torch.Tensor], Any]) -> None:
     assert read_output(wrap(scores), "x") is scores
 
 
+class Universal:
+    """As transformers' universal segmentation output."""
+
+    class_queries_logits = torch.zeros(1, 5, 151)
+    masks_queries_logits = torch.ones(1, 5, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        MaskLogits(torch.zeros(1, 5, 151), torch.ones(1, 5, 3, 4)),
+        {"pred_logits": torch.zeros(1, 5, 151), "pred_masks": torch.ones(1, 5, 3, 4), "aux_outputs": []},
+        Universal(),
+    ],
+)
+def test_mask_classification_outputs(output: Any) -> None:
+    found = read_output(output, "x")
+    assert isinstance(found, MaskLogits)
+    assert found.classes.shape == (1, 5, 151)
+    assert found.masks.min() == 1
+
+
 @pytest.mark.parametrize("output", [torch.zeros(1, 2, 3), {"boxes": 1}, None, ()])
 def test_outputs_without_scores(output: Any) -> None:
     with pytest.raises(HarnessError, match=r"x: the model returned .* expected logits"):

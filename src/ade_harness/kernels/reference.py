@@ -173,7 +173,7 @@ def uses_other_kernel(view: View, size: Size) -> bool:
     """
     steps = [(view.area[2:], size)]
     if not view.legacy:
-        steps.append((tuple(view.scores.shape[2:]), view.window))
+        steps.append(((view.scores.shape[2], view.scores.shape[3]), view.window))
     few = view.scores.shape[1] in _OTHER_CHANNELS
     return any(old != tuple(new) and (few or sum(new) <= _SMALL_OUTPUT or 1 in (*old, *new)) for old, new in steps)
 

@@ -57,7 +57,7 @@ def print_result(console: Console, result: Result) -> None:
 
 def _stages(shares: Mapping[str, float]) -> str:
     own = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "decode")
-    return f"{own}; decoding in the loaders, beside it: {shares.get('decode', 0):.0%}"
+    return f"{own}; loaders {shares.get('decode', 0):.0%}"
 
 
 def print_fact(console: Console, name: str, value: str) -> None:
