@@ -160,12 +160,13 @@ def test_merged_probabilities_equal_the_slow_way_but_for_ties(name: str, seed: i
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["numba_cpu", "triton_gpu"])
 def test_legacy_upsampling_equals_the_reference(name: str, kind: str) -> None:
-    scores = on(name, scores_of(kind, (9, 13, 17), 3))
-    for valid in (None, (0, 0, 70, 90)):
-        view = View(scores[None], ((0, 0),), (104, 136), (104, 136), valid, legacy=True)
+    scores = on(name, scores_of(kind, (7, 7, 9), 3))
+    size = (104, 136) if name == "numba_cpu" else (28, 36)  # the interpreter is slow
+    for valid in (None, (0, 0, size[0] - 9, size[1] - 11)):
+        view = View(scores[None], ((0, 0),), size, size, valid, legacy=True)
         with np.errstate(invalid="ignore", over="ignore"):
-            found = implementation(name).merge([view], (104, 136), False)
-        expected = reference.merge([view], (104, 136), False)
+            found = implementation(name).merge([view], size, False)
+        expected = reference.merge([view], size, False)
         assert (found != expected).float().mean() <= (0 if name == "numba_cpu" else 2e-3 + 0.02 * (kind == "tied"))
 
 
