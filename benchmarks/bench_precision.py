@@ -26,7 +26,7 @@ def main(overrides: list[str], precisions: tuple[str, ...] = ("fp32", "tf32", "b
     for precision in precisions:
         cfg = compose_config([*overrides, f"inference.precision={precision}"])
         dataset = build_dataset(cfg.dataset, cfg.inference.exif)
-        predictor, model = build_predictor(cfg, dataset, dataset.sizes())
+        predictor, model = build_predictor(cfg, dataset, list(dataset.read_headers()[0].values()))
         if model is not None:
             model.module.to(device)
         changed = pixels = 0

@@ -56,7 +56,7 @@ class Evaluation:
 
     def __call__(self) -> Areas:
         """Return int64 [3, 150]: intersection, predicted and annotated pixels."""
-        groups = group_images(self.dataset.sizes(), self.made, self.made.cfg.images)
+        groups = group_images(list(self.dataset.read_headers()[0].values()), self.made, self.made.cfg.images)
         items = ImageItems(self.dataset, groups, self.made, set())
         with tempfile.TemporaryDirectory() as folder:
             writer = LedgerWriter(Path(folder) / "ledger")

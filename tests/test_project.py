@@ -16,9 +16,9 @@ from tests.conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "ade_harness"
 ORDER = (
-    "errors", "config", "data", "models", "inference", "kernels", "runs", "metrics", "report", "tracking", "leaderboard",
+    "errors", "runtime", "config", "data", "models", "inference", "kernels", "runs", "metrics", "report", "tracking", "leaderboard",
 )  # fmt: skip
-ALLOWED_BACK = {("inference", "kernels"), ("report", "runtime")}
+ALLOWED_BACK = {("inference", "kernels")}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
@@ -17,6 +19,11 @@ from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.models.loading import LoadedModel, load_model
+from ade_harness.runs.provenance import code_state
+from ade_harness.runs.record import RunRecord, start_record
+from ade_harness.runtime.cluster import host_name
+from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
+from ade_harness.runtime.trainer import Ranks
 
 
 def cache_dir() -> Path:
@@ -25,6 +32,19 @@ def cache_dir() -> Path:
     if base:
         return Path(base).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ade_harness"
+
+
+def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
+    """Open and lock the run directory, on rank 0; raises as :func:`ade_harness.runs.record.start_record`."""
+    if ranks.coordinator.rank != 0:
+        return None
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
+    facts = describe_facts(job.dataset, job.ids_hash, job.model, cfg, ranks.trainer.strategy.root_device.type)
+    record = start_record(config, facts, job.marks, seeds, console.print)
+    for line in (*record.manifest["marks"], f"run directory: {record.path}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return record
 
 
 def build_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDataset:
@@ -44,15 +64,97 @@ def build_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDatas
     return replace(dataset, apply_exif=apply_exif)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is to be evaluated; equal on every rank."""
+
+    dataset: SegmentationDataset
+    """Without the images that are skipped already."""
+    sizes: dict[str, tuple[int, int]]
+    """(height, width) by image id."""
+    skipped: dict[str, str]
+    """Why images are left out, by image id (``run.on_error=skip``)."""
+    ids_hash: str
+    """Of the whole data set."""
+    predictor: NetworkPredictor | FolderPredictor
+    model: LoadedModel | None
+    marks: tuple[str, ...]
+    """What the run's numbers are not."""
+    notes: tuple[str, ...] = ()
+
+
+def build_job(cfg: DictConfig, coordinator: Coordinator) -> Job:
+    """Open the data set and load the model on every rank, and compare what the ranks see.
+
+    Raises:
+        HarnessError: on every rank, if it fails on one; it names rank and host if they differ.
+    """
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+    def open_dataset() -> SegmentationDataset:
+        return build_dataset(cfg.dataset, cfg.inference.exif)
+
+    opened = agreed(coordinator, "dataset of nodes", lambda: open_dataset() if is_first else None)
+    dataset = agreed(coordinator, "dataset", lambda: opened or open_dataset())  # the first may have had to make it
+    headers = agreed(
+        coordinator,
+        "headers",  # one rank looks at the files for all
+        lambda: dataset.read_headers(cfg.dataset.check_headers) if coordinator.rank == 0 else None,
+    )
+    sizes, wrong = broadcast(headers)
+    if wrong and (cfg.run.on_error == "fail" or len(wrong) == len(dataset.ids)):
+        more = f" {len(wrong) - 1} more images fail." if len(wrong) > 1 else ""
+        raise HarnessError(next(iter(wrong.values())) + more)
+    ids_hash, dataset = dataset.ids_hash(), dataset.without(wrong)
+    predictor, model = agreed(coordinator, "model", lambda: build_predictor(cfg, dataset, sizes))
+    notes = _compare_ranks(coordinator, dataset, ids_hash, model, is_first)
+    marks = describe_marks(cfg, dataset, model, list(sizes.values()))
+    return Job(dataset, sizes, wrong, ids_hash, predictor, model, tuple(marks), tuple(notes))
+
+
+def _compare_ranks(
+    coordinator: Coordinator, dataset: SegmentationDataset, ids_hash: str, model: LoadedModel | None, is_first: bool
+) -> list[str]:
+    """Refuse ranks that would count something else than rank 0 does; returns notes.
+
+    Raises:
+        HarnessError: names the rank, its host, and what differs.
+    """
+    if coordinator.world_size == 1:
+        return []
+    code = code_state() if is_first else {}
+    seen = {
+        "the image ids (sha256)": ids_hash,
+        "the data set's names and sizes (sha256)": dataset.files_hash() if is_first else None,
+        "the checkpoint (sha256)": model.facts.get("sha256") if model is not None else None,
+        "the code's commit": code.get("commit"),
+        "the code's uncommitted changes (sha256)": code.get("diff_sha256"),
+        "torch": torch.__version__,
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    told = gather((host_name(), is_first, seen, device))
+    host, _, expected, _ = told[0]
+    for rank, (other_host, first, other, _) in enumerate(told):
+        for what, value in other.items():
+            per_node = what.startswith(("the data set's", "the code's"))
+            if value != expected[what] and (first or not per_node):
+                raise HarnessError(
+                    f"rank {rank} on {other_host} sees something else than rank 0 on {host}: {what} is {value}, not"
+                    f" {expected[what]}. Give every node the same files."
+                )
+    devices = sorted({d for _, _, _, d in told})
+    return [] if len(devices) == 1 else [f"the ranks have different devices ({', '.join(devices)}): bits may differ"]
+
+
 def build_predictor(
-    cfg: DictConfig, dataset: SegmentationDataset, sizes: Sequence[tuple[int, int]]
+    cfg: DictConfig, dataset: SegmentationDataset, sizes: Mapping[str, tuple[int, int]]
 ) -> tuple[NetworkPredictor | FolderPredictor, LoadedModel | None]:
     """Load the model, and check that it can take what the protocol makes of every image.
 
     Args:
         cfg: the whole configuration.
         dataset: its images.
-        sizes: their (height, width); empty on the ranks that leave the check to another.
+        sizes: (height, width) by image id.
 
     Returns:
         The predictor, and its model if there is one.
@@ -71,14 +173,14 @@ def build_predictor(
         return folder, None
     model = load_model(cfg.model, cfg.runtime.threads)
     predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels)
-    predictor.check_sizes(dict(zip(dataset.ids, sizes, strict=False)))
+    predictor.check_sizes(sizes)
     return predictor, model
 
 
 def describe_marks(
     cfg: DictConfig, dataset: SegmentationDataset, model: LoadedModel | None, sizes: Sequence[tuple[int, int]]
 ) -> list[str]:
-    """Return what the run's numbers are not; shown on every output. Arguments: as of :func:`build_predictor`."""
+    """Return what the run's numbers are not; shown on every output."""
     marks = []
     if dataset.is_demo:
         marks.append("DEMO: made-up images, the score says nothing about scene parsing")
@@ -95,7 +197,7 @@ def describe_marks(
 
 
 def describe_facts(
-    dataset: SegmentationDataset, model: LoadedModel | None, cfg: DictConfig, device: str
+    dataset: SegmentationDataset, ids_hash: str, model: LoadedModel | None, cfg: DictConfig, device: str
 ) -> dict[str, Any]:
     """Return origins and hashes for the manifest.
 
@@ -113,6 +215,6 @@ def describe_facts(
             "root": str(dataset.source.location),
             "images": len(dataset.pairs),
             "expected_images": dataset.expected_images,
-            "ids_hash": dataset.ids_hash(),
+            "ids_hash": ids_hash,
         },
     }

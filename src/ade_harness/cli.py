@@ -1,24 +1,36 @@
 """The command line: verbs, help, and the one place where errors become messages and exit codes.
 
-Exit codes: 0 done; 2 something the user can mend, or Ctrl-C; 1 a fault of this package (with its traceback).
+Exit codes: 0 done; 2 something the user can mend, or Ctrl-C; 75 asked to stop (SIGTERM, or the signal before a time
+limit), to be continued; 76 another rank was lost; 128 + N a rank was killed by signal N; 1 a fault of this package or
+of a model's code (with its traceback).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ade_harness import __version__
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.runtime.cluster import is_supervised
+from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
+from ade_harness.runtime.supervisor import resume_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 HELP = """\
 Evaluate scene parsing models on ADE20K: exact counts, any number of ranks.
 
   python -m ade_harness [evaluate] [key=value ...]     evaluate a model (no arguments: the embedded demo)
+  python -m ade_harness resume RUN [key=value ...]     do what is missing of a run, on any number of ranks
+  python -m ade_harness status RUN                     how far a run is, from any shell
   python -m ade_harness models                         the leaderboard's systems, and which can be run
   python -m ade_harness data download [--root DIR]     fetch ADEChallengeData2016.zip, check it, extract it
   python -m ade_harness data verify [ROOT]             read every pair and check it against the official list
@@ -34,62 +46,71 @@ Most used options of evaluate
   dataset=ade20k dataset.root=PATH    folder or zip (or set ADE20K_ROOT); dataset.limit=N, dataset.ids=[...]
   inference=NAME                {inference}
   runtime.devices=N             ranks on this machine (GPUs, or CPU processes with runtime.accelerator=cpu)
+  runtime.max_restarts=N        start all ranks again, up to N times, if one of them dies
   run.dir=PATH                  write there; a run that was interrupted continues there
+  run.on_error=skip             leave out images that fail: a partial score, marked so
   tracking=none|wandb           W&B is offline unless a key is set
 
 Flags of evaluate
   --cfg job                     print the composed configuration and stop
   --config-dir DIR              your own YAML files, such as DIR/model/mine.yaml
-  -m, --multirun                run every combination of comma-separated values, one after another
+  -m, --multirun                run every combination of comma-separated values, one after another;
+                                with hydra/launcher=slurm as SLURM jobs (conf/runtime/slurm.yaml, slurm/README.md)
+  --list, --job N               with -m: print the combinations; run only the N-th, from 0 (for SLURM job arrays)
   --version, -h, --help
 
 ADE_HARNESS_TRACEBACK=1 shows the traceback behind an error message.
 """
 
-VERBS = ("evaluate", "models", "data", "doctor")
+VERBS = ("evaluate", "resume", "status", "models", "data", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command; returns the exit code.
+
+    Args:
+        arguments: words of the command; None takes those of this process. A command that is given here is evaluated
+            in this very process, on one rank; otherwise ranks are processes of their own.
+    """
+    return run_command(list(sys.argv[1:] if arguments is None else arguments), in_this_process=arguments is not None)
+
+
+def run_command(words: list[str], in_this_process: bool = False) -> int:
+    """Run one command as :func:`main` does; evaluate it with ranks that are processes, unless told otherwise."""
     try:
-        return _dispatch(words)
+        return _dispatch(words, in_this_process)
     except HarnessError as error:
         if os.environ.get("ADE_HARNESS_TRACEBACK"):
             raise
-        _errors().print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        _print_error(f"error: {error}")
+        return EXIT_MESSAGE
     except KeyboardInterrupt:
-        if _is_main():
-            _errors().print(_interrupted(words), markup=False, highlight=False, soft_wrap=True)
-        return 2
+        _say_how_to_go_on("Interrupted")
+        return EXIT_MESSAGE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... | head` is no error
         return 0
 
 
-def _errors() -> Console:
-    return Console(stderr=True)
-
-
-def _is_main() -> bool:
-    from ade_harness.runtime.trainer import is_main_process
-
-    return is_main_process()
+def _print_error(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 _current_run: list[Path] = []
 """The run directory in use, for the message after Ctrl-C."""
 
 
-def _interrupted(words: Sequence[str]) -> str:
+def _say_how_to_go_on(why: str) -> None:
+    """Print what to do after an end from outside; of several ranks the first speaks, or their supervisor."""
+    if is_supervised() or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
     if not _current_run:
-        return "\nInterrupted: nothing was evaluated yet."
-    command = " ".join(["python -m ade_harness", *(w for w in words if not w.startswith("run.dir="))])
-    return f"\nInterrupted. The counts so far are kept; this continues:\n  {command} run.dir={_current_run[-1]}"
+        _print_error(f"\n{why}: nothing was evaluated yet.")
+    else:
+        _print_error(f"\n{why}. The counts so far are kept; this continues:\n  {resume_command(_current_run[-1])}")
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], in_this_process: bool) -> int:
     verb = words[0] if words and not words[0].startswith("-") and "=" not in words[0] else "evaluate"
     rest = words[1:] if words and words[0] == verb else words
     if "--version" in words:
@@ -98,20 +119,30 @@ def _dispatch(words: list[str]) -> int:
     if verb in ("help",) or any(w in ("-h", "--help") for w in words):
         _print_help()
         return 0
-    if verb == "models":
-        return _models(rest)
+    if verb in ("evaluate", "resume"):
+        return (_evaluate if verb == "evaluate" else _resume)(rest, in_this_process)
+    if verb not in VERBS:
+        raise HarnessError(f"{verb!r} is no verb.{did_you_mean(verb, VERBS)} Known: {', '.join(VERBS)}; see --help.")
+    return _report(verb, rest)
+
+
+def _report(verb: str, words: list[str]) -> int:
+    """Run a verb that evaluates nothing."""
+    from ade_harness.report.terminal import make_console
+
     if verb == "data":
         from ade_harness.data_cli import run_data
 
-        return run_data(rest)
+        return run_data(words)
+    if verb == "status":
+        from ade_harness.report.status import run_status
+
+        return run_status(make_console(), words)
     if verb == "doctor":
         from ade_harness.doctor import run_doctor
-        from ade_harness.report.terminal import make_console
 
         return run_doctor(make_console())
-    if verb != "evaluate":
-        raise HarnessError(f"{verb!r} is no verb.{did_you_mean(verb, VERBS)} Known: {', '.join(VERBS)}; see --help.")
-    return _evaluate(rest)
+    return _models(words)
 
 
 def _print_help() -> None:
@@ -120,7 +151,7 @@ def _print_help() -> None:
     print(HELP.format(models=", ".join(choices("model")), inference=", ".join(choices("inference"))), end="")
 
 
-def _evaluate(words: list[str]) -> int:
+def _evaluate(words: list[str], in_this_process: bool) -> int:
     from omegaconf import OmegaConf
 
     from ade_harness.config import compose_config
@@ -128,38 +159,87 @@ def _evaluate(words: list[str]) -> int:
     overrides, flags = _split_flags(words)
     extra = Path(flags["--config-dir"]) if "--config-dir" in flags else None
     if "--multirun" in flags:
-        return _multirun(overrides, extra)
+        from ade_harness.sweep import choose_job, list_sweep, run_sweep
+
+        if "--list" in flags:
+            return list_sweep(overrides)
+        if "--job" in flags:
+            return _evaluate(choose_job(overrides, extra, flags["--job"]), in_this_process)
+        return run_sweep(overrides, extra)
+    if "--job" in flags or "--list" in flags:
+        raise HarnessError("--job and --list are about the combinations of a sweep: add -m.")
     cfg = compose_config(overrides, extra)
     if "--cfg" in flags:
         print(OmegaConf.to_yaml(cfg, resolve=True), end="")
         return 0
+
+    def command(run_dir: str | None) -> list[str]:
+        kept = [w for w in words if run_dir is None or not w.startswith("run.dir=")]
+        return [*kept, *([] if run_dir is None else [f"run.dir={run_dir}"])]
+
+    return _run(cfg, command, in_this_process)
+
+
+def _resume(words: list[str], in_this_process: bool) -> int:
+    """Continue a run as its own config.yaml says."""
+    from ade_harness.config import stored_config
+    from ade_harness.runs.directory import read_manifest
+
+    folders = [w for w in words if "=" not in w]
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise HarnessError("resume needs one run directory, such as `resume runs/20260102-030405_demo_a1b2c3`.")
+    path = Path(folders[0]).expanduser()
+    read_manifest(path)
+    try:
+        text = (path / "config.yaml").read_text()
+    except OSError as error:
+        raise HarnessError(f"{path / 'config.yaml'}: cannot be read ({error.strerror}).") from error
+    cfg = stored_config(text, [w for w in words if "=" in w])
+    cfg.run.dir = str(path)
+    return _run(cfg, lambda _: ["resume", *words], in_this_process)
+
+
+def _run(cfg: DictConfig, command: Callable[[str | None], list[str]], in_this_process: bool) -> int:
+    """Be a rank, or start and watch this node's ranks.
+
+    Args:
+        cfg: what to run.
+        command: for a run directory (None: not known yet), the words that make a rank of it.
+        in_this_process: never start others.
+    """
+    from ade_harness.runtime.cluster import find_node, is_rank, requeue_slurm_job, resolve_devices
+    from ade_harness.runtime.supervisor import Supervisor
+
+    if in_this_process or is_rank() or not cfg.runtime.supervise:
+        return _be_rank(cfg)
+    _, ranks = resolve_devices(cfg.runtime)
+    node = find_node(cfg.runtime)
+    start = [sys.executable, "-m", "ade_harness"]
+    supervisor = Supervisor(
+        lambda run_dir: [*start, *command(run_dir)], ranks, node, cfg.runtime.max_restarts, _print_error
+    )
+    code = supervisor.run()
+    if supervisor.run_dir is not None:
+        _current_run.append(Path(supervisor.run_dir))
+    if code in (EXIT_MESSAGE, EXIT_STOPPED) and supervisor.received is not None and node.rank == 0:
+        _say_how_to_go_on("Interrupted" if supervisor.received == signal.SIGINT else "Stopped")
+    if code == EXIT_STOPPED and cfg.runtime.requeue and node.rank == 0 and supervisor.received == signal.SIGUSR1:
+        _print_error(requeue_slurm_job(cfg.runtime.slurm.most_requeues))
+    return code
+
+
+def _be_rank(cfg: DictConfig) -> int:
+    from ade_harness.runtime.coordination import RankLostError, StopRequestedError
     from ade_harness.session import run_session
 
-    run_session(cfg, on_run_dir=_current_run.append)
-    return 0
-
-
-def _multirun(overrides: list[str], extra: Path | None) -> int:
-    """Run every combination in a process of its own: one failure or one model's memory never reaches the next."""
-    import subprocess
-
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from ade_harness.config import compose_config
-
-    batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
-    jobs = [job for batch in batches for job in batch]
-    for job in jobs:
-        compose_config(list(job), extra)  # all mistakes before the first job
-    flags = ["--config-dir", str(extra)] if extra else []
-    codes = []
-    for number, job in enumerate(jobs, start=1):
-        print(f"[{number} of {len(jobs)}] {' '.join(job)}", flush=True)
-        codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *job, *flags], check=False).returncode)
-    failed = [" ".join(job) for job, code in zip(jobs, codes, strict=True) if code]
-    if failed:
-        raise HarnessError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
+    try:
+        run_session(cfg, on_run_dir=_current_run.append)
+    except StopRequestedError as stop:
+        _say_how_to_go_on(str(stop).capitalize())
+        return EXIT_MESSAGE if str(stop) == "interrupted" else EXIT_STOPPED
+    except RankLostError as lost:
+        _print_error(f"error: {lost}; what this rank counted is kept.")
+        return EXIT_RANK_LOST
     return 0
 
 
@@ -178,12 +258,16 @@ def _split_flags(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             flags["--cfg"] = value if given else next(rest, "job")
             if flags["--cfg"] != "job":
                 raise HarnessError(f"--cfg {flags['--cfg']}: expected `--cfg job`.")
+        elif name == "--list":
+            flags["--list"] = ""
+        elif name == "--job":
+            flags["--job"] = value if given else next(rest, "")
         elif name in ("--config-dir", "-cd"):
             flags["--config-dir"] = value if given else next(rest, "")
             if not flags["--config-dir"]:
                 raise HarnessError("--config-dir needs a folder, such as `--config-dir my_conf`.")
         else:
-            known = ("--cfg", "--config-dir", "--multirun", "--help", "--version")
+            known = ("--cfg", "--config-dir", "--multirun", "--job", "--list", "--help", "--version")
             raise HarnessError(f"{word}: no such flag.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return overrides, flags
 

@@ -10,19 +10,21 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ade_harness.config_checks import validate
 from ade_harness.errors import HarnessError, did_you_mean
 
+_FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
 GROUPS = ("model", "dataset", "inference", "runtime", "tracking")
 
 
@@ -181,18 +183,47 @@ class InferenceConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """What `-m hydra/launcher=slurm` asks SLURM for; null leaves a choice to the cluster."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_min: int = 240
+    nodes: int = 1
+    gpus_per_node: int | None = None  # null: none asked for
+    cpus_per_node: int | None = None
+    mem_gb: int | None = None  # of each node
+    constraint: str | None = None
+    container: str | None = None  # image for srun's --container-image (pyxis)
+    container_mounts: str | None = None  # such as /data:/data
+    python: str | None = None  # in the container; null: the one that submits
+    setup: list[str] = field(default_factory=list)  # shell lines before the run, such as "module load cuda"
+    extra: dict[str, Any] = field(default_factory=dict)  # any other sbatch option, as sbatch calls it
+    signal_before_s: int = 120  # before the time limit: the run saves, is requeued and continues
+    most_requeues: int = 20
+    folder: str = "slurm-jobs"  # submitit's scripts and logs
+
+
+@dataclass
 class RuntimeConfig:
     """Where it runs."""
 
     accelerator: str = "auto"  # auto, cpu, cuda
     devices: Any = "auto"  # number of ranks on each node; auto: all GPUs, or one CPU rank
-    num_nodes: int = 1
+    num_nodes: Any = "auto"  # auto: as many as srun started this on, else one
+    sharding: str = "queue"  # queue: from a shared counter, largest first; plan: fixed shares of equal cost
+    max_restarts: int = 0  # how often all ranks are started again after one died
+    dead_after_s: float = 30.0  # a rank without a sign for so long is lost (a killed one is noticed at once)
+    requeue: bool = False  # in SLURM, after the signal before the time limit: scontrol requeue
+    supervise: bool = True  # false: one rank, in this very process (debuggers, profilers)
     threads: int = 1  # of each rank on CPU; fixed, because the number of threads can change float results
     workers: int | None = None  # loader processes per rank; null chooses
-    timeout_min: float = 60.0  # of collectives
+    timeout_min: float = 10.0  # for ranks to find each other; nothing else has a time limit
     seed: int = 0
     deterministic: bool = True
     kernels: str = "auto"  # upsampling, argmax, counting: auto, torch, numba (CPU), triton (CUDA)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
@@ -202,6 +233,8 @@ class RunConfig:
     dir: str | None = None  # null: runs/<date-time>_<model>_<short id>
     root: str = "runs"
     overlays: int = 4  # images drawn with truth, prediction and errors
+    on_error: str = "fail"  # an image fails: fail (no score) or skip (a partial score, marked so)
+    allow_changed: bool = False  # continue though config, code, weights or data changed; marks the run as mixed
 
 
 @dataclass
@@ -282,15 +315,40 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
     return cfg
 
 
+def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration that a run was made with, with some changes.
+
+    Args:
+        text: of its config.yaml.
+        overrides: as of :func:`compose_config`.
+
+    Raises:
+        HarnessError: as :func:`compose_config`; or the text is no configuration of this version.
+    """
+    composed = compose_config(overrides)  # every mistake in them is found here
+    try:
+        cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise HarnessError(
+            f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}). Start a new run."
+        ) from error
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        with open_dict(cfg):
+            OmegaConf.update(cfg, key, OmegaConf.select(composed, key), merge=False)
+    validate(cfg)
+    return cfg
+
+
 def _open_dict(text: str) -> str:
     """Let the free-form dictionaries take new keys without Hydra's ``+``."""
-    return f"++{text}" if text.startswith(("model.kwargs.", "model.architecture.")) else text
+    return f"++{text}" if text.startswith(_FREE_KEYS) else text
 
 
 def _check_override(text: str, extra: Path | None) -> None:
     """Refuse what Hydra's parser or our groups and keys do not know, with the nearest known word."""
     if "=" not in text and not text.startswith("~"):
-        verbs = ("evaluate", "models", "data", "doctor")
+        verbs = ("evaluate", "resume", "status", "models", "data", "doctor")
         raise HarnessError(
             f"{text!r} is neither a verb nor key=value.{did_you_mean(text, verbs)}"
             " `python -m ade_harness --help` lists both."
@@ -302,7 +360,7 @@ def _check_override(text: str, extra: Path | None) -> None:
         value = override.value()
         if isinstance(value, str) and value not in known:
             raise HarnessError(f"{key}={value}: no such choice.{did_you_mean(value, known)} Known: {', '.join(known)}.")
-    elif not text.startswith(("~", "hydra.")) and not key.startswith(("model.kwargs.", "model.architecture.")):
+    elif not text.startswith(("~", "hydra.")) and not key.startswith(_FREE_KEYS):
         known = list(known_keys())
         if key not in known and not any(k.startswith(key + ".") for k in known):
             raise HarnessError(f"{key}: no such option.{did_you_mean(key, [*known, *GROUPS])} `--cfg job` lists all.")

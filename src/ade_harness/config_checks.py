@@ -29,20 +29,30 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "dataset.kind", ("demo", "ade20k"))
     _one_of(cfg, "dataset.split", ("validation", "training"))
     _one_of(cfg, "runtime.accelerator", ("auto", "cpu", "cuda"))
+    _one_of(cfg, "runtime.sharding", ("queue", "plan"))
+    _one_of(cfg, "run.on_error", ("fail", "skip"))
     _one_of(cfg, "runtime.kernels", ("auto", "torch", "numba", "triton"))
     _one_of(cfg, "tracking.kind", ("wandb", "none"))
     if cfg.tracking.mode is not None:
         _one_of(cfg, "tracking.mode", ("online", "offline", "disabled"))
-    for key in ("dataset.limit", "dataset.images", "runtime.threads", "runtime.num_nodes"):
+    for key in ("dataset.limit", "dataset.images", "runtime.threads", "runtime.slurm.nodes", "runtime.slurm.time_min"):
         value = OmegaConf.select(cfg, key)
         require(value is None or value >= 1, f"{key}={value}: expected 1 or more.")
-    for key in ("runtime.workers", "run.overlays"):
+    for key in ("runtime.workers", "run.overlays", "runtime.max_restarts"):
         value = OmegaConf.select(cfg, key)
         require(value is None or value >= 0, f"{key}={value}: expected 0 or more.")
-    devices = cfg.runtime.devices
+    for key, what in (("devices", "ranks"), ("num_nodes", "nodes")):
+        value = cfg.runtime[key]
+        require(
+            value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
+            f"runtime.{key}={value}: expected a number of {what} from 1 up, or auto.",
+        )
+    for key, least in (("dead_after_s", 5), ("timeout_min", 0.1)):
+        value = cfg.runtime[key]
+        require(value >= least, f"runtime.{key}={value}: expected {least} or more.")
     require(
-        devices == "auto" or (isinstance(devices, int) and devices >= 1),
-        f"runtime.devices={devices}: expected a number of ranks from 1 up, or auto.",
+        cfg.runtime.supervise or cfg.runtime.max_restarts == 0,
+        "runtime.max_restarts needs runtime.supervise=true: a process cannot restart itself after its death.",
     )
     check_protocol(cfg)
     require(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,8 +20,12 @@ from ade_harness.errors import HarnessError
 from ade_harness.inference.predictor import Prediction, Predictor, Prepared, label_hash
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.report.overlays import save_overlay
-from ade_harness.runs.ledger import LedgerWriter, Row, sparse_counts
+from ade_harness.runs.ledger import LedgerError, LedgerWriter, Row, read_rows, sparse_counts
+from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
+
+_MOST_FAILURES = 20
+"""Of one rank: more than that is no single damaged file."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class ImageCounter:
     overlay_folder: Path
     marks: Sequence[str] = ()
     kernels_choice: str = "auto"
+    skip_failures: bool = False
+    """``run.on_error=skip``: go on without images that fail."""
     counted: set[str] = field(default_factory=set)
     """Images that are in the ledger already: they only keep their batch whole."""
     matrix: np.ndarray = field(default_factory=lambda: np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64))
@@ -152,28 +158,41 @@ class ImageCounter:
     _free_since: float = field(default_factory=time.perf_counter)
 
     def process(self, batch: list[LoadedImage | Failure], device: torch.device, rank: int) -> int:
-        """Do one batch; a failure stops all ranks, since there can be no score without the image.
+        """Do one batch.
+
+        A file that cannot be read costs its image, and in ``on_error="fail"`` the images of its batch, which must not
+        be counted in another company; whatever goes wrong in the model would go wrong again, so it ends the work.
 
         Returns:
             How many images are new in the ledger, or soon will be.
         """
         self._spend("wait", time.perf_counter() - self._free_since)
         failed = [item for item in batch if isinstance(item, Failure)]
-        if failed:
-            for failure in failed:
-                self._fail(failure)
-            return 0
         images = [item for item in batch if isinstance(item, LoadedImage)]
+        self.failures += failed
+        if failed and not self.skip_failures:
+            images = []
+            if len(self.failures) >= _MOST_FAILURES:
+                self.coordinator.stop()
         try:
-            self._launched.append(self._launch(images, device))
+            if images:
+                with self._failing(images):
+                    self._launched.append(self._launch(images, device))
             while len(self._launched) > (1 if device.type == "cuda" else 0):
                 self._finish(self._launched.pop(0), rank)
-        except HarnessError as error:
-            self._fail(Failure(images[0].image_id, str(error)))
-            return 0
         finally:
             self._free_since = time.perf_counter()
         return sum(image.image_id not in self.counted for image in images)
+
+    @contextmanager
+    def _failing(self, images: Sequence[LoadedImage]) -> Iterator[None]:
+        """Turn an error into failures of the images at hand."""
+        try:
+            yield
+        except HarnessError as error:
+            self.failures += [Failure(image.image_id, str(error)) for image in images]
+            if not self.skip_failures or isinstance(error, LedgerError):
+                self.coordinator.stop()
 
     def _launch(self, images: list[LoadedImage], device: torch.device) -> _Launched:
         watch = Stopwatch(device)
@@ -199,16 +218,13 @@ class ImageCounter:
         for stage, spent in seconds.items():
             self._spend(stage, spent)
         start = time.perf_counter()
+        each = sum(seconds.values()) / len(batch.images)
         for image, prediction, counted in zip(batch.images, batch.predictions, batch.counts, strict=True):
             self._spend("decode", image.load_seconds)
-            if image.image_id in self.counted:
-                continue
-            if prediction.nan_share is not None and prediction.nan_share > 0:
-                raise HarnessError(
-                    f"{image.image_id}: {prediction.nan_share.item():.1%} of the model's scores are NaN. Check the"
-                    " checkpoint, the pixel statistics (model.input) and the precision."
-                )
-            self._record(image, prediction.labels, counted.numpy(), sum(seconds.values()) / len(batch.images), rank)
+            if image.image_id not in self.counted:
+                with self._failing([image]):
+                    _refuse_nan(image.image_id, prediction.nan_share)
+                    self._record(image, prediction.labels, counted.numpy(), each, rank)
         self._spend("ledger", time.perf_counter() - start)
 
     def _record(self, image: LoadedImage, labels: Tensor, counts: np.ndarray, seconds: float, rank: int) -> None:
@@ -232,26 +248,30 @@ class ImageCounter:
                 content_hash=image.content_hash,
                 seconds=seconds,
                 rank=rank,
-                host=platform.node(),
+                host=host_name(),
             )
         )
         self.matrix += counts
 
     def close(self, rank: int) -> None:
         """Read what is still on the device and make the last rows durable; a full disk is a failure like any other."""
+        while self._launched:
+            self._finish(self._launched.pop(0), rank)
         try:
-            while self._launched:
-                self._finish(self._launched.pop(0), rank)
             self.writer.flush()
         except HarnessError as error:
-            self._fail(Failure(f"rank {rank}", str(error)))
+            self.failures.append(Failure(f"rank {rank}", str(error)))
 
     def _spend(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
-    def _fail(self, failure: Failure) -> None:
-        self.failures.append(failure)
-        self.coordinator.stop()
+
+def _refuse_nan(image_id: str, share: Tensor | None) -> None:
+    if share is not None and share > 0:
+        raise HarnessError(
+            f"{image_id}: {share.item():.1%} of the model's scores are NaN. Check the checkpoint, the pixel statistics"
+            " (model.input) and the precision."
+        )
 
 
 def sum_stages(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -283,3 +303,14 @@ def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor
                 f"{row.image_id}: its files changed since it was counted, so the run cannot be continued."
                 " Put the old files back, or start a new run."
             )
+
+
+def counted_before(
+    ledger: Path, dataset: SegmentationDataset, predictor: Predictor, say: Callable[[str], None]
+) -> list[Row]:
+    """Return what an earlier part of this run has counted; raises as :func:`check_unchanged`."""
+    before, damaged = read_rows(ledger)
+    if before or damaged:
+        check_unchanged(before, dataset, predictor)
+        say(f"continuing: {len(before)} images are done, {len(damaged)} ledger files are damaged")
+    return before

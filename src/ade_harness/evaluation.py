@@ -2,36 +2,37 @@
 
     evaluate = map(image -> integer confusion counts) + sum
 
-Every rank runs this function. Ranks share nothing while they work but a counter; each writes its images' counts
-to its own ledger files. At the end the ranks' matrices are summed once, and rank 0 compares the sum with the
-ledger on disk, image by image, before it says any number.
+Every rank runs this function. Ranks share nothing while they work but a queue and a few counters; each writes its
+images' counts to its own ledger files. At the end the ranks' matrices are summed once, and rank 0 compares the sum
+with the ledger on disk, image by image, before it says any number.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lightning.pytorch import seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
-from ade_harness.build import build_dataset, build_predictor, describe_facts, describe_marks
-from ade_harness.counting import Failure, ImageCounter, ImageItems, check_unchanged, group_images, sum_stages
+from ade_harness.build import Job, build_job, open_run
+from ade_harness.counting import Failure, ImageCounter, ImageItems, counted_before, group_images, sum_stages
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.report.result import Published, Result, write_result
 from ade_harness.runs.directory import LEDGER
-from ade_harness.runs.exactness import check_exact
+from ade_harness.runs.exactness import check_exact, check_rows, incomplete
 from ade_harness.runs.ledger import LedgerWriter, matrix_of, read_rows
-from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.coordination import Coordinator, all_reduce_sum, broadcast, gather
+from ade_harness.runs.live import LiveStatus
+from ade_harness.runs.record import RunRecord
+from ade_harness.runtime.balance import RankShare, measure_balance
+from ade_harness.runtime.coordination import agreed, all_reduce_sum, broadcast, gather
 from ade_harness.runtime.progress import reporter_for
-from ade_harness.runtime.trainer import WorkItems, WorkLoop, is_main_process, started_ranks
+from ade_harness.runtime.trainer import Ranks, Work, WorkItems, WorkLoop, started_ranks
 
 
 def evaluate(
@@ -49,69 +50,82 @@ def evaluate(
 
     Raises:
         HarnessError: nothing was scored; what was counted is in the ledger, and the message says how to go on.
+        StopRequestedError, RankLostError: the same, after a signal or the death of another rank.
     """
     start = time.monotonic()
     seed_everything(cfg.runtime.seed, verbose=False)
-    dataset = build_dataset(cfg.dataset, cfg.inference.exif)
-    sizes: list[tuple[int, int]] = []
-    if is_main_process():  # one rank looks at the files for all
-        sizes = dataset.check_headers() if cfg.dataset.check_headers else dataset.sizes()
-    predictor, model = build_predictor(cfg, dataset, sizes)
-    marks = describe_marks(cfg, dataset, model, sizes)
-
-    with started_ranks(cfg.runtime) as trainer:
-        record = None
-        if trainer.is_global_zero:
-            config: Any = OmegaConf.to_container(cfg, resolve=True)
-            seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
-            record = start_record(
-                config, describe_facts(dataset, model, cfg, trainer.strategy.root_device.type), marks, seeds
-            )
-            for line in (*marks, f"run directory: {record.path}"):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-        run_dir: Path
-        run_dir, sizes, marks = broadcast((record.path if record else None, sizes, marks))
-        on_run_dir(run_dir)
-
-        before, damaged = read_rows(run_dir / LEDGER) if record else ([], [])
-        if before or damaged:
-            check_unchanged(before, dataset, predictor)
-            console.print(f"continuing: {len(before)} images are done, {len(damaged)} ledger files are damaged")
-        done: set[str] = broadcast({row.image_id for row in before})  # one rank reads: others may write soon
-        groups = group_images(sizes, predictor, cfg.inference.images)  # of all images: batches never depend on the past
-        todo = [group for group in groups if not done.issuperset(dataset.ids[i] for i in group)]
-
-        coordinator = Coordinator()
-        drawn = np.linspace(0, len(dataset.ids) - 1, min(cfg.run.overlays, len(dataset.ids))).astype(int)
-        items = ImageItems(dataset, todo, predictor, {dataset.ids[i] for i in drawn})
-        writer, overlays, choice = LedgerWriter(run_dir / LEDGER, marks), run_dir / "overlays", cfg.runtime.kernels
-        counter = ImageCounter(predictor, writer, coordinator, overlays, marks, choice, done)
-        costs = [sum(predictor.cost(sizes[i]) for i in group) for group in todo]
-        work = WorkItems(items, costs, cfg.runtime.workers, coordinator)
-        reporter = reporter_for(trainer.global_rank, console, len(dataset.ids), len(done))
-        loop = WorkLoop(counter.process, model.module if model else None, coordinator, reporter)
-        begin = time.monotonic()
+    with started_ranks(cfg.runtime) as ranks:
+        job = build_job(cfg, ranks.coordinator)
+        record = agreed(ranks.coordinator, "record", lambda: open_run(cfg, job, ranks, console))
         try:
-            if todo:
-                trainer.test(loop, work, verbose=False)
+            return _evaluate(cfg, console, on_run_dir, start, ranks, job, record)
         finally:
-            try:
-                counter.close(trainer.global_rank)  # also after Ctrl-C: what was counted stays counted
-            finally:
-                loop.close(len(dataset.ids) - len(done))
-        failures: list[Failure] = sum(gather(counter.failures), [])
-        total = all_reduce_sum(counter.matrix, trainer.strategy.root_device) + matrix_of(before)
-        rate = (len(dataset.ids) - len(done)) / (time.monotonic() - begin)
-        stages = sum_stages(gather(counter.stages))
-        world_size = trainer.world_size
+            if record is not None:
+                record.lock.release()
 
-    if record is None:
+
+def _evaluate(
+    cfg: DictConfig,
+    console: Console,
+    on_run_dir: Callable[[Path], None],
+    start: float,
+    ranks: Ranks,
+    job: Job,
+    record: RunRecord | None,
+) -> tuple[Result, RunRecord] | None:
+    dataset, predictor, coordinator = job.dataset, job.predictor, ranks.coordinator
+    run_dir: Path
+    run_dir, marks = broadcast((record.path, record.manifest["marks"]) if record else None)
+    on_run_dir(run_dir)
+    ranks.watchdog.note(run=str(run_dir))
+    ledger = run_dir / LEDGER
+    before = agreed(
+        coordinator, "past", lambda: counted_before(ledger, dataset, predictor, console.print) if record else []
+    )
+    done: set[str] = broadcast({row.image_id for row in before})  # one rank reads: others may write soon
+
+    sizes = [job.sizes[i] for i in dataset.ids]
+    groups = group_images(sizes, predictor, cfg.inference.images)  # of all images: batches never depend on the past
+    todo = [group for group in groups if not done.issuperset(dataset.ids[i] for i in group)]
+    drawn = np.linspace(0, len(dataset.ids) - 1, min(cfg.run.overlays, len(dataset.ids))).astype(int)
+    items = ImageItems(dataset, todo, predictor, {dataset.ids[i] for i in drawn})
+    costs = [sum(predictor.cost(sizes[i]) for i in group) for group in todo]
+    names = [", ".join(dataset.ids[i] for i in group) for group in todo]
+
+    writer, overlays, skip = LedgerWriter(ledger, marks), run_dir / "overlays", cfg.run.on_error == "skip"
+    counter = ImageCounter(predictor, writer, coordinator, overlays, marks, cfg.runtime.kernels, skip, done)
+    work_items = WorkItems(Work(items, costs, names), cfg.runtime.sharding, cfg.runtime.workers, coordinator)
+    reporter = reporter_for(coordinator.rank, console, len(dataset.ids), len(done))
+    loop = WorkLoop(counter.process, job.model.module if job.model else None, work_items, ranks, reporter)
+    live = LiveStatus.of(record, len(dataset.ids), len(done), console, coordinator) if record else None
+    ranks.watchdog.on_beats, ranks.watchdog.on_loss = live.on_beats if live else None, writer.flush
+    begin = time.monotonic()
+    try:
+        loop.run()
+    finally:
+        counter.close(coordinator.rank)  # also after Ctrl-C: what was counted stays counted
+    share = RankShare.of(ranks.watchdog.beat, time.monotonic() - begin)
+    loop.wait_for_all()
+    seconds = time.monotonic() - begin
+    failures: list[Failure] = sum(gather(counter.failures), [])
+    total = all_reduce_sum(counter.matrix, ranks.trainer.strategy.root_device) + matrix_of(before)
+    stages, balance = sum_stages(gather(counter.stages)), measure_balance(gather(share))
+    ranks.part()
+    if record is None or live is None:
         return None
-    rows, _ = read_rows(run_dir / LEDGER)
-    if failures:
-        raise HarnessError(_failure_message(failures, len(rows), len(dataset.ids), run_dir))
-    check_exact(rows, total, dataset.ids)
-    advice = None if model is not None and model.weights == "random" else diagnose(total)
+
+    live.close()
+    rows, _ = read_rows(ledger)
+    lost = job.skipped | {f.image_id: f.message for f in failures}
+    if failures and (not skip or not rows or coordinator.stopped):
+        record.leave("incomplete", lost)
+        raise HarnessError(incomplete(lost, len(rows), len(dataset.ids), run_dir))
+    check_rows(rows, job.sizes)
+    check_exact(rows, total, [i for i in dataset.ids if i not in lost])
+    if lost:
+        partial = f"PARTIAL: {len(rows):,} of {dataset.expected_images:,} images, {len(lost)} failed and were skipped"
+        marks = [partial, *(m for m in marks if not m.startswith("PARTIAL"))]
+    advice = None if job.model is not None and job.model.weights == "random" else diagnose(total)
     published = cfg.model.published
     result = Result(
         run_dir=run_dir,
@@ -122,27 +136,15 @@ def evaluate(
         images=len(rows),
         expected_images=dataset.expected_images,
         marks=tuple(marks),
-        notes=(*predictor.notes(), *([advice] if advice else [])),
+        notes=(*predictor.notes(), *job.notes, *live.warnings.values(), *([advice] if advice else [])),
         published=None
         if published.mIoU is None or dataset.is_demo
         else Published(published.mIoU, published.protocol, published.source),
         seconds=time.monotonic() - start,
-        images_per_second=rate,
-        world_size=world_size,
+        images_per_second=(len(dataset.ids) - len(done)) / seconds,
+        balance=balance,
         stages=stages,
     )
     write_result(result)
-    record.finish(rows, result.seconds, rate, world_size, stages)
+    record.finish(rows, result.timings(), marks, lost)
     return result, record
-
-
-def _failure_message(failures: Sequence[Failure], counted: int, images: int, run_dir: Path) -> str:
-    unique = {f.message: f for f in failures}
-    shown = [m if f.image_id in m else f"{f.image_id}: {m}" for m, f in list(unique.items())[:5]]
-    more = f"\n... and {len(unique) - 5} more" if len(unique) > 5 else ""
-    return (
-        "\n".join(shown)
-        + more
-        + f"\nNo score: {counted} of {images} images are counted. They are kept: after mending this, the same command"
-        f" with run.dir={run_dir} does the rest."
-    )

@@ -468,7 +468,7 @@ def test_a_damaged_file_gives_no_score_and_the_run_goes_on_after_mending(
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2 + 100] if kind == "image" else content[:60])
     done = damaged_run(call, tiny_ade)
-    one_message(done, "ADE_val_99990001", "cannot be read", "No score:", "run.dir=")
+    one_message(done, "ADE_val_99990001", "cannot be read", "No score: 6 of 7", "resume run")
     assert not (tmp_path / "run/metrics.json").exists()
     victim.write_bytes(content)
     done = damaged_run(call, tiny_ade)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -51,15 +52,18 @@ def test_a_pair_is_decoded_and_mapped(tiny_ade: Path) -> None:
     annotation = np.array(Image.open(tiny_ade / "annotations/validation" / f"{sample.image_id}.png"))
     assert np.array_equal(sample.target, target_from_annotation(annotation))
     assert sample.image.shape == (*annotation.shape, 3)
-    assert dataset.check_headers() == [dataset.load(i).target.shape for i in range(7)]
-    assert dataset.sizes() == dataset.check_headers()
+    sizes, wrong = dataset.read_headers()
+    assert list(sizes.values()) == [dataset.load(i).target.shape for i in range(7)]
+    assert list(sizes) == dataset.ids
+    assert wrong == {}
+    assert dataset.read_headers(annotations=False) == (sizes, {})
     assert dataset.is_partial
 
 
 def test_images_of_another_size_than_the_official_ones_are_found(tiny_ade: Path) -> None:
     write_pair(tiny_ade, "ADE_val_00000001", np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
     dataset = open_ade20k(tiny_ade)
-    assert dataset.resized_images(dataset.sizes()) == ["ADE_val_00000001"]
+    assert dataset.resized_images(list(dataset.read_headers()[0].values())) == ["ADE_val_00000001"]
 
 
 @pytest.mark.parametrize("place", ["folder", "parent", "zip"])
@@ -175,8 +179,10 @@ def test_missing_partners_empty_folders_and_other_sizes(tiny_ade: Path, tmp_path
     ):
         open_ade20k(tiny_ade)
     Image.new("RGB", (9, 9)).save(image)
-    with pytest.raises(HarnessError, match=r"ADE_val_99990002\.jpg is 9x9 .* but .*ADE_val_99990002\.png is 34x34"):
-        open_ade20k(tiny_ade).check_headers()
+    sizes, wrong = open_ade20k(tiny_ade).read_headers()
+    assert len(sizes) == 6
+    assert list(wrong) == ["ADE_val_99990002"]
+    assert re.search(r"ADE_val_99990002\.jpg is 9x9 .* but .*ADE_val_99990002\.png is 34x34", wrong["ADE_val_99990002"])
 
 
 @pytest.mark.parametrize(

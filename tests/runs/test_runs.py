@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import subprocess
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 
 from ade_harness.errors import HarnessError
 from ade_harness.runs import directory
-from ade_harness.runs.directory import new_run_name, open_run, write_json
-from ade_harness.runs.exactness import check_exact
+from ade_harness.runs.directory import make_run_dir, new_run_name, write_json
+from ade_harness.runs.exactness import check_exact, check_rows
 from ade_harness.runs.ledger import LedgerWriter, Row, matrix_of, read_rows, sparse_counts
 from ade_harness.runs.provenance import code_state, environment
+from ade_harness.runs.record import RunRecord, start_record
 
 
 def make_row(index: int, seed: int = 0, **changes: Any) -> Row:
@@ -125,6 +127,21 @@ def test_exactness_check_names_what_is_wrong() -> None:
         check_exact(rows, twice, ids)
 
 
+def test_rows_are_checked_against_themselves_and_the_files() -> None:
+    good = make_row(0)
+    whole = replace(good, height=1, width=good.valid_pixels + 3)
+    check_rows([whole], {whole.image_id: (1, whole.width)})
+    with pytest.raises(HarnessError, match=r"ADE_val_00000000: the ledger has it as .*, the file is 5x5: no score"):
+        check_rows([whole], {whole.image_id: (5, 5)})
+    for broken in (
+        replace(whole, valid_pixels=1),
+        replace(whole, ignored_pixels=2),
+        replace(whole, pixels=whole.pixels + 1),
+    ):
+        with pytest.raises(HarnessError, match=r"ADE_val_00000000: \d+ pixels are counted"):
+            check_rows([broken], {})
+
+
 # run directories
 
 
@@ -133,40 +150,70 @@ def test_two_runs_of_one_second_have_different_names(tmp_path: Path) -> None:
     names = {new_run_name("hf/model x", now) for _ in range(50)}
     assert len(names) == 50
     assert all(n.startswith("20260102-030405_hf-model-x_") for n in names)
-    first, _ = open_run(None, str(tmp_path), "m", {})
-    second, _ = open_run(None, str(tmp_path), "m", {})
-    assert first != second
+    assert make_run_dir(None, str(tmp_path), "m") != make_run_dir(None, str(tmp_path), "m")
+
+
+def record(path: Path, **changes: Any) -> RunRecord:
+    """Start a record of a run of a made-up model."""
+    run = {"dir": str(path), "root": "runs", "allow_changed": changes.pop("allow_changed", False)}
+    config = {
+        "model": {"name": "m", "a": changes.pop("a", 1)}, "dataset": {}, "inference": {},
+        "runtime": {"seed": 0, "threads": 1, "deterministic": True}, "run": run,
+    }  # fmt: skip
+    facts = {"device": "cpu", "model": {"sha256": changes.pop("sha256", "1")}, "dataset": {"ids_hash": "2"}}
+    return start_record(config, facts, ["PARTIAL"], {})
 
 
 def test_run_dir_is_continued_only_by_the_same_run(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    assert open_run(str(path), "runs", "m", {"a": 1, "b": [None]}) == (path, False)
-    write_json(path / "manifest.json", {"identity": {"a": 1, "b": [None]}})
-    assert open_run(str(path), "runs", "m", {"a": 1, "b": [None]}) == (path, True)
-    with pytest.raises(HarnessError, match="Different: a: was 1, is 2"):
-        open_run(str(path), "runs", "m", {"a": 2, "b": [None]})
+    first = record(path)
+    first.lock.release()
+    again = record(path)
+    again.lock.release()
+    assert [e["started"] for e in again.manifest["earlier"]] == [first.manifest["started"]]
+    with pytest.raises(HarnessError, match=r"Different: checkpoint.sha256: was \"1\", is \"3\"; model.a: was 1, is 2"):
+        record(path, a=2, sha256="3")
+    assert json.loads((path / "manifest.json").read_text()) == again.manifest  # untouched
+    mixed = record(path, a=2, allow_changed=True)
+    mixed.lock.release()
+    assert mixed.manifest["changes"] == ["model.a: was 1, is 2"]
+    assert mixed.manifest["marks"] == ["PARTIAL", "MIXED: continued though it had changed: model.a"]
+    later = record(path, a=2)  # nothing has changed since, but the counts are still mixed
+    later.lock.release()
+    assert later.manifest["marks"] == mixed.manifest["marks"]
+    assert later.manifest["earlier"][1]["identity"]["model.a"] == 1  # what the first part was made with
     (path / "manifest.json").write_text("{")
     with pytest.raises(HarnessError, match="damaged"):
-        open_run(str(path), "runs", "m", {})
+        record(path)
+
+
+def test_a_run_of_another_version_is_refused(tmp_path: Path) -> None:
+    record(tmp_path / "run").lock.release()
+    manifest = tmp_path / "run/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 99}))
+    with pytest.raises(HarnessError, match="another version of this package .schema 99, this one reads 1"):
+        record(tmp_path / "run")
 
 
 def test_a_run_killed_before_its_manifest_starts_again(tmp_path: Path) -> None:
-    (tmp_path / ".writable").touch()
+    (tmp_path / ".writable-1").touch()
     (tmp_path / ".manifest.json.tmp").write_text("{")
-    assert open_run(str(tmp_path), "runs", "m", {"a": 1}) == (tmp_path, False)
+    (tmp_path / "logs").mkdir()
+    assert make_run_dir(str(tmp_path), "runs", "m") == tmp_path
+    record(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(HarnessError, match="not empty and holds no run. Nothing was changed"):
-        open_run(str(tmp_path), "runs", "m", {})
+        make_run_dir(str(tmp_path), "runs", "m")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(HarnessError, match="cannot be written .Not a directory"):
-        open_run(str(tmp_path / "file" / "run"), "runs", "m", {})
+        make_run_dir(str(tmp_path / "file" / "run"), "runs", "m")
 
 
 def test_json_takes_what_json_cannot_hold(tmp_path: Path) -> None:

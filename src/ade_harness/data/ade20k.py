@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -102,30 +102,43 @@ class SegmentationDataset:
         check_annotation_values(annotation, pair.annotation)
         return Sample(pair.image_id, image, target_from_annotation(annotation), content_hash)
 
-    def check_headers(self) -> list[tuple[int, int]]:
-        """Check size and kind of every pair from the files' headers alone, and return the (height, width) of all.
+    def files_hash(self) -> str:
+        """Return a sha256 of all names and sizes in bytes: it tells copies apart without reading them."""
+        sizes = self.source.sizes()
+        lines = (f"{name} {sizes.get(name)}\n" for pair in self.pairs for name in (pair.image, pair.annotation))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-        Raises:
-            HarnessError: the first pair that does not fit.
+    def without(self, image_ids: Collection[str]) -> SegmentationDataset:
+        """Return the same data set without some images."""
+        return replace(self, pairs=tuple(p for p in self.pairs if p.image_id not in image_ids))
+
+    def read_headers(self, annotations: bool = True) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+        """Check size and kind of every pair from the files' headers alone.
+
+        Args:
+            annotations: look at annotations too.
+
+        Returns:
+            The (height, width) of each sound pair by image id, and what is wrong with each of the others.
         """
-        sizes = []
+        sizes, wrong = {}, {}
         for pair in self.pairs:
-            height, width, _ = self._header(pair.image)
-            label_height, label_width, label_mode = self._header(pair.annotation)
-            check_label_mode(label_mode, pair.annotation)
-            check_sizes((height, width), (label_height, label_width), pair)
-            sizes.append((height, width))
-        return sizes
+            try:
+                height, width, _ = self._header(pair.image)
+                if annotations:
+                    label_height, label_width, label_mode = self._header(pair.annotation)
+                    check_label_mode(label_mode, pair.annotation)
+                    check_sizes((height, width), (label_height, label_width), pair)
+                sizes[pair.image_id] = (height, width)
+            except HarnessError as error:
+                wrong[pair.image_id] = str(error)
+        return sizes, wrong
 
     def _header(self, name: str) -> tuple[int, int, str]:
         try:
             return read_header(self.source.read(name, limit=_HEADER_BYTES), name, self.apply_exif)
         except HarnessError:  # a long EXIF block can push the size behind the first bytes
             return read_header(self.source.read(name), name, self.apply_exif)
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """Return the (height, width) of every image, from its file's header."""
-        return [self._header(pair.image)[:2] for pair in self.pairs]
 
     def resized_images(self, sizes: Sequence[tuple[int, int]]) -> list[str]:
         """Return the ids whose image has another (height, width) than the official one."""

@@ -25,6 +25,9 @@ class FileSource(Protocol):
     def read(self, name: str, limit: int | None = None) -> bytes:
         """Return a file's content, or its first `limit` bytes."""
 
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every file."""
+
 
 def open_source(path: Path) -> FileSource:
     """Open a folder or a zip file; raises HarnessError if `path` is neither."""
@@ -65,6 +68,10 @@ class FolderSource:
         except OSError as error:
             raise HarnessError(f"{self.location / name}: cannot be read ({error.strerror}).") from error
 
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every file."""
+        return {name: (self.location / name).stat().st_size for name in self.names()}
+
 
 class ZipSource:
     """Members of a zip file. Each process opens it for itself (a file handle cannot be shared by workers)."""
@@ -103,6 +110,10 @@ class ZipSource:
                 return member.read() if limit is None else member.read(limit)
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
             raise HarnessError(f"{self.location}: {name} is damaged ({error}). Download the archive again.") from error
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every member."""
+        return {member.filename: member.file_size for member in self._open().infolist()}
 
 
 def _is_hidden(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ade_harness.data.labels import classes
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou
 from ade_harness.runs.directory import write_json, write_text
+from ade_harness.runtime.balance import Balance
 
 CONVENTION = (
     "mIoU: IoU from pixels summed over all images (pixels annotated 'other' are ignored), averaged over the classes"
@@ -54,10 +55,16 @@ class Result:
     """From start to end, loading included."""
     images_per_second: float
     """Of the evaluation alone; 0 if nothing was left to do."""
-    world_size: int
+    balance: Balance
+    """What each rank did."""
     stages: Mapping[str, float]
     """Seconds in each stage, added up over ranks; decode happens in loader processes, beside the rest."""
     convention: str = CONVENTION
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.balance.shares)
 
     @property
     def complete(self) -> bool:
@@ -75,6 +82,18 @@ class Result:
         total = sum(spent for name, spent in self.stages.items() if name != "decode")
         ordered = sorted(self.stages.items(), key=lambda item: (item[0] == "decode", -item[1]))
         return {name: spent / total for name, spent in ordered} if total else {}
+
+    def timings(self) -> dict[str, Any]:
+        """Return what the manifest keeps of speed: seconds, rates, and each rank's share."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 3),
+            "world_size": self.world_size,
+            "stages": {name: round(spent, 3) for name, spent in self.stages.items()},
+            "balance": round(self.balance.efficiency, 4),
+            "idle_seconds": round(self.balance.idle_seconds, 3),
+            "ranks": [asdict(share) for share in self.balance.shares],
+        }
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of metrics.json: fractions 0..1 and integers."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ade_harness.report.result import Result, per_class_rows
+from ade_harness.runtime.balance import Balance
 from ade_harness.runtime.progress import format_seconds
 
 _ROWS = (
@@ -48,11 +49,21 @@ def print_result(console: Console, result: Result) -> None:
             "time",
             f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating",
         ),
+        *([("balance", _balance(result.balance))] if result.world_size > 1 else []),
         *([("where it went", _stages(result.stage_shares))] if result.stage_shares else []),
         ("run directory", str(result.run_dir)),
     ]
     for name, value in lines:
         print_fact(console, name, value)
+
+
+def _balance(balance: Balance) -> str:
+    fastest = max(balance.shares, key=lambda share: share.done)
+    slowest = min(balance.shares, key=lambda share: share.done)
+    return (
+        f"{balance.efficiency:.1%}, a rank was idle for {balance.idle_seconds:.1f} s on average;"
+        f" rank {fastest.rank} did {fastest.done} images, rank {slowest.rank} {slowest.done}"
+    )
 
 
 def _stages(shares: Mapping[str, float]) -> str:

@@ -15,6 +15,8 @@ from ade_harness.errors import HarnessError
 
 MANIFEST = "manifest.json"
 LEDGER = "ledger"
+LOGS = "logs"
+SCHEMA_VERSION = 1
 
 
 def new_run_name(model: str, now: datetime | None = None) -> str:
@@ -23,28 +25,23 @@ def new_run_name(model: str, now: datetime | None = None) -> str:
     return f"{stamp}_{re.sub(r'[^A-Za-z0-9.-]+', '-', model)}_{uuid.uuid4().hex[:6]}"
 
 
-def open_run(directory: str | None, root: str, model: str, identity: dict[str, Any]) -> tuple[Path, bool]:
-    """Create a run directory, or open the one to continue.
+def make_run_dir(directory: str | None, root: str, model: str) -> Path:
+    """Create a run directory, or find the one to continue; nothing in it is changed.
 
     Args:
         directory: ``run.dir``; None makes a new name below `root`.
         root: ``run.root``.
         model: part of the new name.
-        identity: what decides the result (configuration, hashes, code); a continued run must have the same.
-
-    Returns:
-        The directory, and whether it is continued.
 
     Raises:
-        HarnessError: it cannot be written, is something else than a run, or is a run of something else.
+        HarnessError: it cannot be written, or is something else than a run.
     """
     path = Path(directory).expanduser() if directory else Path(root).expanduser() / new_run_name(model)
     try:
-        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):  # not just leftovers
-            _check_same(path, identity)
-            return path, True
         path.mkdir(parents=True, exist_ok=directory is not None)
-        probe = path / ".writable"
+        if not is_new(path) and not (path / MANIFEST).is_file():
+            raise HarnessError(f"run.dir={path}: this folder is not empty and holds no run. Nothing was changed.")
+        probe = path / f".writable-{uuid.uuid4().hex[:8]}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -52,29 +49,44 @@ def open_run(directory: str | None, root: str, model: str, identity: dict[str, A
             f"{path}: the run directory cannot be written ({error.strerror or error})."
             " Choose another: run.dir=PATH or run.root=PATH."
         ) from error
-    return path, False
+    return path
 
 
-def _check_same(path: Path, identity: dict[str, Any]) -> None:
+def is_new(path: Path) -> bool:
+    """Whether a directory holds nothing, or only what a kill left behind before there was a manifest."""
+    return all(entry.name.startswith(".") or entry.name == LOGS for entry in path.iterdir())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a run directory.
+
+    Raises:
+        HarnessError: there is none, or it is damaged, or of another version.
+    """
     manifest = path / MANIFEST
-    if not manifest.is_file():
-        raise HarnessError(f"run.dir={path}: this folder is not empty and holds no run. Nothing was changed.")
     try:
-        before = json.loads(manifest.read_text())["identity"]
-    except (ValueError, KeyError) as error:
+        content: dict[str, Any] = json.loads(manifest.read_text())
+        version = content["schema"]
+    except FileNotFoundError:
+        raise HarnessError(f"{path}: holds no run (no {MANIFEST}).") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{manifest}: damaged, or of another version. Start a new run.") from error
+    if version != SCHEMA_VERSION:
+        raise HarnessError(
+            f"{path}: a run of another version of this package (schema {version}, this one reads {SCHEMA_VERSION})."
+            " Continue it with the version that began it, or start a new run."
+        )
+    return content
+
+
+def differences(before: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """Return what differs between two identities (configuration, hashes, code), in words."""
     now = _json_safe(identity)
-    differences = [
+    return [
         f"{key}: was {_short(old)}, is {_short(new)}"
         for key in sorted(before.keys() | now.keys())
         if (old := before.get(key)) != (new := now.get(key))
     ]
-    if differences:
-        raise HarnessError(
-            f"run.dir={path} holds a run of something else, so it is not continued. Different: "
-            + "; ".join(differences[:8])
-            + ". Choose another run.dir."
-        )
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ page checksums catch damage after that. ``pandas.read_parquet(run / "ledger")`` 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,10 @@ SCHEMA = pa.schema(
     ],
     metadata={"ade_harness.ledger": "1"},
 )
+
+
+class LedgerError(HarnessError):
+    """The ledger cannot be written: no image can be counted any more."""
 
 
 _FLUSH_EVERY_S = 30.0
@@ -84,7 +89,7 @@ class LedgerWriter:
         flush_every: rows of a segment.
 
     Raises:
-        HarnessError: the folder cannot be written (no space, no permission). What is on disk stays valid.
+        LedgerError: the folder cannot be written (no space, no permission). What is on disk stays valid.
     """
 
     def __init__(self, folder: Path, marks: Sequence[str] = (), flush_every: int = 32) -> None:
@@ -92,18 +97,24 @@ class LedgerWriter:
         self._schema = SCHEMA.with_metadata({**SCHEMA.metadata, "ade_harness.marks": "; ".join(marks)})
         self.flush_every = flush_every
         self._rows: list[Row] = []
+        self._lock = threading.RLock()  # the watchdog saves rows when the main thread hangs
         self._session = uuid.uuid4().hex[:8]
         self._segments = 0
         self._flushed = time.monotonic()
 
     def append(self, row: Row) -> None:
         """Add a row; it is durable after the next flush."""
-        self._rows.append(row)
-        if len(self._rows) >= self.flush_every or time.monotonic() - self._flushed >= _FLUSH_EVERY_S:
-            self.flush()
+        with self._lock:
+            self._rows.append(row)
+            if len(self._rows) >= self.flush_every or time.monotonic() - self._flushed >= _FLUSH_EVERY_S:
+                self.flush()
 
     def flush(self) -> None:
         """Make all rows so far durable."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
         self._flushed = time.monotonic()
         if not self._rows:
             return
@@ -122,7 +133,7 @@ class LedgerWriter:
             _sync_folder(self.folder)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise HarnessError(
+            raise LedgerError(
                 f"{self.folder}: the ledger cannot be written ({error.strerror or error})."
                 f" {self._segments} segments of rank {rank} are safe: make room, then give the same command"
                 f" with run.dir={self.folder.parent} to continue."

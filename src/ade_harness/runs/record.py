@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +12,21 @@ from typing import Any
 import torch
 import yaml
 
-from ade_harness.runs.directory import MANIFEST, flatten, open_run, write_json, write_text
+from ade_harness.errors import HarnessError
+from ade_harness.runs.directory import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    differences,
+    flatten,
+    is_new,
+    make_run_dir,
+    read_manifest,
+    write_json,
+    write_text,
+)
 from ade_harness.runs.ledger import Row
+from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, environment
-
-SCHEMA_VERSION = 1
 
 
 @dataclass
@@ -26,23 +35,27 @@ class RunRecord:
 
     path: Path
     manifest: dict[str, Any]
+    lock: RunLock
+    changes: tuple[str, ...] = ()
+    """What differs from the run that is continued (``run.allow_changed``)."""
+
+    def leave(self, status: str, failures: Mapping[str, str]) -> None:
+        """Note an end without a score: ``incomplete``, and which images failed why."""
+        self.manifest.update(status=status, finished=_now(), failures=dict(failures))
+        write_json(self.path / MANIFEST, self.manifest)
 
     def finish(
-        self, rows: Sequence[Row], seconds: float, rate: float, world_size: int, stages: Mapping[str, float]
+        self, rows: Sequence[Row], timings: Mapping[str, Any], marks: Sequence[str], failures: Mapping[str, str]
     ) -> None:
-        """Note the end: timings, and a hash of everything that was read."""
+        """Note the end: timings, images that were skipped and why, and a hash of everything that was read."""
         digest = hashlib.sha256()
         for row in rows:
             digest.update(f"{row.image_id} {row.content_hash}\n".encode())
         self.manifest["dataset"]["content_hash"] = digest.hexdigest()
         self.manifest.update(status="finished", finished=_now())
-        self.manifest["timings"] = {
-            "seconds": round(seconds, 3),
-            "images_per_second": round(rate, 3),
-            "predict_seconds": round(sum(r.seconds for r in rows), 3),
-            "world_size": world_size,
-            "stages": {name: round(spent, 3) for name, spent in stages.items()},
-        }
+        predict_seconds = round(sum(row.seconds for row in rows), 3)
+        self.manifest["timings"] = {**timings, "predict_seconds": predict_seconds}
+        self.manifest.update(failures=dict(failures), marks=list(marks))
         write_json(self.path / MANIFEST, self.manifest)
 
     def summary(self) -> dict[str, Any]:
@@ -51,24 +64,58 @@ class RunRecord:
 
 
 def start_record(
-    config: dict[str, Any], facts: dict[str, Any], marks: Sequence[str], seeds: dict[str, int]
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    marks: Sequence[str],
+    seeds: dict[str, int],
+    say: Callable[[str], None] = lambda _: None,
 ) -> RunRecord:
-    """Open the run directory and write config.yaml, code.diff and a first manifest.json.
+    """Open and lock the run directory, and write config.yaml, code.diff and a first manifest.json.
 
     Args:
         config: resolved configuration.
         facts: ``model`` and ``dataset``: origins and hashes.
         marks: what the run's numbers are not.
         seeds: every seed in use.
+        say: told why a start takes longer than usual.
 
     Raises:
-        HarnessError: the directory cannot be written, or holds a run of something else.
+        HarnessError: the directory cannot be written, another job is at work in it, or it holds a run of something
+            else (unless ``run.allow_changed``).
     """
     code = code_state()
     diff = code.pop("diff", "")
-    path, continued = open_run(
-        config["run"]["dir"], config["run"]["root"], config["model"]["name"], _identity(config, facts, code)
-    )
+    identity = _identity(config, facts, code)
+    path = make_run_dir(config["run"]["dir"], config["run"]["root"], config["model"]["name"])
+    lock = RunLock(path, say)
+    lock.acquire()
+    try:
+        before = None if is_new(path) else read_manifest(path)
+        changes = differences(before["identity"], identity) if before else []
+        if changes and not config["run"]["allow_changed"]:
+            raise HarnessError(
+                f"run.dir={path} holds a run of something else, so it is not continued. Different: "
+                + "; ".join(changes[:8])
+                + ". Choose another run.dir; or run.allow_changed=true mixes the counts of both, and says so."
+            )
+        return _write_record(path, lock, config, facts, marks, seeds, code, diff, before, changes)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _write_record(
+    path: Path,
+    lock: RunLock,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    marks: Sequence[str],
+    seeds: dict[str, int],
+    code: dict[str, Any],
+    diff: str,
+    before: dict[str, Any] | None,
+    changes: Sequence[str],
+) -> RunRecord:
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "status": "running",
@@ -81,16 +128,27 @@ def start_record(
         **facts,
         "identity": _identity(config, facts, code),
     }
-    if continued:
-        before = json.loads((path / MANIFEST).read_text())
-        earlier = {"started": before["started"], "command": before["command"]}
+    all_changes = list(changes)
+    if before is not None:
+        kept = ("started", "command", *(("identity", "code") if changes else ()))
+        earlier = {key: before[key] for key in kept}
         manifest["earlier"] = [*before.get("earlier", []), earlier]
+        all_changes = [*before.get("changes", []), *(c for c in changes if c not in before.get("changes", []))]
+    if all_changes:
+        manifest["changes"] = all_changes
+        manifest["marks"] = [*marks, mixed_mark(all_changes)]
     write_json(path / MANIFEST, manifest)  # first: from now on the directory is known as this run's
     if diff:
         write_text(path / "code.diff", diff)
-    header = "".join(f"# {mark}\n" for mark in marks)
+    header = "".join(f"# {mark}\n" for mark in manifest["marks"])
     write_text(path / "config.yaml", header + yaml.safe_dump(config, sort_keys=False))
-    return RunRecord(path, manifest)
+    return RunRecord(path, manifest, lock, tuple(all_changes))
+
+
+def mixed_mark(changes: Sequence[str]) -> str:
+    """Return the mark of a run that was continued though something had changed."""
+    keys = ", ".join(c.partition(":")[0] for c in changes[:4])
+    return f"MIXED: continued though it had changed: {keys}{', ...' if len(changes) > 4 else ''}"
 
 
 def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any]) -> dict[str, Any]:

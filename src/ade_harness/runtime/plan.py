@@ -1,9 +1,14 @@
-"""Which rank does which item: cost-balanced, every item exactly once, nothing padded."""
+"""Which rank does which item: every item exactly once, nothing padded, largest first."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+
+
+def largest_first(costs: Sequence[float]) -> list[int]:
+    """Return the items in the order in which the shared queue hands them out; equal costs in their own order."""
+    return sorted(range(len(costs)), key=lambda i: (-costs[i], i))
 
 
 def assign(costs: Sequence[float], world_size: int) -> list[list[int]]:
@@ -20,8 +25,23 @@ def assign(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0.0, rank) for rank in range(world_size)]
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+    for item in largest_first(costs):
         load, rank = heapq.heappop(loads)
         shares[rank].append(item)
         heapq.heappush(loads, (load + costs[item], rank))
     return shares
+
+
+def most_held(left: int, world_size: int, look_ahead: int) -> int:
+    """Return how many items a rank may hold at a time: the one it works on, and those that its loaders prepare.
+
+    Much while much is left, so that loaders never starve; towards the end only what is being worked on, so that no
+    item waits on a slow rank while a fast one has nothing to do. ``benchmarks/simulate_sharding.py`` has the figures.
+
+    Args:
+        left: items that nobody has taken.
+        world_size: number of ranks.
+        look_ahead: what the loaders can use, at most.
+    """
+    least = 2 if left > 4 * world_size else 1
+    return min(look_ahead + 1, max(least, left // (8 * world_size)))

@@ -1,8 +1,8 @@
-"""Lightning does launch, devices and strategy; the items, their order and the sum are ours.
+"""Lightning does devices and strategy; the items, their order and the sum are ours.
 
 What is switched off and why: Lightning's sampler repeats items to make shares equal, which counts images twice;
 its epoch-end hooks do not run on a rank without items, so nothing is reduced in them: the caller sums after
-``trainer.test()`` has returned, where the process group is still there.
+``trainer.test()`` has returned, where the process group is still there. Its handler of SIGTERM waits for other ranks.
 """
 
 from __future__ import annotations
@@ -10,63 +10,98 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ade_harness.errors import HarnessError
-from ade_harness.runtime.coordination import Coordinator
-from ade_harness.runtime.plan import assign
+from ade_harness.runtime.cluster import host_name, is_rank, is_supervised, node_count, resolve_devices
+from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
+from ade_harness.runtime.plan import assign, largest_first, most_held
 from ade_harness.runtime.progress import ProgressReporter
+from ade_harness.runtime.signals import handled_signals
+from ade_harness.runtime.watchdog import Watchdog
 
 Process = Callable[[Any, torch.device, int], int]
 """Does one loaded item on a device, as a rank; returns how much progress that is."""
 
+_NOTHING = -1
+"""An item that is none: it keeps the loaders turning while the rank may not take more."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, by all ranks together."""
+
+    items: Dataset[Any]
+    """Maps an index to a loaded item, in loader processes."""
+    costs: Sequence[float]
+    """Expected, of each item."""
+    names: Sequence[str]
+    """Of each item, for messages."""
+
+
+@dataclass
+class Ranks:
+    """The ranks, seen from one of them."""
+
+    trainer: pl.Trainer
+    coordinator: Coordinator
+    watchdog: Watchdog
+    install_signals: Callable[[], None]
+
+    def part(self) -> None:
+        """Let every rank go its own way: no word is exchanged after this."""
+        if is_distributed():
+            self.coordinator.meet("parted")
+            self.watchdog.close()
+            dist.barrier()
+            dist.destroy_process_group()
+
 
 class WorkItems(pl.LightningDataModule):
-    """Loads each rank's share of the items.
+    """Loads this rank's items.
 
     Args:
-        items: maps an index to a loaded item, in worker processes.
-        costs: expected cost of each item.
+        work: of all ranks.
+        sharding: ``queue`` (from a shared counter, largest first) or ``plan`` (fixed shares of equal cost).
         workers: loader processes per rank; None takes the cores that the ranks leave, at most 8 each.
         coordinator: no item is loaded after any rank has stopped.
     """
 
-    def __init__(
-        self, items: Dataset[Any], costs: Sequence[float], workers: int | None, coordinator: Coordinator
-    ) -> None:
+    def __init__(self, work: Work, sharding: str, workers: int | None, coordinator: Coordinator) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than items
-        self.items = items
-        self.costs = costs
+        self.work = work
+        self.sharding = sharding
         self.workers = workers
         self.coordinator = coordinator
+        self.held = 0
+        """Items that this rank has taken and not finished."""
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of this rank's share, largest item first."""
+        """Return the loader."""
         trainer = self.trainer
         assert trainer is not None
-        share = assign(self.costs, trainer.world_size)[trainer.global_rank]
-        spare = max(0, min(8, (os.cpu_count() or 1) // trainer.num_devices - 1))
-        workers = min(spare if self.workers is None else self.workers, len(share))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
+        spare = max(0, min(8, (os.cpu_count() or 1) // local_ranks - 1))
+        workers = min(spare if self.workers is None else self.workers, len(self.work.costs))
         return DataLoader(
-            self.items,
+            _Numbered(self.work.items),
             batch_size=None,
-            sampler=_UntilStopped(share, self.coordinator),
+            sampler=_Taken(self._take(trainer.global_rank, trainer.world_size, 4 * workers)),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             multiprocessing_context="fork" if workers else None,  # nothing of the network is sent to workers
@@ -74,27 +109,55 @@ class WorkItems(pl.LightningDataModule):
             worker_init_fn=_quiet_worker,
         )
 
+    def _take(self, rank: int, world_size: int, look_ahead: int) -> Iterator[int]:
+        """Yield this rank's items as its loaders ask for them."""
+        if self.sharding == "plan":
+            for item in assign(self.work.costs, world_size)[rank]:
+                if self.coordinator.stopped:
+                    return
+                self.held += 1
+                yield item
+            return
+        order = largest_first(self.work.costs)
+        while not self.coordinator.stopped and (left := len(order) - self.coordinator.taken()) > 0:
+            if self.held >= most_held(left, world_size, look_ahead):
+                yield _NOTHING
+                continue
+            place = self.coordinator.next_item()
+            if place >= len(order):
+                return
+            self.held += 1
+            yield order[place]
 
-class _UntilStopped(Sampler[int]):
-    """The items of a rank in their order, cut off when a rank has stopped."""
 
-    def __init__(self, share: Sequence[int], coordinator: Coordinator) -> None:
-        self._share = share
-        self._coordinator = coordinator
+class _Taken(Sampler[int]):
+    """A sampler of items that are chosen while the work goes on, so that their number is not known before."""
+
+    def __init__(self, taken: Iterator[int]) -> None:
+        self._taken = taken
 
     def __len__(self) -> int:
-        return len(self._share)
+        return 1 << 40  # Lightning asks for a bound, and would load one item too early without it
 
     def __iter__(self) -> Iterator[int]:
-        for item in self._share:
-            if self._coordinator.stopped:
-                return
-            yield item
+        return self._taken
+
+
+class _Numbered(Dataset[Any]):
+    """Items with their numbers."""
+
+    def __init__(self, items: Dataset[Any]) -> None:
+        self._items = items
+
+    def __getitem__(self, item: int) -> tuple[int, Any]:
+        return item, None if item == _NOTHING else self._items[item]
 
 
 def _quiet_worker(_: int) -> None:
-    """Let Ctrl-C reach the main process only, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let signals reach the main process only, which ends its workers."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
@@ -104,7 +167,8 @@ class WorkLoop(pl.LightningModule):
     Args:
         process: does one item.
         network: moved to the device by Lightning; None if there is none.
-        coordinator: counts, and stops early.
+        work_items: where the items come from.
+        ranks: what this rank tells the others.
         reporter: this rank's progress display, if it has one.
     """
 
@@ -112,48 +176,80 @@ class WorkLoop(pl.LightningModule):
         self,
         process: Process,
         network: nn.Module | None,
-        coordinator: Coordinator,
+        work_items: WorkItems,
+        ranks: Ranks,
         reporter: ProgressReporter | None,
     ) -> None:
         super().__init__()
         self.network = network
         self._process = process
-        self._coordinator = coordinator
+        self._work_items = work_items
+        self._ranks = ranks
         self._reporter = reporter
+        self.items = 0
+        """Done by this rank."""
+
+    def run(self) -> None:
+        """Do this rank's share of the work.
+
+        Raises:
+            StopRequestedError: the run is to end before all is done.
+            RankLostError: another rank died.
+        """
+        try:
+            if self._work_items.work.costs:
+                self._ranks.trainer.test(self, self._work_items, verbose=False)
+            self._ranks.watchdog.working_on("")
+            self._ranks.coordinator.raise_if_ended()
+        except BaseException:
+            self._close()
+            raise
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks have done their share; raises as :meth:`run`."""
+        try:
+            self._ranks.coordinator.meet("worked", self._show)
+            self._show()
+            self._ranks.coordinator.raise_if_ended()
+        finally:
+            self._close()
 
     def on_test_start(self) -> None:
         """Open the progress display."""
+        self._ranks.install_signals()
         if self._reporter is not None:
             self._reporter.start()
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: tuple[int, Any], batch_idx: int) -> None:
         """Do one item."""
-        if self._coordinator.stopped:
+        item, loaded = batch
+        coordinator = self._ranks.coordinator
+        if loaded is None or coordinator.stopped:
             return
+        begin = time.monotonic()
+        self._ranks.watchdog.working_on(self._work_items.work.names[item])
         try:
-            progress = self._process(batch, self.device, self.global_rank)
-        except BaseException:
-            self._coordinator.stop()  # the other ranks need not finish what cannot be scored
+            progress = self._process(loaded, self.device, self.global_rank)
+        except Exception:
+            coordinator.stop()  # the other ranks need not finish what cannot be scored
             raise
-        done = self._coordinator.done(progress)
-        if self._reporter is not None:
-            self._reporter.update(done)
+        self._work_items.held -= 1
+        self.items += 1
+        self._ranks.watchdog.finished(progress, self._work_items.work.costs[item], time.monotonic() - begin)
+        coordinator.done(progress)
+        self._show()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave copying to `process`."""
         return batch
 
-    def close(self, total: int) -> None:
-        """Keep the display going until all ranks are done or one has stopped, then take it away."""
-        if self._reporter is None:
-            return
-        interrupted = sys.exc_info()[0] is not None
-        while not interrupted and not self._coordinator.stopped and (done := self._coordinator.done()) < total:
-            self._reporter.update(done)
-            time.sleep(0.2)
-        if not interrupted and total:
-            self._reporter.update(self._coordinator.done())
-        self._reporter.close()
+    def _show(self) -> None:
+        if self._reporter is not None and self._ranks.coordinator.lost is None:
+            self._reporter.update(self._ranks.coordinator.done())
+
+    def _close(self) -> None:
+        if self._reporter is not None:
+            self._reporter.close()
 
 
 def is_main_process() -> bool:
@@ -163,47 +259,29 @@ def is_main_process() -> bool:
     return (_get_rank() or 0) == 0
 
 
-def resolve_device_count(cfg: DictConfig) -> tuple[str, int]:
-    """Return (accelerator, ranks per node) of a ``runtime`` node.
-
-    Raises:
-        HarnessError: more GPUs asked for than there are.
-    """
-    gpus = torch.cuda.device_count()
-    accelerator = cfg.accelerator if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
-    if accelerator == "cuda" and not gpus:
-        raise HarnessError("runtime.accelerator=cuda: torch sees no GPU. `python -m ade_harness doctor` says why.")
-    if cfg.devices == "auto":
-        return accelerator, gpus if accelerator == "cuda" else 1
-    if accelerator == "cuda" and cfg.devices > gpus:
-        raise HarnessError(f"runtime.devices={cfg.devices}: this machine has {gpus} GPUs.")
-    return accelerator, int(cfg.devices)
-
-
 def make_trainer(cfg: DictConfig) -> pl.Trainer:
     """Return a Lightning Trainer with everything off that would change counts or write files."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
-    accelerator, devices = resolve_device_count(cfg)
+    accelerator, devices = resolve_devices(cfg)
+    nodes = node_count(cfg)
     torch.set_num_threads(cfg.threads)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)  # otherwise Lightning divides the cores by the ranks
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and hides nothing here
-    ranks = devices * cfg.num_nodes
-    strategy: Any = "auto" if ranks == 1 else DDPStrategy(timeout=timedelta(minutes=cfg.timeout_min))
-    # Lightning's requeue saves a training checkpoint and knows nothing of finished images: ours is the ledger.
-    on_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()  # torchrun may run inside a job
-    plugins = [SLURMEnvironment(auto_requeue=False)] if on_slurm else None
+    strategy: Any = "auto"
+    if devices * nodes > 1:
+        strategy = DDPStrategy(timeout=timedelta(minutes=cfg.timeout_min))
     return pl.Trainer(
         accelerator=accelerator,
         devices=devices,
-        num_nodes=cfg.num_nodes,
+        num_nodes=nodes,
         strategy=strategy,
-        plugins=plugins,
+        plugins=[_environment()],
         use_distributed_sampler=False,
         deterministic="warn" if cfg.deterministic else False,
         logger=False,
@@ -213,28 +291,57 @@ def make_trainer(cfg: DictConfig) -> pl.Trainer:
     )
 
 
-@contextmanager
-def started_ranks(cfg: DictConfig) -> Iterator[pl.Trainer]:
-    """Start all ranks of a ``runtime`` node; inside, every rank runs the same code and they can talk.
+def _environment() -> Any:
+    """Return who tells rank and addresses."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()  # torchrun, also inside a SLURM job
+    if is_rank() and not is_supervised() and SLURMEnvironment.detect():
+        # Lightning's requeue saves a training checkpoint and knows nothing of finished images: ours is the ledger.
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
 
-    Lightning would start them within ``trainer.test()``; doing it first lets ranks agree on the run directory and
-    on what is left to do. ``trainer.test()`` then finds them running.
+
+@contextmanager
+def started_ranks(cfg: DictConfig) -> Iterator[Ranks]:
+    """Start this rank of a ``runtime`` node; inside, every rank runs the same code and they can talk.
+
+    Lightning would connect them within ``trainer.test()``; doing it first lets ranks agree on the run directory and
+    on what is left to do. ``trainer.test()`` then finds them connected.
 
     Raises:
-        KeyboardInterrupt: also where Lightning has turned it into an exit.
+        KeyboardInterrupt: Ctrl-C, also where Lightning has turned it into an exit.
+        StopRequestedError: SIGTERM, or the signal before a time limit.
+        RankLostError: another rank died.
     """
     trainer = make_trainer(cfg)
     launcher = trainer.strategy.launcher
     if launcher is not None:
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    coordinator = Coordinator()
+    watchdog = Watchdog(coordinator, cfg.dead_after_s)
+    watchdog.start()
     try:
-        yield trainer
+        with handled_signals(coordinator) as install:
+            yield Ranks(trainer, coordinator, watchdog, install)
     except BaseException as error:
-        if launcher is not None:
-            launcher.kill(signal.SIGTERM)
-        if isinstance(error, SystemExit) and trainer.interrupted:
-            raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into exit(1)
+        _leave(coordinator, launcher, error)
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and trainer.interrupted):
+            if coordinator.lost is not None:
+                raise RankLostError(coordinator.lost) from error
+            if coordinator.ended != "interrupted":
+                raise StopRequestedError(coordinator.ended) from error
+            raise KeyboardInterrupt from error
         raise
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    finally:
+        watchdog.close()
+
+
+def _leave(coordinator: Coordinator, launcher: Any, error: BaseException) -> None:
+    """Tell the other ranks why this one goes: they would wait for it."""
+    with suppress(RankLostError):
+        _ = coordinator.stopped  # passes on what a signal asked
+    if isinstance(error, Exception) and not isinstance(error, RankLostError | StopRequestedError):
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, HarnessError) else str(error)
+        coordinator.lose(f"rank {coordinator.rank} on {host_name()} ended ({reason.splitlines()[0][:200]})")
+    if launcher is not None:
+        launcher.kill(signal.SIGTERM)

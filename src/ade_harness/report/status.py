@@ -1,0 +1,103 @@
+"""How far a run is, read from its directory alone: from any shell, on any machine that sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ade_harness.errors import HarnessError
+from ade_harness.report.terminal import percent, print_fact
+from ade_harness.runs.directory import LEDGER, read_manifest
+from ade_harness.runs.ledger import read_rows
+from ade_harness.runs.live import PROGRESS
+from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
+from ade_harness.runtime.progress import format_seconds
+from ade_harness.runtime.supervisor import resume_command
+
+
+def run_status(console: Console, words: Sequence[str]) -> int:
+    """Print the state of one run directory; returns 0.
+
+    Raises:
+        HarnessError: not one directory, or it holds no run.
+    """
+    if len(words) != 1:
+        raise HarnessError("status needs one run directory, such as `status runs/20260102-030405_demo_a1b2c3`.")
+    path = Path(words[0]).expanduser()
+    manifest = read_manifest(path)
+    rows, damaged = read_rows(path / LEDGER)
+    progress = _read_progress(path)
+    total = manifest["dataset"]["images"]
+    holder = read_lock(path / LOCK)
+    state = run_state(manifest["status"], holder, progress)
+    for mark in manifest["marks"]:
+        console.print(mark, style="bold yellow", markup=False)
+    print_fact(console, "state", state)
+    print_fact(
+        console, "durable", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged))
+    )
+    for image_id, why in list(manifest.get("failures", {}).items())[:5]:
+        print_fact(console, "failed", why if image_id in why else f"{image_id}: {why}")
+    if state.startswith("running") and progress:
+        left = progress["seconds_left"]
+        print_fact(
+            console,
+            "progress",
+            f"{progress['done']} of {progress['images']} images, {progress['images_per_second']:.1f} images/s,"
+            f" {'unknown' if left is None else format_seconds(left)} left",
+        )
+        for warning in progress["warnings"]:
+            console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(_ranks(progress["ranks"]))
+    elif state == "finished":
+        print_fact(console, "mIoU", percent(json.loads((path / "metrics.json").read_text())["mIoU"]))
+    else:
+        print_fact(console, "continue", resume_command(path))
+    return 0
+
+
+def run_state(status: str, holder: dict[str, Any], progress: dict[str, Any] | None) -> str:
+    """Return ``running``, ``finished``, ``incomplete`` or ``interrupted``, with what is known of its process.
+
+    Args:
+        status: of the manifest.
+        holder: the lock's content.
+        progress: the content of progress.json.
+    """
+    if status != "running":
+        return status
+    owner = owner_state(holder) if holder else "dead"
+    where = f"process {holder.get('pid')} on {holder.get('host')}" if holder else ""
+    if owner == "alive":
+        return f"running ({where})"
+    if owner == "unknown" and progress is not None:
+        age = (datetime.now(UTC) - datetime.fromisoformat(progress["updated"])).total_seconds()
+        if age <= LEASE_S:
+            return f"running ({where})"
+        return f"interrupted, or without a sign for {format_seconds(age)} ({where})"
+    return "interrupted"
+
+
+def _read_progress(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads((path / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def _ranks(beats: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("rank", "host", "images", "images/s", "at work on"):
+        table.add_column(name, justify="right" if name in ("rank", "images", "images/s") else "left")
+    for beat in beats:
+        table.add_row(
+            str(beat["rank"]), beat["host"], str(beat["done"]), f"{beat['images_per_second']:.2f}", beat["item"]
+        )
+    return table

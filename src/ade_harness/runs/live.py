@@ -1,0 +1,123 @@
+"""What a running job shows to others: progress.json, and a warning about a rank that is much slower than the rest."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ade_harness.errors import HarnessError
+from ade_harness.runs.lock import RunLock
+from ade_harness.runs.record import RunRecord
+from ade_harness.runtime.coordination import Coordinator
+from ade_harness.runtime.watchdog import Beat
+
+PROGRESS = "progress.json"
+_WRITE_EVERY_S = 2.0
+SLOW_FACTOR = 2.0
+"""A rank is slow if it takes this much longer than the median rank for the same work."""
+_JUDGED_AFTER_S = 5.0
+"""Busy seconds of every rank before it is compared with the others."""
+
+
+class LiveStatus:
+    """Fed with what ranks tell, on rank 0, about once a second; must never fail.
+
+    Args:
+        run_dir: where progress.json goes.
+        lock: renewed here.
+        total: images of the run.
+        before: images that were counted earlier.
+        warn: prints a line.
+        lose: ends all ranks with a reason.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        lock: RunLock,
+        total: int,
+        before: int,
+        warn: Callable[[str], None],
+        lose: Callable[[str], None],
+    ) -> None:
+        self.path = run_dir / PROGRESS
+        self.lock = lock
+        self.total = total
+        self.before = before
+        self.warnings: dict[int, str] = {}
+        """About slow ranks, by rank."""
+        self._warn = warn
+        self._lose = lose
+        self._begin = time.monotonic()
+        self._written = -_WRITE_EVERY_S
+
+    @staticmethod
+    def of(record: RunRecord, total: int, before: int, console: Console, coordinator: Coordinator) -> LiveStatus:
+        """Return the status of a run that starts; arguments as of the class."""
+
+        def warn(text: str) -> None:
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+        return LiveStatus(record.path, record.lock, total, before, warn, coordinator.lose)
+
+    def on_beats(self, beats: Sequence[Beat]) -> None:
+        """Take what all ranks told."""
+        try:
+            self.lock.renew()
+        except HarnessError as error:
+            if not self.lock.is_mine():
+                self._lose(str(error))
+        for rank, text in slow_ranks(beats).items():
+            if rank not in self.warnings:
+                self.warnings[rank] = text
+                self._warn(f"warning: {text}")
+        if time.monotonic() - self._written >= _WRITE_EVERY_S:
+            self._written = time.monotonic()
+            self._write(beats)
+
+    def _write(self, beats: Sequence[Beat]) -> None:
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        done = sum(beat.done for beat in beats)
+        content: dict[str, Any] = {
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "images": self.total,
+            "done": self.before + done,
+            "images_per_second": done / seconds,
+            "seconds_left": (self.total - self.before - done) * seconds / done if done else None,
+            "warnings": list(self.warnings.values()),
+            "ranks": [{**asdict(beat), "images_per_second": beat.done / seconds} for beat in beats],
+        }
+        temporary = self.path.with_name(f".{PROGRESS}.tmp")
+        with suppress(OSError):  # the ledger's own error says that the disk is full
+            temporary.write_text(json.dumps(content))  # a sign of life, not a record: it need not be durable
+            temporary.replace(self.path)
+
+    def close(self) -> None:
+        """Take progress.json away: the result says all."""
+        self.path.unlink(missing_ok=True)
+
+
+def slow_ranks(beats: Sequence[Beat]) -> dict[int, str]:
+    """Return a warning for each rank that needs twice the median rank's time for the same work."""
+    judged = [beat for beat in beats if beat.busy_seconds >= _JUDGED_AFTER_S and beat.cost > 0]
+    if len(judged) < max(2, len(beats)):
+        return {}
+    pace = {beat.rank: beat.busy_seconds / beat.cost for beat in judged}
+    found = {}
+    for beat in judged:
+        typical = statistics.median([p for rank, p in pace.items() if rank != beat.rank])
+        if pace[beat.rank] > SLOW_FACTOR * typical:
+            found[beat.rank] = (
+                f"rank {beat.rank} on {beat.host} takes {pace[beat.rank] / typical:.1f} times as long as the median"
+                " rank for the same work: look for a throttled device, or another job on it"
+            )
+    return found

@@ -1,0 +1,175 @@
+"""One job per run directory: a lock that a crash of its owner does not leave behind.
+
+The lock is a file that its owner rewrites every few seconds. Whoever finds it looks whether that process is still
+there (on the same machine), or else whether the file still changes: no two clocks are compared, and no file system
+needs to know about locks. SLURM never runs two of one job, so a requeued job takes its own lock over at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ade_harness.errors import HarnessError
+
+LOCK = ".lock"
+RENEW_EVERY_S = 5.0
+LEASE_S = 20.0
+"""A lock of another machine that does not change for so long has no owner any more."""
+
+_SETTLE_S = 0.3
+
+
+class RunLock:
+    """Held by rank 0 while a run goes on.
+
+    Args:
+        run_dir: of the run.
+        say: told why a start takes longer than usual.
+    """
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None] = lambda _: None) -> None:
+        self.path = run_dir / LOCK
+        self._say = say
+        self._content: dict[str, Any] = {"token": uuid.uuid4().hex, "renewed": 0, **_this_process()}
+        self._renewed_at = time.monotonic()
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            HarnessError: another job holds it, or the directory cannot be written.
+        """
+        while True:
+            try:
+                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                self._take_over()
+                return
+            except OSError as error:
+                raise HarnessError(f"{self.path}: cannot be written ({error.strerror}).") from error
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(self._content, file)
+            return
+
+    def _take_over(self) -> None:
+        """Wait for a sign of the owner; without one, become the owner."""
+        holder = read_lock(self.path)
+        state = owner_state(holder)
+        if state == "unknown":
+            where = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
+            self._say(f"{self.path.parent} is locked by {where}: looking for a sign of it for {LEASE_S:g} s")
+            end = time.monotonic() + LEASE_S
+            while time.monotonic() < end and state == "unknown":
+                time.sleep(0.5)
+                if not self.path.exists():
+                    return self.acquire()
+                state = "alive" if read_lock(self.path) != holder else "unknown"
+        if state == "alive":
+            raise HarnessError(_refusal(self.path, holder))
+        self._write()
+        time.sleep(_SETTLE_S)  # two that take over at once: the later one has it
+        if not self.is_mine():
+            raise HarnessError(_refusal(self.path, read_lock(self.path)))
+        return None
+
+    def is_mine(self) -> bool:
+        """Whether the lock is still this one's."""
+        return bool(read_lock(self.path).get("token") == self._content["token"])
+
+    def renew(self) -> None:
+        """Show that the owner lives; cheap, and called often.
+
+        Raises:
+            HarnessError: another job has taken the lock meanwhile, as if this process had been stopped for long.
+        """
+        if time.monotonic() - self._renewed_at < RENEW_EVERY_S:
+            return
+        self._renewed_at = time.monotonic()
+        holder = read_lock(self.path)
+        if holder and holder.get("token") != self._content["token"]:
+            raise HarnessError(_refusal(self.path, holder))
+        self._content["renewed"] += 1
+        self._write()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self.is_mine():
+            self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f"{LOCK}.{self._content['token']}.tmp")
+        try:
+            temporary.write_text(json.dumps(self._content))
+            temporary.replace(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise HarnessError(f"{self.path}: cannot be written ({error.strerror}).") from error
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """Return a lock's content; empty if there is none, or not a whole one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def owner_state(holder: dict[str, Any]) -> str:
+    """Return ``alive``, ``dead``, or ``unknown`` (on a machine that cannot be looked into)."""
+    me = _this_process()
+    if not holder:
+        return "unknown"
+    job = holder.get("slurm_job")
+    if job is not None and job == me["slurm_job"] and holder.get("slurm_restart") != me["slurm_restart"]:
+        return "dead"  # an earlier life of this very job
+    if holder.get("machine") != me["machine"]:
+        return "unknown"
+    started = _started(int(holder.get("pid", -1)))
+    return "alive" if started is not None and started == holder.get("started") else "dead"
+
+
+def _refusal(path: Path, holder: dict[str, Any]) -> str:
+    job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
+    return (
+        f"{path.parent}: another job is at work on this run (process {holder.get('pid')} on {holder.get('host')}{job})."
+        f" Wait for it, end it, or choose another run.dir; `python -m ade_harness status {path.parent}` shows how far"
+        " it is."
+    )
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "machine": _machine(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
+
+
+def _started(pid: int) -> float | None:
+    """Return when a process started, in ticks since boot (a clock that jumps changes nothing); None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else float(fields[19])
+    except (OSError, IndexError, ValueError):
+        return psutil.Process(pid).create_time() if psutil.pid_exists(pid) else None
+
+
+def _machine() -> str:
+    """Return what tells this boot of this machine, and this container, from all others."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return os.uname().nodename

@@ -1,0 +1,180 @@
+"""Where this process runs: as one of the ranks, or as what starts them; on a laptop, under torchrun, or in SLURM.
+
+Nothing here needs torch, so that the process that only starts ranks stays small and quick.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ade_harness.errors import HarnessError, require
+
+SUPERVISED = "ADE_HARNESS_NOTE"
+"""Set for ranks that our supervisor has started: the file of their note."""
+
+_FIRST_PORT, _PORTS = 20000, 10000
+
+
+def host_name() -> str:
+    """Return how this machine is called: SLURM's name of the node, if there is one."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def is_supervised() -> bool:
+    """Whether this process is a rank that our supervisor has started."""
+    return SUPERVISED in os.environ
+
+
+def in_slurm_step() -> bool:
+    """Whether srun has started this process (the batch script itself is not in a step)."""
+    return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "").isdigit()
+
+
+def is_rank() -> bool:
+    """Whether somebody else has started one process per rank, and this is one of them."""
+    if is_supervised() or "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    if in_slurm_step():
+        return int(os.environ["SLURM_STEP_NUM_TASKS"]) > int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    return "LOCAL_RANK" in os.environ  # mpirun's and others' wrappers
+
+
+def node_count(cfg: DictConfig) -> int:
+    """Return the number of nodes of a ``runtime`` node: ``auto`` is what SLURM gave this step, or one."""
+    if cfg.num_nodes != "auto":
+        return int(cfg.num_nodes)
+    return int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) if in_slurm_step() else 1
+
+
+def gpu_count() -> int:
+    """Return how many GPUs torch sees; torch is not imported where there can be none."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def resolve_devices(cfg: DictConfig) -> tuple[str, int]:
+    """Return (accelerator, ranks per node) of a ``runtime`` node.
+
+    Raises:
+        HarnessError: more GPUs asked for than there are.
+    """
+    gpus = gpu_count() if cfg.accelerator != "cpu" else 0
+    accelerator = cfg.accelerator if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
+    if accelerator == "cuda" and not gpus:
+        raise HarnessError(
+            f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."
+        )
+    if cfg.devices == "auto":
+        return accelerator, gpus if accelerator == "cuda" else _step_tasks_per_node()
+    if accelerator == "cuda" and cfg.devices > gpus:
+        raise HarnessError(f"runtime.devices={cfg.devices}: {host_name()} has {gpus} GPUs.")
+    return accelerator, int(cfg.devices)
+
+
+def _step_tasks_per_node() -> int:
+    if in_slurm_step() and is_rank() and not is_supervised():
+        return int(os.environ["SLURM_STEP_NUM_TASKS"]) // int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node among those of the run, for the process that starts its ranks."""
+
+    rank: int
+    count: int
+    address: str
+    """Of node 0."""
+    port: int
+    """Of rank 0's store, in the first attempt; each attempt takes the next one."""
+
+
+def find_node(cfg: DictConfig) -> Node:
+    """Find out which node this is.
+
+    One node needs nothing. SLURM gives its variables. Anybody else sets NODE_RANK, MASTER_ADDR and MASTER_PORT on
+    every node, and gives each the same command.
+
+    Raises:
+        HarnessError: several nodes are asked for, and nothing says which one this is.
+    """
+    count = node_count(cfg)
+    if count == 1:
+        return Node(0, 1, "127.0.0.1", free_port())
+    if in_slurm_step():
+        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+        require(
+            nodes == count,
+            f"runtime.num_nodes={count}, but srun started this on {nodes} nodes: leave runtime.num_nodes out.",
+        )
+        port = _FIRST_PORT + 8 * int(os.environ["SLURM_JOB_ID"]) % _PORTS  # room for the attempts of each job
+        return Node(int(os.environ["SLURM_NODEID"]), count, slurm_first_address(), port)
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    require(
+        not missing,
+        f"runtime.num_nodes={count}: {', '.join(missing)} not set. Under SLURM start it with srun"
+        " (slurm/evaluate.sbatch); elsewhere give the same command on every node, with NODE_RANK=0, 1, ..., and"
+        " MASTER_ADDR and MASTER_PORT of node 0.",
+    )
+    values = os.environ["NODE_RANK"], os.environ["MASTER_PORT"]
+    require(
+        all(v.isdigit() for v in values) and int(values[0]) < count,
+        f"NODE_RANK={values[0]}, MASTER_PORT={values[1]}: expected a rank below {count}, and a port.",
+    )
+    return Node(int(values[0]), count, os.environ["MASTER_ADDR"], int(values[1]))
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def slurm_first_address() -> str:
+    """Return an address of the step's first node: its name if that can be resolved, else what SLURM knows."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    first = _run("scontrol", "show", "hostnames", nodes).split("\n")[0].strip() or nodes
+    try:
+        socket.gethostbyname(first)
+        return first
+    except OSError:
+        found = re.search(r"NodeAddr=(\S+)", _run("scontrol", "show", "node", first))
+        return found[1] if found else first
+
+
+def requeue_slurm_job(most: int) -> str:
+    """Put this SLURM job back into the queue; returns a line about it. The job's end follows at once.
+
+    Args:
+        most: how often a job may have been requeued.
+    """
+    job = os.environ.get("SLURM_JOB_ID", "")
+    advice = "submit it again to continue."
+    if not job or shutil.which("scontrol") is None:
+        return f"runtime.requeue: this is no SLURM job, or scontrol is not here: {advice}"
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= most:
+        return f"runtime.requeue: job {job} was requeued {most} times (runtime.slurm.most_requeues): {advice}"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        return f"runtime.requeue: job {job} could not be requeued ({done.stderr.strip()}): {advice}"
+    return f"job {job} is requeued, and continues there."
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

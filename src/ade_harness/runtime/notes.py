@@ -1,0 +1,52 @@
+"""What a rank and its supervisor tell each other beside logs: a note in shared memory, exit codes, one signal."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+from pathlib import Path
+
+from ade_harness.runtime.cluster import SUPERVISED
+
+EXIT_MESSAGE = 2
+"""Something that the user can mend, or Ctrl-C; the rank has said what."""
+EXIT_STOPPED = 75
+"""Asked to stop (SIGTERM, or the signal before a time limit); what was counted is kept."""
+EXIT_RANK_LOST = 76
+"""Another rank died; what this one counted is kept."""
+SIBLING_DIED = signal.SIGUSR2
+"""The supervisor's signal to the ranks of its node after one of them has died."""
+
+NOTE_BYTES = 2048
+
+
+class Note:
+    """A few bytes of shared memory in which a rank tells its supervisor what it does; they outlive a kill."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), NOTE_BYTES)
+        self._content: dict[str, str] = {}
+
+    def write(self, **content: str) -> None:
+        """Change some fields."""
+        self._content |= content
+        text = json.dumps({k: v[:400] for k, v in self._content.items()}).encode()[: NOTE_BYTES - 1]
+        self._memory[: len(text) + 1] = text + b"\0"
+
+    @staticmethod
+    def read(path: Path) -> dict[str, str]:
+        """Return the fields; empty if there are none, or if the rank was killed while it wrote."""
+        try:
+            content: dict[str, str] = json.loads(path.read_bytes().split(b"\0")[0] or b"{}")
+        except (OSError, ValueError):
+            return {}
+        return content
+
+
+def open_note() -> Note | None:
+    """Return this rank's note to its supervisor, if it has one."""
+    path = os.environ.get(SUPERVISED)
+    return Note(Path(path)) if path else None

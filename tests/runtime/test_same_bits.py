@@ -1,0 +1,120 @@
+"""The same bits for any number of ranks, both ways to share the work, every batch setting, and after a kill."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ade_harness.runtime.cluster import free_port
+
+IMAGES = 14
+PROTOCOL = ("inference=mmseg_whole_512", "inference.resize.side=64", "inference.resize.max_side=96")
+WORDS = (
+    *PROTOCOL, f"dataset.limit={IMAGES}", "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0",
+    "run.overlays=0", "runtime.dead_after_s=5",
+)  # fmt: skip
+BATCHES = {"one": (), "views": ("inference.tta.flip=true", "inference.batch=4"), "images": ("inference.images=3",)}
+
+Run = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path) -> Iterator[Run]:
+    """Run a command on some ranks; returns their exit codes."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forked_ranks.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def send(folder: Path, ranks: int, *words: str, kill: tuple[int, int] | None = None) -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        job = {"words": [*WORDS, *words], "ranks": ranks, "cwd": str(folder), "port": free_port(), "kill": kill}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield send
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+def logs(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("rank*.log")))
+
+
+def table(run_dir: Path) -> pd.DataFrame:
+    return pd.read_parquet(run_dir / "ledger").sort_values("image_id").reset_index(drop=True)
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    found, first = table(folder / "run"), table(expected / "run")
+    assert found.image_id.tolist() == first.image_id.tolist()  # each once
+    assert found.label_hash.tolist() == first.label_hash.tolist()  # every pixel of every image
+    matrices = [np.load(path / "run/confusion_matrix.npy") for path in (folder, expected)]
+    assert np.array_equal(*matrices)
+
+
+@pytest.fixture(scope="module")
+def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One rank, for each batch setting."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in BATCHES}
+    for name, folder in folders.items():
+        assert run(folder, 1, *BATCHES[name], "run.dir=run") == [0], logs(folder)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "plan"), (2, 3, 4)))
+)
+def test_same_bits(
+    run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str, ranks: int
+) -> None:
+    words = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
+    assert run(tmp_path, ranks, *words) == [0] * ranks, logs(tmp_path)
+    assert_same(tmp_path, reference[batch])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "sharding"), list(itertools.product(BATCHES, ("queue", "plan"))))
+def test_same_bits_after_a_kill(
+    run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str
+) -> None:
+    """A rank is killed in the middle; the others notice by themselves, and another number of ranks goes on."""
+    words = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
+    victim = {"one": 0, "views": 1, "images": 2}[batch]
+    codes = run(tmp_path, 3, *words, kill=(victim, 1))
+    assert codes[victim] == -9
+    assert {code for rank, code in enumerate(codes) if rank != victim} == {76}, logs(tmp_path)
+    kept = len(table(tmp_path / "run"))
+    assert 0 < kept <= IMAGES  # others may empty the queue before they notice
+    assert not (tmp_path / "run/metrics.json").exists()
+    assert run(tmp_path, 2, *words) == [0, 0], logs(tmp_path)
+    assert f"continuing: {kept} images are done" in logs(tmp_path)
+    assert_same(tmp_path, reference[batch])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_ranks_than_images_are_left(
+    run: Run, reference: dict[str, Path], tmp_path: Path, workers: int
+) -> None:
+    words = ("run.dir=run", f"runtime.workers={workers}")
+    assert run(tmp_path, 3, *words) == [0, 0, 0], logs(tmp_path)
+    sorted((tmp_path / "run/ledger").glob("*.parquet"))[0].unlink()
+    left = IMAGES - len(table(tmp_path / "run"))
+    assert run(tmp_path, left + 3, *words) == [0] * (left + 3), logs(tmp_path)
+    assert_same(tmp_path, reference["one"])
+    assert run(tmp_path, 2, *words) == [0, 0], logs(tmp_path)  # nothing is left at all
+    assert_same(tmp_path, reference["one"])
