@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,6 +97,8 @@ def _print_error(text: str) -> None:
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+_REQUEUE_WAIT_S = 120.0
+"""For SLURM to end a job that it has taken back."""
 _current_run: list[Path] = []
 """The run directory in use, for the message after Ctrl-C."""
 
@@ -207,7 +210,7 @@ def _run(cfg: DictConfig, command: Callable[[str | None], list[str]], in_this_pr
         command: for a run directory (None: not known yet), the words that make a rank of it.
         in_this_process: never start others.
     """
-    from ade_harness.runtime.cluster import find_node, is_rank, requeue_slurm_job, resolve_devices
+    from ade_harness.runtime.cluster import REQUEUED, find_node, is_rank, requeue_slurm_job, resolve_devices
     from ade_harness.runtime.supervisor import Supervisor
 
     if in_this_process or is_rank() or not cfg.runtime.supervise:
@@ -223,8 +226,13 @@ def _run(cfg: DictConfig, command: Callable[[str | None], list[str]], in_this_pr
         _current_run.append(Path(supervisor.run_dir))
     if code in (EXIT_MESSAGE, EXIT_STOPPED) and supervisor.received is not None and node.rank == 0:
         _say_how_to_go_on("Interrupted" if supervisor.received == signal.SIGINT else "Stopped")
-    if code == EXIT_STOPPED and cfg.runtime.requeue and node.rank == 0 and supervisor.received == signal.SIGUSR1:
-        _print_error(requeue_slurm_job(cfg.runtime.slurm.most_requeues))
+    if code == EXIT_STOPPED and cfg.runtime.requeue and supervisor.received == signal.SIGUSR1:
+        if node.rank != 0:
+            return 0  # a failure here would make srun kill node 0 before it has requeued the job
+        told = requeue_slurm_job(cfg.runtime.slurm.most_requeues)
+        _print_error(told)
+        if told.endswith(REQUEUED):
+            time.sleep(_REQUEUE_WAIT_S)
     return code
 
 

@@ -75,12 +75,8 @@ def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "plan"), (2, 3, 4)))
-)
-def test_same_bits(
-    run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str, ranks: int
-) -> None:
+@pytest.mark.parametrize(("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "plan"), (2, 3, 4))))
+def test_same_bits(run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str, ranks: int) -> None:
     words = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
     assert run(tmp_path, ranks, *words) == [0] * ranks, logs(tmp_path)
     assert_same(tmp_path, reference[batch])
@@ -107,9 +103,7 @@ def test_same_bits_after_a_kill(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_more_ranks_than_images_are_left(
-    run: Run, reference: dict[str, Path], tmp_path: Path, workers: int
-) -> None:
+def test_more_ranks_than_images_are_left(run: Run, reference: dict[str, Path], tmp_path: Path, workers: int) -> None:
     words = ("run.dir=run", f"runtime.workers={workers}")
     assert run(tmp_path, 3, *words) == [0, 0, 0], logs(tmp_path)
     sorted((tmp_path / "run/ledger").glob("*.parquet"))[0].unlink()

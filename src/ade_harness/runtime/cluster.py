@@ -21,6 +21,7 @@ from ade_harness.errors import HarnessError, require
 SUPERVISED = "ADE_HARNESS_NOTE"
 """Set for ranks that our supervisor has started: the file of their note."""
 
+REQUEUED = "is requeued, and continues there."
 _FIRST_PORT, _PORTS = 20000, 10000
 
 
@@ -156,7 +157,9 @@ def slurm_first_address() -> str:
 
 
 def requeue_slurm_job(most: int) -> str:
-    """Put this SLURM job back into the queue; returns a line about it. The job's end follows at once.
+    """Put this SLURM job back into the queue; returns a line about it.
+
+    SLURM then ends the job. Who called this should wait for that: a job whose script fails first is not requeued.
 
     Args:
         most: how often a job may have been requeued.
@@ -170,7 +173,7 @@ def requeue_slurm_job(most: int) -> str:
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         return f"runtime.requeue: job {job} could not be requeued ({done.stderr.strip()}): {advice}"
-    return f"job {job} is requeued, and continues there."
+    return f"job {job} {REQUEUED}"
 
 
 def _run(*command: str) -> str:

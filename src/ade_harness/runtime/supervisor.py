@@ -178,8 +178,8 @@ class Supervisor:
 
     def _on_signal(self, number: int, _: object) -> None:
         self._impatient = self._impatient or (self.received == signal.SIGINT and number == signal.SIGINT)
-        self.received = signal.Signals(number)
-        self._signal_all(self.received)
+        self.received = self.received or signal.Signals(number)
+        self._signal_all(signal.Signals(number))
         if number != signal.SIGUSR1:  # before a time limit ranks may finish what they are at
             self._asked_at = self._asked_at or time.monotonic()
 

@@ -28,7 +28,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ade_harness.errors import HarnessError
-from ade_harness.runtime.cluster import host_name, is_rank, is_supervised, node_count, resolve_devices
+from ade_harness.runtime.cluster import (
+    host_name,
+    is_rank,
+    is_supervised,
+    node_count,
+    resolve_devices,
+    slurm_first_address,
+)
 from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
 from ade_harness.runtime.plan import assign, largest_first, most_held
 from ade_harness.runtime.progress import ProgressReporter
@@ -296,6 +303,7 @@ def _environment() -> Any:
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()  # torchrun, also inside a SLURM job
     if is_rank() and not is_supervised() and SLURMEnvironment.detect():
+        os.environ.setdefault("MASTER_ADDR", slurm_first_address())  # Lightning needs a name that can be resolved
         # Lightning's requeue saves a training checkpoint and knows nothing of finished images: ours is the ledger.
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
