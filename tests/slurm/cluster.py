@@ -79,7 +79,7 @@ class Cluster:
             "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}",
             f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
         )  # fmt: skip
-        self._until(lambda: (folder / "munge.socket").exists(), "munged")
+        self._until((folder / "munge.socket").exists, "munged")
         ports = [_free_port() for _ in range(3)]
         text = CONFIGURATION.format(host=socket.gethostname(), user=getpass.getuser(), ports=ports, folder=folder)
         (folder / "slurm.conf").write_text(text)
@@ -148,10 +148,17 @@ class Cluster:
             found = self.job(job)
             if found.get("Restarts") == "1" and found["JobState"] in ("RUNNING", "COMPLETED"):
                 return
-            if found.get("Restarts") == "1" and found["Reason"] == "BeginTime":
+            ready = self.idle_nodes() == 2  # its former life is over on every node
+            if found.get("Restarts") == "1" and found["Reason"] == "BeginTime" and ready:
+                time.sleep(3)  # the former life's credential is revoked for a moment
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
                 time.sleep(2)
             time.sleep(0.2)
+
+    def log(self) -> str:
+        """Return what the daemons said of jobs."""
+        lines = "".join(p.read_text(errors="replace") for p in sorted(self.folder.glob("slurm*.log"))).splitlines()
+        return "\n".join(line for line in lines if "JobId" in line or "launch" in line)
 
     def idle_nodes(self) -> int:
         """Return how many nodes have nothing to do."""

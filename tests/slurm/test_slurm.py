@@ -132,7 +132,7 @@ def test_requeued_jobs_continue(
     else:
         cluster.run("scontrol", "requeue", job)
     cluster.start_again(job)
-    assert cluster.wait(job) == "COMPLETED", output(work)
+    assert cluster.wait(job) == "COMPLETED", output(work) + cluster.log()
     assert cluster.job(job)["Restarts"] == "1"
     assert_same(run, expected)
     assert len(json.loads((run / "manifest.json").read_text())["earlier"]) == 1

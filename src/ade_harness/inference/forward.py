@@ -93,8 +93,8 @@ class BatchedForward:
         except (HarnessError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the network may be anybody's code
-            if "can't allocate memory" in str(error):
-                raise
+            if "can't allocate memory" in str(error) or "CUDA error" in str(error):
+                raise  # the first is dealt with above; after the second this process cannot use its GPU any more
             reason = " ".join(str(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"

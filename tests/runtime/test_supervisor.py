@@ -1,0 +1,265 @@
+"""Deaths of ranks, as a user meets them: one clear message, in bounded time, and everything can be continued."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+from ade_harness.runtime.cluster import free_port
+from tests.conftest import Done
+from tests.runtime.slow_model import SLOW_MODEL
+
+IMAGES = 24
+WORDS = (
+    "model=custom", "model._target_=slow_model.Net", "inference=original_size", f"dataset.limit={IMAGES}",
+    "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=0", "run.dir=run",
+)  # fmt: skip
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "slow_model.py").write_text(SLOW_MODEL)
+    return tmp_path
+
+
+class Started:
+    """A command that runs."""
+
+    def __init__(self, work: Path, *words: str, **environment: str) -> None:
+        self.run = work / "run"
+        (self.run / "progress.json").unlink(missing_ok=True)  # of an earlier part
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ade_harness", *WORDS, *words], cwd=work, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}, start_new_session=True,
+        )  # fmt: skip
+
+    def until(self, images: int, timeout_s: float = 90) -> None:
+        """Wait for progress."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if json.loads((self.run / "progress.json").read_text())["done"] >= images:
+                    return
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.05)
+        raise AssertionError("no progress: " + "".join(self.process.communicate(timeout=5)))
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the rank processes in their order."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error, OSError):  # it may just be ending
+                found[int(child.environ()["RANK"])] = child
+        return [found[rank] for rank in sorted(found)]
+
+    def end(self, timeout_s: float = 60) -> Done:
+        """Wait for the end."""
+        out, err = self.process.communicate(timeout=timeout_s)
+        return Done(self.process.returncode, out, err)
+
+
+@pytest.fixture
+def start(work: Path) -> Iterator[Callable[..., Started]]:
+    running: list[Started] = []
+
+    def begin(*words: str, **environment: str) -> Started:
+        running.append(Started(work, *words, **environment))
+        return running[-1]
+
+    yield begin
+    for started in running:
+        if started.process.poll() is None:
+            os.killpg(started.process.pid, signal.SIGKILL)
+            started.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("expected")
+    (folder / "slow_model.py").write_text(SLOW_MODEL)
+    done = Started(folder, SLOW_MODEL_SECONDS="0").end()
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+def table(run: Path) -> pd.DataFrame:
+    return pd.read_parquet(run / "ledger").sort_values("image_id").reset_index(drop=True)
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert table(run).image_id.is_unique
+    assert table(run).label_hash.tolist() == table(expected).label_hash.tolist()
+    assert np.array_equal(np.load(run / "confusion_matrix.npy"), np.load(expected / "confusion_matrix.npy"))
+
+
+@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
+def test_a_killed_rank_is_named_and_the_run_goes_on_later(
+    start: Callable[..., Started], cli: Callable[..., Done], work: Path, expected: Path, ranks: int, victim: int
+) -> None:
+    started = start(f"runtime.devices={ranks}", SLOW_MODEL_SECONDS="0.2")
+    started.until(3)
+    process = started.ranks()[victim]
+    process.kill()
+    begin = time.monotonic()
+    done = started.end()
+    assert time.monotonic() - begin < 15
+    assert done.code == 128 + 9
+    assert re.search(
+        rf"error: rank {victim} on \S+ \(process {process.pid}\) was killed by SIGKILL \(often the kernel, when memory"
+        r" runs out: see dmesg\) while at work on ADE_val_\d{8}\.",
+        done.err,
+    ), done.err
+    assert "Traceback" not in done.err
+    assert done.err.strip().splitlines()[-1] == "  python -m ade_harness resume run"
+    assert not (started.run / "metrics.json").exists()
+    again = cli("resume", "run", "runtime.devices=2", SLOW_MODEL_SECONDS="0")
+    assert again.code == 0, again.err
+    assert_same(started.run, expected)
+
+
+def test_restarts_continue_by_themselves(start: Callable[..., Started], expected: Path) -> None:
+    started = start("runtime.devices=2", "runtime.max_restarts=2", SLOW_MODEL_SECONDS="0.2")
+    started.until(3)
+    started.ranks()[0].kill()
+    time.sleep(1)
+    end = time.monotonic() + 60
+    while len(started.ranks()) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    done = started.end(120)
+    assert done.code == 0, done.err
+    assert "restart 1 of 2: what is counted is kept." in done.err
+    assert_same(started.run, expected)
+    assert len(json.loads((started.run / "manifest.json").read_text())["earlier"]) == 1
+
+
+def test_all_killed_at_once(start: Callable[..., Started], cli: Callable[..., Done], expected: Path) -> None:
+    """Also the supervisor: nothing can be said, and nothing is lost; ranks do not outlive it."""
+    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.2")
+    started.until(3)
+    ranks = started.ranks()
+    started.process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive  # they noticed by themselves, and saved their counts
+    assert len(table(started.run)) >= 3
+    shown = cli("status", "run")
+    assert "interrupted" in shown.out
+    assert "python -m ade_harness resume run" in shown.out
+    again = cli("resume", "run", "runtime.devices=3", SLOW_MODEL_SECONDS="0")
+    assert again.code == 0, again.err
+    assert_same(started.run, expected)
+    assert "state:         finished" in cli("status", "run").out
+
+
+def test_a_crash_of_the_models_code_shows_its_log(start: Callable[..., Started], work: Path) -> None:
+    (work / "slow_model.py").write_text(
+        SLOW_MODEL.replace(
+            "        n, _, h, w", "        if os.environ['RANK'] == '1':\n            os.abort()\n        n, _, h, w"
+        )
+    )
+    done = start("runtime.devices=2", SLOW_MODEL_SECONDS="0").end()
+    assert done.code == 128 + 6
+    assert re.search(r"error: rank 1 on \S+ \(process \d+\) was killed by SIGABRT", done.err), done.err
+    assert "rank00001.log" in done.err or "It wrote nothing before." in done.err
+
+
+def test_an_unexpected_error_on_one_rank_ends_all(start: Callable[..., Started], work: Path) -> None:
+    """Such as a CUDA error: its traceback is in the message, whichever rank it was."""
+    (work / "slow_model.py").write_text(
+        SLOW_MODEL.replace(
+            "        n, _, h, w",
+            "        if os.environ['RANK'] == '1':\n            raise RuntimeError('CUDA error: an illegal memory access')\n"
+            "        n, _, h, w",
+        )
+    )
+    begin = time.monotonic()
+    done = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.1").end()
+    assert done.code == 1
+    assert time.monotonic() - begin < 60
+    assert re.search(r"error: rank 1 on \S+ \(process \d+\) ended with exit code 1", done.err), done.err
+    assert "CUDA error: an illegal memory access" in done.err
+    assert "rank00001.log" in done.err
+
+
+def test_sigterm_and_the_time_limits_signal_end_in_order(
+    start: Callable[..., Started], cli: Callable[..., Done], expected: Path
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        started = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.5")
+        started.until(3)
+        started.process.send_signal(number)
+        begin = time.monotonic()
+        done = started.end()
+        assert time.monotonic() - begin < 12
+        assert done.code == 75, done.err
+        assert "Stopped. The counts so far are kept; this continues:\n  python -m ade_harness resume run" in done.err
+        assert "Traceback" not in done.err
+        assert 3 <= len(table(started.run)) < IMAGES
+    again = cli("resume", "run", SLOW_MODEL_SECONDS="0")
+    assert again.code == 0, again.err
+    assert_same(started.run, expected)
+
+
+def test_a_silent_rank_is_lost_after_the_time_that_was_set(start: Callable[..., Started]) -> None:
+    """Stopped, as by a hanging driver: it does not answer even to signals."""
+    started = start("runtime.devices=2", "runtime.dead_after_s=5", SLOW_MODEL_SECONDS="0.3")
+    started.until(2)
+    process = started.ranks()[1]
+    process.suspend()
+    begin = time.monotonic()
+    done = started.end()
+    assert 4 < time.monotonic() - begin < 40
+    assert done.code == 76
+    text = rf"error: rank 1 on \S+ \(process {process.pid}\) is silent for 5 s, last at work on ADE_val_\d+"
+    assert re.search(text, done.err), done.err
+
+
+def test_two_nodes_without_slurm(work: Path, expected: Path) -> None:
+    """The same command on both, with NODE_RANK; here two folders' worth of processes on loopback."""
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLOW_MODEL_SECONDS": "0"}
+    nodes = [Started(work, "runtime.num_nodes=2", "runtime.devices=2", NODE_RANK=str(n), **common) for n in (0, 1)]
+    done = [node.end(120) for node in nodes]
+    assert [d.code for d in done] == [0, 0], done
+    assert "mIoU" in done[0].out
+    assert "mIoU" not in done[1].out
+    assert_same(work / "run", expected)
+
+
+def test_a_slow_rank_is_named_and_the_queue_spares_it(start: Callable[..., Started], cli: Callable[..., Done]) -> None:
+    started = start("runtime.devices=2", "dataset.limit=40", SLOW_MODEL_RANK="1", SLOW_MODEL_SECONDS="1.2")
+    done = started.end(120)
+    assert done.code == 0, done.err
+    found = table(started.run)["rank"].value_counts()
+    assert found[0] > 2 * found[1]
+    assert "balance:" in done.out
+
+
+def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started], cli: Callable[..., Done]) -> None:
+    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="1.5")
+    started.until(3)
+    shown = cli("status", "run")
+    assert shown.code == 0
+    assert re.search(r"state: +running \(process \d+ on ", shown.out), shown.out
+    assert re.search(r"progress: +\d+ of 24 images, \d+\.\d images/s, 0:\d\d left", shown.out), shown.out
+    assert len(re.findall(r"ADE_val_\d{8}", shown.out)) == 2  # what each rank is at work on
+    # and a second job is refused while this one lives
+    second = cli(*WORDS)
+    assert second.code == 2
+    assert "another job is at work on this run (process" in second.err
+    started.process.send_signal(signal.SIGTERM)
+    started.end()
