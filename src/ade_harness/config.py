@@ -77,6 +77,7 @@ class ModelConfig:
     checkpoint_sha256: str | None = None
     weights: str = "pretrained"  # or random
     seed: int = 0  # of random weights
+    dtype: str = "fp32"  # of the weights in memory; bf16 and fp16 need the same inference.precision
     class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
     class_names: list[str] | None = None  # per output channel, if the file carries none
     encoding: str = "official"  # kind=predictions: official (0 none, 1..150) or zero_based (0..149, 255 none)

@@ -66,6 +66,12 @@ def validate(cfg: DictConfig) -> None:
     for name in ("max_value", "stride"):
         value = cfg.model.input[name]
         require(value > 0, f"model.input.{name}={value}: expected a number over 0.")
+    _one_of(cfg, "model.dtype", ("fp32", "bf16", "fp16"))
+    require(
+        cfg.model.dtype in ("fp32", cfg.inference.precision),
+        f"model.dtype={cfg.model.dtype} needs inference.precision={cfg.model.dtype} (it is {cfg.inference.precision}):"
+        " what is added to such weights must be converted too.",
+    )
     _check_class_map(cfg.model.class_map)
     _check_model(cfg)
 

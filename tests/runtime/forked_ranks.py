@@ -1,7 +1,8 @@
 """Runs commands on any number of ranks quickly: imports everything once, then forks one process per rank.
 
 Reads one JSON object per line: {"words": [...], "ranks": N, "cwd": ..., "port": ..., "kill": [rank, images] or null};
-answers with the list of exit codes. With "kill" a rank kills itself once it has counted so many images.
+answers with the list of exit codes. With "kill" a rank kills itself once it has counted so many images. With
+"words_of" each rank gets words of its own, and is a node of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def main() -> None:
 
 def run_rank(command, job: dict, rank: int) -> int:  # type: ignore[no-untyped-def]
     size = str(job["ranks"])
+    own = job["words_of"]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    devices = [f"runtime.devices={size}"]
+    if own is not None:
+        os.environ |= {"LOCAL_RANK": "0", "NODE_RANK": str(rank), "LOCAL_WORLD_SIZE": "1"}
+        devices = ["runtime.devices=1", f"runtime.num_nodes={size}", *own[rank]]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     os.chdir(job["cwd"])
     log = os.open(f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -43,7 +49,7 @@ def run_rank(command, job: dict, rank: int) -> int:  # type: ignore[no-untyped-d
     if job["kill"] is not None and job["kill"][0] == rank:
         kill_after(job["kill"][1])
     try:
-        return command([*job["words"], f"runtime.devices={size}"])
+        return command([*job["words"], *devices])
     except BaseException:
         import traceback
 

@@ -51,7 +51,12 @@ def test_balance_on_the_real_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("cost", "world_size", "least"),
-    [("whole image", 8, 0.9985), ("whole image", 64, 0.985), ("whole image", 256, 0.97), ("windows 512/341", 64, 0.985)],
+    [
+        ("whole image", 8, 0.9985),
+        ("whole image", 64, 0.985),
+        ("whole image", 256, 0.97),
+        ("windows 512/341", 64, 0.985),
+    ],
 )
 def test_the_queue_is_efficient_with_a_slow_rank(cost: str, world_size: int, least: float) -> None:
     assert efficiency(COSTS[cost](), world_size, "queue", slow=1.5) > least

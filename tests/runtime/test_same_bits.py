@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ade_harness.runtime.cluster import free_port
 
@@ -37,9 +40,15 @@ def run(cache: Path) -> Iterator[Run]:
     assert process.stdin is not None
     assert process.stdout is not None
 
-    def send(folder: Path, ranks: int, *words: str, kill: tuple[int, int] | None = None) -> list[int]:
+    def send(
+        folder: Path, ranks: int, *words: str, kill: tuple[int, int] | None = None,
+        words_of: list[list[str]] | None = None,
+    ) -> list[int]:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        job = {"words": [*WORDS, *words], "ranks": ranks, "cwd": str(folder), "port": free_port(), "kill": kill}
+        job = {
+            "words": [*WORDS, *words], "ranks": ranks, "cwd": str(folder), "port": free_port(), "kill": kill,
+            "words_of": words_of,
+        }  # fmt: skip
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
@@ -112,3 +121,45 @@ def test_more_ranks_than_images_are_left(run: Run, reference: dict[str, Path], t
     assert_same(tmp_path, reference["one"])
     assert run(tmp_path, 2, *words) == [0, 0], logs(tmp_path)  # nothing is left at all
     assert_same(tmp_path, reference["one"])
+
+
+# ranks that see different things
+
+
+@pytest.mark.slow
+def test_nodes_with_different_data_or_weights_are_refused(run: Run, tmp_path: Path, tiny_ade: Path) -> None:
+    other = tmp_path / "other" / tiny_ade.name
+    shutil.copytree(tiny_ade, other)
+    words = ("model=predictions", f"model.path={tiny_ade}/annotations/validation", "dataset=ade20k", "dataset.limit=7")
+    roots = [[f"dataset.root={tiny_ade}"], [f"dataset.root={other}"]]
+    assert run(tmp_path / "same", 2, *words, words_of=roots) == [0, 0], logs(tmp_path / "same")
+    image = other / "images/validation/ADE_val_99990003.jpg"
+    content = image.read_bytes()
+    image.write_bytes(content + b"x")
+    assert run(tmp_path / "size", 2, *words, words_of=roots) == [2, 2]
+    text = logs(tmp_path / "size")
+    assert "rank 1 on " in text
+    assert " sees something else than rank 0 on " in text
+    assert "the data set's names and sizes (sha256) is" in text
+    image.unlink()
+    (other / "annotations/validation/ADE_val_99990003.png").unlink()
+    assert run(tmp_path / "ids", 2, *words, words_of=roots) == [2, 2]
+    assert "the image ids (sha256) is" in logs(tmp_path / "ids")
+    shutil.rmtree(other)
+    assert run(tmp_path / "none", 2, *words, words_of=roots) == [2, 2]
+    assert f"{other}: no such folder or zip" in logs(tmp_path / "none")
+    assert "Traceback" not in logs(tmp_path / "none") + text
+
+
+@pytest.mark.slow
+def test_ranks_with_different_checkpoints_are_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\nclass Net(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, 150, 4, 4)\n"
+    )
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(torch.nn.Conv2d(3, 150, 4, 4).state_dict(), tmp_path / f"{seed}.safetensors")
+    words = ("model=custom", "model._target_=net.Net", *PROTOCOL)
+    own = [[f"model.checkpoint={seed}.safetensors"] for seed in (0, 1)]
+    assert run(tmp_path, 2, *words, words_of=own) == [2, 2]
+    assert "the checkpoint (sha256) is" in logs(tmp_path)

@@ -28,6 +28,8 @@ from ade_harness.models.weights import (
     read_state_dict,
 )
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -63,10 +65,25 @@ def load_model(cfg: DictConfig, threads: int = 1) -> LoadedModel:
         )
     model = loader(cfg, threads)
     model.module.eval()
+    if cfg.dtype != "fp32":
+        _convert(model.module, DTYPES[cfg.dtype], cfg.kind)
     for parameter in model.module.parameters():  # ScriptModules have no requires_grad_ of their own
         parameter.requires_grad_(False)
     model.facts.setdefault("parameters", sum(p.numel() for p in model.module.parameters()))
     return model
+
+
+def _convert(module: nn.Module, dtype: torch.dtype, kind: str) -> None:
+    """Convert weights one after another: the peak is the converted model and one tensor, whatever the file's size."""
+    if kind in ("onnx", "torchscript"):
+        raise HarnessError(f"model.dtype: a model of kind {kind} keeps the types of its file. Leave model.dtype out.")
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            continue  # its running statistics need the precision, and autocast takes them as they are
+        for tensors in (part._parameters, part._buffers):
+            for tensor in tensors.values():
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
 
 
 def _statistics(cfg: DictConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpo
 def read_state_dict(path: Path) -> StateDict:
     """Read tensors from .safetensors, or from a torch file without running any code in it.
 
+    The tensors are mapped, not read: all ranks of a node share the pages of one file.
+
     The wrappers of training frameworks (``state_dict``, ``model``, ``model_state_dict``) are opened.
 
     Raises:
@@ -104,7 +107,7 @@ def read_state_dict(path: Path) -> StateDict:
         except (SafetensorError, OSError) as error:
             raise HarnessError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             head = file.read(2)
@@ -139,7 +142,10 @@ def load_strictly(
     allow_missing: Sequence[str],
     allow_unexpected: Sequence[str],
 ) -> None:
-    """Load every key, in place.
+    """Load every key.
+
+    The module takes the tensors of `state` for its own (which are pages of the file, read when they are needed), so
+    there is no second copy of them in memory.
 
     Raises:
         HarnessError: a missing, unexpected or differently shaped key that no pattern allows.
@@ -152,7 +158,8 @@ def load_strictly(
     ]
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     require_all_keys(origin, missing, unexpected, shapes, allow_missing, allow_unexpected)
-    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    taken = {k: v.to(own[k].dtype) for k, v in state.items() if k in own}  # no copy where the dtype is the same
+    module.load_state_dict(taken, strict=False, assign=True)
 
 
 def require_all_keys(

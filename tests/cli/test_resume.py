@@ -1,0 +1,326 @@
+"""Continue, refuse, skip, and the end checks: in one process, on small data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ade_harness.counting import ImageCounter
+from ade_harness.runs.ledger import LedgerWriter
+from tests.conftest import Done
+
+Call = Callable[..., Done]
+FAST = ("tracking=none", "run.overlays=0", "runtime.workers=0")
+
+
+@pytest.fixture
+def words(tiny_ade: Path, tmp_path: Path) -> list[str]:
+    """Predictions that are the truth, on seven images."""
+    labels = tmp_path / "labels"
+    shutil.copytree(tiny_ade / "annotations/validation", labels)
+    return ["model=predictions", f"model.path={labels}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST]
+
+
+def lose_some(run: Path) -> None:
+    """Forget what a run has counted, as if it had been killed early."""
+    for path in (run / "ledger").iterdir():
+        path.unlink()
+    (run / "metrics.json").unlink()
+
+
+def hashes(run: Path) -> list[str]:
+    return pd.read_parquet(run / "ledger").sort_values("image_id").label_hash.tolist()
+
+
+def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, words: list[str], tmp_path: Path) -> None:
+    assert call(*words, "run.dir=run").code == 0
+    expected = hashes(tmp_path / "run")
+    metrics = (tmp_path / "run/metrics.json").read_bytes()
+    lose_some(tmp_path / "run")
+    done = call("resume", "run")
+    assert done.code == 0, done.err
+    assert hashes(tmp_path / "run") == expected
+    assert (tmp_path / "run/metrics.json").read_bytes() == metrics
+    begin = time.monotonic()
+    again = call("resume", "run", "runtime.sharding=plan")  # finished: the same result, at once
+    assert again.code == 0
+    assert "continuing: 7 images are done" in again.out
+    assert (tmp_path / "run/metrics.json").read_bytes() == metrics
+    assert time.monotonic() - begin < 10
+
+
+def test_resume_takes_options_of_this_sitting_and_refuses_unknown_ones(call: Call, words: list[str]) -> None:
+    assert call(*words, "run.dir=run").code == 0
+    done = call("resume", "run", "runtime.devcies=2")
+    assert done.code == 2
+    assert "'runtime.devices'" in done.err
+    assert call("resume", "run", "tracking=none", "runtime.timeout_min=1").code == 0
+
+
+def test_resume_refuses_what_changed_and_shows_it(call: Call, words: list[str], tmp_path: Path) -> None:
+    assert call(*words, "run.dir=run").code == 0
+    lose_some(tmp_path / "run")
+    done = call("resume", "run", "inference.exif=false")
+    assert done.code == 2
+    assert "inference.exif: was true, is false" in done.err
+    assert "run.allow_changed=true" in done.err
+    mixed = call("resume", "run", "inference.exif=false", "run.allow_changed=true")
+    assert mixed.code == 0, mixed.err
+    assert "MIXED: continued though it had changed: inference.exif" in mixed.out
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["changes"] == ["inference.exif: was true, is false"]
+    for name in ("metrics.json", "per_class.csv", "config.yaml"):
+        assert "MIXED" in (tmp_path / "run" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["resume"], "resume needs one run directory"),
+        (["resume", "nowhere"], "nowhere: holds no run (no manifest.json)"),
+        (["resume", "a", "b"], "resume needs one run directory"),
+        (["status"], "status needs one run directory"),
+        (["status", "nowhere"], "nowhere: holds no run"),
+        (["runtime.sharding=random"], "runtime.sharding=random: expected one of queue, plan"),
+        (["runtime.max_restarts=-1"], "runtime.max_restarts=-1: expected 0 or more"),
+        (["runtime.dead_after_s=1"], "runtime.dead_after_s=1.0: expected 5 or more"),
+        (["runtime.num_nodes=0"], "runtime.num_nodes=0: expected a number of nodes"),
+        (["runtime.supervise=false", "runtime.max_restarts=1"], "runtime.max_restarts needs runtime.supervise=true"),
+        (["run.on_error=maybe"], "run.on_error=maybe: expected one of fail, skip"),
+        (["-m", "hydra/launcher=joblib"], "hydra/launcher=joblib: expected one of basic, slurm"),
+        (["-m", "--job", "5", "dataset.limit=1,2"], "--job 5: expected 0 to 1, as this sweep has 2 combinations"),
+        (["--job", "1"], "add -m"),
+    ],
+)
+def test_mistakes(call: Call, given: list[str], message: str) -> None:
+    done = call(*given)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err + done.out
+
+
+def test_nodes_must_say_which_one_they_are(cli: Call) -> None:
+    done = cli("runtime.num_nodes=2", *FAST)
+    assert done.code == 2
+    assert "NODE_RANK, MASTER_ADDR, MASTER_PORT not set" in done.err
+    done = cli("runtime.num_nodes=2", *FAST, NODE_RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    assert "NODE_RANK=2, MASTER_PORT=29500: expected a rank below 2" in done.err
+
+
+def test_the_slurm_launcher_without_slurm(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = call("-m", "hydra/launcher=slurm", "dataset.limit=1,2")
+    assert done.code == 2
+    assert "sbatch is not on this machine" in done.err
+
+
+def test_combinations_are_listed(call: Call) -> None:
+    done = call("-m", "--list", "inference=fit_input,original_size", "dataset.limit=1,2")
+    assert done.out.splitlines()[2] == "2: inference=original_size dataset.limit=1"
+
+
+def test_a_config_yaml_that_was_edited_is_one_message(call: Call, words: list[str], tmp_path: Path) -> None:
+    assert call(*words, "run.dir=run").code == 0
+    config = tmp_path / "run/config.yaml"
+    text = config.read_text()
+    for broken in ("model: [", text.replace("exif:", "exifs:"), text.replace("seed: 0", "seed: many")):
+        config.write_text(broken)
+        done = call("resume", "run")
+        assert done.code == 2
+        assert "config.yaml is damaged, or of another version" in done.err
+
+
+# images that fail
+
+
+def damage(tiny_ade: Path, number: int) -> bytes:
+    victim = tiny_ade / f"images/validation/ADE_val_9999000{number}.jpg"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-300])
+    return content
+
+
+def test_a_failing_image_is_reported_with_all_others_counted(
+    call: Call, words: list[str], tiny_ade: Path, tmp_path: Path
+) -> None:
+    for number in (1, 4):
+        damage(tiny_ade, number)
+    done = call(*words, "run.dir=run")
+    assert done.code == 2
+    assert re.findall(r"ADE_val_\d+(?=\.jpg: this image cannot)", done.err) == ["ADE_val_99990001", "ADE_val_99990004"]
+    assert "No score: 5 of 7 images are counted." in done.err
+    assert not (tmp_path / "run/metrics.json").exists()
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["status"] == "incomplete"
+    assert sorted(manifest["failures"]) == ["ADE_val_99990001", "ADE_val_99990004"]
+    shown = call("status", "run").out
+    assert "incomplete" in shown
+    assert "ADE_val_99990004" in shown
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_skip_leaves_failing_images_out_and_says_so(
+    call: Call, words: list[str], tiny_ade: Path, tmp_path: Path, images: int
+) -> None:
+    content = damage(tiny_ade, 2)
+    done = call(*words, "run.dir=run", "run.on_error=skip", f"inference.images={images}")
+    assert done.code == 0, done.err
+    mark = "PARTIAL: 6 of 2,000 images, 1 failed and were skipped"
+    assert mark in done.out
+    for name in ("metrics.json", "per_class.csv", "manifest.json"):
+        assert mark in (tmp_path / "run" / name).read_text()
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (metrics["images"], metrics["complete"], metrics["mIoU"]) == (6, False, 1.0)
+    assert list(json.loads((tmp_path / "run/manifest.json").read_text())["failures"]) == ["ADE_val_99990002"]
+    (tiny_ade / "images/validation/ADE_val_99990002.jpg").write_bytes(content)  # mended: only that one is done
+    done = call("resume", "run")
+    assert "continuing: 6 images are done" in done.out
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 7
+    assert "skipped" not in done.out
+
+
+def test_skip_also_where_the_header_is_damaged(call: Call, words: list[str], tiny_ade: Path, tmp_path: Path) -> None:
+    (tiny_ade / "images/validation/ADE_val_99990002.jpg").write_bytes(b"no image")
+    assert call(*words, "run.dir=run").code == 2
+    done = call(*words, "run.dir=skipped", "run.on_error=skip")
+    assert done.code == 0, done.err
+    assert "PARTIAL: 6 of 2,000 images, 1 failed and were skipped" in done.out
+
+
+def test_nothing_but_failures_is_no_score(call: Call, words: list[str], tiny_ade: Path) -> None:
+    for number in range(7):
+        damage(tiny_ade, number)
+    done = call(*words, "run.on_error=skip")
+    assert done.code == 2
+    assert "No score: 0 of 7 images are counted" in done.err
+
+
+# end checks of invariant 1: each is broken on purpose
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+    record = ImageCounter._record
+
+    def wrong(self: ImageCounter, *arguments: Any) -> None:
+        change(self, lambda: record(self, *arguments))
+
+    monkeypatch.setattr(ImageCounter, "_record", wrong)
+
+
+def test_an_image_that_is_not_counted_is_noticed(
+    call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def forget_one(_: ImageCounter, record: Callable[[], None]) -> None:
+        seen.append(1)
+        if len(seen) != 3:
+            record()
+
+    broken(monkeypatch, forget_one)
+    done = call(*words, "run.dir=run")
+    assert done.code == 2
+    assert re.search(r"The ledger lacks 1 images \(ADE_val_9999000\d\): no score", done.err), done.err
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
+def test_an_image_that_is_counted_twice_is_noticed(
+    call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def twice(_: ImageCounter, record: Callable[[], None]) -> None:
+        record()
+        seen.append(1)
+        if len(seen) == 2:
+            record()
+
+    broken(monkeypatch, twice)
+    done = call(*words, "run.dir=run")
+    assert done.code == 2
+    assert re.search(r"The ranks' sum and the ledger differ by \d+ pixels: no score", done.err), done.err
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
+def test_a_matrix_that_lost_a_pixel_is_noticed(call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(self: ImageCounter, record: Callable[[], None]) -> None:
+        record()
+        self.matrix[tuple(np.argwhere(self.matrix)[0])] -= 1
+
+    broken(monkeypatch, lose)
+    done = call(*words)
+    assert "The ranks' sum and the ledger differ by 7 pixels: no score" in done.err
+
+
+def test_a_row_that_lost_pixels_is_noticed(call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    append = LedgerWriter.append
+
+    def short(self: LedgerWriter, row: Any) -> None:
+        append(self, type(row)(**{**vars(row), "ignored_pixels": row.ignored_pixels + 1}))
+
+    monkeypatch.setattr(LedgerWriter, "append", short)
+    done = call(*words)
+    assert done.code == 2
+    assert re.search(
+        r"ADE_val_99990000: \d+ pixels are counted, \d+ are valid and \d+ ignored, of 960: no score", done.err
+    )
+
+
+# where runs are written
+
+
+def test_a_file_system_that_cannot_be_written(call: Call, words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    elif subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], check=False, capture_output=True
+    ).returncode:
+        (folder / "run").write_text("in the way")  # no right to mount: another reason why it cannot be written
+    try:
+        done = call(*words, f"run.dir={folder}/run")
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", folder], check=False, capture_output=True)
+    assert done.code == 2
+    assert "the run directory cannot be written" in done.err
+
+
+def test_no_space_left_keeps_what_was_counted(
+    call: Call, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        if "ledger" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            calls.append(1)
+            if len(calls) > 3:
+                raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr("ade_harness.runs.ledger._FLUSH_EVERY_S", 0.0)
+    monkeypatch.setattr(os, "fsync", full)
+    done = call(*words, "run.dir=run")
+    monkeypatch.undo()
+    assert done.code == 2
+    assert "No space left on device" in done.err
+    assert "Traceback" not in done.err
+    kept = len(hashes(tmp_path / "run"))
+    assert 0 < kept < 7
+    monkeypatch.chdir(tmp_path)
+    done = call("resume", "run")
+    assert done.code == 0, done.err
+    assert f"continuing: {kept} images are done" in done.out
