@@ -48,8 +48,12 @@ def start(words: list[str]) -> subprocess.Popen[bytes]:
 
 
 def finish(words: list[str]) -> None:
-    if start(words).wait(1800) != 0:
-        raise SystemExit(f"failed: {' '.join(words)}")
+    command = [sys.executable, "-m", "ade_harness", *COMMON, *words]
+    if words[0] == "resume":
+        command = [sys.executable, "-m", "ade_harness", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        raise SystemExit(f"failed: {' '.join(words)}\n{done.stdout}{done.stderr}")
 
 
 def hashes(run: Path) -> dict[str, str]:

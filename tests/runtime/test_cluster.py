@@ -1,0 +1,99 @@
+"""Who started this process, and which node it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ade_harness.config import compose_config
+from ade_harness.errors import HarnessError
+from ade_harness.runtime import cluster
+from ade_harness.slurm_jobs import sbatch_parameters, with_run_dir
+
+STEP = {
+    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NODEID": "1", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "localhost",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*STEP, "LOCAL_RANK", "TORCHELASTIC_RUN_ID", cluster.SUPERVISED, "NODE_RANK", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def runtime(*words: str) -> Any:
+    return compose_config(list(words)).runtime
+
+
+def test_a_laptop_is_one_node() -> None:
+    assert not cluster.is_rank()
+    node = cluster.find_node(runtime())
+    assert (node.rank, node.count, node.address) == (0, 1, "127.0.0.1")
+
+
+def test_one_task_per_node_starts_the_nodes_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert not cluster.is_rank()
+    assert cluster.node_count(runtime()) == 2
+    node = cluster.find_node(runtime())
+    assert (node.rank, node.count, node.address) == (1, 2, "localhost")
+    monkeypatch.setenv("SLURM_JOB_ID", "1235")
+    assert cluster.find_node(runtime()).port - node.port >= 8  # each job has ports for its restarts
+    with pytest.raises(HarnessError, match=r"runtime.num_nodes=3, but srun started this on 2 nodes"):
+        cluster.find_node(runtime("runtime.num_nodes=3"))
+
+
+def test_several_tasks_per_node_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (STEP | {"SLURM_STEP_NUM_TASKS": "8"}).items():
+        monkeypatch.setenv(name, value)
+    assert cluster.is_rank()
+    assert cluster.resolve_devices(runtime("runtime.accelerator=cpu")) == ("cpu", 4)
+
+
+def test_the_batch_script_itself_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert not cluster.is_rank()
+    assert cluster.node_count(runtime()) == 1
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "TORCHELASTIC_RUN_ID", cluster.SUPERVISED])
+def test_others_that_start_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "0")
+    assert cluster.is_rank()
+
+
+def test_requeue_tells_why_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "this is no SLURM job" in cluster.requeue_slurm_job(3)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(cluster.shutil, "which", lambda _: "scontrol")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert "was requeued 3 times" in cluster.requeue_slurm_job(3)
+
+
+def test_what_sbatch_is_asked_for() -> None:
+    words = (
+        "runtime=slurm", "runtime.slurm.partition=gpu", "runtime.slurm.account=lab", "runtime.slurm.gpus_per_node=8",
+        "runtime.slurm.nodes=2", "runtime.slurm.mem_gb=64", "runtime.slurm.container=image.sqsh",
+        "runtime.slurm.container_mounts=/data:/data", "runtime.slurm.setup=[module load cuda]",
+        "runtime.slurm.extra.reservation=eval",
+    )  # fmt: skip
+    assert sbatch_parameters(runtime(*words).slurm) == {
+        "job_name": "ade-harness", "partition": "gpu", "account": "lab", "time": 240, "nodes": 2, "ntasks_per_node": 1,
+        "gpus_per_node": 8, "mem": "64GB", "setup": ["module load cuda"],
+        "srun_args": ["--kill-on-bad-exit=1", "--container-image=image.sqsh", "--container-mounts=/data:/data"],
+        "stderr_to_stdout": True,
+        "additional_parameters": {"signal": "USR1@120", "requeue": True, "reservation": "eval"},
+    }  # fmt: skip
+
+
+def test_a_jobs_run_directory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert with_run_dir(["a=1"], "runs") == ["a=1", "run.dir=runs/slurm-9"]
+    assert with_run_dir(["run.dir=x"], "runs") == ["run.dir=x"]
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert with_run_dir([], "runs") == ["run.dir=runs/slurm-8_3"]

@@ -1,0 +1,149 @@
+"""Signs of life: silence is measured by one clock alone, a stopped process is not a dead one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ade_harness.runs.live import slow_ranks
+from ade_harness.runtime import watchdog as module
+from ade_harness.runtime.coordination import Coordinator, LocalStore, RankLostError, StopRequestedError
+from ade_harness.runtime.notes import NOTE_BYTES, Note
+from ade_harness.runtime.watchdog import Beat, Watchdog
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[Watchdog, LocalStore, Coordinator]:
+    """Rank 0 of two, whose store is here; no thread runs."""
+    store = LocalStore()
+    coordinator = Coordinator(store)
+    watchdog = Watchdog(coordinator, silent_s=10.0)
+    watchdog._store, watchdog.world_size = store, 2
+    monkeypatch.setattr(module, "GRACE_S", 0.0)
+    watchdog._ended.set()  # so that a loss does not end this process
+    return watchdog, store, coordinator
+
+
+class Clock:
+    """A monotonic clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+
+
+def tell(store: LocalStore, number: int, item: str = "") -> None:
+    import json
+    from dataclasses import asdict
+
+    store.set("beat/1", json.dumps(asdict(Beat(1, "n2", 77, item, number=number))))
+
+
+def test_a_silent_rank_is_lost_with_all_that_is_known_of_it(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog, store, coordinator = watched
+    clock = Clock(monkeypatch)
+    watchdog._looked = clock.now
+    watchdog._publish()
+    tell(store, 1, "ADE_val_00000007")
+    for _ in range(11):
+        clock.now += 1.0
+        watchdog._publish()
+        watchdog._look_at_all()
+    assert coordinator.lost is None
+    clock.now += 1.0
+    watchdog._publish()
+    watchdog._look_at_all()
+    text = "rank 1 on n2 (process 77) is silent for 10 s, last at work on ADE_val_00000007"
+    assert coordinator.lost == text
+    assert store.get("lost").decode() == text  # the other ranks read it there
+    with pytest.raises(RankLostError, match="silent for 10 s"):
+        _ = coordinator.stopped
+    with pytest.raises(RankLostError):
+        coordinator.meet("anywhere")
+
+
+def test_a_rank_that_speaks_is_not_lost_however_clocks_jump(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog, store, coordinator = watched
+    clock = Clock(monkeypatch)
+    watchdog._looked = clock.now
+    for number in range(60):
+        monkeypatch.setattr(module.time, "time", lambda number=number: (-1.0) ** number * 1e9)
+        clock.now += 1.0
+        tell(store, number)
+        watchdog._look_at_all()
+    assert coordinator.lost is None
+
+
+def test_after_being_stopped_itself_rank_0_gives_everybody_time(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z and fg: all ranks were stopped, none is dead."""
+    watchdog, store, coordinator = watched
+    clock = Clock(monkeypatch)
+    watchdog._looked = clock.now
+    tell(store, 1)
+    watchdog._look_at_all()
+    clock.now += 3600.0
+    watchdog._publish()
+    watchdog._look_at_all()
+    assert coordinator.lost is None
+    for _ in range(12):
+        clock.now += 1.0
+        watchdog._publish()
+        watchdog._look_at_all()
+    assert coordinator.lost is not None  # but one that stays silent is
+
+
+def test_a_stop_with_a_reason_reaches_those_who_wait() -> None:
+    store = LocalStore()
+    here, there = Coordinator(store), Coordinator(store)
+    there.world_size = 2
+    here.asked = "terminated"
+    assert here.stopped
+    with pytest.raises(StopRequestedError, match="terminated"):
+        there.meet("worked")
+
+
+def test_the_queue_gives_each_place_once() -> None:
+    store = LocalStore()
+    ranks = [Coordinator(store) for _ in range(3)]
+    assert sorted(rank.next_item() for _ in range(5) for rank in ranks) == list(range(15))
+    assert ranks[0].taken() == 15
+
+
+def test_slow_ranks_are_judged_by_the_work_they_did() -> None:
+    beats = [Beat(rank, "n", 1, cost=100.0, busy_seconds=10.0) for rank in range(4)]
+    beats[2].busy_seconds = 30.0
+    beats[3].cost, beats[3].busy_seconds = 20.0, 6.0  # fewer, larger images: three times slower too
+    found = slow_ranks(beats)
+    assert list(found) == [2, 3]
+    assert "rank 2 on n takes 3.0 times as long as the median rank for the same work" in found[2]
+    beats[1].busy_seconds = 1.0  # not long enough to compare
+    assert slow_ranks(beats) == {}
+    assert slow_ranks(beats[:1]) == {}
+
+
+def test_a_note_outlives_its_writer_and_a_half_one_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "note"
+    path.write_bytes(bytes(NOTE_BYTES))
+    assert Note.read(path) == {}
+    note = Note(path)
+    note.write(run="runs/x", item="a" * 1000)
+    note.write(item="ADE_val_00000001")
+    assert Note.read(path) == {"run": "runs/x", "item": "ADE_val_00000001"}
+    path.write_bytes(b'{"run": "ru' + bytes(50))
+    assert Note.read(path) == {}
+    assert Note.read(tmp_path / "none") == {}
+
+
+def test_beats_carry_a_moving_number() -> None:
+    watchdog = Watchdog(Coordinator(LocalStore()), 10.0)
+    told: list[int] = []
+    watchdog.on_beats = lambda beats: told.append(beats[0].number)
+    watchdog._store = LocalStore()
+    watchdog.start()
+    time.sleep(2.5)
+    watchdog.close()
+    assert told == sorted(set(told))
+    assert len(told) >= 2
