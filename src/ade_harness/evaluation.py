@@ -24,7 +24,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.report.result import Published, Result, write_result
-from ade_harness.runs.directory import LEDGER
+from ade_harness.runs.directory import LEDGER, wait_to_see
 from ade_harness.runs.exactness import check_exact, check_rows, incomplete
 from ade_harness.runs.ledger import LedgerWriter, matrix_of, read_rows
 from ade_harness.runs.live import LiveStatus
@@ -79,9 +79,9 @@ def _evaluate(
     on_run_dir(run_dir)
     ranks.watchdog.note(run=str(run_dir))
     ledger = run_dir / LEDGER
-    before = agreed(
-        coordinator, "past", lambda: counted_before(ledger, dataset, predictor, console.print) if record else []
-    )
+    agreed(coordinator, "seen", lambda: wait_to_see(run_dir))
+    before = agreed(coordinator, "past", lambda: record and counted_before(ledger, dataset, predictor, console.print))
+    before = before or []
     done: set[str] = broadcast({row.image_id for row in before})  # one rank reads: others may write soon
 
     sizes = [job.sizes[i] for i in dataset.ids]

@@ -240,13 +240,17 @@ def test_two_nodes_without_slurm(work: Path, expected: Path) -> None:
     assert_same(work / "run", expected)
 
 
-def test_a_slow_rank_is_named_and_the_queue_spares_it(start: Callable[..., Started], cli: Callable[..., Done]) -> None:
-    started = start("runtime.devices=2", "dataset.limit=40", SLOW_MODEL_RANK="1", SLOW_MODEL_SECONDS="1.2")
-    done = started.end(120)
+def test_a_slow_rank_is_named_and_the_queue_spares_it(start: Callable[..., Started], work: Path) -> None:
+    settings = {"SLOW_MODEL_SECONDS": "0.3", "SLOW_MODEL_RANK": "1", "SLOW_MODEL_FACTOR": "5"}
+    done = start("runtime.devices=2", "dataset.limit=40", **settings).end(120)
     assert done.code == 0, done.err
-    found = table(started.run)["rank"].value_counts()
+    found = table(work / "run")["rank"].value_counts()
     assert found[0] > 2 * found[1]
-    assert "balance:" in done.out
+    assert re.search(r"warning: rank 1 on \S+ takes \d\.\d times as long as the median rank", done.out), done.out
+    assert "Note: rank 1 on" in done.out  # with the result too
+    assert re.search(r"balance: +\d\d\.\d%, a rank was idle for", done.out)
+    log = (work / "run/logs/rank00001.log").read_text()
+    assert re.search(r"rank 1: \d+ of 40 images, \d+\.\d images/s, \d+:\d\d left", log), log
 
 
 def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started], cli: Callable[..., Done]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import time
 import uuid
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ MANIFEST = "manifest.json"
 LEDGER = "ledger"
 LOGS = "logs"
 SCHEMA_VERSION = 1
+_SEEN_WITHIN_S = 30.0
 
 
 def new_run_name(model: str, now: datetime | None = None) -> str:
@@ -50,6 +52,21 @@ def make_run_dir(directory: str | None, root: str, model: str) -> Path:
             " Choose another: run.dir=PATH or run.root=PATH."
         ) from error
     return path
+
+
+def wait_to_see(path: Path) -> None:
+    """Wait until a run directory that another rank has made can be seen here; network file systems take their time.
+
+    Raises:
+        HarnessError: it does not come.
+    """
+    end = time.monotonic() + _SEEN_WITHIN_S
+    while not (path / MANIFEST).is_file():
+        if time.monotonic() > end:
+            raise HarnessError(
+                f"the run directory {path} cannot be seen from here. All nodes need one file system: give run.dir=PATH."
+            )
+        time.sleep(0.2)
 
 
 def is_new(path: Path) -> bool:

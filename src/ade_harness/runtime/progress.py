@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ade_harness.runtime.cluster import is_supervised
+
 _LINE_EVERY_S = 10.0
 
 
@@ -95,7 +97,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def reporter_for(rank: int, console: Console, total: int, before: int) -> ProgressReporter | None:
-    """Return the display of a rank: rank 0 shows all ranks' progress, the others only in a SLURM log of their own."""
+    """Return the display of a rank: rank 0 shows all ranks' progress, the others only where they have a log."""
     if rank == 0:
         return ProgressReporter(console, total, before)
-    return ProgressReporter(console, total, before, label=f"rank {rank}") if "SLURM_PROCID" in os.environ else None
+    has_log = is_supervised() or "SLURM_PROCID" in os.environ
+    return ProgressReporter(console, total, before, label=f"rank {rank}") if has_log else None

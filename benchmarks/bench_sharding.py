@@ -1,0 +1,74 @@
+"""Real ranks on this machine, one of them slowed: time of the queue and of the plan against the ideal.
+
+    python benchmarks/bench_sharding.py
+
+The network sleeps in proportion to its input's pixels, so ranks do not compete for cores and the ideal is known:
+all work over the sum of the ranks' speeds. Ranks are processes through Lightning's DDP, as in any run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+SLEEPER = """
+import os, time, torch
+
+class Net(torch.nn.Module):
+    def forward(self, images):
+        n, _, h, w = images.shape
+        slow = 1.5 if os.environ["RANK"] == os.environ["SLOW_RANK"] else 1.0
+        time.sleep(slow * h * w * float(os.environ["SECONDS_PER_PIXEL"]))
+        return torch.zeros(n, 150, (h + 3) // 4, (w + 3) // 4)
+"""
+IMAGES, SECONDS_PER_PIXEL = 200, 1e-5
+
+
+def run(folder: Path, ranks: int, sharding: str, slow: bool) -> tuple[float, float]:
+    """Return (ideal seconds, seconds of the last rank)."""
+    directory = folder / f"{ranks}{sharding}{slow}"
+    settings = {"SLOW_RANK": str(ranks - 1) if slow else "none", "SECONDS_PER_PIXEL": str(SECONDS_PER_PIXEL)}
+    words = [
+        "model=custom", "model._target_=sleeper.Net", "inference=original_size", f"dataset.limit={IMAGES}",
+        "tracking=none",
+        "runtime.accelerator=cpu", f"runtime.devices={ranks}", f"runtime.sharding={sharding}", "run.overlays=0",
+        f"run.dir={directory}", "runtime.workers=1",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "ade_harness", *words]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    frame = pd.read_parquet(directory / "ledger")
+    work = (frame.height * frame.width).sum() * SECONDS_PER_PIXEL
+    ideal = work / (ranks - 1 + (1 / 1.5 if slow else 1.0))
+    shares = json.loads((directory / "manifest.json").read_text())["timings"]["ranks"]
+    return ideal, max(share["active_seconds"] for share in shares)
+
+
+def main() -> None:
+    table = Table(title=f"{IMAGES} made-up images, a network that sleeps")
+    for column in ("ranks", "one slow", "rule", "ideal s", "measured s", "efficiency"):
+        table.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "sleeper.py").write_text(SLEEPER)
+        for ranks in (2, 3, 4):
+            for slow in (False, True):
+                for sharding in ("queue", "plan"):
+                    ideal, measured = run(Path(folder), ranks, sharding, slow)
+                    cells = (str(ranks), "yes" if slow else "", sharding, f"{ideal:.1f}", f"{measured:.1f}")
+                    table.add_row(*cells, f"{100 * ideal / measured:.1f} %")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
