@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -52,6 +53,9 @@ def handled_signals(coordinator: Coordinator) -> Iterator[Callable[[], None]]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
+    if threading.current_thread() is not threading.main_thread():  # only there Python takes signals
+        yield lambda: None
+        return
     before = {number: signal.getsignal(number) for number in handlers}
     install()
     try:

@@ -60,12 +60,16 @@ class RankProcess:
         """Copy a stream of the rank, line by line, to its log and perhaps to the terminal."""
 
         def copy() -> None:
+            target = forward
             for line in iter(stream.readline, b""):
                 self.tail.append(line.decode(errors="replace").rstrip())
                 self._write(line)
-                if forward is not None:
-                    forward.write(line)
-                    forward.flush()
+                if target is not None:
+                    try:
+                        target.write(line)
+                        target.flush()
+                    except OSError:
+                        target = None  # nobody reads it any more (`| head`); the run goes on
 
         thread = threading.Thread(target=copy, daemon=True)
         thread.start()
@@ -237,6 +241,7 @@ class Supervisor:
             "LOCAL_WORLD_SIZE": str(self.ranks),
             "MASTER_ADDR": self.node.address,
             "MASTER_PORT": str(self.node.port + attempt),
+            "PYTHONUNBUFFERED": "1",  # what a killed rank has printed must not be lost
         }
         # rank 0 has the terminal; if there is none, its output is kept in its log like everybody's
         shell = sys.stdout.isatty()
