@@ -196,6 +196,12 @@ def describe_marks(
     return marks
 
 
+def skipped_marks(marks: Sequence[str], counted: int, expected: int, skipped: int) -> list[str]:
+    """Return the marks of a run that left out images which failed (``run.on_error=skip``)."""
+    partial = f"PARTIAL: {counted:,} of {expected:,} images, {skipped} failed and were skipped"
+    return [partial, *(mark for mark in marks if not mark.startswith("PARTIAL"))]
+
+
 def describe_facts(
     dataset: SegmentationDataset, ids_hash: str, model: LoadedModel | None, cfg: DictConfig, device: str
 ) -> dict[str, Any]:

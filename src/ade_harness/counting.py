@@ -297,6 +297,11 @@ def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor
     """
     index_of = {image_id: index for index, image_id in enumerate(dataset.ids)}
     for row in rows:
+        if row.image_id not in index_of:
+            raise HarnessError(
+                f"{row.image_id}: this run has counted it, but it is not in the data set now (or cannot be read)."
+                " Put its files back, or start a new run."
+            )
         now = dataset.content_hash(index_of[row.image_id]) + predictor.source_hash(row.image_id)
         if now != row.content_hash:
             raise HarnessError(

@@ -18,12 +18,12 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from rich.console import Console
 
-from ade_harness.build import Job, build_job, open_run
+from ade_harness.build import Job, build_job, open_run, skipped_marks
 from ade_harness.counting import Failure, ImageCounter, ImageItems, counted_before, group_images, sum_stages
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.diagnosis import diagnose
-from ade_harness.report.result import Published, Result, write_result
+from ade_harness.report.result import Result, published_score, write_result
 from ade_harness.runs.directory import LEDGER, wait_to_see
 from ade_harness.runs.exactness import check_exact, check_rows, incomplete
 from ade_harness.runs.ledger import LedgerWriter, matrix_of, read_rows
@@ -80,8 +80,11 @@ def _evaluate(
     ranks.watchdog.note(run=str(run_dir))
     ledger = run_dir / LEDGER
     agreed(coordinator, "seen", lambda: wait_to_see(run_dir))
-    before = agreed(coordinator, "past", lambda: record and counted_before(ledger, dataset, predictor, console.print))
-    before = before or []
+    live = LiveStatus.of(record, len(dataset.ids), console, coordinator) if record else None
+    ranks.watchdog.on_beats = live.on_beats if live else None
+    before = (
+        agreed(coordinator, "past", lambda: record and counted_before(ledger, dataset, predictor, console.print)) or []
+    )
     done: set[str] = broadcast({row.image_id for row in before})  # one rank reads: others may write soon
 
     sizes = [job.sizes[i] for i in dataset.ids]
@@ -97,16 +100,17 @@ def _evaluate(
     work_items = WorkItems(Work(items, costs, names), cfg.runtime.sharding, cfg.runtime.workers, coordinator)
     reporter = reporter_for(coordinator.rank, console, len(dataset.ids), len(done))
     loop = WorkLoop(counter.process, job.model.module if job.model else None, work_items, ranks, reporter)
-    live = LiveStatus.of(record, len(dataset.ids), len(done), console, coordinator) if record else None
-    ranks.watchdog.on_beats, ranks.watchdog.on_loss = live.on_beats if live else None, writer.flush
+    ranks.watchdog.on_loss = writer.flush
     begin = time.monotonic()
+    if live is not None:
+        live.begin(len(done))
     try:
         loop.run()
     finally:
         counter.close(coordinator.rank)  # also after Ctrl-C: what was counted stays counted
     share = RankShare.of(ranks.watchdog.beat, time.monotonic() - begin)
     loop.wait_for_all()
-    seconds = time.monotonic() - begin
+    seconds, stopped = time.monotonic() - begin, coordinator.stopped
     failures: list[Failure] = sum(gather(counter.failures), [])
     total = all_reduce_sum(counter.matrix, ranks.trainer.strategy.root_device) + matrix_of(before)
     stages, balance = sum_stages(gather(counter.stages)), measure_balance(gather(share))
@@ -117,16 +121,14 @@ def _evaluate(
     live.close()
     rows, _ = read_rows(ledger)
     lost = job.skipped | {f.image_id: f.message for f in failures}
-    if failures and (not skip or not rows or coordinator.stopped):
+    if failures and (not skip or not rows or stopped):
         record.leave("incomplete", lost)
         raise HarnessError(incomplete(lost, len(rows), len(dataset.ids), run_dir))
     check_rows(rows, job.sizes)
     check_exact(rows, total, [i for i in dataset.ids if i not in lost])
     if lost:
-        partial = f"PARTIAL: {len(rows):,} of {dataset.expected_images:,} images, {len(lost)} failed and were skipped"
-        marks = [partial, *(m for m in marks if not m.startswith("PARTIAL"))]
+        marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
     advice = None if job.model is not None and job.model.weights == "random" else diagnose(total)
-    published = cfg.model.published
     result = Result(
         run_dir=run_dir,
         label=cfg.model.label or cfg.model.name,
@@ -137,9 +139,7 @@ def _evaluate(
         expected_images=dataset.expected_images,
         marks=tuple(marks),
         notes=(*predictor.notes(), *job.notes, *live.warnings.values(), *([advice] if advice else [])),
-        published=None
-        if published.mIoU is None or dataset.is_demo
-        else Published(published.mIoU, published.protocol, published.source),
+        published=None if dataset.is_demo else published_score(cfg.model.published),
         seconds=time.monotonic() - start,
         images_per_second=(len(dataset.ids) - len(done)) / seconds,
         balance=balance,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from ade_harness.data.labels import classes
 from ade_harness.errors import HarnessError
@@ -32,6 +33,11 @@ class Published:
     """Percent, as printed."""
     protocol: str
     source: str
+
+
+def published_score(cfg: DictConfig) -> Published | None:
+    """Return the score of a ``model.published`` node, if it has one."""
+    return None if cfg.mIoU is None else Published(cfg.mIoU, cfg.protocol, cfg.source)
 
 
 @dataclass(frozen=True)

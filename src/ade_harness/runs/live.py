@@ -35,7 +35,6 @@ class LiveStatus:
         run_dir: where progress.json goes.
         lock: renewed here.
         total: images of the run.
-        before: images that were counted earlier.
         warn: prints a line.
         lose: ends all ranks with a reason.
     """
@@ -45,29 +44,32 @@ class LiveStatus:
         run_dir: Path,
         lock: RunLock,
         total: int,
-        before: int,
         warn: Callable[[str], None],
         lose: Callable[[str], None],
     ) -> None:
         self.path = run_dir / PROGRESS
         self.lock = lock
         self.total = total
-        self.before = before
+        self.before = 0
         self.warnings: dict[int, str] = {}
         """About slow ranks, by rank."""
         self._warn = warn
         self._lose = lose
-        self._begin = time.monotonic()
+        self._begun = time.monotonic()
         self._written = -_WRITE_EVERY_S
 
     @staticmethod
-    def of(record: RunRecord, total: int, before: int, console: Console, coordinator: Coordinator) -> LiveStatus:
+    def of(record: RunRecord, total: int, console: Console, coordinator: Coordinator) -> LiveStatus:
         """Return the status of a run that starts; arguments as of the class."""
 
         def warn(text: str) -> None:
             console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-        return LiveStatus(record.path, record.lock, total, before, warn, coordinator.lose)
+        return LiveStatus(record.path, record.lock, total, warn, coordinator.lose)
+
+    def begin(self, before: int) -> None:
+        """Say that the work begins, and how many images were counted earlier."""
+        self.before, self._begun = before, time.monotonic()
 
     def on_beats(self, beats: Sequence[Beat]) -> None:
         """Take what all ranks told."""
@@ -85,7 +87,7 @@ class LiveStatus:
             self._write(beats)
 
     def _write(self, beats: Sequence[Beat]) -> None:
-        seconds = max(time.monotonic() - self._begin, 1e-9)
+        seconds = max(time.monotonic() - self._begun, 1e-9)
         done = sum(beat.done for beat in beats)
         content: dict[str, Any] = {
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
