@@ -48,14 +48,13 @@ class Started:
         )  # fmt: skip
 
     def until(self, images: int, timeout_s: float = 90) -> None:
-        """Wait for progress."""
+        """Wait for progress: so many images are done, and every rank is at work on one."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if json.loads((self.run / "progress.json").read_text())["done"] >= images:
+            with contextlib.suppress(OSError, ValueError):
+                progress = json.loads((self.run / "progress.json").read_text())
+                if progress["done"] >= images and all(rank["item"] for rank in progress["ranks"]):
                     return
-            except (OSError, ValueError):
-                pass
             time.sleep(0.05)
         raise AssertionError("no progress: " + "".join(self.process.communicate(timeout=5)))
 
