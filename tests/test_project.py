@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -85,3 +86,20 @@ def test_every_protocol_has_a_source_and_stands_in_the_docs() -> None:
         assert text["name"] == path.stem
         assert text["source"], path
         assert f"`{path.stem}`" in page, path
+
+
+_DISTRIBUTION = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra-core"}
+_OPTIONAL = {"submitit", "triton", "timm"}  # imported where they are used, with a message that names them
+
+
+def test_what_is_imported_is_declared() -> None:
+    """The package must work without the development extras: each import is a declared dependency."""
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=!; \[]", d)[0].lower().replace("-", "_") for d in declared}
+    for file in sorted((REPOSITORY / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for module in {m.partition(".")[0] for m in modules} - sys.stdlib_module_names - {"ade_harness"}:
+                wanted = _DISTRIBUTION.get(module, module).lower().replace("-", "_")
+                assert module in _OPTIONAL or wanted in names, f"{file.name} imports {module}"

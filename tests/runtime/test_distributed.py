@@ -33,7 +33,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [3, 7])
+@pytest.mark.parametrize("ranks", [5])
 def test_any_number_of_ranks_gives_the_same_bits(
     cli: Callable[..., Done], tmp_path: Path, one_rank: Path, ranks: int
 ) -> None:
@@ -100,10 +100,7 @@ class Net(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(
-    cli: Callable[..., Done], tmp_path: Path, ranks: int
-) -> None:
+def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(cli: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "slow_model.py").write_text(SLOW_MODEL)
     words = [
         "model=custom",
@@ -112,7 +109,7 @@ def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(
         *WORDS,
         "dataset.limit=60",
     ]
-    command = [sys.executable, "-m", "ade_harness", *words, f"runtime.devices={ranks}", "run.dir=run"]
+    command = [sys.executable, "-m", "ade_harness", *words, "runtime.devices=2", "run.dir=run"]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,

@@ -110,13 +110,13 @@ def assert_same(run: Path, expected: Path) -> None:
 def test_a_killed_rank_is_named_and_the_run_goes_on_later(
     start: Callable[..., Started], cli: Callable[..., Done], work: Path, expected: Path, ranks: int, victim: int
 ) -> None:
-    started = start(f"runtime.devices={ranks}", SLOW_MODEL_SECONDS="0.2")
-    started.until(6)
+    started = start(f"runtime.devices={ranks}", SLOW_MODEL_SECONDS="0.7")
+    started.until(4)
     process = started.ranks()[victim]
     process.kill()
     begin = time.monotonic()
     done = started.end()
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 20
     assert done.code == 128 + 9
     assert re.search(
         rf"error: rank {victim} on \S+ \(process {process.pid}\) was killed by SIGKILL \(often the kernel, when memory"
@@ -134,7 +134,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_later(
 
 
 def test_restarts_continue_by_themselves(start: Callable[..., Started], expected: Path) -> None:
-    started = start("runtime.devices=2", "runtime.max_restarts=2", SLOW_MODEL_SECONDS="0.2")
+    started = start("runtime.devices=2", "runtime.max_restarts=2", SLOW_MODEL_SECONDS="0.5")
     started.until(3)
     started.ranks()[0].kill()
     time.sleep(1)
@@ -150,7 +150,7 @@ def test_restarts_continue_by_themselves(start: Callable[..., Started], expected
 
 def test_all_killed_at_once(start: Callable[..., Started], cli: Callable[..., Done], expected: Path) -> None:
     """Also the supervisor: nothing can be said, and nothing is lost; ranks do not outlive it."""
-    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.2")
+    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.7")
     started.until(3)
     ranks = started.ranks()
     started.process.kill()
@@ -199,17 +199,17 @@ def test_an_unexpected_error_on_one_rank_ends_all(start: Callable[..., Started],
 def test_sigterm_and_the_time_limits_signal_end_in_order(
     start: Callable[..., Started], cli: Callable[..., Done], expected: Path
 ) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        started = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.5")
-        started.until(3)
-        started.process.send_signal(number)
-        begin = time.monotonic()
-        done = started.end()
-        assert time.monotonic() - begin < 12
-        assert done.code == 75, done.err
-        assert "Stopped. The counts so far are kept; this continues:\n  python -m ade_harness resume run" in done.err
-        assert "Traceback" not in done.err
-        assert 3 <= len(table(started.run)) < IMAGES
+    """SIGTERM here; the time limit's SIGUSR1 takes the same way: tests/slurm."""
+    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.7")
+    started.until(3)
+    started.process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    done = started.end()
+    assert time.monotonic() - begin < 15
+    assert done.code == 75, done.err
+    assert "Stopped. The counts so far are kept; this continues:\n  python -m ade_harness resume run" in done.err
+    assert "Traceback" not in done.err
+    assert 3 <= len(table(started.run)) < IMAGES
     again = cli("resume", "run", SLOW_MODEL_SECONDS="0")
     assert again.code == 0, again.err
     assert_same(started.run, expected)
@@ -255,8 +255,8 @@ def test_a_slow_rank_is_named_and_the_queue_spares_it(start: Callable[..., Start
 
 
 def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started], cli: Callable[..., Done]) -> None:
-    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="1.5")
-    started.until(3)
+    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="5")
+    started.until(1)
     shown = cli("status", "run")
     assert shown.code == 0
     assert re.search(r"state: +running \(process \d+ on ", shown.out), shown.out
