@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ade_harness.data.ade20k import open_ade20k
-from ade_harness.models.segformer import random_segformer
+from ade_harness.models.families import quietly_random
+from ade_harness.models.segformer import SEGFORMER
 
 B0 = {
     "depths": [2, 2, 2, 2],
@@ -50,7 +51,7 @@ def main() -> None:
     for column in ("model", "protocol", "images", "images/s", *(f"{s} %" for s in STAGES), "peak MiB"):
         table.add_column(column, justify="right" if column not in ("model", "protocol") else "left")
     for name in options.models:
-        network = random_segformer(B0 if name == "b0" else B5, 0).eval().to(DEVICE)
+        network = quietly_random(SEGFORMER, B0 if name == "b0" else B5, 0).eval().to(DEVICE)
         parameters = sum(p.numel() for p in network.parameters()) / 1e6
         for protocol in PROTOCOLS:
             images = max(2, options.images // (4 if protocol.endswith("_ms") else 1) // (4 if name == "b5" else 1))

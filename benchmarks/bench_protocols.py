@@ -21,7 +21,8 @@ from torch import nn
 
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import select, whole
-from ade_harness.models.segformer import random_segformer
+from ade_harness.models.families import quietly_random
+from ade_harness.models.segformer import SEGFORMER
 
 SIZES = ((512, 683), (256, 256), (512, 768), (300, 400))
 """Four usual originals."""
@@ -118,7 +119,7 @@ if __name__ == "__main__":
     if "slide" in wanted:
         slide(TrivialNetwork().eval(), "free network", options.rounds, False)
     if "segformer" in wanted:
-        slide(random_segformer(B0, 0).eval(), "SegFormer-B0", options.rounds, True)
+        slide(quietly_random(SEGFORMER, B0, 0).eval(), "SegFormer-B0", options.rounds, True)
     if "merge" in wanted:
         merge(max(2, options.rounds // 2))
     if "tta" in wanted:

@@ -71,7 +71,7 @@ def test_every_option_in_the_readme_exists() -> None:
         for key, value in re.findall(r"(?<![\w./(-])([a-z]+(?:\.[a-z_]+)*)=(\S*?)(?=[\s`|,;)\]]|$)", prose(page)):
             assert key in keys or key.startswith("model.kwargs"), f"{page.name}: {key}"
             if key in ("model", "inference") and re.fullmatch(r"[a-z0-9_]+", value):
-                assert value in [*choices(key), "colour_net"], f"{page.name}: {key}={value}"
+                assert value in [*choices(key), "colour_net", "ss", "ms"], f"{page.name}: {key}={value}"
 
 
 def blocks(page: Path, kind: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
+from ade_harness.data.download import cache_dir
 from ade_harness.data.synthetic import open_demo
 from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
@@ -24,14 +25,6 @@ from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.trainer import Ranks
-
-
-def cache_dir() -> Path:
-    """Return where made-up data and downloads are kept: ADE_HARNESS_CACHE, or below the user's cache folder."""
-    base = os.environ.get("ADE_HARNESS_CACHE")
-    if base:
-        return Path(base).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ade_harness"
 
 
 def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:

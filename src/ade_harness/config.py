@@ -41,22 +41,54 @@ class InputConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Public weights on the hub."""
+    """A public weight file, on the hub or at an address."""
 
     hub_id: str | None = None
     revision: str | None = None  # commit; null takes the newest and records which it was
     filename: str | None = None
-    sha256: str | None = None
+    url: str | None = None  # the official file; goes before the hub's unless model.source=hub
+    sha256: str | None = None  # or its first 8 digits or more, as many files have them in their names
     license: str | None = None
+    gated: bool = False  # asks for a registration
 
 
 @dataclass
 class PublishedConfig:
     """The score that others published: shown beside ours, never as ours."""
 
-    mIoU: float | None = None  # percent, as printed in the source
+    mIoU: float | None = None  # percent, as printed in the source, by the protocol that the model's YAML chooses
+    ss: float | None = None  # single scale
+    ms: float | None = None  # multi-scale and mirrored
     protocol: str = ""
     source: str = ""
+
+
+@dataclass
+class ProtocolsConfig:
+    """What inference=ss and inference=ms choose for this model."""
+
+    ss: str | None = None
+    ms: str | None = None
+
+
+@dataclass
+class AboutConfig:
+    """Where the model comes from."""
+
+    paper: str = ""
+    repository: str = ""
+    commit: str = ""  # or the release that was read
+    config: str = ""  # of the official code
+    parameters_m: float | None = None  # millions, as published or counted in the official code
+    weights: str = ""  # public, gated, third party, never published, ...
+
+
+@dataclass
+class ParityConfig:
+    """How the network was checked against another implementation."""
+
+    against: str = ""
+    error: float | None = None  # largest difference of scores over the largest score, float32
 
 
 @dataclass
@@ -72,9 +104,16 @@ class ModelConfig:
     id: str | None = None  # kind=hf: hub id or local folder
     revision: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
-    hub: CheckpointConfig = field(default_factory=CheckpointConfig)
-    checkpoint: str | None = None  # a weight file of your own, in place of the hub's
+    protocols: ProtocolsConfig = field(default_factory=ProtocolsConfig)
+    official: CheckpointConfig = field(default_factory=CheckpointConfig)  # the authors' file
+    hub: CheckpointConfig = field(default_factory=CheckpointConfig)  # the hub's
+    backbone: CheckpointConfig = field(default_factory=CheckpointConfig)  # if the other file holds the head alone
+    source: str | None = None  # official or hub: which of two public files; null takes the official one
+    missing: str | None = None  # what was never published, and what to do
+    checkpoint: str | None = None  # a weight file of your own, in place of the public one
     checkpoint_sha256: str | None = None
+    backbone_checkpoint: str | None = None  # likewise, if model.checkpoint holds the head alone
+    probe: str | None = None  # recipe of `probe` (conf/probe)
     weights: str = "pretrained"  # or random
     seed: int = 0  # of random weights
     dtype: str = "fp32"  # of the weights in memory; bf16 and fp16 need the same inference.precision
@@ -85,6 +124,8 @@ class ModelConfig:
     allow_missing_keys: list[str] = field(default_factory=list)
     allow_unexpected_keys: list[str] = field(default_factory=list)
     published: PublishedConfig = field(default_factory=PublishedConfig)
+    about: AboutConfig = field(default_factory=AboutConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
 
 
 @dataclass
@@ -300,9 +341,10 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
         HarnessError: an unknown key or choice, a value of the wrong type or out of range.
     """
     register_schemas()
-    GlobalHydra.instance().clear()
     if extra is not None and not extra.is_dir():
         raise HarnessError(f"--config-dir: {extra} is not a folder.")
+    overrides = _own_protocol(overrides, extra)
+    GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
@@ -314,6 +356,24 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
     _check_missing(cfg)
     validate(cfg)
     return cfg
+
+
+def _own_protocol(overrides: Sequence[str], extra: Path | None) -> list[str]:
+    """Replace inference=ss and inference=ms by the name of the model's own protocol."""
+    chosen = next((o for o in overrides if o in ("inference=ss", "inference=ms")), None)
+    if chosen is None:
+        return list(overrides)
+    kind = chosen[-2:]
+    model = compose_config([o for o in overrides if o.startswith("model=")], extra).model
+    name = model.protocols[kind]
+    if name is None:
+        have = [f"inference={k} ({v})" for k, v in model.protocols.items() if v is not None]
+        what = "single-scale" if kind == "ss" else "multi-scale"
+        raise HarnessError(
+            f"{chosen}: no {what} protocol was published for model={model.name}."
+            f" {'It has ' + ', '.join(have) + '.' if have else 'Choose one by name: inference=NAME.'}"
+        )
+    return [f"inference={name}" if o == chosen else o for o in overrides]
 
 
 def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:

@@ -17,8 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ade_harness.build import cache_dir
-from ade_harness.data.download import OFFICIAL_SHA1, OFFICIAL_URL, extract, fetch
+from ade_harness.data.download import OFFICIAL_SHA1, OFFICIAL_URL, cache_dir, extract, fetch
 from ade_harness.data.verify import VerifyReport, verify
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.runtime.progress import ProgressReporter

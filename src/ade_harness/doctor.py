@@ -12,9 +12,8 @@ import psutil
 import torch
 from rich.console import Console
 
-from ade_harness.build import cache_dir
 from ade_harness.config import conf_dir
-from ade_harness.data.download import OFFICIAL_URL
+from ade_harness.data.download import OFFICIAL_URL, cache_dir
 from ade_harness.runs.provenance import code_state, environment
 from ade_harness.tracking.wandb_run import wandb_mode
 

@@ -74,9 +74,7 @@ WIDE = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "dtype", "most"), [("safetensors", "fp32", 0.2), ("pth", "bf16", 0.75)]
-)
+@pytest.mark.parametrize(("kind", "dtype", "most"), [("safetensors", "fp32", 0.2), ("pth", "bf16", 0.75)])
 def test_weights_are_never_held_twice(tmp_path: Path, kind: str, dtype: str, most: float) -> None:
     """What a process adds to memory of its own while it loads, as a share of the weights in float32."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation

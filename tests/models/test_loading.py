@@ -26,7 +26,7 @@ from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.demo import WEIGHTS
 from ade_harness.models.loading import load_model
 from ade_harness.models.outputs import MaskLogits, read_output
-from ade_harness.models.segformer import hub_names
+from ade_harness.models.segformer import SEGFORMER
 from ade_harness.models.weights import hub_checkpoint, load_strictly, read_state_dict
 from tests.models.test_segformer import B0, official
 
@@ -386,7 +386,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 def test_hub_download_is_resumed_checked_and_cached(
     hub: Hub, tmp_path: Path, official: dict[str, torch.Tensor]
 ) -> None:
-    save_file({k: v.contiguous() for k, v in hub_names(official).items()}, tmp_path / "m.safetensors")
+    save_file({k: v.contiguous() for k, v in SEGFORMER.hub_names(official).items()}, tmp_path / "m.safetensors")
     hub.content = (tmp_path / "m.safetensors").read_bytes()
     hub.break_after = 12_000_000  # the hub client writes 10 MB at a time
     digest = hashlib.sha256(hub.content).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import zipfile
 import zlib
@@ -24,6 +25,14 @@ _ATTEMPTS = 5
 
 OnBytes = Callable[[int, int | None], None]
 """Called with (bytes so far, total or None)."""
+
+
+def cache_dir() -> Path:
+    """Return where made-up data and downloads are kept: ADE_HARNESS_CACHE, or below the user's cache folder."""
+    base = os.environ.get("ADE_HARNESS_CACHE")
+    if base:
+        return Path(base).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ade_harness"
 
 
 def file_hash(path: Path, algorithm: str) -> str:

@@ -14,18 +14,22 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ade_harness.data.download import file_hash
+from ade_harness.data.download import cache_dir, file_hash
+from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.models.demo import load_demo_network
+from ade_harness.models.families import Family, Keys, quietly_random
 from ade_harness.models.onnx import OnnxModel
-from ade_harness.models.segformer import Segformer, random_segformer
+from ade_harness.models.systems import FAMILIES
 from ade_harness.models.transformers_models import load_transformers
 from ade_harness.models.weights import (
     Checkpoint,
+    StateDict,
     hub_checkpoint,
     load_strictly,
     local_checkpoint,
     read_state_dict,
+    url_checkpoint,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,14 +99,23 @@ def _names(cfg: DictConfig, carried: list[str] | None = None) -> list[str] | Non
 
 
 def _checkpoint(cfg: DictConfig) -> Checkpoint | None:
-    """Return the weight file to load; None for random weights."""
+    """Return the weight file to load; None if there is none, or for random weights."""
     if cfg.weights == "random":
         return None
     if cfg.checkpoint is not None:
         return local_checkpoint(cfg.checkpoint, cfg.checkpoint_sha256)
-    if cfg.hub.hub_id is None:
-        return None
-    return hub_checkpoint(cfg.hub.hub_id, cfg.hub.filename, cfg.hub.revision, cfg.hub.sha256)
+    return _public_file(cfg, cfg.official, cfg.hub)
+
+
+def _public_file(cfg: DictConfig, official: DictConfig, hub: DictConfig) -> Checkpoint | None:
+    """Fetch one of a model's public files, if it has one."""
+    if official.url is not None and cfg.source != "hub":
+        return url_checkpoint(official.url, cache_dir() / "checkpoints", official.sha256)
+    if hub.hub_id is not None and cfg.source != "official":
+        return hub_checkpoint(hub.hub_id, hub.filename, hub.revision, hub.sha256)
+    if cfg.source is not None and (official.url or hub.hub_id):
+        raise HarnessError(f"model.source={cfg.source}: {cfg.name} has no such file. Leave model.source out.")
+    return None
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -119,20 +132,48 @@ def _load_demo(cfg: DictConfig, threads: int) -> LoadedModel:
     )
 
 
-def _load_segformer(cfg: DictConfig, threads: int) -> LoadedModel:
+def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
+    """Load a system of the leaderboard: of models/systems.py."""
+    family = FAMILIES[cfg.kind]
     architecture: Any = OmegaConf.to_container(cfg.architecture, resolve=True)
+    if cfg.weights == "random":
+        module = quietly_random(family, architecture, cfg.seed)
+        return LoadedModel(
+            module, "random", **_statistics(cfg), channels=NUM_CLASSES, facts={"origin": f"random, seed {cfg.seed}"}
+        )
     checkpoint = _checkpoint(cfg)
     if checkpoint is None:
-        module = random_segformer(architecture, cfg.seed)
-        return LoadedModel(module, "random", **_statistics(cfg), facts={"origin": f"random, seed {cfg.seed}"})
-    module = Segformer(
-        architecture,
-        read_state_dict(checkpoint.path),
-        checkpoint.origin,
-        tuple(cfg.allow_missing_keys),
-        tuple(cfg.allow_unexpected_keys),
-    )
-    return LoadedModel(module, "pretrained", **_statistics(cfg), facts=_facts(checkpoint))
+        raise HarnessError(
+            f"model={cfg.name}: {cfg.missing or 'no public weights are known: give model.checkpoint=PATH.'}"
+            " To try it without weights: model.weights=random."
+        )
+    state, facts = read_state_dict(checkpoint.path), _facts(checkpoint)
+    if _is_head_alone(family, state):
+        backbone = _backbone(cfg, checkpoint)
+        state = {**read_state_dict(backbone.path), **state}
+        facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
+        facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
+        facts["head_sha256"] = checkpoint.sha256
+    keys = Keys(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
+    module = family.load(architecture, state, keys)
+    return LoadedModel(module, "pretrained", **_statistics(cfg), channels=NUM_CLASSES, facts=facts)
+
+
+def _is_head_alone(family: Family, state: StateDict) -> bool:
+    """Return whether a file holds a linear head and no backbone."""
+    return family.classifier.startswith("head.") and all(k.startswith("head.") for k in family.hub_names(state))
+
+
+def _backbone(cfg: DictConfig, head: Checkpoint) -> Checkpoint:
+    """Return the file of the frozen backbone below a head."""
+    if cfg.backbone_checkpoint is not None:
+        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
+    found = _public_file(cfg, cfg.backbone, cfg.backbone)
+    if found is None:
+        raise HarnessError(
+            f"{head.origin}: this file holds the head alone. Give the backbone's as model.backbone_checkpoint=PATH."
+        )
+    return found
 
 
 def _load_hf(cfg: DictConfig, threads: int) -> LoadedModel:
@@ -257,7 +298,7 @@ def _load_onnx(cfg: DictConfig, threads: int) -> LoadedModel:
 
 LOADERS: dict[str, Callable[[DictConfig, int], LoadedModel]] = {
     "demo": _load_demo,
-    "segformer": _load_segformer,
+    **dict.fromkeys(FAMILIES, _load_system),
     "hf": _load_hf,
     "custom": _load_custom,
     "torchscript": _load_torchscript,

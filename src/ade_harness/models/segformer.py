@@ -6,126 +6,46 @@ transformers' class differs from it in one point: all its layer norms use eps 1e
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ade_harness.data.labels import NUM_CLASSES
-from ade_harness.errors import HarnessError
-from ade_harness.models.transformers_models import load_into_transformers
-from ade_harness.models.weights import StateDict
+from ade_harness.models.families import Family, Keys, count, load_hub_names
+from ade_harness.models.keymaps import Table
 
-OFFICIAL_TO_HUB: tuple[tuple[str, str], ...] = (
-    # official name (N is counted from 1)                  name in the hub's files (counted from 0)
-    (r"backbone\.patch_embed(?P<N>\d)\.proj\.", "segformer.encoder.patch_embeddings.{N}.proj."),
-    (r"backbone\.patch_embed(?P<N>\d)\.norm\.", "segformer.encoder.patch_embeddings.{N}.layer_norm."),
-    (r"backbone\.norm(?P<N>\d)\.", "segformer.encoder.layer_norm.{N}."),
-    (
-        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.norm(?P<I>\d)\.",
-        "segformer.encoder.block.{N}.{B}.layer_norm_{I}.",
-    ),
-    (
-        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.q\.",
-        "segformer.encoder.block.{N}.{B}.attention.self.query.",
-    ),
-    (
-        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.kv\.",
-        "segformer.encoder.block.{N}.{B}.attention.self.{KV}.",
-    ),
-    (
-        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.sr\.",
-        "segformer.encoder.block.{N}.{B}.attention.self.sr.",
-    ),
-    (
-        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.norm\.",
-        "segformer.encoder.block.{N}.{B}.attention.self.layer_norm.",
-    ),
-    (
-        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.attn\.proj\.",
-        "segformer.encoder.block.{N}.{B}.attention.output.dense.",
-    ),
-    (
-        r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.mlp\.fc(?P<I>\d)\.",
-        "segformer.encoder.block.{N}.{B}.mlp.dense{I}.",
-    ),
-    (r"backbone\.block(?P<N>\d)\.(?P<B>\d+)\.mlp\.dwconv\.", "segformer.encoder.block.{N}.{B}.mlp.dwconv."),
-    (r"decode_head\.linear_c(?P<N>\d)\.proj\.", "decode_head.linear_c.{N}.proj."),
-    (r"decode_head\.linear_fuse\.conv\.", "decode_head.linear_fuse."),
-    (r"decode_head\.linear_fuse\.bn\.", "decode_head.batch_norm."),
-    (r"decode_head\.linear_pred\.", "decode_head.classifier."),
+_ENCODER = "segformer.encoder."
+_BLOCK = _ENCODER + "block.{S-1}.{B}."
+
+OFFICIAL: Table = (
+    # stages are counted from 1 there, from 0 here
+    ("backbone.patch_embed{S}.proj.*", _ENCODER + "patch_embeddings.{S-1}.proj.*"),
+    ("backbone.patch_embed{S}.norm.*", _ENCODER + "patch_embeddings.{S-1}.layer_norm.*"),
+    ("backbone.norm{S}.*", _ENCODER + "layer_norm.{S-1}.*"),
+    ("backbone.block{S}.{B}.norm{I}.*", _BLOCK + "layer_norm_{I}.*"),
+    ("backbone.block{S}.{B}.attn.q.*", _BLOCK + "attention.self.query.*"),
+    ("backbone.block{S}.{B}.attn.kv.*", _BLOCK + "attention.self.{key|value}.*"),
+    ("backbone.block{S}.{B}.attn.sr.*", _BLOCK + "attention.self.sr.*"),
+    ("backbone.block{S}.{B}.attn.norm.*", _BLOCK + "attention.self.layer_norm.*"),
+    ("backbone.block{S}.{B}.attn.proj.*", _BLOCK + "attention.output.dense.*"),
+    ("backbone.block{S}.{B}.mlp.fc{I}.*", _BLOCK + "mlp.dense{I}.*"),
+    ("backbone.block{S}.{B}.mlp.dwconv.*", _BLOCK + "mlp.dwconv.*"),
+    ("decode_head.linear_c{S}.proj.*", "decode_head.linear_c.{S-1}.proj.*"),
+    ("decode_head.linear_fuse.conv.*", "decode_head.linear_fuse.*"),
+    ("decode_head.linear_fuse.bn.*", "decode_head.batch_norm.*"),
+    ("decode_head.linear_pred.*", "decode_head.classifier.*"),
+    ("decode_head.conv_seg.*", None),  # in the files, and in no computation
 )
-"""The rest of a name is kept. Keys and values of attention are one matrix officially: its two halves."""
-
-UNUSED_OFFICIAL = re.compile(r"decode_head\.conv_seg\.")
-"""In the official files, and in no computation."""
-
-
-def hub_names(state: Mapping[str, Tensor]) -> StateDict:
-    """Rename an official state_dict to the hub's names; other names pass unchanged, so that loading can refuse them."""
-    renamed: StateDict = {}
-    for key, value in state.items():
-        if UNUSED_OFFICIAL.match(key):
-            continue
-        for pattern, target in OFFICIAL_TO_HUB:
-            found = re.match(pattern, key)
-            if found:
-                parts: dict[str, Any] = found.groupdict()
-                parts["N"] = int(parts["N"]) - 1 if "N" in parts else None
-                rest = key[found.end() :]
-                if "{KV}" in target:
-                    for kind, half in zip(("key", "value"), value.chunk(2), strict=True):
-                        renamed[target.format(**parts, KV=kind) + rest] = half
-                else:
-                    renamed[target.format(**parts) + rest] = value
-                break
-        else:
-            renamed[key] = value
-    return renamed
 
 
 class Segformer(nn.Module):
-    """Normalised images float32 [N, 3, H, W] to logits [N, 150, H/4, W/4] (sizes rounded up).
+    """Normalised images float32 [N, 3, H, W] to logits [N, 150, H/4, W/4] (sizes rounded up)."""
 
-    Args:
-        architecture: SegformerConfig's fields, such as ``depths`` and ``hidden_sizes``.
-        state: weights in the official or the hub's names; None draws random ones.
-        origin: how error messages call the weights.
-        allow_missing: patterns of keys that `state` may lack.
-        allow_unexpected: patterns of keys that `state` may have too many.
-    """
-
-    def __init__(
-        self,
-        architecture: Mapping[str, Any],
-        state: Mapping[str, Tensor] | None,
-        origin: str = "state_dict",
-        allow_missing: tuple[str, ...] = (),
-        allow_unexpected: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-        config = SegformerConfig(num_labels=NUM_CLASSES, **architecture)
-        if state is None:
-            try:
-                self.network = SegformerForSemanticSegmentation(config)
-            except (IndexError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-                raise HarnessError(
-                    f"model.architecture={dict(architecture)}: makes no SegFormer ({error}). Every list needs one entry"
-                    " for each of the four stages."
-                ) from error
-        else:
-            self.network = load_into_transformers(
-                SegformerForSemanticSegmentation,
-                config,
-                hub_names(state),
-                origin,
-                allow_missing,
-                allow_unexpected,
-            )
+        self.network = network
         for name, module in self.network.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5 if "patch_embeddings" in name or ".attention." in name else 1e-6
@@ -136,8 +56,29 @@ class Segformer(nn.Module):
         return logits
 
 
-def random_segformer(architecture: Mapping[str, Any], seed: int) -> Segformer:
-    """Return a SegFormer with random weights that depend on `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Segformer(architecture, None)
+def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> Segformer:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    fields = dict(architecture)
+    depths, sizes = fields["depths"], fields["hidden_sizes"]
+    if len(depths) != 4 or len(sizes) != 4:
+        raise ValueError("every list needs one entry for each of the four stages")
+    config = SegformerConfig(num_labels=NUM_CLASSES, **fields)
+    return Segformer(load_hub_names(SegformerForSemanticSegmentation, config, state, keys))
+
+
+def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    sizes = [state[f"{_ENCODER}patch_embeddings.{s}.proj.weight"].shape[0] for s in range(4)]
+    reductions = [state.get(f"{_ENCODER}block.{s}.0.attention.self.sr.weight") for s in range(4)]
+    hidden = [state[f"{_ENCODER}block.{s}.0.mlp.dense1.weight"].shape[0] for s in range(4)]
+    return {
+        "depths": [count(state, f"{_ENCODER}block.{s}.{{N}}.") for s in range(4)],
+        "hidden_sizes": sizes,
+        "num_attention_heads": [round(size / sizes[0]) for size in sizes],  # one per width of the first stage
+        "sr_ratios": [1 if r is None else math.isqrt(r[0, 0].numel()) for r in reductions],
+        "mlp_ratios": [h // size for h, size in zip(hidden, sizes, strict=True)],
+        "decoder_hidden_size": state["decode_head.classifier.weight"].shape[1],
+    }
+
+
+SEGFORMER = Family(layouts={"official": OFFICIAL}, read=_read, build=_build)

@@ -9,13 +9,16 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ade_harness.data.download import file_hash
+from ade_harness.data.download import OnBytes, fetch, file_hash
 from ade_harness.errors import HarnessError
 
 StateDict = dict[str, Tensor]
@@ -31,7 +34,7 @@ class Checkpoint:
     """The file's path as given, or ``hub id @ revision / file name``."""
 
 
-def local_checkpoint(path: str, sha256: str | None) -> Checkpoint:
+def local_checkpoint(path: str, sha256: str | None, key: str = "model.checkpoint") -> Checkpoint:
     """Check a weight file given by the user.
 
     Raises:
@@ -39,8 +42,27 @@ def local_checkpoint(path: str, sha256: str | None) -> Checkpoint:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise HarnessError(f"model.checkpoint={path}: no such file.")
-    return _checked(file, sha256, str(file), "model.checkpoint_sha256")
+        raise HarnessError(f"{key}={path}: no such file.")
+    return _checked(file, sha256, str(file), f"{key}_sha256")
+
+
+def url_checkpoint(url: str, folder: Path, sha256: str | None, on_bytes: OnBytes | None = None) -> Checkpoint:
+    """Fetch a weight file into `folder`, once for all ranks of a node; continued after an interruption.
+
+    Raises:
+        HarnessError: no network, no such file, or a wrong hash.
+    """
+    file = folder / url.rpartition("/")[2]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(file) + ".lock"):
+            if not file.exists():
+                fetch(url, file, on_bytes=on_bytes)
+    except OSError as error:
+        raise HarnessError(
+            f"{folder}: cannot be written ({error.strerror or error}). Set ADE_HARNESS_CACHE to a folder of yours."
+        ) from error
+    return _checked(file, sha256, url, "the configuration")
 
 
 def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str | None) -> Checkpoint:
@@ -83,7 +105,7 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
 
 def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpoint:
     found = file_hash(path, "sha256")
-    if expected is not None and found != expected.lower():
+    if expected is not None and not (len(expected) >= 8 and found.startswith(expected.lower())):
         raise HarnessError(
             f"{path}: the sha256 is {found}, {key} expects {expected}."
             " The file is damaged or another version: delete it and fetch it again."
@@ -92,9 +114,9 @@ def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpo
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Read tensors from .safetensors, or from a torch file without running any code in it.
+    """Read tensors from .safetensors, .npz, detectron2's .pkl, or a torch file, without running any code in it.
 
-    The tensors are mapped, not read: all ranks of a node share the pages of one file.
+    Tensors of safetensors and torch files are mapped, not read: all ranks of a node share the pages of one file.
 
     The wrappers of training frameworks (``state_dict``, ``model``, ``model_state_dict``) are opened.
 
@@ -106,6 +128,10 @@ def read_state_dict(path: Path) -> StateDict:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise HarnessError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.suffix == ".pkl":
+        return _read_pickle(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -125,6 +151,11 @@ def read_state_dict(path: Path) -> StateDict:
             f"{path}: not a readable torch file ({str(error).splitlines()[0] if str(error) else 'empty'})."
             " It may be cut off: fetch it again."
         ) from error
+    return _state_dict(content, path)
+
+
+def _state_dict(content: Any, path: Path) -> StateDict:
+    """Open the wrappers around a state_dict."""
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -133,6 +164,66 @@ def read_state_dict(path: Path) -> StateDict:
     if all(key.startswith("module.") for key in content):  # saved from DataParallel
         return {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)
+
+
+def _read_npz(path: Path) -> StateDict:
+    """Read numpy's archive, such as big_vision's; bfloat16 is kept there as two raw bytes."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: _from_numpy(arrays[key]) for key in arrays.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise HarnessError(f"{path}: not a whole .npz of arrays ({str(error).splitlines()[0]}).") from error
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float()
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+_ARRAYS_ONLY = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),  # how Python 2's byte strings are kept
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickles of dicts, lists, numbers, strings and numpy arrays; anything else is refused by name."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        super().__init__(file, encoding="latin1")  # detectron2's model zoo was written by Python 2 and 3
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the few functions that arrays need."""
+        if (module, name) not in _ARRAYS_ONLY:
+            raise HarnessError(
+                f"{self.path}: this pickle names {module}.{name}; only numpy arrays are read from pickles, as anything"
+                " else would run code from the file. Convert it to safetensors where you trust it."
+            )
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path) -> StateDict:
+    """Read detectron2's .pkl: a dict with ``model``, whose values are numpy arrays."""
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, path).load()
+    except HarnessError:
+        raise
+    except Exception as error:  # a damaged pickle fails in any way
+        raise HarnessError(f"{path}: not a whole pickle ({type(error).__name__}: {error}). Fetch it again.") from error
+    found = content.get("model", content) if isinstance(content, Mapping) else {}
+    arrays = {str(k): _from_numpy(np.asarray(v)) for k, v in found.items() if isinstance(v, np.ndarray | np.generic)}
+    if not arrays or len(arrays) != len(found):
+        raise HarnessError(f"{path}: holds no mapping from names to arrays.")
+    return arrays
 
 
 def load_strictly(

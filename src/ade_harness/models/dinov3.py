@@ -1,0 +1,116 @@
+"""DINOv3 with a linear head: transformers' backbone, which computes what the official code does, and our head.
+
+Official code: facebookresearch/dinov3 @ 6876159, dinov3/eval/segmentation. The head of the published 55.9 was never
+released; its training code and configuration were (``python -m ade_harness probe``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ade_harness.models.dinov2 import segmenter
+from ade_harness.models.families import Family, Keys, count
+from ade_harness.models.keymaps import Table
+from ade_harness.models.linear import LINEAR_HEAD, LinearSegmenter
+
+_BLOCK = "layer.{B}."
+
+
+def first_and_last(bias: Tensor) -> Tensor:
+    """Return the query's and the value's part of a bias [3 C]: the official code masks the keys' to zero."""
+    width = bias.shape[0] // 3
+    return bias[[*range(width), *range(2 * width, 3 * width)]]
+
+
+_BACKBONE: Table = (
+    ("cls_token", "embeddings.cls_token"),
+    ("storage_tokens", "embeddings.register_tokens"),
+    ("mask_token", "embeddings.mask_token", lambda token: token.reshape(1, 1, -1)),
+    ("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
+    ("rope_embed.periods", "rope_embed.periods"),  # computed here: they depend on the width of a head alone
+    ("blocks.{B}.norm1.*", _BLOCK + "norm1.*"),
+    ("blocks.{B}.attn.qkv.weight", _BLOCK + "attention.{q_proj|k_proj|v_proj}.weight"),
+    ("blocks.{B}.attn.qkv.bias", _BLOCK + "attention.{q_proj|v_proj}.bias", first_and_last),
+    ("blocks.{B}.attn.qkv.bias_mask", None),
+    ("blocks.{B}.attn.proj.*", _BLOCK + "attention.o_proj.*"),
+    ("blocks.{B}.ls1.gamma", _BLOCK + "layer_scale1.lambda1"),
+    ("blocks.{B}.norm2.*", _BLOCK + "norm2.*"),
+    ("blocks.{B}.mlp.w1.*", _BLOCK + "mlp.gate_proj.*"),
+    ("blocks.{B}.mlp.w2.*", _BLOCK + "mlp.up_proj.*"),
+    ("blocks.{B}.mlp.w3.*", _BLOCK + "mlp.down_proj.*"),
+    ("blocks.{B}.mlp.fc1.*", _BLOCK + "mlp.up_proj.*"),
+    ("blocks.{B}.mlp.fc2.*", _BLOCK + "mlp.down_proj.*"),
+    ("blocks.{B}.ls2.gamma", _BLOCK + "layer_scale2.lambda1"),
+    ("norm.*", "norm.*"),
+    ("local_cls_norm.*", None),  # of training only
+)
+DINOV3_OFFICIAL: Table = (
+    *_BACKBONE,
+    *(("segmentation_model.0.feature_model." + row[0], *row[1:]) for row in _BACKBONE),
+    *LINEAR_HEAD,
+)
+DINOV3_HUB: Table = (
+    ("embeddings.*", "embeddings.*"),
+    ("layer.*", "layer.*"),
+    ("model.layer.*", "layer.*"),
+    ("norm.*", "norm.*"),
+    *LINEAR_HEAD,
+)
+
+
+class Dinov3Features(nn.Module):
+    """Images [N, 3, H, W] to the last block's normed patch tokens, one map [N, C, h, w] at one patch per pixel."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        config: Any = network.config
+        self.patch_size: int = config.patch_size
+        self.channels: int = config.hidden_size
+        self._prefix: int = 1 + config.num_register_tokens
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the only map in a list."""
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        tokens: Tensor = self.network(images).last_hidden_state[:, self._prefix :]
+        return [tokens.transpose(1, 2).reshape(images.shape[0], -1, height, width)]
+
+
+def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> LinearSegmenter:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    config = DINOv3ViTConfig(layer_norm_eps=1e-5, rope_theta=100.0, **architecture)
+    return segmenter(DINOv3ViTModel, config, Dinov3Features, state, keys, pad=False)
+
+
+def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    projection = state["embeddings.patch_embeddings.weight"]
+    gated = "layer.0.mlp.gate_proj.weight" in state
+    bias = "layer.0.attention.q_proj.bias" in state
+    periods = state.get("rope_embed.periods")  # a quarter of a head's width; the hub's files have none
+    head = 4 * len(periods) if periods is not None else (128 if projection.shape[0] >= 4096 else 64)
+    return {
+        "hidden_size": projection.shape[0],
+        "patch_size": projection.shape[-1],
+        "num_hidden_layers": count(state, "layer.{N}."),
+        "num_attention_heads": projection.shape[0] // head,
+        "num_register_tokens": state["embeddings.register_tokens"].shape[1],
+        "intermediate_size": state["layer.0.mlp.up_proj.weight"].shape[0],
+        "use_gated_mlp": gated,
+        "hidden_act": "silu" if gated else "gelu",
+        "query_bias": bias,
+        "key_bias": False,
+        "value_bias": bias,
+    }
+
+
+DINOV3 = Family(
+    layouts={"official": DINOV3_OFFICIAL, "hub": DINOV3_HUB},
+    read=_read,
+    build=_build,
+    unused=("rope_embed.periods",),
+    classifier="head.classifier.weight",
+)

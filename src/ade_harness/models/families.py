@@ -1,0 +1,121 @@
+"""What a family of systems is: tables of weight names, and two functions that read and build an architecture."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.errors import HarnessError
+from ade_harness.models.keymaps import Table, to_hub_names
+from ade_harness.models.transformers_models import load_into_transformers
+
+
+@dataclass(frozen=True)
+class Keys:
+    """How strictly weights are loaded, and how messages call them."""
+
+    origin: str = "state_dict"
+    allow_missing: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Systems of one architecture at any width and depth."""
+
+    layouts: Mapping[str, Table]
+    """Code base -> table from its names to those of the hub's files."""
+    read: Callable[[Mapping[str, Tensor]], dict[str, Any]]
+    """The architecture, as far as shapes of a state_dict in the hub's names say it."""
+    build: Callable[[dict[str, Any], Mapping[str, Tensor] | None, Keys], nn.Module]
+    """The system, with these weights in the hub's names, or with random ones."""
+    unused: tuple[str, ...] = ()
+    """Patterns of names in the hub's files that take no part in the forward."""
+    classifier: str = "decode_head.classifier.weight"
+    """The weight whose first dimension is the number of classes."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of what shapes do not say."""
+    prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    """Applied to a state_dict before its names are looked up."""
+
+    def hub_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename a state_dict of any known code base."""
+        return to_hub_names(self.prepare(state), self.layouts)[0]
+
+    def used(self, hub: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out what takes no part in the forward."""
+        return {k: v for k, v in hub.items() if not any(fnmatch.fnmatchcase(k, p) for p in self.unused)}
+
+    def load(self, architecture: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+        """Build the system; `architecture` goes before what the shapes of `state` say.
+
+        Args:
+            architecture: fields of the family; with a `state`, only those that shapes do not say are needed.
+            state: weights in the names of any known code base; None draws random ones.
+            keys: origin and allowed differences.
+
+        Raises:
+            HarnessError: keys or shapes do not fit, another number of classes, or an impossible architecture.
+        """
+        hub = None if state is None else self.hub_names(state)
+        fields = {**self.defaults, **({} if hub is None else self._read(hub, keys)), **architecture}
+        if hub is not None:
+            self._check_classes(hub, keys)
+        try:
+            return self.build(fields, None if hub is None else self.used(hub), keys)
+        except (IndexError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise HarnessError(
+                f"model.architecture={fields}: makes no network ({type(error).__name__}: {str(error).splitlines()[0]})."
+            ) from error
+
+    def _read(self, hub: Mapping[str, Tensor], keys: Keys) -> dict[str, Any]:
+        try:
+            return self.read(hub)
+        except (KeyError, IndexError):
+            return {}  # the strict loading that follows names what is missing
+
+    def _check_classes(self, hub: Mapping[str, Tensor], keys: Keys) -> None:
+        weight = hub.get(self.classifier)
+        if weight is not None and weight.shape[0] != NUM_CLASSES:
+            raise HarnessError(
+                f"{keys.origin}: a classifier of {weight.shape[0]} classes{_trained_on(weight.shape[0])}, ADE20K has"
+                f" {NUM_CLASSES}: this is a checkpoint of another data set."
+            )
+
+
+_OTHER_DATASETS = {
+    19: "Cityscapes", 20: "PASCAL VOC", 21: "PASCAL VOC", 59: "PASCAL Context", 60: "PASCAL Context", 80: "COCO",
+    133: "COCO panoptic", 171: "COCO-Stuff", 172: "COCO-Stuff", 847: "ADE20K-full", 1000: "ImageNet",
+}  # fmt: skip
+
+
+def _trained_on(classes: int) -> str:
+    return f" (usual for {_OTHER_DATASETS[classes]})" if classes in _OTHER_DATASETS else ""
+
+
+def count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Return one more than the largest ``{N}`` in the names that begin with `pattern`; 0 if there is none."""
+    expression = re.compile(re.escape(pattern).replace(r"\{N\}", r"(\d+)"))
+    return max((int(found[1]) + 1 for found in map(expression.match, state) if found), default=0)
+
+
+def load_hub_names(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+    """Build a transformers class with weights in the hub's names, or with random ones (on torch's default device)."""
+    if state is None:
+        network: nn.Module = cls(config).eval()
+        return network
+    return load_into_transformers(cls, config, state, keys.origin, keys.allow_missing, keys.allow_unexpected)
+
+
+def quietly_random(family: Family, architecture: Mapping[str, Any], seed: int) -> nn.Module:
+    """Return a system with random weights that depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return family.load(architecture, None, Keys())
