@@ -109,6 +109,8 @@ def _checkpoint(cfg: DictConfig) -> Checkpoint | None:
 
 def _public_file(cfg: DictConfig, official: DictConfig, hub: DictConfig) -> Checkpoint | None:
     """Fetch one of a model's public files, if it has one."""
+    if cfg.source not in (None, "official", "hub"):
+        raise HarnessError(f"model.source={cfg.source}: choose official or hub, or leave it out.")
     if official.url is not None and cfg.source != "hub":
         return url_checkpoint(official.url, cache_dir() / "checkpoints", official.sha256)
     if hub.hub_id is not None and cfg.source != "official":
