@@ -52,7 +52,7 @@ def build_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDatas
     """
     ids = list(cfg.ids) if cfg.ids is not None else None
     if cfg.kind == "demo":
-        return open_demo(cache_dir(), cfg.images, cfg.limit, ids)
+        return open_demo(cache_dir(), cfg.images, cfg.limit, ids, cfg.split)
     dataset = open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
     return replace(dataset, apply_exif=apply_exif)
 

@@ -32,6 +32,7 @@ Evaluate scene parsing models on ADE20K: exact counts, any number of ranks.
   python -m ade_harness [evaluate] [key=value ...]     evaluate a model (no arguments: the embedded demo)
   python -m ade_harness resume RUN [key=value ...]     do what is missing of a run, on any number of ranks
   python -m ade_harness status RUN                     how far a run is, from any shell
+  python -m ade_harness probe model=NAME [key=value]   train a linear head on a frozen backbone (conf/probe)
   python -m ade_harness models                         the leaderboard's systems, and which can be run
   python -m ade_harness data download [--root DIR]     fetch ADEChallengeData2016.zip, check it, extract it
   python -m ade_harness data verify [ROOT]             read every pair and check it against the official list
@@ -63,7 +64,7 @@ Flags of evaluate
 ADE_HARNESS_TRACEBACK=1 shows the traceback behind an error message.
 """
 
-VERBS = ("evaluate", "resume", "status", "models", "data", "doctor")
+VERBS = ("evaluate", "resume", "status", "probe", "models", "data", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,8 +123,8 @@ def _dispatch(words: list[str], in_this_process: bool) -> int:
     if verb in ("help",) or any(w in ("-h", "--help") for w in words):
         _print_help()
         return 0
-    if verb in ("evaluate", "resume"):
-        return (_evaluate if verb == "evaluate" else _resume)(rest, in_this_process)
+    if verb in ("evaluate", "resume", "probe"):
+        return {"evaluate": _evaluate, "resume": _resume, "probe": _probe}[verb](rest, in_this_process)
     if verb not in VERBS:
         raise HarnessError(f"{verb!r} is no verb.{did_you_mean(verb, VERBS)} Known: {', '.join(VERBS)}; see --help.")
     return _report(verb, rest)
@@ -183,6 +184,38 @@ def _evaluate(words: list[str], in_this_process: bool) -> int:
     return _run(cfg, command, in_this_process)
 
 
+def _probe(words: list[str], in_this_process: bool) -> int:
+    """Train a linear head."""
+    from omegaconf import OmegaConf
+
+    from ade_harness.config import compose_config
+    from ade_harness.probe.recipe import read_recipe
+
+    overrides, flags = _split_flags(words)
+    extra = Path(flags["--config-dir"]) if "--config-dir" in flags else None
+    own = [w for w in overrides if w.startswith(("probe.", "probe="))]
+    rest = [w for w in overrides if w not in own]
+    if not any(w.startswith("dataset.split=") for w in rest):
+        rest.append("dataset.split=training")
+    cfg = compose_config(rest, extra)
+    recipe = read_recipe(cfg.model.probe, own)
+    if "--cfg" in flags:
+        print(OmegaConf.to_yaml(OmegaConf.create({"probe": recipe, "config": cfg}), resolve=True), end="")
+        return 0
+
+    def train() -> None:
+        from ade_harness.probe.training import train_probe
+        from ade_harness.report.terminal import make_console
+
+        train_probe(cfg, recipe, make_console(), _current_run.append)
+
+    def command(run_dir: str | None) -> list[str]:
+        kept = [w for w in words if run_dir is None or not w.startswith("run.dir=")]
+        return ["probe", *kept, *([] if run_dir is None else [f"run.dir={run_dir}"])]
+
+    return _run(cfg, command, in_this_process, train)
+
+
 def _resume(words: list[str], in_this_process: bool) -> int:
     """Continue a run as its own config.yaml says."""
     from ade_harness.config import stored_config
@@ -192,7 +225,8 @@ def _resume(words: list[str], in_this_process: bool) -> int:
     if len(folders) != 1 or folders[0].startswith("-"):
         raise HarnessError("resume needs one run directory, such as `resume runs/20260102-030405_demo_a1b2c3`.")
     path = Path(folders[0]).expanduser()
-    read_manifest(path)
+    if read_manifest(path).get("kind") == "probe":
+        raise HarnessError(f"{path}: is a probe: give its `probe` command again, with run.dir={path}.")
     try:
         text = (path / "config.yaml").read_text()
     except OSError as error:
@@ -202,19 +236,25 @@ def _resume(words: list[str], in_this_process: bool) -> int:
     return _run(cfg, lambda _: ["resume", *words], in_this_process)
 
 
-def _run(cfg: DictConfig, command: Callable[[str | None], list[str]], in_this_process: bool) -> int:
+def _run(
+    cfg: DictConfig,
+    command: Callable[[str | None], list[str]],
+    in_this_process: bool,
+    work: Callable[[], None] | None = None,
+) -> int:
     """Be a rank, or start and watch this node's ranks.
 
     Args:
         cfg: what to run.
         command: for a run directory (None: not known yet), the words that make a rank of it.
         in_this_process: never start others.
+        work: of a rank; None evaluates.
     """
     from ade_harness.runtime.cluster import REQUEUED, find_node, is_rank, requeue_slurm_job, resolve_devices
     from ade_harness.runtime.supervisor import Supervisor
 
     if in_this_process or is_rank() or not cfg.runtime.supervise:
-        return _be_rank(cfg)
+        return _be_rank(cfg, work)
     _, ranks = resolve_devices(cfg.runtime)
     node = find_node(cfg.runtime)
     start = [sys.executable, "-m", "ade_harness"]
@@ -236,12 +276,15 @@ def _run(cfg: DictConfig, command: Callable[[str | None], list[str]], in_this_pr
     return code
 
 
-def _be_rank(cfg: DictConfig) -> int:
+def _be_rank(cfg: DictConfig, work: Callable[[], None] | None) -> int:
     from ade_harness.runtime.coordination import RankLostError, StopRequestedError
     from ade_harness.session import run_session
 
     try:
-        run_session(cfg, on_run_dir=_current_run.append)
+        if work is not None:
+            work()
+        else:
+            run_session(cfg, on_run_dir=_current_run.append)
     except StopRequestedError as stop:
         _say_how_to_go_on(str(stop).capitalize())
         return EXIT_MESSAGE if str(stop) == "interrupted" else EXIT_STOPPED

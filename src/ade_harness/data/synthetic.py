@@ -23,6 +23,8 @@ GENERATOR_VERSION = 1
 """Part of the cache folder's name: raise it with any change of the pixels."""
 VALIDATION_SEED = 2016
 """The embedded demo's images; the packaged network was trained on other seeds."""
+TRAINING_SEED = 2017
+"""Of the training split, for probes."""
 SCALE = 4
 """Real sizes are divided by this."""
 _GREY_SHARE = 0.03
@@ -128,14 +130,18 @@ def write_dataset(root: Path, images: int, seed: int = VALIDATION_SEED, split: s
     return final
 
 
-def open_demo(cache: Path, images: int, limit: int | None = None, ids: list[str] | None = None) -> SegmentationDataset:
-    """Write the demo set into `cache` if it is not there, and open it."""
-    root = write_dataset(cache / f"demo-v{GENERATOR_VERSION}-{VALIDATION_SEED}-{images}", images)
-    opened = open_ade20k(root)
+def open_demo(
+    cache: Path, images: int, limit: int | None = None, ids: list[str] | None = None, split: str = "validation"
+) -> SegmentationDataset:
+    """Write a split of the demo set into `cache` if it is not there, and open it."""
+    seed = VALIDATION_SEED if split == "validation" else TRAINING_SEED
+    root = write_dataset(cache / f"demo-v{GENERATOR_VERSION}-{seed}-{images}", images, seed, split)
+    opened = open_ade20k(root, split)
     return SegmentationDataset(
         name="demo",
         source=opened.source,
         pairs=select(opened.pairs, limit, ids, root),
         expected_images=images,
+        split=split,
         is_demo=True,
     )

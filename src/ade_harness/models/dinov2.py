@@ -110,7 +110,7 @@ def segmenter(
     parts = split_head(state)
     network = load_hub_names(cls, config, parts[0], keys)
     whole = LinearSegmenter(wrap(network), pad)
-    if parts[1]:
+    if parts[1] or (state is not None and not keys.headless):
         load_strictly(whole.head, parts[1], keys.origin, keys.allow_missing, keys.allow_unexpected)
     return whole
 

@@ -24,6 +24,8 @@ class Keys:
     origin: str = "state_dict"
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
+    headless: bool = False
+    """A linear head may be missing: it is to be trained."""
 
 
 @dataclass(frozen=True)

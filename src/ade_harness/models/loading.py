@@ -20,7 +20,7 @@ from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.models.demo import load_demo_network
 from ade_harness.models.families import Family, Keys, quietly_random
 from ade_harness.models.onnx import OnnxModel
-from ade_harness.models.systems import FAMILIES
+from ade_harness.models.systems import FAMILIES, SYSTEMS
 from ade_harness.models.transformers_models import load_transformers
 from ade_harness.models.weights import (
     Checkpoint,
@@ -151,7 +151,7 @@ def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
         )
     state, facts = read_state_dict(checkpoint.path), _facts(checkpoint)
     if _is_head_alone(family, state):
-        backbone = _backbone(cfg, checkpoint)
+        backbone = _backbone(cfg, f"{checkpoint.origin}: this file holds the head alone")
         state = {**read_state_dict(backbone.path), **state}
         facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
@@ -161,20 +161,44 @@ def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
     return LoadedModel(module, "pretrained", **_statistics(cfg), channels=NUM_CLASSES, facts=facts)
 
 
+def load_for_probe(cfg: DictConfig) -> LoadedModel:
+    """Build a system with its backbone's public weights and a head that is still to be trained.
+
+    Raises:
+        HarnessError: the model has no linear head, or there are no weights for its backbone.
+    """
+    family = FAMILIES.get(cfg.kind)
+    if family is None or not family.classifier.startswith("head."):
+        names = [name for name, kind in SYSTEMS.items() if FAMILIES[kind].classifier.startswith("head.")]
+        raise HarnessError(
+            f"model={cfg.name}: has no linear head on a frozen backbone. Models to probe: {', '.join(names)}."
+        )
+    architecture: Any = OmegaConf.to_container(cfg.architecture, resolve=True)
+    if cfg.weights == "random":
+        module, facts = quietly_random(family, architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
+        return LoadedModel(module.eval(), "random", **_statistics(cfg), facts=facts)
+    if cfg.checkpoint is not None:
+        raise HarnessError("model.checkpoint: probe makes it. The backbone's file is model.backbone_checkpoint=PATH.")
+    backbone = _backbone(cfg, f"model={cfg.name}")
+    keys = Keys(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
+    module = family.load(architecture, read_state_dict(backbone.path), keys).eval()
+    if cfg.dtype != "fp32":
+        _convert(module, DTYPES[cfg.dtype], cfg.kind)
+    return LoadedModel(module, "pretrained", **_statistics(cfg), facts=_facts(backbone))
+
+
 def _is_head_alone(family: Family, state: StateDict) -> bool:
     """Return whether a file holds a linear head and no backbone."""
     return family.classifier.startswith("head.") and all(k.startswith("head.") for k in family.hub_names(state))
 
 
-def _backbone(cfg: DictConfig, head: Checkpoint) -> Checkpoint:
-    """Return the file of the frozen backbone below a head."""
+def _backbone(cfg: DictConfig, why: str) -> Checkpoint:
+    """Return the file of the frozen backbone below a head; `why` leads the message if there is none."""
     if cfg.backbone_checkpoint is not None:
         return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
     found = _public_file(cfg, cfg.backbone, cfg.backbone)
     if found is None:
-        raise HarnessError(
-            f"{head.origin}: this file holds the head alone. Give the backbone's as model.backbone_checkpoint=PATH."
-        )
+        raise HarnessError(f"{why}. Give the backbone's file as model.backbone_checkpoint=PATH.")
     return found
 
 

@@ -266,7 +266,7 @@ def is_main_process() -> bool:
     return (_get_rank() or 0) == 0
 
 
-def make_trainer(cfg: DictConfig) -> pl.Trainer:
+def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     """Return a Lightning Trainer with everything off that would change counts or write files."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -295,6 +295,7 @@ def make_trainer(cfg: DictConfig) -> pl.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
 
 
@@ -310,18 +311,22 @@ def _environment() -> Any:
 
 
 @contextmanager
-def started_ranks(cfg: DictConfig) -> Iterator[Ranks]:
+def started_ranks(cfg: DictConfig, **options: Any) -> Iterator[Ranks]:
     """Start this rank of a ``runtime`` node; inside, every rank runs the same code and they can talk.
 
     Lightning would connect them within ``trainer.test()``; doing it first lets ranks agree on the run directory and
     on what is left to do. ``trainer.test()`` then finds them connected.
+
+    Args:
+        cfg: the node.
+        options: more of Lightning's Trainer.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, also where Lightning has turned it into an exit.
         StopRequestedError: SIGTERM, or the signal before a time limit.
         RankLostError: another rank died.
     """
-    trainer = make_trainer(cfg)
+    trainer = make_trainer(cfg, **options)
     launcher = trainer.strategy.launcher
     if launcher is not None:
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)

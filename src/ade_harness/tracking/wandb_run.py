@@ -6,6 +6,7 @@ import json
 import netrc
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,42 @@ def log_result(cfg: DictConfig, result: Result, config: dict[str, Any], manifest
                 stacklevel=2,
             )
     return None
+
+
+def log_curve(cfg: DictConfig, folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str | None:
+    """Log a training as one W&B run; a failure loses nothing.
+
+    Args:
+        cfg: the ``tracking`` node.
+        folder: of the run.
+        rows: ``step`` and what was measured there.
+        facts: for the run's configuration.
+
+    Returns:
+        Where the run is, or None.
+    """
+    mode = wandb_mode(cfg.mode)
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=cfg.project, entity=cfg.entity, group=cfg.group, job_type="probe", name=folder.name,
+            tags=[*cfg.tags], config=dict(facts), dir=str(folder), mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_TIMEOUT_S),
+        )  # fmt: skip
+        try:
+            for row in rows:
+                run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            return run.url if mode == "online" else str(Path(run.dir).parent)
+        finally:
+            run.finish()
+    except Exception as error:  # the head is on disk
+        warnings.warn(
+            f"W&B logging failed ({type(error).__name__}: {error}). The run is whole in {folder}.", stacklevel=2
+        )
+        return None
 
 
 def _log(cfg: DictConfig, mode: Any, result: Result, config: dict[str, Any], manifest: dict[str, Any]) -> str | None:

@@ -1,0 +1,1 @@
+"""Training of linear heads on frozen backbones, by the published recipes."""

@@ -1,0 +1,350 @@
+"""Train a linear head on a frozen backbone: Lightning's loop, crops by number, and a state that resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ade_harness.build import build_dataset
+from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.labels import IGNORE_INDEX
+from ade_harness.errors import HarnessError
+from ade_harness.models.linear import LinearHead, LinearSegmenter
+from ade_harness.models.loading import DTYPES, LoadedModel, load_for_probe
+from ade_harness.probe.crops import Crops, Share
+from ade_harness.probe.recipe import learning_rate
+from ade_harness.runs.directory import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    differences,
+    flatten,
+    is_new,
+    make_run_dir,
+    read_manifest,
+    write_json,
+)
+from ade_harness.runs.lock import RunLock
+from ade_harness.runs.provenance import code_state, command_line, environment
+from ade_harness.runtime.coordination import agreed, broadcast
+from ade_harness.runtime.progress import ProgressReporter
+from ade_harness.runtime.trainer import Ranks, started_ranks
+from ade_harness.tracking.wandb_run import log_curve
+
+HEAD, STATE, LOSS = "head.safetensors", "state.pt", "loss.jsonl"
+_LOCAL_KEYS = ("save_every", "log_every")
+"""Fields of a recipe that change no weight."""
+
+
+def train_probe(
+    cfg: DictConfig, recipe: DictConfig, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None
+) -> Path | None:
+    """Train a head; returns its file on rank 0, None on the other ranks.
+
+    Every rank runs this function. ``run.dir`` is new, or that of an earlier part, which is continued: to the same bits,
+    on as many ranks as before.
+
+    Args:
+        cfg: model, data set (a training split), runtime and tracking.
+        recipe: of :func:`ade_harness.probe.recipe.read_recipe`.
+        console: for progress.
+        on_run_dir: told the run directory as soon as it is there.
+
+    Raises:
+        HarnessError: nothing to train, or another recipe, model or data set than the directory's.
+        StopRequestedError: asked to stop; the state is saved.
+    """
+    options = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "sync_batchnorm": _on_gpus(cfg)}
+    with started_ranks(cfg.runtime, **options) as ranks:
+        first = ranks.coordinator.rank == 0
+        dataset = agreed(ranks.coordinator, "dataset", lambda: build_dataset(cfg.dataset))
+        model = agreed(ranks.coordinator, "model", lambda: load_for_probe(cfg.model))
+        opened = agreed(
+            ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, console) if first else None
+        )
+        if opened is not None:
+            ranks.watchdog.on_beats = lambda beats: opened.lock.renew()
+        run_dir: Path = broadcast(opened.path if opened else None)
+        on_run_dir(run_dir)
+        ranks.watchdog.note(run=str(run_dir))
+        try:
+            training = _Training(cfg, recipe, model, ranks, run_dir, console)
+            _fit(training, cfg, recipe, dataset, model)
+        finally:
+            if opened is not None:
+                opened.lock.release()
+        ranks.part()
+        return _finish(cfg, training, opened.manifest, dataset, console) if opened is not None else None
+
+
+def _on_gpus(cfg: DictConfig) -> bool:
+    """Whether batch norm is to see the crops of all ranks; torch has no such norm for the CPU."""
+    return cfg.runtime.accelerator != "cpu" and torch.cuda.is_available()
+
+
+@dataclass
+class _Opened:
+    path: Path
+    lock: RunLock
+    manifest: dict[str, Any]
+
+
+def _open(
+    cfg: DictConfig, recipe: DictConfig, dataset: SegmentationDataset, model: LoadedModel, console: Console
+) -> _Opened:
+    path = make_run_dir(cfg.run.dir, cfg.run.root, f"probe-{cfg.model.name}")
+    new = is_new(path)
+    lock = RunLock(path, console.print)
+    lock.acquire()
+    given: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    chosen: Any = OmegaConf.to_container(recipe)
+    identity = flatten(
+        {
+            "probe": {k: v for k, v in chosen.items() if k not in _LOCAL_KEYS},
+            "model": {k: given[k] for k in ("name", "kind", "architecture", "input", "dtype")},
+            "precision": cfg.inference.precision,
+            "backbone": {"origin": model.facts["origin"], "sha256": model.facts.get("sha256")},
+            "dataset": {"name": dataset.name, "split": dataset.split, "ids": dataset.ids_hash()},
+        }
+    )
+    if not new:
+        before = read_manifest(path)
+        changed = differences(before["identity"], identity) if before.get("kind") == "probe" else []
+        if before.get("kind") != "probe" or (changed and not cfg.run.allow_changed):
+            lock.release()
+            why = (
+                f"this head was trained differently so far: {'; '.join(changed)}" if changed else "holds an evaluation"
+            )
+            raise HarnessError(
+                f"{path}: {why}. Give the same words, another run.dir, or run.allow_changed=true for a mixture."
+            )
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        "kind": "probe",
+        "identity": identity,
+        "command": command_line(),
+        "code": code_state(),
+        "environment": environment(),
+        "images": len(dataset.pairs),
+        "expected_images": dataset.expected_images,
+        "demo": dataset.is_demo,
+        "finished": False,
+    }
+    write_json(path / MANIFEST, manifest)
+    console.print(f"run directory: {path}", markup=False, highlight=False)
+    return _Opened(path, lock, manifest)
+
+
+class _Training(pl.LightningModule):
+    """The head alone is a part of this module: the backbone is neither trained, synchronised nor saved."""
+
+    def __init__(
+        self, cfg: DictConfig, recipe: DictConfig, model: LoadedModel, ranks: Ranks, run_dir: Path, console: Console
+    ) -> None:
+        super().__init__()
+        assert isinstance(model.module, LinearSegmenter)
+        self.recipe, self.run_dir = recipe, run_dir
+        self.ranks = ranks
+        self._frozen = [model.module]  # in a list, so that it is no submodule
+        torch.manual_seed(recipe.seed)
+        self.head = LinearHead(model.module.head.norm.num_features, recipe.dropout)
+        self._precision: str = cfg.inference.precision
+        self._saved = self._load()
+        self.first_step: int = self._saved["step"] if self._saved else 0
+        self.step = self.first_step
+        """Optimiser steps done."""
+        self.stopped = False
+        self._losses: list[Tensor] = []
+        is_first = ranks.coordinator.rank == 0
+        self._reporter = (
+            ProgressReporter(console, recipe.iterations, self.first_step, unit="iterations", title="training")
+            if is_first
+            else None
+        )
+        if self.first_step and is_first:
+            console.print(f"continuing after {self.first_step:,} of {recipe.iterations:,} iterations")
+
+    def _load(self) -> dict[str, Any] | None:
+        path = self.run_dir / STATE
+        if not path.exists():
+            return None
+        try:
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            self.head.load_state_dict(saved["head"])
+        except (RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
+            raise HarnessError(
+                f"{path}: is damaged ({str(error).splitlines()[0]}). Delete it to start anew."
+            ) from error
+        return saved
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW as it was left."""
+        optimizer = torch.optim.AdamW(
+            self.head.parameters(),
+            lr=self.recipe.lr,
+            betas=tuple(self.recipe.betas),
+            weight_decay=self.recipe.weight_decay,
+        )
+        if self._saved is not None:
+            optimizer.load_state_dict(self._saved["optimizer"])
+        return optimizer
+
+    def on_fit_start(self) -> None:
+        """Bring the backbone to the device."""
+        self.ranks.install_signals()
+        self._frozen[0].backbone.to(self.device).eval()
+        if self._reporter is not None:
+            self._reporter.start()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate, and the random numbers of dropout: both depend on the step alone."""
+        optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step)
+        torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * 1024 + self.global_rank)
+        self.ranks.watchdog.working_on(f"iteration {self.step + 1}")
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._precision in ("fp32", "tf32"):
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self._precision])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean over all pixels of the crops, ignored ones as 0 (``avg_non_ignore=False``)."""
+        images, targets = batch
+        with torch.no_grad(), self._autocast():
+            features = self._frozen[0].features(images).float()
+        logits = F.interpolate(self.head(features), targets.shape[-2:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / targets.numel()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save, log, and look whether all are to stop."""
+        self.step += 1
+        self._losses.append(outputs["loss"].detach())
+        done = self.step == self.recipe.iterations
+        if self.step % self.recipe.log_every == 0 or done:
+            self._log()
+        stop = self.trainer.strategy.reduce_boolean_decision(self.ranks.coordinator.stopped, all=False)
+        self.ranks.watchdog.finished(1, 1.0, 0.0)
+        if self._reporter is not None:
+            self._reporter.update(self.step - self.first_step)
+        if self.step % self.recipe.save_every == 0 or stop or done:
+            self._save()
+        if stop and not done:
+            self.stopped = True
+            self.trainer.should_stop = True
+
+    def _log(self) -> None:
+        loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
+        self._losses.clear()
+        if self.global_rank == 0:
+            row = {"step": self.step, "loss": float(loss), "lr": learning_rate(self.recipe, self.step - 1)}
+            with (self.run_dir / LOSS).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        if self.global_rank != 0:
+            return
+        optimizer: Any = self.optimizers()
+        content = {"head": self.head.state_dict(), "optimizer": optimizer.optimizer.state_dict(), "step": self.step}
+        temporary = self.run_dir / f".{STATE}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.run_dir / STATE)
+        except OSError as error:
+            raise HarnessError(f"{self.run_dir / STATE}: cannot be written ({error.strerror}).") from error
+
+    def close(self) -> None:
+        """Take the progress display away."""
+        if self._reporter is not None:
+            self._reporter.close()
+
+
+def _fit(
+    training: _Training, cfg: DictConfig, recipe: DictConfig, dataset: SegmentationDataset, model: LoadedModel
+) -> None:
+    ranks = training.ranks
+    if training.first_step >= recipe.iterations:
+        return
+    world = ranks.trainer.world_size
+    if recipe.batch % world:
+        raise HarnessError(f"probe.batch={recipe.batch}: is shared by {world} ranks, which must divide it.")
+    if ranks.coordinator.rank == 0:
+        _cut_log(training.run_dir / LOSS, training.first_step)
+    workers = cfg.runtime.workers
+    spare = max(0, min(8, (os.cpu_count() or 1) // max(1, ranks.trainer.num_devices) - 1))
+    workers = spare if workers is None else workers
+    loader = DataLoader(
+        Crops(dataset, recipe, model.mean, model.std),
+        batch_sampler=Share(recipe, training.first_step, ranks.trainer.global_rank, world),
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=ranks.trainer.strategy.root_device.type == "cuda",
+    )
+    try:
+        ranks.trainer.fit(training, loader)
+        if training.stopped:
+            ranks.coordinator.raise_if_ended()
+    finally:
+        training.close()
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop what an interrupted part has logged after its last saved state."""
+    if path.exists():
+        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in rows))
+
+
+def _finish(
+    cfg: DictConfig, training: _Training, manifest: dict[str, Any], dataset: SegmentationDataset, console: Console
+) -> Path:
+    path = training.run_dir / HEAD
+    weights = {f"head.{k}": v.detach().cpu().contiguous() for k, v in training.head.state_dict().items()}
+    about = {
+        "model": cfg.model.name,
+        "recipe": training.recipe.name,
+        "iterations": training.step,
+        "images": len(dataset.pairs),
+        "demo": dataset.is_demo,
+    }
+    save_file(weights, path, metadata={"probe": json.dumps(about)})  # one entry: the order of several is arbitrary
+    rows = [json.loads(line) for line in (training.run_dir / LOSS).read_text().splitlines()]
+    manifest |= {
+        "finished": True,
+        "loss": rows[-1]["loss"],
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(training.run_dir / MANIFEST, manifest)
+    if dataset.is_demo:
+        console.print("DEMO: made-up images, this head knows nothing about scenes", style="yellow")
+    elif dataset.is_partial:
+        console.print(
+            f"PARTIAL: trained on {len(dataset.pairs):,} of {dataset.expected_images:,} images", style="yellow"
+        )
+    console.print(f"loss: {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f} in {training.step:,} iterations")
+    console.print(
+        f"head: {path}\nevaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if cfg.tracking.kind == "wandb":
+        where = log_curve(cfg.tracking, training.run_dir, rows, {"identity": manifest["identity"]})
+        console.print(f"W&B: {where or 'not logged'}", markup=False, highlight=False, soft_wrap=True)
+    return path

@@ -1,0 +1,324 @@
+"""Linear probes: the published schedules, crops that depend on their number alone, and training that resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ade_harness.config import compose_config
+from ade_harness.data.synthetic import open_demo
+from ade_harness.errors import HarnessError
+from ade_harness.models.loading import load_model
+from ade_harness.probe import training
+from ade_harness.probe.crops import Crops, Share, distort, make_crop
+from ade_harness.probe.recipe import learning_rate, probe_recipes, read_recipe
+from tests.conftest import Done
+from tests.models.test_systems import official_weights
+
+SMALL = (
+    "model=dinov3_7b_linear", "model.architecture.hidden_size=128", "model.architecture.num_hidden_layers=4",
+    "model.architecture.num_attention_heads=2", "model.architecture.intermediate_size=256",
+    "model.backbone_checkpoint=backbone.pth",
+)  # fmt: skip
+PROBE = (
+    *SMALL, "dataset.images=40", "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0",
+    "probe.crop=64", "probe.side=64", "probe.iterations=24", "probe.warmup=4", "probe.batch=4", "probe.lr=0.02",
+    "probe.log_every=4", "probe.save_every=4",
+)  # fmt: skip
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    state = {k: v for k, v in official_weights("dinov3_vit7b_linear").items() if "segmentation_model.1" not in k}
+    torch.save(state, tmp_path / "backbone.pth")
+    return tmp_path / "backbone.pth"
+
+
+# the recipe
+
+
+def test_the_learning_rate_is_the_official_codes() -> None:
+    """Against facebookresearch/dinov3 @ 6876159, build_scheduler with the published configuration, AdamW, 40,000 steps."""
+    recipe = read_recipe("dinov3_linear", [])
+    official = {
+        0: 1.0000000000287558e-09, 1: 1.0000000000287558e-09, 2: 6.676493083500112e-07, 3: 1.3342652833999938e-06,
+        750: 0.00048998380795835, 1500: 0.0009618833173083499, 1501: 0.0009965296112632268, 20000: 0.0005,
+        39998: 6.1685027641367184e-12, 39999: 1.5421257049119675e-12,
+    }  # fmt: skip
+    for step, rate in official.items():
+        assert learning_rate(recipe, step) == pytest.approx(rate, rel=1e-12)
+
+
+def test_mmsegmentations_rate_is_a_line_under_a_warm_up() -> None:
+    recipe = read_recipe("dinov2_linear", [])
+    assert learning_rate(recipe, 0) == pytest.approx(1e-9)
+    assert learning_rate(recipe, 1500) == pytest.approx(1e-3 * (1 - 1500 / 40000))
+    assert learning_rate(recipe, 39999) == pytest.approx(1e-3 / 40000)
+
+
+@pytest.mark.parametrize("name", probe_recipes())
+def test_recipes_name_their_source(name: str) -> None:
+    recipe = read_recipe(name, [])
+    assert recipe.name == name
+    assert "facebookresearch/dinov" in recipe.source
+    assert (recipe.iterations, recipe.batch, recipe.warmup) == (40_000, 16, 1500)
+    users = [m for m in ("dinov2_g_linear", "dinov2_g_ms", "dinov3_7b_linear", "siglip2_g") if uses(m, name)]
+    assert users
+
+
+def uses(model: str, recipe: str) -> bool:
+    found: bool = compose_config([f"model={model}"]).model.probe == recipe
+    return found
+
+
+# crops
+
+
+def test_crops_depend_on_their_number_alone(cache: Path) -> None:
+    dataset = open_demo(cache, 40, split="training")
+    recipe = read_recipe("dinov3_linear", ["probe.crop=48", "probe.side=48"])
+    crops = Crops(dataset, recipe, (123.0, 116.0, 103.0), (58.0, 57.0, 57.0))
+    later, first = crops[57], crops[3]
+    again = Crops(dataset, recipe, (123.0, 116.0, 103.0), (58.0, 57.0, 57.0))
+    assert all(torch.equal(a, b) for a, b in zip(first, again[3], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(later, again[57], strict=True))
+    assert first[0].shape == (3, 48, 48)
+    assert first[0].dtype == torch.float32
+    assert first[1].dtype == torch.int64
+    other = Crops(
+        dataset, read_recipe("dinov3_linear", ["probe.crop=48", "probe.side=48", "probe.seed=1"]), *crops_of()
+    )
+    assert not torch.equal(other[3][0], first[0])
+
+
+def crops_of() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return (123.0, 116.0, 103.0), (58.0, 57.0, 57.0)
+
+
+def test_every_round_has_every_image_once(cache: Path) -> None:
+    dataset = open_demo(cache, 40, split="training")
+    seen: list[str] = []
+    plain = type(dataset).load
+
+    class Listed:
+        pairs = dataset.pairs
+
+        def load(self, index: int):  # type: ignore[no-untyped-def]
+            seen.append(dataset.pairs[index].image_id)
+            return plain(dataset, index)
+
+    crops = Crops(Listed(), read_recipe("dinov3_linear", ["probe.crop=8", "probe.side=8"]), *crops_of())  # type: ignore[arg-type]
+    for n in range(80):
+        crops[n]
+    assert sorted(seen[:40]) == sorted(seen[40:]) == dataset.ids
+    assert seen[:40] != seen[40:]
+
+
+@pytest.mark.parametrize("backend", ["opencv", "pillow"])
+def test_image_and_target_stay_together(backend: str) -> None:
+    """An image that shows its own target: after scale 1, crop and mirror it still does."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 150, (50, 70)).astype(np.uint8)
+    image = np.repeat(target[..., None], 3, axis=2)
+    recipe = read_recipe("dinov3_linear", [
+        "probe.side=50", "probe.scale=[1,1]", "probe.crop=32", "probe.distortion=none", f"probe.backend={backend}",
+    ])  # fmt: skip
+    mirrored = set()
+    for n in range(12):
+        cropped, labels = make_crop(image, target, recipe, np.random.default_rng(n))
+        assert cropped.shape == (32, 32, 3)
+        assert np.array_equal(cropped[..., 1], labels)
+        mirrored.add(any(np.array_equal(labels, target[t : t + 32, l : l + 32]) for t in range(19) for l in range(39)))  # noqa: E741
+    assert mirrored == {True, False}
+
+
+def test_small_images_are_padded_right_and_below(cache: Path) -> None:
+    dataset = open_demo(cache, 40, split="training")
+    recipe = read_recipe(
+        "dinov3_linear", ["probe.side=20", "probe.scale=[1,1]", "probe.crop=96", "probe.distortion=none"]
+    )
+    image, target = Crops(dataset, recipe, *crops_of())[0]
+    assert (target[20:, 20:] == 255).any()
+    height, width = int((target != 255).any(1).sum()), int((target != 255).any(0).sum())
+    assert min(height, width) <= 20
+    assert (image[:, max(height, 21) :, :] == 0).all() or (image[:, :, max(width, 21) :] == 0).all()
+
+
+def test_a_crop_of_one_class_is_drawn_again() -> None:
+    target = np.zeros((40, 400), np.uint8)
+    target[:, 380:] = np.random.default_rng(0).integers(0, 150, (40, 20))
+    image = np.zeros((40, 400, 3), np.uint8)
+    words = ["probe.side=40", "probe.scale=[1,1]", "probe.crop=40", "probe.distortion=none"]
+    mixed = [
+        sum(np.unique(make_crop(image, target, recipe, np.random.default_rng(n))[1]).size > 1 for n in range(60))
+        for recipe in (
+            read_recipe("dinov3_linear", words),
+            read_recipe("dinov3_linear", [*words, "probe.most_of_one_class=1"]),
+        )
+    ]
+    assert mixed[0] > mixed[1]
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "mmseg"])
+def test_distortion_keeps_a_picture(kind: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 20, 3)).astype(np.uint8)
+    changed = [distort(image.copy(), kind, np.random.default_rng(n)) for n in range(40)]
+    assert all(c.shape == image.shape and c.dtype == np.uint8 for c in changed)
+    assert 30 < sum(not np.array_equal(c, image) for c in changed) < 40  # all five are left out now and then
+    assert np.array_equal(distort(image, "none", np.random.default_rng(0)), image)
+
+
+def test_ranks_share_a_batch() -> None:
+    recipe = read_recipe("dinov3_linear", ["probe.iterations=3", "probe.warmup=0", "probe.batch=6"])
+    shares = [list(Share(recipe, 1, rank, 2)) for rank in (0, 1)]
+    assert shares == [[[6, 8, 10], [12, 14, 16]], [[7, 9, 11], [13, 15, 17]]]
+
+
+# training
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "loss.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_evaluate_reads_the_head(call: Callable[..., Done], tmp_path: Path, backbone: Path) -> None:
+    done = call("probe", *PROBE, "run.dir=run")
+    assert done.code == 0, done.err
+    found = losses(tmp_path / "run")
+    assert len(found) == 6
+    assert np.mean(found[-2:]) < 0.95 * found[0]
+    assert "DEMO: made-up images" in done.out
+    head = load_file(tmp_path / "run/head.safetensors")
+    assert head["head.classifier.weight"].shape == (150, 128, 1, 1)
+    assert head["head.norm.num_batches_tracked"] == 24
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["finished"]
+    assert manifest["identity"]["dataset.split"] == "training"
+    scored = call(
+        *SMALL, "model.checkpoint=run/head.safetensors", "inference.resize.side=64", "inference.window.crop=64",
+        "inference.window.stride=43", "dataset.limit=4", "tracking=none", "run.overlays=0", "runtime.workers=0",
+        "run.dir=scored",
+    )  # fmt: skip
+    assert scored.code == 0, scored.err
+    facts = json.loads((tmp_path / "scored/manifest.json").read_text())["model"]
+    assert facts["origin"] == "run/head.safetensors"
+    assert facts["backbone_origin"] == "backbone.pth"
+    # the trained weights are the ones that are evaluated
+    model = load_model(compose_config([*SMALL, f"model.checkpoint={tmp_path}/run/head.safetensors"]).model)
+    assert torch.equal(model.module.head.classifier.weight, head["head.classifier.weight"])
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(
+    call: Callable[..., Done], tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("probe", *PROBE, "run.dir=whole").code == 0
+
+    def interrupted(recipe, step):  # type: ignore[no-untyped-def]
+        if step == 10:
+            raise KeyboardInterrupt
+        return learning_rate(recipe, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learning_rate", interrupted)
+        done = call("probe", *PROBE, "run.dir=parts")
+    assert done.code == 2, done.out + done.err
+    assert not (tmp_path / "parts/head.safetensors").exists()
+    again = call("probe", *PROBE, "run.dir=parts", "probe.save_every=7")
+    assert again.code == 0, again.err
+    assert "continuing after 8 of 24 iterations" in again.out
+    whole, parts = (load_file(tmp_path / run / "head.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    # finished: the same again
+    before = (tmp_path / "parts/head.safetensors").read_bytes()
+    assert call("probe", *PROBE, "run.dir=parts").code == 0
+    assert (tmp_path / "parts/head.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> None:
+    command = [sys.executable, "-m", "ade_harness", "probe", *PROBE, "runtime.devices=2", "probe.iterations=60"]
+
+    def start(run: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, f"run.dir={run}"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    whole = start("whole")
+    out, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, out + err
+    parts = start("parts")
+    end = time.monotonic() + 90
+    while not (tmp_path / "parts/state.pt").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    parts.send_signal(signal.SIGTERM)
+    out, err = parts.communicate(timeout=60)
+    if parts.returncode == 75:  # unless it was faster than the signal
+        assert "Traceback" not in err
+        assert not (tmp_path / "parts/head.safetensors").exists()
+        again = start("parts")
+        out, err = again.communicate(timeout=120)
+        assert again.returncode == 0, err
+        assert "continuing after" in out
+    else:
+        assert parts.returncode == 0, out + err
+    first, second = (load_file(tmp_path / run / "head.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["model=segformer_b0"], "probe=None: no such recipe. Known: dinov2_linear, dinov2_ms, dinov3_linear"),
+        (["model=segformer_b0", "probe=dinov3_linear"], "model=segformer_b0: has no linear head on a frozen backbone."),
+        (["probe=dinov3"], "probe=dinov3: no such recipe. Did you mean"),
+        (["probe.iteration=3"], "probe.iteration: no such option. Did you mean 'iterations'"),
+        (["probe.iterations=many"], "Value 'many' of type 'str' could not be converted to Integer"),
+        (["probe.iterations=0"], "probe.iterations=0: at least 1 is needed"),
+        (["probe.schedule=exp"], "probe.schedule=exp: unknown. Known: cosine, poly"),
+        (["probe.scale=[2,1]"], "probe.scale=[2.0, 1.0]: two numbers over 0 are needed, the smaller first"),
+        (["probe.warmup=24"], "probe.warmup=24: from 0 to below probe.iterations (24)"),
+        (["model.checkpoint=x.pth"], "model.checkpoint: probe makes it."),
+        (["model.backbone_checkpoint=none.pth"], "model.backbone_checkpoint=none.pth: no such file"),
+        (["dataset=ade20k", "dataset.root=nowhere"], "nowhere: no such folder or zip"),
+    ],
+)
+def test_mistakes_are_one_message(call: Callable[..., Done], backbone: Path, words: list[str], text: str) -> None:
+    done = call("probe", *PROBE, *words)
+    assert done.code == 2, done.out
+    assert text in done.err
+    assert "Traceback" not in done.err
+
+
+def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: Path, backbone: Path) -> None:
+    short = ("probe.iterations=4", "probe.warmup=1", "run.dir=run")
+    assert call("probe", *PROBE, *short).code == 0
+    done = call("probe", *PROBE, *short, "probe.lr=0.5")
+    assert done.code == 2
+    assert "this head was trained differently so far: probe.lr: was 0.02, is 0.5" in done.err
+    (tmp_path / "run/state.pt").write_bytes(b"PK cut")
+    assert "state.pt: is damaged" in call("probe", *PROBE, *short).err
+    assert "is a probe: give its `probe` command again" in call("resume", "run").err
+    scored = call("run.dir=run", "dataset.limit=2", "tracking=none")
+    assert scored.code == 2, scored.out
+
+
+def test_a_backbone_alone_is_not_evaluated(backbone: Path) -> None:
+    """A head that nobody trained would be random numbers without a mark."""
+    with pytest.raises(HarnessError, match=r"4 missing: classifier\.bias|missing: classifier\.bias"):
+        load_model(compose_config([*SMALL, f"model.checkpoint={backbone}"]).model)
