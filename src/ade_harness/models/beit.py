@@ -96,18 +96,20 @@ class VitUperNet(nn.Module):
         super().__init__()
         self.network = network
         self.out_indices = out_indices
+        self.fixed_size: tuple[int, int] = (network.config.image_size, network.config.image_size)
+        """(height, width) of the only input it takes."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [N, 150, h, w]."""
-        config: Any = self.network.config
-        if tuple(images.shape[-2:]) != (config.image_size, config.image_size):
+        side = self.fixed_size[0]
+        if tuple(images.shape[-2:]) != self.fixed_size:
             height, width = images.shape[-2:]
             raise HarnessError(
-                f"an input of {height} x {width}: this network's relative positions are for {config.image_size} x"
-                f" {config.image_size}. Use a protocol with windows of that size (inference.mode=slide"
-                f" inference.window.crop={config.image_size}) and no shorter side."
+                f"an input of {height} x {width}: this network's relative positions are for {side} x {side}. Use a"
+                f" protocol with windows of that size (inference.mode=slide inference.window.crop={side}) and no"
+                " shorter side."
             )
-        side = config.image_size // config.patch_size
+        side //= self.network.config.patch_size
         # 0 is the patch embedding, so block i's output is item i + 1
         hidden = self.network.beit(images, output_hidden_states=True).hidden_states
         maps = [hidden[i + 1][:, 1:].transpose(1, 2).reshape(images.shape[0], -1, side, side) for i in self.out_indices]

@@ -140,9 +140,8 @@ def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
     architecture: Any = OmegaConf.to_container(cfg.architecture, resolve=True)
     if cfg.weights == "random":
         module = quietly_random(family, architecture, cfg.seed)
-        return LoadedModel(
-            module, "random", **_statistics(cfg), channels=NUM_CLASSES, facts={"origin": f"random, seed {cfg.seed}"}
-        )
+        facts = {"origin": f"random, seed {cfg.seed}"}
+        return _system(cfg, module, "random", facts)
     checkpoint = _checkpoint(cfg)
     if checkpoint is None:
         raise HarnessError(
@@ -158,7 +157,12 @@ def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
         facts["head_sha256"] = checkpoint.sha256
     keys = Keys(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
     module = family.load(architecture, state, keys)
-    return LoadedModel(module, "pretrained", **_statistics(cfg), channels=NUM_CLASSES, facts=facts)
+    return _system(cfg, module, "pretrained", facts)
+
+
+def _system(cfg: DictConfig, module: nn.Module, weights: str, facts: dict[str, Any]) -> LoadedModel:
+    size: Any = getattr(module, "fixed_size", None)
+    return LoadedModel(module, weights, **_statistics(cfg), channels=NUM_CLASSES, fixed_size=size, facts=facts)
 
 
 def load_for_probe(cfg: DictConfig) -> LoadedModel:

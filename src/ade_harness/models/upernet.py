@@ -141,6 +141,7 @@ def _build_swin(architecture: dict[str, Any], state: Mapping[str, Tensor] | None
     fields = dict(architecture)
     channels = fields.pop("channels")
     module = _upernet(SwinConfig(out_features=_STAGES, **fields), channels, state, keys)
+    module.network.backbone.set_attn_implementation("sdpa")  # UperNet's own class leaves its backbone at eager
     body = getattr(module.network.backbone, "swin", None)
     if body is not None:
         body.layernorm = nn.Identity()  # transformers' own, after the last stage: no file has it, nothing reads it

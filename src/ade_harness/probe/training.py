@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -185,7 +186,7 @@ class _Training(pl.LightningModule):
         try:
             saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             self.head.load_state_dict(saved["head"])
-        except (RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
+        except (RuntimeError, OSError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise HarnessError(
                 f"{path}: is damaged ({str(error).splitlines()[0]}). Delete it to start anew."
             ) from error
