@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from images import make_folder
@@ -63,6 +64,16 @@ def plain_loop(network: nn.Module, pixels: Tensor, size: tuple[int, int], window
     return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)[0]
 
 
+def warm_up(protocol: str) -> None:
+    """Compile the kernels, with a network that costs nothing."""
+    cfg = compose_config(["model=custom", "model._target_=a.b", f"inference={protocol}"])
+    network = nn.Conv2d(3, 150, 16, 16).to(DEVICE)
+    model = LoadedModel(network, "random", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), channels=150)
+    predictor = NetworkPredictor(model, cfg.inference, cfg.model)
+    image = np.zeros((600, 800, 3), np.uint8)
+    predictor.predict([predictor.prepare("warm-up", image)], DEVICE, Stopwatch(DEVICE))
+
+
 def measure(name: str, images: int, protocol: str) -> tuple[str, float, float, float, float]:
     """Return (protocol, millions of parameters, our seconds, plain seconds, share of equal labels) per image."""
     cfg = compose_config([f"model={name}", f"inference={protocol}", "dataset=ade20k", "dataset.root=."])
@@ -107,6 +118,8 @@ def main() -> None:
     parser.add_argument("--protocol", default="ss", help="ss, ms, or the name of one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    for protocol in ("mmseg_whole_512", "mmseg_slide_512"):
+        warm_up(protocol)
     console = Console(width=120)
     table = Table(title=f"one image at a time on {DEVICE}, {options.threads} threads, float32", title_justify="left")
     for column in ("system", "protocol", "M", "s/image", "plain s/image", "plain/ours", "equal labels %"):

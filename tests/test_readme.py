@@ -65,12 +65,14 @@ def prose(page: Path) -> str:
 
 def test_every_option_in_the_readme_exists() -> None:
     from ade_harness.config import choices, known_keys
+    from ade_harness.probe.recipe import ProbeConfig
 
-    keys = {*known_keys(), "model", "dataset", "inference", "tracking"}
+    keys = {*known_keys(), "model", "dataset", "inference", "tracking", "probe"}
+    keys |= {f"probe.{field}" for field in ProbeConfig.__dataclass_fields__}
     for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
         for key, value in re.findall(r"(?<![\w./(-])([a-z]+(?:\.[a-z_]+)*)=(\S*?)(?=[\s`|,;)\]]|$)", prose(page)):
             assert key in keys or key.startswith("model.kwargs"), f"{page.name}: {key}"
-            if key in ("model", "inference") and re.fullmatch(r"[a-z0-9_]+", value):
+            if key in ("model", "inference", "probe") and re.fullmatch(r"[a-z0-9_]+", value):
                 assert value in [*choices(key), "colour_net", "ss", "ms"], f"{page.name}: {key}={value}"
 
 

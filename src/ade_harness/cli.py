@@ -44,14 +44,20 @@ Most used options of evaluate
   model.id=ID                   hub id or folder (model=hf)
   model._target_=pkg.mod.Net    your own nn.Module (model=custom), model.kwargs.NAME=VALUE its arguments
   model.checkpoint=PATH         a weight file of your own; model.weights=random model.seed=0 needs none
+  model.backbone_checkpoint=PATH    the frozen backbone's, if that file holds a linear head alone
   model.class_map=[null,0,1]    per output channel: class 0..149, or null to leave it out
   dataset=ade20k dataset.root=PATH    folder or zip (or set ADE20K_ROOT); dataset.limit=N, dataset.ids=[...]
-  inference=NAME                {inference}
+  inference=ss|ms               the model's own single-scale or multi-scale protocol, or one by name:
+                                {inference}
   runtime.devices=N             ranks on this machine (GPUs, or CPU processes with runtime.accelerator=cpu)
   runtime.max_restarts=N        start all ranks again, up to N times, if one of them dies
   run.dir=PATH                  write there; a run that was interrupted continues there
   run.on_error=skip             leave out images that fail: a partial score, marked so
   tracking=none|wandb           W&B is offline unless a key is set
+
+Options of probe: as evaluate, on dataset.split=training, and
+  probe=NAME probe.KEY=VALUE    recipe and its fields: {probe}; `probe --cfg job` prints them
+  run.dir=PATH                  write there; the same words continue a training that was interrupted
 
 Flags of evaluate
   --cfg job                     print the composed configuration and stop
@@ -152,7 +158,8 @@ def _report(verb: str, words: list[str]) -> int:
 def _print_help() -> None:
     from ade_harness.config import choices
 
-    print(HELP.format(models=", ".join(choices("model")), inference=", ".join(choices("inference"))), end="")
+    names = {kind: ", ".join(choices(kind)) for kind in ("model", "inference", "probe")}
+    print(HELP.format(models=names["model"], inference=names["inference"], probe=names["probe"]), end="")
 
 
 def _evaluate(words: list[str], in_this_process: bool) -> int:

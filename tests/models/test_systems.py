@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,50 @@ def test_the_librarys_own_beit_reads_other_blocks() -> None:
         earlier = from_official("beit_l", official_weights("beit_upernet"), out_indices=[0, 2, 4, 6])(images)
     assert torch.allclose(theirs, earlier, atol=1e-5)
     assert (ours - theirs).abs().max() > 0.1
+
+
+def fill_flax(key: str, shape: list[int]) -> Tensor:
+    """The weights of the SigLIP 2 golden file."""
+    values = draw(0, key, shape)
+    if key.endswith("scale"):
+        values = 1 + 0.1 * values
+    elif key.endswith("bias"):
+        values = 0.1 * values
+    else:
+        values = values * 0.2 if shape[0] == 1 else values / np.float32(math.sqrt(math.prod(shape[:-1])))
+    return torch.from_numpy(np.asarray(values, np.float32))
+
+
+def siglip_weights(scanned: bool = False) -> dict[str, Tensor]:
+    """big_vision's parameters; `scanned` stacks the blocks, as its largest models keep them."""
+    keys = packed("dense_systems.json.gz")["siglip2"]["keys"]
+    state = {key: fill_flax(key, shape) for key, (shape, _) in keys.items()}
+    if scanned:
+        blocks = sorted({key.split("encoderblock_")[1].split("/")[0] for key in state if "encoderblock_" in key})
+        for key in [k for k in state if "encoderblock_0/" in k]:
+            parts = [state.pop(key.replace("encoderblock_0", f"encoderblock_{n}")) for n in blocks]
+            state[key.replace("encoderblock_0", "encoderblock")] = torch.stack(parts)
+    head = {"head.norm.weight": torch.ones(192), "head.norm.bias": torch.zeros(192)}
+    head |= {"head.norm.running_mean": torch.zeros(192), "head.norm.running_var": torch.ones(192)}
+    head |= {"head.norm.num_batches_tracked": torch.tensor(0), "head.classifier.bias": torch.zeros(150)}
+    return state | head | {"head.classifier.weight": torch.zeros(150, 192, 1, 1)}
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_siglip2_equals_big_vision(scanned: bool) -> None:
+    """Patch tokens and the pooled output, at the native grid and at another one."""
+    network = from_official("siglip2_g", siglip_weights(scanned), num_attention_heads=4)
+    golden = np.load(GOLDEN / "siglip2.npz")
+    for suffix, shape, every in (("", [2, 3, 96, 96], 3), ("_large", [1, 3, 128, 128], 5)):
+        images = torch.from_numpy(draw(0, f"input{suffix}", shape))
+        with torch.inference_mode():
+            features = network.features(images)
+        tokens = features[:, :96].flatten(2).transpose(1, 2)[:, ::every]
+        for found, name in ((tokens, "tokens"), (features[:, 96:, 0, 0], "pooled")):
+            expected = torch.from_numpy(golden[name + suffix])
+            error = float((found - expected).abs().max() / expected.abs().max())
+            assert error < 5e-6, (name + suffix, error)  # reached here: 3.7e-7 to 6.7e-7
+        assert torch.equal(features[:, 96:, 0, 0], features[:, 96:, -1, -1])
 
 
 # true sizes: official file -> the configuration whose network it fits, its files together

@@ -138,7 +138,9 @@ def test_a_head_without_its_backbone(
     )
     done = call(*words)
     assert done.code == 2
-    assert "error: head.pth: this file holds the head alone. Give the backbone's as model.backbone_check" in done.err
+    assert (
+        "error: head.pth: this file holds the head alone. Give the backbone's file as model.backbone_check" in done.err
+    )
     done = call(*words, "model.backbone_checkpoint=nothing.pth")
     assert "model.backbone_checkpoint=nothing.pth: no such file" in done.err
 
