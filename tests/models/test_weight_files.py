@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from ade_harness.config import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.models.loading import load_model
 from ade_harness.models.siglip2 import SIGLIP2
-from ade_harness.models.weights import read_state_dict
+from ade_harness.models.weights import hub_checkpoint, read_state_dict
 from tests.conftest import Done
 from tests.data.test_download import Handler, Server
 from tests.models.test_systems import official_weights
@@ -164,6 +166,116 @@ def test_a_source_that_a_model_does_not_have() -> None:
         load_model(model_cfg("model=segformer_b0", "model.source=official"))
     with pytest.raises(HarnessError, match=r"model\.source=mirror: .*(official|hub)"):
         load_model(model_cfg("model=segformer_b0", "model.source=mirror"))
+
+
+class HubOfFiles(Server):
+    files: dict[str, bytes]
+    commit = "489d5cd81a0b59fab9b7ea758d3548ebe99677da"
+    error: str | None = None
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: HubOfFiles
+
+    def _answer(self, body: bool) -> None:
+        name = self.path.rpartition("/")[2]
+        content = self.server.files.get(name) if self.server.error is None else None
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", self.server.error or "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", '"' + hashlib.sha256(content).hexdigest() + '"')
+        self.send_header("X-Repo-Commit", self.server.commit)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.server.requests.append(name)
+            self.wfile.write(content)
+
+    def do_HEAD(self) -> None:
+        self._answer(False)
+
+    def do_GET(self) -> None:
+        self._answer(True)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubOfFiles]:
+    served = HubOfFiles(("127.0.0.1", 0), HubHandler)
+    served.requests, served.files = [], {}
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{served.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+def test_a_model_in_shards(hub: HubOfFiles, tmp_path: Path) -> None:
+    """As the hub keeps models of several gigabytes: DINOv3's 7 B, SigLIP 2's g."""
+    first, second = {"a": torch.ones(3)}, {"b": torch.zeros(2, 2)}
+    for number, part in enumerate((first, second), 1):
+        save_file(part, tmp_path / "part")
+        hub.files[f"model-0000{number}-of-00002.safetensors"] = (tmp_path / "part").read_bytes()
+    where = {key: f"model-0000{n}-of-00002.safetensors" for n, key in ((1, "a"), (2, "b"))}
+    hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": where}).encode()
+    found = hub_checkpoint("a/b", "model.safetensors", None, None)
+    assert found.origin == f"a/b@{hub.commit}/model.safetensors.index.json"
+    state = read_state_dict(found.path)
+    assert set(state) == {"a", "b"}
+    assert torch.equal(state["a"], first["a"])
+    before = found.sha256
+    hub.commit = hub.commit[::-1]
+    save_file({"b": torch.ones(2, 2)}, tmp_path / "part")
+    hub.files["model-00002-of-00002.safetensors"] = (tmp_path / "part").read_bytes()
+    assert hub_checkpoint("a/b", "model.safetensors", None, None).sha256 != before
+    (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(
+        HarnessError, match=r"x\.index\.json: not an index of weight files \(it names no files, or files els"
+    ):
+        read_state_dict(tmp_path / "x.index.json")
+
+
+def test_an_older_file_will_do(hub: HubOfFiles, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "m.bin")
+    hub.files["pytorch_model.bin"] = (tmp_path / "m.bin").read_bytes()
+    found = hub_checkpoint("a/b", "model.safetensors", None, None)
+    assert found.path.name == "pytorch_model.bin"
+    assert torch.equal(read_state_dict(found.path)["a"], torch.ones(3))
+    with pytest.raises(HarnessError, match=r"a/b/other\.bin: not found on the hub"):
+        hub_checkpoint("a/b", "other.bin", None, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("RevisionNotFound", "this revision is not on the hub any more"),
+        ("RepoNotFound", "not found on the hub"),
+        ("GatedRepo", "this repository is gated. Accept its licence"),
+    ],
+)
+def test_what_the_hub_refuses(hub: HubOfFiles, code: str, text: str) -> None:
+    hub.error = code
+    with pytest.raises(HarnessError, match=text):
+        load_model(model_cfg("model=beit_l", "model.source=hub"))
+
+
+def test_a_checkpoint_of_another_size_is_named(tmp_path: Path) -> None:
+    parts = official_weights("dinov2_vits14_linear")
+    torch.save({**parts["backbone"], **parts["head"]}, tmp_path / "small.pth")
+    with pytest.raises(
+        HarnessError, match=r"small\.pth: these weights do not fit the model\. .*of another shape: .*384"
+    ):
+        load_model(model_cfg("model=dinov2_g_linear", *SMALL[1:3], f"model.checkpoint={tmp_path}/small.pth"))
 
 
 # detectron2's pickles, big_vision's archives

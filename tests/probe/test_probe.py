@@ -193,8 +193,10 @@ def losses(run: Path) -> list[float]:
 
 
 def test_the_loss_falls_and_evaluate_reads_the_head(call: Callable[..., Done], tmp_path: Path, backbone: Path) -> None:
-    done = call("probe", *PROBE, "run.dir=run")
+    done = call("probe", *PROBE, "run.dir=run", "tracking=wandb", "tracking.mode=offline")
     assert done.code == 0, done.err
+    assert "W&B: " in done.out
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
     found = losses(tmp_path / "run")
     assert len(found) == 6
     assert np.mean(found[-2:]) < 0.95 * found[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import logging
 import pickle
 import zipfile
@@ -68,9 +70,59 @@ def url_checkpoint(url: str, folder: Path, sha256: str | None, on_bytes: OnBytes
 def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str | None) -> Checkpoint:
     """Fetch a weight file from the hub into its cache (resumed, and reused without network once it is there).
 
+    Large models are there in several shards with an index: all of them are fetched, and the index is the file. Where
+    ``model.safetensors`` is asked for, an older ``pytorch_model.bin`` will do.
+
     Raises:
         HarnessError: no network, no such file, a gated repository, or a wrong hash.
     """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    names = _HUB_FILES if filename == _HUB_FILES[0] else (filename,)
+    for name in names:
+        try:
+            path = _hub_file(hub_id, name, revision)
+            break
+        except EntryNotFoundError as error:
+            if name == names[-1]:
+                raise HarnessError(
+                    f"{_hub_name(hub_id, filename, revision)}: not found on the hub. {_ADVICE}"
+                ) from error
+    parts = path.parts  # the cache's snapshot folder is named by the commit
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
+    origin = f"{hub_id}@{commit}/{path.name}"
+    if not path.name.endswith(INDEX):
+        return _checked(path, sha256, origin, "model.hub.sha256")
+    digests = [file_hash(_hub_file(hub_id, shard, commit), "sha256") for shard in shards(path)]
+    return Checkpoint(path, hashlib.sha256("".join(digests).encode()).hexdigest(), origin)
+
+
+_HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+INDEX = ".index.json"
+_ADVICE = "Download it elsewhere and give model.checkpoint=PATH, or try without weights: model.weights=random."
+
+
+def shards(index: Path) -> list[str]:
+    """Return the files that an index names.
+
+    Raises:
+        HarnessError: it is no index, or names files elsewhere.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it names no files, or files elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HarnessError(f"{index}: not an index of weight files ({error}). Fetch it again.") from error
+    return names
+
+
+def _hub_name(hub_id: str, filename: str, revision: str | None) -> str:
+    return f"{hub_id}{'@' + revision if revision else ''}/{filename}"
+
+
+def _hub_file(hub_id: str, filename: str, revision: str | None) -> Path:
+    """Fetch one file; raises EntryNotFoundError if the repository has none of that name."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -81,26 +133,24 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
         RevisionNotFoundError,
     )
 
-    where = f"{hub_id}{'@' + revision if revision else ''}/{filename}"
+    where = _hub_name(hub_id, filename, revision)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
-    advice = "Download it elsewhere and give model.checkpoint=PATH, or try without weights: model.weights=random."
     try:
-        path = Path(hf_hub_download(hub_id, filename, revision=revision))
+        return Path(hf_hub_download(hub_id, filename, revision=revision))
     except GatedRepoError as error:
         raise HarnessError(
             f"{where}: this repository is gated. Accept its licence on its page, then log in: `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise HarnessError(f"{where}: this revision is not on the hub any more. {advice}") from error
+        raise HarnessError(f"{where}: this revision is not on the hub any more. {_ADVICE}") from error
     except LocalEntryNotFoundError as error:
-        raise HarnessError(f"{where}: not in the cache, and the hub cannot be reached. {advice}") from error
-    except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        raise HarnessError(f"{where}: not found on the hub. {advice}") from error
+        raise HarnessError(f"{where}: not in the cache, and the hub cannot be reached. {_ADVICE}") from error
+    except RepositoryNotFoundError as error:
+        raise HarnessError(f"{where}: not found on the hub. {_ADVICE}") from error
+    except EntryNotFoundError:
+        raise
     except (HfHubHTTPError, OSError) as error:
-        raise HarnessError(f"{where}: the download failed ({str(error).splitlines()[0]}). {advice}") from error
-    parts = path.parts  # the cache's snapshot folder is named by the commit
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
-    return _checked(path, sha256, f"{hub_id}@{commit}/{filename}", "model.hub.sha256")
+        raise HarnessError(f"{where}: the download failed ({str(error).splitlines()[0]}). {_ADVICE}") from error
 
 
 def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpoint:
@@ -123,6 +173,8 @@ def read_state_dict(path: Path) -> StateDict:
     Raises:
         HarnessError: the file is damaged, or holds pickled code.
     """
+    if path.name.endswith(INDEX):
+        return {k: v for shard in shards(path) for k, v in read_state_dict(path.with_name(shard)).items()}
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
