@@ -67,9 +67,11 @@ class Family:
             HarnessError: keys or shapes do not fit, another number of classes, or an impossible architecture.
         """
         hub = None if state is None else self.hub_names(state)
-        fields = {**self.defaults, **({} if hub is None else self._read(hub, keys)), **architecture}
+        read: dict[str, Any] = {}
         if hub is not None:
             self._check_classes(hub, keys)
+            read = self._read(hub, keys, whole=bool(architecture))
+        fields = {**self.defaults, **read, **architecture}
         try:
             return self.build(fields, None if hub is None else self.used(hub), keys)
         except (IndexError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -77,11 +79,14 @@ class Family:
                 f"model.architecture={fields}: makes no network ({type(error).__name__}: {str(error).splitlines()[0]})."
             ) from error
 
-    def _read(self, hub: Mapping[str, Tensor], keys: Keys) -> dict[str, Any]:
+    def _read(self, hub: Mapping[str, Tensor], keys: Keys, whole: bool) -> dict[str, Any]:
         try:
             return self.read(hub)
-        except (KeyError, IndexError):
-            return {}  # the strict loading that follows names what is missing
+        except (KeyError, IndexError) as error:
+            if whole:
+                return {}  # the architecture is given: the strict loading that follows names what is missing
+            found = f"it has {len(hub)} others, such as {', '.join(list(hub)[:3])}" if hub else "it is empty"
+            raise HarnessError(f"{keys.origin}: {error} is missing; {found}. Is it of another system?") from error
 
     def _check_classes(self, hub: Mapping[str, Tensor], keys: Keys) -> None:
         weight = hub.get(self.classifier)
