@@ -84,6 +84,18 @@ def test_equals_the_official_code(case: str) -> None:
     assert error < 5e-6, error
 
 
+@pytest.mark.parametrize("case", ["upernet_convnext", "beit_upernet", "dinov2_vits14_ms", "dinov3_vit7b_linear"])
+def test_constants_may_be_missing(case: str) -> None:
+    """Index tables, rotary periods and counters of batches are computed, or never read."""
+    keys = packed("dense_systems.json.gz")[case]["keys"]
+    keys = keys["backbone"] | keys["head"] if "backbone" in keys else keys
+    name, size, crop = CASES[case]
+    images = golden_input(size, crop)
+    network = from_official(name, {k: fill(0, k, shape) for k, (shape, kind) in keys.items() if kind == "filled"})
+    with torch.inference_mode():
+        assert torch.equal(network(images), from_official(name, official_weights(case))(images))
+
+
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in CASES.values()}))
 def test_the_error_in_the_configuration_is_the_one_reached(name: str) -> None:
     """conf/model/NAME.yaml says what was reached: of the same order as here."""

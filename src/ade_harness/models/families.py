@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class Family:
             HarnessError: keys or shapes do not fit, another number of classes, or an impossible architecture.
         """
         hub = None if state is None else self.hub_names(state)
+        keys = replace(keys, allow_missing=(*keys.allow_missing, "*num_batches_tracked"))  # evaluation never reads it
         read: dict[str, Any] = {}
         if hub is not None:
             self._check_classes(hub, keys)
