@@ -323,6 +323,9 @@ def test_a_lacking_key_is_named() -> None:
 
 
 def test_fields_that_make_no_network() -> None:
+    with pytest.raises(HarnessError, match=r"model\.architecture\.out_indicies: no such field\. Did you mean 'out_ind"):
+        from_official("beit_l", official_weights("beit_upernet"), out_indicies=[1, 3, 5, 7])
+    from_official("beit_l", official_weights("beit_upernet"), img=96, depth=8)  # words of the official code do no harm
     with pytest.raises(HarnessError, match=r"out_indices=\[1, 3\]: four blocks of 8 are needed"):
         from_official("beit_l", official_weights("beit_upernet"), out_indices=[1, 3])
 

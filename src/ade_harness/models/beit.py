@@ -167,5 +167,7 @@ BEIT = Family(
     unused=("auxiliary_head.*", "*.relative_position_index"),
     read=_read,
     build=_build,
+    config="BeitConfig",
+    extra=("out_indices",),
 )
 """BEiT and MAE; MAE has absolute position embeddings as well."""

@@ -148,5 +148,7 @@ DINOV2 = Family(
     layouts={"official": DINOV2_OFFICIAL, "hub": DINOV2_HUB},
     read=_read,
     build=_build,
+    config="Dinov2Config",
+    extra=("maps",),
     classifier="head.classifier.weight",
 )

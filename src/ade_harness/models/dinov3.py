@@ -111,6 +111,7 @@ DINOV3 = Family(
     layouts={"official": DINOV3_OFFICIAL, "hub": DINOV3_HUB},
     read=_read,
     build=_build,
+    config="DINOv3ViTConfig",
     unused=("rope_embed.periods",),
     classifier="head.classifier.weight",
 )

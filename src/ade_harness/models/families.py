@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.data.labels import NUM_CLASSES
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.models.keymaps import Table, to_hub_names
 from ade_harness.models.transformers_models import load_into_transformers
 
@@ -38,6 +38,10 @@ class Family:
     """The architecture, as far as shapes of a state_dict in the hub's names say it."""
     build: Callable[[dict[str, Any], Mapping[str, Tensor] | None, Keys], nn.Module]
     """The system, with these weights in the hub's names, or with random ones."""
+    config: str
+    """The transformers configuration class whose fields an architecture has."""
+    extra: tuple[str, ...] = ()
+    """Fields of our own."""
     unused: tuple[str, ...] = ()
     """Patterns of names in the hub's files that take no part in the forward."""
     classifier: str = "decode_head.classifier.weight"
@@ -66,6 +70,7 @@ class Family:
         Raises:
             HarnessError: keys or shapes do not fit, another number of classes, or an impossible architecture.
         """
+        self._check_fields(architecture)
         hub = None if state is None else self.hub_names(state)
         keys = replace(keys, allow_missing=(*keys.allow_missing, "*num_batches_tracked"))  # evaluation never reads it
         read: dict[str, Any] = {}
@@ -79,6 +84,17 @@ class Family:
             raise HarnessError(
                 f"model.architecture={fields}: makes no network ({type(error).__name__}: {str(error).splitlines()[0]})."
             ) from error
+
+    def _check_fields(self, architecture: Mapping[str, Any]) -> None:
+        import transformers
+
+        known = {n for n in vars(getattr(transformers, self.config)()) if not n.startswith("_")} | {*self.extra}
+        for name in architecture:
+            if name not in known and name not in _SAID_BY_SHAPES:
+                raise HarnessError(
+                    f"model.architecture.{name}: no such field.{did_you_mean(name, known)} Known: those of"
+                    f" {self.config}{', ' if self.extra else ''}{', '.join(self.extra)}."
+                )
 
     def _read(self, hub: Mapping[str, Tensor], keys: Keys, whole: bool) -> dict[str, Any]:
         try:
@@ -97,6 +113,9 @@ class Family:
                 f" {NUM_CLASSES}: this is a checkpoint of another data set."
             )
 
+
+_SAID_BY_SHAPES = ("dim", "dims", "depth", "heads", "window", "img", "img_size", "head", "auxiliary", "layers")
+"""Words of the official code that may be given to `from_official`, and that the shapes of weights say anyway."""
 
 _OTHER_DATASETS = {
     19: "Cityscapes", 20: "PASCAL VOC", 21: "PASCAL VOC", 59: "PASCAL Context", 60: "PASCAL Context", 80: "COCO",

@@ -81,4 +81,4 @@ def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-SEGFORMER = Family(layouts={"official": OFFICIAL}, read=_read, build=_build)
+SEGFORMER = Family(layouts={"official": OFFICIAL}, read=_read, build=_build, config="SegformerConfig")

@@ -176,6 +176,7 @@ SIGLIP2 = Family(
     layouts={"official": BIG_VISION, "hub": SIGLIP_HUB},
     read=_read,
     build=_build,
+    config="SiglipVisionConfig",
     prepare=unstack_blocks,
     classifier="head.classifier.weight",
     defaults={"num_attention_heads": 16},

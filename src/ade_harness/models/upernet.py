@@ -182,10 +182,14 @@ SWIN = Family(
     unused=("auxiliary_head.*", "*.relative_position_index"),
     read=_read_swin,
     build=_build_swin,
+    config="SwinConfig",
+    extra=("channels",),
 )
 CONVNEXT = Family(
     layouts={"official": CONVNEXT_OFFICIAL, "mmsegmentation": CONVNEXT_MMSEG},
     unused=("auxiliary_head.*",),
     read=_read_convnext,
     build=_build_convnext,
+    config="ConvNextConfig",
+    extra=("channels",),
 )
