@@ -33,7 +33,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [5])
+@pytest.mark.parametrize("ranks", [3])
 def test_any_number_of_ranks_gives_the_same_bits(
     cli: Callable[..., Done], tmp_path: Path, one_rank: Path, ranks: int
 ) -> None:

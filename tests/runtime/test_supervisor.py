@@ -18,7 +18,6 @@ import pandas as pd
 import psutil
 import pytest
 
-from ade_harness.runtime.cluster import free_port
 from tests.conftest import Done
 from tests.runtime.slow_model import SLOW_MODEL
 
@@ -106,7 +105,7 @@ def assert_same(run: Path, expected: Path) -> None:
     assert np.array_equal(np.load(run / "confusion_matrix.npy"), np.load(expected / "confusion_matrix.npy"))
 
 
-@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("ranks", "victim"), [(2, 0), (2, 1)])
 def test_a_killed_rank_is_named_and_the_run_goes_on_later(
     start: Callable[..., Started], cli: Callable[..., Done], work: Path, expected: Path, ranks: int, victim: int
 ) -> None:
@@ -126,8 +125,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_later(
     assert "Traceback" not in done.err
     assert done.err.strip().splitlines()[-1] == "  python -m ade_harness resume run"
     assert not (started.run / "metrics.json").exists()
-    if ranks > 1:
-        assert len(table(started.run)) > 0  # the other rank has saved its counts
+    assert len(table(started.run)) > 0  # the other rank has saved its counts
     again = cli("resume", "run", "runtime.devices=2", SLOW_MODEL_SECONDS="0")
     assert again.code == 0, again.err
     assert_same(started.run, expected)
@@ -229,18 +227,6 @@ def test_a_silent_rank_is_lost_after_the_time_that_was_set(start: Callable[..., 
     assert re.search(text, done.err), done.err
 
 
-def test_two_nodes_without_slurm(work: Path, expected: Path) -> None:
-    """The same command on both, with NODE_RANK; here two folders' worth of processes on loopback."""
-    port = str(free_port())
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLOW_MODEL_SECONDS": "0"}
-    nodes = [Started(work, "runtime.num_nodes=2", "runtime.devices=2", NODE_RANK=str(n), **common) for n in (0, 1)]
-    done = [node.end(120) for node in nodes]
-    assert [d.code for d in done] == [0, 0], done
-    assert "mIoU" in done[0].out
-    assert "mIoU" not in done[1].out
-    assert_same(work / "run", expected)
-
-
 def test_a_slow_rank_is_named_and_the_queue_spares_it(start: Callable[..., Started], work: Path) -> None:
     settings = {"SLOW_MODEL_SECONDS": "0.3", "SLOW_MODEL_RANK": "1", "SLOW_MODEL_FACTOR": "5"}
     done = start("runtime.devices=2", "dataset.limit=40", **settings).end(120)
@@ -260,7 +246,7 @@ def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started
     shown = cli("status", "run")
     assert shown.code == 0
     assert re.search(r"state: +running \(process \d+ on ", shown.out), shown.out
-    assert re.search(r"progress: +\d+ of 24 images, \d+\.\d images/s, 0:\d\d left", shown.out), shown.out
+    assert re.search(r"progress: +\d+ of 24 images, \d+\.\d images/s, \d+:\d\d left", shown.out), shown.out
     assert len(re.findall(r"ADE_val_\d{8}", shown.out)) == 2  # what each rank is at work on
     # and a second job is refused while this one lives
     second = cli(*WORDS)
