@@ -83,7 +83,7 @@ def log_curve(cfg: DictConfig, folder: Path, rows: Sequence[Mapping[str, Any]], 
 
         run = wandb.init(
             project=cfg.project, entity=cfg.entity, group=cfg.group, job_type="probe", name=folder.name,
-            tags=[*cfg.tags], config=dict(facts), dir=str(folder), mode=mode,  # type: ignore[arg-type]
+            tags=[*cfg.tags], config=dict(facts), dir=str(folder.resolve()), mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_TIMEOUT_S),
         )  # fmt: skip
         try:
@@ -113,7 +113,7 @@ def _log(cfg: DictConfig, mode: Any, result: Result, config: dict[str, Any], man
         name=result.run_dir.name,
         tags=[*cfg.tags, result.dataset, *(m.split(":")[0].lower() for m in result.marks)],
         config={**config, "provenance": manifest},
-        dir=str(result.run_dir),
+        dir=str(result.run_dir.resolve()),  # its service process may have another working directory
         mode=mode,
         settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_TIMEOUT_S),
     )
