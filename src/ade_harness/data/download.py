@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 
@@ -114,12 +115,12 @@ def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
                 if total_bytes is None or have == total_bytes:
                     return
                 problem = f"the connection ended after {have} of {total_bytes} bytes"
+        except requests.ConnectionError:
+            problem = f"no connection to {urlsplit(url).hostname}"
         except requests.RequestException as error:
             problem = str(error)
-    raise HarnessError(
-        f"{url}: the download stopped {_ATTEMPTS} times ({problem})."
-        f" What came so far is kept in {part}: the same command continues it."
-    )
+    kept = f" What came so far is kept in {part}: the same command continues it." if part.exists() else ""
+    raise HarnessError(f"{url}: the download stopped {_ATTEMPTS} times ({problem}).{kept}")
 
 
 def extract(archive: Path, folder: Path, on_bytes: OnBytes | None = None) -> None:

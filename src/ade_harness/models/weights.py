@@ -60,6 +60,8 @@ def url_checkpoint(url: str, folder: Path, sha256: str | None, on_bytes: OnBytes
         with FileLock(str(file) + ".lock"):
             if not file.exists():
                 fetch(url, file, on_bytes=on_bytes)
+    except HarnessError as error:
+        raise HarnessError(f"{error} {_ADVICE}") from error
     except OSError as error:
         raise HarnessError(
             f"{folder}: cannot be written ({error.strerror or error}). Set ADE_HARNESS_CACHE to a folder of yours."
