@@ -38,14 +38,20 @@ class Family:
     """The architecture, as far as shapes of a state_dict in the hub's names say it."""
     build: Callable[[dict[str, Any], Mapping[str, Tensor] | None, Keys], nn.Module]
     """The system, with these weights in the hub's names, or with random ones."""
-    config: str
-    """The transformers configuration class whose fields an architecture has."""
+    config: str = ""
+    """The transformers configuration class whose fields an architecture has, if it has one."""
     extra: tuple[str, ...] = ()
     """Fields of our own."""
     unused: tuple[str, ...] = ()
     """Patterns of names in the hub's files that take no part in the forward."""
     classifier: str = "decode_head.classifier.weight"
     """The weight whose first dimension is the number of classes."""
+    void: bool = False
+    """Mask classification: there is one more class, "no object"."""
+    at_mask_size: bool = False
+    """Mask classification: queries are summed up at the masks' own size, as mmsegmentation's lineage does."""
+    head: tuple[str, ...] = ()
+    """What names of a head's own file begin with, if the frozen backbone is another file."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Of what shapes do not say."""
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
@@ -86,14 +92,17 @@ class Family:
             ) from error
 
     def _check_fields(self, architecture: Mapping[str, Any]) -> None:
-        import transformers
+        known = {*self.extra}
+        if self.config:
+            import transformers
 
-        known = {n for n in vars(getattr(transformers, self.config)()) if not n.startswith("_")} | {*self.extra}
+            known |= {n for n in vars(getattr(transformers, self.config)()) if not n.startswith("_")}
         for name in architecture:
             if name not in known and name not in _SAID_BY_SHAPES:
                 raise HarnessError(
-                    f"model.architecture.{name}: no such field.{did_you_mean(name, known)} Known: those of"
-                    f" {self.config}{', ' if self.extra else ''}{', '.join(self.extra)}."
+                    f"model.architecture.{name}: no such field.{did_you_mean(name, known)} Known: "
+                    + ", ".join([*([f"those of {self.config}"] if self.config else []), *self.extra])
+                    + "."
                 )
 
     def _read(self, hub: Mapping[str, Tensor], keys: Keys, whole: bool) -> dict[str, Any]:
@@ -107,9 +116,10 @@ class Family:
 
     def _check_classes(self, hub: Mapping[str, Tensor], keys: Keys) -> None:
         weight = hub.get(self.classifier)
-        if weight is not None and weight.shape[0] != NUM_CLASSES:
+        classes = None if weight is None else weight.shape[0] - self.void
+        if classes is not None and classes != NUM_CLASSES:
             raise HarnessError(
-                f"{keys.origin}: a classifier of {weight.shape[0]} classes{_trained_on(weight.shape[0])}, ADE20K has"
+                f"{keys.origin}: a classifier of {classes} classes{_trained_on(classes)}, ADE20K has"
                 f" {NUM_CLASSES}: this is a checkpoint of another data set."
             )
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ade_harness.errors import HarnessError
 
 
-@dataclass(frozen=True)
-class MaskLogits:
+class MaskLogits(NamedTuple):
     """Mask classification: a class and a mask for each query."""
 
     classes: Tensor

@@ -12,7 +12,13 @@ from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.models.beit import BEIT
 from ade_harness.models.dinov2 import DINOV2
 from ade_harness.models.dinov3 import DINOV3
+from ade_harness.models.eomt import EOMT, EOMT_DINOV3
 from ade_harness.models.families import Family, Keys
+from ade_harness.models.internimage import INTERNIMAGE
+from ade_harness.models.mask2former import MASK2FORMER_FAPN, MASK2FORMER_RESNET, MASK2FORMER_SWIN
+from ade_harness.models.mask_systems import SemanticScores
+from ade_harness.models.maskformer import MASKFORMER
+from ade_harness.models.oneformer import ONEFORMER
 from ade_harness.models.segformer import SEGFORMER
 from ade_harness.models.siglip2 import SIGLIP2
 from ade_harness.models.upernet import CONVNEXT, SWIN
@@ -25,6 +31,14 @@ FAMILIES: dict[str, Family] = {
     "dinov2_linear": DINOV2,
     "dinov3_linear": DINOV3,
     "siglip2_linear": SIGLIP2,
+    "mask2former_swin": MASK2FORMER_SWIN,
+    "mask2former_resnet": MASK2FORMER_RESNET,
+    "mask2former_fapn": MASK2FORMER_FAPN,
+    "maskformer": MASKFORMER,
+    "oneformer": ONEFORMER,
+    "eomt": EOMT,
+    "eomt_dinov3": EOMT_DINOV3,
+    "internimage": INTERNIMAGE,
 }
 """``model.kind`` -> family."""
 
@@ -41,6 +55,15 @@ SYSTEMS: dict[str, str] = {
     "dinov3_7b_linear": "dinov3_linear",
     "siglip2_g": "siglip2_linear",
     "siglip2_so400m": "siglip2_linear",
+    "mask2former_swin_l": "mask2former_swin",
+    "mask2former_swin_t": "mask2former_swin",
+    "mask2former_r50": "mask2former_resnet",
+    "mask2former_swin_l_fapn": "mask2former_fapn",
+    "maskformer_swin_t": "maskformer",
+    "oneformer_swin_l": "oneformer",
+    "eomt_l": "eomt",
+    "eomt_dinov3_l": "eomt_dinov3",
+    "internimage_h": "internimage",
 }
 """Name in ``conf/model/`` -> family."""
 
@@ -78,8 +101,9 @@ def from_official(name: str, state_dict: Mapping[str, Any], **architecture: Any)
         state |= value if isinstance(value, Mapping) else {key: value}
     with torch.inference_mode(False):  # parameters made in that mode could never leave it
         tensors = {key: _tensor(value) for key, value in state.items()}
-        network = FAMILIES[SYSTEMS[name]].load(architecture, tensors, Keys(f"{name}'s state_dict"))
-    return network.eval()
+        family = FAMILIES[SYSTEMS[name]]
+        network = family.load(architecture, tensors, Keys(f"{name}'s state_dict"))
+    return SemanticScores(network, family.at_mask_size).eval() if family.void else network.eval()
 
 
 def _tensor(value: Any) -> Tensor:

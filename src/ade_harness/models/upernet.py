@@ -34,7 +34,7 @@ UPERNET_HEAD: Table = (
 
 _BLOCK = "backbone.encoder.layers.{S}.blocks.{B}."
 
-SWIN_OFFICIAL: Table = (
+SWIN_BACKBONE: Table = (
     ("backbone.patch_embed.proj.*", "backbone.embeddings.patch_embeddings.projection.*"),
     ("backbone.patch_embed.norm.*", "backbone.embeddings.norm.*"),
     ("backbone.layers.{S}.blocks.{B}.norm1.*", _BLOCK + "layernorm_before.*"),
@@ -50,8 +50,8 @@ SWIN_OFFICIAL: Table = (
     ("backbone.layers.{S}.blocks.{B}.mlp.fc2.*", _BLOCK + "output.dense.*"),
     ("backbone.layers.{S}.downsample.*", "backbone.encoder.layers.{S}.downsample.*"),
     ("backbone.norm{S}.*", "backbone.hidden_states_norms.stage{S+1}.*"),
-    *UPERNET_HEAD,
 )
+SWIN_OFFICIAL: Table = (*SWIN_BACKBONE, *UPERNET_HEAD)
 
 
 def unfold_to_blocks(weight: Tensor) -> Tensor:
