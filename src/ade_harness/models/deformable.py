@@ -8,14 +8,14 @@ samples. Sources: Deformable DETR (Zhu et al. 2021), InternImage (Wang et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ade_harness.models.reference import in_reference
 
 Shape = tuple[int, int]
 
@@ -72,23 +72,12 @@ def _sample_levels(planes: Tensor, shapes: Sequence[Shape], grids: Tensor, weigh
 
 
 _Aggregate = Callable[[Tensor, Sequence[Shape], Tensor, Tensor], Tensor]
-_reference: ContextVar[bool] = ContextVar("reference", default=False)
-
-
-@contextmanager
-def reference_operations() -> Iterator[None]:
-    """Use the torch implementation inside: the official codes' own operations, in their order."""
-    token = _reference.set(True)
-    try:
-        yield
-    finally:
-        _reference.reset(token)
 
 
 @torch.compiler.disable
 def _implementation(values: Tensor, points: Tensor) -> _Aggregate:
     differentiable = torch.is_grad_enabled() and (values.requires_grad or points.requires_grad)
-    return aggregate_torch if differentiable or _reference.get() else _compiled(values.device.type)
+    return aggregate_torch if differentiable or in_reference() else _compiled(values.device.type)
 
 
 @cache

@@ -151,4 +151,5 @@ DINOV2 = Family(
     config="Dinov2Config",
     extra=("maps",),
     classifier="head.classifier.weight",
+    head=("head.",),
 )

@@ -6,9 +6,11 @@ released; its training code and configuration were (``python -m ade_harness prob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ade_harness.models.dinov2 import segmenter
@@ -16,6 +18,7 @@ from ade_harness.models.families import Family, Keys, count
 from ade_harness.models.keymaps import Table
 from ade_harness.models.linear import LINEAR_HEAD, LinearSegmenter
 
+PERIODS = "rope_embed.periods"
 _BLOCK = "layer.{B}."
 
 
@@ -30,7 +33,7 @@ _BACKBONE: Table = (
     ("storage_tokens", "embeddings.register_tokens"),
     ("mask_token", "embeddings.mask_token", lambda token: token.reshape(1, 1, -1)),
     ("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
-    ("rope_embed.periods", "rope_embed.periods"),  # computed here: they depend on the width of a head alone
+    (PERIODS, PERIODS),
     ("blocks.{B}.norm1.*", _BLOCK + "norm1.*"),
     ("blocks.{B}.attn.qkv.weight", _BLOCK + "attention.{q_proj|k_proj|v_proj}.weight"),
     ("blocks.{B}.attn.qkv.bias", _BLOCK + "attention.{q_proj|v_proj}.bias", first_and_last),
@@ -79,18 +82,60 @@ class Dinov3Features(nn.Module):
         return [tokens.transpose(1, 2).reshape(images.shape[0], -1, height, width)]
 
 
+def dinov3_config(architecture: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration with what all published models have in common."""
+    from transformers import DINOv3ViTConfig
+
+    return DINOv3ViTConfig(layer_norm_eps=1e-5, rope_theta=100.0, **architecture)
+
+
+class RotaryPositions(nn.Module):
+    """Rotary positions in the official order of operations, with the periods of an official file if there are any.
+
+    Those are rounded to bfloat16 in the published files; transformers computes them anew, and multiplies by their
+    inverse.
+
+    Args:
+        config: transformers' configuration.
+        periods: float [head width / 4]; None computes them.
+    """
+
+    periods: Tensor
+
+    def __init__(self, config: Any, periods: Tensor | None) -> None:
+        super().__init__()
+        self.patch_size: int = config.patch_size
+        if periods is None or periods.is_meta or not bool(periods.any()):
+            width = config.hidden_size // config.num_attention_heads
+            periods = 100.0 ** (2 * torch.arange(width // 4, dtype=torch.float32) / (width // 2))
+        self.register_buffer("periods", periods.float(), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [h * w, head width] of images [N, 3, H, W]."""
+        places = []
+        for size in (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size):
+            places.append(torch.arange(0.5, size, device=images.device, dtype=torch.float32) / size)
+        grid = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).flatten(0, 1)
+        angles = 2 * math.pi * (2.0 * grid - 1.0)[:, :, None] / self.periods
+        angles = angles.flatten(1, 2).tile(2)
+        return angles.cos().to(images.dtype), angles.sin().to(images.dtype)
+
+
 def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> LinearSegmenter:
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    from transformers import DINOv3ViTModel
 
-    config = DINOv3ViTConfig(layer_norm_eps=1e-5, rope_theta=100.0, **architecture)
-    return segmenter(DINOv3ViTModel, config, Dinov3Features, state, keys, pad=False)
+    weights = None if state is None else {k: v for k, v in state.items() if k != PERIODS}
+    whole = segmenter(DINOv3ViTModel, dinov3_config(architecture), Dinov3Features, weights, keys, pad=False)
+    network: Any = whole.backbone.network  # type: ignore[attr-defined]
+    network.rope_embeddings = RotaryPositions(network.config, None if state is None else state.get(PERIODS))
+    return whole
 
 
-def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def read_dinov3(state: Mapping[str, Tensor]) -> dict[str, Any]:
     projection = state["embeddings.patch_embeddings.weight"]
     gated = "layer.0.mlp.gate_proj.weight" in state
     bias = "layer.0.attention.q_proj.bias" in state
-    periods = state.get("rope_embed.periods")  # a quarter of a head's width; the hub's files have none
+    periods = state.get(PERIODS)  # a quarter of a head's width; the hub's files have none
     head = 4 * len(periods) if periods is not None else (128 if projection.shape[0] >= 4096 else 64)
     return {
         "hidden_size": projection.shape[0],
@@ -109,9 +154,9 @@ def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 DINOV3 = Family(
     layouts={"official": DINOV3_OFFICIAL, "hub": DINOV3_HUB},
-    read=_read,
+    read=read_dinov3,
     build=_build,
     config="DINOv3ViTConfig",
-    unused=("rope_embed.periods",),
     classifier="head.classifier.weight",
+    head=("head.",),
 )

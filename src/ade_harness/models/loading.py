@@ -192,8 +192,8 @@ def load_for_probe(cfg: DictConfig) -> LoadedModel:
 
 
 def _is_head_alone(family: Family, state: StateDict) -> bool:
-    """Return whether a file holds a linear head and no backbone."""
-    return family.classifier.startswith("head.") and all(k.startswith("head.") for k in family.hub_names(state))
+    """Return whether a file holds a head and not the frozen backbone below it."""
+    return bool(family.head) and all(k.startswith(family.head) for k in family.hub_names(state))
 
 
 def _backbone(cfg: DictConfig, why: str) -> Checkpoint:

@@ -21,6 +21,7 @@ from ade_harness.models.deformable import DeformableAttention, centres
 from ade_harness.models.families import count
 from ade_harness.models.keymaps import Table
 from ade_harness.models.outputs import MaskLogits
+from ade_harness.models.reference import attend
 
 LEVELS = 3
 POINTS = 4
@@ -149,13 +150,7 @@ class Attention(nn.Module):
             layer(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, tokens in ((self.q, queries), (self.k, keys), (self.v, values))
         )
-        if q.is_cuda:
-            seen = F.scaled_dot_product_attention(q, k, v, allowed)
-        else:  # in the order of torch.nn.MultiheadAttention, which the official codes use
-            scores = (q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1)
-            if allowed is not None:
-                scores = scores.masked_fill_(~allowed, -math.inf)
-            seen = scores.softmax(-1) @ v
+        seen = attend(q, k, v, allowed)
         attended: Tensor = self.out(seen.transpose(1, 2).flatten(2))
         return attended
 

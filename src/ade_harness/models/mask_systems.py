@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.models.deformable import reference_operations
 from ade_harness.models.families import Keys, count, load_hub_names
 from ade_harness.models.keymaps import Table
 from ade_harness.models.outputs import MaskLogits
+from ade_harness.models.reference import reference_operations, register_with_transformers
 from ade_harness.models.weights import load_strictly
 
 
@@ -57,7 +57,7 @@ class SemanticScores(nn.Module):
     def raw_outputs(self, images: Tensor) -> MaskLogits:
         """Return (class logits [N, Q, 151], mask logits [N, Q, h, w]) of normalised images [N, 3, H, W].
 
-        Deformable operations run in the official order of additions here; evaluations use the compiled ones.
+        Computed in the official order of additions: evaluations use faster forms, see models/reference.py.
         """
         with reference_operations():
             logits: MaskLogits = self.network(images)
@@ -142,7 +142,7 @@ def build_swin(fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, ke
 
     config = SwinConfig(out_features=_STAGES, **{name: fields[name] for name in SWIN_FIELDS})
     network: Any = load_hub_names(SwinBackbone, config, state, keys)
-    network.set_attn_implementation("sdpa")
+    network.set_attn_implementation(register_with_transformers())
     body = getattr(network, "swin", None)
     if body is not None:
         body.layernorm = nn.Identity()  # transformers' own, after the last stage: no file has it, nothing reads it

@@ -58,8 +58,8 @@ class TaskDecoder(QueryDecoder):
 
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
         """Return the last layer's class and mask logits."""
-        ids = torch.zeros(TEXT_LENGTH, device=mask_features.device, dtype=self.task_mlp[0].weight.dtype)
-        ids[: len(self.task)] = torch.tensor(self.task, device=ids.device, dtype=ids.dtype)
+        ids = torch.zeros((1, TEXT_LENGTH), device=mask_features.device, dtype=self.task_mlp[0].weight.dtype)
+        ids[0, : len(self.task)] = torch.tensor(self.task, device=ids.device, dtype=ids.dtype)
         task = self.norm(self.task_mlp(ids)).expand(mask_features.shape[0], 1, -1)
         start = task.expand(-1, self.query_positions.shape[0] - 1, -1)
         projected = self.class_projection(mask_features)

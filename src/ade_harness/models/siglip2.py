@@ -179,5 +179,6 @@ SIGLIP2 = Family(
     config="SiglipVisionConfig",
     prepare=unstack_blocks,
     classifier="head.classifier.weight",
+    head=("head.",),
     defaults={"num_attention_heads": 16},
 )

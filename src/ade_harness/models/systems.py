@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.models.adapter_systems import (
+    VIT_ADAPTER_BEIT,
+    VIT_ADAPTER_BEIT3,
+    VIT_ADAPTER_DINOV2,
+    VIT_ADAPTER_DINOV3,
+)
+from ade_harness.models.adapter_trunks import Beit3Trunk
 from ade_harness.models.beit import BEIT
 from ade_harness.models.dinov2 import DINOV2
 from ade_harness.models.dinov3 import DINOV3
@@ -39,6 +46,10 @@ FAMILIES: dict[str, Family] = {
     "eomt": EOMT,
     "eomt_dinov3": EOMT_DINOV3,
     "internimage": INTERNIMAGE,
+    "vit_adapter_beit": VIT_ADAPTER_BEIT,
+    "vit_adapter_beit3": VIT_ADAPTER_BEIT3,
+    "vit_adapter_dinov2": VIT_ADAPTER_DINOV2,
+    "vit_adapter_dinov3": VIT_ADAPTER_DINOV3,
 }
 """``model.kind`` -> family."""
 
@@ -64,6 +75,10 @@ SYSTEMS: dict[str, str] = {
     "eomt_l": "eomt",
     "eomt_dinov3_l": "eomt_dinov3",
     "internimage_h": "internimage",
+    "vit_adapter_beitv2_l": "vit_adapter_beit",
+    "beit3": "vit_adapter_beit3",
+    "dinov2_g_mask2former": "vit_adapter_dinov2",
+    "dinov3_7b_mask2former": "vit_adapter_dinov3",
 }
 """Name in ``conf/model/`` -> family."""
 
@@ -103,7 +118,9 @@ def from_official(name: str, state_dict: Mapping[str, Any], **architecture: Any)
         tensors = {key: _tensor(value) for key, value in state.items()}
         family = FAMILIES[SYSTEMS[name]]
         network = family.load(architecture, tensors, Keys(f"{name}'s state_dict"))
-    return SemanticScores(network, family.at_mask_size).eval() if family.void else network.eval()
+    if not family.void or isinstance(network, Beit3Trunk):  # BEiT-3's published files hold the encoder alone
+        return network.eval()
+    return SemanticScores(network, family.at_mask_size).eval()
 
 
 def _tensor(value: Any) -> Tensor:
