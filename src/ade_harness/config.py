@@ -47,7 +47,7 @@ class CheckpointConfig:
     revision: str | None = None  # commit; null takes the newest and records which it was
     filename: str | None = None
     url: str | None = None  # the official file; goes before the hub's unless model.source=hub
-    sha256: str | None = None  # or its first 8 digits or more, as many files have them in their names
+    sha256: str | None = None  # or its first 6 digits or more, as many files have them in their names
     license: str | None = None
     gated: bool = False  # asks for a registration
 
@@ -113,6 +113,7 @@ class ModelConfig:
     checkpoint: str | None = None  # a weight file of your own, in place of the public one
     checkpoint_sha256: str | None = None
     backbone_checkpoint: str | None = None  # likewise, if model.checkpoint holds the head alone
+    delta: bool = False  # the file holds differences from the backbone's file, which is read too
     probe: str | None = None  # recipe of `probe` (conf/probe)
     weights: str = "pretrained"  # or random
     seed: int = 0  # of random weights

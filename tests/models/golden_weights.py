@@ -29,3 +29,17 @@ def fill(seed: int, key: str, shape: list[int]) -> torch.Tensor:
     else:
         values = values / math.sqrt(math.prod(shape[1:]))
     return torch.from_numpy(np.asarray(values, np.float32))
+
+
+_LARGER = ("query_feat", "query_embed", "queries", "level_e")
+_SAMPLING = ("sampling_offsets", "attention_weights", ".offset.weight")
+
+
+def fill_mask_system(seed: int, key: str, shape: list[int]) -> torch.Tensor:
+    """Return one weight of a mask-classification system: queries are larger, and where they look varies more."""
+    if len(shape) > 1 and (any(w in key for w in _LARGER) or key.endswith("network.q.weight") or key == "q.weight"):
+        return torch.from_numpy(2 * draw(seed, key, shape))
+    weight = fill(seed, key, shape)
+    if len(shape) > 1 and shape[0] != 1 and any(word in key for word in _SAMPLING):
+        return torch.from_numpy(2 * draw(seed, key, shape) / math.sqrt(math.prod(shape[1:])))
+    return weight

@@ -23,8 +23,7 @@ from ade_harness.models.vit_adapter import ADAPTER_FIELDS, build_adapter, read_a
 
 _TRUNK = "backbone.trunk."
 _ADAPTER: Table = tuple(
-    (f"backbone.{part}", f"backbone.{part}")
-    for part in ("level_embed", "spm.*", "interactions.*", "up.*", "norm{N}.*")
+    (f"backbone.{part}", f"backbone.{part}") for part in ("level_embed", "spm.*", "interactions.*", "up.*", "norm{N}.*")
 )
 _VIT: Table = (
     ("backbone.cls_token", _TRUNK + "cls_token"),
@@ -98,7 +97,14 @@ def _whole(
 
 # BEiT
 
-_BEIT_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size")
+_BEIT_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "patch_size",
+    "image_size",
+)
 
 
 def _read_vit(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -179,6 +185,7 @@ VIT_ADAPTER_DINOV2 = Family(
     read=_read_dinov2,
     build=_build_dinov2,
     extra=(*_DINOV2_FIELDS, *ADAPTER_FIELDS, *HEAD_FIELDS),
+    shapes_first=True,
     classifier="decoder.classes.weight",
     void=True,
     at_mask_size=True,
@@ -236,7 +243,7 @@ _D3 = "segmentation_model.0."
 def _trunk_rows(table: Table) -> Table:
     """Return the rows of a backbone's table with our trunk on their right, under the official prefix and without."""
     rows = [(row[0], None if row[1] is None else _TRUNK + row[1], *row[2:]) for row in table if row not in LINEAR_HEAD]
-    return tuple(rows)  # type: ignore[return-value]
+    return tuple(rows)
 
 
 _D3_TRUNK = _trunk_rows(tuple(row for row in DINOV3_OFFICIAL if not row[0].startswith("segmentation_model.")))
@@ -273,7 +280,7 @@ def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, ke
 
     whole: Any = load_own(make, rest, keys)
     whole.backbone.trunk = trunk.eval()
-    return whole  # type: ignore[no-any-return]
+    return whole
 
 
 VIT_ADAPTER_DINOV3 = Family(

@@ -49,7 +49,6 @@ class RelativeAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + 3, heads))
         self.proj = nn.Linear(width, width)
-        self._bias: tuple[Tensor, Tensor] | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return [N, 1 + S, C] of [N, 1 + S, C], S = side * side."""

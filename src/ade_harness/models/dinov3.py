@@ -126,12 +126,13 @@ def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, key
 
     weights = None if state is None else {k: v for k, v in state.items() if k != PERIODS}
     whole = segmenter(DINOv3ViTModel, dinov3_config(architecture), Dinov3Features, weights, keys, pad=False)
-    network: Any = whole.backbone.network  # type: ignore[attr-defined]
+    network: Any = whole.backbone.network
     network.rope_embeddings = RotaryPositions(network.config, None if state is None else state.get(PERIODS))
     return whole
 
 
 def read_dinov3(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the architecture of a DINOv3 in the hub's names."""
     projection = state["embeddings.patch_embeddings.weight"]
     gated = "layer.0.mlp.gate_proj.weight" in state
     bias = "layer.0.attention.q_proj.bias" in state

@@ -99,9 +99,7 @@ _CONSTANTS = ("attn_mask_probs", "criterion.*", "embeddings.position_ids", "rope
 
 
 def _network(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Keys) -> Eomt:
-    keys = Keys(
-        keys.origin, (*keys.allow_missing, *_CONSTANTS), (*keys.allow_unexpected, *_CONSTANTS), keys.headless
-    )
+    keys = Keys(keys.origin, (*keys.allow_missing, *_CONSTANTS), (*keys.allow_unexpected, *_CONSTANTS), keys.headless)
     return Eomt(load_hub_names(cls, config, state, keys)).eval()
 
 

@@ -54,6 +54,8 @@ class Family:
     """What names of a head's own file begin with, if the frozen backbone is another file."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Of what shapes do not say."""
+    shapes_first: bool = False
+    """What shapes say goes before a configuration, whose values are not certain."""
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """Applied to a state_dict before its names are looked up."""
 
@@ -83,7 +85,7 @@ class Family:
         if hub is not None:
             self._check_classes(hub, keys)
             read = self._read(hub, keys, whole=bool(architecture))
-        fields = {**self.defaults, **read, **architecture}
+        fields = {**self.defaults, **read, **architecture, **(read if self.shapes_first else {})}
         try:
             return self.build(fields, None if hub is None else self.used(hub), keys)
         except (IndexError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -129,12 +131,35 @@ _SAID_BY_SHAPES = ("dim", "dims", "depth", "heads", "window", "img", "img_size",
 
 _OTHER_DATASETS = {
     19: "Cityscapes", 20: "PASCAL VOC", 21: "PASCAL VOC", 59: "PASCAL Context", 60: "PASCAL Context", 80: "COCO",
-    133: "COCO panoptic", 171: "COCO-Stuff", 172: "COCO-Stuff", 847: "ADE20K-full", 1000: "ImageNet",
+    100: "ADE20K instances", 133: "COCO panoptic", 171: "COCO-Stuff", 172: "COCO-Stuff", 847: "ADE20K-full",
+    1000: "ImageNet",
 }  # fmt: skip
 
 
 def _trained_on(classes: int) -> str:
     return f" (usual for {_OTHER_DATASETS[classes]})" if classes in _OTHER_DATASETS else ""
+
+
+def add_delta(family: Family, delta: Mapping[str, Tensor], backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights, in the hub's names, of a file that holds differences from a backbone's weights.
+
+    Raises:
+        HarnessError: the backbone's file lacks a weight, or has it in another shape.
+    """
+    whole, base = family.hub_names(delta), family.used(family.hub_names(backbone))
+    known = {k: v for k, v in base.items() if k in whole}
+    if not known:
+        raise HarnessError(
+            "model.backbone_checkpoint: no name of this file is in the model's. Is it the right backbone?"
+        )
+    for key, value in known.items():
+        if value.shape != whole[key].shape:
+            raise HarnessError(
+                f"model.backbone_checkpoint: {key} is {list(value.shape)}, the model's {list(whole[key].shape)}."
+                " Is it the backbone that the model was made from?"
+            )
+        whole[key] = whole[key] + value
+    return whole
 
 
 def count(state: Mapping[str, Tensor], pattern: str) -> int:

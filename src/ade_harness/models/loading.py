@@ -17,8 +17,9 @@ from torch import nn
 from ade_harness.data.download import cache_dir, file_hash
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.models.adapter_trunks import Beit3Trunk
 from ade_harness.models.demo import load_demo_network
-from ade_harness.models.families import Family, Keys, quietly_random
+from ade_harness.models.families import Family, Keys, add_delta, quietly_random
 from ade_harness.models.onnx import OnnxModel
 from ade_harness.models.systems import FAMILIES, SYSTEMS
 from ade_harness.models.transformers_models import load_transformers
@@ -149,14 +150,24 @@ def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
             " To try it without weights: model.weights=random."
         )
     state, facts = read_state_dict(checkpoint.path), _facts(checkpoint)
-    if _is_head_alone(family, state):
-        backbone = _backbone(cfg, f"{checkpoint.origin}: this file holds the head alone")
-        state = {**read_state_dict(backbone.path), **state}
+    alone = _is_head_alone(family, state)
+    if alone or cfg.delta:
+        why = (
+            "the head alone" if alone else "differences from its backbone (a file of whole weights: model.delta=false)"
+        )
+        backbone = _backbone(cfg, f"{checkpoint.origin}: this file holds {why}")
+        below = read_state_dict(backbone.path)
+        state = {**below, **state} if alone else add_delta(family, state, below)
         facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
     keys = Keys(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
     module = family.load(architecture, state, keys)
+    if isinstance(module, Beit3Trunk):
+        raise HarnessError(
+            f"{facts['origin']}: BEiT-3's encoder alone, without adapter and head. {cfg.missing or ''}"
+            " An encoder goes with model.backbone_checkpoint=PATH, beside a head as model.checkpoint=PATH."
+        )
     return _system(cfg, module, "pretrained", facts)
 
 
@@ -300,7 +311,7 @@ def _file(cfg: DictConfig) -> Path:
 def _load_torchscript(cfg: DictConfig, threads: int) -> LoadedModel:
     path = _file(cfg)
     try:
-        module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         raise HarnessError(
             f"{path}: not a TorchScript file ({str(error).splitlines()[0]}). A state_dict goes with model=custom or a"

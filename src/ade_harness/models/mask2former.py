@@ -119,9 +119,7 @@ def _read_fapn(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _build_swin(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
     backbone, rest = split(state, "backbone.")
-    return assemble(
-        build_swin(fields, backbone, keys), lambda: build_head(swin_channels(fields), fields), rest, keys
-    )
+    return assemble(build_swin(fields, backbone, keys), lambda: build_head(swin_channels(fields), fields), rest, keys)
 
 
 def _build_resnet(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:

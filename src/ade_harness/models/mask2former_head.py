@@ -210,7 +210,7 @@ class QueryDecoder(nn.Module):
     def attend(self, queries: Tensor, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
         """Run the layers from `queries` [N, Q, C] on."""
         memories = [m.flatten(2).transpose(1, 2) + self.level_embed[i] for i, m in enumerate(maps)]
-        positions = [sine_positions(*m.shape[2:], m.shape[1], m.device).to(m.dtype) for m in maps]
+        positions = [sine_positions(m.shape[2], m.shape[3], m.shape[1], m.device).to(m.dtype) for m in maps]
         masks = self._masks(queries, mask_features)
         for i, layer in enumerate(self.layers):
             level = i % LEVELS

@@ -111,7 +111,10 @@ class Head(nn.Module):
 
 
 def assemble(
-    backbone: nn.Module, make_head: Callable[[], Mapping[str, nn.Module]], state: Mapping[str, Tensor] | None, keys: Keys
+    backbone: nn.Module,
+    make_head: Callable[[], Mapping[str, nn.Module]],
+    state: Mapping[str, Tensor] | None,
+    keys: Keys,
 ) -> MaskClassifier:
     """Put a loaded backbone and the head, with its weights in `state`, together."""
     head: Any = load_own(lambda: Head(make_head()), state, keys)

@@ -48,9 +48,7 @@ class DetrLayer(nn.Module):
         """Return queries [N, Q, C]; memory [N, S, C]; positions [S, C]."""
         placed = queries + query_positions
         queries = self.self_norm(queries + self.self_attention(placed, placed, queries))
-        queries = self.cross_norm(
-            queries + self.cross_attention(queries + query_positions, memory + positions, memory)
-        )
+        queries = self.cross_norm(queries + self.cross_attention(queries + query_positions, memory + positions, memory))
         normed: Tensor = self.norm(queries + self.linear2(self.linear1(queries).relu_()))
         return normed
 
@@ -120,7 +118,7 @@ class MaskformerDecoder(nn.Module):
         """Return class and mask logits."""
         start = feature.new_zeros((feature.shape[0], *self.query_positions.shape))
         memory = self.input_projection(feature)
-        positions = sine_positions(*memory.shape[2:], memory.shape[1], memory.device).to(memory.dtype)
+        positions = sine_positions(memory.shape[2], memory.shape[3], memory.shape[1], memory.device).to(memory.dtype)
         queries = self.transformer(start, self.query_positions, memory.flatten(2).transpose(1, 2), positions)
         return MaskLogits(self.classes(queries), dot_masks(self.mask_embed(queries), mask_features))
 
@@ -189,7 +187,10 @@ HUB: Table = (
     ("model.pixel_level_module.decoder.fpn.stem.0.*", "pixel_decoder.stem.conv.*"),
     ("model.pixel_level_module.decoder.fpn.stem.1.*", "pixel_decoder.stem.norm.*"),
     *(
-        (f"model.pixel_level_module.decoder.fpn.layers.{i}.{there}.{n}.*", f"pixel_decoder.steps.{2 - i}.{here}.{part}.*")
+        (
+            f"model.pixel_level_module.decoder.fpn.layers.{i}.{there}.{n}.*",
+            f"pixel_decoder.steps.{2 - i}.{here}.{part}.*",
+        )
         for i in range(3)
         for there, here in (("proj", "lateral"), ("block", "output"))
         for n, part in enumerate(("conv", "norm"))

@@ -58,12 +58,14 @@ class TaskDecoder(QueryDecoder):
 
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
         """Return the last layer's class and mask logits."""
-        ids = torch.zeros((1, TEXT_LENGTH), device=mask_features.device, dtype=self.task_mlp[0].weight.dtype)
+        ids = torch.zeros((1, TEXT_LENGTH), device=mask_features.device, dtype=self.query_positions.dtype)
         ids[0, : len(self.task)] = torch.tensor(self.task, device=ids.device, dtype=ids.dtype)
         task = self.norm(self.task_mlp(ids)).expand(mask_features.shape[0], 1, -1)
         start = task.expand(-1, self.query_positions.shape[0] - 1, -1)
         projected = self.class_projection(mask_features)
-        positions = sine_positions(*projected.shape[2:], projected.shape[1], projected.device).to(projected.dtype)
+        positions = sine_positions(projected.shape[2], projected.shape[3], projected.shape[1], projected.device).to(
+            projected.dtype
+        )
         memory = positions.expand(projected.shape[0], -1, -1)  # the official code hands the two over in this order:
         keys = projected.flatten(2).transpose(1, 2)  # values are the positions, keys the sum of both
         made = self.class_transformer(start, self.query_positions[:-1], memory, keys)

@@ -1,8 +1,8 @@
 """Reference operations: the same additions in the same order as the official codes' own PyTorch forms.
 
 Attention and deformable sampling have faster forms whose float32 results differ in the last bits, and the decoders of
-these systems amplify last bits (the official codes are themselves up to 3.5e-4 of a score's standard deviation away from what
-float64 gives). Checks of parity run inside :func:`reference_operations`; evaluations do not.
+these systems amplify last bits (the official codes are themselves up to 3.5e-4 of the scores' standard deviation away
+from what float64 gives). Checks of parity run inside :func:`reference_operations`; evaluations do not.
 """
 
 from __future__ import annotations

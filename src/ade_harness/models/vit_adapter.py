@@ -1,7 +1,7 @@
 """ViT-Adapter (Chen et al. 2023): a plain ViT's tokens and a small convolutional pyramid exchange what they know.
 
-Official codes: czczup/ViT-Adapter @ fd64a51 (BEiT), facebookresearch/dinov2 (a patch of 14 beside the pyramid's 16), and
-facebookresearch/dinov3 @ 6876159 (nothing is injected: the frozen ViT's features are only read). No library has it.
+Official codes: czczup/ViT-Adapter @ fd64a51 (BEiT), facebookresearch/dinov2 (a patch of 14 beside the pyramid's 16),
+and facebookresearch/dinov3 @ 6876159 (nothing is injected: the frozen ViT is only read). No library has it.
 """
 
 from __future__ import annotations
@@ -206,9 +206,7 @@ class VitAdapter(nn.Module):
         grid = (height // patch, width // patch)
         shapes = [(height // stride, width // stride) for stride in (8, 16, 32)]
         finest, *coarser = self.spm(images)
-        pyramid = torch.cat(
-            [m.flatten(2).transpose(1, 2) + self.level_embed[i] for i, m in enumerate(coarser)], 1
-        )
+        pyramid = torch.cat([m.flatten(2).transpose(1, 2) + self.level_embed[i] for i, m in enumerate(coarser)], 1)
         patches_at, pyramid = self._interact(images, pyramid, shapes, grid)
         parts = pyramid.split([h * w for h, w in shapes], 1)
         maps = [p.transpose(1, 2).unflatten(2, shape).contiguous() for p, shape in zip(parts, shapes, strict=True)]
@@ -233,7 +231,7 @@ class VitAdapter(nn.Module):
         token, patches = self.trunk.embed(images)
         patches_at, first = [], 0
         for interaction, number in zip(self.interactions, self.groups, strict=True):
-            patches = interaction.injector(patches, grid, pyramid, shapes)  # type: ignore[operator, union-attr]
+            patches = interaction.injector(patches, grid, pyramid, shapes)  # type: ignore[operator]
             tokens = torch.cat([token, patches], 1)
             for block in self.trunk.blocks[first : first + number]:
                 tokens = block(tokens)

@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import pickle
+import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +159,7 @@ def _hub_file(hub_id: str, filename: str, revision: str | None) -> Path:
 
 def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpoint:
     found = file_hash(path, "sha256")
-    if expected is not None and not (len(expected) >= 8 and found.startswith(expected.lower())):
+    if expected is not None and not (len(expected) >= 6 and found.startswith(expected.lower())):
         raise HarnessError(
             f"{path}: the sha256 is {found}, {key} expects {expected}."
             " The file is damaged or another version: delete it and fetch it again."
@@ -186,6 +188,8 @@ def read_state_dict(path: Path) -> StateDict:
         return _read_npz(path)
     if path.suffix == ".pkl":
         return _read_pickle(path)
+    if path.suffix == ".zip":
+        path = _unpacked(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -206,6 +210,29 @@ def read_state_dict(path: Path) -> StateDict:
             " It may be cut off: fetch it again."
         ) from error
     return _state_dict(content, path)
+
+
+def _unpacked(archive: Path) -> Path:
+    """Unpack the only weight file of an archive beside it, once, and return where it is."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            names = [n for n in content.namelist() if n.endswith((".pth", ".pth.tar", ".pt", ".bin"))]
+            if len(names) != 1:
+                raise HarnessError(
+                    f"{archive}: holds {len(names)} weight files (.pth, .pth.tar, .pt, .bin), expected one."
+                )
+            target = archive.with_name(f"{archive.name}.{Path(names[0]).name}")  # never a folder from the archive
+            with FileLock(str(target) + ".lock"):
+                if not target.exists():
+                    part = target.with_name(target.name + ".part")
+                    with content.open(names[0]) as source, part.open("wb") as out:
+                        shutil.copyfileobj(source, out, 1 << 20)
+                    part.replace(target)
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        raise HarnessError(
+            f"{archive}: cannot be unpacked ({error}). Fetch it again, or unpack it yourself."
+        ) from error
+    return target
 
 
 def _state_dict(content: Any, path: Path) -> StateDict:
