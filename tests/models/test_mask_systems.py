@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ade_harness.config import compose_config
+from ade_harness.config import MaskConfig, WindowConfig, compose_config
 from ade_harness.errors import HarnessError
+from ade_harness.inference.masks import mask_view
+from ade_harness.inference.plan import ViewPlan, window_grid
+from ade_harness.kernels.reference import accumulate
 from ade_harness.models import from_official
+from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.families import Keys, add_delta
 from ade_harness.models.keymaps import known_keys, rename
 from ade_harness.models.loading import load_model
@@ -132,6 +136,53 @@ def test_eomt_on_dinov3_equals_the_official_code() -> None:
         classes, masks = from_official(name, official("eomt_dinov3"), **fields).raw_outputs(images)
     errors = error(classes, "eomt_dinov3", "cls"), error(masks[..., ::2, ::2], "eomt_dinov3", "mask")
     assert max(errors) < 1e-4, errors
+
+
+def merged(case: str, plan: ViewPlan, images: Tensor, masks: MaskConfig, probabilities: bool) -> Tensor:
+    """What an evaluation makes of a network's input [1, 3, H, W]: scores [150, 75, 101]."""
+    name, fields = CASES[case]
+    network = from_official(name, official(case), **fields)
+    height, width = plan.window
+    if plan.flipped:
+        images = images.flip(-1)
+    with torch.inference_mode():
+        windows = [network.raw_outputs(images[..., y : y + height, x : x + width]) for y, x in plan.origins]
+        view = mask_view(plan, windows, masks, resolve_class_map(150, None, None), (75, 101))
+        total = torch.zeros(150, 75, 101)
+        accumulate(total, view, probabilities)
+    return total
+
+
+def test_windows_of_vit_adapter_are_merged_as_published() -> None:
+    """Windows of 64 every 40 of 96 x 128, of which 90 x 120 are the image; queries summed up at stride 4."""
+    images = torch.from_numpy(draw(0, "input_slide", [1, 3, 96, 128]))
+    origins = window_grid((96, 128), "slide", WindowConfig(crop=64, stride=40))[1]
+    plan = ViewPlan(((90, 120),), (96, 128), (0, 0), (64, 64), origins, False)
+    case = "vit_adapter_beit_mask2former"
+    scores = merged(case, plan, images, MaskConfig(resolution="scores"), False)
+    assert error(scores[:, ::8, ::8], case, "slide_75x101_every4") < LIMIT["sem"]
+
+
+def test_windows_of_dinov3_are_merged_as_published() -> None:
+    """Windows of 96 every 64 of 96 x 160, queries summed up in bfloat16, softmax of the sums at the end."""
+    images = torch.from_numpy(draw(0, "input_slide", [1, 3, 96, 160]))
+    origins = window_grid((96, 160), "slide", WindowConfig(crop=96, stride=64))[1]
+    plan = ViewPlan(((96, 160),), (96, 160), (0, 0), (96, 96), origins, False)
+    scores = merged("dinov3_mask2former", plan, images, MaskConfig(einsum="bfloat16"), True)
+    expected = torch.from_numpy(golden()["dinov3_mask2former/slide_75x101_every4"])[0]
+    differences = (scores[:, ::8, ::8] - expected).abs() / expected.std()
+    # a sum of bfloat16 products near 16 that rounds to the other neighbour moves its softmax by 13 %
+    assert differences.mean() < 1e-3
+    assert (differences > 1e-2).float().mean() < 0.01
+
+
+def test_a_mirrored_view_of_internimage_is_averaged_as_published() -> None:
+    """After a softmax over the scores, and mirrored back."""
+    images = torch.from_numpy(draw(0, "input", [1, 3, 96, 128])).flip(-1)
+    plan = ViewPlan(((96, 128),), (96, 128), (0, 0), (96, 128), ((0, 0),), True)
+    case = "internimage_mask2former"
+    scores = merged(case, plan, images, MaskConfig(resolution="scores"), True)
+    assert error(scores[:, ::8, ::8], case, "prob_flip_75x101_every4") < LIMIT["sem"]
 
 
 def dinov2_weights() -> dict[str, Tensor]:
