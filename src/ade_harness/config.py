@@ -219,7 +219,7 @@ class InferenceConfig:
     masks: MaskConfig = field(default_factory=MaskConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     precision: str = "fp32"  # fp32, tf32, bf16, fp16: of the network's forward; everything after it is float32
-    batch: int = 8  # windows and mirrored views of an image in one forward; halved when memory is short
+    batch: int | None = None  # windows and mirrored views in one forward, halved when memory is short; null: 8, CPU 1
     images: int = 1  # images of equal size that may share a forward
     channels_last: bool = False
     compile: str | None = None  # torch.compile backend, such as inductor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from ade_harness.config import MaskConfig, WindowConfig, compose_config
@@ -25,6 +27,7 @@ from ade_harness.models.keymaps import known_keys, rename
 from ade_harness.models.loading import load_model
 from ade_harness.models.systems import FAMILIES
 from ade_harness.models.weights import read_state_dict
+from tests.conftest import Done
 from tests.models.golden_weights import draw, fill_mask_system
 from tests.models.test_systems import architecture, packed
 
@@ -575,3 +578,51 @@ def test_names_survive_renaming_twice() -> None:
     images = torch.from_numpy(draw(0, "twice", [1, 3, 64, 64]))
     with torch.inference_mode():
         assert torch.equal(from_official("internimage_h", once)(images), from_official("internimage_h", state)(images))
+
+
+# whole runs, and large ones
+
+SMALL = (
+    "embed_dim=32", "depths=[1,1,2,1]", "num_heads=[1,2,4,8]", "window_size=4", "width=64", "mask_width=64", "heads=4",
+    "pixel_hidden=128", "pixel_layers=1", "queries=10", "query_hidden=128", "query_layers=3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scales", ["ss", "ms"])
+def test_a_run_from_one_line(call: Callable[..., Done], tmp_path: Path, scales: str) -> None:
+    done = call(
+        "model=mask2former_swin_t", "model.weights=random", f"inference={scales}", "dataset.limit=3", "tracking=none",
+        "run.overlays=0", "runtime.workers=0", "run.dir=run", *(f"model.architecture.{field}" for field in SMALL),
+        "inference.resize.side=64", *(["inference.tta.sides=[64,96]"] if scales == "ms" else []),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "RANDOM WEIGHTS" in done.out
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["inference"]["name"] == f"detectron2_512{'_ms' if scales == 'ms' else ''}"
+
+
+def test_beit3_without_a_checkpoint_stops_with_advice(call: Callable[..., Done]) -> None:
+    done = call("model=beit3", "dataset.limit=1", "tracking=none")
+    assert done.code == 2
+    assert "No ADE20K weights of BEiT-3 were ever published" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_internimage_h_fits_its_gpus() -> None:
+    """On the meta device, at the largest input of its protocol: weights and the largest activation of any module."""
+    cfg = compose_config(["model=internimage_h"]).model
+    sizes: list[int] = []
+    with torch.device("meta"), torch.inference_mode():
+        network = FAMILIES[cfg.kind].load(architecture(cfg), None, Keys())
+        for part in network.modules():
+            part.register_forward_hook(lambda *a: sizes.append(a[2].numel() if isinstance(a[2], Tensor) else 0))
+        classes, masks = network(torch.zeros(1, 3, 896, 3584))
+    assert classes.shape == (1, 200, 151)
+    assert masks.shape == (1, 200, 224, 896)
+    weights = sum(p.numel() for p in network.parameters())
+    # 0.27 G values: the hidden layer of the pixel decoder's tokens. Ten of it is more than is ever alive (Triton stores no
+    # samples; torch's form holds 0.07 G of them)
+    largest = max(sizes)
+    assert largest == 28 * 112 * (1 + 4 + 16) * 4096
+    assert (weights + 10 * largest) * 2 / 2**30 < 40 / 4  # bf16: a quarter of 40 GB
+    assert (weights + 10 * largest) * 4 / 2**30 < 80 / 4

@@ -111,5 +111,5 @@ def _published(model: DictConfig) -> str:
 def _parity(model: DictConfig) -> str:
     if not model.parity.against:
         return "-"
-    error = "" if model.parity.error is None else f": {model.parity.error:.1e}"
+    error = "" if model.parity.error is None else f": {model.parity.error:.1e}" if model.parity.error else ": same bits"
     return f"{model.parity.against}{error}"

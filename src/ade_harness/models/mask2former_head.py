@@ -111,8 +111,9 @@ class PixelDecoder(nn.Module):
 
         Always in float32, as the official code's (it switches autocast off), unless the weights are not.
         """
-        if self.mask_features.weight.dtype == torch.float32:
-            with torch.autocast(features[0].device.type, enabled=False):
+        device = features[0].device.type
+        if self.mask_features.weight.dtype == torch.float32 and device in ("cpu", "cuda"):
+            with torch.autocast(device, enabled=False):
                 return self._decode([f.float() for f in features])
         return self._decode(features)
 
