@@ -22,12 +22,14 @@ class BatchedForward:
 
     Attributes:
         halved: how often a batch was halved because memory was short.
+        fits: the smallest batch that it was halved to, None if it never was.
     """
 
     def __init__(self, model: LoadedModel, cfg: InferenceConfig) -> None:
         self.model = model
         self.cfg = cfg
         self.halved = 0
+        self.fits: int | None = None
         self._module: Any = None
 
     def __call__(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
@@ -40,8 +42,7 @@ class BatchedForward:
         Raises:
             HarnessError: the network failed, or memory is too short for one image.
         """
-        # on a CPU several windows at a time only leave its caches (measured: up to 6 % slower)
-        limit = self.model.fixed_batch or self.cfg.batch or (1 if images[0].device.type == "cpu" else 8)
+        limit = self.batch(images[0].device)
         while True:
             short: Exception
             try:
@@ -64,9 +65,15 @@ class BatchedForward:
                     " Use a device with more memory, inference.precision=bf16, or a protocol with smaller inputs."
                 ) from short
             self.halved += 1
+            self.fits = limit if self.fits is None else min(self.fits, limit)
             del short
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def batch(self, device: torch.device) -> int:
+        """Return how many inputs share a forward on this device, if memory allows."""
+        # on a CPU several windows at a time only leave its caches (measured: up to 6 % slower)
+        return self.model.fixed_batch or self.cfg.batch or (self.cfg.images if device.type == "cpu" else 8)
 
     def _split(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
         fill = (self.model.fixed_batch or 0) - len(images)

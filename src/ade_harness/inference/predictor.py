@@ -199,7 +199,7 @@ class NetworkPredictor:
         if self.forward.halved:
             notes.append(
                 f"memory was short {self.forward.halved} times: the image was redone in smaller batches, whose float"
-                f" sums may differ in the last bit; inference.batch={max(1, (self.cfg.batch or 8) // 2)} avoids it"
+                f" sums may differ in the last bit; inference.batch={self.forward.fits} avoids it"
             )
         return notes
 

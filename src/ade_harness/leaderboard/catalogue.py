@@ -16,15 +16,6 @@ from rich.table import Table
 
 from ade_harness.config import ModelConfig, conf_dir
 
-_WEIGHTS = {
-    "official": "public",
-    "official sibling": "sibling public",
-    "third party": "third party",
-    "head to be trained": "no head public",
-    "never published": "never published",
-}
-"""How the table says whether weights for a row are public."""
-
 
 @dataclass(frozen=True)
 class PublishedRow:
@@ -76,14 +67,14 @@ def print_catalogue(console: Console, ready: Sequence[str]) -> None:
     for name in (*widths, "checked: error"):
         table.add_column(name, overflow="fold", width=widths.get(name))
     for row in published_rows():
-        model = _model(row.config) if row.config in ready else None
+        model = _model(row.config)
         table.add_row(
             f"{row.system}\n{row.score:.2f} {row.metric}",
-            _published(model) if model is not None else f"{row.source_score:g}",
+            _published(model),
             row.source_note,
-            _WEIGHTS[row.checkpoint_status] if model is None else model.about.weights,
+            model.about.weights,
             row.config,
-            "not yet" if model is None else _parity(model),
+            _parity(model),
         )
     console.print(table)
     others = [name for name in ready if name not in {r.config for r in published_rows()}]
