@@ -5,8 +5,8 @@
 Where transformers has the network, its own class is the peer. Where nobody has (InternImage, ViT-Adapter), the peer is
 our network in the official code's own PyTorch operations and order (``reference_operations``; the same bits as the
 official code, see tests/models/test_mask_systems.py). What follows the network is, for the peer, what the official
-codes do: masks enlarged, sigmoid, sum over queries, all 150 planes enlarged, argmax. Random weights, on which speed does
-not depend. The two take turns, after one unmeasured window.
+codes do: masks enlarged, sigmoid, sum over queries, all 150 planes enlarged, argmax. Random weights, on which speed
+does not depend. The two take turns, after one unmeasured window.
 """
 
 from __future__ import annotations
