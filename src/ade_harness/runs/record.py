@@ -24,6 +24,7 @@ from ade_harness.runs.directory import (
     write_json,
     write_text,
 )
+from ade_harness.runs.finished import hash_rows
 from ade_harness.runs.ledger import Row
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, environment
@@ -52,6 +53,7 @@ class RunRecord:
         for row in rows:
             digest.update(f"{row.image_id} {row.content_hash}\n".encode())
         self.manifest["dataset"]["content_hash"] = digest.hexdigest()
+        self.manifest["ledger"] = {"images": len(rows), "sha256": hash_rows(rows)}
         self.manifest.update(status="finished", finished=_now())
         predict_seconds = round(sum(row.seconds for row in rows), 3)
         self.manifest["timings"] = {**timings, "predict_seconds": predict_seconds}

@@ -1,0 +1,119 @@
+"""A finished run, read back from its directory and checked against its own hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ade_harness.errors import HarnessError
+from ade_harness.runs.directory import LEDGER, read_manifest
+from ade_harness.runs.ledger import Row, matrix_of, read_rows
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run directory holds. Equal ledgers have equal hashes, whatever ranks wrote them."""
+
+    path: Path
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+    """The resolved configuration, from config.yaml."""
+    metrics: dict[str, Any]
+    """The content of metrics.json."""
+    rows: tuple[Row, ...]
+    """In the order of image ids."""
+    ledger_hash: str
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.resolve().name
+
+    @property
+    def label(self) -> str:
+        """The model, as tables call it."""
+        return str(self.config["model"]["label"] or self.config["model"]["name"])
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What makes the score no score of the model on ADE20K."""
+        return tuple(self.manifest["marks"])
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The confusion matrix, int64 [150, 151]."""
+        return matrix_of(self.rows)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image of the split was counted."""
+        return len(self.rows) == int(self.manifest["dataset"]["expected_images"])
+
+
+def hash_rows(rows: Iterable[Row]) -> str:
+    """Return the SHA-256 of what was counted: ids, sizes, counts and hashes, without time, rank and host.
+
+    Args:
+        rows: in the order of image ids.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        head = [row.image_id, row.height, row.width, row.valid_pixels, row.ignored_pixels, row.label_hash]
+        digest.update(json.dumps([*head, row.content_hash]).encode())
+        for array, dtype in ((row.ground_truth, "<u1"), (row.prediction, "<u1"), (row.pixels, "<i8")):
+            digest.update(np.asarray(array).astype(dtype).tobytes())
+    return digest.hexdigest()
+
+
+def load_run(path: Path) -> FinishedRun:
+    """Read a finished run.
+
+    Raises:
+        HarnessError: no run, not finished, of another version, or its ledger is not what the run has written
+            (truncated, damaged or edited).
+    """
+    manifest = read_manifest(path)
+    if manifest.get("kind") == "probe":
+        raise HarnessError(f"{path}: is the training of a probe, not an evaluation.")
+    if manifest.get("status") != "finished":
+        raise HarnessError(
+            f"{path}: the run is not finished ({manifest.get('status')})."
+            f" `python -m ade_harness resume {path}` ends it."
+        )
+    rows, damaged = read_rows(path / LEDGER)
+    if damaged:
+        raise HarnessError(
+            f"{path / LEDGER / damaged[0]}: damaged ({len(damaged)} ledger files in all)."
+            f" `python -m ade_harness resume {path}` counts their images again."
+        )
+    recorded = manifest.get("ledger", {})
+    found = hash_rows(rows)
+    if recorded.get("sha256") != found:
+        raise HarnessError(
+            f"{path / LEDGER}: not what the run has written: {len(rows)} images with hash {found[:12]}, the manifest"
+            f" has {recorded.get('images')} with {str(recorded.get('sha256'))[:12]}. Files are missing, or were"
+            " changed. Restore them, or evaluate again."
+        )
+    return FinishedRun(
+        path, manifest, _read(path / "config.yaml", yaml.safe_load), _read(path / "metrics.json", json.loads),
+        tuple(rows), found,
+    )  # fmt: skip
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise HarnessError(f"{path}: damaged ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict):
+        raise HarnessError(f"{path}: damaged: expected a mapping.")
+    return content
