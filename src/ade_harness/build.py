@@ -165,7 +165,7 @@ def build_predictor(
             )
         return folder, None
     model = load_model(cfg.model, cfg.runtime.threads)
-    predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels)
+    predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels, cfg.metrics.calibration)
     predictor.check_sizes(sizes)
     return predictor, model
 

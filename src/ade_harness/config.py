@@ -276,8 +276,19 @@ class RunConfig:
     dir: str | None = None  # null: runs/<date-time>_<model>_<short id>
     root: str = "runs"
     overlays: int = 4  # images drawn with truth, prediction and errors
+    label_maps: str = "few"  # PNGs of the predicted labels that are kept: none, few (the worst and best images), all
     on_error: str = "fail"  # an image fails: fail (no score) or skip (a partial score, marked so)
     allow_changed: bool = False  # continue though config, code, weights or data changed; marks the run as mixed
+
+
+@dataclass
+class MetricsConfig:
+    """What is computed of the counts."""
+
+    resamples: int = 10_000  # of the bootstrap behind every interval; 0: no intervals
+    seed: int = 0  # of the bootstrap
+    level: float = 0.95  # of the intervals
+    calibration: bool = False  # count how sure the network is, and how often right: one more pass over the scores
 
 
 @dataclass
@@ -303,6 +314,7 @@ class Config:
     runtime: RuntimeConfig = MISSING
     tracking: TrackingConfig = MISSING
     run: RunConfig = field(default_factory=RunConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 def conf_dir() -> Path:
@@ -377,6 +389,25 @@ def _own_protocol(overrides: Sequence[str], extra: Path | None) -> list[str]:
     return [f"inference={name}" if o == chosen else o for o in overrides]
 
 
+def protocol_changes(inference: DictConfig) -> list[str]:
+    """Return what of a protocol is not as the YAML file of its name says, such as ``tta.flip``.
+
+    How it is computed (batches, precision, compilation) is not part of the protocol.
+    """
+    if inference.name not in choices("inference"):
+        return []
+    written: Any = OmegaConf.to_container(compose_config([f"inference={inference.name}"]).inference, resolve=True)
+    used: Any = OmegaConf.to_container(inference, resolve=True)
+    changed = []
+    for group in ("exif", "resize", "mode", "window", "tta", "masks", "output"):
+        one, two = written[group], used[group]
+        if isinstance(one, dict):
+            changed += [f"{group}.{key}" for key in one if one[key] != two[key]]
+        elif one != two:
+            changed.append(group)
+    return changed
+
+
 def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration that a run was made with, with some changes.
 
@@ -430,8 +461,8 @@ def _check_override(text: str, extra: Path | None) -> None:
 
 def known_keys() -> Iterator[str]:
     """Yield every dotted key of the schema."""
-    nodes = (ModelConfig, DatasetConfig, InferenceConfig, RuntimeConfig, TrackingConfig, RunConfig)
-    for group, node in zip((*GROUPS, "run"), nodes, strict=True):
+    nodes = (ModelConfig, DatasetConfig, InferenceConfig, RuntimeConfig, TrackingConfig, RunConfig, MetricsConfig)
+    for group, node in zip((*GROUPS, "run", "metrics"), nodes, strict=True):
         yield from _leaves(OmegaConf.structured(node), group)
 
 

@@ -19,6 +19,7 @@ def _one_of(cfg: DictConfig, key: str, allowed: Sequence[str]) -> None:
 
 
 _MOST_DEMO_IMAGES = 20_000
+_FEWEST_RESAMPLES = 1_000
 
 
 def validate(cfg: DictConfig) -> None:
@@ -31,6 +32,7 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "runtime.accelerator", ("auto", "cpu", "cuda"))
     _one_of(cfg, "runtime.sharding", ("queue", "plan"))
     _one_of(cfg, "run.on_error", ("fail", "skip"))
+    _one_of(cfg, "run.label_maps", ("none", "few", "all"))
     _one_of(cfg, "runtime.kernels", ("auto", "torch", "numba", "triton"))
     _one_of(cfg, "tracking.kind", ("wandb", "none"))
     if cfg.tracking.mode is not None:
@@ -53,6 +55,17 @@ def validate(cfg: DictConfig) -> None:
     require(
         cfg.runtime.supervise or cfg.runtime.max_restarts == 0,
         "runtime.max_restarts needs runtime.supervise=true: a process cannot restart itself after its death.",
+    )
+    metrics = cfg.metrics
+    require(
+        metrics.resamples == 0 or metrics.resamples >= _FEWEST_RESAMPLES,
+        f"metrics.resamples={metrics.resamples}: expected {_FEWEST_RESAMPLES:,} or more, or 0 for no intervals.",
+    )
+    require(0 < metrics.level < 1, f"metrics.level={metrics.level}: expected a number between 0 and 1, such as 0.95.")
+    require(metrics.seed >= 0, f"metrics.seed={metrics.seed}: expected 0 or more.")
+    require(
+        not metrics.calibration or cfg.model.kind != "predictions",
+        "metrics.calibration needs a network's scores, and model.kind=predictions has label maps only.",
     )
     check_protocol(cfg)
     require(

@@ -19,7 +19,11 @@ from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.inference.predictor import Prediction, Predictor, Prepared, label_hash
 from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.metrics.areas import areas_of, split_areas
+from ade_harness.metrics.calibration import count_confidence
+from ade_harness.metrics.confusion import area_scores
 from ade_harness.report.overlays import save_overlay
+from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerError, LedgerWriter, Row, read_rows, sparse_counts
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
@@ -127,6 +131,8 @@ class _Launched:
     images: list[LoadedImage]
     predictions: list[Prediction]
     counts: list[Tensor]
+    calibrations: list[Tensor]
+    """int64 [15, 3], or [] if they were not asked for."""
     watch: Stopwatch
     done: torch.cuda.Event | None
 
@@ -141,7 +147,8 @@ class ImageCounter:
     predictor: Predictor
     writer: LedgerWriter
     coordinator: Coordinator
-    overlay_folder: Path
+    run_dir: Path
+    label_maps: LabelMaps
     marks: Sequence[str] = ()
     kernels_choice: str = "auto"
     skip_failures: bool = False
@@ -198,18 +205,22 @@ class ImageCounter:
         watch = Stopwatch(device)
         predictions = self.predictor.predict([image.prepared for image in images], device, watch)
         chosen = kernels.select(self.kernels_choice, device.type)
-        counts = []
+        counts, calibrations = [], []
         with watch("counts"):
             for image, prediction in zip(images, predictions, strict=True):
-                counts.append(chosen.count(prediction.labels, image.target.to(device, non_blocking=True)))
+                target = image.target.to(device, non_blocking=True)
+                counts.append(chosen.count(prediction.labels, target))
+                sure = prediction.confidence
+                calibrations.append(None if sure is None else count_confidence(sure, prediction.labels, target))
         with watch("copy"):
             counts = [_to_host(c) for c in counts]
+            calibrated = [torch.zeros(0, dtype=torch.int64) if c is None else _to_host(c) for c in calibrations]
             predictions = [Prediction(_to_host(p.labels), _to_host(p.nan_share)) for p in predictions]
         done = None
         if device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return _Launched(images, predictions, counts, watch, done)
+        return _Launched(images, predictions, counts, calibrated, watch, done)
 
     def _finish(self, batch: _Launched, rank: int) -> None:
         if batch.done is not None:
@@ -219,21 +230,28 @@ class ImageCounter:
             self._spend(stage, spent)
         start = time.perf_counter()
         each = sum(seconds.values()) / len(batch.images)
-        for image, prediction, counted in zip(batch.images, batch.predictions, batch.counts, strict=True):
+        for image, prediction, counted, sure in zip(
+            batch.images, batch.predictions, batch.counts, batch.calibrations, strict=True
+        ):
             self._spend("decode", image.load_seconds)
             if image.image_id not in self.counted:
                 with self._failing([image]):
                     _refuse_nan(image.image_id, prediction.nan_share)
-                    self._record(image, prediction.labels, counted.numpy(), each, rank)
+                    self._record(image, prediction.labels, counted.numpy(), sure.numpy(), each, rank)
         self._spend("ledger", time.perf_counter() - start)
 
-    def _record(self, image: LoadedImage, labels: Tensor, counts: np.ndarray, seconds: float, rank: int) -> None:
+    def _record(
+        self, image: LoadedImage, labels: Tensor, counts: np.ndarray, sure: np.ndarray, seconds: float, rank: int
+    ) -> None:
         ground_truth, prediction, pixels = sparse_counts(counts)
         height, width = image.target.shape
         valid = int(pixels.sum())
         if image.overlay_image is not None:
-            path = self.overlay_folder / f"{image.image_id}.png"
+            path = self.run_dir / "overlays" / f"{image.image_id}.png"
             save_overlay(path, image.overlay_image.numpy(), image.target.numpy(), labels.numpy(), self.marks)
+        self.label_maps.add(
+            image.image_id, labels.numpy(), lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
+        )
         self.writer.append(
             Row(
                 image_id=image.image_id,
@@ -249,6 +267,7 @@ class ImageCounter:
                 seconds=seconds,
                 rank=rank,
                 host=host_name(),
+                calibration=sure.reshape(-1),
             )
         )
         self.matrix += counts

@@ -21,11 +21,11 @@ from rich.console import Console
 from ade_harness.build import Job, build_job, open_run, skipped_marks
 from ade_harness.counting import Failure, ImageCounter, ImageItems, counted_before, group_images, sum_stages
 from ade_harness.errors import HarnessError
-from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.diagnosis import diagnose
-from ade_harness.report.result import Result, published_score, write_result
+from ade_harness.report.result import Result, summarise, write_result
 from ade_harness.runs.directory import LEDGER, wait_to_see
 from ade_harness.runs.exactness import check_exact, check_rows, incomplete
+from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerWriter, matrix_of, read_rows
 from ade_harness.runs.live import LiveStatus
 from ade_harness.runs.record import RunRecord
@@ -95,8 +95,9 @@ def _evaluate(
     costs = [sum(predictor.cost(sizes[i]) for i in group) for group in todo]
     names = [", ".join(dataset.ids[i] for i in group) for group in todo]
 
-    writer, overlays, skip = LedgerWriter(ledger, marks), run_dir / "overlays", cfg.run.on_error == "skip"
-    counter = ImageCounter(predictor, writer, coordinator, overlays, marks, cfg.runtime.kernels, skip, done)
+    skip, maps = cfg.run.on_error == "skip", LabelMaps(run_dir, cfg.run.label_maps)
+    writer = LedgerWriter(ledger, marks)
+    counter = ImageCounter(predictor, writer, coordinator, run_dir, maps, marks, cfg.runtime.kernels, skip, done)
     work_items = WorkItems(Work(items, costs, names), cfg.runtime.sharding, cfg.runtime.workers, coordinator)
     reporter = reporter_for(coordinator.rank, console, len(dataset.ids), len(done))
     loop = WorkLoop(counter.process, job.model.module if job.model else None, work_items, ranks, reporter)
@@ -129,22 +130,14 @@ def _evaluate(
     if lost:
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
     advice = None if job.model is not None and job.model.weights == "random" else diagnose(total)
-    result = Result(
-        run_dir=run_dir,
-        label=cfg.model.label or cfg.model.name,
-        dataset=dataset.name,
-        matrix=total,
-        scores=scores(total),
-        images=len(rows),
-        expected_images=dataset.expected_images,
-        marks=tuple(marks),
+    result = summarise(
+        cfg, run_dir, dataset, rows, total, marks,
         notes=(*predictor.notes(), *job.notes, *live.warnings.values(), *([advice] if advice else [])),
-        published=None if dataset.is_demo else published_score(cfg.model.published),
         seconds=time.monotonic() - start,
         images_per_second=(len(dataset.ids) - len(done)) / seconds,
         balance=balance,
         stages=stages,
-    )
+    )  # fmt: skip
     write_result(result)
     record.finish(rows, result.timings(), marks, lost)
     return result, record

@@ -49,6 +49,8 @@ class Prediction:
     """uint8 [H, W], 0..149 or 255 for none of the classes; on the device, which may still be working on it."""
     nan_share: Tensor | None = None
     """Share of NaN among the scores; over 0 the labels are worth nothing."""
+    confidence: Tensor | None = None
+    """float32 [H, W], 0..1, of the chosen class, if it was asked for; see :mod:`ade_harness.metrics.calibration`."""
 
 
 class Predictor(Protocol):
@@ -81,12 +83,19 @@ class NetworkPredictor:
         inference: ``inference`` node of the configuration.
         model_cfg: ``model`` node.
         kernels_choice: ``runtime.kernels``.
+        confident: also say how sure the network is of each pixel; that needs all scores at the original size.
     """
 
     def __init__(
-        self, model: LoadedModel, inference: DictConfig, model_cfg: DictConfig, kernels_choice: str = "auto"
+        self,
+        model: LoadedModel,
+        inference: DictConfig,
+        model_cfg: DictConfig,
+        kernels_choice: str = "auto",
+        confident: bool = False,
     ) -> None:
         self.model = model
+        self.confident = confident
         self.cfg = _fitted(cast(InferenceConfig, OmegaConf.to_object(inference)), model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         pixels = model_cfg.input
@@ -180,7 +189,8 @@ class NetworkPredictor:
             with watch("labels"):
                 nan_share = self._check_scores(prepared.image_id, [o for window in output for o in window])
                 labels = self._labels(views, output, prepared.original_size)
-                predictions.append(Prediction(labels, nan_share))
+                sure = self._confidence(views, output, prepared.original_size) if self.confident else None
+                predictions.append(Prediction(labels, nan_share, sure))
         return predictions
 
     def source_hash(self, image_id: str) -> str:
@@ -284,6 +294,29 @@ class NetworkPredictor:
             return self._class_map.classes_of(self._kernels.label_map(total.div_(len(plans)), original))
         views = [self._view(plan, output, original) for plan, output in zip(plans, outputs, strict=True)]
         return self._class_map.classes_of(self._kernels.merge(views, original, probabilities))
+
+    def _confidence(
+        self, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]], original: Size
+    ) -> Tensor:
+        """Return the largest class probability of each pixel, float32 [H, W]."""
+        views = [self._view(plan, output, original) for plan, output in zip(plans, outputs, strict=True)]
+        at_input = self.cfg.output.labels == "input"
+        size = views[0].canvas if at_input else original
+        if at_input:
+            views = [replace(views[0], valid=None)]
+        probabilities = self.cfg.tta.average == "probabilities" and len(views) > 1
+        total = torch.zeros((views[0].scores.shape[1], *size), device=views[0].scores.device)
+        for view in views:
+            torch_kernels.accumulate(total, view, probabilities)
+        total /= len(views)
+        if isinstance(outputs[0][0], MaskLogits):  # sums over queries: not negative, and no distribution
+            sure = total.amax(0) / total.sum(0).clamp(min=torch.finfo(total.dtype).tiny)
+        else:
+            sure = total.amax(0) if probabilities else torch.exp(total.amax(0) - total.logsumexp(0))
+        if at_input:
+            top, left, height, width = self._view(plans[0], outputs[0], original).area
+            sure = resize_labels(sure[top : top + height, left : left + width], original)
+        return sure
 
     def _view(self, plan: ViewPlan, windows: Sequence[Tensor | MaskLogits], original: Size) -> View:
         """Collect the scores of a view's windows."""

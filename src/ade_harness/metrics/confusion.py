@@ -28,6 +28,8 @@ import numpy.typing as npt
 from ade_harness.data.labels import NUM_CLASSES
 
 Matrix = npt.NDArray[np.int64]
+Areas = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 
 
 class Convention(StrEnum):
@@ -44,22 +46,26 @@ def _areas(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
         raise ValueError(
             f"expected an integer confusion matrix [{NUM_CLASSES}, {NUM_CLASSES + 1}], got {matrix.dtype}{matrix.shape}"
         )
-    return np.diagonal(matrix), matrix.sum(1), matrix[:, :NUM_CLASSES].sum(0)
+    return np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :NUM_CLASSES].sum(0)
 
 
-def _ratio(numerator: Matrix, denominator: Matrix) -> npt.NDArray[np.float64]:
+def _ratio(numerator: Areas, denominator: Areas) -> Floats:
     """Divide; NaN where the denominator is 0."""
-    ratio: npt.NDArray[np.float64] = np.full(numerator.shape, np.nan)
+    ratio: Floats = np.full(numerator.shape, np.nan)
     return np.divide(numerator, denominator, out=ratio, where=denominator > 0)
 
 
-def class_iou(matrix: Matrix) -> npt.NDArray[np.float64]:
+def class_iou(matrix: Matrix) -> Floats:
     """Return IoU per class, float64 [150], 0..1; NaN for a class in neither truth nor prediction."""
-    intersection, truth, predicted = _areas(matrix)
+    return area_iou(*_areas(matrix))
+
+
+def area_iou(intersection: Areas, truth: Areas, predicted: Areas) -> Floats:
+    """Return IoU, float64 of the areas' shape, 0..1; NaN where a class is in neither truth nor prediction."""
     return _ratio(intersection, truth + predicted - intersection)
 
 
-def class_accuracy(matrix: Matrix) -> npt.NDArray[np.float64]:
+def class_accuracy(matrix: Matrix) -> Floats:
     """Return the share of each class's pixels that were found, float64 [150], 0..1; NaN without ground truth."""
     intersection, truth, _ = _areas(matrix)
     return _ratio(intersection, truth)
@@ -67,11 +73,7 @@ def class_accuracy(matrix: Matrix) -> npt.NDArray[np.float64]:
 
 def mean_iou(matrix: Matrix, convention: Convention = Convention.MMSEG) -> float:
     """Return mIoU, 0..1, in a convention of the table above; 0.0 if it has no class to average."""
-    iou = class_iou(matrix)
-    if convention is Convention.CSAIL:
-        return float(np.nan_to_num(iou).mean())
-    counted = ~np.isnan(iou) if convention is Convention.MMSEG else matrix.sum(1) > 0
-    return float(iou[counted].mean()) if counted.any() else 0.0
+    return float(area_scores(*_areas(matrix))[_KEYS[convention]])
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,43 @@ class Scores:
         return asdict(self)
 
 
+_KEYS = {
+    Convention.MMSEG: "mIoU",
+    Convention.CSAIL: "mIoU_csail",
+    Convention.DETECTRON2: "mIoU_detectron2",
+}
+
+
+def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str, Floats]:
+    """Return every score of :class:`Scores`, for one or many sets of class areas.
+
+    Args:
+        intersection: [..., 150] pixels of each class that were predicted right; integers, or floats that hold them.
+        truth: [..., 150] pixels of each class in the ground truth.
+        predicted: [..., 150] valid pixels predicted as each class.
+
+    Returns:
+        By score, float64 [...], 0..1. One set gives the same bits as the same set among many.
+    """
+    iou = area_iou(intersection, truth, predicted)
+    counted, present, pixels = ~np.isnan(iou), truth > 0, truth.sum(-1)
+    # absent classes are added as 0, not left out, so that sums are in the same order for any set
+    filled = np.where(counted, iou, 0.0)
+    found = np.nan_to_num(_ratio(intersection, truth))
+    weights = np.divide(truth, pixels[..., None], out=np.zeros(iou.shape), where=pixels[..., None] > 0)
+    mean = filled.sum(-1) / np.maximum(counted.sum(-1), 1)
+    accuracy = np.nan_to_num(_ratio(intersection.sum(-1, keepdims=True), pixels[..., None]))[..., 0]
+    return {
+        "mIoU": mean,
+        "mIoU_csail": filled.sum(-1) / NUM_CLASSES,
+        "mIoU_detectron2": np.where(present, filled, 0.0).sum(-1) / np.maximum(present.sum(-1), 1),
+        "pixel_accuracy": accuracy,
+        "mean_accuracy": found.sum(-1) / np.maximum(present.sum(-1), 1),
+        "fwIoU": (weights * filled).sum(-1),
+        "final_score": (accuracy + mean) / 2,
+    }
+
+
 def scores(matrix: Matrix) -> Scores:
     """Return every score of a confusion matrix int64 [150, 151]."""
-    intersection, truth, _ = _areas(matrix)
-    iou, accuracy = class_iou(matrix), class_accuracy(matrix)
-    pixels = int(truth.sum())
-    pixel_accuracy = int(intersection.sum()) / pixels if pixels else 0.0
-    present = truth > 0
-    headline = mean_iou(matrix, Convention.MMSEG)
-    return Scores(
-        mIoU=headline,
-        mIoU_csail=mean_iou(matrix, Convention.CSAIL),
-        mIoU_detectron2=mean_iou(matrix, Convention.DETECTRON2),
-        pixel_accuracy=pixel_accuracy,
-        mean_accuracy=float(accuracy[present].mean()) if pixels else 0.0,
-        fwIoU=float((truth[present] / pixels * iou[present]).sum()) if pixels else 0.0,
-        final_score=(pixel_accuracy + headline) / 2,
-    )
+    return Scores(**{name: float(value) for name, value in area_scores(*_areas(matrix)).items()})

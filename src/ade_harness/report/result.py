@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from ade_harness.config import protocol_changes
+from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import classes
 from ade_harness.errors import HarnessError
-from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou
+from ade_harness.metrics.areas import image_areas
+from ade_harness.metrics.bootstrap import Interval, bootstrap
+from ade_harness.metrics.calibration import Calibration, sum_calibration
+from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou, scores
+from ade_harness.metrics.verdict import Verdict, judge
 from ade_harness.runs.directory import write_json, write_text
+from ade_harness.runs.ledger import Row
 from ade_harness.runtime.balance import Balance
 
 CONVENTION = (
@@ -33,11 +40,43 @@ class Published:
     """Percent, as printed."""
     protocol: str
     source: str
+    same_protocol: bool = True
+    """Whether the run's protocol is the one behind the score."""
 
 
 def published_score(cfg: DictConfig) -> Published | None:
-    """Return the score of a ``model.published`` node, if it has one."""
-    return None if cfg.mIoU is None else Published(cfg.mIoU, cfg.protocol, cfg.source)
+    """Return what others published of a configuration's model, by its protocol if they have that number.
+
+    Args:
+        cfg: the whole configuration.
+    """
+    model, name = cfg.model, cfg.inference.name
+    published = model.published
+    if cfg.dataset.kind == "demo":
+        return None
+    for kind, words in (("ss", "single scale"), ("ms", "multi-scale and mirrored")):
+        if model.protocols[kind] == name and published[kind] is not None:
+            same = published[kind] == published.mIoU
+            return Published(published[kind], published.protocol if same else words, published.source)
+    if published.mIoU is None:
+        return None
+    own = all(protocol in (None, name) for protocol in model.protocols.values())
+    return Published(published.mIoU, published.protocol, published.source, own)
+
+
+def judge_published(
+    cfg: DictConfig, published: Published | None, value: float, interval: Interval | None, marks: Sequence[str]
+) -> Verdict | None:
+    """Say whether a run reproduces what was published; None if nothing was."""
+    if published is None:
+        return None
+    against = [*marks]
+    if not published.same_protocol:
+        against.append(f"inference={cfg.inference.name} is another protocol than {published.protocol}")
+    changed = protocol_changes(cfg.inference)
+    if changed:
+        against.append(f"inference={cfg.inference.name} was changed ({', '.join(changed)})")
+    return judge(value, interval, published.mIoU, against)
 
 
 @dataclass(frozen=True)
@@ -57,6 +96,11 @@ class Result:
     notes: tuple[str, ...]
     """Warnings about the class map."""
     published: Published | None
+    verdict: Verdict | None
+    """Whether the run reproduces it."""
+    intervals: Mapping[str, Interval | None]
+    """By score; empty if they were not asked for."""
+    calibration: Calibration | None
     seconds: float
     """From start to end, loading included."""
     images_per_second: float
@@ -109,10 +153,59 @@ class Result:
             "expected_images": self.expected_images,
             "pixels": self.pixels,
             "complete": self.complete,
+            "intervals": {name: asdict(i) if i else None for name, i in self.intervals.items()},
+            "published": asdict(self.published) if self.published else None,
+            "reproduced": asdict(self.verdict) if self.verdict else None,
+            **({"calibration_error": self.calibration.ece} if self.calibration else {}),
             "marks": list(self.marks),
             "notes": list(self.notes),
             "convention": self.convention,
         }
+
+
+def score_intervals(cfg: DictConfig, rows: Sequence[Row]) -> dict[str, Interval | None]:
+    """Return the interval of each score, as the ``metrics`` node says; empty if it asks for none, or of one image."""
+    if cfg.resamples == 0 or len(rows) < 2:
+        return {}
+    return bootstrap(image_areas(rows), cfg.resamples, cfg.seed).intervals(cfg.level)
+
+
+def summarise(
+    cfg: DictConfig,
+    run_dir: Path,
+    dataset: SegmentationDataset,
+    rows: Sequence[Row],
+    matrix: Matrix,
+    marks: Sequence[str],
+    **rest: Any,
+) -> Result:
+    """Make the result of checked counts: every score with its interval, and what it says of the published one.
+
+    Args:
+        cfg: the whole configuration.
+        run_dir: of the run.
+        dataset: what was evaluated.
+        rows: the ledger.
+        matrix: its sum.
+        marks: what the run's numbers are not.
+        rest: the other fields of :class:`Result`.
+    """
+    found, intervals, published = scores(matrix), score_intervals(cfg.metrics, rows), published_score(cfg)
+    return Result(
+        run_dir=run_dir,
+        label=cfg.model.label or cfg.model.name,
+        dataset=dataset.name,
+        matrix=matrix,
+        scores=found,
+        images=len(rows),
+        expected_images=dataset.expected_images,
+        marks=tuple(marks),
+        published=published,
+        verdict=judge_published(cfg, published, found.mIoU, intervals.get("mIoU"), marks),
+        intervals=intervals,
+        calibration=sum_calibration(rows),
+        **rest,
+    )
 
 
 def per_class_rows(matrix: Matrix) -> list[dict[str, Any]]:

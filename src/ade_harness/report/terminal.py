@@ -80,12 +80,18 @@ def _scores(result: Result) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("percent")
     table.add_column("measured", justify="right", style="bold")
-    published = result.published
+    published, intervals = result.published, result.intervals
+    level = next((i.level for i in intervals.values() if i), None)
+    if level:
+        table.add_column(f"{level:.0%} interval", justify="right")
     if published:
         table.add_column("published by others", justify="right", style="dim")
     values = result.scores.as_dict()
     for key, name in _ROWS:
         cells = [name, percent(values[key])]
+        if level:
+            interval = intervals[key]
+            cells.append(f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-")
         if published:
             cells.append(f"{published.mIoU:.2f}" if key == "mIoU" else "")
         table.add_row(*cells)
@@ -101,8 +107,14 @@ def _remarks(result: Result) -> Text:
             f"some classes are absent here, so conventions differ: CSAIL {percent(scores.mIoU_csail)} (absent = 0),"
             f" detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
         ]
+    if any(result.intervals.values()):
+        lines += ["interval: other images of the same kind, by bootstrap (BCa)"]
+    if result.calibration:
+        lines += [f"expected calibration error {percent(result.calibration.ece)}"]
     if published:
         lines += [f"published: {published.protocol}, on all 2,000 images ({published.source})"]
+    if result.verdict:
+        lines += [result.verdict.sentence]
     return Text("\n".join(lines), style="dim")
 
 

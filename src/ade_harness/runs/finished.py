@@ -67,7 +67,9 @@ def hash_rows(rows: Iterable[Row]) -> str:
     for row in rows:
         head = [row.image_id, row.height, row.width, row.valid_pixels, row.ignored_pixels, row.label_hash]
         digest.update(json.dumps([*head, row.content_hash]).encode())
-        for array, dtype in ((row.ground_truth, "<u1"), (row.prediction, "<u1"), (row.pixels, "<i8")):
+        for array, dtype in (
+            (row.ground_truth, "<u1"), (row.prediction, "<u1"), (row.pixels, "<i8"), (row.calibration, "<i8"),
+        ):  # fmt: skip
             digest.update(np.asarray(array).astype(dtype).tobytes())
     return digest.hexdigest()
 

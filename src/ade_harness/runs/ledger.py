@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,9 @@ SCHEMA = pa.schema(
         ("seconds", pa.float32()),
         ("rank", pa.int32()),
         ("host", pa.string()),
+        ("calibration", pa.list_(pa.int64())),
     ],
-    metadata={"ade_harness.ledger": "1"},
+    metadata={"ade_harness.ledger": "2"},
 )
 
 
@@ -70,6 +71,8 @@ class Row:
     seconds: float
     rank: int
     host: str
+    calibration: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[45], the counts of :mod:`ade_harness.metrics.calibration` row by row; empty if they were not asked for."""
 
 
 def sparse_counts(
@@ -185,7 +188,12 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
 
 def _row_from(record: dict[str, object]) -> Row:
     values = {f.name: record[f.name] for f in fields(Row)}
-    for name, dtype in (("ground_truth", np.uint8), ("prediction", np.uint8), ("pixels", np.int64)):
+    for name, dtype in (
+        ("ground_truth", np.uint8),
+        ("prediction", np.uint8),
+        ("pixels", np.int64),
+        ("calibration", np.int64),
+    ):
         values[name] = np.array(values[name], dtype)
     return Row(**values)  # type: ignore[arg-type]
 

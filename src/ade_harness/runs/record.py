@@ -157,6 +157,7 @@ def mixed_mark(changes: Sequence[str]) -> str:
 def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any]) -> dict[str, Any]:
     """Return what must be equal for counts of two sittings to be added up."""
     kept = {g: config[g] for g in ("model", "dataset", "inference")}
+    kept["metrics"] = {"calibration": config["metrics"]["calibration"]}
     runtime = {k: config["runtime"][k] for k in ("seed", "threads", "deterministic")}
     return {
         **flatten(kept),

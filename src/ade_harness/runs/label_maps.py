@@ -1,0 +1,107 @@
+"""Label maps that a run keeps: PNG files in the official encoding, so that ``model=predictions`` can read them again.
+
+A file's content is checked by the label hash in the ledger. With ``run.label_maps=few`` each rank keeps its worst and
+its best images so far, so that the worst and best of all are among what is kept, whatever rank had them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ade_harness.errors import HarnessError
+from ade_harness.inference.predictor import label_hash
+from ade_harness.runs.ledger import LedgerError, Row
+
+FOLDER = "label_maps"
+CHOICES = ("none", "few", "all")
+FEW = 12
+"""Worst and best images that are kept."""
+_COMPRESSION = 3
+"""Of zlib, 0..9: label maps shrink well at any level, and 9 takes ten times as long."""
+
+
+class LabelMaps:
+    """Writes the label maps of one rank.
+
+    Args:
+        run_dir: of the run.
+        choice: one of `CHOICES`.
+    """
+
+    def __init__(self, run_dir: Path, choice: str) -> None:
+        self.folder = run_dir / FOLDER
+        self.choice = choice
+        self._worst: list[tuple[float, str]] = []
+        self._best: list[tuple[float, str]] = []
+
+    def add(self, image_id: str, labels: npt.NDArray[np.uint8], score: Callable[[], float]) -> None:
+        """Keep an image's labels, if they are wanted.
+
+        Args:
+            image_id: names the file.
+            labels: uint8 [H, W], 0..149, 255 for none of the classes.
+            score: the image's own; images are ordered by it.
+
+        Raises:
+            LedgerError: the file cannot be written.
+        """
+        if self.choice == "none":
+            return
+        if self.choice == "few":
+            value = score()
+            pushed_out = set()
+            for heap, entry in ((self._worst, (-value, image_id)), (self._best, (value, image_id))):
+                heapq.heappush(heap, entry)
+                if len(heap) > FEW:
+                    pushed_out.add(heapq.heappop(heap)[1])
+            kept = {name for heap in (self._worst, self._best) for _, name in heap}
+            for name in pushed_out - kept - {image_id}:
+                self._path(name).unlink(missing_ok=True)
+            if image_id not in kept:
+                return
+        self._write(self._path(image_id), labels)
+
+    def _path(self, image_id: str) -> Path:
+        return self.folder / f"{image_id}.png"
+
+    def _write(self, path: Path, labels: npt.NDArray[np.uint8]) -> None:
+        _, content = cv2.imencode(".png", labels + np.uint8(1), [cv2.IMWRITE_PNG_COMPRESSION, _COMPRESSION])
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content.tobytes())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise LedgerError(
+                f"{path}: cannot be written ({error.strerror or error}). Make room, then go on."
+            ) from error
+
+
+def read_label_map(run_dir: Path, row: Row) -> npt.NDArray[np.uint8] | None:
+    """Return what :class:`LabelMaps` has kept of an image, uint8 [H, W]; None if nothing was kept.
+
+    Raises:
+        HarnessError: the file is damaged, or not what was counted.
+    """
+    path = run_dir / FOLDER / f"{row.image_id}.png"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be read ({error.strerror}).") from error
+    stored = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
+    if stored is None or stored.dtype != np.uint8 or stored.shape != (row.height, row.width):
+        raise HarnessError(f"{path}: damaged. Delete it: the report works without it.")
+    labels = np.asarray(stored - np.uint8(1), np.uint8)
+    if label_hash(torch.from_numpy(labels)) != row.label_hash:
+        raise HarnessError(f"{path}: not what the run has counted (its label hash differs). Delete it, or restore it.")
+    return labels
