@@ -431,7 +431,8 @@ def test_random_weights_are_marked_on_every_output(call: Call, tiny_ade: Path, t
         "dataset.limit=1", "run.dir=run", "tracking=none",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert done.out.count("RANDOM WEIGHTS") == 2
+    assert done.out.count("RANDOM WEIGHTS") == 3  # at the start, above the result, beside the published score
+    assert "not to be compared with the published 37.4: RANDOM WEIGHTS" in done.out
     for name in ("metrics.json", "manifest.json", "config.yaml", "per_class.csv"):
         assert "RANDOM WEIGHTS" in (tmp_path / "run" / name).read_text()
     assert "published by others" in done.out

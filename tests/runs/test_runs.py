@@ -157,7 +157,7 @@ def record(path: Path, **changes: Any) -> RunRecord:
     """Start a record of a run of a made-up model."""
     run = {"dir": str(path), "root": "runs", "allow_changed": changes.pop("allow_changed", False)}
     config = {
-        "model": {"name": "m", "a": changes.pop("a", 1)}, "dataset": {}, "inference": {},
+        "model": {"name": "m", "a": changes.pop("a", 1)}, "dataset": {}, "inference": {}, "metrics": {"calibration": False},
         "runtime": {"seed": 0, "threads": 1, "deterministic": True}, "run": run,
     }  # fmt: skip
     facts = {"device": "cpu", "model": {"sha256": changes.pop("sha256", "1")}, "dataset": {"ids_hash": "2"}}

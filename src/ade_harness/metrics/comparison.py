@@ -29,7 +29,7 @@ class Difference:
     first: float
     second: float
     interval: Interval | None
-    """BCa, of the paired bootstrap."""
+    """Centred percentile, of the paired bootstrap."""
     p_bootstrap: float
     """Two-sided: twice the smaller share of resamples on either side of 0."""
     p_permutation: float
@@ -56,7 +56,8 @@ class Comparison:
     classes: dict[int, Difference]
     """By class 0..149, of those that occur in the truth or in either prediction of both runs."""
     influence: Floats
-    """[N]: how much of the mIoU's difference an image makes: the difference with it minus the difference without."""
+    """[N]: how much of the mIoU's difference an image makes: what exchanging its predictions alone would change, the
+    mean of putting the second's into the first run and the first's into the second. The sum is nearly the whole."""
     pixels_right: Floats
     """[N]: pixels right in the second run minus in the first."""
 
@@ -82,7 +83,7 @@ def compare(
     resampled = _resample(first, second, names, resamples, seed)
     value = resampled.value
     scale = _exchange(first, second, names, resamples, seed)
-    intervals = resampled.bca(level)
+    intervals = resampled.centred(level)
     one, two = (np.array([*_statistics(areas.stacked.sum(0), names)]) for areas in (first, second))
     differences = []
     for column, difference in enumerate(value):
@@ -104,8 +105,10 @@ def compare(
         c: Difference(d.first, d.second, d.interval, d.p_bootstrap, d.p_permutation, p)
         for (c, d), p in zip(classes.items(), corrected, strict=True)
     }
-    headline = names.index("mIoU")
-    influence = value[headline] - resampled.without[:, headline]
+    one_sum, two_sum, change = first.stacked.sum(0), second.stacked.sum(0), second.stacked - first.stacked
+    gains = (two_sum, two_sum - change), (one_sum + change, one_sum)
+    with_second, with_first = ([area_scores(*split_areas(sums))["mIoU"] for sums in pair] for pair in gains)
+    influence = (with_second[0] - with_second[1] + with_first[0] - with_first[1]) / 2
     right = (second.intersection - first.intersection).sum(1)
     return Comparison(first.ids, scores, classes, influence, right)
 

@@ -17,7 +17,7 @@ from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import classes
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.areas import image_areas
-from ade_harness.metrics.bootstrap import Interval, bootstrap
+from ade_harness.metrics.bootstrap import Bootstrap, Interval, bootstrap
 from ade_harness.metrics.calibration import Calibration, sum_calibration
 from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou, scores
 from ade_harness.metrics.verdict import Verdict, judge
@@ -99,7 +99,9 @@ class Result:
     verdict: Verdict | None
     """Whether the run reproduces it."""
     intervals: Mapping[str, Interval | None]
-    """By score; empty if they were not asked for."""
+    """By score, centred percentile; empty if they were not asked for."""
+    other_intervals: Mapping[str, Mapping[str, Interval | None]]
+    """The same by their other names: percentile, bca."""
     calibration: Calibration | None
     seconds: float
     """From start to end, loading included."""
@@ -154,6 +156,10 @@ class Result:
             "pixels": self.pixels,
             "complete": self.complete,
             "intervals": {name: asdict(i) if i else None for name, i in self.intervals.items()},
+            "other_intervals": {
+                kind: {name: asdict(i) if i else None for name, i in intervals.items()}
+                for kind, intervals in self.other_intervals.items()
+            },
             "published": asdict(self.published) if self.published else None,
             "reproduced": asdict(self.verdict) if self.verdict else None,
             **({"calibration_error": self.calibration.ece} if self.calibration else {}),
@@ -163,11 +169,11 @@ class Result:
         }
 
 
-def score_intervals(cfg: DictConfig, rows: Sequence[Row]) -> dict[str, Interval | None]:
-    """Return the interval of each score, as the ``metrics`` node says; empty if it asks for none, or of one image."""
+def resample_scores(cfg: DictConfig, rows: Sequence[Row]) -> Bootstrap | None:
+    """Resample as the ``metrics`` node says; None if it asks for nothing, or of one image."""
     if cfg.resamples == 0 or len(rows) < 2:
-        return {}
-    return bootstrap(image_areas(rows), cfg.resamples, cfg.seed).intervals(cfg.level)
+        return None
+    return bootstrap(image_areas(rows), cfg.resamples, cfg.seed)
 
 
 def summarise(
@@ -190,7 +196,9 @@ def summarise(
         marks: what the run's numbers are not.
         rest: the other fields of :class:`Result`.
     """
-    found, intervals, published = scores(matrix), score_intervals(cfg.metrics, rows), published_score(cfg)
+    found, published = scores(matrix), published_score(cfg)
+    resampled, level = resample_scores(cfg.metrics, rows), cfg.metrics.level
+    intervals = resampled.intervals(level) if resampled else {}
     return Result(
         run_dir=run_dir,
         label=cfg.model.label or cfg.model.name,
@@ -203,6 +211,7 @@ def summarise(
         published=published,
         verdict=judge_published(cfg, published, found.mIoU, intervals.get("mIoU"), marks),
         intervals=intervals,
+        other_intervals={k: resampled.intervals(level, k) for k in ("percentile", "bca")} if resampled else {},
         calibration=sum_calibration(rows),
         **rest,
     )

@@ -108,7 +108,7 @@ def _remarks(result: Result) -> Text:
             f" detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
         ]
     if any(result.intervals.values()):
-        lines += ["interval: other images of the same kind, by bootstrap (BCa)"]
+        lines += ["interval: other images of the same kind, by bootstrap"]
     if result.calibration:
         lines += [f"expected calibration error {percent(result.calibration.ece)}"]
     if published:

@@ -1,0 +1,229 @@
+"""Intervals and paired tests against naive loops, enumeration and SciPy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ade_harness.metrics.areas import ImageAreas, areas_of, image_areas, split_areas
+from ade_harness.metrics.bootstrap import Interval, Resampled, bootstrap, draw_counts
+from ade_harness.metrics.comparison import compare, holm
+from ade_harness.metrics.confusion import area_scores, class_iou, scores
+from ade_harness.metrics.verdict import judge
+from ade_harness.runs.ledger import Row, matrix_of, sparse_counts
+
+
+def make_rows(images: int, seed: int = 0, classes: int = 150, right: float = 0.7) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(images):
+        matrix = np.zeros((150, 151), np.int64)
+        for truth in rng.choice(classes, min(8, classes), replace=False):
+            pixels = int(rng.integers(50, 4000))
+            good = int(pixels * min(1.0, rng.normal(right, 0.2)) * (rng.random() < 0.9))
+            matrix[truth, truth] += max(good, 0)
+            matrix[truth, rng.integers(0, classes if classes < 150 else 151)] += pixels - max(good, 0)
+        truth_c, prediction, counts = sparse_counts(matrix)
+        rows.append(
+            Row(f"ADE_val_{index:08d}", 10, 10, int(counts.sum()), 0, truth_c, prediction, counts, f"{seed}", "c" * 32, 0.1, 0, "h")
+        )  # fmt: skip
+    return rows
+
+
+def test_areas_are_those_of_the_matrix() -> None:
+    rows = make_rows(9)
+    areas = image_areas(rows)
+    for row, stacked in zip(rows, areas.stacked, strict=True):
+        assert np.array_equal(stacked, areas_of(matrix_of([row])))
+    assert areas.scores()["mIoU"][3] == scores(matrix_of(rows[3:4])).mIoU
+
+
+def test_resampled_scores_equal_the_naive_loop_in_every_bit() -> None:
+    rows = make_rows(40)
+    found = bootstrap(image_areas(rows), 700, seed=3)  # more than one block
+    counts = np.concatenate(list(draw_counts(40, 700, seed=3)))
+    assert counts.shape == (700, 40)
+    assert (counts.sum(1) == 40).all()
+    for index in (0, 1, 499, 500, 699):
+        matrix = matrix_of([row for row, times in zip(rows, counts[index], strict=True) for _ in range(int(times))])
+        for name, value in scores(matrix).as_dict().items():
+            assert found.scores[name].draws[index, 0] == value, name
+        assert np.array_equal(found.class_iou.draws[index], class_iou(matrix), equal_nan=True)
+    for index in (0, 39):
+        left_out = scores(matrix_of([r for i, r in enumerate(rows) if i != index]))
+        assert found.scores["mIoU"].without[index, 0] == left_out.mIoU
+    again = bootstrap(image_areas(rows), 700, seed=3)
+    assert np.array_equal(again.class_iou.draws, found.class_iou.draws, equal_nan=True)
+    assert not np.array_equal(
+        bootstrap(image_areas(rows), 700, seed=4).scores["mIoU"].draws, found.scores["mIoU"].draws
+    )
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+def test_intervals_are_scipys(method: str) -> None:
+    areas = image_areas(make_rows(60, classes=5))
+    resampled = bootstrap(areas, 20_000).scores["pixel_accuracy"]
+    found = getattr(resampled, method)()[0]
+
+    def accuracy(right: np.ndarray, pixels: np.ndarray, axis: int = -1) -> np.ndarray:
+        return right.sum(axis) / pixels.sum(axis)
+
+    sample = (areas.intersection.sum(1), areas.truth.sum(1))
+    expected = stats.bootstrap(
+        sample, accuracy, n_resamples=20_000, paired=True, vectorized=True, rng=np.random.default_rng(0),
+        method={"percentile": "percentile", "bca": "BCa"}[method],
+    ).confidence_interval  # fmt: skip
+    width = expected.high - expected.low
+    # both are random: the ends' standard error is about 1 % of the width
+    assert found.low == pytest.approx(expected.low, abs=0.05 * width)
+    assert found.high == pytest.approx(expected.high, abs=0.05 * width)
+    assert resampled.standard_error()[0] == pytest.approx(resampled.draws.std(ddof=1))
+
+
+def test_the_shown_interval_holds_the_measured_score_though_resamples_lack_rare_classes() -> None:
+    found = bootstrap(image_areas(make_rows(20, right=0.9)), 2000).scores["mIoU"]
+    (percentile,), (centred,), (value,) = found.percentile(), found.centred(), found.value
+    assert not percentile.holds(value)
+    assert centred.holds(value)
+    assert centred.high - centred.low == pytest.approx(percentile.high - percentile.low)
+
+
+def test_bca_moves_towards_the_longer_tail() -> None:
+    rng = np.random.default_rng(0)
+    sample = rng.exponential(size=40)
+    draws = sample[rng.integers(0, 40, (20_000, 40))].mean(1)[:, None]
+    without = ((sample.sum() - sample) / 39)[:, None]
+    resampled = Resampled(np.array([sample.mean()]), draws, without)
+    (percentile,), (bca,) = resampled.percentile(), resampled.bca()
+    expected = stats.bootstrap((sample,), np.mean, n_resamples=20_000, method="BCa", rng=rng).confidence_interval
+    assert bca.high > percentile.high
+    assert bca.low == pytest.approx(expected.low, abs=0.02)
+    assert bca.high == pytest.approx(expected.high, abs=0.02)
+
+
+def test_a_class_of_one_image_has_no_interval_of_its_own() -> None:
+    """It is in 63 % of the resamples, always with the same IoU; a class of none has nothing."""
+    rows = make_rows(30, classes=4, right=0.5)
+    matrix = matrix_of(rows[:1])
+    matrix[100, 100], matrix[100, 1] = 60, 40
+    truth, prediction, pixels = sparse_counts(matrix)
+    rows[0] = Row("ADE_val_00000000", 10, 10, int(pixels.sum()), 0, truth, prediction, pixels, "0", "c", 0.1, 0, "h")
+    found = bootstrap(image_areas(rows), 1000).class_iou
+    assert found.percentile()[100] == Interval(0.6, 0.6)
+    assert np.isnan(found.draws[:, 100]).mean() == pytest.approx(np.exp(-1), abs=0.05)
+    assert found.bca()[149] is None
+    assert found.percentile()[149] is None
+
+
+def test_equal_runs_do_not_differ() -> None:
+    areas = image_areas(make_rows(25))
+    found = compare(areas, areas, 500)
+    for difference in (*found.scores.values(), *found.classes.values()):
+        assert difference.value == 0
+        assert (difference.p_permutation, difference.p_bootstrap, difference.p_corrected) == (1, 1, 1)
+        assert not difference.significant()
+    assert found.scores["mIoU"].interval == Interval(0, 0)
+    assert not found.influence.any()
+
+
+def shifted(areas: ImageAreas, seed: int, share: float) -> ImageAreas:
+    """Make another run on the same images: some errors mended."""
+    rng = np.random.default_rng(seed)
+    stacked = areas.stacked.copy()
+    intersection, truth, predicted = split_areas(stacked)
+    gain = np.floor((truth - intersection) * rng.random(truth.shape) * share)
+    intersection += gain
+    predicted += gain
+    return ImageAreas(areas.ids, stacked)
+
+
+def test_p_values_are_those_of_all_exchanges() -> None:
+    first = image_areas(make_rows(7, classes=3))
+    second = shifted(first, 0, 0.2)
+    found = compare(first, second, 20_000)
+
+    def statistic(stacked: np.ndarray) -> float:
+        return float(area_scores(*split_areas(stacked.sum(0)))["mIoU"])
+
+    observed = statistic(second.stacked) - statistic(first.stacked)
+    differences = []
+    for swap in itertools.product((False, True), repeat=7):
+        one = np.where(np.array(swap)[:, None], second.stacked, first.stacked)
+        two = np.where(np.array(swap)[:, None], first.stacked, second.stacked)
+        differences.append(statistic(two) - statistic(one))
+    exact = np.mean(np.abs(differences) >= abs(observed) - 1e-12)
+    assert found.scores["mIoU"].value == pytest.approx(observed, abs=1e-15)
+    assert found.scores["mIoU"].p_permutation == pytest.approx(exact, abs=4 * np.sqrt(exact / 20_000))
+
+
+def test_a_clear_difference_is_found_and_a_mean_one_has_its_images() -> None:
+    first = image_areas(make_rows(80))
+    found = compare(first, shifted(first, 1, 0.6), 2000)
+    headline = found.scores["mIoU"]
+    assert headline.value > 0
+    assert headline.significant()
+    assert headline.p_permutation == pytest.approx(1 / 2001)
+    assert headline.interval is not None
+    assert headline.interval.low > 0
+    # what exchanging single images changes adds up to nearly the whole difference
+    assert found.influence.sum() == pytest.approx(headline.value, rel=0.1)
+    assert (found.pixels_right >= 0).all()
+    worse = compare(shifted(first, 1, 0.6), first, 2000)
+    assert worse.scores["mIoU"].value == -headline.value
+
+
+def test_false_claims_are_as_rare_as_the_level_says() -> None:
+    """Exchangeable runs: about 5 % of the tests are below 0.05, and corrected classes almost never."""
+    uncorrected, any_class = [], []
+    for seed in range(60):
+        first = image_areas(make_rows(30, seed, classes=20))
+        one, two = shifted(first, 2 * seed, 0.3), shifted(first, 2 * seed + 1, 0.3)
+        found = compare(one, two, 400)
+        uncorrected.append(found.scores["mIoU"].p_permutation <= 0.05)
+        any_class.append(any(d.significant() for d in found.classes.values()))
+    assert sum(uncorrected) <= 9  # binomial(60, 0.05): 10 or more has a chance of 0.1 %
+    assert sum(any_class) <= 9
+
+
+def test_compare_refuses_other_images() -> None:
+    with pytest.raises(ValueError, match="other images"):
+        compare(image_areas(make_rows(5)), image_areas(make_rows(6)))
+
+
+def test_holms_correction() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_corrected_p_values_keep_their_order(p_values: list[float]) -> None:
+    corrected = np.array(holm(p_values))
+    assert (corrected >= np.array(p_values) - 1e-12).all()
+    assert (corrected <= 1).all()
+    assert (np.diff(corrected[np.argsort(p_values, kind="stable")]) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("measured", "published", "interval", "marks", "answer", "words"),
+    [
+        (0.57312, 57.3, Interval(0.56, 0.58), (), "yes", "57.31 rounds to the published 57.3"),
+        (0.5735, 57.3, None, (), "yes", "reproduced"),
+        (0.5310, 53.53, Interval(0.52, 0.54), (), "within the interval", "-0.43 from the published 53.53"),
+        (0.50, 53.5, Interval(0.49, 0.51), (), "no", "outside of the 95% interval 49.00 to 51.00"),
+        (0.50, 53.5, None, (), "no", "not reproduced"),
+        (0.57312, 57.3, None, ("PARTIAL: 33 of 2,000 images",), "not comparable", "PARTIAL"),
+    ],
+)  # fmt: skip
+def test_verdicts(
+    measured: float, published: float, interval: Interval | None, marks: tuple[str, ...], answer: str, words: str
+) -> None:
+    verdict = judge(measured, interval, published, marks)
+    assert verdict.answer == answer
+    assert words in verdict.sentence
