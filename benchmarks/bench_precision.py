@@ -10,8 +10,9 @@ import sys
 import torch
 from measure import machine_line
 
-from ade_harness.build import build_dataset, build_predictor
+from ade_harness.build import build_predictor
 from ade_harness.config import compose_config
+from ade_harness.data.opening import open_dataset
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import select
 from ade_harness.metrics.confusion import scores
@@ -25,7 +26,7 @@ def main(overrides: list[str], precisions: tuple[str, ...] = ("fp32", "tf32", "b
     reference: list[torch.Tensor] = []
     for precision in precisions:
         cfg = compose_config([*overrides, f"inference.precision={precision}"])
-        dataset = build_dataset(cfg.dataset, cfg.inference.exif)
+        dataset = open_dataset(cfg.dataset, cfg.inference.exif)
         predictor, model = build_predictor(cfg, dataset, list(dataset.read_headers()[0].values()))
         if model is not None:
             model.module.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ade_harness import kernels
-from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
-from ade_harness.data.download import cache_dir
-from ade_harness.data.synthetic import open_demo
+from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.inference.predictor import NetworkPredictor
@@ -38,23 +37,6 @@ def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRe
     for line in (*record.manifest["marks"], f"run directory: {record.path}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return record
-
-
-def build_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDataset:
-    """Open the data set of a ``dataset`` node.
-
-    Args:
-        cfg: the node.
-        apply_exif: turn images as their EXIF orientation says.
-
-    Raises:
-        HarnessError: see :mod:`ade_harness.data.ade20k`.
-    """
-    ids = list(cfg.ids) if cfg.ids is not None else None
-    if cfg.kind == "demo":
-        return open_demo(cache_dir(), cfg.images, cfg.limit, ids, cfg.split)
-    dataset = open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
-    return replace(dataset, apply_exif=apply_exif)
 
 
 @dataclass(frozen=True)
@@ -84,11 +66,11 @@ def build_job(cfg: DictConfig, coordinator: Coordinator) -> Job:
     """
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
 
-    def open_dataset() -> SegmentationDataset:
-        return build_dataset(cfg.dataset, cfg.inference.exif)
+    def open_it() -> SegmentationDataset:
+        return open_dataset(cfg.dataset, cfg.inference.exif)
 
-    opened = agreed(coordinator, "dataset of nodes", lambda: open_dataset() if is_first else None)
-    dataset = agreed(coordinator, "dataset", lambda: opened or open_dataset())  # the first may have had to make it
+    opened = agreed(coordinator, "dataset of nodes", lambda: open_it() if is_first else None)
+    dataset = agreed(coordinator, "dataset", lambda: opened or open_it())  # the first may have had to make it
     headers = agreed(
         coordinator,
         "headers",  # one rank looks at the files for all

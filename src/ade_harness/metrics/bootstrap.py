@@ -69,7 +69,7 @@ class Resampled:
 
     def centred(self, level: float = LEVEL) -> list[Interval | None]:
         """Return each column's percentile interval, moved so that the resamples' median is the value; None as above."""
-        moved = []
+        moved: list[Interval | None] = []
         for value, draws, interval in zip(self.value, self.draws.T, self.percentile(level), strict=True):
             if interval is None or not np.isfinite(value):
                 moved.append(None)

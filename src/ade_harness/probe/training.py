@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ade_harness.build import build_dataset
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
+from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.models.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loading import DTYPES, LoadedModel, load_for_probe
@@ -72,7 +72,7 @@ def train_probe(
     options = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "sync_batchnorm": _on_gpus(cfg)}
     with started_ranks(cfg.runtime, **options) as ranks:
         first = ranks.coordinator.rank == 0
-        dataset = agreed(ranks.coordinator, "dataset", lambda: build_dataset(cfg.dataset))
+        dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
         model = agreed(ranks.coordinator, "model", lambda: load_for_probe(cfg.model))
         opened = agreed(
             ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, console) if first else None
