@@ -32,6 +32,8 @@ Evaluate scene parsing models on ADE20K: exact counts, any number of ranks.
   python -m ade_harness [evaluate] [key=value ...]     evaluate a model (no arguments: the embedded demo)
   python -m ade_harness resume RUN [key=value ...]     do what is missing of a run, on any number of ranks
   python -m ade_harness status RUN                     how far a run is, from any shell
+  python -m ade_harness report RUN                     one HTML page that explains a run, for any browser
+  python -m ade_harness compare RUN RUN [...]          do they differ? table, tests, page; also wandb:ENTITY/PROJECT/RUN
   python -m ade_harness probe model=NAME [key=value]   train a linear head on a frozen backbone (conf/probe)
   python -m ade_harness models                         the leaderboard's systems, and which can be run
   python -m ade_harness data download [--root DIR]     fetch ADEChallengeData2016.zip, check it, extract it
@@ -70,7 +72,7 @@ Flags of evaluate
 ADE_HARNESS_TRACEBACK=1 shows the traceback behind an error message.
 """
 
-VERBS = ("evaluate", "resume", "status", "probe", "models", "data", "doctor")
+VERBS = ("evaluate", "resume", "status", "report", "compare", "probe", "models", "data", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,11 +150,26 @@ def _report(verb: str, words: list[str]) -> int:
         from ade_harness.report.status import run_status
 
         return run_status(make_console(), words)
+    if verb == "report":
+        from ade_harness.report.commands import run_report
+
+        return run_report(make_console(), words)
+    if verb == "compare":
+        from ade_harness.report.commands import run_compare
+
+        return run_compare(make_console(), words, _pull)
     if verb == "doctor":
         from ade_harness.doctor import run_doctor
 
         return run_doctor(make_console())
     return _models(words)
+
+
+def _pull(name: str) -> Path:
+    """Fetch a run from W&B; wandb is imported only for that."""
+    from ade_harness.tracking.wandb_pull import pull_run
+
+    return pull_run(name)
 
 
 def _print_help() -> None:

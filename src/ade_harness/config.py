@@ -441,7 +441,7 @@ def _open_dict(text: str) -> str:
 def _check_override(text: str, extra: Path | None) -> None:
     """Refuse what Hydra's parser or our groups and keys do not know, with the nearest known word."""
     if "=" not in text and not text.startswith("~"):
-        verbs = ("evaluate", "resume", "status", "probe", "models", "data", "doctor")
+        verbs = ("evaluate", "resume", "status", "report", "compare", "probe", "models", "data", "doctor")
         raise HarnessError(
             f"{text!r} is neither a verb nor key=value.{did_you_mean(text, verbs)}"
             " `python -m ade_harness --help` lists both."

@@ -86,6 +86,7 @@ def compare(
     intervals = resampled.centred(level)
     one, two = (np.array([*_statistics(areas.stacked.sum(0), names)]) for areas in (first, second))
     differences = []
+    seldom = [False] * len(names) + [bool(n < 2) for n in (first.truth > 0).sum(0)]
     for column, difference in enumerate(value):
         draws = resampled.draws[:, column]
         draws = draws[np.isfinite(draws)]
@@ -96,7 +97,14 @@ def compare(
         extreme = (np.abs(exchanged) >= abs(difference) - _ROUNDING).sum()
         p = float((extreme + 1) / (exchanged.size + 1))
         differences.append(
-            Difference(float(one[column]), float(two[column]), intervals[column], float(p_bootstrap), p, p)
+            Difference(
+                float(one[column]),
+                float(two[column]),
+                None if seldom[column] else intervals[column],  # of one image: nothing to resample
+                float(p_bootstrap),
+                p,
+                p,
+            )
         )
     scores = dict(zip(names, differences, strict=False))
     classes = {c: d for c, d in enumerate(differences[len(names) :]) if np.isfinite(d.first) and np.isfinite(d.second)}

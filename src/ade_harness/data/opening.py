@@ -1,0 +1,29 @@
+"""Open the data set that a configuration names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
+from ade_harness.data.download import cache_dir
+from ade_harness.data.synthetic import open_demo
+
+
+def open_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDataset:
+    """Open the data set of a ``dataset`` node.
+
+    Args:
+        cfg: the node.
+        apply_exif: turn images as their EXIF orientation says.
+
+    Raises:
+        HarnessError: see :mod:`ade_harness.data.ade20k`.
+    """
+    ids = list(cfg.ids) if cfg.ids is not None else None
+    if cfg.kind == "demo":
+        return open_demo(cache_dir(), cfg.images, cfg.limit, ids, cfg.split)
+    dataset = open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
+    return replace(dataset, apply_exif=apply_exif)

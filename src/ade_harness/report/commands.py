@@ -1,0 +1,178 @@
+"""The verbs `report` and `compare`: finished runs in, a table and a self-contained page out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from ade_harness.data.labels import class_names
+from ade_harness.errors import HarnessError
+from ade_harness.metrics.bootstrap import LEVEL, RESAMPLES
+from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
+from ade_harness.report.page import render_page, write_run_page
+from ade_harness.report.ranking import MOST_RUNS, Ranking, p_words, print_ranking, rank_runs
+from ade_harness.report.terminal import print_fact
+from ade_harness.report.view import view_run
+from ade_harness.runs.directory import write_text
+from ade_harness.runs.finished import FinishedRun, load_run
+
+PAGE = "report.html"
+COMPARISON_PAGE = "comparison.html"
+_PICTURES = 12
+_SCENES = "sceneCategories.txt"
+_MOST_SCENES_BYTES = 10_000_000
+
+
+def run_report(console: Console, words: Sequence[str]) -> int:
+    """Write the page of one run; returns 0.
+
+    Raises:
+        HarnessError: see :func:`ade_harness.runs.finished.load_run`; or the page cannot be written.
+    """
+    folders, options = _split(words, ("--output", "--scenes"))
+    if len(folders) != 1:
+        raise HarnessError("report needs one run directory, such as `report runs/20260102-030405_demo_a1b2c3`.")
+    run = load_run(Path(folders[0]).expanduser())
+    page = Path(options.get("--output", run.path / PAGE)).expanduser()
+    dataset, missing = reopen_dataset(run)
+    notes = [] if missing is None else [f"No pictures: the data set cannot be opened ({missing})"]
+    samples = Samples(dataset) if dataset else None
+    regions = None
+    if samples is not None:
+        regions = measure_regions(run, samples, os.cpu_count() or 1, _progress(console, "boundaries and objects"))
+    scenes = _read_scenes(options.get("--scenes"), run)
+    view = view_run(run, scenes, regions)
+    values = view.image_scores["mIoU"]
+    kept = kept_images(run)
+    order = [i for i in np.argsort(values, kind="stable") if view.areas.ids[i] in kept]
+    captions = [(view.areas.ids[i], f"mIoU {100 * values[i]:.1f}") for i in order]
+    number = min(_PICTURES, len(captions) // 2)
+    worst, best = captions[:number], captions[::-1][:number]
+    pictures = [make_examples([("prediction", run)], samples, chosen) if samples else [] for chosen in (worst, best)]
+    write_run_page(page, view, pictures[0], pictures[1], notes)
+    _tell(console, page)
+    return 0
+
+
+def run_compare(console: Console, words: Sequence[str], pull: Callable[[str], Path]) -> int:
+    """Print how runs compare, and write their page; returns 0.
+
+    Args:
+        console: where to print.
+        words: run directories, or ``wandb:entity/project/run``.
+        pull: fetches the latter.
+
+    Raises:
+        HarnessError: fewer than two runs, or runs that cannot be compared.
+    """
+    folders, options = _split(words, ("--output", "--resamples"))
+    if not 2 <= len(folders) <= MOST_RUNS:
+        raise HarnessError(
+            f"compare needs 2 to {MOST_RUNS} run directories, or wandb:entity/project/run; got {len(folders)}."
+        )
+    runs = [load_run(pull(f) if f.startswith("wandb:") else Path(f).expanduser()) for f in folders]
+    try:
+        resamples = int(options.get("--resamples", RESAMPLES))
+    except ValueError:
+        resamples = 0
+    if resamples < 100:
+        raise HarnessError(f"--resamples={options['--resamples']}: expected a number from 100 up.")
+    ranking = rank_runs(runs, resamples, 0, LEVEL)
+    print_ranking(console, ranking, LEVEL)
+    page = Path(options.get("--output", COMPARISON_PAGE)).expanduser()
+    write_comparison_page(page, ranking, LEVEL)
+    _tell(console, page)
+    return 0
+
+
+def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
+    """Write the page of several runs; raises HarnessError if the file cannot be written."""
+    dataset, missing = reopen_dataset(ranking.runs[0].run)
+    examples: list[list[Any]] = []
+    for pair in ranking.pairs:
+        named = [(ranking.runs[i].name, ranking.runs[i].run) for i in (pair.first, pair.second)]
+        kept = set.intersection(*(kept_images(run) for _, run in named))
+        moved = [
+            (i, f"moves mIoU by {100 * v:+.4f}") for i, v in pair.changed_images(len(pair.comparison.ids)) if i in kept
+        ]
+        examples.append(make_examples(named, Samples(dataset), moved[:_PICTURES]) if dataset else [])
+    notes = [] if missing is None else [f"No pictures: the data set cannot be opened ({missing})"]
+    pairs = [
+        {
+            "first": pair.first,
+            "second": pair.second,
+            "classes": [
+                {"class": c, "first": d.first, "second": d.second, "significant": d.significant(level)}
+                for c, d in pair.comparison.classes.items()
+            ],
+        }
+        for pair in ranking.pairs
+    ]
+    page = render_page(
+        "compare.html.j2",
+        f"{len(ranking.runs)} runs compared",
+        [f"{ranked.name}: {mark}" for ranked in ranking.runs for mark in ranked.run.marks],
+        {"names": class_names(), "runs": [ranked.name for ranked in ranking.runs], "pairs": pairs},
+        ranking=ranking,
+        examples=examples,
+        notes=notes,
+        level=level,
+        p_words=p_words,
+    )
+    write_text(path, page)
+
+
+def _split(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separate names from flags with a value."""
+    names: list[str] = []
+    options: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        flag, given, value = word.partition("=")
+        if not word.startswith("-"):
+            names.append(word)
+        elif flag in known:
+            options[flag] = value if given else next(rest, "")
+            if not options[flag]:
+                raise HarnessError(f"{flag} needs a value.")
+        else:
+            raise HarnessError(f"{word}: no such flag. Known: {', '.join(known)}.")
+    return names, options
+
+
+def _read_scenes(path: str | None, run: FinishedRun) -> dict[str, str] | None:
+    """Read ADE20K's sceneCategories.txt: a line of "image id scene" for each image.
+
+    Args:
+        path: of the file; None looks beside the images.
+        run: whose data set it may lie in.
+    """
+    file = Path(path).expanduser() if path else Path(str(run.manifest["dataset"]["root"])) / _SCENES
+    if path is None and not file.is_file():
+        return None
+    try:
+        if file.stat().st_size > _MOST_SCENES_BYTES:
+            raise HarnessError(f"{file}: too large for a list of scenes.")
+        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise HarnessError(f"{file}: cannot be read ({error}).") from error
+    wrong = next((line for line in lines if len(line) < 2), None)
+    if wrong is not None:
+        raise HarnessError(f"{file}: expected lines of `image_id scene`, found {' '.join(wrong)!r}.")
+    return {line[0]: " ".join(line[1:]) for line in lines}
+
+
+def _progress(console: Console, what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    if not console.is_terminal:
+        return lambda items, _: items
+    return lambda items, total: track(items, what, total=total, console=console)
+
+
+def _tell(console: Console, page: Path) -> None:
+    print_fact(console, "page", f"{page} ({page.stat().st_size / 1e6:.1f} MB, opens in any browser, needs no network)")

@@ -1,0 +1,162 @@
+"""Several runs beside each other: ranking, and every pair tested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ade_harness.data.labels import class_names
+from ade_harness.metrics.areas import image_areas
+from ade_harness.metrics.bootstrap import Interval, bootstrap
+from ade_harness.metrics.comparable import match_runs
+from ade_harness.metrics.comparison import Comparison, Difference, compare, holm
+from ade_harness.metrics.confusion import Scores, scores
+from ade_harness.report.terminal import percent
+from ade_harness.runs.finished import FinishedRun
+
+MOST_RUNS = 8
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One of the runs."""
+
+    run: FinishedRun
+    name: str
+    """Unlike any other's."""
+    scores: Scores
+    interval: Interval | None
+    """Of mIoU."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of them, better first; `comparison` is second minus first."""
+
+    first: int
+    second: int
+    comparison: Comparison
+    remarks: tuple[str, ...]
+
+    @property
+    def headline(self) -> Difference:
+        """Of mIoU; corrected for the number of pairs."""
+        return self.comparison.scores["mIoU"]
+
+    def changed_images(self, most: int) -> list[tuple[str, float]]:
+        """Return the images that move the mIoU's difference most, either way, with their influence."""
+        influence = self.comparison.influence
+        order = np.argsort(-np.abs(influence), kind="stable")[:most]
+        return [(self.comparison.ids[i], float(influence[i])) for i in order if influence[i] != 0]
+
+    def changed_classes(self) -> list[tuple[int, Difference]]:
+        """Return the classes by how much they differ, the most first."""
+        return sorted(self.comparison.classes.items(), key=lambda item: (-abs(item[1].value), item[0]))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Runs from the best to the worst, and all pairs of them."""
+
+    runs: tuple[Ranked, ...]
+    pairs: tuple[Pair, ...]
+
+
+def rank_runs(runs: Sequence[FinishedRun], resamples: int, seed: int, level: float) -> Ranking:
+    """Rank runs by mIoU and test every pair.
+
+    Args:
+        runs: two or more.
+        resamples: of each bootstrap and test.
+        seed: of both.
+        level: of the intervals.
+
+    Raises:
+        HarnessError: two of them are not comparable.
+    """
+    names = _names(runs)
+    ranked = []
+    for run, name in zip(runs, names, strict=True):
+        intervals = bootstrap(image_areas(run.rows), resamples, seed).intervals(level) if len(run.rows) > 1 else {}
+        ranked.append(Ranked(run, name, scores(run.matrix), intervals.get("mIoU")))
+    ranked.sort(key=lambda r: -r.scores.mIoU)
+    pairs = []
+    for first, second in combinations(range(len(ranked)), 2):
+        matched = match_runs(ranked[first].run, ranked[second].run)
+        found = compare(matched.first, matched.second, resamples, seed, level)
+        pairs.append(Pair(first, second, found, matched.remarks))
+    corrected = holm([pair.headline.p_permutation for pair in pairs])
+    return Ranking(tuple(ranked), tuple(_corrected(pair, p) for pair, p in zip(pairs, corrected, strict=True)))
+
+
+def _corrected(pair: Pair, p: float) -> Pair:
+    """Put in the p-value of mIoU that holds for all pairs together."""
+    table = {**pair.comparison.scores, "mIoU": replace(pair.headline, p_corrected=p)}
+    return replace(pair, comparison=replace(pair.comparison, scores=table))
+
+
+def _names(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the models' labels, with the directories' names where labels are equal, numbered if those are too."""
+    labels = [run.label for run in runs]
+    names = [run.label if labels.count(run.label) == 1 else run.name for run in runs]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def difference_words(difference: Difference) -> str:
+    """Return a difference in points with interval and p-value."""
+    interval = difference.interval
+    within = f" [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]" if interval else ""
+    return f"{100 * difference.value:+.2f}{within}, p = {p_words(difference.p_corrected)}"
+
+
+def p_words(p: float) -> str:
+    """Return a p-value for people."""
+    return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
+
+
+def print_ranking(console: Console, ranking: Ranking, level: float) -> None:
+    """Print the ranking, the pairs, and what differs most."""
+    for run in ranking.runs:
+        for mark in run.run.marks:
+            console.print(Text(f" {run.name}: {mark} ", style="bold black on yellow"))
+    table = Table(title="Runs, best first (percent)", box=None, header_style="bold", pad_edge=False)
+    for name in ("", "run", "mIoU", f"{level:.0%} interval", "pixel accuracy", "images", "protocol"):
+        table.add_column(name, justify="right" if name in ("mIoU", "pixel accuracy", "images") else "left")
+    for place, ranked in enumerate(ranking.runs, 1):
+        interval = ranked.interval
+        table.add_row(
+            str(place), Text(ranked.name), percent(ranked.scores.mIoU),
+            f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-",
+            percent(ranked.scores.pixel_accuracy), f"{len(ranked.run.rows):,}",
+            Text(ranked.run.config["inference"]["name"]),
+        )  # fmt: skip
+    console.print(table)
+    for pair in ranking.pairs:
+        console.print()
+        _print_pair(console, ranking, pair, level)
+
+
+def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) -> None:
+    one, two = ranking.runs[pair.first].name, ranking.runs[pair.second].name
+    console.print(Text(f"{two} minus {one}", style="bold"))
+    differs = "they differ" if pair.headline.significant(level) else "no difference could be shown"
+    console.print(f"  mIoU {difference_words(pair.headline)}: {differs}", highlight=False, markup=False)
+    accuracy = pair.comparison.scores["pixel_accuracy"]
+    console.print(f"  pixel accuracy {difference_words(accuracy)}", highlight=False, markup=False)
+    names = class_names()
+    claimed = [(c, d) for c, d in pair.changed_classes() if d.significant(level)]
+    shown = claimed[:_SHOWN] or pair.changed_classes()[:_SHOWN]
+    what = f"{len(claimed)} classes differ (corrected for {len(pair.comparison.classes)} tests)"
+    words = ", ".join(f"{names[c]} {100 * d.value:+.1f}" for c, d in shown)
+    console.print(f"  {what}; most: {words}", highlight=False, markup=False, soft_wrap=True)
+    images = ", ".join(f"{i} {100 * v:+.3f}" for i, v in pair.changed_images(_SHOWN))
+    console.print(f"  images that move mIoU most: {images or 'none'}", highlight=False, markup=False, soft_wrap=True)
+    for remark in pair.remarks:
+        console.print(f"  note: {remark}", style="yellow", markup=False, highlight=False, soft_wrap=True)

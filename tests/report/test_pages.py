@@ -1,0 +1,252 @@
+"""The pages in a real browser: they sort, search, uncover and draw, without network and without console errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ade_harness.cli import main
+from ade_harness.report import commands
+from ade_harness.runs.finished import load_run
+from tests.cli.test_cli import FAST, Call
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt install chromium")
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'<b>&{{7*7}}"
+
+
+@dataclass
+class Opened:
+    """A page in the browser, and what went wrong in it."""
+
+    page: object
+    problems: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two runs of the demo images: the demo network, and label maps of which a part was spoilt; and their pages."""
+    root = tmp_path_factory.mktemp("pages")
+    words = [*FAST, "dataset.images=40", "metrics.resamples=1000", "run.label_maps=all"]
+    assert main([*words, f"run.dir={root / 'demo'}", "metrics.calibration=true", "run.overlays=2"]) == 0
+    shutil.copytree(root / "demo" / "label_maps", root / "spoilt")
+    rng = np.random.default_rng(0)
+    for path in sorted((root / "spoilt").glob("*.png")):
+        labels = np.array(Image.open(path))
+        labels[rng.random(labels.shape) < 0.1] = 1
+        Image.fromarray(labels).save(path)
+    again = [*words, "model=predictions", f"model.path={root / 'spoilt'}", f"run.dir={root / 'worse'}"]
+    assert main(again) == 0
+    # names from files of others: in the configuration, in the manifest and in the notes
+    config = yaml.safe_load((root / "worse" / "config.yaml").read_text())
+    config["model"]["label"] = HOSTILE
+    (root / "worse" / "config.yaml").write_text(yaml.safe_dump(config))
+    for name, key in (("manifest.json", "command"), ("metrics.json", "notes")):
+        content = json.loads((root / "worse" / name).read_text())
+        content[key] = [HOSTILE]
+        (root / "worse" / name).write_text(json.dumps(content))
+    assert main(["report", str(root / "demo")]) == 0
+    assert main(["report", str(root / "worse"), "--output", str(root / "worse.html")]) == 0
+    pages = ["--output", str(root / "compared.html"), "--resamples", "500"]
+    assert main(["compare", str(root / "demo"), str(root / "worse"), *pages]) == 0
+    return {
+        "demo": root / "demo" / "report.html", "worse": root / "worse.html", "compared": root / "compared.html",
+        "run": root / "demo", "other": root / "worse",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def visit(browser, path: Path, **options) -> Opened:  # type: ignore[no-untyped-def]
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, **options)
+    opened = Opened(page)
+    page.on(
+        "console",
+        lambda message: opened.problems.append(message.text) if message.type in ("error", "warning") else None,
+    )
+    page.on("pageerror", lambda error: opened.problems.append(str(error)))
+    page.on("dialog", lambda dialog: opened.problems.append(f"dialog {dialog.message}"))
+    page.on(
+        "request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else opened.problems.append(r.url)
+    )
+    page.goto(f"file://{path}")
+    page.wait_for_function("document.documentElement.dataset.ready === 'yes'")
+    return opened
+
+
+def column(page, table: str, index: int) -> list[str]:  # type: ignore[no-untyped-def]
+    return page.eval_on_selector_all(
+        f"{table} tbody tr:not([hidden])", f"rows => rows.map(r => r.cells[{index}].textContent)"
+    )
+
+
+@needs_browser
+def test_the_report_works_in_a_browser(runs, browser) -> None:  # type: ignore[no-untyped-def]
+    opened = visit(browser, runs["demo"])
+    page = opened.page
+    run = load_run(runs["run"])
+    assert page.locator(".headline h2").inner_text().startswith(f"{100 * run.metrics['mIoU']:.2f}")
+    assert "DEMO" in page.locator(".mark").first.inner_text()
+    # sort by IoU with the keyboard alone: best first, then worst first, classes without IoU last in both
+    button = page.locator("#class-table thead button", has_text=re.compile("^IoU"))
+    button.focus()
+    page.keyboard.press("Enter")
+    values = column(page, "#class-table", 2)
+    numbers = [float(v) for v in values if v != "–"]
+    assert len(values) == 150
+    assert numbers == sorted(numbers, reverse=True)
+    assert values[: len(numbers)] == [f"{v:.2f}" for v in numbers]
+    assert page.locator("#class-table th[aria-sort=descending]").count() == 1
+    page.keyboard.press("Enter")
+    numbers = [float(v) for v in column(page, "#class-table", 2) if v != "–"]
+    assert numbers == sorted(numbers)
+    # search
+    page.fill("#search", "chair")
+    names = column(page, "#class-table", 1)
+    assert 1 < len(names) < 10
+    assert all("chair" in name for name in names)
+    assert page.locator("#search-count").inner_text() == f"{len(names)} of 150"
+    page.fill("#search", "")
+    assert len(column(page, "#class-table", 1)) == 150
+    # pictures: choose a layer, uncover it with the keyboard
+    example = page.locator(".example").first
+    example.locator("select").select_option("0")
+    assert example.locator(".layer:visible").count() == 1
+    example.locator("input").focus()
+    page.keyboard.press("Home")
+    assert example.locator(".layer:visible").evaluate("l => l.style.clipPath") == "inset(0px 0px 0px 100%)"
+    page.keyboard.press("End")
+    assert example.locator(".layer:visible").evaluate("l => l.style.clipPath") == "inset(0px 0px 0px 0%)"
+    assert page.locator(".example").count() == 24
+    # the matrix: three normalisations, zoom by dragging
+    cells = "document.getElementById('matrix').data[0].z.flat().filter(v => v !== null)"
+    assert page.evaluate(f"{cells}.length") == int((run.matrix > 0).sum())
+    rows = page.evaluate(
+        "document.getElementById('matrix').data[0].z.map(r => r.reduce((s, v) => s + (v === null ? 0 : 10 ** v), 0))"
+    )
+    assert all(abs(total - 1) < 1e-9 or total == 0 for total in rows)
+    page.select_option("#matrix-mode", "pixels")
+    total = page.evaluate(f"{cells}.reduce((s, v) => s + Math.round(10 ** v), 0)")
+    assert total == int(run.matrix.sum())
+    page.locator("#matrix").scroll_into_view_if_needed()
+    box = page.locator("#matrix .nsewdrag").bounding_box()
+    page.mouse.move(box["x"] + 50, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 200, steps=5)
+    page.mouse.up()
+    span = page.evaluate("(([a, b]) => Math.abs(b - a))(document.getElementById('matrix').layout.xaxis.range)")
+    assert span < 100
+    # figures are drawn, in dark too
+    for name in ("classes", "images", "stages", "ranks", "reliability", "bands"):
+        assert page.locator(f"#{name} .main-svg").count() > 0, name
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    page.emulate_media(media="print")
+    assert page.locator("#theme").is_hidden()
+    assert opened.problems == []
+    page.close()
+
+
+@needs_browser
+def test_the_comparison_works_in_a_browser(runs, browser) -> None:  # type: ignore[no-untyped-def]
+    opened = visit(browser, runs["compared"], color_scheme="dark")
+    page = opened.page
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.locator("text=they differ").count() > 0
+    points = page.evaluate("document.getElementById('scatter').data[1].x.length")
+    assert points > 100
+    assert page.locator("#bars .main-svg").count() > 0
+    assert page.locator(".example").count() > 0
+    layers = page.locator(".example").first.locator("option").all_inner_texts()
+    assert len(layers) == 5  # truth, and prediction and errors of both
+    assert opened.problems == []
+    page.close()
+
+
+@needs_browser
+def test_hostile_names_are_text(runs, browser) -> None:  # type: ignore[no-untyped-def]
+    for name in ("worse", "compared"):
+        opened = visit(browser, runs[name])
+        assert opened.page.locator("body").inner_text().count("onerror=alert(1)") >= 1
+        assert opened.page.locator("img[src=x]").count() == 0
+        opened.page.evaluate("Promise.resolve()")
+        assert opened.problems == [], name
+        opened.page.close()
+    assert "49" not in re.findall(r"&amp;(.{0,12})", runs["worse"].read_text())[0]
+
+
+def test_a_page_is_one_small_file_that_names_no_server(runs: dict[str, Path]) -> None:
+    for name in ("demo", "worse", "compared"):
+        text = runs[name].read_text()
+        assert len(text) < 10_000_000
+        assert not re.search(r"<(?:script|link|img|iframe)[^>]*\s(?:src|href)=[\"']?(?:https?:|//)", text)
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+        assert policy is not None
+        assert "default-src 'none'" in policy[1]
+        assert "unsafe-inline" not in policy[1].partition("script-src")[2]
+
+
+def test_a_report_without_its_images_says_so(runs: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    run = Path(shutil.copytree(runs["run"], tmp_path / "moved"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["dataset"] |= {"kind": "ade20k", "root": str(tmp_path / "gone"), "name": "ade20k"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    scenes = tmp_path / "scenes.txt"
+    scenes.write_text(
+        "".join(f"{row.image_id} {'kitchen' if i % 2 else 'street'}\n" for i, row in enumerate(load_run(run).rows))
+    )
+    done = call("report", run, "--scenes", scenes)
+    assert done.code == 0, done.err
+    text = (run / "report.html").read_text()
+    assert "No pictures: the data set cannot be opened" in text
+    assert 'class="overlay"' in text  # those that the run itself has drawn
+    assert "kitchen" in text
+    scenes.write_text("one\n")
+    assert "expected lines of `image_id scene`" in call("report", run, "--scenes", scenes).err
+
+
+def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: Path) -> None:
+    for words, message in (
+        (["report"], "report needs one run directory"),
+        (["report", "nothing"], "holds no run"),
+        (["report", runs["run"], "--nothing"], "no such flag"),
+        (["report", runs["run"], "--output"], "--output needs a value"),
+        (["report", runs["run"], "--output", tmp_path / "no" / "where.html"], "cannot be written"),
+        (["compare", runs["run"]], "compare needs 2 to 8 run directories"),
+        (["compare", runs["run"], runs["other"], "--resamples", "x"], "expected a number from 100 up"),
+    ):
+        done = call(*words)
+        assert done.code == 2, words
+        assert message in done.err
+        assert "Traceback" not in done.err
+
+
+def test_the_terminal_says_who_is_better(runs: dict[str, Path], call: Call) -> None:
+    done = call("compare", runs["run"], runs["other"], "--resamples", "300")
+    assert done.code == 0
+    assert "they differ" in done.out
+    assert "classes differ (corrected for" in done.out
+    assert f"page:          {commands.COMPARISON_PAGE}" in done.out
+    same = call("compare", runs["run"], runs["run"], "--resamples", "300")
+    assert "no difference could be shown" in same.out
+    assert "(1)" in same.out
