@@ -111,6 +111,7 @@ def _table(wandb: Any, rows: list[dict[str, Any]]) -> Any:
 def _ledger(wandb: Any, run_id: str, result: Result, manifest: Mapping[str, Any]) -> Any:
     """Return the run directory's record as an artifact from which `compare` can read it again."""
     facts = {
+        "run": result.run_dir.resolve().name,
         **result.scores.as_dict(),
         "images": result.images,
         "expected_images": result.expected_images,

@@ -26,7 +26,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.report.result import Result
 from ade_harness.runs.directory import read_manifest, write_json
 from ade_harness.tracking.wandb_content import log_content
-from ade_harness.tracking.wandb_upload import upload, wandb_mode
+from ade_harness.tracking.wandb_upload import limits, upload, wandb_mode
 
 TRACKING = "tracking.json"
 """In the run directory: which W&B run it is."""
@@ -186,7 +186,7 @@ def _write(cfg: DictConfig, entry: Entry, fill: Callable[[Any], None], exit_code
     root = entry.folder.resolve()  # wandb's service process may have another working directory
     identifier = run_id(root)
     earlier = list((root / "wandb").glob(f"offline-run-*-{identifier}"))
-    with _staging(root / "wandb"):
+    with limits(), _staging(root / "wandb"):
         run = wandb.init(
             project=cfg.project,
             entity=cfg.entity,

@@ -23,6 +23,18 @@ LIMITS = {
 """Settings of wandb that go before its defaults, which retry for minutes; the user's own go before these."""
 
 
+@contextmanager
+def limits() -> Iterator[None]:
+    """Let wandb in this process give up a server that does not answer, and print nothing."""
+    added = {key: value for key, value in {**LIMITS, "WANDB_SILENT": "true"}.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
 @dataclass(frozen=True)
 class Uploaded:
     """What came of an upload."""
@@ -77,7 +89,7 @@ def upload(offline: Path, timeout_s: float) -> Uploaded:
     url = re.search(r"https?://\S+/runs/[\w-]+", said)
     if whole:
         problems = [line for line in said.splitlines() if "ERROR" in line]
-        return Uploaded(url[0] if url else str(offline), _short(problems[0]) if problems else "")
+        return Uploaded(url[0] if url else None, _short(problems[0]) if problems else "")
     return Uploaded(None, _short(_complaint(said)) or f"`wandb sync` ended with exit code {process.returncode}")
 
 
