@@ -89,7 +89,12 @@ def test_every_protocol_has_a_source_and_stands_in_the_docs() -> None:
 
 
 _DISTRIBUTION = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra-core"}
-_OPTIONAL = {"submitit", "triton", "timm"}  # imported where they are used, with a message that names them
+_OPTIONAL = {
+    "submitit",
+    "triton",
+    "timm",
+    "wandb_workspaces",
+}  # imported where they are used, with a message that names them
 
 
 def test_what_is_imported_is_declared() -> None:

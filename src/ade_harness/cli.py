@@ -274,22 +274,29 @@ def _run(
         in_this_process: never start others.
         work: of a rank; None evaluates.
     """
+    from ade_harness.failures import tell_failure, work_or_tell
     from ade_harness.runtime.cluster import REQUEUED, find_node, is_rank, requeue_slurm_job, resolve_devices
     from ade_harness.runtime.supervisor import Supervisor
 
     if in_this_process or is_rank() or not cfg.runtime.supervise:
-        return _be_rank(cfg, work)
+        return work_or_tell(cfg, _current_run, lambda: _be_rank(cfg, work), _print_error)
     _, ranks = resolve_devices(cfg.runtime)
     node = find_node(cfg.runtime)
     start = [sys.executable, "-m", "ade_harness"]
-    supervisor = Supervisor(
-        lambda run_dir: [*start, *command(run_dir)], ranks, node, cfg.runtime.max_restarts, _print_error
-    )
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        _print_error(text)
+
+    supervisor = Supervisor(lambda run_dir: [*start, *command(run_dir)], ranks, node, cfg.runtime.max_restarts, say)
     code = supervisor.run()
     if supervisor.run_dir is not None:
         _current_run.append(Path(supervisor.run_dir))
     if code in (EXIT_MESSAGE, EXIT_STOPPED) and supervisor.received is not None and node.rank == 0:
         _say_how_to_go_on("Interrupted" if supervisor.received == signal.SIGINT else "Stopped")
+    if code not in (0, EXIT_STOPPED) and supervisor.received is None and node.rank == 0:
+        tell_failure(cfg, _current_run[-1] if supervisor.run_dir else None, "\n".join(said), _print_error)
     if code == EXIT_STOPPED and cfg.runtime.requeue and supervisor.received == signal.SIGUSR1:
         if node.rank != 0:
             return 0  # a failure here would make srun kill node 0 before it has requeued the job

@@ -302,6 +302,7 @@ class TrackingConfig:
     group: str | None = None  # null: the model's name
     tags: list[str] = field(default_factory=list)
     mode: str | None = None  # null: online if a key is set, else offline
+    timeout_s: float = 60.0  # for the upload, after the result is on disk and shown
 
 
 @dataclass

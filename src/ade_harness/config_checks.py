@@ -37,6 +37,7 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "tracking.kind", ("wandb", "none"))
     if cfg.tracking.mode is not None:
         _one_of(cfg, "tracking.mode", ("online", "offline", "disabled"))
+    require(cfg.tracking.timeout_s > 0, f"tracking.timeout_s={cfg.tracking.timeout_s:g}: expected more than 0 seconds.")
     for key in ("dataset.limit", "dataset.images", "runtime.threads", "runtime.slurm.nodes", "runtime.slurm.time_min"):
         value = OmegaConf.select(cfg, key)
         require(value is None or value >= 1, f"{key}={value}: expected 1 or more.")

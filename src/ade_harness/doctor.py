@@ -15,7 +15,7 @@ from rich.console import Console
 from ade_harness.config import conf_dir
 from ade_harness.data.download import OFFICIAL_URL, cache_dir
 from ade_harness.runs.provenance import code_state, environment
-from ade_harness.tracking.wandb_run import wandb_mode
+from ade_harness.tracking.wandb_upload import wandb_mode
 
 _CONNECT_TIMEOUT_S = 2.0
 

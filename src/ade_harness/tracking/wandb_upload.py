@@ -1,0 +1,120 @@
+"""Upload an offline W&B run with ``wandb sync``, in a process of its own that ends in bounded time."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+LIMITS = {
+    "WANDB_HTTP_TIMEOUT": "8",  # seconds, of one request
+    "WANDB_X_GRAPHQL_RETRY_MAX": "1",
+    "WANDB_X_FILE_STREAM_RETRY_MAX": "3",
+    "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3",
+    "WANDB_ERROR_REPORTING": "false",  # else wandb waits 10 s for a dead server before it exits
+}
+"""Settings of wandb that go before its defaults, which retry for minutes; the user's own go before these."""
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Let wandb in this process give up a server that does not answer, and print nothing."""
+    added = {key: value for key, value in {**LIMITS, "WANDB_SILENT": "true"}.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What came of an upload."""
+
+    url: str | None
+    """None: it is not (wholly) there."""
+    problem: str = ""
+
+
+def wandb_mode(configured: str | None) -> str:
+    """Return online, offline or disabled: as configured, by WANDB_MODE, else online only if a key is set."""
+    if configured is not None:
+        return configured
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether a key of W&B is set, by WANDB_API_KEY or ``wandb login``."""
+    return bool(os.environ.get("WANDB_API_KEY")) or _key_in_netrc()
+
+
+def _key_in_netrc() -> bool:
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return any("wandb" in host for host in netrc.netrc(path).hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def upload(offline: Path, timeout_s: float) -> Uploaded:
+    """Upload an offline run; one that is there already is written again, not doubled.
+
+    Args:
+        offline: its folder.
+        timeout_s: when to give up. A server that cannot be reached, or does not answer, is given up earlier.
+    """
+    unwanted = ("WANDB_MODE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_RUN_ID")
+    environment = LIMITS | {k: v for k, v in os.environ.items() if k not in unwanted}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wandb", "sync", str(offline)],
+        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    with _ended(process):
+        try:
+            said, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return Uploaded(None, f"not done within tracking.timeout_s={timeout_s:g} seconds")
+    whole = any(offline.glob("*.wandb.synced"))
+    url = re.search(r"https?://\S+/runs/[\w-]+", said)
+    if whole:
+        problems = [line for line in said.splitlines() if "ERROR" in line]
+        return Uploaded(url[0] if url else None, _short(problems[0]) if problems else "")
+    return Uploaded(None, _short(_complaint(said)) or f"`wandb sync` ended with exit code {process.returncode}")
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Leave nothing of the process, nor of wandb's service that it has started, behind."""
+    try:
+        yield
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all ended by themselves
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _complaint(said: str) -> str:
+    """Return the line of `said` that tells most."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "ERROR" in line or "panic" in line or "Error" in line]
+    return (errors or lines or [""])[0]
+
+
+def _short(line: str) -> str:
+    text = re.sub(r"^(wandb: )?(ERROR )?", "", line)
+    return text if len(text) <= 300 else f"{text[:297]}..."
