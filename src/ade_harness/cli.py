@@ -22,6 +22,7 @@ from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.runtime.cluster import is_supervised
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import resume_command
+from ade_harness.verbs import REPORTS, VERBS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -36,6 +37,7 @@ Evaluate scene parsing models on ADE20K: exact counts, any number of ranks.
   python -m ade_harness compare RUN RUN [...]          do they differ? table, tests, page; also wandb:ENTITY/PROJECT/RUN
   python -m ade_harness probe model=NAME [key=value]   train a linear head on a frozen backbone (conf/probe)
   python -m ade_harness models                         the leaderboard's systems, and which can be run
+  python -m ade_harness leaderboard [RUN ...]          published rows with your complete runs merged in; chart
   python -m ade_harness data download [--root DIR]     fetch ADEChallengeData2016.zip, check it, extract it
   python -m ade_harness data verify [ROOT]             read every pair and check it against the official list
   python -m ade_harness doctor                         what this machine can run
@@ -71,8 +73,6 @@ Flags of evaluate
 
 ADE_HARNESS_TRACEBACK=1 shows the traceback behind an error message.
 """
-
-VERBS = ("evaluate", "resume", "status", "report", "compare", "probe", "models", "data", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,30 +139,20 @@ def _dispatch(words: list[str], in_this_process: bool) -> int:
 
 
 def _report(verb: str, words: list[str]) -> int:
-    """Run a verb that evaluates nothing."""
+    """Run a verb that evaluates nothing; its module is imported only now."""
+    from importlib import import_module
+
     from ade_harness.report.terminal import make_console
 
-    if verb == "data":
-        from ade_harness.data_cli import run_data
-
-        return run_data(words)
-    if verb == "status":
-        from ade_harness.report.status import run_status
-
-        return run_status(make_console(), words)
-    if verb == "report":
-        from ade_harness.report.commands import run_report
-
-        return run_report(make_console(), words)
+    if verb == "models":
+        return _models(words)
     if verb == "compare":
         from ade_harness.report.commands import run_compare
 
         return run_compare(make_console(), words, _pull)
-    if verb == "doctor":
-        from ade_harness.doctor import run_doctor
-
-        return run_doctor(make_console())
-    return _models(words)
+    module, function = REPORTS[verb]
+    code: int = getattr(import_module(f"ade_harness.{module}"), function)(make_console(), words)
+    return code
 
 
 def _pull(name: str) -> Path:

@@ -23,6 +23,7 @@ from yaml import YAMLError
 
 from ade_harness.config_checks import validate
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.verbs import VERBS
 
 _FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
 GROUPS = ("model", "dataset", "inference", "runtime", "tracking")
@@ -442,9 +443,8 @@ def _open_dict(text: str) -> str:
 def _check_override(text: str, extra: Path | None) -> None:
     """Refuse what Hydra's parser or our groups and keys do not know, with the nearest known word."""
     if "=" not in text and not text.startswith("~"):
-        verbs = ("evaluate", "resume", "status", "report", "compare", "probe", "models", "data", "doctor")
         raise HarnessError(
-            f"{text!r} is neither a verb nor key=value.{did_you_mean(text, verbs)}"
+            f"{text!r} is neither a verb nor key=value.{did_you_mean(text, VERBS)}"
             " `python -m ade_harness --help` lists both."
         )
     override = OverridesParser.create().parse_override(text)

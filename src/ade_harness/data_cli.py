@@ -30,23 +30,22 @@ class _Parser(argparse.ArgumentParser):
         raise HarnessError(f"data: {message}. See `python -m ade_harness --help`.")
 
 
-def run_data(words: Sequence[str]) -> int:
+def run_data(console: Console, words: Sequence[str]) -> int:
     """Run a data command; returns the exit code."""
     commands = {"download": _download, "verify": _verify}
     if not words or words[0] not in commands:
         given = words[0] if words else ""
         raise HarnessError(f"data {given}: expected `data download` or `data verify`.{did_you_mean(given, commands)}")
-    return commands[words[0]](words[1:])
+    return commands[words[0]](console, words[1:])
 
 
-def _download(words: Sequence[str]) -> int:
+def _download(console: Console, words: Sequence[str]) -> int:
     parser = _Parser(prog="data download", add_help=False)
     parser.add_argument("--root", type=Path, default=cache_dir() / "data")
     parser.add_argument("--url", default=OFFICIAL_URL)
     parser.add_argument("--sha1", default=OFFICIAL_SHA1)
     parser.add_argument("--zip-only", action="store_true")
     options = parser.parse_args(list(words))
-    console = Console()
     archive = options.root / "ADEChallengeData2016.zip"
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
@@ -70,7 +69,7 @@ def _download(words: Sequence[str]) -> int:
     return 0
 
 
-def _verify(words: Sequence[str]) -> int:
+def _verify(console: Console, words: Sequence[str]) -> int:
     parser = _Parser(prog="data verify", add_help=False)
     parser.add_argument("root", type=Path, nargs="?", default=cache_dir() / "data" / "ADEChallengeData2016")
     parser.add_argument("--split", default="validation", choices=("validation", "training"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -14,14 +15,17 @@ from rich.console import Console
 
 from ade_harness.config import conf_dir
 from ade_harness.data.download import OFFICIAL_URL, cache_dir
+from ade_harness.errors import HarnessError
 from ade_harness.runs.provenance import code_state, environment
 from ade_harness.tracking.wandb_upload import wandb_mode
 
 _CONNECT_TIMEOUT_S = 2.0
 
 
-def run_doctor(console: Console) -> int:
+def run_doctor(console: Console, words: Sequence[str] = ()) -> int:
     """Print one line per finding; returns 0, since nothing here stops the demo."""
+    if words:
+        raise HarnessError(f"doctor takes no arguments, got {' '.join(words)}.")
     for name, finding in findings():
         console.print(f"{name + ':':12}{finding}", markup=False, highlight=False, soft_wrap=True)
     return 0

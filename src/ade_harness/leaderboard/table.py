@@ -1,0 +1,285 @@
+"""The leaderboard with one's own complete runs merged in, as a table, Markdown, CSV and a chart over time."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import matplotlib.dates as mdates
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ade_harness.errors import HarnessError
+from ade_harness.leaderboard.catalogue import published_rows
+from ade_harness.report.terminal import print_fact
+from ade_harness.runs.directory import MANIFEST, write_text
+from ade_harness.runs.finished import FinishedRun, load_run
+
+METRICS = ("mIoU", "miou")
+"""The leaderboard's two names for one number; a submission has a row for each."""
+MEASURED, PUBLISHED = "measured", "published"
+_COLUMNS = ("metric", "place", "system", "org", "date", "score", "interval", "kind", "note")
+_FORMATS = {".md": "markdown", ".csv": "csv", ".png": "chart", ".svg": "chart", ".pdf": "chart"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row."""
+
+    metric: str
+    system: str
+    org: str
+    date: str
+    """YYYY-MM."""
+    score: float
+    """Percent."""
+    kind: str
+    """`MEASURED` here, or `PUBLISHED` by others."""
+    note: str
+    interval: tuple[float, float] | None = None
+    """Percent; of measured scores."""
+
+
+def published_entries() -> list[Entry]:
+    """Return the leaderboard's 21 rows."""
+    entries = []
+    for row in published_rows():
+        source = "" if row.source_score == row.score else f"source: {row.source_note}"
+        entries.append(Entry(row.metric, row.system, row.org, row.date, row.score, PUBLISHED, source))
+    return entries
+
+
+def measured_entries(run: FinishedRun) -> list[Entry]:
+    """Return a run's two rows; the date is that of the run."""
+    found = run.metrics["intervals"].get("mIoU")
+    interval = (100 * found["low"], 100 * found["high"]) if found else None
+    note = f"{run.name}, inference={run.config['inference']['name']}"
+    month, score = str(run.manifest["finished"])[:7], 100 * float(run.metrics["mIoU"])
+    return [Entry(metric, run.label, "", month, score, MEASURED, note, interval) for metric in METRICS]
+
+
+def why_not_ranked(run: FinishedRun) -> str | None:
+    """Return why a run has no place beside published scores; None if it has."""
+    if run.marks:
+        return run.marks[0]
+    if run.manifest["dataset"]["name"] != "ade20k" or not run.complete:
+        return "not all images of ADE20K validation"
+    if run.manifest["model"].get("weights") == "random":
+        return "random weights"
+    return None
+
+
+def ranked(entries: Iterable[Entry], metric: str) -> list[Entry]:
+    """Return the rows of one metric by score; ties by date, as the site does, then by system."""
+    return sorted((e for e in entries if e.metric == metric), key=lambda e: (-e.score, e.date, e.system))
+
+
+def find_runs(root: Path) -> tuple[list[FinishedRun], list[str]]:
+    """Read all finished runs below a folder.
+
+    Returns:
+        Those that can be ranked, and why others cannot.
+    """
+    runs: list[FinishedRun] = []
+    left_out: list[str] = []
+    for manifest in sorted(root.glob(f"*/{MANIFEST}")):
+        try:
+            run = load_run(manifest.parent)
+        except HarnessError as error:
+            left_out.append(str(error))
+            continue
+        why = why_not_ranked(run)
+        if why is None:
+            runs.append(run)
+        else:
+            left_out.append(f"{run.path}: {why}")
+    return runs, left_out
+
+
+def run_leaderboard(console: Console, words: Sequence[str]) -> int:
+    """Print the leaderboard with local runs merged in, and write what is asked for; returns 0.
+
+    Args:
+        console: where to print.
+        words: run directories; ``--root DIR`` for all runs below a folder (default runs); ``--output FILE``, by its
+            ending Markdown, CSV, or the chart as PNG, SVG or PDF; may be given several times.
+
+    Raises:
+        HarnessError: a run that cannot be read or has no place here, or a file that cannot be written.
+    """
+    folders, outputs, root = _split(words)
+    runs: list[FinishedRun] = []
+    left_out: list[str] = []
+    if folders:
+        for folder in folders:
+            run = load_run(Path(folder).expanduser())
+            why = why_not_ranked(run)
+            if why is not None:
+                raise HarnessError(f"{folder}: has no place beside published scores: {why}.")
+            runs.append(run)
+    elif root.is_dir():
+        runs, left_out = find_runs(root)
+    entries = [*published_entries(), *(entry for run in runs for entry in measured_entries(run))]
+    for metric in METRICS:
+        console.print(_table(ranked(entries, metric), metric))
+    print_fact(console, "measured", f"{len(runs)} complete runs; {len(left_out)} others are left out")
+    for why in left_out[:5]:
+        console.print(f"  {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    for output in outputs:
+        write_output(output, entries)
+        print_fact(console, "written", str(output))
+    return 0
+
+
+def write_output(path: Path, entries: Sequence[Entry]) -> None:
+    """Write rows as Markdown, CSV, or a chart, by the file's ending.
+
+    Raises:
+        HarnessError: another ending, or the file cannot be written.
+    """
+    form = _FORMATS.get(path.suffix.lower())
+    if form is None:
+        raise HarnessError(f"--output {path}: expected a file that ends in {', '.join(_FORMATS)}.")
+    if form == "chart":
+        save_chart(path, entries)
+    else:
+        write_text(path, as_markdown(entries) if form == "markdown" else as_csv(entries))
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[Path], Path]:
+    folders: list[str] = []
+    outputs: list[Path] = []
+    root = Path("runs")
+    rest = iter(words)
+    for word in rest:
+        flag, given, value = word.partition("=")
+        if not word.startswith("-"):
+            folders.append(word)
+            continue
+        value = value if given else next(rest, "")
+        if flag not in ("--output", "--root"):
+            raise HarnessError(f"{flag}: no such flag. Known: --output, --root.")
+        if not value:
+            raise HarnessError(f"{flag} needs a value.")
+        if flag == "--output":
+            outputs.append(Path(value).expanduser())
+        else:
+            root = Path(value).expanduser()
+            if not root.is_dir():
+                raise HarnessError(f"--root {root}: no such folder.")
+    return folders, outputs, root
+
+
+def _rows(entries: Iterable[Entry], metric: str) -> list[tuple[str, ...]]:
+    """Return the cells of `_COLUMNS`."""
+    return [
+        (
+            metric, str(place), e.system, e.org, e.date, f"{e.score:.2f}",
+            f"{e.interval[0]:.2f} to {e.interval[1]:.2f}" if e.interval else "", e.kind, e.note,
+        )
+        for place, e in enumerate(ranked(entries, metric), 1)
+    ]  # fmt: skip
+
+
+def _table(entries: Sequence[Entry], metric: str) -> Table:
+    table = Table(
+        title=f"{metric}, percent: published by others, and measured here",
+        box=HORIZONTALS, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for name in _COLUMNS[1:]:
+        table.add_column(name, justify="right" if name in ("place", "score") else "left", overflow="fold")
+    for row, entry in zip(_rows(entries, metric), entries, strict=True):
+        style = "bold" if entry.kind == MEASURED else ""
+        table.add_row(*(Text(cell, style=style) for cell in row[1:]))
+    return table
+
+
+def as_markdown(entries: Sequence[Entry]) -> str:
+    """Return both rankings as Markdown."""
+    lines = []
+    for metric in METRICS:
+        lines += [f"## {metric}", "", "| " + " | ".join(_COLUMNS[1:]) + " |", "|" + "---|" * (len(_COLUMNS) - 1)]
+        for row in _rows(entries, metric):
+            cells = [c.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for c in row[1:]]
+            lines.append("| " + " | ".join(f"**{c}**" if c == MEASURED else c for c in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_csv(entries: Sequence[Entry]) -> str:
+    """Return both rankings as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for metric in METRICS:
+        writer.writerows(_rows(entries, metric))
+    return text.getvalue()
+
+
+def state_of_the_art(entries: Iterable[Entry], metric: str) -> list[Entry]:
+    """Return the published rows that were the best when they came, oldest first."""
+    best: list[Entry] = []
+    dated = sorted((e for e in entries if e.metric == metric and e.kind == PUBLISHED), key=lambda e: (e.date, -e.score))
+    for entry in dated:
+        if not best or entry.score > best[-1].score:
+            best.append(entry)
+    return best
+
+
+def save_chart(path: Path, entries: Sequence[Entry]) -> None:
+    """Draw scores over time, with a line through the best so far; measured ones as stars with their intervals.
+
+    Raises:
+        HarnessError: the file cannot be written.
+    """
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    last = max(_day(e.date) for e in entries)
+    for metric, color, marker in zip(METRICS, ("#0072b2", "#d55e00"), ("o", "s"), strict=True):
+        rows = [e for e in entries if e.metric == metric]
+        published = [e for e in rows if e.kind == PUBLISHED]
+        days, values = [_day(e.date) for e in published], [e.score for e in published]
+        axes.scatter(days, values, color=color, marker=marker, label=f"{metric}, published", zorder=3)
+        best = state_of_the_art(rows, metric)
+        axes.step(
+            [*(_day(e.date) for e in best), last], [*(e.score for e in best), best[-1].score],
+            where="post", color=color, linestyle="-" if metric == "mIoU" else "--", label=f"{metric}, best so far",
+        )  # fmt: skip
+        for entry in best:  # names of the last year would leave the figure on the right
+            side, shift = ("right", -7) if _day(entry.date) > last - 365 else ("left", 5)
+            above = 7 if metric == METRICS[0] else -4
+            axes.annotate(
+                entry.system, (_day(entry.date), entry.score), (shift, above),
+                textcoords="offset points", fontsize=8, ha=side,
+            )  # fmt: skip
+    mine = [e for e in entries if e.kind == MEASURED and e.metric == METRICS[0]]
+    for number, entry in enumerate(mine):
+        low, high = entry.interval or (entry.score, entry.score)
+        axes.errorbar(
+            [_day(entry.date)], [entry.score], [[max(0.0, entry.score - low)], [max(0.0, high - entry.score)]],
+            fmt="*", markersize=14, color="#009e73", zorder=4, label=None if number else "measured here, with interval",
+        )  # fmt: skip
+    axes.xaxis_date()
+    axes.xaxis.set_major_locator(mdates.YearLocator())
+    axes.set(ylabel="mIoU, percent", title="ADE20K scene parsing, 2,000 validation images: scores over time")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _day(month: str) -> float:
+    """Return the first day of YYYY-MM in matplotlib's units."""
+    year, number = month.split("-")[:2]
+    return float(mdates.date2num(date(int(year), int(number), 1)))

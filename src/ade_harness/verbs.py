@@ -1,0 +1,11 @@
+"""The words that a command may begin with."""
+
+REPORTS = {
+    "status": ("report.status", "run_status"),
+    "report": ("report.commands", "run_report"),
+    "leaderboard": ("leaderboard.table", "run_leaderboard"),
+    "data": ("data_cli", "run_data"),
+    "doctor": ("doctor", "run_doctor"),
+}
+"""Verbs that take a console and words: module and function, imported when they are asked for."""
+VERBS = ("evaluate", "resume", "probe", "compare", "models", *REPORTS)

@@ -1,0 +1,109 @@
+"""Published rows with one's own complete runs merged in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ade_harness.leaderboard.table import (
+    Entry,
+    as_csv,
+    as_markdown,
+    measured_entries,
+    published_entries,
+    ranked,
+    state_of_the_art,
+    why_not_ranked,
+)
+from ade_harness.runs.finished import FinishedRun, load_run
+from tests.cli.test_cli import FAST, Call
+from tests.runs.test_runs import make_row
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ade_harness.cli import main
+
+    path = tmp_path_factory.mktemp("runs") / "demo"
+    assert main([*FAST, "dataset.images=3", f"run.dir={path}", "metrics.resamples=1000"]) == 0
+    return path
+
+
+def complete(run: FinishedRun, **metrics: object) -> FinishedRun:
+    """Make a run look like one of all validation images."""
+    manifest = {**run.manifest, "marks": [], "dataset": {**run.manifest["dataset"], "name": "ade20k", "expected_images": 2000}}
+    config = {**run.config, "model": {**run.config["model"], "label": "Ours | <best>"}}
+    rows = tuple(make_row(i) for i in range(2000))
+    return FinishedRun(run.path, manifest, config, {**run.metrics, **metrics}, rows, "")
+
+
+def test_published_rows_are_the_sites() -> None:
+    entries = published_entries()
+    assert len(entries) == 21
+    best = ranked(entries, "mIoU")
+    assert [(e.system, e.score) for e in best[:2]] == [("InternImage-H", 62.9), ("BEiT-3 (ViT-L)", 62.8)]
+    ties = [e.date for e in best if e.score == 57.3]
+    assert ties == ["2025-12", "2026-03"]
+    assert [e.score for e in state_of_the_art(entries, "miou")] == [37.4, 57.9, 58.4, 62.6]
+    assert {e.kind for e in entries} == {"published"}
+
+
+def test_complete_runs_are_merged_in_and_marked(demo: Path) -> None:
+    run = complete(load_run(demo), mIoU=0.62905, intervals={"mIoU": {"low": 0.62, "high": 0.64, "level": 0.95}})
+    assert why_not_ranked(run) is None
+    entries = [*published_entries(), *measured_entries(run)]
+    for metric, place in (("mIoU", 0), ("miou", 0)):
+        mine = ranked(entries, metric)[place]
+        assert (mine.kind, mine.score, mine.interval) == ("measured", pytest.approx(62.905), pytest.approx((62, 64)))
+    rows = list(csv.DictReader(io.StringIO(as_csv(entries))))
+    assert len(rows) == 23
+    mine = next(row for row in rows if row["kind"] == "measured")
+    assert (mine["system"], mine["place"], mine["interval"]) == ("Ours | <best>", "1", "62.00 to 64.00")
+    assert "Ours \\| &lt;best>" in as_markdown(entries)
+    tie = replace(measured_entries(run)[0], score=57.3, date="2026-01")
+    assert [e.date for e in ranked([*published_entries(), tie], "mIoU") if e.score == 57.3] == ["2025-12", "2026-01", "2026-03"]
+
+
+def test_what_has_no_place(demo: Path) -> None:
+    run = load_run(demo)
+    assert str(why_not_ranked(run)).startswith("DEMO")
+    whole = complete(run)
+    assert "not all images" in str(why_not_ranked(replace(whole, rows=whole.rows[:1999])))
+    random = {**whole.manifest, "model": {"weights": "random"}}
+    assert why_not_ranked(replace(whole, manifest=random)) == "random weights"
+
+
+def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:
+    shutil.copytree(demo, tmp_path / "all" / "demo")
+    (tmp_path / "all" / "broken").mkdir()
+    (tmp_path / "all" / "broken" / "manifest.json").write_text("{")
+    outputs = [word for name in ("chart.png", "chart.svg", "rows.md", "rows.csv") for word in ("--output", tmp_path / name)]
+    done = call("leaderboard", "--root", tmp_path / "all", *outputs)
+    assert done.code == 0, done.err
+    assert "0 complete runs; 2 others are left out" in done.out
+    assert "DEMO" in done.out
+    assert Image.open(tmp_path / "chart.png").size[0] > 1000
+    assert "<svg" in (tmp_path / "chart.svg").read_text()
+    assert (tmp_path / "rows.md").read_text().count("| published |") == 21
+    for words, message in (
+        ([demo], "has no place beside published scores: DEMO"),
+        (["--root", tmp_path / "none"], "no such folder"),
+        (["--output", "rows.doc"], "expected a file that ends in .md, .csv"),
+        (["--output"], "needs a value"),
+        (["--nothing"], "no such flag"),
+        (["--output", tmp_path / "none" / "a.png"], "cannot be written"),
+    ):
+        done = call("leaderboard", *words)
+        assert done.code == 2, words
+        assert message in done.err
+
+
+def test_a_measured_entry_is_never_state_of_the_art_of_the_site() -> None:
+    mine = Entry("mIoU", "mine", "", "2020-01", 99.0, "measured", "")
+    assert mine not in state_of_the_art([*published_entries(), mine], "mIoU")
