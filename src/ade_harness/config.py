@@ -277,6 +277,7 @@ class RunConfig:
     dir: str | None = None  # null: runs/<date-time>_<model>_<short id>
     root: str = "runs"
     overlays: int = 4  # images drawn with truth, prediction and errors
+    report: bool | None = None  # write report.html at the end; null: if the run is tracked, which takes it along
     label_maps: str = "few"  # PNGs of the predicted labels that are kept: none, few (the worst and best images), all
     on_error: str = "fail"  # an image fails: fail (no score) or skip (a partial score, marked so)
     allow_changed: bool = False  # continue though config, code, weights or data changed; marks the run as mixed

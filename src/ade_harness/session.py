@@ -10,9 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from ade_harness.errors import HarnessError
 from ade_harness.evaluation import evaluate
 from ade_harness.report.result import Result
 from ade_harness.report.terminal import make_console, print_fact, print_result
+from ade_harness.runs.finished import load_run
 
 
 def run_session(
@@ -34,6 +36,8 @@ def run_session(
         return None
     result, record = finished
     print_result(console, result)
+    if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
+        _write_page(console, result.run_dir)
     if cfg.tracking.kind == "wandb":
         from ade_harness.tracking.wandb_run import log_result
 
@@ -46,3 +50,15 @@ def run_session(
                 console.print(str(warning.message), style="yellow", markup=False)
         print_fact(console, "W&B", tracking_path or "not logged")
     return result
+
+
+def _write_page(console: Console, run_dir: Path) -> None:
+    """Write the run's page; the result is on disk already, so a failure is a remark."""
+    from ade_harness.report.commands import PAGE, write_report
+
+    try:
+        write_report(console, load_run(run_dir), run_dir / PAGE, boundaries=False)
+    except HarnessError as error:
+        console.print(f"no page: {error}", style="yellow", markup=False)
+        return
+    print_fact(console, "page", str(run_dir / PAGE))

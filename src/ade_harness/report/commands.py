@@ -40,14 +40,33 @@ def run_report(console: Console, words: Sequence[str]) -> int:
         raise HarnessError("report needs one run directory, such as `report runs/20260102-030405_demo_a1b2c3`.")
     run = load_run(Path(folders[0]).expanduser())
     page = Path(options.get("--output", run.path / PAGE)).expanduser()
+    write_report(console, run, page, options.get("--scenes"))
+    _tell(console, page)
+    return 0
+
+
+def write_report(
+    console: Console, run: FinishedRun, page: Path, scenes: str | None = None, boundaries: bool = True
+) -> None:
+    """Write the page of one run.
+
+    Args:
+        console: for progress.
+        run: what it shows.
+        page: of the file.
+        scenes: file of the images' scenes; None looks beside the images.
+        boundaries: look at boundaries and objects too, if all label maps were kept; 0.1 s an image.
+
+    Raises:
+        HarnessError: the page cannot be written, or a file that it needs is damaged.
+    """
     dataset, missing = reopen_dataset(run)
     notes = [] if missing is None else [f"No pictures: the data set cannot be opened ({missing})"]
     samples = Samples(dataset) if dataset else None
     regions = None
-    if samples is not None:
+    if samples is not None and boundaries:
         regions = measure_regions(run, samples, os.cpu_count() or 1, _progress(console, "boundaries and objects"))
-    scenes = _read_scenes(options.get("--scenes"), run)
-    view = view_run(run, scenes, regions)
+    view = view_run(run, _read_scenes(scenes, run), regions)
     values = view.image_scores["mIoU"]
     kept = kept_images(run)
     order = [i for i in np.argsort(values, kind="stable") if view.areas.ids[i] in kept]
@@ -56,8 +75,6 @@ def run_report(console: Console, words: Sequence[str]) -> int:
     worst, best = captions[:number], captions[::-1][:number]
     pictures = [make_examples([("prediction", run)], samples, chosen) if samples else [] for chosen in (worst, best)]
     write_run_page(page, view, pictures[0], pictures[1], notes)
-    _tell(console, page)
-    return 0
 
 
 def run_compare(console: Console, words: Sequence[str], pull: Callable[[str], Path]) -> int:
