@@ -184,7 +184,7 @@ class StubServer:
 
     def _on_run(self, v: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(v["name"])
-        if run is None:
+        if run is None or v["entity"] != ENTITY:
             return {"project": {"run": None}}
         node = {
             "id": "R", "projectId": 1, "tags": run.get("tags", []), "name": v["name"], "displayName": v["name"],
@@ -218,7 +218,7 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(content)
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = self._body()
             key = base64.b64encode(f"api:{stub.key}".encode()).decode()
             if self.headers.get("Authorization") != f"Basic {key}":
@@ -245,7 +245,7 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
             if sent.get("complete"):
                 stub.exits[run] = sent["exitcode"]
 
-        def do_PUT(self) -> None:  # noqa: N802
+        def do_PUT(self) -> None:
             body = self._body()
             with stub.lock:
                 status = stub.refuse(self.path)
@@ -253,7 +253,7 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
                     stub.uploads[unquote(self.path)] = body
             self._reply(b"", status or 200)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             with stub.lock:
                 content = stub.uploads.get(unquote(self.path.replace("/download/", "/upload/", 1)))
                 if content is None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,10 +99,8 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
+        with suppress(ProcessLookupError):  # all ended by themselves
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all ended by themselves
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
