@@ -1,4 +1,4 @@
-"""Tell tracking of a command that ended without a score: once, after the message, from whoever has the last word."""
+"""Tell tracking of a run that ended without a score: after the message, once, by the process with the last word."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from ade_harness.config import choices, compose_config, conf_dir, known_keys
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.catalogue import published_rows
 from tests.conftest import REPOSITORY, Done
+from tests.tracking.offline_file import read_wandb
 
 Call = Callable[..., Done]
 FAST = ("tracking=none", "run.overlays=0", "runtime.workers=0")
@@ -267,28 +268,6 @@ def test_terminal_shows_the_table(demo: tuple[Path, str]) -> None:
 # W&B
 
 
-def read_wandb(path: Path) -> list[object]:
-    """Read the records of an offline W&B file: a 7-byte header, then LevelDB's log format in 32 KiB blocks."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts, records = path.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            records.append(record)
-            parts = b""
-    return records
-
-
 def test_the_result_says_where_the_time_went(demo: tuple[Path, str]) -> None:
     run, shown = demo
     assert re.search(r"where it went: .*forward \d+%.*; loaders \d+%", shown)
@@ -356,31 +335,6 @@ def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_a_tracking_failure_loses_nothing(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import wandb
-
-    def broken(**_: object) -> None:
-        raise RuntimeError("the server is on fire")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
-    assert done.code == 0
-    assert "W&B offline logging failed (RuntimeError: the server is on fire)" in done.out.replace("\n", " ")
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 2
-
-
-def test_a_server_that_is_down_leaves_an_offline_run(
-    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("ade_harness.tracking.wandb_run._INIT_TIMEOUT_S", 3)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
-    assert done.code == 0, done.err
-    assert "W&B online logging failed" in done.out
-    assert len(list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 # real runs on small data

@@ -184,7 +184,7 @@ class StubServer:
 
     def _on_run(self, v: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(v["name"])
-        if run is None:
+        if run is None or v["entity"] != ENTITY:
             return {"project": {"run": None}}
         node = {
             "id": "R", "projectId": 1, "tags": run.get("tags", []), "name": v["name"], "displayName": v["name"],

@@ -90,7 +90,11 @@ def _pull(spec: str, entity: str, project: str, run_id: str) -> Path:
         raise HarnessError(f"{spec}: cannot be stored in {cache_dir()} ({error.strerror or error}).") from error
     except (Error, ValueError, TimeoutError, RuntimeError) as error:
         raise HarnessError(_explain(spec, entity, project, run_id, error)) from error
-    load_run(folder)
+    try:
+        load_run(folder)
+    except HarnessError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # the next attempt downloads it again
+        raise HarnessError(f"{spec}: its ledger artifact cannot be read: {error}") from error
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a run directory holds, as one Weights & Biases run. The directory is the truth: a failure here loses nothing.
+"""A run directory as one Weights & Biases run. The directory is the truth: a failure here loses nothing.
 
 Everything is first written offline, into the run directory, which needs no network; a process of its own with a time
 limit (:mod:`ade_harness.tracking.wandb_upload`) then uploads it if W&B is online. So no server can slow an evaluation
