@@ -92,6 +92,19 @@ class ParityConfig:
 
 
 @dataclass
+class HttpConfig:
+    """kind=http: how an endpoint is asked (docs/endpoints.md)."""
+
+    send: str = "png"  # or jpeg, which changes the pixels
+    jpeg_quality: int = 95
+    returns: str = "labels"  # label maps as PNG, or scores as .npy
+    timeout_s: float = 60.0  # of one try, from connecting to the last byte
+    retries: int = 4  # after a lost connection, a timeout, 429 or 5xx
+    concurrency: int = 4  # requests under way, of all ranks together
+    token_env: str | None = None  # name of the environment variable that holds a bearer token
+
+
+@dataclass
 class ModelConfig:
     """Which network, its weights, and what its outputs mean."""
 
@@ -102,6 +115,8 @@ class ModelConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments
     path: str | None = None  # kind=onnx, torchscript, predictions: file or folder
     id: str | None = None  # kind=hf: hub id or local folder
+    url: str | None = None  # kind=http: address of the endpoint; images go to /predict below it
+    http: HttpConfig = field(default_factory=HttpConfig)
     revision: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
     protocols: ProtocolsConfig = field(default_factory=ProtocolsConfig)
@@ -120,7 +135,7 @@ class ModelConfig:
     dtype: str = "fp32"  # of the weights in memory; bf16 and fp16 need the same inference.precision
     class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
     class_names: list[str] | None = None  # per output channel, if the file carries none
-    encoding: str = "official"  # kind=predictions: official (0 none, 1..150) or zero_based (0..149, 255 none)
+    encoding: str = "official"  # kind=predictions, http: official (0 none, 1..150) or zero_based (0..149, 255 none)
     input: InputConfig = field(default_factory=InputConfig)
     allow_missing_keys: list[str] = field(default_factory=list)
     allow_unexpected_keys: list[str] = field(default_factory=list)
@@ -410,7 +425,7 @@ def _open_dict(text: str) -> str:
 def _check_override(text: str, extra: Path | None) -> None:
     """Refuse what Hydra's parser or our groups and keys do not know, with the nearest known word."""
     if "=" not in text and not text.startswith("~"):
-        verbs = ("evaluate", "resume", "status", "probe", "models", "data", "doctor")
+        verbs = ("evaluate", "resume", "status", "probe", "models", "data", "serve", "doctor")
         raise HarnessError(
             f"{text!r} is neither a verb nor key=value.{did_you_mean(text, verbs)}"
             " `python -m ade_harness --help` lists both."

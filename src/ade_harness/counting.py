@@ -17,6 +17,7 @@ from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
+from ade_harness.inference.endpoint import EndpointError
 from ade_harness.inference.predictor import Prediction, Predictor, Prepared, label_hash
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.report.overlays import save_overlay
@@ -54,6 +55,8 @@ class Failure:
 
     image_id: str
     message: str
+    of_all: bool = False
+    """Whether every other image would fail as well, so that the run ends, also with ``run.on_error=skip``."""
 
 
 def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, most: int) -> list[list[int]]:
@@ -113,7 +116,7 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
             sample = self.dataset.load(index)
             prepared = self.predictor.prepare(image_id, sample.image)
         except HarnessError as error:
-            return Failure(image_id, str(error))
+            return Failure(image_id, str(error), isinstance(error, EndpointError))
         overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
         content_hash = sample.content_hash + self.predictor.source_hash(image_id)
         target = torch.from_numpy(sample.target)
@@ -170,6 +173,8 @@ class ImageCounter:
         failed = [item for item in batch if isinstance(item, Failure)]
         images = [item for item in batch if isinstance(item, LoadedImage)]
         self.failures += failed
+        if any(failure.of_all for failure in failed):
+            self.coordinator.stop()
         if failed and not self.skip_failures:
             images = []
             if len(self.failures) >= _MOST_FAILURES:
