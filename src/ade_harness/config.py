@@ -359,7 +359,7 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
     register_schemas()
     if extra is not None and not extra.is_dir():
         raise HarnessError(f"--config-dir: {extra} is not a folder.")
-    overrides = _own_protocol(overrides, extra)
+    overrides = _own_protocol([_quote_address(o) for o in overrides], extra)
     GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
     try:
@@ -402,6 +402,7 @@ def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         HarnessError: as :func:`compose_config`; or the text is no configuration of this version.
     """
+    overrides = [_quote_address(o) for o in overrides]
     composed = compose_config(overrides)  # every mistake in them is found here
     try:
         cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
@@ -415,6 +416,13 @@ def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
             OmegaConf.update(cfg, key, OmegaConf.select(composed, key), merge=False)
     validate(cfg)
     return cfg
+
+
+def _quote_address(text: str) -> str:
+    """Quote a URL: Hydra's grammar has another use for = and &."""
+    key, _, value = text.partition("=")
+    is_plain = key == "model.url" and "://" in value and not value.startswith(("'", '"', "$")) and "'" not in value
+    return f"{key}='{value}'" if is_plain else text
 
 
 def _open_dict(text: str) -> str:

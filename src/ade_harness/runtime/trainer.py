@@ -105,6 +105,8 @@ class WorkItems(pl.LightningDataModule):
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
         spare = max(0, min(8, (os.cpu_count() or 1) // local_ranks - 1))
         loaders = self.loaders
+        if loaders.at_once > 1:  # they mostly wait: more than there are cores are no mistake
+            warnings.filterwarnings("ignore", message=r"This DataLoader will create")
         workers = min(spare if loaders.workers is None else loaders.workers, len(self.work.costs))
         return DataLoader(
             _Numbered(self.work.items),
