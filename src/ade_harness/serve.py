@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any, NoReturn
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -213,17 +213,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         try:
-            parts = urlsplit(self.path)
-            expected = {"/info": "GET", "/predict": "POST"}.get(parts.path)
+            path = urlsplit(self.path).path
+            expected = {"/info": "GET", "/predict": "POST"}.get(path)
             if expected is None:
                 raise _RefusedError(404, "no such address: /predict and /info are there")
             if method != expected:
-                raise _RefusedError(405, f"{parts.path} takes {expected}", Allow=expected)
+                raise _RefusedError(405, f"{path} takes {expected}", Allow=expected)
             self._check_token()
             if method == "GET":
                 self._reply(200, json.dumps(self.server.service.info()).encode(), "application/json", {})
                 return
-            scores = self._asks_for_scores(parts.query)
+            scores = self._asks_for_scores()
             body, kind = self.server.service.answer(self._read(), scores)
             self._reply(200, body, kind, {} if scores else {ENCODING_HEADER: "official"})
         except _RefusedError as error:
@@ -240,12 +240,14 @@ class _Handler(BaseHTTPRequestHandler):
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise _RefusedError(401, "a bearer token is needed", **{"WWW-Authenticate": "Bearer"})
 
-    def _asks_for_scores(self, query: str) -> bool:
-        accepted = [part.partition(";")[0].strip().lower() for part in self.headers.get("Accept", "").split(",")]
-        asked = parse_qs(query).get("returns", ["scores" if SCORES_TYPE in accepted else "labels"])[-1]
-        if asked not in ("labels", "scores"):
-            raise _RefusedError(406, "returns: expected labels or scores")
-        return asked == "scores"
+    def _asks_for_scores(self) -> bool:
+        wanted = self.headers.get("Accept") or "*/*"
+        accepted = {part.partition(";")[0].strip().lower() for part in wanted.split(",")}
+        if SCORES_TYPE in accepted:
+            return True
+        if accepted.isdisjoint((LABELS_TYPE, "image/*", "*/*")):
+            raise _RefusedError(406, f"Accept: {LABELS_TYPE} (labels) and {SCORES_TYPE} (scores) can be had")
+        return False
 
     def _read(self) -> bytes:
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()

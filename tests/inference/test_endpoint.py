@@ -768,7 +768,7 @@ JPEG = {"Content-Type": "image/jpeg"}
         ("POST", "/predict", JPEG, b"hello", 400, "not an image file"),
         ("POST", "/predict", JPEG, encode(IMAGE, "jpeg")[:-40], 400, "cannot be read"),
         ("POST", "/predict", {"Content-Type": "image/png"}, huge_png(9000, 8000), 413, "64,000,000"),
-        ("POST", "/predict?returns=masks", JPEG, encode(IMAGE, "jpeg"), 406, "labels or scores"),
+        ("POST", "/predict", {**JPEG, "Accept": "text/html"}, encode(IMAGE, "jpeg"), 406, "application/x-npy (scores)"),
     ],
 )
 def test_the_reference_server_refuses(
@@ -793,7 +793,8 @@ def test_the_reference_server_answers_on_one_connection(server_address: str) -> 
         response = connection.getresponse()
         assert (response.getheader("Content-Type"), response.getheader("Label-Encoding")) == ("image/png", "official")
         assert np.array(Image.open(io.BytesIO(response.read()))).shape == (20, 30)
-    connection.request("POST", "/predict?returns=scores", png(IMAGE), {"Content-Type": "image/png"})
+    asking = {"Content-Type": "image/png", "Accept": "application/x-npy"}
+    connection.request("POST", "/predict?any=query", png(IMAGE), asking)
     scores = np.load(io.BytesIO(connection.getresponse().read()), allow_pickle=False)
     assert (scores.shape, scores.dtype) == ((150, 5, 8), np.float32)
     connection.close()

@@ -18,8 +18,6 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from ade_harness import __version__
-
 _CHUNK = 1 << 16
 
 
@@ -151,7 +149,7 @@ def _head(method: str, parts: SplitResult, headers: Mapping[str, str], length: i
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     fields = {
         "Host": parts.netloc,
-        "User-Agent": f"ade-harness/{__version__}",
+        "User-Agent": "ade-harness",
         "Accept-Encoding": "identity",
         "Connection": "close",
         **({"Content-Length": str(length)} if method == "POST" else {}),
