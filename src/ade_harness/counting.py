@@ -19,6 +19,7 @@ from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.inference.endpoint import EndpointError
 from ade_harness.inference.predictor import Prediction, Predictor, Prepared, label_hash
+from ade_harness.inference.remote import EndpointPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.report.overlays import save_overlay
 from ade_harness.runs.ledger import LedgerError, LedgerWriter, Row, read_rows, sparse_counts
@@ -104,6 +105,11 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def stop(self) -> None:
+        """End requests that loader processes wait for."""
+        if isinstance(self.predictor, EndpointPredictor):
+            self.predictor.endpoint.stop()
 
     def __getitem__(self, item: int) -> list[LoadedImage | Failure]:
         """Load one batch; never raises for a bad file."""

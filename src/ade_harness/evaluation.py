@@ -97,7 +97,7 @@ def _evaluate(
 
     writer, overlays, skip = LedgerWriter(ledger, marks), run_dir / "overlays", cfg.run.on_error == "skip"
     counter = ImageCounter(predictor, writer, coordinator, overlays, marks, cfg.runtime.kernels, skip, done)
-    work_items = WorkItems(Work(items, costs, names), cfg.runtime.sharding, job.loaders, coordinator)
+    work_items = WorkItems(Work(items, costs, names, items.stop), cfg.runtime.sharding, job.loaders, coordinator)
     reporter = reporter_for(coordinator.rank, console, len(dataset.ids), len(done))
     loop = WorkLoop(counter.process, job.model.module if job.model else None, work_items, ranks, reporter)
     ranks.watchdog.on_loss = writer.flush

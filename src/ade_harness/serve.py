@@ -1,25 +1,18 @@
 """A reference server: any model by its protocol, as an endpoint; docs/endpoints.md says what goes over the wire.
 
-Requests are read and answered in threads of their own; the network runs in one thread, one image after another.
+The network runs in one thread, one image after another; whoever asks waits for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import hmac
 import io
-import json
-import socket
-import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -29,20 +22,18 @@ from ade_harness import __version__
 from ade_harness.data.decode import decode_image, read_header
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError, require
-from ade_harness.inference.endpoint import first_line, read_token
+from ade_harness.http_server import RefusedError, Server
+from ade_harness.inference.endpoint import read_token
 from ade_harness.inference.predictor import NetworkPredictor, Prepared
-from ade_harness.inference.remote import ENCODING_HEADER, LABELS_TYPE, SCORES_TYPE, encode
+from ade_harness.inference.remote import LABELS_TYPE, SCORES_TYPE, encode
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import reference
 from ade_harness.models.class_map import ClassMap
 from ade_harness.models.loading import LoadedModel, load_model
 from ade_harness.runtime.trainer import make_trainer
 
-_MOST_BYTES = 64 << 20
 _MOST_PIXELS = 64_000_000
 _MOST_WAITING = 64
-_SLOW_CLIENT_S = 60
-_IMAGE_TYPES = ("image/png", "image/jpeg")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,17 +41,8 @@ class _Parser(argparse.ArgumentParser):
         raise HarnessError(f"serve: {message}. See `python -m ade_harness --help`.")
 
 
-class _RefusedError(Exception):
-    """A request that gets an error for an answer."""
-
-    def __init__(self, status: int, text: str, **headers: str) -> None:
-        super().__init__(text)
-        self.status = status
-        self.headers = headers
-
-
 @dataclass
-class Service:
+class ModelService:
     """A model that answers requests from any thread, one at a time."""
 
     name: str
@@ -83,21 +65,21 @@ class Service:
         }
 
     def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
-        """Return the label map (or scores) of an image file, as bytes, and their type; raises _RefusedError."""
+        """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
         try:
             height, width, _ = read_header(data, "the image")
             if height * width > _MOST_PIXELS:
-                raise _RefusedError(413, f"the image has {width}x{height} pixels, at most {_MOST_PIXELS:,} are taken")
+                raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MOST_PIXELS:,} are taken")
             image = decode_image(data, "the image", self.apply_exif)
             self.predictor.check_sizes({"the image": (image.shape[0], image.shape[1])})
         except HarnessError as error:
-            raise _RefusedError(400, str(error).partition(" Replace the file")[0]) from error
+            raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
         if not self._places.acquire(blocking=False):
-            raise _RefusedError(503, f"{_MOST_WAITING} images are waiting already", **{"Retry-After": "1"})
+            raise RefusedError(503, f"{_MOST_WAITING} images are waiting already", **{"Retry-After": "1"})
         try:
             array = self.forward.submit(self._predict, image, scores).result()
         except HarnessError as error:
-            raise _RefusedError(500, str(error)) from error
+            raise RefusedError(500, str(error)) from error
         finally:
             self._places.release()
         if not scores:
@@ -118,10 +100,10 @@ class Service:
     def _scores(self, prepared: Prepared) -> np.ndarray:
         """Return float32 [150, h, w] from which one bilinear interpolation and argmax make the protocol's labels."""
         if self.predictor.cfg.output.labels == "input":
-            raise _RefusedError(406, "this protocol resizes labels, so it has no scores of the image: ask for labels")
+            raise RefusedError(406, "this protocol resizes labels, so it has no scores of the image: ask for labels")
         views, class_map, nan_share = self.predictor.views(prepared, self.device)
         if not _are_the_classes(class_map):
-            raise _RefusedError(406, "this model's channels are not the 150 classes in order: ask for labels")
+            raise RefusedError(406, "this model's channels are not the 150 classes in order: ask for labels")
         _refuse_nan(nan_share)
         size, view = prepared.original_size, views[0]
         one_step = view.is_whole and view.canvas == size and not view.flipped and not view.legacy
@@ -144,7 +126,7 @@ def _refuse_nan(share: torch.Tensor | None) -> None:
         raise HarnessError(f"{share.item():.1%} of the model's scores are NaN")
 
 
-def open_service(cfg: DictConfig) -> Service:
+def open_service(cfg: DictConfig) -> ModelService:
     """Load the model of a configuration onto its device, with the settings that an evaluation has.
 
     Raises:
@@ -159,10 +141,10 @@ def open_service(cfg: DictConfig) -> Service:
     model.module.to(device)
     predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels)
     thread = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (cfg.runtime.threads,))
-    return Service(cfg.model.name, model, predictor, device, cfg.inference.exif, thread)
+    return ModelService(cfg.model.name, model, predictor, device, cfg.inference.exif, thread)
 
 
-def make_server(service: Service, host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> Server:
+def make_server(service: ModelService, host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> Server:
     """Return a server that listens, and answers as soon as ``serve_forever`` is called.
 
     Raises:
@@ -173,119 +155,6 @@ def make_server(service: Service, host: str = "127.0.0.1", port: int = 0, token:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise HarnessError(f"serve: cannot listen on {host} port {port} ({reason}). Choose another --port.") from error
-
-
-class Server(ThreadingHTTPServer):
-    """Listens, and hands each connection to a thread."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, address: tuple[str, int], service: Service, token: str | None) -> None:
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, _Handler)
-        self.service = service
-        self.token = token
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Be silent about clients that go away."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-    timeout = _SLOW_CLIENT_S
-
-    def version_string(self) -> str:
-        return f"ade-harness/{__version__}"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing: a request's line may hold what nobody should read."""
-
-    def do_GET(self) -> None:
-        self._answer("GET")
-
-    def do_POST(self) -> None:
-        self._answer("POST")
-
-    def _answer(self, method: str) -> None:
-        try:
-            path = urlsplit(self.path).path
-            expected = {"/info": "GET", "/predict": "POST"}.get(path)
-            if expected is None:
-                raise _RefusedError(404, "no such address: /predict and /info are there")
-            if method != expected:
-                raise _RefusedError(405, f"{path} takes {expected}", Allow=expected)
-            self._check_token()
-            if method == "GET":
-                self._reply(200, json.dumps(self.server.service.info()).encode(), "application/json", {})
-                return
-            scores = self._asks_for_scores()
-            body, kind = self.server.service.answer(self._read(), scores)
-            self._reply(200, body, kind, {} if scores else {ENCODING_HEADER: "official"})
-        except _RefusedError as error:
-            self._refuse(error)
-        except OSError:
-            self.close_connection = True  # the client went away, or is too slow
-        except Exception as error:  # a client must always get an answer; the owner sees why
-            print(f"serve: {type(error).__name__}: {first_line(str(error))}", file=sys.stderr, flush=True)
-            self._refuse(_RefusedError(500, "the server failed"))
-
-    def _check_token(self) -> None:
-        token = self.server.token
-        given = self.headers.get("Authorization", "").encode(errors="replace")
-        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise _RefusedError(401, "a bearer token is needed", **{"WWW-Authenticate": "Bearer"})
-
-    def _asks_for_scores(self) -> bool:
-        wanted = self.headers.get("Accept") or "*/*"
-        accepted = {part.partition(";")[0].strip().lower() for part in wanted.split(",")}
-        if SCORES_TYPE in accepted:
-            return True
-        if accepted.isdisjoint((LABELS_TYPE, "image/*", "*/*")):
-            raise _RefusedError(406, f"Accept: {LABELS_TYPE} (labels) and {SCORES_TYPE} (scores) can be had")
-        return False
-
-    def _read(self) -> bytes:
-        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind not in _IMAGE_TYPES:
-            raise _RefusedError(415, f"Content-Type: expected {' or '.join(_IMAGE_TYPES)}")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-            raise _RefusedError(411, "Content-Length is needed")
-        if len(length) > 12 or int(length) > _MOST_BYTES:
-            raise _RefusedError(413, f"at most {_MOST_BYTES:,} bytes are taken")
-        data = self.rfile.read(int(length))
-        if len(data) < int(length):
-            raise _RefusedError(400, f"the request ended after {len(data):,} of {length} bytes")
-        return data
-
-    def _refuse(self, error: _RefusedError) -> None:
-        try:
-            body = json.dumps({"error": str(error)}).encode()
-            # what was sent may still be under way: it is no next request
-            self._reply(error.status, body, "application/json", {**error.headers, "Connection": "close"})
-            self._drain()
-        except OSError:
-            self.close_connection = True
-
-    def _drain(self) -> None:
-        """Take what is still coming, so that the answer is not lost in a reset of the connection."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(1)
-        end = time.monotonic() + 5
-        while time.monotonic() < end and self.connection.recv(1 << 16):
-            pass
-
-    def _reply(self, status: int, body: bytes, kind: str, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
 
 
 def run_serve(words: Sequence[str]) -> int:

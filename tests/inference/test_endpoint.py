@@ -42,12 +42,12 @@ from ade_harness.inference import exchange as exchange_module
 from ade_harness.inference.endpoint import Endpoint, EndpointError, read_token
 from ade_harness.inference.remote import EndpointPredictor, encode, open_endpoint, read_scores
 from ade_harness.runtime.plan import most_held
-from ade_harness.serve import Service, make_server, open_service
+from ade_harness.serve import ModelService, make_server, open_service
 from tests.conftest import Done
 
 Call = Callable[..., Done]
 FAST = ("tracking=none", "run.overlays=0")
-TOKEN = "s3cret-tok3n-0123456789"
+TOKEN = "S3cret-TOK3N-0123456789"
 IMAGE = np.random.default_rng(5).integers(0, 256, (20, 30, 3)).astype(np.uint8)
 
 
@@ -177,7 +177,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @contextmanager
-def reference_server(*words: str, token: str | None = None) -> Iterator[tuple[Service, str]]:
+def reference_server(*words: str, token: str | None = None) -> Iterator[tuple[ModelService, str]]:
     service = open_service(compose_config(["model=demo", *words]))
     with make_server(service, token=token) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -487,6 +487,17 @@ def test_a_dead_endpoint_is_told_from_an_image_that_fails(waits: list[float]) ->
     assert len(waits) == 1  # the second image was not tried
 
 
+def test_a_run_that_breaks_off_ends_its_requests() -> None:
+    with serving(lambda *_: time.sleep(4)) as server:
+        made = predictor(server.url)
+        threading.Timer(0.2, made.endpoint.stop).start()
+        begin = time.monotonic()
+        with pytest.raises(EndpointError, match="stopped"):
+            labels_of(made)
+        assert time.monotonic() - begin < 3
+        assert len(server.requests) == 1
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
 def test_certificates_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -627,6 +638,8 @@ def test_the_token_is_written_nowhere(call: Call, tmp_path: Path, monkeypatch: p
             handler.wfile.write(told.encode())
         elif len(handler.server.requests) == 3:
             handler.send(told, told.encode())
+        elif len(handler.server.requests) == 4:
+            handler.send("image/png", right_size(data), Label_Encoding=told)
         else:
             good(handler, data)
 
@@ -640,9 +653,20 @@ def test_the_token_is_written_nowhere(call: Call, tmp_path: Path, monkeypatch: p
         assert done.code == 0, done.err
         assert all(headers["Authorization"] == f"Bearer {TOKEN}" for headers, _ in server.requests)
     written = everything_written(tmp_path, failed, done)
-    assert TOKEN.encode() not in written
+    assert TOKEN.lower().encode() not in written.lower()
     assert b"MY_TOKEN" in written  # its name may be known
     assert TOKEN not in repr(Endpoint(server.url, 1, 1, TOKEN))
+
+
+def test_a_token_is_hidden_before_a_reply_is_cut() -> None:
+    for kind, body in (
+        ("text/plain", "x" * 190 + TOKEN),
+        ("application/json", json.dumps({"error": "x" * 190 + TOKEN})),
+    ):
+        with serving(status(400, body, kind)) as server, pytest.raises(HarnessError) as caught:
+            labels_of(predictor(server.url, token=TOKEN))
+        assert TOKEN[:5].lower() not in str(caught.value).lower()
+        assert "xxx" in str(caught.value)
 
 
 def test_the_reference_servers_token(call: Call, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:

@@ -126,7 +126,9 @@ class Endpoint:
                 self._wait(max(wait, retry_after or 0.0))
             self._refuse_if_over()
             try:
-                reply = exchange(method, url, headers, body, self.timeout_s, most_bytes, _QUOTED_BYTES)
+                reply = exchange(
+                    method, url, headers, body, self.timeout_s, most_bytes, _QUOTED_BYTES, self._refuse_if_over
+                )
             except NoReplyError as error:
                 problem, answered, retry_after = str(error), False, None
                 if not error.passing:
@@ -162,7 +164,7 @@ class Endpoint:
             return {}
         if not isinstance(told, dict):
             return {}
-        kept = {k: self.hide(first_line(v)) for k in ("name", "version", "sha256") if isinstance(v := told.get(k), str)}
+        kept = {k: first_line(self.hide(v)) for k in ("name", "version", "sha256") if isinstance(v := told.get(k), str)}
         if not re.fullmatch(r"[0-9a-f]{64}", kept.get("sha256", "")):
             kept.pop("sha256", None)
         return {k: v for k, v in kept.items() if v}
@@ -177,20 +179,20 @@ class Endpoint:
             found = next((told[k] for k in ("error", "detail", "message") if isinstance(told.get(k), str)), text)
         except (ValueError, AttributeError, RecursionError):
             found = text
-        said = self.hide(first_line(found))
+        said = first_line(self.hide(found))
         return f": {said!r}" if said else ""
 
     def hide(self, text: str) -> str:
-        """Return a text without the token: servers repeat what they were sent."""
-        return text.replace(self.token, "***") if self.token else text
+        """Return a text without the token, before it is cut: servers repeat what they were sent."""
+        return re.sub(re.escape(self.token), "***", text, flags=re.IGNORECASE) if self.token else text
 
     def _described(self, reply: Reply) -> str:
         if 300 <= reply.status < 400:
-            target = self.hide(first_line(without_query(reply.headers.get("location", "nowhere"))))
+            target = first_line(without_query(self.hide(reply.headers.get("location", "nowhere"))))
             return (
                 f"answers {reply.status} and points to {target}; redirects are not followed: set model.url to the last"
             )
-        return f"answers {reply.status} {self.hide(first_line(reply.reason))}".rstrip() + self.quote(reply)
+        return f"answers {reply.status} {first_line(self.hide(reply.reason))}".rstrip() + self.quote(reply)
 
     def _answers(self) -> bool:
         """Whether the endpoint answers anything at all."""
@@ -206,13 +208,21 @@ class Endpoint:
             time.sleep(min(left, 0.5))
             self._refuse_if_over()
 
+    def stop(self) -> None:
+        """End this rank's requests: the run breaks off."""
+        if not self._over[0]:
+            self._write_over("stopped")
+
     def _give_up(self, text: str) -> NoReturn:
         """End this and every other request of this rank with one message."""
         self._refuse_if_over()  # whoever was first has the word
+        self._write_over(text)
+        raise EndpointError(text)
+
+    def _write_over(self, text: str) -> None:
         data = text.encode()[: len(self._over) - 1]
         self._over[1 : len(data)] = data[1:]
         self._over[:1] = data[:1]  # from now on it is seen
-        raise EndpointError(text)
 
     def _refuse_if_over(self) -> None:
         if self._over[0]:

@@ -11,7 +11,7 @@ import io
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException, HTTPResponse
@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 _CHUNK = 1 << 16
+_LOOK_UP_S = 0.5
 
 
 class NoReplyError(Exception):
@@ -50,7 +51,14 @@ class Reply:
 
 
 def exchange(
-    method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float, most_bytes: int, quote: int
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    timeout_s: float,
+    most_bytes: int,
+    quote: int,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Reply:
     """Send a request on a connection of its own and read the whole reply.
 
@@ -62,6 +70,7 @@ def exchange(
         timeout_s: for everything together, except looking up the host's name.
         most_bytes: of the reply's body, if the status is 2xx.
         quote: bytes that are read of the body of any other reply.
+        on_wait: called now and then while nothing comes; what it raises ends the request.
 
     Raises:
         NoReplyError: no connection, no HTTP, too slow, cut off, or too large.
@@ -72,7 +81,7 @@ def exchange(
     try:
         connection = _connect(parts, end)
         _send(connection, _head(method, parts, headers, len(body)) + body, end)
-        arriving: Any = _Arriving(connection, end)
+        arriving: Any = _Arriving(connection, end, on_wait)
         response = HTTPResponse(arriving, method=method)
         response.begin()
         return _read(response, most_bytes, quote)
@@ -94,16 +103,21 @@ def exchange(
 class _Arriving(io.RawIOBase):
     """A connection's bytes as a file that ends with TimeoutError at the deadline."""
 
-    def __init__(self, connection: socket.socket, end: float) -> None:
+    def __init__(self, connection: socket.socket, end: float, on_wait: Callable[[], None]) -> None:
         self._connection = connection
         self._end = end
+        self._on_wait = on_wait
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._connection.settimeout(_left(self._end))
-        return self._connection.recv_into(buffer)
+        while True:
+            self._connection.settimeout(min(_left(self._end), _LOOK_UP_S))
+            try:
+                return self._connection.recv_into(buffer)
+            except TimeoutError:
+                self._on_wait()
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What HTTPResponse asks of a socket."""

@@ -97,14 +97,14 @@ class EndpointPredictor:
         if coding != "identity":
             raise HarnessError(f"{name}: sends its reply compressed, which was not asked for (Content-Encoding).")
         if reply.content_type not in expected:
-            sent = self.endpoint.hide(reply.content_type[:80]) or "no Content-Type"
+            sent = self.endpoint.hide(reply.content_type)[:80] or "no Content-Type"
             raise HarnessError(f"{name}: sends {sent!r}, expected {expected[0]}{self.endpoint.quote(reply)}")
 
     def _labels(self, reply: Reply, size: Size, name: str) -> torch.Tensor:
         encoding = reply.headers.get(ENCODING_HEADER.lower(), self.encoding).strip().lower()
         if encoding != self.encoding:
             raise HarnessError(
-                f"{name}: sends labels as {encoding[:40]!r}, but model.encoding={self.encoding}. Set model.encoding."
+                f"{name}: sends labels as {self.endpoint.hide(encoding)[:40]!r}, but model.encoding={self.encoding}. Set model.encoding."
             )
         height, width, _ = read_header(reply.body, name)  # before anything of that size is allocated
         if (height, width) != size:

@@ -59,6 +59,8 @@ class Work:
     """Expected, of each item."""
     names: Sequence[str]
     """Of each item, for messages."""
+    stop: Callable[[], None] = lambda: None
+    """Called when the work breaks off: loaders that wait for something need not wait any more."""
 
 
 @dataclass
@@ -118,6 +120,10 @@ class WorkItems(pl.LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_quiet_worker,
         )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let loaders end; called by Lightning before it waits for them."""
+        self.work.stop()
 
     def _take(self, rank: int, world_size: int, look_ahead: int) -> Iterator[int]:
         """Yield this rank's items as its loaders ask for them."""
