@@ -104,7 +104,8 @@ class EndpointPredictor:
         encoding = reply.headers.get(ENCODING_HEADER.lower(), self.encoding).strip().lower()
         if encoding != self.encoding:
             raise HarnessError(
-                f"{name}: sends labels as {self.endpoint.hide(encoding)[:40]!r}, but model.encoding={self.encoding}. Set model.encoding."
+                f"{name}: sends labels as {self.endpoint.hide(encoding)[:40]!r}, but model.encoding={self.encoding}."
+                " Set model.encoding."
             )
         height, width, _ = read_header(reply.body, name)  # before anything of that size is allocated
         if (height, width) != size:
