@@ -125,8 +125,8 @@ def plan_loaders(cfg: DictConfig, rank: int, world_size: int) -> Loaders:
     limit: int = cfg.model.http.concurrency
     require(
         limit >= world_size,
-        f"model.http.concurrency={limit}: each of the {world_size} ranks needs one request of its own. Use fewer ranks"
-        " (one is enough: an endpoint's images need no GPU here), or a higher limit.",
+        f"model.http.concurrency={limit}: each of the {world_size} ranks needs one request of its own. Set"
+        " runtime.devices=1 (an endpoint's images need no GPU here, and one rank sends them all), or a higher limit.",
     )
     share = limit // world_size + (rank < limit % world_size)
     workers = share if cfg.runtime.workers is None else min(cfg.runtime.workers, share)
