@@ -15,15 +15,19 @@ from rich.console import Console
 from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.opening import open_dataset
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, require
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.inference.predictor import NetworkPredictor
+from ade_harness.inference.remote import EndpointPredictor, open_endpoint
 from ade_harness.models.loading import LoadedModel, load_model
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
+from ade_harness.runtime.plan import Loaders
 from ade_harness.runtime.trainer import Ranks
+
+AnyPredictor = NetworkPredictor | FolderPredictor | EndpointPredictor
 
 
 def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
@@ -32,7 +36,7 @@ def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRe
         return None
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
-    facts = describe_facts(job.dataset, job.ids_hash, job.model, cfg, ranks.trainer.strategy.root_device.type)
+    facts = describe_facts(job.dataset, job.ids_hash, job.facts, cfg, ranks.trainer.strategy.root_device.type)
     record = start_record(config, facts, job.marks, seeds, console.print)
     for line in (*record.manifest["marks"], f"run directory: {record.path}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -51,7 +55,10 @@ class Job:
     """Why images are left out, by image id (``run.on_error=skip``)."""
     ids_hash: str
     """Of the whole data set."""
-    predictor: NetworkPredictor | FolderPredictor
+    predictor: AnyPredictor
+    facts: dict[str, Any]
+    """Origin and hashes of the weights."""
+    loaders: Loaders
     model: LoadedModel | None
     marks: tuple[str, ...]
     """What the run's numbers are not."""
@@ -81,14 +88,35 @@ def build_job(cfg: DictConfig, coordinator: Coordinator) -> Job:
         more = f" {len(wrong) - 1} more images fail." if len(wrong) > 1 else ""
         raise HarnessError(next(iter(wrong.values())) + more)
     ids_hash, dataset = dataset.ids_hash(), dataset.without(wrong)
+    loaders = plan_loaders(cfg, coordinator.rank, coordinator.world_size)
     predictor, model = agreed(coordinator, "model", lambda: build_predictor(cfg, dataset, sizes))
-    notes = _compare_ranks(coordinator, dataset, ids_hash, model, is_first)
+    facts = describe_model(cfg, predictor, model)
+    notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first)
     marks = describe_marks(cfg, dataset, model, list(sizes.values()))
-    return Job(dataset, sizes, wrong, ids_hash, predictor, model, tuple(marks), tuple(notes))
+    return Job(dataset, sizes, wrong, ids_hash, predictor, facts, loaders, model, tuple(marks), tuple(notes))
+
+
+def plan_loaders(cfg: DictConfig, rank: int, world_size: int) -> Loaders:
+    """Return a rank's loaders; those of an endpoint each send one request at a time, which shares its limit out.
+
+    Raises:
+        HarnessError: there are more ranks than an endpoint may be sent requests.
+    """
+    if cfg.model.kind != "http":
+        return Loaders(cfg.runtime.workers)
+    limit: int = cfg.model.http.concurrency
+    require(
+        limit >= world_size,
+        f"model.http.concurrency={limit}: each of the {world_size} ranks needs one request of its own. Set"
+        " runtime.devices=1 (an endpoint's images need no GPU here, and one rank sends them all), or a higher limit.",
+    )
+    share = limit // world_size + (rank < limit % world_size)
+    workers = share if cfg.runtime.workers is None else min(cfg.runtime.workers, share)
+    return Loaders(workers, ahead=2, at_once=max(1, workers))
 
 
 def _compare_ranks(
-    coordinator: Coordinator, dataset: SegmentationDataset, ids_hash: str, model: LoadedModel | None, is_first: bool
+    coordinator: Coordinator, dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], is_first: bool
 ) -> list[str]:
     """Refuse ranks that would count something else than rank 0 does; returns notes.
 
@@ -101,7 +129,7 @@ def _compare_ranks(
     seen = {
         "the image ids (sha256)": ids_hash,
         "the data set's names and sizes (sha256)": dataset.files_hash() if is_first else None,
-        "the checkpoint (sha256)": model.facts.get("sha256") if model is not None else None,
+        "the checkpoint (sha256)": facts.get("sha256"),
         "the code's commit": code.get("commit"),
         "the code's uncommitted changes (sha256)": code.get("diff_sha256"),
         "torch": torch.__version__,
@@ -123,7 +151,7 @@ def _compare_ranks(
 
 def build_predictor(
     cfg: DictConfig, dataset: SegmentationDataset, sizes: Mapping[str, tuple[int, int]]
-) -> tuple[NetworkPredictor | FolderPredictor, LoadedModel | None]:
+) -> tuple[AnyPredictor, LoadedModel | None]:
     """Load the model, and check that it can take what the protocol makes of every image.
 
     Args:
@@ -146,6 +174,8 @@ def build_predictor(
                 f" {missing[0]}.png. Every image needs one; dataset.ids or dataset.limit evaluate fewer."
             )
         return folder, None
+    if cfg.model.kind == "http":
+        return open_endpoint(cfg.model, cfg.runtime.kernels), None
     model = load_model(cfg.model, cfg.runtime.threads)
     predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels, cfg.metrics.calibration)
     predictor.check_sizes(sizes)
@@ -177,15 +207,21 @@ def skipped_marks(marks: Sequence[str], counted: int, expected: int, skipped: in
     return [partial, *(mark for mark in marks if not mark.startswith("PARTIAL"))]
 
 
+def describe_model(cfg: DictConfig, predictor: AnyPredictor, model: LoadedModel | None) -> dict[str, Any]:
+    """Return where the predictions come from: ``origin``, and the weights' ``sha256`` if it is known."""
+    if model is not None:
+        return {"weights": model.weights, **model.facts}
+    return predictor.facts() if isinstance(predictor, EndpointPredictor) else {"origin": cfg.model.path}
+
+
 def describe_facts(
-    dataset: SegmentationDataset, ids_hash: str, model: LoadedModel | None, cfg: DictConfig, device: str
+    dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], cfg: DictConfig, device: str
 ) -> dict[str, Any]:
     """Return origins and hashes for the manifest.
 
     Raises:
         HarnessError: ``runtime.kernels`` cannot be used on this device.
     """
-    facts = {"weights": model.weights, **model.facts} if model is not None else {"origin": cfg.model.path}
     implementation: Any = kernels.select(cfg.runtime.kernels, device)
     return {
         "device": device,

@@ -40,11 +40,13 @@ Evaluate scene parsing models on ADE20K: exact counts, any number of ranks.
   python -m ade_harness leaderboard [RUN ...]          published rows with your complete runs merged in; chart
   python -m ade_harness data download [--root DIR]     fetch ADEChallengeData2016.zip, check it, extract it
   python -m ade_harness data verify [ROOT]             read every pair and check it against the official list
+  python -m ade_harness serve [key=value ...]          answer HTTP requests with a model (docs/endpoints.md)
   python -m ade_harness doctor                         what this machine can run
 
 Most used options of evaluate
   model=NAME                    {models}
   model.path=PATH               the file (onnx, torchscript) or the folder of label PNGs (predictions)
+  model.url=URL                 an endpoint that answers with label maps or scores (model=http)
   model.id=ID                   hub id or folder (model=hf)
   model._target_=pkg.mod.Net    your own nn.Module (model=custom), model.kwargs.NAME=VALUE its arguments
   model.checkpoint=PATH         a weight file of your own; model.weights=random model.seed=0 needs none

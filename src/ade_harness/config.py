@@ -93,6 +93,19 @@ class ParityConfig:
 
 
 @dataclass
+class HttpConfig:
+    """kind=http: how an endpoint is asked (docs/endpoints.md)."""
+
+    send: str = "png"  # or jpeg, which changes the pixels
+    jpeg_quality: int = 95
+    returns: str = "labels"  # label maps as PNG, or scores as .npy
+    timeout_s: float = 60.0  # of one try, from connecting to the last byte
+    retries: int = 4  # after a lost connection, a timeout, 429 or 5xx
+    concurrency: int = 4  # requests under way, of all ranks together
+    token_env: str | None = None  # name of the environment variable that holds a bearer token
+
+
+@dataclass
 class ModelConfig:
     """Which network, its weights, and what its outputs mean."""
 
@@ -103,6 +116,8 @@ class ModelConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments
     path: str | None = None  # kind=onnx, torchscript, predictions: file or folder
     id: str | None = None  # kind=hf: hub id or local folder
+    url: str | None = None  # kind=http: address of the endpoint; images go to /predict below it
+    http: HttpConfig = field(default_factory=HttpConfig)
     revision: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
     protocols: ProtocolsConfig = field(default_factory=ProtocolsConfig)
@@ -121,7 +136,7 @@ class ModelConfig:
     dtype: str = "fp32"  # of the weights in memory; bf16 and fp16 need the same inference.precision
     class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
     class_names: list[str] | None = None  # per output channel, if the file carries none
-    encoding: str = "official"  # kind=predictions: official (0 none, 1..150) or zero_based (0..149, 255 none)
+    encoding: str = "official"  # kind=predictions, http: official (0 none, 1..150) or zero_based (0..149, 255 none)
     input: InputConfig = field(default_factory=InputConfig)
     allow_missing_keys: list[str] = field(default_factory=list)
     allow_unexpected_keys: list[str] = field(default_factory=list)
@@ -359,7 +374,7 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
     register_schemas()
     if extra is not None and not extra.is_dir():
         raise HarnessError(f"--config-dir: {extra} is not a folder.")
-    overrides = _own_protocol(overrides, extra)
+    overrides = _own_protocol([_quote_address(o) for o in overrides], extra)
     GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
     try:
@@ -421,6 +436,7 @@ def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         HarnessError: as :func:`compose_config`; or the text is no configuration of this version.
     """
+    overrides = [_quote_address(o) for o in overrides]
     composed = compose_config(overrides)  # every mistake in them is found here
     try:
         cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
@@ -434,6 +450,13 @@ def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
             OmegaConf.update(cfg, key, OmegaConf.select(composed, key), merge=False)
     validate(cfg)
     return cfg
+
+
+def _quote_address(text: str) -> str:
+    """Quote a URL: Hydra's grammar has another use for = and &."""
+    key, _, value = text.partition("=")
+    is_plain = key == "model.url" and "://" in value and not value.startswith(("'", '"', "$")) and "'" not in value
+    return f"{key}='{value}'" if is_plain else text
 
 
 def _open_dict(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
+from ade_harness.endpoint_checks import check_endpoint
 from ade_harness.errors import did_you_mean, require
 from ade_harness.protocol_checks import check_protocol
 
@@ -65,8 +66,8 @@ def validate(cfg: DictConfig) -> None:
     require(0 < metrics.level < 1, f"metrics.level={metrics.level}: expected a number between 0 and 1, such as 0.95.")
     require(metrics.seed >= 0, f"metrics.seed={metrics.seed}: expected 0 or more.")
     require(
-        not metrics.calibration or cfg.model.kind != "predictions",
-        "metrics.calibration needs a network's scores, and model.kind=predictions has label maps only.",
+        not metrics.calibration or cfg.model.kind not in ("predictions", "http"),
+        f"metrics.calibration needs a network's scores, and model.kind={cfg.model.kind} gives label maps.",
     )
     check_protocol(cfg)
     require(
@@ -106,6 +107,7 @@ _NEEDED = {
     "onnx": ("path", "the .onnx file"),
     "torchscript": ("path", "the TorchScript file"),
     "predictions": ("path", "the folder of label PNGs"),
+    "http": ("url", "the address of the endpoint, such as http://127.0.0.1:8000"),
     "hf": ("id", "a hub id or a local folder"),
     "custom": ("_target_", "the import path of your nn.Module, such as my_pkg.my_module.MyNet"),
 }
@@ -114,6 +116,8 @@ _NEEDED = {
 def _check_model(cfg: DictConfig) -> None:
     key, what = _NEEDED.get(cfg.model.kind, (None, None))
     require(key is None or cfg.model[key] is not None, f"model.{key} must be set: {what}.")
+    if cfg.model.kind == "http":
+        check_endpoint(cfg.model)
     require(
         cfg.model.kind != "demo" or cfg.dataset.kind == "demo",
         "model=demo knows only the made-up demo images. Choose a model for this data set, such as"

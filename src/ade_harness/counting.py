@@ -17,7 +17,9 @@ from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
+from ade_harness.inference.endpoint import EndpointError
 from ade_harness.inference.predictor import Prediction, Predictor, Prepared, label_hash
+from ade_harness.inference.remote import EndpointPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.metrics.areas import areas_of, split_areas
 from ade_harness.metrics.calibration import count_confidence
@@ -58,6 +60,8 @@ class Failure:
 
     image_id: str
     message: str
+    of_all: bool = False
+    """Whether every other image would fail as well, so that the run ends, also with ``run.on_error=skip``."""
 
 
 def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, most: int) -> list[list[int]]:
@@ -106,6 +110,11 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
     def __len__(self) -> int:
         return len(self.groups)
 
+    def stop(self) -> None:
+        """End requests that loader processes wait for."""
+        if isinstance(self.predictor, EndpointPredictor):
+            self.predictor.endpoint.stop()
+
     def __getitem__(self, item: int) -> list[LoadedImage | Failure]:
         """Load one batch; never raises for a bad file."""
         return [self._load(index) for index in self.groups[item]]
@@ -117,7 +126,7 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
             sample = self.dataset.load(index)
             prepared = self.predictor.prepare(image_id, sample.image)
         except HarnessError as error:
-            return Failure(image_id, str(error))
+            return Failure(image_id, str(error), isinstance(error, EndpointError))
         overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
         content_hash = sample.content_hash + self.predictor.source_hash(image_id)
         target = torch.from_numpy(sample.target)
@@ -177,6 +186,8 @@ class ImageCounter:
         failed = [item for item in batch if isinstance(item, Failure)]
         images = [item for item in batch if isinstance(item, LoadedImage)]
         self.failures += failed
+        if any(failure.of_all for failure in failed):
+            self.coordinator.stop()
         if failed and not self.skip_failures:
             images = []
             if len(self.failures) >= _MOST_FAILURES:

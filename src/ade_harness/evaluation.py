@@ -98,7 +98,7 @@ def _evaluate(
     skip, maps = cfg.run.on_error == "skip", LabelMaps(run_dir, cfg.run.label_maps)
     writer = LedgerWriter(ledger, marks)
     counter = ImageCounter(predictor, writer, coordinator, run_dir, maps, marks, cfg.runtime.kernels, skip, done)
-    work_items = WorkItems(Work(items, costs, names), cfg.runtime.sharding, cfg.runtime.workers, coordinator)
+    work_items = WorkItems(Work(items, costs, names, items.stop), cfg.runtime.sharding, job.loaders, coordinator)
     reporter = reporter_for(coordinator.rank, console, len(dataset.ids), len(done))
     loop = WorkLoop(counter.process, job.model.module if job.model else None, work_items, ranks, reporter)
     ranks.watchdog.on_loss = writer.flush

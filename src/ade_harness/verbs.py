@@ -5,6 +5,7 @@ REPORTS = {
     "report": ("report.commands", "run_report"),
     "leaderboard": ("leaderboard.table", "run_leaderboard"),
     "data": ("data_cli", "run_data"),
+    "serve": ("serve", "run_serve"),
     "doctor": ("doctor", "run_doctor"),
 }
 """Verbs that take a console and words: module and function, imported when they are asked for."""

@@ -97,7 +97,9 @@ def test_cfg_job_shows_the_composed_configuration(call: Call) -> None:
 
 @pytest.mark.parametrize("name", choices("model"))
 def test_every_model_configuration_composes(name: str) -> None:
-    needed = {"custom": ["model._target_=a.b"], "hf": ["model.id=x"]}.get(name, ["model.path=x"])
+    needed = {"custom": ["model._target_=a.b"], "hf": ["model.id=x"], "http": ["model.url=http://x"]}.get(
+        name, ["model.path=x"]
+    )
     data = [] if name == "demo" else ["dataset=ade20k", "dataset.root=x"]
     cfg = compose_config([f"model={name}", *needed, *data])
     assert cfg.model.name == name

@@ -37,7 +37,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def complete(run: FinishedRun, **metrics: object) -> FinishedRun:
     """Make a run look like one of all validation images."""
-    manifest = {**run.manifest, "marks": [], "dataset": {**run.manifest["dataset"], "name": "ade20k", "expected_images": 2000}}
+    manifest = {
+        **run.manifest,
+        "marks": [],
+        "dataset": {**run.manifest["dataset"], "name": "ade20k", "expected_images": 2000},
+    }
     config = {**run.config, "model": {**run.config["model"], "label": "Ours | <best>"}}
     rows = tuple(make_row(i) for i in range(2000))
     return FinishedRun(run.path, manifest, config, {**run.metrics, **metrics}, rows, "")
@@ -67,7 +71,11 @@ def test_complete_runs_are_merged_in_and_marked(demo: Path) -> None:
     assert (mine["system"], mine["place"], mine["interval"]) == ("Ours | <best>", "1", "62.00 to 64.00")
     assert "Ours \\| &lt;best>" in as_markdown(entries)
     tie = replace(measured_entries(run)[0], score=57.3, date="2026-01")
-    assert [e.date for e in ranked([*published_entries(), tie], "mIoU") if e.score == 57.3] == ["2025-12", "2026-01", "2026-03"]
+    assert [e.date for e in ranked([*published_entries(), tie], "mIoU") if e.score == 57.3] == [
+        "2025-12",
+        "2026-01",
+        "2026-03",
+    ]
 
 
 def test_what_has_no_place(demo: Path) -> None:
@@ -83,7 +91,9 @@ def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:
     shutil.copytree(demo, tmp_path / "all" / "demo")
     (tmp_path / "all" / "broken").mkdir()
     (tmp_path / "all" / "broken" / "manifest.json").write_text("{")
-    outputs = [word for name in ("chart.png", "chart.svg", "rows.md", "rows.csv") for word in ("--output", tmp_path / name)]
+    outputs = [
+        word for name in ("chart.png", "chart.svg", "rows.md", "rows.csv") for word in ("--output", tmp_path / name)
+    ]
     done = call("leaderboard", "--root", tmp_path / "all", *outputs)
     assert done.code == 0, done.err
     assert "0 complete runs; 2 others are left out" in done.out

@@ -18,6 +18,35 @@ from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.views import Size
 
 
+def classes_of_stored(stored: npt.NDArray[np.uint8], encoding: str, name: str) -> npt.NDArray[np.uint8]:
+    """Return the classes of a stored label map, uint8 [H, W]: 0..149, 255 for none.
+
+    Args:
+        stored: uint8 [H, W], the file's own values.
+        encoding: "official" (0 none of the classes, 1..150) or "zero_based" (0..149, 255 none).
+        name: how messages call the file.
+
+    Raises:
+        HarnessError: a value that the encoding does not have.
+    """
+    table = np.full(256, NO_CLASS, np.uint8)
+    allowed = np.zeros(256, bool)
+    if encoding == "official":
+        table[1 : NUM_CLASSES + 1] = np.arange(NUM_CLASSES)
+        allowed[: NUM_CLASSES + 1] = True
+        expected = "0 (none) and 1..150 (model.encoding=official); 0..149 with 255 is model.encoding=zero_based"
+    else:
+        table[:NUM_CLASSES] = np.arange(NUM_CLASSES)
+        allowed[:NUM_CLASSES] = True
+        allowed[NO_CLASS] = True
+        expected = "0..149 and 255 (none) (model.encoding=zero_based); 0..150 is model.encoding=official"
+    wrong = np.unique(stored[~allowed[stored]])
+    if wrong.size:
+        raise HarnessError(f"{name}: holds the value {wrong[0]}; expected {expected}.")
+    labels: npt.NDArray[np.uint8] = table[stored]
+    return labels
+
+
 class FolderPredictor:
     """Takes the label maps from PNG files ``<image id>.png`` made by any framework.
 
@@ -48,26 +77,8 @@ class FolderPredictor:
                 f"{path}: {stored.shape[1]}x{stored.shape[0]} (width x height), the image is"
                 f" {image.shape[1]}x{image.shape[0]}: label files must have the original image's size."
             )
-        labels = torch.from_numpy(self._decode(stored, path))
+        labels = torch.from_numpy(classes_of_stored(stored, self.encoding, str(path)))
         return Prepared(image_id, (labels,), (image.shape[0], image.shape[1]))
-
-    def _decode(self, stored: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
-        table = np.full(256, NO_CLASS, np.uint8)
-        allowed = np.zeros(256, bool)
-        if self.encoding == "official":
-            table[1 : NUM_CLASSES + 1] = np.arange(NUM_CLASSES)
-            allowed[: NUM_CLASSES + 1] = True
-            expected = "0 (none) and 1..150 (model.encoding=official); 0..149 with 255 is model.encoding=zero_based"
-        else:
-            table[:NUM_CLASSES] = np.arange(NUM_CLASSES)
-            allowed[:NUM_CLASSES] = True
-            allowed[NO_CLASS] = True
-            expected = "0..149 and 255 (none) (model.encoding=zero_based); 0..150 is model.encoding=official"
-        wrong = np.unique(stored[~allowed[stored]])
-        if wrong.size:
-            raise HarnessError(f"{path}: holds the value {wrong[0]}; expected {expected}.")
-        labels: npt.NDArray[np.uint8] = table[stored]
-        return labels
 
     def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
         """Return the labels that were read."""

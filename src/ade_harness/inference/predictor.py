@@ -193,6 +193,22 @@ class NetworkPredictor:
                 predictions.append(Prediction(labels, nan_share, sure))
         return predictions
 
+    def views(self, prepared: Prepared, device: torch.device) -> tuple[list[View], ClassMap, Tensor]:
+        """Run the network on one image.
+
+        Returns:
+            The scores of its views, in the order of summation; the class of each of their channels; the share of NaN.
+        """
+        if self._kernels is None:
+            self._kernels = kernels.select(self._kernels_choice, device.type)
+        plans = plan_views(prepared.original_size, self.cfg)
+        [outputs] = self._outputs([prepared], [plans], device, Stopwatch(device))
+        nan_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
+        assert self._class_map is not None
+        size = prepared.original_size
+        views = [self._view(plan, output, size) for plan, output in zip(plans, outputs, strict=True)]
+        return views, self._class_map, nan_share
+
     def source_hash(self, image_id: str) -> str:
         """Nothing is read: the weights are recorded for the whole run."""
         return ""

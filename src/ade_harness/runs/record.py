@@ -29,6 +29,9 @@ from ade_harness.runs.ledger import Row
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, environment
 
+_HOW_TO_ASK = ("timeout_s", "retries", "concurrency", "token_env")
+"""Of ``model.http``: they change no label, so a run may be continued with others."""
+
 
 @dataclass
 class RunRecord:
@@ -158,6 +161,8 @@ def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any
     """Return what must be equal for counts of two sittings to be added up."""
     kept = {g: config[g] for g in ("model", "dataset", "inference")}
     kept["metrics"] = {"calibration": config["metrics"]["calibration"]}
+    http = {k: v for k, v in config["model"].get("http", {}).items() if k not in _HOW_TO_ASK}
+    kept["model"] = {**config["model"], "http": http}
     runtime = {k: config["runtime"][k] for k in ("seed", "threads", "deterministic")}
     return {
         **flatten(kept),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def largest_first(costs: Sequence[float]) -> list[int]:
@@ -32,7 +33,19 @@ def assign(costs: Sequence[float], world_size: int) -> list[list[int]]:
     return shares
 
 
-def most_held(left: int, world_size: int, look_ahead: int) -> int:
+@dataclass(frozen=True)
+class Loaders:
+    """The processes that load a rank's items."""
+
+    workers: int | None = None
+    """None takes the cores that the ranks leave, at most 8 each; 0 loads in the rank itself."""
+    ahead: int = 4
+    """Items that each may have before it."""
+    at_once: int = 1
+    """Items of a rank that are worked on at a time: more than one if loaders do the work."""
+
+
+def most_held(left: int, world_size: int, look_ahead: int, at_once: int = 1) -> int:
     """Return how many items a rank may hold at a time: the one it works on, and those that its loaders prepare.
 
     Much while much is left, so that loaders never starve; towards the end only what is being worked on, so that no
@@ -42,6 +55,7 @@ def most_held(left: int, world_size: int, look_ahead: int) -> int:
         left: items that nobody has taken.
         world_size: number of ranks.
         look_ahead: what the loaders can use, at most.
+        at_once: items that the rank works on at a time.
     """
-    least = 2 if left > 4 * world_size else 1
+    least = max(at_once, 2 if left > 4 * world_size else 1)
     return min(look_ahead + 1, max(least, left // (8 * world_size)))

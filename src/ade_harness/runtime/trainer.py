@@ -37,7 +37,7 @@ from ade_harness.runtime.cluster import (
     slurm_first_address,
 )
 from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
-from ade_harness.runtime.plan import assign, largest_first, most_held
+from ade_harness.runtime.plan import Loaders, assign, largest_first, most_held
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.signals import handled_signals
 from ade_harness.runtime.watchdog import Watchdog
@@ -59,6 +59,8 @@ class Work:
     """Expected, of each item."""
     names: Sequence[str]
     """Of each item, for messages."""
+    stop: Callable[[], None] = lambda: None
+    """Called when the work breaks off: loaders that wait for something need not wait any more."""
 
 
 @dataclass
@@ -85,15 +87,15 @@ class WorkItems(pl.LightningDataModule):
     Args:
         work: of all ranks.
         sharding: ``queue`` (from a shared counter, largest first) or ``plan`` (fixed shares of equal cost).
-        workers: loader processes per rank; None takes the cores that the ranks leave, at most 8 each.
+        loaders: of this rank.
         coordinator: no item is loaded after any rank has stopped.
     """
 
-    def __init__(self, work: Work, sharding: str, workers: int | None, coordinator: Coordinator) -> None:
+    def __init__(self, work: Work, sharding: str, loaders: Loaders, coordinator: Coordinator) -> None:
         super().__init__()
         self.work = work
         self.sharding = sharding
-        self.workers = workers
+        self.loaders = loaders
         self.coordinator = coordinator
         self.held = 0
         """Items that this rank has taken and not finished."""
@@ -104,17 +106,24 @@ class WorkItems(pl.LightningDataModule):
         assert trainer is not None
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
         spare = max(0, min(8, (os.cpu_count() or 1) // local_ranks - 1))
-        workers = min(spare if self.workers is None else self.workers, len(self.work.costs))
+        loaders = self.loaders
+        if loaders.at_once > 1:  # they mostly wait: more than there are cores are no mistake
+            warnings.filterwarnings("ignore", message=r"This DataLoader will create")
+        workers = min(spare if loaders.workers is None else loaders.workers, len(self.work.costs))
         return DataLoader(
             _Numbered(self.work.items),
             batch_size=None,
-            sampler=_Taken(self._take(trainer.global_rank, trainer.world_size, 4 * workers)),
+            sampler=_Taken(self._take(trainer.global_rank, trainer.world_size, loaders.ahead * workers)),
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=loaders.ahead if workers else None,
             multiprocessing_context="fork" if workers else None,  # nothing of the network is sent to workers
             pin_memory=trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_quiet_worker,
         )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let loaders end; called by Lightning before it waits for them."""
+        self.work.stop()
 
     def _take(self, rank: int, world_size: int, look_ahead: int) -> Iterator[int]:
         """Yield this rank's items as its loaders ask for them."""
@@ -127,7 +136,7 @@ class WorkItems(pl.LightningDataModule):
             return
         order = largest_first(self.work.costs)
         while not self.coordinator.stopped and (left := len(order) - self.coordinator.taken()) > 0:
-            if self.held >= most_held(left, world_size, look_ahead):
+            if self.held >= most_held(left, world_size, look_ahead, self.loaders.at_once):
                 yield _NOTHING
                 continue
             place = self.coordinator.next_item()
