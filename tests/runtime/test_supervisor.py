@@ -47,12 +47,12 @@ class Started:
         )  # fmt: skip
 
     def until(self, images: int, timeout_s: float = 90) -> None:
-        """Wait for progress: so many images are done, and every rank is at work on one."""
+        """Wait for progress: so many images are done, every rank has done one and is at work on another."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
                 progress = json.loads((self.run / "progress.json").read_text())
-                if progress["done"] >= images and all(rank["item"] for rank in progress["ranks"]):
+                if progress["done"] >= images and all(rank["item"] and rank["done"] for rank in progress["ranks"]):
                     return
             time.sleep(0.05)
         raise AssertionError("no progress: " + "".join(self.process.communicate(timeout=5)))
