@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "ade_harness"
 ORDER = (
-    "errors", "runtime", "config", "data", "models", "inference", "kernels", "runs", "metrics", "report", "tracking", "leaderboard",
+    "errors", "runtime", "config", "config_words", "data", "models", "inference", "kernels", "runs", "metrics", "report", "tracking", "leaderboard",
 )  # fmt: skip
 ALLOWED_BACK = {("inference", "kernels")}
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ade_harness import kernels
+from ade_harness.config_words import words_of
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError, require
@@ -37,6 +38,7 @@ def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRe
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
     facts = describe_facts(job.dataset, job.ids_hash, job.facts, cfg, ranks.trainer.strategy.root_device.type)
+    facts["repeat"] = words_of(cfg)
     record = start_record(config, facts, job.marks, seeds, console.print)
     for line in (*record.manifest["marks"], f"run directory: {record.path}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

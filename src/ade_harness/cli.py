@@ -1,8 +1,8 @@
 """The command line: verbs, help, and the one place where errors become messages and exit codes.
 
-Exit codes: 0 done; 2 something the user can mend, or Ctrl-C; 75 asked to stop (SIGTERM, or the signal before a time
-limit), to be continued; 76 another rank was lost; 128 + N a rank was killed by signal N; 1 a fault of this package or
-of a model's code (with its traceback).
+Exit codes: 0 done; 2 something the user can mend, or Ctrl-C; 3 `reproduce` ran, and the labels are not the same; 75
+asked to stop (SIGTERM, or the signal before a time limit), to be continued; 76 another rank was lost; 128 + N a rank
+was killed by signal N; 1 a fault of this package or of a model's code (with its traceback).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ Evaluate scene parsing models on ADE20K: exact counts, any number of ranks.
   python -m ade_harness probe model=NAME [key=value]   train a linear head on a frozen backbone (conf/probe)
   python -m ade_harness models                         the leaderboard's systems, and which can be run
   python -m ade_harness leaderboard [RUN ...]          published rows with your complete runs merged in; chart
+  python -m ade_harness submit RUN --contact ADDRESS   what the leaderboard asks for, checked; --check DIR: somebody's
+  python -m ade_harness reproduce RUN|SUBMISSION       run it again, with its own commit; are the bits equal?
   python -m ade_harness data download [--root DIR]     fetch ADEChallengeData2016.zip, check it, extract it
   python -m ade_harness data verify [ROOT]             read every pair and check it against the official list
   python -m ade_harness serve [key=value ...]          answer HTTP requests with a model (docs/endpoints.md)

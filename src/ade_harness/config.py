@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -484,11 +485,12 @@ def _check_override(text: str, extra: Path | None) -> None:
             raise HarnessError(f"{key}: no such option.{did_you_mean(key, [*known, *GROUPS])} `--cfg job` lists all.")
 
 
-def known_keys() -> Iterator[str]:
-    """Yield every dotted key of the schema."""
+@cache
+def known_keys() -> tuple[str, ...]:
+    """Return every dotted key of the schema."""
     nodes = (ModelConfig, DatasetConfig, InferenceConfig, RuntimeConfig, TrackingConfig, RunConfig, MetricsConfig)
-    for group, node in zip((*GROUPS, "run", "metrics"), nodes, strict=True):
-        yield from _leaves(OmegaConf.structured(node), group)
+    pairs = zip((*GROUPS, "run", "metrics"), nodes, strict=True)
+    return tuple(key for group, node in pairs for key in _leaves(OmegaConf.structured(node), group))
 
 
 def _leaves(cfg: DictConfig, prefix: str) -> Iterator[str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, urlsplit
 
 from omegaconf import DictConfig
 
-from ade_harness.errors import HarnessError, did_you_mean, require
+from ade_harness.data.address import check_url
+from ade_harness.errors import did_you_mean, require
 
-_SECRET_NAME = re.compile(r"token|secret|passw|credential|auth|signature|api.?key|access.?key|^(key|code|sig|pwd|jwt)$")
-_LONGEST_PLAIN_VALUE = 32
 _SECRET = (
     "It would be written into the run's record: put it into an environment variable, and name that as"
     " model.http.token_env."
 )
+_EXAMPLE = "http://127.0.0.1:8000 or https://example.org/segmenter; images go to /predict below it"
 _CHOICES = {"send": ("png", "jpeg"), "returns": ("labels", "scores")}
 _RANGES = {
     "jpeg_quality": (1, 100, ""),
@@ -30,7 +29,7 @@ def check_endpoint(model: DictConfig) -> None:
     Raises:
         HarnessError: names the key; it never shows what may be a secret.
     """
-    _check_url(model.url)
+    check_url(model.url, "model.url", _SECRET, _EXAMPLE)
     for key, allowed in _CHOICES.items():
         value = model.http[key]
         require(
@@ -49,24 +48,3 @@ def check_endpoint(model: DictConfig) -> None:
         model.class_map is None or model.http.returns == "scores",
         "model.class_map: is about channels of scores. Set model.http.returns=scores, or leave model.class_map out.",
     )
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        _, host = parts.port, parts.hostname
-    except ValueError:
-        host, parts = None, urlsplit("")
-    if "@" in parts.netloc:
-        raise HarnessError(f"model.url: holds a user or password (before the @). {_SECRET}")
-    if not host or parts.scheme not in ("http", "https") or not re.fullmatch(r"[\x21-\x7e]+", url):
-        raise HarnessError(
-            "model.url: no http or https address without spaces. Expected such as http://127.0.0.1:8000 or"
-            " https://example.org/segmenter; images go to /predict below it."
-        )
-    require(not parts.fragment, "model.url: holds a fragment (#...), which is never sent. Leave it out.")
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        require(
-            not _SECRET_NAME.search(name.lower()) and len(value) <= _LONGEST_PLAIN_VALUE,
-            f"model.url: {name[:40]} in its query looks like a secret. {_SECRET}",
-        )

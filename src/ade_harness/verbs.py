@@ -3,6 +3,8 @@
 REPORTS = {
     "status": ("report.status", "run_status"),
     "report": ("report.commands", "run_report"),
+    "submit": ("leaderboard.submit", "run_submit"),
+    "reproduce": ("leaderboard.reproduce", "run_reproduce"),
     "leaderboard": ("leaderboard.table", "run_leaderboard"),
     "data": ("data_cli", "run_data"),
     "serve": ("serve", "run_serve"),

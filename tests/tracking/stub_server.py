@@ -45,8 +45,8 @@ class StubServer:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def artifact(self, name: str) -> dict[str, Any]:
-        """Return the newest version of an artifact."""
-        return [a for a in self.artifacts.values() if a["name"] == name][-1]
+        """Return the newest version of an artifact that was committed; W&B shows no other."""
+        return [a for a in self.artifacts.values() if a["name"] == name and a["state"] == "COMMITTED"][-1]
 
     def run_file(self, run: str, name: str) -> bytes:
         """Return a file of a run."""

@@ -127,11 +127,7 @@ class LedgerWriter:
         temporary = self.folder / f".{name}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            table = pa.Table.from_pylist([asdict(r) for r in self._rows], schema=self._schema)
-            with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_table(temporary, self._rows, self._schema)
             temporary.replace(self.folder / name)
             _sync_folder(self.folder)
         except OSError as error:
@@ -143,6 +139,23 @@ class LedgerWriter:
             ) from error
         self._segments += 1
         self._rows = []
+
+
+def _write_table(path: Path, rows: Sequence[Row], schema: pa.Schema) -> None:
+    table = pa.Table.from_pylist([asdict(r) for r in rows], schema=schema)
+    with path.open("wb") as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_ledger(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as one file, for somebody else to read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _write_table(path, rows, SCHEMA)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from packaging.requirements import InvalidRequirement, Requirement
 
 import ade_harness
 
@@ -21,6 +22,10 @@ _PACKAGES = (
     "torch", "lightning", "hydra-core", "omegaconf", "transformers", "huggingface-hub", "safetensors", "onnxruntime",
     "numpy", "pillow", "opencv-python-headless", "pyarrow", "matplotlib", "wandb", "timm", "triton", "numba",
 )  # fmt: skip
+
+
+_OPTIONAL = ("timm", "triton", "torchvision")
+"""Used if they are there."""
 
 
 def environment() -> dict[str, Any]:
@@ -37,6 +42,47 @@ def environment() -> dict[str, Any]:
         "driver": _driver(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def distributions() -> dict[str, dict[str, str | None]]:
+    """Return this package's dependencies, and theirs, as they are installed.
+
+    Returns:
+        By name: ``version``, and ``sha256`` of the content: of the paths and hashes of all installed files, so two
+        installations of one wheel are equal wherever they lie; None if the installer has recorded no hashes.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    todo = ["ade-harness", *_OPTIONAL]
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in found:
+            continue
+        try:
+            installed = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another platform, or an extra that is not here
+        found[name] = {"version": installed.version, "sha256": _content_hash(installed)}
+        todo += [r for text in installed.requires or () if (r := _required(text))]
+    found.pop("ade-harness", None)  # its commit says more
+    return dict(sorted(found.items()))
+
+
+def _required(text: str) -> str | None:
+    """Return the name in a requirement, if it holds here without extras."""
+    try:
+        requirement = Requirement(text)
+    except InvalidRequirement:
+        return None
+    return None if requirement.marker and not requirement.marker.evaluate({"extra": ""}) else requirement.name
+
+
+def _content_hash(installed: metadata.Distribution) -> str | None:
+    lines = []
+    for line in (installed.read_text("RECORD") or "").splitlines():
+        path, _, digest = line.rpartition(",")[0].rpartition(",")
+        if digest and not path.startswith(("..", "/")) and ".dist-info/" not in path:
+            lines.append(f"{path} {digest}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest() if lines else None
 
 
 def _version(name: str) -> str | None:

@@ -27,7 +27,7 @@ from ade_harness.runs.directory import (
 from ade_harness.runs.finished import hash_rows
 from ade_harness.runs.ledger import Row
 from ade_harness.runs.lock import RunLock
-from ade_harness.runs.provenance import code_state, command_line, environment
+from ade_harness.runs.provenance import code_state, command_line, distributions, environment
 
 _HOW_TO_ASK = ("timeout_s", "retries", "concurrency", "token_env")
 """Of ``model.http``: they change no label, so a run may be continued with others."""
@@ -129,7 +129,7 @@ def _write_record(
         "marks": list(marks),
         "code": code,
         "seeds": seeds,
-        "environment": environment(),
+        "environment": {**environment(), "distributions": distributions()},
         **facts,
         "identity": _identity(config, facts, code),
     }

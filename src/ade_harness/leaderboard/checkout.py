@@ -1,0 +1,89 @@
+"""Another commit of this package's own repository, as a temporary worktree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ade_harness
+from ade_harness.errors import HarnessError
+
+_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Code:
+    """Where the code of a repetition is."""
+
+    environment: Mapping[str, str]
+    """What Python needs to import it."""
+    remarks: tuple[str, ...]
+    """Why it is not the code of the run."""
+
+
+@contextmanager
+def code_of(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Code]:
+    """Give the code that a run was made with, or this one and a remark.
+
+    Args:
+        recorded: ``code`` of the run's manifest.
+        current: :func:`ade_harness.runs.provenance.code_state` of now.
+
+    Yields:
+        The run's commit in a worktree that is removed afterwards; or this code, if it is that commit, or if this
+        installation has no such commit.
+
+    Raises:
+        HarnessError: git cannot make the worktree.
+    """
+    commit = recorded.get("commit")
+    if commit is not None and all(recorded.get(k) == current.get(k) for k in ("commit", "diff_sha256")):
+        yield Code({}, ())
+        return
+    remarks = []
+    if recorded.get("dirty"):
+        remarks.append("the run had uncommitted changes (its code.diff), which are not applied")
+    if commit is None:
+        remarks.append(f"the run was made by an installed version {recorded.get('version')}, without a commit")
+        yield Code({}, tuple(remarks))
+        return
+    root = Path(ade_harness.__file__).parents[2]
+    if current["commit"] is None or not _has(root, commit):
+        where = "this is no git checkout" if current["commit"] is None else f"{root} has no such commit: git fetch"
+        remarks.append(f"the run's commit {commit[:12]} is not here ({where}), so this code repeats it")
+        yield Code({}, tuple(remarks))
+        return
+    with tempfile.TemporaryDirectory(prefix="ade-harness-") as folder:
+        tree = Path(folder) / "worktree"
+        _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+        try:
+            path = os.pathsep.join([str(tree / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+            yield Code({"PYTHONPATH": path}, tuple(remarks))
+        finally:
+            _git(root, "worktree", "remove", "--force", str(tree))
+
+
+def _has(root: Path, commit: str) -> bool:
+    try:
+        _git(root, "cat-file", "-e", f"{commit}^{{commit}}")
+    except HarnessError:
+        return False
+    return True
+
+
+def _git(root: Path, *words: str) -> None:
+    try:
+        subprocess.run(
+            ["git", "-C", str(root), *words], check=True, capture_output=True, text=True, timeout=_TIMEOUT_S
+        )  # fmt: skip
+    except subprocess.CalledProcessError as error:
+        told = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise HarnessError(f"{root}: git {words[0]} failed ({told}). Check the repository, then try again.") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HarnessError(f"git {words[0]} failed ({error}). Is git installed?") from error

@@ -1,0 +1,259 @@
+"""The verb `submit`: a finished run in, a folder out that anybody can check and repeat."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from ade_harness.config_words import PATHS
+from ade_harness.data.download import file_hash
+from ade_harness.errors import HarnessError
+from ade_harness.leaderboard.bundle import RUN, bundle_problems, read_claim
+from ade_harness.leaderboard.claim import CLAIM, check_contact, check_repository, make_claim
+from ade_harness.leaderboard.recipe import SCRIPT, recipe_files
+from ade_harness.leaderboard.reference import Reference, check_public, references_of, words_for
+from ade_harness.leaderboard.table import why_not_ranked
+from ade_harness.report.terminal import print_fact
+from ade_harness.runs.directory import LEDGER, MANIFEST, write_json, write_text
+from ade_harness.runs.finished import FinishedRun, load_run
+from ade_harness.runs.ledger import write_ledger
+
+_FLAGS = (
+    "--contact", "--output", "--checkpoint", "--backbone", "--repository", "--system", "--organization", "--paper",
+    "--model-code", "--check",
+)  # fmt: skip
+_KEPT = (
+    "schema", "status", "started", "finished", "marks", "code", "seeds", "environment", "device", "kernels", "model",
+    "dataset", "identity", "ledger", "timings", "failures",
+)  # fmt: skip
+"""Of the manifest: the rest is about the machine of the submitter."""
+
+
+def run_submit(console: Console, words: Sequence[str]) -> int:
+    """Build a submission, or check one (``--check DIR``); returns 0.
+
+    Raises:
+        HarnessError: everything that stands in the way of a submission, each with what to do; nothing was written.
+    """
+    folders, options, network = _split(words)
+    if "--check" in options:
+        if folders:
+            raise HarnessError("submit --check takes one folder, the submission's.")
+        return _check(console, Path(options["--check"]).expanduser())
+    if len(folders) != 1:
+        raise HarnessError("submit needs one run directory and --contact, or --check DIR.")
+    path = Path(folders[0]).expanduser()
+    run = load_run(path)
+    output = Path(options.get("--output", f"submission-{run.name}")).expanduser()
+    if output.exists():
+        raise HarnessError(f"{output}: is there already. Name another folder: --output DIR.")
+    claim, texts = prepare(run, options, lambda reference: _look(console, reference) if network else reference)
+    build(run, output, claim, texts)
+    for reference in claim["references"]:
+        print_fact(console, reference["role"], f"{reference['address']} ({reference['checked']})")
+    for row in claim["results"]:
+        print_fact(console, row["metric"], f"{row['value']:.2f}")
+    print_fact(console, "submission", f"{output} (its check passed)")
+    print_fact(console, "try it", f"ADE20K_ROOT=... {output / SCRIPT}")
+    return 0
+
+
+def _check(console: Console, folder: Path) -> int:
+    problems = bundle_problems(folder)
+    if problems:
+        raise HarnessError(f"{folder}: not a valid submission:\n" + _listed(problems))
+    claim = read_claim(folder)
+    print_fact(console, "submission", f"{folder}: valid; nothing in it was run")
+    print_fact(console, "system", json.dumps(claim["system"]))
+    print_fact(console, "rows", ", ".join(f"{r['metric']} {r['value']:.2f}" for r in claim["results"]))
+    print_fact(console, "ledger", f"2,000 images sum to this score; sha256 {claim['ledger_sha256']}")
+    for reference in claim["references"]:
+        print_fact(console, reference["role"], f"{reference['address']} ({json.dumps(reference['checked'])})")
+    print_fact(console, "next", f"python -m ade_harness reproduce {folder} dataset.root=... runs it again")
+    return 0
+
+
+def _listed(problems: Sequence[str]) -> str:
+    return "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1))
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str], bool]:
+    folders: list[str] = []
+    options: dict[str, str] = {}
+    network, rest = True, iter(words)
+    for word in rest:
+        flag, given, value = word.partition("=")
+        if not word.startswith("-"):
+            folders.append(word)
+        elif word == "--no-network":
+            network = False
+        elif flag in _FLAGS:
+            options[flag] = value if given else next(rest, "")
+            if not options[flag]:
+                raise HarnessError(f"{flag} needs a value.")
+        else:
+            raise HarnessError(f"{flag}: no such flag. Known: {', '.join((*_FLAGS, '--no-network'))}.")
+    return folders, options, network
+
+
+def prepare(
+    run: FinishedRun, options: Mapping[str, str], look: Callable[[Reference], Reference]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Decide whether a run can be submitted, and write what the submission says.
+
+    Args:
+        run: a finished run.
+        options: flags of the command by name.
+        look: checks that a reference is public.
+
+    Returns:
+        The claim without its ``files``, and the texts of the recipe's files.
+
+    Raises:
+        HarnessError: all reasons against it at once.
+    """
+    code, kind = run.manifest["code"], run.config["model"]["kind"]
+    problems = run_problems(run)
+    repository = options.get("--repository", code.get("origin"))
+    given = {role: options[f"--{role}"] for role in ("checkpoint", "backbone") if f"--{role}" in options}
+    references: list[Reference] = []
+
+    def find() -> None:
+        references.extend(look(reference) for reference in references_of(run, given))
+
+    checks: tuple[Callable[[], None], ...] = (
+        lambda: check_contact(options.get("--contact")), lambda: check_repository(repository), find,
+    )  # fmt: skip
+    for check in checks:
+        try:
+            check()
+        except HarnessError as error:
+            problems.append(str(error))
+    if kind == "custom" and "--model-code" not in options:
+        problems.append(
+            f"model._target_={run.config['model']['_target_']} is code of yours: say where others find it:"
+            " --model-code https://HOST/GROUP/NAME/tree/COMMIT."
+        )
+    if problems:
+        raise HarnessError(f"{run.path}: cannot be submitted:\n" + _listed(problems))
+    about = {flag.strip("-").replace("-", "_"): value for flag, value in options.items()}
+    repository = re.sub(r"^git@([\w.-]+):", r"https://\1/", str(repository))
+    claim = make_claim(run, about, references, repository, public_words(run, references))
+    return claim, recipe_files(claim)
+
+
+def run_problems(run: FinishedRun) -> list[str]:
+    """Return why a run's number is not one that a leaderboard takes; each with what to do."""
+    problems, code = [], run.manifest["code"]
+    why = why_not_ranked(run)
+    if why is not None:
+        advice = (
+            f"`python -m ade_harness resume {run.path} run.on_error=fail`, or evaluate anew, on the whole validation"
+            " set with published weights"
+        )
+        problems.append(f"{why}: {advice}.")
+    if code["commit"] is None:
+        problems.append("the run was made by an installed package, so there is no commit: evaluate in a git clone.")
+    elif code["dirty"]:
+        problems.append(
+            f"the code had uncommitted changes ({run.path / 'code.diff'}): commit and push them, then evaluate again."
+        )
+    if not run.manifest.get("repeat"):
+        problems.append("the configuration cannot be written as words of a command: simplify its keys, evaluate again.")
+    return problems
+
+
+def public_words(run: FinishedRun, references: Sequence[Reference]) -> list[str]:
+    """Return the words that repeat a run anywhere: without paths and names of this machine."""
+    local = {"checkpoint": "model.checkpoint", "backbone": "model.backbone_checkpoint"}
+    model = run.config["model"]
+    words = [w for w in run.manifest["repeat"] if w.partition("=")[0] not in (*PATHS, "model.http.token_env")]
+    for reference in references:
+        from_disk = model.get(local.get(reference.role, "")[6:]) is not None
+        if from_disk or model["kind"] == "hf":
+            new = words_for(reference, model["kind"])
+            keys = {word.partition("=")[0] for word in new}
+            words = [w for w in words if w.partition("=")[0] not in keys] + new
+    return words
+
+
+def build(run: FinishedRun, output: Path, claim: dict[str, Any], texts: Mapping[str, str]) -> None:
+    """Write a submission and check it as a stranger would; it gets its name only if it passes.
+
+    Raises:
+        HarnessError: it cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".submission-") as temporary:
+            folder = Path(temporary) / output.name
+            (folder / RUN / LEDGER).mkdir(parents=True)
+            _write_run(run, folder / RUN, claim)
+            for name, text in texts.items():
+                write_text(folder / name, text)
+            (folder / SCRIPT).chmod(0o755)
+            names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+            claim["files"] = {name: file_hash(folder / name, "sha256") for name in names}
+            write_text(folder / CLAIM, yaml.dump(claim, Dumper=_NoAliases, sort_keys=False, allow_unicode=True))
+            problems = bundle_problems(folder)
+            if problems:  # what one cannot check oneself nobody can
+                raise HarnessError(f"{run.path}: its submission would not pass its check:\n" + _listed(problems))
+            shutil.move(folder, output)
+    except OSError as error:
+        raise HarnessError(f"{output}: cannot be written ({error.strerror or error}).") from error
+
+
+class _NoAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _write_run(run: FinishedRun, folder: Path, claim: Mapping[str, Any]) -> None:
+    """Write the run's record without what is about its machine alone: host names, paths, the user."""
+    hosts = {host: f"node{number}" for number, host in enumerate(sorted({row.host for row in run.rows}))}
+    write_ledger(folder / LEDGER / "ledger.parquet", [replace(row, host=hosts[row.host]) for row in run.rows])
+    places = {str(run.config["model"].get(key)): Path(str(run.config["model"].get(key))).name for key in _PATH_KEYS}
+    places |= {str(run.manifest["dataset"]["root"]): "ADE20K_ROOT", str(Path.home()): "~"}
+    places |= hosts
+    places = {path: name for path, name in places.items() if path not in ("None", "/", "")}
+    manifest = {key: run.manifest[key] for key in _KEPT}
+    manifest["command"] = ["python", "-m", "ade_harness", *claim["command"]]
+    manifest["repeat"] = list(claim["command"])
+    manifest["code"] = {k: v for k, v in manifest["code"].items() if k != "origin"}
+    config = {group: run.config[group] for group in ("model", "dataset", "inference", "metrics", "runtime")}
+    write_json(folder / MANIFEST, _without(manifest, places))
+    write_json(folder / "metrics.json", _without(run.metrics, places))
+    write_text(folder / "config.yaml", yaml.safe_dump(_without(config, places), sort_keys=False))
+
+
+_PATH_KEYS = tuple(key.partition(".")[2] for key in PATHS if key.startswith("model."))
+
+
+def _without(content: Any, places: Mapping[str, str]) -> Any:
+    """Replace paths and names of this machine in every text."""
+    if isinstance(content, Mapping):
+        return {key: _without(value, places) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without(value, places) for value in content]
+    if isinstance(content, str):
+        for path in sorted(places, key=len, reverse=True):
+            content = content.replace(path, places[path])
+    return content
+
+
+def _look(console: Console, reference: Reference) -> Reference:
+    """Check that a reference is public, with progress while its content is read."""
+    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"reading {reference.role}", total=None)
+        return check_public(reference, True, lambda have, total: progress.update(task, completed=have, total=total))
