@@ -398,6 +398,12 @@ def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
         write_ledger(ledger, rows)
         edit_json(bundle / "run/manifest.json", lambda m: m["ledger"].update(images=1999, sha256=hash_rows(rows)))
         rewrite(bundle, lambda c: c.update(ledger_sha256=hash_rows(rows)))
+    elif change == "interval":
+        rewrite(bundle, lambda c: [r.update(interval=[0.1, 0.11]) for r in c["results"]])
+    elif change == "endless":
+        text = (bundle / "run/config.yaml").read_text()
+        (bundle / "run/config.yaml").write_text(text.replace("resamples: 1000", "resamples: 1000000000000"))
+        rewrite(bundle, lambda c: None)
     elif change == "commit":
         rewrite(bundle, lambda c: c["code"].update(commit="f" * 40))
     elif change == "seed":
@@ -466,6 +472,8 @@ def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
         ("ledger", "not what the run has written"),
         ("truncated ledger", "damaged"),
         ("images", "1 of 2,000 images are missing, such as ADE_val_00000001"),
+        ("interval", "the interval is not the run's"),
+        ("endless", "the interval is not the run's"),
         ("commit", "the commit is not the run's"),
         ("seed", "the seeds is not the run's"),
         ("one row", "expected one row for each of mIoU, miou"),

@@ -6,10 +6,11 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -21,6 +22,8 @@ from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.claim import CLAIM, claim_problems, is_safe_word
 from ade_harness.leaderboard.recipe import recipe_files
 from ade_harness.leaderboard.table import why_not_ranked
+from ade_harness.metrics.areas import image_areas
+from ade_harness.metrics.bootstrap import bootstrap
 from ade_harness.metrics.confusion import scores
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.exactness import check_rows
@@ -34,6 +37,7 @@ _MOST_BYTES = 512 << 20
 _MOST_TEXT_BYTES = 16 << 20
 _MOST_FILES = 64
 _MOST_DEPTH = 3
+_MOST_RESAMPLES = 100_000
 _MOST_LEDGER_ROWS = 100_000
 _MOST_LEDGER_BYTES = 4 << 30
 
@@ -191,6 +195,18 @@ def _run_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
         return [f"{RUN}: damaged, or of another version ({type(error).__name__}: {error})"]
 
 
+def _same_interval(run: FinishedRun, results: Sequence[Mapping[str, Any]]) -> bool:
+    """Compare the declared interval of mIoU with that of the ledger; small enough tolerance for another library."""
+    wanted = run.config["metrics"]
+    if not wanted["resamples"]:
+        return not any("interval" in row for row in results)
+    if not 0 < wanted["resamples"] <= _MOST_RESAMPLES:
+        return False
+    found = bootstrap(image_areas(run.rows), wanted["resamples"], wanted["seed"]).intervals(wanted["level"])["mIoU"]
+    ends = [found.low, found.high, found.level] if found else []
+    return all(np.allclose([*row["interval"], row["level"]], ends, rtol=0, atol=1e-9) for row in results)
+
+
 def _record_problems(run: FinishedRun, claim: Mapping[str, Any]) -> list[str]:
     manifest, code = run.manifest, run.manifest["code"]
     ids, official = {row.image_id for row in run.rows}, validation_sizes()
@@ -216,6 +232,7 @@ def _record_problems(run: FinishedRun, claim: Mapping[str, Any]) -> list[str]:
     digests = {manifest["model"].get(key) for key in ("sha256", "head_sha256", "backbone_sha256")}
     for what, equal in (
         ("the score", claim["results"][0]["fraction"] == found["mIoU"]),
+        ("the interval", _same_interval(run, claim["results"])),
         ("the ledger's hash", claim["ledger_sha256"] == run.ledger_hash),
         ("the data's hash", claim["data_sha256"] == data == manifest["dataset"]["content_hash"]),
         ("the commit", claim["code"]["commit"] == code["commit"]),

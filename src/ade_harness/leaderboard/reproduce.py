@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,7 @@ def run_reproduce(console: Console, words: Sequence[str]) -> int:
             console.print(Text(f"Note: {remark}.", style="yellow"))
         command = _command(first, repeat, overrides, output)
         print_fact(console, "repeats", str(first.path))
-        print_fact(console, "command", " ".join(["python", *command[1:]]))
+        print_fact(console, "command", shlex.join(["python", *command[1:]]))
         done = subprocess.run(command, env={**os.environ, **code.environment}, check=False)
     if done.returncode:
         console.print(

@@ -63,6 +63,8 @@ def run_submit(console: Console, words: Sequence[str]) -> int:
         print_fact(console, reference["role"], f"{reference['address']} ({reference['checked']})")
     for row in claim["results"]:
         print_fact(console, row["metric"], f"{row['value']:.2f}")
+    if run.verdict:
+        print_fact(console, "published", run.verdict)
     print_fact(console, "submission", f"{output} (its check passed)")
     print_fact(console, "try it", f"ADE20K_ROOT=... {output / SCRIPT}")
     return 0

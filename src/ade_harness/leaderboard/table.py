@@ -61,7 +61,7 @@ def measured_entries(run: FinishedRun) -> list[Entry]:
     """Return a run's two rows; the date is that of the run."""
     found = run.metrics["intervals"].get("mIoU")
     interval = (100 * found["low"], 100 * found["high"]) if found else None
-    note = f"{run.name}, inference={run.config['inference']['name']}"
+    note = "; ".join(filter(None, [f"{run.name}, inference={run.config['inference']['name']}", run.verdict]))
     month, score = str(run.manifest["finished"])[:7], 100 * float(run.metrics["mIoU"])
     return [Entry(metric, run.label, "", month, score, MEASURED, note, interval) for metric in METRICS]
 
@@ -255,8 +255,8 @@ def save_chart(path: Path, entries: Sequence[Entry]) -> None:
             where="post", color=color, linestyle="-" if metric == "mIoU" else "--", label=f"{metric}, best so far",
         )  # fmt: skip
         for entry in best:  # names of the last year would leave the figure on the right
-            side, shift = ("right", -7) if _day(entry.date) > last - 365 else ("left", 5)
-            above = 7 if metric == METRICS[0] else -4
+            side, shift, above = ("right", -7, -4) if _day(entry.date) > last - 365 else ("left", 5, -14)
+            above = 7 if metric == METRICS[0] else above  # the two lines come near each other at the end
             axes.annotate(
                 entry.system, (_day(entry.date), entry.score), (shift, above),
                 textcoords="offset points", fontsize=8, ha=side,

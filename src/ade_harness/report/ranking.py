@@ -138,6 +138,9 @@ def print_ranking(console: Console, ranking: Ranking, level: float) -> None:
             Text(ranked.run.config["inference"]["name"]),
         )  # fmt: skip
     console.print(table)
+    for ranked in ranking.runs:
+        if ranked.run.verdict:
+            console.print(f"{ranked.name}: {ranked.run.verdict}", markup=False, highlight=False, soft_wrap=True)
     for pair in ranking.pairs:
         console.print()
         _print_pair(console, ranking, pair, level)

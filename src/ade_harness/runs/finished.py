@@ -47,6 +47,12 @@ class FinishedRun:
         return tuple(self.manifest["marks"])
 
     @property
+    def verdict(self) -> str | None:
+        """What the run says about the published score, in words; None if nothing was published."""
+        judged = self.metrics.get("reproduced")
+        return str(judged["sentence"]) if judged else None
+
+    @property
     def matrix(self) -> np.ndarray:
         """The confusion matrix, int64 [150, 151]."""
         return matrix_of(self.rows)
