@@ -5,7 +5,9 @@ python scripts/terminal_picture.py
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +19,7 @@ from ade_harness.config import compose_config
 from ade_harness.session import run_session
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
-WIDTH, HEIGHT = 1120, 630
+WIDTH = 1120
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars")  # fmt: skip
 
@@ -32,11 +34,14 @@ def main() -> None:
             run_session(compose_config([]), console=console)
         page = Path(folder) / "page.html"
         svg = console.export_svg(title="ade-harness")
+        drawn = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+        assert drawn is not None
+        height = math.ceil(WIDTH * float(drawn[2]) / float(drawn[1]))
         page.write_text(f"<body style='margin:0'><style>svg {{width: {WIDTH}px}}</style>{svg}</body>")
         browser = shutil.which("chromium") or shutil.which("google-chrome")
         if browser is None:
             raise SystemExit("install chromium to make the picture")
-        command = [browser, *FLAGS, f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{HEIGHT}",
+        command = [browser, *FLAGS, f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{height}",
                    f"--screenshot={PICTURE}", page.as_uri()]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
 
