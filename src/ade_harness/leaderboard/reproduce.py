@@ -27,6 +27,7 @@ from ade_harness.leaderboard.repetition import Repetition, compare_runs, what_di
 from ade_harness.metrics.comparable import match_runs
 from ade_harness.models.weights import hub_checkpoint, url_checkpoint
 from ade_harness.report.terminal import print_fact
+from ade_harness.report.words import last_values, split_words
 from ade_harness.runs.directory import new_run_name, write_json
 from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.provenance import code_state
@@ -86,28 +87,16 @@ def run_reproduce(console: Console, words: Sequence[str]) -> int:
 
 
 def _split(words: Sequence[str]) -> tuple[Path, Path | None, list[str], bool]:
-    folders: list[str] = []
-    overrides: list[str] = []
-    output, trust, rest = None, False, iter(words)
-    for word in rest:
-        if word == "--trust":
-            trust = True
-        elif word.partition("=")[0] == "--output":
-            value = word.partition("=")[2] or next(rest, "")
-            if not value:
-                raise HarnessError("--output needs a value.")
-            output = Path(value).expanduser()
-        elif word.startswith("-"):
-            raise HarnessError(f"{word}: no such flag. Known: --output, --trust.")
-        elif "=" not in word:
-            folders.append(word)
-        elif word.startswith(_PLACES):
-            overrides.append(word)
-        else:
-            raise HarnessError(f"{word}: would be another evaluation. What may differ: {', '.join(_PLACES)}.")
+    names, options = split_words(words, ("--output",), ("--trust",))
+    folders = [name for name in names if "=" not in name]
+    overrides = [name for name in names if "=" in name]
+    other = next((word for word in overrides if not word.startswith(_PLACES)), None)
+    if other is not None:
+        raise HarnessError(f"{other}: would be another evaluation. What may differ: {', '.join(_PLACES)}.")
     if len(folders) != 1:
         raise HarnessError("reproduce needs one run directory, or the folder of a submission.")
-    return Path(folders[0]).expanduser(), output, overrides, trust
+    output = last_values(options).get("--output")
+    return Path(folders[0]).expanduser(), Path(output).expanduser() if output else None, overrides, "--trust" in options
 
 
 def _read(source: Path) -> FinishedRun:

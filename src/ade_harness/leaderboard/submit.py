@@ -24,6 +24,7 @@ from ade_harness.leaderboard.recipe import SCRIPT, recipe_files
 from ade_harness.leaderboard.reference import Reference, check_public, references_of, words_for
 from ade_harness.leaderboard.table import why_not_ranked
 from ade_harness.report.terminal import print_fact
+from ade_harness.report.words import last_values, split_words
 from ade_harness.runs.directory import LEDGER, MANIFEST, write_json, write_text
 from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.ledger import write_ledger
@@ -32,6 +33,7 @@ _FLAGS = (
     "--contact", "--output", "--checkpoint", "--backbone", "--repository", "--system", "--organization", "--paper",
     "--model-code", "--check",
 )  # fmt: skip
+_NO_NETWORK = "--no-network"
 _KEPT = (
     "schema", "status", "started", "finished", "marks", "code", "seeds", "environment", "device", "kernels", "model",
     "dataset", "identity", "ledger", "timings", "failures",
@@ -45,7 +47,8 @@ def run_submit(console: Console, words: Sequence[str]) -> int:
     Raises:
         HarnessError: everything that stands in the way of a submission, each with what to do; nothing was written.
     """
-    folders, options, network = _split(words)
+    folders, given = split_words(words, _FLAGS, (_NO_NETWORK,))
+    options = last_values(given)
     if "--check" in options:
         if folders:
             raise HarnessError("submit --check takes one folder, the submission's.")
@@ -57,7 +60,9 @@ def run_submit(console: Console, words: Sequence[str]) -> int:
     output = Path(options.get("--output", f"submission-{run.name}")).expanduser()
     if output.exists():
         raise HarnessError(f"{output}: is there already. Name another folder: --output DIR.")
-    claim, texts = prepare(run, options, lambda reference: _look(console, reference) if network else reference)
+    claim, texts = prepare(
+        run, options, lambda reference: reference if _NO_NETWORK in given else _look(console, reference)
+    )
     build(run, output, claim, texts)
     for reference in claim["references"]:
         print_fact(console, reference["role"], f"{reference['address']} ({reference['checked']})")
@@ -87,25 +92,6 @@ def _check(console: Console, folder: Path) -> int:
 
 def _listed(problems: Sequence[str]) -> str:
     return "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1))
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str], bool]:
-    folders: list[str] = []
-    options: dict[str, str] = {}
-    network, rest = True, iter(words)
-    for word in rest:
-        flag, given, value = word.partition("=")
-        if not word.startswith("-"):
-            folders.append(word)
-        elif word == "--no-network":
-            network = False
-        elif flag in _FLAGS:
-            options[flag] = value if given else next(rest, "")
-            if not options[flag]:
-                raise HarnessError(f"{flag} needs a value.")
-        else:
-            raise HarnessError(f"{flag}: no such flag. Known: {', '.join((*_FLAGS, '--no-network'))}.")
-    return folders, options, network
 
 
 def prepare(

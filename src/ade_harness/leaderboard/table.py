@@ -20,6 +20,7 @@ from rich.text import Text
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.catalogue import published_rows
 from ade_harness.report.terminal import print_fact
+from ade_harness.report.words import last_values, split_words
 from ade_harness.runs.directory import MANIFEST, write_text
 from ade_harness.runs.finished import FinishedRun, load_run
 
@@ -155,26 +156,11 @@ def write_output(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[Path], Path]:
-    folders: list[str] = []
-    outputs: list[Path] = []
-    root = Path("runs")
-    rest = iter(words)
-    for word in rest:
-        flag, given, value = word.partition("=")
-        if not word.startswith("-"):
-            folders.append(word)
-            continue
-        value = value if given else next(rest, "")
-        if flag not in ("--output", "--root"):
-            raise HarnessError(f"{flag}: no such flag. Known: --output, --root.")
-        if not value:
-            raise HarnessError(f"{flag} needs a value.")
-        if flag == "--output":
-            outputs.append(Path(value).expanduser())
-        else:
-            root = Path(value).expanduser()
-            if not root.is_dir():
-                raise HarnessError(f"--root {root}: no such folder.")
+    folders, options = split_words(words, ("--output", "--root"))
+    outputs = [Path(output).expanduser() for output in options.get("--output", ())]
+    root = Path(last_values(options).get("--root", "runs")).expanduser()
+    if "--root" in options and not root.is_dir():
+        raise HarnessError(f"--root {root}: no such folder.")
     return folders, outputs, root
 
 

@@ -19,6 +19,7 @@ from ade_harness.report.page import render_page, write_run_page
 from ade_harness.report.ranking import MOST_RUNS, Ranking, p_words, print_ranking, rank_runs
 from ade_harness.report.terminal import print_fact
 from ade_harness.report.view import view_run
+from ade_harness.report.words import last_values, split_words
 from ade_harness.runs.directory import write_text
 from ade_harness.runs.finished import FinishedRun, load_run
 
@@ -35,7 +36,8 @@ def run_report(console: Console, words: Sequence[str]) -> int:
     Raises:
         HarnessError: see :func:`ade_harness.runs.finished.load_run`; or the page cannot be written.
     """
-    folders, options = _split(words, ("--output", "--scenes"))
+    folders, given = split_words(words, ("--output", "--scenes"))
+    options = last_values(given)
     if len(folders) != 1:
         raise HarnessError("report needs one run directory, such as `report runs/20260102-030405_demo_a1b2c3`.")
     run = load_run(Path(folders[0]).expanduser())
@@ -88,7 +90,8 @@ def run_compare(console: Console, words: Sequence[str], pull: Callable[[str], Pa
     Raises:
         HarnessError: fewer than two runs, or runs that cannot be compared.
     """
-    folders, options = _split(words, ("--output", "--resamples"))
+    folders, given = split_words(words, ("--output", "--resamples"))
+    options = last_values(given)
     if not 2 <= len(folders) <= MOST_RUNS:
         raise HarnessError(
             f"compare needs 2 to {MOST_RUNS} run directories, or wandb:entity/project/run; got {len(folders)}."
@@ -143,24 +146,6 @@ def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
         p_words=p_words,
     )
     write_text(path, page)
-
-
-def _split(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Separate names from flags with a value."""
-    names: list[str] = []
-    options: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        flag, given, value = word.partition("=")
-        if not word.startswith("-"):
-            names.append(word)
-        elif flag in known:
-            options[flag] = value if given else next(rest, "")
-            if not options[flag]:
-                raise HarnessError(f"{flag} needs a value.")
-        else:
-            raise HarnessError(f"{word}: no such flag. Known: {', '.join(known)}.")
-    return names, options
 
 
 def _read_scenes(path: str | None, run: FinishedRun) -> dict[str, str] | None:

@@ -62,7 +62,7 @@ def log_content(run: Any, result: Result, config: Mapping[str, Any], manifest: M
     run.log_artifact(_ledger(wandb, run.id, result, manifest))
     if page.is_file():
         artifact = wandb.Artifact(f"report-{run.id}", "report", metadata={"marks": list(result.marks)})
-        artifact.add_file(str(page), name=REPORT, policy="immutable", skip_cache=True)
+        artifact.add_file(str(page.resolve()), name=REPORT, policy="immutable", skip_cache=True)
         run.log_artifact(artifact)
     _use(run, _checkpoint(wandb, config, manifest))
     _use(run, _dataset(wandb, result, config, manifest))

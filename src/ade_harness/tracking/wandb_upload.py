@@ -76,7 +76,8 @@ def upload(offline: Path, timeout_s: float) -> Uploaded:
     unwanted = ("WANDB_MODE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_RUN_ID")
     environment = LIMITS | {k: v for k, v in os.environ.items() if k not in unwanted}
     process = subprocess.Popen(
-        [sys.executable, "-m", "wandb", "sync", str(offline)],
+        [sys.executable, "-m", "wandb", "sync", str(offline.resolve())],
+        cwd=offline.parent.parent,  # where it writes logs of its own: the run directory, not the user's folder
         env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
