@@ -100,7 +100,7 @@ def test_a_submission_holds_what_the_leaderboard_asks_for(valid: Path, whole: Pa
     assert "ade-harness" not in packages
     script = (valid / "reproduce.sh").read_text()
     assert f"commit={COMMIT}" in script
-    assert "runtime.seed=0" in script
+    assert " runtime.seed=0 model.seed=0 dataset.root=" in script
     assert subprocess.run(["bash", "-n", str(valid / "reproduce.sh")], check=False).returncode == 0
     assert (valid / "reproduce.sh").stat().st_mode & 0o111
     assert f"checkout --detach {COMMIT}" in (valid / "Dockerfile").read_text()
@@ -170,7 +170,8 @@ def refusal(run: FinishedRun) -> str:
         ({"origin": None}, "no remote: name where others can clone"),
         ({"origin": "/home/me/repo"}, "nobody else can clone from there"),
         ({"origin": "http://10.0.0.7/x.git"}, "nobody else can clone from there"),
-        ({"marks": ("PARTIAL: 1,999 of 2,000 images",)}, "PARTIAL.*resume.*whole validation"),
+        ({"marks": ("PARTIAL: 1,999 of 2,000 images",)}, "PARTIAL.*resume.*leave dataset.limit"),
+        ({"marks": ("MIXED: continued",)}, "MIXED.*evaluate all 2,000"),
         ({"facts": {"weights": "random", "origin": "random, seed 0"}}, "random.*Evaluate a published checkpoint"),
         ({"facts": {"weights": "pretrained", "origin": "/data/best.pth", "sha256": "a" * 64}},
          "a file that nobody else has.*publish it, and say where: --checkpoint https"),

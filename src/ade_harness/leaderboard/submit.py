@@ -145,10 +145,9 @@ def run_problems(run: FinishedRun) -> list[str]:
     problems, code = [], run.manifest["code"]
     why = why_not_ranked(run)
     if why is not None:
-        advice = (
-            f"`python -m ade_harness resume {run.path} run.on_error=fail`, or evaluate anew, on the whole validation"
-            " set with published weights"
-        )
+        advice = "evaluate all 2,000 validation images, with published weights"
+        if why.startswith("PARTIAL"):
+            advice = f"`python -m ade_harness resume {run.path}` does what failed; or leave dataset.limit and ids out"
         problems.append(f"{why}: {advice}.")
     if code["commit"] is None:
         problems.append("the run was made by an installed package, so there is no commit: evaluate in a git clone.")
@@ -162,7 +161,7 @@ def run_problems(run: FinishedRun) -> list[str]:
 
 
 def public_words(run: FinishedRun, references: Sequence[Reference]) -> list[str]:
-    """Return the words that repeat a run anywhere: without paths and names of this machine."""
+    """Return the words that repeat a run anywhere: without paths and names of this machine, its seeds spelled out."""
     local = {"checkpoint": "model.checkpoint", "backbone": "model.backbone_checkpoint"}
     model = run.config["model"]
     words = [w for w in run.manifest["repeat"] if w.partition("=")[0] not in (*PATHS, "model.http.token_env")]
@@ -172,7 +171,8 @@ def public_words(run: FinishedRun, references: Sequence[Reference]) -> list[str]
             new = words_for(reference, model["kind"])
             keys = {word.partition("=")[0] for word in new}
             words = [w for w in words if w.partition("=")[0] not in keys] + new
-    return words
+    seeds = run.manifest["seeds"]
+    return [w for w in words if w.partition("=")[0] not in seeds] + [f"{key}={seed}" for key, seed in seeds.items()]
 
 
 def build(run: FinishedRun, output: Path, claim: dict[str, Any], texts: Mapping[str, str]) -> None:

@@ -64,8 +64,15 @@ class RunRecord:
         write_json(self.path / MANIFEST, self.manifest)
 
     def summary(self) -> dict[str, Any]:
-        """Return the manifest without what repeats the configuration."""
-        return {k: v for k, v in self.manifest.items() if k != "identity"}
+        """Return the manifest as :func:`short_manifest` does."""
+        return short_manifest(self.manifest)
+
+
+def short_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest without what repeats the configuration, and without each package's hash."""
+    short = {key: value for key, value in manifest.items() if key not in ("identity", "repeat")}
+    short["environment"] = {k: v for k, v in manifest.get("environment", {}).items() if k != "distributions"}
+    return short
 
 
 def start_record(

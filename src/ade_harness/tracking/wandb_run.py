@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from ade_harness.errors import HarnessError
 from ade_harness.report.result import Result
 from ade_harness.runs.directory import read_manifest, write_json
+from ade_harness.runs.record import short_manifest
 from ade_harness.tracking.wandb_content import log_content
 from ade_harness.tracking.wandb_upload import limits, upload, wandb_mode
 
@@ -79,7 +80,7 @@ def log_failure(cfg: DictConfig, folder: Path, why: str) -> str | None:
         config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
     except (HarnessError, OSError, yaml.YAMLError):
         return None  # the run directory itself is what failed
-    manifest = {k: v for k, v in manifest.items() if k != "identity"}
+    manifest = short_manifest(manifest)
     job_type = "probe" if manifest.get("kind") == "probe" else "evaluate"
     tags = ("failed", *_mark_tags(manifest.get("marks", ())))
 
