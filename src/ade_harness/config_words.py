@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ RUNTIME = ("runtime.seed", "runtime.threads", "runtime.deterministic", "runtime.
 """Of the runtime: what can change a bit. How many ranks there are cannot."""
 PATHS = ("dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path")
 """Keys that hold a path on this machine."""
+_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
+"""What Hydra's grammar takes for a string without quotes."""
 _FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"}
 
 
@@ -90,8 +93,7 @@ def as_word(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(as_word(v) for v in value) + "]"
     if isinstance(value, str):
-        plain = value.replace("_", "").replace("-", "").isalnum() and value.isascii() and value[0].isalpha()
-        if plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
             return value
         return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
     return repr(value)
