@@ -382,7 +382,7 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             for text in overrides:
                 _check_override(text, extra)
-            cfg = compose("config", overrides=[*map(_open_dict, overrides), *search])
+            cfg = compose("config", overrides=[*map(open_dict_word, overrides), *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise HarnessError(_explain(error, overrides)) from error
     _check_missing(cfg)
@@ -460,7 +460,7 @@ def _quote_address(text: str) -> str:
     return f"{key}='{value}'" if is_plain else text
 
 
-def _open_dict(text: str) -> str:
+def open_dict_word(text: str) -> str:
     """Let the free-form dictionaries take new keys without Hydra's ``+``."""
     return f"++{text}" if text.startswith(_FREE_KEYS) else text
 

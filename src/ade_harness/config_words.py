@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config import choices, compose_config
+from ade_harness.config import choices, compose_config, conf_dir, open_dict_word, register_schemas
 from ade_harness.errors import HarnessError
 
 GROUPS = ("model", "dataset", "inference", "metrics")
@@ -37,7 +41,7 @@ def words_of(cfg: DictConfig) -> list[str] | None:
     words = [f"{group}={_base(group, cfg[group].name)}" for group in _FALLBACKS]
     try:
         wanted = _decisive(cfg)
-        changes = _changes(_unchecked(words), wanted)
+        changes = _changes(composed_values(words), wanted)
         words += changes
         if changes and _decisive(compose_config(words)) != wanted:
             return None
@@ -50,16 +54,19 @@ def _base(group: str, name: str) -> str:
     return name if name in choices(group) else _FALLBACKS[group]
 
 
-def _unchecked(words: Sequence[str]) -> dict[str, Any]:
-    """Compose files alone, without checking that a user's values are there."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+def composed_values(words: Sequence[str]) -> dict[str, Any]:
+    """Return what words compose, by dotted keys, without checking that a user's own values are there.
 
-    from ade_harness.config import conf_dir
-
+    Raises:
+        HarnessError: they do not compose.
+    """
+    register_schemas()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return _decisive(compose("config", overrides=list(words)))
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return _decisive(compose("config", overrides=[open_dict_word(word) for word in words]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise HarnessError(f"{' '.join(words)}: does not compose ({str(error).splitlines()[0]}).") from error
 
 
 def _decisive(cfg: DictConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.leaderboard import checkout
 from ade_harness.leaderboard.checkout import code_of
 from ade_harness.leaderboard.repetition import compare_runs, what_differs
+from ade_harness.leaderboard.reproduce import _check_trust
 from ade_harness.leaderboard.submit import build, prepare
 from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.ledger import Row
@@ -266,3 +267,16 @@ def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path:
     about = {"--contact": "me@example.org", "--model-code": "https://example.org/mine"}
     build(run, tmp_path / "theirs", *prepare(run, about, lambda reference: reference))
     one_message(call("reproduce", tmp_path / "theirs"), "imports model._target_=os.system", "add --trust")
+    for words, message in (
+        (["model=custom", "model._target_=os.system"], "imports model._target_=os.system"),
+        (["model=segformer_b0", "model.kind=custom", "++model._target_=os.system"], "imports model._target_=os.system"),
+        (["model=torchscript", "model.path=x.pt"], "is a program"),
+        (
+            ["model=http", "model.url='https://h.example'", "model.http.token_env=AWS_SECRET"],
+            "sends your AWS_SECRET to https://h.example",
+        ),
+        (["model=nothing"], "does not compose"),
+    ):
+        with pytest.raises(HarnessError, match=message):
+            _check_trust(words)  # whatever the submission's config.yaml says: these are what runs
+    _check_trust(["model=segformer_b0", "dataset=ade20k"])

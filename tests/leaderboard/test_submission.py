@@ -118,6 +118,26 @@ def test_nothing_of_this_machine_is_in_it(valid: Path) -> None:
     assert sorted(hosts) == ["node0", "node1"]
 
 
+def test_short_names_of_this_machine_change_no_other_text(whole: Path, tmp_path: Path) -> None:
+    run = load_run(whole)
+    rows = tuple(
+        replace(row, host="cpu") for row in run.rows
+    )  # a host named as a device, data in a folder named "data"
+    timings = {
+        **run.manifest["timings"],
+        "ranks": [{**share, "host": "cpu"} for share in run.manifest["timings"]["ranks"]],
+    }
+    manifest = {**run.manifest, "timings": timings, "dataset": {**run.manifest["dataset"], "root": "data"}}
+    metrics = {**run.metrics, "notes": ["rank 1 on cpu is slow; a cpu-bound one"]}
+    run = replace(run, rows=rows, manifest=manifest, metrics=metrics)
+    build(run, tmp_path / "short", *prepare(run, ME, lambda reference: reference))
+    found = load_run(tmp_path / "short/run")
+    assert found.manifest["device"] == "cpu"
+    assert found.manifest["timings"]["ranks"][0]["host"] == "node0"
+    assert found.metrics["notes"] == ["rank 1 on node0 is slow; a cpu-bound one"]
+    assert found.config["inference"] == run.config["inference"]
+
+
 def test_its_run_is_a_run(valid: Path, whole: Path, call: Call) -> None:
     assert load_run(valid / "run").ledger_hash == load_run(whole).ledger_hash
     done = call("leaderboard", valid / "run")
@@ -340,6 +360,7 @@ def test_the_store_is_asked_as_a_stranger(store: Any) -> None:
     assert store("/file", sha).checked == "read, same hash"
     assert store("/file", "0" * 64, read=False).checked == "answers; its content was not read"
     assert store("/redirect", "1" * 64).checked == "the server tells the same hash"
+    assert store("/w.safetensors.index.json", "0" * 64).checked == "its index answers; the shards were not read"
     assert store("/private", sha, gated=True).checked == "behind its licence form"
     assert store("", sha, role="endpoint").checked == "answers"
     for path, message in (

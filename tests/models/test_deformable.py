@@ -27,7 +27,7 @@ IMPLEMENTATIONS = ["torch", "numba", "triton"]
 
 def implementation(name: str) -> Callable[..., Tensor]:
     if name == "triton":
-        pytest.importorskip("triton", reason="install triton")
+        pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to test the GPU kernels")
         from ade_harness.models.deformable_triton import aggregate_triton
 
         return aggregate_triton

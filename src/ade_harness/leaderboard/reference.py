@@ -6,7 +6,7 @@ import hashlib
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +15,7 @@ import requests
 from ade_harness.data.address import check_url
 from ade_harness.data.download import OnBytes
 from ade_harness.errors import HarnessError
+from ade_harness.models.weights import INDEX
 from ade_harness.runs.finished import FinishedRun
 
 _TIMEOUT_S = 30
@@ -221,6 +222,8 @@ def _look(reference: Reference, response: requests.Response, read_all: bool, on_
         return _seen(reference, "answers")
     if response.headers.get("Content-Type", "").startswith("text/html"):
         raise HarnessError(f"{address}: answers with a web page, not with a file. Give the address of the file itself.")
+    if address.endswith(INDEX):  # the run's hash is of all the shards together
+        return _seen(reference, "its index answers; the shards were not read")
     told = _told_hash([*response.history, response])
     if told is None and not read_all:
         return _seen(reference, "answers; its content was not read")
@@ -228,7 +231,7 @@ def _look(reference: Reference, response: requests.Response, read_all: bool, on_
         told, how = _read_hash(response, on_bytes), "read, same hash"
     else:
         how = "the server tells the same hash"
-    if told != reference.sha256 and not _is_shards(address):
+    if told != reference.sha256:
         raise HarnessError(
             f"{address}: is another file: its sha256 is {told}, the run has read {reference.sha256}."
             " Name the file that was evaluated."
@@ -236,12 +239,8 @@ def _look(reference: Reference, response: requests.Response, read_all: bool, on_
     return _seen(reference, how)
 
 
-def _is_shards(address: str) -> bool:
-    return address.endswith(".index.json")  # its hash is of all the shards
-
-
 def _seen(reference: Reference, how: str) -> Reference:
-    return Reference(reference.role, reference.address, reference.sha256, reference.gated, how)
+    return replace(reference, checked=how)
 
 
 def _told_hash(responses: list[requests.Response]) -> str | None:

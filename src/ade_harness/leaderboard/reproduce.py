@@ -16,12 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ade_harness.config_words import as_word
+from ade_harness.config_words import as_word, composed_values
 from ade_harness.data.download import cache_dir
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.bundle import RUN, bundle_problems, is_bundle, read_claim
 from ade_harness.leaderboard.checkout import code_of
-from ade_harness.leaderboard.claim import is_safe_word
 from ade_harness.leaderboard.reference import FILE_KINDS
 from ade_harness.leaderboard.repetition import Repetition, compare_runs, what_differs
 from ade_harness.metrics.comparable import match_runs
@@ -37,7 +36,7 @@ EXIT_DIFFERENT = 3
 VERDICT = "reproduction.json"
 _PLACES = (
     "dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path", "model.id", "model.url",
-    "model.source", "model.http.", "runtime.", "run.root",
+    "model.source", "model.http.", "runtime.",
 )  # fmt: skip
 """What may be elsewhere than in the first run; another value for anything else is another evaluation."""
 _SHOWN = 12
@@ -61,7 +60,7 @@ def run_reproduce(console: Console, words: Sequence[str]) -> int:
     if not repeat:
         raise HarnessError(f"{first.path}: its configuration cannot be written as words of a command.")
     if is_bundle(source) and not trust:
-        _check_trust(first, repeat)
+        _check_trust(repeat)
     if is_bundle(source):
         overrides = [*_fetched(source, first.config["model"]["kind"], overrides), *overrides]
     output = output or Path("runs") / new_run_name(f"{first.config['model']['name']}-again")
@@ -111,20 +110,24 @@ def _read(source: Path) -> FinishedRun:
     return load_run(source / RUN)
 
 
-def _check_trust(run: FinishedRun, repeat: Sequence[str]) -> None:
-    """Refuse to import code, or to send a secret, because somebody's submission says so."""
-    wrong = [word for word in repeat if not is_safe_word(word)]
-    if wrong:
-        raise HarnessError(f"{run.path}: its command has {wrong[0]!r}, which no evaluation needs.")
-    model = run.config["model"]
-    if model["kind"] == "custom":
+def _check_trust(repeat: Sequence[str]) -> None:
+    """Refuse to run code, or to send a secret, because somebody's submission says so.
+
+    Args:
+        repeat: the words that will be run; a submission's config.yaml may say something else.
+    """
+    model = composed_values(repeat)
+    kind = model["model.kind"]
+    if kind == "custom" or model["model._target_"] is not None:
         raise HarnessError(
-            f"this submission imports model._target_={model['_target_']} from this machine and runs it. Read that code"
-            " first; then add --trust."
+            f"this submission imports model._target_={model['model._target_']} from this machine and runs it. Read that"
+            " code first; then add --trust."
         )
-    for word in repeat:
-        if word.partition("=")[0].lstrip("+") == "model.http.token_env" and not word.endswith("=null"):
-            raise HarnessError(f"this submission sends a token of yours to its endpoint ({word}). Agree with --trust.")
+    if kind == "torchscript":
+        raise HarnessError("this submission runs a TorchScript file, which is a program. Agree with --trust.")
+    if model["model.http.token_env"] is not None:
+        name = model["model.http.token_env"]
+        raise HarnessError(f"this submission sends your {name} to {model['model.url']}. Agree with --trust.")
 
 
 def _fetched(folder: Path, kind: str, overrides: Sequence[str]) -> list[str]:

@@ -162,11 +162,11 @@ def run_problems(run: FinishedRun) -> list[str]:
 
 def public_words(run: FinishedRun, references: Sequence[Reference]) -> list[str]:
     """Return the words that repeat a run anywhere: without paths and names of this machine, its seeds spelled out."""
-    local = {"checkpoint": "model.checkpoint", "backbone": "model.backbone_checkpoint"}
+    local = {"checkpoint": "checkpoint", "backbone": "backbone_checkpoint", "endpoint": None}
     model = run.config["model"]
     words = [w for w in run.manifest["repeat"] if w.partition("=")[0] not in (*PATHS, "model.http.token_env")]
     for reference in references:
-        from_disk = model.get(local.get(reference.role, "")[6:]) is not None
+        from_disk = model.get(local[reference.role]) is not None
         if from_disk or model["kind"] == "hf":
             new = words_for(reference, model["kind"])
             keys = {word.partition("=")[0] for word in new}
@@ -212,23 +212,33 @@ def _write_run(run: FinishedRun, folder: Path, claim: Mapping[str, Any]) -> None
     write_ledger(folder / LEDGER / "ledger.parquet", [replace(row, host=hosts[row.host]) for row in run.rows])
     places = {str(run.config["model"].get(key)): Path(str(run.config["model"].get(key))).name for key in _PATH_KEYS}
     places |= {str(run.manifest["dataset"]["root"]): "ADE20K_ROOT", str(Path.home()): "~"}
-    places |= hosts
-    places = {path: name for path, name in places.items() if path not in ("None", "/", "")}
+    # only whole paths: what is relative tells nothing of a machine, and "data" is a word of many texts
+    places = {path: name for path, name in places.items() if path.startswith("/") and path != "/"}
     manifest = {key: run.manifest[key] for key in _KEPT}
     manifest["command"] = ["python", "-m", "ade_harness", *claim["command"]]
     manifest["repeat"] = list(claim["command"])
     manifest["code"] = {k: v for k, v in manifest["code"].items() if k != "origin"}
     config = {group: run.config[group] for group in ("model", "dataset", "inference", "metrics", "runtime")}
+    metrics = {**run.metrics, "notes": [_rename_hosts(note, hosts) for note in run.metrics["notes"]]}
+    ranks = [{**share, "host": hosts.get(share["host"], "node")} for share in manifest["timings"]["ranks"]]
+    manifest["timings"] = {**manifest["timings"], "ranks": ranks}
     write_json(folder / MANIFEST, _without(manifest, places))
-    write_json(folder / "metrics.json", _without(run.metrics, places))
+    write_json(folder / "metrics.json", _without(metrics, places))
     write_text(folder / "config.yaml", yaml.safe_dump(_without(config, places), sort_keys=False))
 
 
 _PATH_KEYS = tuple(key.partition(".")[2] for key in PATHS if key.startswith("model."))
 
 
+def _rename_hosts(text: str, hosts: Mapping[str, str]) -> str:
+    """Replace host names, as whole words."""
+    for host, name in hosts.items():
+        text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", name, text)
+    return text
+
+
 def _without(content: Any, places: Mapping[str, str]) -> Any:
-    """Replace paths and names of this machine in every text."""
+    """Replace paths of this machine in every text."""
     if isinstance(content, Mapping):
         return {key: _without(value, places) for key, value in content.items()}
     if isinstance(content, list | tuple):

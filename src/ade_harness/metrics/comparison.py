@@ -70,7 +70,7 @@ def compare(
     Args:
         first: areas of the first run.
         second: of the second, with the same images in the same order and the same truth.
-        resamples: of the bootstrap, and as many exchanges; 10,000 of 2,000 images take about 5 seconds.
+        resamples: of the bootstrap, and as many exchanges; 10,000 of 2,000 images take 1.6 seconds.
         seed: of both.
         level: of the intervals.
 
