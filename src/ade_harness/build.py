@@ -26,7 +26,7 @@ from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.plan import Loaders
-from ade_harness.runtime.trainer import Ranks
+from ade_harness.runtime.trainer import Ranks, set_arithmetic
 
 AnyPredictor = NetworkPredictor | FolderPredictor | EndpointPredictor
 
@@ -228,6 +228,7 @@ def describe_facts(
     return {
         "device": device,
         "kernels": implementation.__name__.rpartition(".")[2],
+        "arithmetic": set_arithmetic(cfg.runtime.deterministic),
         "model": {"name": cfg.model.name, **facts},
         "dataset": {
             "name": dataset.name,

@@ -853,5 +853,8 @@ def test_serve_runs_until_ctrl_c(tmp_path: Path) -> None:
         assert url is not None, line
         assert Endpoint(url[1], 10, 0).info()["name"] == "demo"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # leaving the block waits for it
     assert (process.returncode, out.strip(), err) == (0, "stopped", "")

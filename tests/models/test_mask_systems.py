@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +26,7 @@ from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.families import Keys, add_delta
 from ade_harness.models.keymaps import known_keys, rename
 from ade_harness.models.loading import load_model
+from ade_harness.models.reference import reference_operations
 from ade_harness.models.systems import FAMILIES
 from ade_harness.models.weights import read_state_dict
 from tests.conftest import Done
@@ -242,17 +244,35 @@ def test_beit3_with_adapter_and_head() -> None:
 
 
 @pytest.mark.parametrize("case", ["mask2former_swin_t", "internimage_mask2former", "vit_adapter_beit_mask2former"])
-def test_compiled_operations_stay_near_the_official_order(case: str) -> None:
-    """What an evaluation computes, against what parity is checked with."""
+def test_compiled_operations_equal_the_official_order(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attention and each deformable sampling of a forward, as evaluated and in the official order, on equal inputs.
+
+    One operation at a time: nine layers of a random decoder would amplify the last bit into a flipped mask.
+    """
+    errors: dict[str, list[float]] = {"attend": [], "aggregate": []}
+
+    def compared(name: str, operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def both(*arguments: Any) -> Tensor:
+            fast = operation(*arguments)
+            with reference_operations():
+                exact = operation(*arguments)
+            errors[name].append(float((fast - exact).abs().max() / exact.std()))
+            return exact
+
+        return both
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("ade_harness.models")]:
+        for name in errors:
+            if callable(operation := getattr(module, name, None)):
+                monkeypatch.setattr(module, name, compared(name, operation))
     name, fields = CASES[case]
     side = 64 if case.startswith("vit") else 128
-    images = torch.from_numpy(draw(1, "fast", [1, 3, side, side]))
     network = from_official(name, official(case), **fields)
     with torch.inference_mode():
-        exact, fast = network.raw_outputs(images), network.network(images)
-    for a, b in zip(exact, fast, strict=True):
-        # reached: 1e-6 to 6e-5; these random decoders amplify the last bits (see models/reference.py)
-        assert float((a - b).abs().max() / a.std()) < 1e-3
+        network.network(torch.from_numpy(draw(1, "fast", [1, 3, side, side])))
+    assert len(errors["aggregate"]) >= 6
+    assert len(errors["attend"]) >= 8
+    assert max(errors["attend"] + errors["aggregate"]) < 1e-4, errors  # float32 sums of up to 1,000 terms, reordered
 
 
 @pytest.mark.parametrize(

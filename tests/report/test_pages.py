@@ -250,3 +250,16 @@ def test_the_terminal_says_who_is_better(runs: dict[str, Path], call: Call) -> N
     same = call("compare", runs["run"], runs["run"], "--resamples", "300")
     assert "no difference could be shown" in same.out
     assert "(1)" in same.out
+
+
+@pytest.mark.parametrize("words", [["dataset.limit=1"], ["metrics.resamples=0"]])
+def test_runs_without_intervals_have_a_page(words: list[str], tmp_path: Path, call: Call) -> None:
+    """One image, everybody's first try, and no resampling: nothing to resample, so no interval is shown."""
+    for name in ("a", "b"):
+        done = call(*FAST, "dataset.images=3", "run.report=true", f"run.dir={name}", *words)
+        assert done.code == 0, done.err
+        page = (tmp_path / name / "report.html").read_text()
+        assert "% interval" not in page
+        assert re.search(r"<h2 id=\"h-score\">\d+\.\d\d", page)
+    done = call("compare", "a", "b", "--resamples", "100")
+    assert done.code == 0, done.err

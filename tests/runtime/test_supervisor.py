@@ -61,7 +61,8 @@ class Started:
         """Return the rank processes in their order."""
         found = {}
         for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.Error, OSError):  # it may just be ending
+            # it may just be ending, or be so young that it has no environment of its own yet
+            with contextlib.suppress(psutil.Error, OSError, KeyError):
                 found[int(child.environ()["RANK"])] = child
         return [found[rank] for rank in sorted(found)]
 
@@ -135,10 +136,6 @@ def test_restarts_continue_by_themselves(start: Callable[..., Started], expected
     started = start("runtime.devices=2", "runtime.max_restarts=2", SLOW_MODEL_SECONDS="0.5")
     started.until(3)
     started.ranks()[0].kill()
-    time.sleep(1)
-    end = time.monotonic() + 60
-    while len(started.ranks()) < 2 and time.monotonic() < end:
-        time.sleep(0.1)
     done = started.end(120)
     assert done.code == 0, done.err
     assert "restart 1 of 2: what is counted is kept." in done.err

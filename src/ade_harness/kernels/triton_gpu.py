@@ -30,8 +30,8 @@ _NEAR_TIE = 1e-5
 
 
 @triton.jit
-def _mix(a: Any, b: Any, w_a: Any, w_b: Any) -> Any:
-    """Interpolate between two values."""
+def _mix(a, b, w_a, w_b):
+    """Interpolate between two values. Triton compiles annotations too: none but `tl.constexpr` may stand here."""
     return tl.fma(a, w_a, b * w_b)
 
 

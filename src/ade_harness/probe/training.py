@@ -70,7 +70,7 @@ def train_probe(
         StopRequestedError: asked to stop; the state is saved.
     """
     options = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "sync_batchnorm": _on_gpus(cfg)}
-    with started_ranks(cfg.runtime, **options) as ranks:
+    with started_ranks(cfg.runtime, training=True, **options) as ranks:
         first = ranks.coordinator.rank == 0
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
         model = agreed(ranks.coordinator, "model", lambda: load_for_probe(cfg.model))

@@ -275,8 +275,41 @@ def is_main_process() -> bool:
     return (_get_rank() or 0) == 0
 
 
-def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
-    """Return a Lightning Trainer with everything off that would change counts or write files."""
+def set_arithmetic(deterministic: bool) -> dict[str, Any]:
+    """Choose float32 arithmetic that is repeatable and is what official code computes; returns it for the record.
+
+    Evaluation runs forwards only, whose kernels are deterministic on CUDA once cuDNN and cuBLAS are told to be.
+    ``torch.use_deterministic_algorithms`` is left off on purpose: it replaces every bilinear ``F.interpolate`` on
+    CUDA, whose backward alone is nondeterministic, by a decomposition with other bits than the kernel that official
+    code calls and with 35 launches instead of one, and integer ``scatter_add_`` by a sort. Training has backwards and
+    needs it: see `make_trainer`.
+
+    Args:
+        deterministic: of the ``runtime`` node.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return {
+        "use_deterministic_algorithms": False,
+        "cudnn_deterministic": deterministic,
+        "cudnn_benchmark": False,
+        "allow_tf32": False,
+        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
+
+
+def make_trainer(cfg: DictConfig, training: bool = False, **options: Any) -> pl.Trainer:
+    """Return a Lightning Trainer with everything off that would change counts or write files.
+
+    Args:
+        cfg: the ``runtime`` node.
+        training: whether gradients are computed: only then does ``runtime.deterministic`` set torch's global switch.
+        options: more of Lightning's Trainer.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
@@ -285,9 +318,7 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     nodes = node_count(cfg)
     torch.set_num_threads(cfg.threads)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)  # otherwise Lightning divides the cores by the ranks
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
+    set_arithmetic(cfg.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and hides nothing here
     strategy: Any = "auto"
     if devices * nodes > 1:
@@ -299,7 +330,7 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
         strategy=strategy,
         plugins=[_environment()],
         use_distributed_sampler=False,
-        deterministic="warn" if cfg.deterministic else False,
+        deterministic="warn" if training and cfg.deterministic else False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -1,0 +1,53 @@
+"""Triton kernels compile for real GPUs. The interpreter, which other tests use, takes code that no compiler takes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+_PROGRAM = Path(__file__).with_name("compile_ahead.py")
+
+
+def jitted() -> dict[str, set[str]]:
+    """Return every `@triton.jit` function of the package, with the names of the jitted functions that it calls."""
+    found: dict[str, set[str]] = {}
+    for path in (REPOSITORY / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                calls = (c.func.id for c in ast.walk(node) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name))
+                found[node.name] = set(calls)
+    return {name: calls & found.keys() for name, calls in found.items()}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_compiles_for(arch: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to compile the GPU kernels")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(_PROGRAM), str(arch)], capture_output=True, text=True, timeout=300, check=False,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    functions = jitted()
+    launched = functions.keys() - set().union(*functions.values())
+    assert {f["kernel"] for f in found} == launched  # a new kernel belongs on compile_ahead.py's list
+    assert {(f["kernel"], f["dtype"]) for f in found} == {(k, d) for k in launched for d in ("fp32", "fp16", "bf16")}
+    assert all(f["cubin"] > 1000 and not f["local"] for f in found), found
+
+
+def test_jitted_functions_have_no_annotations_that_the_compiler_would_evaluate() -> None:
+    for path in (REPOSITORY / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                arguments = [a for a in ast.walk(node.args) if isinstance(a, ast.arg) and a.annotation is not None]
+                assert {ast.unparse(a.annotation) for a in arguments if a.annotation} <= {"tl.constexpr"}, node.name
+                assert node.returns is None, node.name
