@@ -4,7 +4,7 @@
 
 Where transformers has the network, its own class is the peer. Where nobody has (InternImage, ViT-Adapter), the peer is
 our network in the official code's own PyTorch operations and order (``reference_operations``; the same bits as the
-official code, see tests/models/test_mask_systems.py). What follows the network is, for the peer, what the official
+official code, see tests/models/systems/test_mask_systems.py). What follows the network is, for the peer, what official
 codes do: masks enlarged, sigmoid, sum over queries, all 150 planes enlarged, argmax. Random weights, on which speed
 does not depend. The two take turns, after one unmeasured window.
 """
@@ -30,16 +30,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ade_harness.config import compose_config
+from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.families import Keys, quietly_random
+from ade_harness.models.checkpoint.family import Keys, quietly_random
+from ade_harness.models.checkpoint.files import read_state_dict
 from ade_harness.models.loading import LoadedModel
-from ade_harness.models.reference import reference_operations
-from ade_harness.models.systems import FAMILIES, SYSTEMS
-from ade_harness.models.weights import read_state_dict
+from ade_harness.models.ops.attention import reference_operations
+from ade_harness.models.registry import FAMILIES, SYSTEMS
 
 Queries = Callable[[Tensor], tuple[Tensor, Tensor]]
 MASK_SYSTEMS = [name for name, kind in SYSTEMS.items() if FAMILIES[kind].void]

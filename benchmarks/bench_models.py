@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ade_harness.data.ade20k import open_ade20k
-from ade_harness.models.families import quietly_random
-from ade_harness.models.segformer import SEGFORMER
+from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.systems.segformer import SEGFORMER
 
 B0 = {
     "depths": [2, 2, 2, 2],

@@ -10,9 +10,9 @@ import sys
 import torch
 from measure import machine_line
 
-from ade_harness.build import build_predictor
-from ade_harness.config import compose_config
+from ade_harness.config.compose import compose_config
 from ade_harness.data.opening import open_dataset
+from ade_harness.evaluation.job import build_predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import select
 from ade_harness.metrics.confusion import scores

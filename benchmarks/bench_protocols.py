@@ -21,8 +21,8 @@ from torch import nn
 
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import select, whole
-from ade_harness.models.families import quietly_random
-from ade_harness.models.segformer import SEGFORMER
+from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.systems.segformer import SEGFORMER
 
 SIZES = ((512, 683), (256, 256), (512, 768), (300, 400))
 """Four usual originals."""

@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ade_harness.config import compose_config
+from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.families import quietly_random
+from ade_harness.models.checkpoint.family import quietly_random
 from ade_harness.models.loading import LoadedModel
-from ade_harness.models.systems import FAMILIES, SYSTEMS
+from ade_harness.models.registry import FAMILIES, SYSTEMS
 
 
 def plain_logits(network: nn.Module, images: Tensor) -> Tensor:

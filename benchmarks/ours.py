@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from peers import Areas, Loop, TimedNetwork
 from torch import nn
 
-from ade_harness.config import compose_config
-from ade_harness.counting import ImageCounter, ImageItems, group_images
+from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
+from ade_harness.evaluation.counter import ImageCounter
+from ade_harness.evaluation.images import ImageItems, group_images
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.models.loading import LoadedModel
 from ade_harness.runs.ledger import LedgerWriter

@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from ade_harness.config import compose_config
+from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import validation_sizes
 from ade_harness.inference.plan import forward_pixels, plan_views
-from ade_harness.runtime.plan import assign, largest_first, most_held
+from ade_harness.runtime.queue import assign, largest_first, most_held
 
 LOOK_AHEAD = 8  # two loader processes, four batches each
 WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

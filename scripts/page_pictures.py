@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from ade_harness.cli import main
+from ade_harness.cli.main import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 

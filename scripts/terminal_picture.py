@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ade_harness.config import compose_config
-from ade_harness.session import run_session
+from ade_harness.config.compose import compose_config
+from ade_harness.evaluation.outcome import run_session
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
 WIDTH = 1120

@@ -2,7 +2,7 @@
 
     python scripts/train_demo_network.py
 
-writes src/ade_harness/models/demo_network.safetensors. Everything is seeded; the last line prints the pixel
+writes src/ade_harness/models/formats/demo_network.safetensors. Everything is seeded; the last line prints the pixel
 accuracy on images of a seed that was neither trained on nor is the demo's.
 """
 
@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ade_harness.data.demo import make_sample
 from ade_harness.data.labels import IGNORE_INDEX, target_from_annotation
-from ade_harness.data.synthetic import make_sample
-from ade_harness.models.demo import WEIGHTS, DemoNetwork, input_statistics
+from ade_harness.models.formats.demo import WEIGHTS, DemoNetwork, input_statistics
 
 TRAINING_SEEDS = (1, 2, 3, 4)
 CHECK_SEED = 9

@@ -78,7 +78,7 @@ def cli(tmp_path: Path) -> Callable[..., Done]:
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Run a command in this process (fast; one rank only)."""
-    from ade_harness.cli import main
+    from ade_harness.cli.main import main
 
     def run(*arguments: object) -> Done:
         monkeypatch.chdir(tmp_path)

@@ -64,7 +64,7 @@ def prose(page: Path) -> str:
 
 
 def test_every_option_in_the_readme_exists() -> None:
-    from ade_harness.config import choices, known_keys
+    from ade_harness.config.compose import choices, known_keys
     from ade_harness.probe.recipe import ProbeConfig
 
     keys = {*known_keys(), "model", "dataset", "inference", "tracking", "probe"}

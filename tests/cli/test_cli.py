@@ -16,9 +16,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from ade_harness.config import choices, compose_config, conf_dir, known_keys
+from ade_harness.config.compose import choices, compose_config, conf_dir, known_keys
 from ade_harness.errors import HarnessError
-from ade_harness.leaderboard.catalogue import published_rows
+from ade_harness.leaderboard.published import published_rows
 from tests.conftest import REPOSITORY, Done
 from tests.tracking.offline_file import read_wandb
 
@@ -329,7 +329,7 @@ def test_wandb_offline_run_holds_the_result(demo: tuple[Path, str]) -> None:
 
 def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from ade_harness.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from ade_harness.cli.main import main; code = main(sys.argv[1:]);"
         "assert 'wandb' not in sys.modules, 'imported'; sys.exit(code)"
     )
     words = ["dataset.limit=2", *FAST]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ade_harness.counting import ImageCounter
+from ade_harness.evaluation.counter import ImageCounter
 from ade_harness.runs.ledger import LedgerWriter
 from tests.conftest import Done
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ade_harness.data.ade20k import open_ade20k, recognise, validation_sizes
 from ade_harness.data.decode import check_annotation_values, decode_image, decode_labels
+from ade_harness.data.demo import make_sample, write_dataset
 from ade_harness.data.labels import class_names, classes, palette, target_from_annotation
-from ade_harness.data.synthetic import make_sample, write_dataset
 from ade_harness.data.verify import verify
 from ade_harness.errors import HarnessError
 from tests.conftest import write_pair

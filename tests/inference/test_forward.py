@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from ade_harness.config import compose_config
-from ade_harness.counting import group_images
+from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
+from ade_harness.evaluation.images import group_images
 from ade_harness.inference.plan import uncovered, window_grid
 from ade_harness.inference.predictor import NetworkPredictor, Prediction
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.demo import load_demo_network
+from ade_harness.models.formats.demo import load_demo_network
 from ade_harness.models.loading import LoadedModel
 
 CPU = torch.device("cpu")

@@ -14,14 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
-from ade_harness.config import InferenceConfig, ResizeConfig, compose_config
+from ade_harness.config.compose import compose_config
+from ade_harness.config.schema import InferenceConfig, ResizeConfig
 from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.inference.plan import plan_views
-from ade_harness.inference.predictor import NetworkPredictor, Prepared, label_hash
+from ade_harness.inference.predictor import NetworkPredictor, Prepared
 from ade_harness.inference.resize import padded_size, padding_offset, resize_image, resize_labels, target_sizes
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.reference import legacy_bilinear
+from ade_harness.metrics.counts import label_hash
 from ade_harness.models.loading import LoadedModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"

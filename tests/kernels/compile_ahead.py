@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ade_harness.kernels import triton_gpu
-from ade_harness.models import deformable_triton
+from ade_harness.models.ops import deformable_triton
 
 _LABEL_POINTERS = (
     "scores", "labels", "y_index", "y_weight", "x_index", "x_weight", "y2_index", "y2_weight", "x2_index", "x2_weight",

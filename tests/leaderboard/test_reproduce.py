@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 
 import ade_harness
-from ade_harness.config import compose_config
-from ade_harness.config_words import as_word, words_of
+from ade_harness.config.compose import compose_config
+from ade_harness.config.overrides import as_word, words_of
 from ade_harness.errors import HarnessError
-from ade_harness.leaderboard import checkout
-from ade_harness.leaderboard.checkout import code_of
-from ade_harness.leaderboard.repetition import compare_runs, what_differs
-from ade_harness.leaderboard.reproduce import _check_trust
-from ade_harness.leaderboard.submit import build, prepare
+from ade_harness.leaderboard.reproduce import checkout
+from ade_harness.leaderboard.reproduce.checkout import code_of
+from ade_harness.leaderboard.reproduce.repetition import compare_runs, what_differs
+from ade_harness.leaderboard.reproduce.rerun import _check_trust
+from ade_harness.leaderboard.submission.submit import build, prepare
+from ade_harness.metrics.counts import Row
 from ade_harness.runs.finished import FinishedRun, load_run
-from ade_harness.runs.ledger import Row
 from tests.cli.test_cli import FAST, Call, one_message
 from tests.conftest import Done
 from tests.leaderboard.whole_run import write_whole_run
@@ -33,7 +33,7 @@ from tests.leaderboard.whole_run import write_whole_run
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ade_harness.cli import main
+    from ade_harness.cli.main import main
 
     path = tmp_path_factory.mktemp("runs") / "demo"
     assert main([*FAST, "dataset.images=6", f"run.dir={path}", "metrics.resamples=1000"]) == 0

@@ -20,16 +20,23 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ade_harness.config import compose_config
-from ade_harness.data.download import file_hash
+from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
-from ade_harness.leaderboard.bundle import bundle_problems, read_claim
-from ade_harness.leaderboard.claim import is_safe_word
-from ade_harness.leaderboard.recipe import recipe_files
-from ade_harness.leaderboard.reference import Reference, check_public, parse_address, references_of, words_for
-from ade_harness.leaderboard.submit import build, prepare
+from ade_harness.files.fetch import file_hash
+from ade_harness.leaderboard.submission.bundle import bundle_problems, read_claim
+from ade_harness.leaderboard.submission.claim import is_safe_word
+from ade_harness.leaderboard.submission.public_files import (
+    Reference,
+    check_public,
+    parse_address,
+    references_of,
+    words_for,
+)
+from ade_harness.leaderboard.submission.recipe import recipe_files
+from ade_harness.leaderboard.submission.submit import build, prepare
 from ade_harness.metrics.confusion import scores
-from ade_harness.runs.finished import FinishedRun, hash_rows, load_run
+from ade_harness.metrics.counts import hash_rows
+from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.ledger import read_rows, write_ledger
 from tests.cli.test_cli import FAST, Call, one_message
 from tests.leaderboard.whole_run import COMMIT, MODEL, write_whole_run

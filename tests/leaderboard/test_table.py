@@ -28,7 +28,7 @@ from tests.runs.test_runs import make_row
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ade_harness.cli import main
+    from ade_harness.cli.main import main
 
     path = tmp_path_factory.mktemp("runs") / "demo"
     assert main([*FAST, "dataset.images=3", f"run.dir={path}", "metrics.resamples=1000"]) == 0

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from ade_harness.config import compose_config
-from ade_harness.config_words import words_of
+from ade_harness.config.compose import compose_config
+from ade_harness.config.overrides import words_of
 from ade_harness.data.ade20k import Pair, SegmentationDataset, validation_sizes
-from ade_harness.report.result import summarise, write_result
-from ade_harness.runs.ledger import LedgerWriter, Row, matrix_of, sparse_counts
+from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
+from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runs.record import start_record
+from ade_harness.runs.result import summarise, write_result
 from ade_harness.runtime.balance import Balance, RankShare
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -73,7 +74,7 @@ def write_whole_run(
         writer.append(row)
     writer.flush()
     result = summarise(
-        cfg, path, dataset, rows, matrix_of(rows), marks, notes=(), seconds=1.0, images_per_second=2000.0,
+        cfg, path, dataset, rows, matrix_of(rows), marks, (), notes=(), seconds=1.0, images_per_second=2000.0,
         balance=Balance((RankShare(0, "secret-host0", len(rows), 1.0, 1.0),)), stages={},
     )  # fmt: skip
     write_result(result)

@@ -14,8 +14,8 @@ from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.breakdown import confused_pairs, group_images, size_groups
 from ade_harness.metrics.calibration import BINS, Calibration, count_confidence
 from ade_harness.metrics.confusion import scores
+from ade_harness.metrics.counts import matrix_of
 from ade_harness.metrics.regions import add_regions, boundary_band, boundary_width, find_regions
-from ade_harness.runs.ledger import matrix_of
 from tests.metrics.test_statistics import make_rows
 
 

@@ -14,8 +14,8 @@ from ade_harness.metrics.areas import ImageAreas, areas_of, image_areas, split_a
 from ade_harness.metrics.bootstrap import Interval, Resampled, bootstrap, draw_counts
 from ade_harness.metrics.comparison import compare, holm
 from ade_harness.metrics.confusion import area_scores, class_iou, scores
+from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
 from ade_harness.metrics.verdict import judge
-from ade_harness.runs.ledger import Row, matrix_of, sparse_counts
 
 
 def make_rows(images: int, seed: int = 0, classes: int = 150, right: float = 0.7) -> list[Row]:

@@ -19,16 +19,16 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
 
-from ade_harness.config import compose_config
+from ade_harness.config.compose import compose_config
 from ade_harness.data.labels import class_names
 from ade_harness.errors import HarnessError
+from ade_harness.models.checkpoint.files import hub_checkpoint, load_strictly, read_state_dict
 from ade_harness.models.class_map import resolve_class_map
-from ade_harness.models.demo import WEIGHTS
+from ade_harness.models.formats.demo import WEIGHTS
 from ade_harness.models.loading import load_model
 from ade_harness.models.outputs import MaskLogits, read_output
-from ade_harness.models.segformer import SEGFORMER
-from ade_harness.models.weights import hub_checkpoint, load_strictly, read_state_dict
-from tests.models.test_segformer import B0, official
+from ade_harness.models.systems.segformer import SEGFORMER
+from tests.models.systems.test_segformer import B0, official
 
 __all__ = ["official"]
 
@@ -82,7 +82,7 @@ def write_onnx(
 def test_demo_weights_are_small_and_load() -> None:
     from importlib.resources import files
 
-    assert len(files("ade_harness.models").joinpath(WEIGHTS).read_bytes()) < 1_000_000
+    assert len(files("ade_harness.models.formats").joinpath(WEIGHTS).read_bytes()) < 1_000_000
     model = load_model(compose_config([]).model)
     assert model.weights == "demo"
     assert model.module(torch.zeros(1, 3, 33, 50)).shape == (1, 150, 9, 13)

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ade_harness.config import compose_config
-from ade_harness.data.synthetic import open_demo
+from ade_harness.config.compose import compose_config
+from ade_harness.data.demo import open_demo
 from ade_harness.errors import HarnessError
 from ade_harness.models.loading import load_model
 from ade_harness.probe import training
 from ade_harness.probe.crops import Crops, Share, distort, make_crop
 from ade_harness.probe.recipe import learning_rate, probe_recipes, read_recipe
 from tests.conftest import Done
-from tests.models.test_systems import official_weights
+from tests.models.systems.test_dense_systems import official_weights
 
 SMALL = (
     "model=dinov3_7b_linear", "model.architecture.hidden_size=128", "model.architecture.num_hidden_layers=4",

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from ade_harness.cli import main
-from ade_harness.report import commands
+from ade_harness.cli.main import main
+from ade_harness.report import pages as commands
 from ade_harness.runs.finished import load_run
 from tests.cli.test_cli import FAST, Call
 

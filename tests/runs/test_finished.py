@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from ade_harness.errors import HarnessError
-from ade_harness.inference.predictor import label_hash
 from ade_harness.metrics.calibration import sum_calibration
-from ade_harness.metrics.comparable import match_runs
-from ade_harness.runs.finished import FinishedRun, hash_rows, load_run
+from ade_harness.metrics.counts import hash_rows, label_hash
+from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.label_maps import FEW, LabelMaps, read_label_map
+from ade_harness.runs.matching import match_runs
 from tests.cli.test_cli import FAST, Call
 from tests.runs.test_runs import make_row
 
@@ -25,7 +25,7 @@ from tests.runs.test_runs import make_row
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run of 30 demo images, with everything that can be kept."""
-    from ade_harness.cli import main
+    from ade_harness.cli.main import main
 
     path = tmp_path_factory.mktemp("runs") / "demo"
     words = [*FAST, "dataset.images=30", f"run.dir={path}", "run.label_maps=all", "metrics.calibration=true"]

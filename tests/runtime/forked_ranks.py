@@ -16,9 +16,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    import ade_harness.evaluation
-    import ade_harness.session
-    from ade_harness.cli import main as command
+    import ade_harness.evaluation.outcome
+    import ade_harness.evaluation.story
+    from ade_harness.cli.main import main as command
 
     del ade_harness
     for line in sys.stdin:
@@ -61,7 +61,7 @@ def run_rank(command, job: dict, rank: int) -> int:  # type: ignore[no-untyped-d
 
 
 def kill_after(images: int) -> None:
-    from ade_harness.counting import ImageCounter
+    from ade_harness.evaluation.counter import ImageCounter
 
     record, count = ImageCounter._record, 0
 

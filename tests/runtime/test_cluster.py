@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from ade_harness.config import compose_config
+from ade_harness.cli.slurm import sbatch_parameters, with_run_dir
+from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.runtime import cluster
-from ade_harness.slurm_jobs import sbatch_parameters, with_run_dir
 
 STEP = {
     "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2",

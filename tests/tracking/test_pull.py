@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ade_harness.cli import main
+from ade_harness.cli.main import main
 from ade_harness.errors import HarnessError
 from ade_harness.runs.finished import load_run
-from ade_harness.tracking import wandb_pull, wandb_workspace
-from ade_harness.tracking.wandb_content import LEDGER_FILES
-from ade_harness.tracking.wandb_pull import parse_spec, pull_run, refuse_other_files
+from ade_harness.tracking import pull as wandb_pull
+from ade_harness.tracking import workspace as wandb_workspace
+from ade_harness.tracking.content import LEDGER_FILES
+from ade_harness.tracking.pull import parse_spec, pull_run, refuse_other_files
 from tests.conftest import REPOSITORY
 from tests.tracking.stub_server import ENTITY, StubServer, hang
 

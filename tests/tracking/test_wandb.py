@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_harness.cli import main
-from ade_harness.config import compose_config
-from ade_harness.failures import last_error, tell_failure
+from ade_harness.cli.failures import last_error, tell_failure
+from ade_harness.cli.main import main
+from ade_harness.config.compose import compose_config
 from ade_harness.runs.finished import load_run
-from ade_harness.tracking import wandb_content, wandb_upload
-from ade_harness.tracking.wandb_run import read_tracking, run_id
-from ade_harness.tracking.wandb_upload import upload, wandb_mode
+from ade_harness.tracking import content as wandb_content
+from ade_harness.tracking import upload as wandb_upload
+from ade_harness.tracking.run import read_tracking, run_id
+from ade_harness.tracking.upload import upload, wandb_mode
 from tests.conftest import REPOSITORY, Done, write_pair
 from tests.tracking.offline_file import read_wandb
 from tests.tracking.stub_server import StubServer, hang

@@ -8,8 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
-from ade_harness.data.download import cache_dir
-from ade_harness.data.synthetic import open_demo
+from ade_harness.data.demo import open_demo
+from ade_harness.files.fetch import cache_dir
 
 
 def open_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDataset:

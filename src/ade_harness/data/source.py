@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.archive import check_member_name
 
 
 class FileSource(Protocol):
@@ -119,13 +120,3 @@ class ZipSource:
 def _is_hidden(name: str) -> bool:
     """Whether a member is what file managers leave behind (.DS_Store, __MACOSX/._x.jpg)."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def check_member_name(name: str, archive: Path) -> None:
-    """Refuse a member whose name would be written outside the folder it is extracted to."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
-        raise HarnessError(
-            f"{archive}: the member {name!r} points outside the archive (path traversal)."
-            " This is not the official file: nothing was extracted. Delete it."
-        )

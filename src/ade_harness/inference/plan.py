@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ade_harness.config import AugmentationConfig, InferenceConfig, ResizeConfig, WindowConfig
+from ade_harness.config.schema import AugmentationConfig, InferenceConfig, ResizeConfig, WindowConfig
 from ade_harness.inference.resize import padded_size, padding_offset, round_half_up, target_sizes
 from ade_harness.kernels.views import Size
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ade_harness import kernels
-from ade_harness.config import InferenceConfig
+from ade_harness.config.schema import InferenceConfig
 from ade_harness.errors import HarnessError
 from ade_harness.inference.forward import BatchedForward
 from ade_harness.inference.masks import mask_view
@@ -359,8 +358,3 @@ def _fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceCon
 
 def _written(values: Sequence[float]) -> str:
     return "/".join(f"{v:g}" for v in values)
-
-
-def label_hash(labels: Tensor) -> str:
-    """Return BLAKE2b (16 bytes, hex) of a uint8 label map [H, W]: equal hashes mean equal labels."""
-    return hashlib.blake2b(labels.cpu().contiguous().numpy().data, digest_size=16).hexdigest()

@@ -13,14 +13,11 @@ import matplotlib.dates as mdates
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.box import HORIZONTALS
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ade_harness.errors import HarnessError
-from ade_harness.leaderboard.catalogue import published_rows
-from ade_harness.report.terminal import print_fact
-from ade_harness.report.words import last_values, split_words
+from ade_harness.leaderboard.published import published_rows
 from ade_harness.runs.directory import MANIFEST, write_text
 from ade_harness.runs.finished import FinishedRun, load_run
 
@@ -105,41 +102,6 @@ def find_runs(root: Path) -> tuple[list[FinishedRun], list[str]]:
     return runs, left_out
 
 
-def run_leaderboard(console: Console, words: Sequence[str]) -> int:
-    """Print the leaderboard with local runs merged in, and write what is asked for; returns 0.
-
-    Args:
-        console: where to print.
-        words: run directories; ``--root DIR`` for all runs below a folder (default runs); ``--output FILE``, by its
-            ending Markdown, CSV, or the chart as PNG, SVG or PDF; may be given several times.
-
-    Raises:
-        HarnessError: a run that cannot be read or has no place here, or a file that cannot be written.
-    """
-    folders, outputs, root = _split(words)
-    runs: list[FinishedRun] = []
-    left_out: list[str] = []
-    if folders:
-        for folder in folders:
-            run = load_run(Path(folder).expanduser())
-            why = why_not_ranked(run)
-            if why is not None:
-                raise HarnessError(f"{folder}: has no place beside published scores: {why}.")
-            runs.append(run)
-    elif root.is_dir():
-        runs, left_out = find_runs(root)
-    entries = [*published_entries(), *(entry for run in runs for entry in measured_entries(run))]
-    for metric in METRICS:
-        console.print(_table(ranked(entries, metric), metric))
-    print_fact(console, "measured", f"{len(runs)} complete runs; {len(left_out)} others are left out")
-    for why in left_out[:5]:
-        console.print(f"  {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    for output in outputs:
-        write_output(output, entries)
-        print_fact(console, "written", str(output))
-    return 0
-
-
 def write_output(path: Path, entries: Sequence[Entry]) -> None:
     """Write rows as Markdown, CSV, or a chart, by the file's ending.
 
@@ -155,15 +117,6 @@ def write_output(path: Path, entries: Sequence[Entry]) -> None:
         write_text(path, as_markdown(entries) if form == "markdown" else as_csv(entries))
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[Path], Path]:
-    folders, options = split_words(words, ("--output", "--root"))
-    outputs = [Path(output).expanduser() for output in options.get("--output", ())]
-    root = Path(last_values(options).get("--root", "runs")).expanduser()
-    if "--root" in options and not root.is_dir():
-        raise HarnessError(f"--root {root}: no such folder.")
-    return folders, outputs, root
-
-
 def _rows(entries: Iterable[Entry], metric: str) -> list[tuple[str, ...]]:
     """Return the cells of `_COLUMNS`."""
     return [
@@ -175,7 +128,8 @@ def _rows(entries: Iterable[Entry], metric: str) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-def _table(entries: Sequence[Entry], metric: str) -> Table:
+def ranking_table(entries: Sequence[Entry], metric: str) -> Table:
+    """Return the ranking of one metric for the terminal; `entries` in their order."""
     table = Table(
         title=f"{metric}, percent: published by others, and measured here",
         box=HORIZONTALS, pad_edge=False, padding=(0, 1, 0, 0),

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.metrics.confusion import Floats, area_scores
-from ade_harness.runs.ledger import Row
+from ade_harness.metrics.counts import Row
 
 
 @dataclass(frozen=True)

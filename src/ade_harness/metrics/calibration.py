@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.metrics.confusion import Floats
-from ade_harness.runs.ledger import Row
+from ade_harness.metrics.counts import Row
 
 BINS = 15
 """As in the paper."""

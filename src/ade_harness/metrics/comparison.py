@@ -75,7 +75,7 @@ def compare(
         level: of the intervals.
 
     Raises:
-        ValueError: other images, or another truth: see :func:`ade_harness.metrics.comparable.match_runs`.
+        ValueError: other images, or another truth: see :func:`ade_harness.runs.matching.match_runs`.
     """
     if first.ids != second.ids or not np.array_equal(first.truth, second.truth):
         raise ValueError("the runs have other images, or another ground truth")

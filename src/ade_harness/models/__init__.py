@@ -8,7 +8,7 @@ __all__ = ["from_official"]
 def __getattr__(name: str) -> Any:
     """Import the public door when it is asked for: torch and transformers take seconds."""
     if name == "from_official":
-        from ade_harness.models.systems import from_official
+        from ade_harness.models.registry import from_official
 
         return from_official
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

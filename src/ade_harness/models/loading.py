@@ -14,16 +14,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ade_harness.data.download import cache_dir, file_hash
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError, did_you_mean
-from ade_harness.models.adapter_trunks import Beit3Trunk
-from ade_harness.models.demo import load_demo_network
-from ade_harness.models.families import Family, Keys, add_delta, quietly_random
-from ade_harness.models.onnx import OnnxModel
-from ade_harness.models.systems import FAMILIES, SYSTEMS
-from ade_harness.models.transformers_models import load_transformers
-from ade_harness.models.weights import (
+from ade_harness.files.fetch import cache_dir, file_hash
+from ade_harness.models.backbones.vit import Beit3Trunk
+from ade_harness.models.checkpoint.family import Family, Keys, add_delta, quietly_random
+from ade_harness.models.checkpoint.files import (
     Checkpoint,
     StateDict,
     hub_checkpoint,
@@ -32,6 +28,10 @@ from ade_harness.models.weights import (
     read_state_dict,
     url_checkpoint,
 )
+from ade_harness.models.formats.demo import load_demo_network
+from ade_harness.models.formats.onnx import OnnxModel
+from ade_harness.models.formats.transformers import load_transformers
+from ade_harness.models.registry import FAMILIES, SYSTEMS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

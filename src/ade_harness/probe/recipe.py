@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config import conf_dir
+from ade_harness.config.compose import conf_dir
 from ade_harness.errors import HarnessError, did_you_mean
 
 

@@ -25,7 +25,7 @@ from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
-from ade_harness.models.linear import LinearHead, LinearSegmenter
+from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loading import DTYPES, LoadedModel, load_for_probe
 from ade_harness.probe.crops import Crops, Share
 from ade_harness.probe.recipe import learning_rate
@@ -43,8 +43,8 @@ from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, environment
 from ade_harness.runtime.coordination import agreed, broadcast
 from ade_harness.runtime.progress import ProgressReporter
-from ade_harness.runtime.trainer import Ranks, started_ranks
-from ade_harness.tracking.wandb_run import log_curve
+from ade_harness.runtime.ranks import Ranks, started_ranks
+from ade_harness.tracking.run import log_curve
 
 HEAD, STATE, LOSS = "head.safetensors", "state.pt", "loss.jsonl"
 _LOCAL_KEYS = ("save_every", "log_every")

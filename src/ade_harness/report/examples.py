@@ -13,15 +13,15 @@ import numpy.typing as npt
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ade_harness.config import Config
+from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import Sample, SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, class_names, palette
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
+from ade_harness.metrics.counts import Row
 from ade_harness.metrics.regions import Regions, add_regions, find_regions
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.label_maps import FOLDER, read_label_map
-from ade_harness.runs.ledger import Row
 
 _LONGEST_SIDE = 480
 _JPEG_QUALITY = 80

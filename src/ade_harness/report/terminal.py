@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ade_harness.report.result import Result, per_class_rows
+from ade_harness.runs.result import Result, per_class_rows
 from ade_harness.runtime.balance import Balance
 from ade_harness.runtime.progress import format_seconds
 

@@ -16,8 +16,8 @@ from ade_harness.metrics.breakdown import ConfusedPair, ImageGroup, confused_pai
 from ade_harness.metrics.calibration import Calibration, sum_calibration
 from ade_harness.metrics.confusion import Matrix, Scores, scores
 from ade_harness.metrics.regions import Regions
-from ade_harness.report.result import per_class_rows
 from ade_harness.runs.finished import FinishedRun
+from ade_harness.runs.result import per_class_rows
 
 SCORE_NAMES = {
     "mIoU": "mIoU",
@@ -41,7 +41,7 @@ class RunView:
     resampled: Bootstrap | None
     intervals: Mapping[str, Interval | None]
     classes: list[dict[str, Any]]
-    """As :func:`ade_harness.report.result.per_class_rows`, with interval, images and the largest confusion."""
+    """As :func:`ade_harness.runs.result.per_class_rows`, with interval, images and the largest confusion."""
     pairs: list[ConfusedPair]
     sizes: list[ImageGroup]
     scenes: list[ImageGroup]

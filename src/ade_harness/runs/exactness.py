@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ade_harness.errors import HarnessError
-from ade_harness.runs.ledger import Row, matrix_of
+from ade_harness.metrics.counts import Row, matrix_of
 
 
 def check_exact(rows: Sequence[Row], total: npt.NDArray[np.int64], image_ids: Sequence[str]) -> None:

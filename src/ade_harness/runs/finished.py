@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ import numpy as np
 import yaml
 
 from ade_harness.errors import HarnessError
+from ade_harness.metrics.counts import Row, hash_rows, matrix_of
 from ade_harness.runs.directory import LEDGER, read_manifest
-from ade_harness.runs.ledger import Row, matrix_of, read_rows
+from ade_harness.runs.ledger import read_rows
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,6 @@ class FinishedRun:
     def complete(self) -> bool:
         """Whether every image of the split was counted."""
         return len(self.rows) == int(self.manifest["dataset"]["expected_images"])
-
-
-def hash_rows(rows: Iterable[Row]) -> str:
-    """Return the SHA-256 of what was counted: ids, sizes, counts and hashes, without time, rank and host.
-
-    Args:
-        rows: in the order of image ids.
-    """
-    digest = hashlib.sha256()
-    for row in rows:
-        head = [row.image_id, row.height, row.width, row.valid_pixels, row.ignored_pixels, row.label_hash]
-        digest.update(json.dumps([*head, row.content_hash]).encode())
-        for array, dtype in (
-            (row.ground_truth, "<u1"), (row.prediction, "<u1"), (row.pixels, "<i8"), (row.calibration, "<i8"),
-        ):  # fmt: skip
-            digest.update(np.asarray(array).astype(dtype).tobytes())
-    return digest.hexdigest()
 
 
 def load_run(path: Path) -> FinishedRun:

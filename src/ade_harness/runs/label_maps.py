@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from ade_harness.errors import HarnessError
-from ade_harness.inference.predictor import label_hash
-from ade_harness.runs.ledger import LedgerError, Row
+from ade_harness.metrics.counts import Row, label_hash
+from ade_harness.runs.ledger import LedgerError
 
 FOLDER = "label_maps"
 CHOICES = ("none", "few", "all")

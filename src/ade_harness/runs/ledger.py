@@ -10,17 +10,16 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
+from ade_harness.metrics.counts import Row
 
 SCHEMA = pa.schema(
     [
@@ -49,38 +48,6 @@ class LedgerError(HarnessError):
 
 _FLUSH_EVERY_S = 30.0
 """A slow model's images must not be lost either."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is kept of one image. `ground_truth`, `prediction`, `pixels` are the non-zero counts."""
-
-    image_id: str
-    height: int
-    width: int
-    valid_pixels: int
-    ignored_pixels: int
-    ground_truth: npt.NDArray[np.uint8]
-    prediction: npt.NDArray[np.uint8]
-    """0..149, 150 = none of the classes."""
-    pixels: npt.NDArray[np.int64]
-    label_hash: str
-    """BLAKE2b of the uint8 label map: equal hashes mean equal predictions in every pixel."""
-    content_hash: str
-    """BLAKE2b of the image's and the annotation's bytes."""
-    seconds: float
-    rank: int
-    host: str
-    calibration: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[45], the counts of :mod:`ade_harness.metrics.calibration` row by row; empty if they were not asked for."""
-
-
-def sparse_counts(
-    matrix: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return the non-zero entries of an int64 [150, 151] matrix as (row, column, value)."""
-    ground_truth, prediction = np.nonzero(matrix)
-    return ground_truth.astype(np.uint8), prediction.astype(np.uint8), matrix[ground_truth, prediction]
 
 
 class LedgerWriter:
@@ -209,11 +176,3 @@ def _row_from(record: dict[str, object]) -> Row:
     ):
         values[name] = np.array(values[name], dtype)
     return Row(**values)  # type: ignore[arg-type]
-
-
-def matrix_of(rows: Iterable[Row]) -> npt.NDArray[np.int64]:
-    """Sum rows to the confusion matrix, int64 [150, 151]."""
-    total = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64)
-    for row in rows:
-        np.add.at(total, (row.ground_truth, row.prediction), row.pixels)
-    return total

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from ade_harness.errors import HarnessError
+from ade_harness.metrics.counts import Row, hash_rows
 from ade_harness.runs.directory import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -24,8 +25,6 @@ from ade_harness.runs.directory import (
     write_json,
     write_text,
 )
-from ade_harness.runs.finished import hash_rows
-from ade_harness.runs.ledger import Row
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, distributions, environment
 

@@ -1,0 +1,108 @@
+"""What this machine can run, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlparse
+
+import psutil
+import torch
+from rich.console import Console
+
+from ade_harness.config.compose import conf_dir
+from ade_harness.errors import HarnessError
+from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
+from ade_harness.runs.provenance import code_state, environment
+from ade_harness.tracking.upload import wandb_mode
+
+_CONNECT_TIMEOUT_S = 2.0
+
+
+def run_doctor(console: Console, words: Sequence[str] = ()) -> int:
+    """Print one line per finding; returns 0, since nothing here stops the demo."""
+    if words:
+        raise HarnessError(f"doctor takes no arguments, got {' '.join(words)}.")
+    for name, finding in findings():
+        console.print(f"{name + ':':12}{finding}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def findings() -> list[tuple[str, str]]:
+    """Return (what, finding) pairs."""
+    facts = environment()
+    packages = facts["packages"]
+    code = code_state()
+    commit = f", commit {code['commit'][:10]}{' with changes' if code['dirty'] else ''}" if code["commit"] else ""
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    cache_parent = next(p for p in (cache_dir(), *cache_dir().parents) if p.exists())
+    return [
+        ("ade-harness", f"{code['version']}{commit}, configuration in {conf_dir()}"),
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        (
+            "torch",
+            f"{packages['torch']} (lightning {packages.get('lightning')}, transformers {packages.get('transformers')})",
+        ),
+        ("CUDA", _cuda(facts["cuda"], facts["driver"])),
+        (
+            "GPUs",
+            ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none: evaluation runs on the CPU",
+        ),
+        ("CPU", f"{facts['cpu_cores']} cores, {facts['cpu']}"),
+        ("memory", f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free"),
+        ("disk", f"{free:.1f} GiB free here; cache in {cache_dir()} ({_writable(cache_parent)})"),
+        ("dataset", _dataset()),
+        ("W&B", f"{packages.get('wandb', 'not installed')}, mode {wandb_mode(None)}"),
+        ("network", _network()),
+        ("SLURM", f"job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else _slurm()),
+    ]
+
+
+def _cuda(version: str | None, driver: str | None) -> str:
+    if version is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"built for {version}, but no GPU can be used (no driver, or one that is too old)"
+    return f"{version}, driver {driver}"
+
+
+def _gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+def _writable(folder: Path) -> str:
+    return "writable" if os.access(folder, os.W_OK) else "NOT writable: set ADE_HARNESS_CACHE"
+
+
+def _dataset() -> str:
+    root = os.environ.get("ADE20K_ROOT")
+    if root is None:
+        return "ADE20K_ROOT is not set: give dataset.root=PATH"
+    return f"{root} ({'found' if Path(root).expanduser().exists() else 'NOT there'})"
+
+
+def _network() -> str:
+    hub = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    hosts = {
+        "hub": (hub.hostname or "", hub.port or 443),
+        "dataset": (urlparse(OFFICIAL_URL).hostname or "", 80),
+    }
+    return ", ".join(
+        f"{name} {'reachable' if _reaches(*address) else 'not reachable'}" for name, address in hosts.items()
+    )
+
+
+def _reaches(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _slurm() -> str:
+    return "sbatch found" if shutil.which("sbatch") else "not on this machine"

@@ -1,0 +1,88 @@
+"""Tell tracking of a run that ended without a score: after the message, once, by the process with the last word."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ade_harness.errors import HarnessError
+from ade_harness.runtime.cluster import is_supervised
+from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST
+
+_LOG_TAIL_BYTES = 8192
+
+
+def tell_failure(cfg: DictConfig, run_dir: Path | None, why: str, say: Callable[[str], None]) -> None:
+    """Log a failed run, with an alert; never raises.
+
+    Args:
+        cfg: the configuration.
+        run_dir: None if there was none yet: then there is nothing to be found in W&B either.
+        why: what the user was told; empty takes the last error in the logs of the ranks.
+        say: prints a line.
+    """
+    if cfg.tracking.kind != "wandb" or run_dir is None:
+        return
+    from ade_harness.tracking.run import log_failure
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        where = log_failure(cfg.tracking, run_dir, why or last_error(run_dir) or "no message")
+    for warning in caught:
+        if str(warning.message).startswith("W&B"):
+            say(str(warning.message))
+    if where is not None:
+        say(f"W&B: marked as failed: {where}")
+
+
+def work_or_tell(cfg: DictConfig, runs: list[Path], work: Callable[[], int], say: Callable[[str], None]) -> int:
+    """Do a rank's work; if it fails, say why and tell tracking, unless a supervisor or rank 0 is to do that.
+
+    Args:
+        cfg: the configuration.
+        runs: where `work` adds its run directory.
+        work: returns an exit code.
+        say: prints a line.
+
+    Raises:
+        HarnessError: only with ADE_HARNESS_TRACEBACK.
+    """
+    if is_supervised() or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return work()
+    known = len(runs)
+
+    def run_dir() -> Path | None:
+        return runs[-1] if len(runs) > known else None
+
+    try:
+        code = work()
+    except HarnessError as error:
+        if os.environ.get("ADE_HARNESS_TRACEBACK"):
+            raise
+        say(f"error: {error}")
+        tell_failure(cfg, run_dir(), str(error), say)
+        return EXIT_MESSAGE
+    except Exception as error:  # a fault of a model or of this package; its traceback follows
+        tell_failure(cfg, run_dir(), f"{type(error).__name__}: {error}", say)
+        raise
+    if code == EXIT_RANK_LOST:
+        tell_failure(cfg, run_dir(), "another rank was lost", say)
+    return code
+
+
+def last_error(run_dir: Path) -> str:
+    """Return the last message that begins with "error:" in the logs of the ranks, or nothing."""
+    for log in sorted((run_dir / "logs").glob("rank*.log")):
+        try:
+            text = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        except OSError:
+            continue
+        found = re.findall(r"^error: (.*(?:\n(?!error: ).+)*)", text, re.MULTILINE)
+        if found:
+            return str(found[-1]).strip()
+    return ""

@@ -1,0 +1,75 @@
+"""The command `models`: the leaderboard's systems, and which can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+
+from ade_harness.config.compose import conf_dir
+from ade_harness.config.schema import ModelConfig
+from ade_harness.leaderboard.published import published_rows
+
+
+def print_catalogue(console: Console, ready: Sequence[str]) -> None:
+    """Print the leaderboard with what can be run and how it was checked, then the other configurations.
+
+    Args:
+        console: where to.
+        ready: names of the model configurations that there are.
+    """
+    table = Table(
+        title="ADE20K leaderboard, as published by others: percent, nothing here was measured by this tool",
+        caption="SS single scale, MS multi-scale and mirrored; error: largest difference from the scores of the code"
+        " named, over the largest score, same weights, float32",
+        box=HORIZONTALS,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_lines=True,
+    )
+    widths = {"leaderboard": 17, "SS / MS": 13, "what the source says": 31, "weights": 13, "model=": 23}
+    for name in (*widths, "checked: error"):
+        table.add_column(name, overflow="fold", width=widths.get(name))
+    for row in published_rows():
+        model = _model(row.config)
+        table.add_row(
+            f"{row.system}\n{row.score:.2f} {row.metric}",
+            _published(model),
+            row.source_note,
+            model.about.weights,
+            row.config,
+            _parity(model),
+        )
+    console.print(table)
+    others = [name for name in ready if name not in {r.config for r in published_rows()}]
+    systems = Table(title="Other configurations", box=HORIZONTALS)
+    for name in ("model=", "what", "SS / MS", "weights", "checked: error"):
+        systems.add_column(name, overflow="fold", no_wrap=name == "model=")
+    for name in others:
+        model = _model(name)
+        systems.add_row(name, model.label, _published(model), model.about.weights or "yours", _parity(model))
+    console.print(systems)
+
+
+def _model(name: str) -> DictConfig:
+    """Return a model's own YAML over the schema, without checking that a user's values are there."""
+    text = (conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8")
+    content = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
+    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(ModelConfig), content))
+
+
+def _published(model: DictConfig) -> str:
+    scores = (model.published.ss, model.published.ms)
+    return "-" if scores == (None, None) else " / ".join("-" if s is None else f"{s:g}" for s in scores)
+
+
+def _parity(model: DictConfig) -> str:
+    if not model.parity.against:
+        return "-"
+    error = "" if model.parity.error is None else f": {model.parity.error:.1e}" if model.parity.error else ": same bits"
+    return f"{model.parity.against}{error}"

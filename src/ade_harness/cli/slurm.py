@@ -1,0 +1,110 @@
+"""Submit evaluations as SLURM jobs through submitit: `-m ... hydra/launcher=slurm`.
+
+submitit writes and submits the batch script, as one job array; each job starts one process per node, which is the
+same supervisor as on a laptop. The signal before the time limit and the requeue are the supervisor's, not submitit's:
+it continues from the ledger.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ade_harness.errors import HarnessError, require
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What one node of a job runs; pickled by submitit."""
+
+    run: Callable[[list[str]], int]
+    """A command, here; returns its exit code. Pickled by its name."""
+    words: tuple[str, ...]
+    """Of the command ``python -m ade_harness``."""
+    root: str
+    """``run.root``: a run without a directory of its own is named by its job, so that a requeued one continues it."""
+
+    def __call__(self) -> None:
+        """Evaluate; fails the job if the evaluation fails."""
+        code = self.run([*with_run_dir(self.words, self.root), "runtime.requeue=true"])
+        if code:
+            raise HarnessError(f"the evaluation ended with exit code {code}: see its messages.")
+
+
+def with_run_dir(words: Sequence[str], root: str) -> list[str]:
+    """Add the run directory of this SLURM job, unless there is one."""
+    if any(word.startswith("run.dir=") for word in words):
+        return list(words)
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+    return [*words, f"run.dir={root}/slurm-{name}"]
+
+
+def sbatch_parameters(cfg: DictConfig) -> dict[str, Any]:
+    """Return what submitit is asked for, from a ``runtime.slurm`` node."""
+    srun = []
+    if cfg.container is not None:
+        srun += [f"--container-image={cfg.container}"]
+    if cfg.container_mounts is not None:
+        srun += [f"--container-mounts={cfg.container_mounts}"]
+    extra: Any = OmegaConf.to_container(cfg.extra, resolve=True)
+    parameters = {
+        "job_name": "ade-harness",
+        "partition": cfg.partition,
+        "account": cfg.account,
+        "qos": cfg.qos,
+        "time": cfg.time_min,
+        "nodes": cfg.nodes,
+        "ntasks_per_node": 1,
+        "gpus_per_node": cfg.gpus_per_node,
+        "cpus_per_task": cfg.cpus_per_node,
+        "mem": None if cfg.mem_gb is None else f"{cfg.mem_gb}GB",
+        "constraint": cfg.constraint,
+        "setup": list(cfg.setup) or None,
+        "srun_args": ["--kill-on-bad-exit=1", *srun],
+        "stderr_to_stdout": True,
+        "additional_parameters": {"signal": f"USR1@{cfg.signal_before_s}", "requeue": True, **extra},
+    }
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def submit(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig], run: Callable[[list[str]], int]) -> None:
+    """Submit one job for each command, as one array, and print their ids.
+
+    Args:
+        jobs: the words of each command.
+        configs: their configurations; the first one's ``runtime.slurm`` holds for all.
+        run: a command, in the job.
+
+    Raises:
+        HarnessError: there is no SLURM or no submitit here, or SLURM refuses.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise HarnessError("hydra/launcher=slurm needs submitit: pip install 'ade-harness[slurm]'.") from error
+    require(
+        shutil.which("sbatch") is not None,
+        "hydra/launcher=slurm: sbatch is not on this machine. Give the command on a login node of the cluster.",
+    )
+    settings = configs[0].runtime.slurm
+    folder = Path(settings.folder).expanduser()
+    executor = submitit.SlurmExecutor(folder=folder / "%j", python=settings.python or sys.executable)
+    executor.update_parameters(**sbatch_parameters(settings))
+    try:
+        with executor.batch():
+            submitted = [
+                executor.submit(EvaluationJob(run, tuple(words), cfg.run.root))
+                for words, cfg in zip(jobs, configs, strict=True)
+            ]
+    except (submitit.core.utils.FailedJobError, OSError) as error:
+        raise HarnessError(f"sbatch refused: {' '.join(str(error).split())[:500]}") from error
+    for words, job in zip(jobs, submitted, strict=True):
+        print(f"job {job.job_id}: {' '.join(words)}\n  its log: {job.paths.stdout}")

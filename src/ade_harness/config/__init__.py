@@ -1,0 +1,1 @@
+"""What to run: typed, composed by Hydra, validated."""

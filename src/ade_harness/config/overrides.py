@@ -1,0 +1,116 @@
+"""A configuration as the words of a command that composes it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ade_harness.config.compose import choices, compose_config, conf_dir, open_dict_word, register_schemas
+from ade_harness.errors import HarnessError
+
+GROUPS = ("model", "dataset", "inference", "metrics")
+RUNTIME = ("runtime.seed", "runtime.threads", "runtime.deterministic", "runtime.kernels")
+"""Of the runtime: what can change a bit. How many ranks there are cannot."""
+PATHS = ("dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path")
+"""Keys that hold a path on this machine."""
+_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
+"""What Hydra's grammar takes for a string without quotes."""
+_FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"}
+
+
+def words_of(cfg: DictConfig) -> list[str] | None:
+    """Return words for ``python -m ade_harness`` that compose what decides the counts of `cfg`.
+
+    The configuration files are named where they are this package's; every value that differs from them is a word of
+    its own, so that the words say the same without files of the user's. Paths become absolute.
+
+    Args:
+        cfg: a composed configuration.
+
+    Returns:
+        The words, without ``run`` and ``tracking``; None if there are none (a key that the command line cannot say).
+    """
+    words = [f"{group}={_base(group, cfg[group].name)}" for group in _FALLBACKS]
+    try:
+        wanted = _decisive(cfg)
+        changes = _changes(composed_values(words), wanted)
+        words += changes
+        if changes and _decisive(compose_config(words)) != wanted:
+            return None
+    except HarnessError:
+        return None
+    return [_absolute(word, wanted) for word in words]
+
+
+def _base(group: str, name: str) -> str:
+    return name if name in choices(group) else _FALLBACKS[group]
+
+
+def composed_values(words: Sequence[str]) -> dict[str, Any]:
+    """Return what words compose, by dotted keys, without checking that a user's own values are there.
+
+    Raises:
+        HarnessError: they do not compose.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return _decisive(compose("config", overrides=[open_dict_word(word) for word in words]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise HarnessError(f"{' '.join(words)}: does not compose ({str(error).splitlines()[0]}).") from error
+
+
+def _decisive(cfg: DictConfig) -> dict[str, Any]:
+    """Return dotted keys with their values."""
+    flat: dict[str, Any] = {}
+    for group in GROUPS:
+        _flatten(OmegaConf.to_container(cfg[group], resolve=True), group, flat)
+    flat |= {key: OmegaConf.select(cfg, key) for key in RUNTIME}
+    flat["run.on_error"] = cfg.run.on_error
+    return flat
+
+
+def _flatten(value: Any, prefix: str, flat: dict[str, Any]) -> None:
+    if isinstance(value, Mapping) and value:
+        for key, below in value.items():
+            _flatten(below, f"{prefix}.{key}", flat)
+    else:
+        flat[prefix] = value
+
+
+def _changes(base: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={as_word(value)}" for key, value in wanted.items() if key not in base or base[key] != value]
+
+
+def as_word(value: Any) -> str:
+    """Return a value as Hydra's override grammar writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{as_word(key)}:{as_word(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(as_word(v) for v in value) + "]"
+    if isinstance(value, str):
+        if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+            return value
+        return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    return repr(value)
+
+
+def _absolute(word: str, wanted: Mapping[str, Any]) -> str:
+    key, _, _ = word.partition("=")
+    value = wanted.get(key)
+    if key == "model.id" and not Path(str(value)).is_dir():
+        return word  # of the hub
+    if key not in (*PATHS, "model.id") or value is None:
+        return word
+    return f"{key}={as_word(str(Path(value).expanduser().resolve()))}"

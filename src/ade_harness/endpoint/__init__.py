@@ -1,0 +1,1 @@
+"""Models behind HTTP: the client, and a reference server."""

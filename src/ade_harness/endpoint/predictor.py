@@ -1,0 +1,227 @@
+"""Label maps from an endpoint, in place of a network of ours; docs/endpoints.md has the protocol."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+from ade_harness import kernels
+from ade_harness.data.decode import decode_labels, read_header
+from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.endpoint.client import Endpoint, read_token
+from ade_harness.endpoint.http import Reply
+from ade_harness.errors import HarnessError
+from ade_harness.inference.folder import classes_of_stored
+from ade_harness.inference.predictor import Prediction, Prepared
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels.views import Size
+from ade_harness.models.class_map import ClassMap, resolve_class_map
+
+LABELS_TYPE, SCORES_TYPE = "image/png", "application/x-npy"
+ENCODING_HEADER = "Label-Encoding"
+_SCORES_TYPES = (SCORES_TYPE, "application/octet-stream")
+_SPARE_BYTES = 1 << 16
+"""For headers of files, and text in them."""
+_LEAST_SCORES = 512 * 512
+"""Pixels of scores that any image may have, however small it is."""
+
+
+class EndpointPredictor:
+    """Sends each image to an endpoint, and takes label maps or scores from it.
+
+    Requests are made in :meth:`prepare`, that is in loader processes: as many are under way as there are loaders, and
+    the scores' upsampling is shared by them too. What a loader hands over is a label map, whatever came.
+
+    Args:
+        model: ``model`` node of the configuration.
+        endpoint: to be asked.
+        info: what the server says of itself.
+        kernels_choice: ``runtime.kernels``.
+
+    Raises:
+        HarnessError: ``model.class_map`` does not fit.
+    """
+
+    def __init__(self, model: DictConfig, endpoint: Endpoint, info: dict[str, str], kernels_choice: str) -> None:
+        self.endpoint = endpoint
+        self.info = info
+        self.send: str = model.http.send
+        self.quality: int = model.http.jpeg_quality
+        self.returns: str = model.http.returns
+        self.encoding: str = model.encoding
+        self._class_map: ClassMap | None = None
+        self._channels = NUM_CLASSES
+        if self.returns == "scores":
+            given = None if model.class_map is None else list(model.class_map)
+            names = None if model.class_names is None else list(model.class_names)
+            self._channels = NUM_CLASSES if given is None else len(given)
+            self._class_map = resolve_class_map(self._channels, given, names)
+            # loaders have no device; compiled before they are forked
+            self._kernels = kernels.select("auto" if kernels_choice == "triton" else kernels_choice, "cpu")
+
+    def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
+        """Send an image and return its label map.
+
+        Raises:
+            HarnessError: names image and address: no answer, or one that is not what was asked for.
+        """
+        size = (image.shape[0], image.shape[1])
+        scores = self.returns == "scores"
+        headers = {
+            "Content-Type": "image/jpeg" if self.send == "jpeg" else "image/png",
+            "Accept": SCORES_TYPE if scores else LABELS_TYPE,
+        }
+        most = self._most_bytes(size)
+        reply = self.endpoint.ask("POST", "predict", image_id, headers, encode(image, self.send, self.quality), most)
+        name = f"{image_id}: {self.endpoint.shown('predict')}"
+        self._check_type(reply, _SCORES_TYPES if scores else (LABELS_TYPE,), name)
+        labels = self._labels_of_scores(reply, size, name) if scores else self._labels(reply, size, name)
+        return Prepared(image_id, (labels,), size)
+
+    def _most_bytes(self, size: Size) -> int:
+        if self.returns == "labels":
+            return 2 * size[0] * size[1] + _SPARE_BYTES
+        return 4 * self._channels * max(size[0] * size[1], _LEAST_SCORES) + _SPARE_BYTES
+
+    def _check_type(self, reply: Reply, expected: Sequence[str], name: str) -> None:
+        if not reply.body:
+            raise HarnessError(f"{name}: answers {reply.status} and sends nothing. Expected {expected[0]}.")
+        coding = reply.headers.get("content-encoding", "identity").strip().lower()
+        if coding != "identity":
+            raise HarnessError(f"{name}: sends its reply compressed, which was not asked for (Content-Encoding).")
+        if reply.content_type not in expected:
+            sent = self.endpoint.hide(reply.content_type)[:80] or "no Content-Type"
+            raise HarnessError(f"{name}: sends {sent!r}, expected {expected[0]}{self.endpoint.quote(reply)}")
+
+    def _labels(self, reply: Reply, size: Size, name: str) -> torch.Tensor:
+        encoding = reply.headers.get(ENCODING_HEADER.lower(), self.encoding).strip().lower()
+        if encoding != self.encoding:
+            raise HarnessError(
+                f"{name}: sends labels as {self.endpoint.hide(encoding)[:40]!r}, but model.encoding={self.encoding}."
+                " Set model.encoding."
+            )
+        height, width, _ = read_header(reply.body, name)  # before anything of that size is allocated
+        if (height, width) != size:
+            raise HarnessError(
+                f"{name}: the label map is {width}x{height} (width x height), the image is {size[1]}x{size[0]}:"
+                " label maps must have the size of the image that was sent."
+            )
+        return torch.from_numpy(classes_of_stored(decode_labels(reply.body, name), encoding, name))
+
+    def _labels_of_scores(self, reply: Reply, size: Size, name: str) -> torch.Tensor:
+        assert self._class_map is not None
+        array = read_scores(reply.body, self._channels, name)
+        scores = self._class_map.select(torch.from_numpy(array.astype(np.float32)))
+        share = scores.isnan().float().mean().item() if scores.sum().isnan() else 0.0
+        if share:
+            raise HarnessError(f"{name}: {share:.1%} of the scores are NaN.")
+        return self._class_map.classes_of(self._kernels.label_map(scores, size))
+
+    def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
+        """Return the labels that came."""
+        with watch("copy"):
+            return [Prediction(p.pixels[0].to(device, non_blocking=True)) for p in batch]
+
+    def cost(self, size: Size) -> float:
+        """Return the expected cost of an image: its pixels."""
+        return float(size[0] * size[1])
+
+    def group_key(self, size: Size) -> None:
+        """Images are sent one by one."""
+
+    def source_hash(self, image_id: str) -> str:
+        """Nothing is read that could be hashed."""
+        return ""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest keeps: where the labels came from, and what the server said of itself."""
+        origin = self._origin()
+        sent = f"jpeg, quality {self.quality}" if self.send == "jpeg" else "png"
+        facts = {"weights": "endpoint", "origin": origin, "sent": sent, "returned": self.returns, "server": self.info}
+        return {**facts, **({"sha256": self.info["sha256"]} if "sha256" in self.info else {})}
+
+    def notes(self) -> list[str]:
+        """Return what the user should know about predictions of an endpoint."""
+        notes = [f"the predictions came from {self._origin()}: nobody can repeat this run without that endpoint"]
+        if self.send == "jpeg":
+            notes.append(
+                f"images were sent as JPEG of quality {self.quality}, which changes their pixels: no published protocol"
+                " does that (model.http.send=png)"
+            )
+        if self.endpoint.token and self.endpoint.is_open:
+            notes.append("the token went over the network without encryption: https would hide it")
+        if self._class_map is not None and self._class_map.note:
+            notes.append(self._class_map.note)
+        return notes
+
+    def _origin(self) -> str:
+        said = " ".join(self.info[k] for k in ("name", "version") if k in self.info)
+        return f"{self.endpoint.shown('predict')}{f' ({said})' if said else ''}"
+
+
+def open_endpoint(model: DictConfig, kernels_choice: str) -> EndpointPredictor:
+    """Read the token, ask the endpoint whether it is there, and return its predictor.
+
+    Args:
+        model: ``model`` node of the configuration.
+        kernels_choice: ``runtime.kernels``.
+
+    Raises:
+        HarnessError: no token where one is named, or the endpoint does not answer, or refuses.
+    """
+    http = model.http
+    endpoint = Endpoint(model.url, http.timeout_s, http.retries, read_token(http.token_env))
+    return EndpointPredictor(model, endpoint, endpoint.info(), kernels_choice)
+
+
+def encode(image: npt.NDArray[np.uint8], kind: str, quality: int = 95) -> bytes:
+    """Return uint8 [H, W, 3] (or labels [H, W]) as the bytes of a file: "png" (without loss) or "jpeg"."""
+    file = io.BytesIO()
+    options: dict[str, Any] = {"quality": quality} if kind == "jpeg" else {"compress_level": 1}
+    Image.fromarray(image).save(file, "JPEG" if kind == "jpeg" else "PNG", **options)
+    return file.getvalue()
+
+
+def read_scores(data: bytes, channels: int, name: str) -> npt.NDArray[Any]:
+    """Return the array of a .npy file without running or allocating anything that its header asks for.
+
+    Args:
+        data: the file.
+        channels: expected.
+        name: leads messages.
+
+    Returns:
+        float16 or float32 [channels, h, w], h and w 1 or more.
+
+    Raises:
+        HarnessError: not such a file.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file)
+    except (ValueError, KeyError, EOFError, SyntaxError, TypeError, RecursionError) as error:
+        raise HarnessError(f"{name}: the scores are no NumPy .npy file of version 1 or 2.") from error
+    if dtype.hasobject:
+        raise HarnessError(f"{name}: the scores hold pickled objects, which are never loaded. Expected float32.")
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4):
+        raise HarnessError(f"{name}: the scores are {dtype}, expected float16 or float32.")
+    if len(shape) != 3 or min(shape) < 1:
+        raise HarnessError(f"{name}: the scores have the shape {list(shape)[:8]}, expected [{channels}, h, w].")
+    if shape[0] != channels:
+        raise HarnessError(
+            f"{name}: the scores have {shape[0]} channels, expected {channels}. model.class_map says which class each"
+            " channel is: one entry per channel (0..149, or null to leave it out)."
+        )
+    left = len(data) - file.tell()
+    if left != shape[0] * shape[1] * shape[2] * dtype.itemsize:
+        raise HarnessError(f"{name}: the scores' header says {list(shape)} {dtype}, but {left:,} bytes follow it.")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")

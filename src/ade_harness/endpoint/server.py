@@ -1,0 +1,153 @@
+"""The HTTP side of the reference server: reads and checks requests, and answers each in a thread of its own."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from ade_harness import __version__
+from ade_harness.endpoint.client import first_line
+from ade_harness.endpoint.predictor import ENCODING_HEADER, LABELS_TYPE, SCORES_TYPE
+
+_MOST_BYTES = 64 << 20
+_SLOW_CLIENT_S = 60
+_IMAGE_TYPES = ("image/png", "image/jpeg")
+
+
+class RefusedError(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, status: int, text: str, **headers: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.headers = headers
+
+
+class Service(Protocol):
+    """What answers requests."""
+
+    def info(self) -> dict[str, Any]:
+        """Return what GET /info tells."""
+
+    def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
+        """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
+
+
+class Server(ThreadingHTTPServer):
+    """Listens, and hands each connection to a thread."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], service: Service, token: str | None) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, _Handler)
+        self.service = service
+        self.token = token
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Be silent about clients that go away."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+    timeout = _SLOW_CLIENT_S
+
+    def version_string(self) -> str:
+        return f"ade-harness/{__version__}"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing: a request's line may hold what nobody should read."""
+
+    def do_GET(self) -> None:
+        self._answer("GET")
+
+    def do_POST(self) -> None:
+        self._answer("POST")
+
+    def _answer(self, method: str) -> None:
+        try:
+            path = urlsplit(self.path).path
+            expected = {"/info": "GET", "/predict": "POST"}.get(path)
+            if expected is None:
+                raise RefusedError(404, "no such address: /predict and /info are there")
+            if method != expected:
+                raise RefusedError(405, f"{path} takes {expected}", Allow=expected)
+            self._check_token()
+            if method == "GET":
+                self._reply(200, json.dumps(self.server.service.info()).encode(), "application/json", {})
+                return
+            scores = self._asks_for_scores()
+            body, kind = self.server.service.answer(self._read(), scores)
+            self._reply(200, body, kind, {} if scores else {ENCODING_HEADER: "official"})
+        except RefusedError as error:
+            self._refuse(error)
+        except OSError:
+            self.close_connection = True  # the client went away, or is too slow
+        except Exception as error:  # a client must always get an answer; the owner sees why
+            print(f"serve: {type(error).__name__}: {first_line(str(error))}", file=sys.stderr, flush=True)
+            self._refuse(RefusedError(500, "the server failed"))
+
+    def _check_token(self) -> None:
+        token = self.server.token
+        given = self.headers.get("Authorization", "").encode(errors="replace")
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise RefusedError(401, "a bearer token is needed", **{"WWW-Authenticate": "Bearer"})
+
+    def _asks_for_scores(self) -> bool:
+        wanted = self.headers.get("Accept") or "*/*"
+        accepted = {part.partition(";")[0].strip().lower() for part in wanted.split(",")}
+        if SCORES_TYPE in accepted:
+            return True
+        if accepted.isdisjoint((LABELS_TYPE, "image/*", "*/*")):
+            raise RefusedError(406, f"Accept: {LABELS_TYPE} (labels) and {SCORES_TYPE} (scores) can be had")
+        return False
+
+    def _read(self) -> bytes:
+        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind not in _IMAGE_TYPES:
+            raise RefusedError(415, f"Content-Type: expected {' or '.join(_IMAGE_TYPES)}")
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
+            raise RefusedError(411, "Content-Length is needed")
+        if len(length) > 12 or int(length) > _MOST_BYTES:
+            raise RefusedError(413, f"at most {_MOST_BYTES:,} bytes are taken")
+        data = self.rfile.read(int(length))
+        if len(data) < int(length):
+            raise RefusedError(400, f"the request ended after {len(data):,} of {length} bytes")
+        return data
+
+    def _refuse(self, error: RefusedError) -> None:
+        try:
+            body = json.dumps({"error": str(error)}).encode()
+            # what was sent may still be under way: it is no next request
+            self._reply(error.status, body, "application/json", {**error.headers, "Connection": "close"})
+            self._drain()
+        except OSError:
+            self.close_connection = True
+
+    def _drain(self) -> None:
+        """Take what is still coming, so that the answer is not lost in a reset of the connection."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(1)
+        end = time.monotonic() + 5
+        while time.monotonic() < end and self.connection.recv(1 << 16):
+            pass
+
+    def _reply(self, status: int, body: bytes, kind: str, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)

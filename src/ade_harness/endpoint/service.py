@@ -1,0 +1,148 @@
+"""A reference server: any model by its protocol, as an endpoint; docs/endpoints.md says what goes over the wire.
+
+The network runs in one thread, one image after another; whoever asks waits for it.
+"""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import BoundedSemaphore
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from ade_harness import __version__
+from ade_harness.data.decode import decode_image, read_header
+from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.endpoint.predictor import LABELS_TYPE, SCORES_TYPE, encode
+from ade_harness.endpoint.server import RefusedError, Server
+from ade_harness.errors import HarnessError, require
+from ade_harness.inference.predictor import NetworkPredictor, Prepared
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels import reference
+from ade_harness.models.class_map import ClassMap
+from ade_harness.models.loading import LoadedModel, load_model
+from ade_harness.runtime.ranks import make_trainer
+
+_MOST_PIXELS = 64_000_000
+_MOST_WAITING = 64
+
+
+@dataclass
+class ModelService:
+    """A model that answers requests from any thread, one at a time."""
+
+    name: str
+    model: LoadedModel
+    predictor: NetworkPredictor
+    device: torch.device
+    apply_exif: bool
+    forward: ThreadPoolExecutor
+    """Of one thread."""
+    _places: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_MOST_WAITING))
+
+    def info(self) -> dict[str, Any]:
+        """Return what GET /info tells."""
+        sha256 = self.model.facts.get("sha256")
+        return {
+            "name": self.name,
+            "version": f"ade-harness {__version__}",
+            "inference": self.predictor.cfg.name,
+            **({"sha256": sha256} if sha256 else {}),
+        }
+
+    def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
+        """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
+        try:
+            height, width, _ = read_header(data, "the image")
+            if height * width > _MOST_PIXELS:
+                raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MOST_PIXELS:,} are taken")
+            image = decode_image(data, "the image", self.apply_exif)
+            self.predictor.check_sizes({"the image": (image.shape[0], image.shape[1])})
+        except HarnessError as error:
+            raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
+        if not self._places.acquire(blocking=False):
+            raise RefusedError(503, f"{_MOST_WAITING} images are waiting already", **{"Retry-After": "1"})
+        try:
+            array = self.forward.submit(self._predict, image, scores).result()
+        except HarnessError as error:
+            raise RefusedError(500, str(error)) from error
+        finally:
+            self._places.release()
+        if not scores:
+            return encode(array + np.uint8(1), "png"), LABELS_TYPE  # 255, none of the classes, wraps to 0
+        file = io.BytesIO()
+        np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+        return file.getvalue(), SCORES_TYPE
+
+    def _predict(self, image: np.ndarray, scores: bool) -> np.ndarray:
+        prepared = self.predictor.prepare("the image", image)
+        if scores:
+            return self._scores(prepared)
+        [prediction] = self.predictor.predict([prepared], self.device, Stopwatch(self.device))
+        _refuse_nan(prediction.nan_share)
+        labels: np.ndarray = prediction.labels.cpu().numpy()
+        return labels
+
+    def _scores(self, prepared: Prepared) -> np.ndarray:
+        """Return float32 [150, h, w] from which one bilinear interpolation and argmax make the protocol's labels."""
+        if self.predictor.cfg.output.labels == "input":
+            raise RefusedError(406, "this protocol resizes labels, so it has no scores of the image: ask for labels")
+        views, class_map, nan_share = self.predictor.views(prepared, self.device)
+        if not _are_the_classes(class_map):
+            raise RefusedError(406, "this model's channels are not the 150 classes in order: ask for labels")
+        _refuse_nan(nan_share)
+        size, view = prepared.original_size, views[0]
+        one_step = view.is_whole and view.canvas == size and not view.flipped and not view.legacy
+        if len(views) == 1 and one_step:
+            return view.scores[0].float().cpu().numpy()
+        total = torch.zeros((NUM_CLASSES, *size), device=self.device)
+        probabilities = len(views) > 1 and self.predictor.cfg.tta.average == "probabilities"
+        for view in views:
+            reference.accumulate(total, view, probabilities)
+        return total.div_(len(views)).cpu().numpy()
+
+
+def _are_the_classes(class_map: ClassMap) -> bool:
+    order = torch.arange(NUM_CLASSES, dtype=torch.uint8)
+    return class_map.kept is None and torch.equal(class_map.class_of.cpu(), order)
+
+
+def _refuse_nan(share: torch.Tensor | None) -> None:
+    if share is not None and share > 0:
+        raise HarnessError(f"{share.item():.1%} of the model's scores are NaN")
+
+
+def open_service(cfg: DictConfig) -> ModelService:
+    """Load the model of a configuration onto its device, with the settings that an evaluation has.
+
+    Raises:
+        HarnessError: see :func:`ade_harness.models.loading.load_model`; or the model is no network.
+    """
+    require(
+        cfg.model.kind not in ("http", "predictions"), f"model={cfg.model.name}: is no network that could be served."
+    )
+    cfg.runtime.devices = cfg.runtime.num_nodes = 1
+    device = make_trainer(cfg.runtime).strategy.root_device
+    model = load_model(cfg.model, cfg.runtime.threads)
+    model.module.to(device)
+    predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels)
+    thread = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (cfg.runtime.threads,))
+    return ModelService(cfg.model.name, model, predictor, device, cfg.inference.exif, thread)
+
+
+def make_server(service: ModelService, host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> Server:
+    """Return a server that listens, and answers as soon as ``serve_forever`` is called.
+
+    Raises:
+        HarnessError: the address cannot be used.
+    """
+    try:
+        return Server((host, port), service, token)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HarnessError(f"serve: cannot listen on {host} port {port} ({reason}). Choose another --port.") from error

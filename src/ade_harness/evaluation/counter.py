@@ -1,0 +1,251 @@
+"""One image from file to ledger row: the map of "map, then sum"."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ade_harness import kernels
+from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.errors import HarnessError
+from ade_harness.evaluation.images import Failure, LoadedImage
+from ade_harness.inference.predictor import Prediction, Predictor
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.metrics.areas import areas_of, split_areas
+from ade_harness.metrics.calibration import count_confidence
+from ade_harness.metrics.confusion import area_scores
+from ade_harness.metrics.counts import Row, label_hash, sparse_counts
+from ade_harness.report.overlays import save_overlay
+from ade_harness.runs.label_maps import LabelMaps
+from ade_harness.runs.ledger import LedgerError, LedgerWriter, read_rows
+from ade_harness.runtime.cluster import host_name
+from ade_harness.runtime.coordination import Coordinator
+
+_MOST_FAILURES = 20
+"""Of one rank: more than that is no single damaged file."""
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch whose results the device may still be working on."""
+
+    images: list[LoadedImage]
+    predictions: list[Prediction]
+    counts: list[Tensor]
+    calibrations: list[Tensor]
+    """int64 [15, 3], or [] if they were not asked for."""
+    watch: Stopwatch
+    done: torch.cuda.Event | None
+
+
+@dataclass
+class ImageCounter:
+    """Predicts, counts, and writes the ledger, on one rank.
+
+    On a GPU the results of a batch are read after the next one has been launched, so that neither waits.
+    """
+
+    predictor: Predictor
+    writer: LedgerWriter
+    coordinator: Coordinator
+    run_dir: Path
+    label_maps: LabelMaps
+    marks: Sequence[str] = ()
+    kernels_choice: str = "auto"
+    skip_failures: bool = False
+    """``run.on_error=skip``: go on without images that fail."""
+    counted: set[str] = field(default_factory=set)
+    """Images that are in the ledger already: they only keep their batch whole."""
+    matrix: np.ndarray = field(default_factory=lambda: np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64))
+    """Sum of this rank's images."""
+    failures: list[Failure] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    """Seconds of this rank: wait (for loaders), copy (and normalise), forward, labels, counts, ledger; and decode (and
+    resize), which happens in loader processes beside the rest if there are any, and else is part of wait."""
+    _launched: list[_Launched] = field(default_factory=list)
+    _free_since: float = field(default_factory=time.perf_counter)
+
+    def process(self, batch: list[LoadedImage | Failure], device: torch.device, rank: int) -> int:
+        """Do one batch.
+
+        A file that cannot be read costs its image, and in ``on_error="fail"`` the images of its batch, which must not
+        be counted in another company; whatever goes wrong in the model would go wrong again, so it ends the work.
+
+        Returns:
+            How many images are new in the ledger, or soon will be.
+        """
+        self._spend("wait", time.perf_counter() - self._free_since)
+        failed = [item for item in batch if isinstance(item, Failure)]
+        images = [item for item in batch if isinstance(item, LoadedImage)]
+        self.failures += failed
+        if any(failure.of_all for failure in failed):
+            self.coordinator.stop()
+        if failed and not self.skip_failures:
+            images = []
+            if len(self.failures) >= _MOST_FAILURES:
+                self.coordinator.stop()
+        try:
+            if images:
+                with self._failing(images):
+                    self._launched.append(self._launch(images, device))
+            while len(self._launched) > (1 if device.type == "cuda" else 0):
+                self._finish(self._launched.pop(0), rank)
+        finally:
+            self._free_since = time.perf_counter()
+        return sum(image.image_id not in self.counted for image in images)
+
+    @contextmanager
+    def _failing(self, images: Sequence[LoadedImage]) -> Iterator[None]:
+        """Turn an error into failures of the images at hand."""
+        try:
+            yield
+        except HarnessError as error:
+            self.failures += [Failure(image.image_id, str(error)) for image in images]
+            if not self.skip_failures or isinstance(error, LedgerError):
+                self.coordinator.stop()
+
+    def _launch(self, images: list[LoadedImage], device: torch.device) -> _Launched:
+        watch = Stopwatch(device)
+        predictions = self.predictor.predict([image.prepared for image in images], device, watch)
+        chosen = kernels.select(self.kernels_choice, device.type)
+        counts, calibrations = [], []
+        with watch("counts"):
+            for image, prediction in zip(images, predictions, strict=True):
+                target = image.target.to(device, non_blocking=True)
+                counts.append(chosen.count(prediction.labels, target))
+                sure = prediction.confidence
+                calibrations.append(None if sure is None else count_confidence(sure, prediction.labels, target))
+        with watch("copy"):
+            counts = [_to_host(c) for c in counts]
+            calibrated = [torch.zeros(0, dtype=torch.int64) if c is None else _to_host(c) for c in calibrations]
+            predictions = [Prediction(_to_host(p.labels), _to_host(p.nan_share)) for p in predictions]
+        done = None
+        if device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return _Launched(images, predictions, counts, calibrated, watch, done)
+
+    def _finish(self, batch: _Launched, rank: int) -> None:
+        if batch.done is not None:
+            batch.done.synchronize()
+        seconds = batch.watch.seconds()
+        for stage, spent in seconds.items():
+            self._spend(stage, spent)
+        start = time.perf_counter()
+        each = sum(seconds.values()) / len(batch.images)
+        for image, prediction, counted, sure in zip(
+            batch.images, batch.predictions, batch.counts, batch.calibrations, strict=True
+        ):
+            self._spend("decode", image.load_seconds)
+            if image.image_id not in self.counted:
+                with self._failing([image]):
+                    _refuse_nan(image.image_id, prediction.nan_share)
+                    self._record(image, prediction.labels, counted.numpy(), sure.numpy(), each, rank)
+        self._spend("ledger", time.perf_counter() - start)
+
+    def _record(
+        self, image: LoadedImage, labels: Tensor, counts: np.ndarray, sure: np.ndarray, seconds: float, rank: int
+    ) -> None:
+        ground_truth, prediction, pixels = sparse_counts(counts)
+        height, width = image.target.shape
+        valid = int(pixels.sum())
+        if image.overlay_image is not None:
+            path = self.run_dir / "overlays" / f"{image.image_id}.png"
+            save_overlay(path, image.overlay_image.numpy(), image.target.numpy(), labels.numpy(), self.marks)
+        self.label_maps.add(
+            image.image_id, labels.numpy(), lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
+        )
+        self.writer.append(
+            Row(
+                image_id=image.image_id,
+                height=height,
+                width=width,
+                valid_pixels=valid,
+                ignored_pixels=height * width - valid,
+                ground_truth=ground_truth,
+                prediction=prediction,
+                pixels=pixels,
+                label_hash=label_hash(labels),
+                content_hash=image.content_hash,
+                seconds=seconds,
+                rank=rank,
+                host=host_name(),
+                calibration=sure.reshape(-1),
+            )
+        )
+        self.matrix += counts
+
+    def close(self, rank: int) -> None:
+        """Read what is still on the device and make the last rows durable; a full disk is a failure like any other."""
+        while self._launched:
+            self._finish(self._launched.pop(0), rank)
+        try:
+            self.writer.flush()
+        except HarnessError as error:
+            self.failures.append(Failure(f"rank {rank}", str(error)))
+
+    def _spend(self, stage: str, seconds: float) -> None:
+        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+
+def _refuse_nan(image_id: str, share: Tensor | None) -> None:
+    if share is not None and share > 0:
+        raise HarnessError(
+            f"{image_id}: {share.item():.1%} of the model's scores are NaN. Check the checkpoint, the pixel statistics"
+            " (model.input) and the precision."
+        )
+
+
+def sum_stages(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Add up the seconds that ranks spent in each stage."""
+    names = dict.fromkeys(name for stages in of_ranks for name in stages)
+    return {name: sum(stages.get(name, 0.0) for stages in of_ranks) for name in names}
+
+
+def _to_host(tensor: Tensor | None) -> Tensor:
+    """Start copying a tensor to the host; on a GPU it is there when the stream has come this far."""
+    if tensor is None:
+        return torch.zeros(())
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor: Predictor) -> None:
+    """Refuse to add to counts that were made from other files than those that are there now.
+
+    Raises:
+        HarnessError: names the first image whose files changed.
+    """
+    index_of = {image_id: index for index, image_id in enumerate(dataset.ids)}
+    for row in rows:
+        if row.image_id not in index_of:
+            raise HarnessError(
+                f"{row.image_id}: this run has counted it, but it is not in the data set now (or cannot be read)."
+                " Put its files back, or start a new run."
+            )
+        now = dataset.content_hash(index_of[row.image_id]) + predictor.source_hash(row.image_id)
+        if now != row.content_hash:
+            raise HarnessError(
+                f"{row.image_id}: its files changed since it was counted, so the run cannot be continued."
+                " Put the old files back, or start a new run."
+            )
+
+
+def counted_before(
+    ledger: Path, dataset: SegmentationDataset, predictor: Predictor, say: Callable[[str], None]
+) -> list[Row]:
+    """Return what an earlier part of this run has counted; raises as :func:`check_unchanged`."""
+    before, damaged = read_rows(ledger)
+    if before or damaged:
+        check_unchanged(before, dataset, predictor)
+        say(f"continuing: {len(before)} images are done, {len(damaged)} ledger files are damaged")
+    return before

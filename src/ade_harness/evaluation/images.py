@@ -1,0 +1,116 @@
+"""Batches of images, decoded and prepared in loader processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.endpoint.client import EndpointError
+from ade_harness.endpoint.predictor import EndpointPredictor
+from ade_harness.errors import HarnessError
+from ade_harness.inference.predictor import Predictor, Prepared
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """What a loader process hands over for one image."""
+
+    image_id: str
+    prepared: Prepared
+    target: Tensor
+    """uint8 [H, W]."""
+    content_hash: str
+    overlay_image: Tensor | None
+    """uint8 [H, W, 3], for the few images that are drawn."""
+    load_seconds: float
+    """Reading, decoding and resizing."""
+
+    def pin_memory(self) -> LoadedImage:
+        """Return a copy from which a GPU can be fed asynchronously; called by torch's DataLoader."""
+        prepared = replace(self.prepared, pixels=tuple(p.pin_memory() for p in self.prepared.pixels))
+        return replace(self, prepared=prepared, target=self.target.pin_memory())
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be evaluated, and why."""
+
+    image_id: str
+    message: str
+    of_all: bool = False
+    """Whether every other image would fail as well, so that the run ends, also with ``run.on_error=skip``."""
+
+
+def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, most: int) -> list[list[int]]:
+    """Decide which images share a batch: by their sizes and order in the data set alone.
+
+    Args:
+        sizes: (height, width) of all images of the data set.
+        predictor: knows which sizes go together.
+        most: images in a batch.
+
+    Returns:
+        Indices of the images of each batch.
+    """
+    groups: list[list[int]] = []
+    open_groups: dict[Hashable, list[int]] = {}
+    for index, size in enumerate(sizes):
+        key = predictor.group_key(size)
+        group = open_groups.get(key)
+        if key is None or group is None or len(group) == most:
+            group = open_groups[key] = []
+            groups.append(group)
+        group.append(index)
+    return groups
+
+
+class ImageItems(Dataset[list[LoadedImage | Failure]]):
+    """Decodes and prepares batches of images in loader processes.
+
+    A problem with one file comes back as a value: an exception would lose its message on the way out of a worker.
+
+    Args:
+        dataset: the pairs.
+        groups: indices of the images of each batch.
+        predictor: prepares the network's input.
+        overlay_ids: images to be drawn.
+    """
+
+    def __init__(
+        self, dataset: SegmentationDataset, groups: list[list[int]], predictor: Predictor, overlay_ids: set[str]
+    ) -> None:
+        self.dataset = dataset
+        self.groups = groups
+        self.predictor = predictor
+        self.overlay_ids = overlay_ids
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def stop(self) -> None:
+        """End requests that loader processes wait for."""
+        if isinstance(self.predictor, EndpointPredictor):
+            self.predictor.endpoint.stop()
+
+    def __getitem__(self, item: int) -> list[LoadedImage | Failure]:
+        """Load one batch; never raises for a bad file."""
+        return [self._load(index) for index in self.groups[item]]
+
+    def _load(self, index: int) -> LoadedImage | Failure:
+        start = time.perf_counter()
+        image_id = self.dataset.pairs[index].image_id
+        try:
+            sample = self.dataset.load(index)
+            prepared = self.predictor.prepare(image_id, sample.image)
+        except HarnessError as error:
+            return Failure(image_id, str(error), isinstance(error, EndpointError))
+        overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
+        content_hash = sample.content_hash + self.predictor.source_hash(image_id)
+        target = torch.from_numpy(sample.target)
+        return LoadedImage(image_id, prepared, target, content_hash, overlay, time.perf_counter() - start)

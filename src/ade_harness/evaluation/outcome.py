@@ -1,0 +1,64 @@
+"""One evaluation with everything around it: tracking and the final table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from ade_harness.errors import HarnessError
+from ade_harness.evaluation.story import evaluate
+from ade_harness.report.terminal import make_console, print_fact, print_result
+from ade_harness.runs.finished import load_run
+from ade_harness.runs.result import Result
+
+
+def run_session(
+    cfg: DictConfig, on_run_dir: Callable[[Path], None] = lambda _: None, console: Console | None = None
+) -> Result | None:
+    """Evaluate, track, and print; returns the result on rank 0.
+
+    Args:
+        cfg: a composed configuration.
+        on_run_dir: told the run directory as soon as it is there.
+        console: where to print; None is stdout.
+
+    Raises:
+        HarnessError: see :func:`ade_harness.evaluation.story.evaluate`.
+    """
+    console = console or make_console()
+    finished = evaluate(cfg, console, on_run_dir)
+    if finished is None:
+        return None
+    result, record = finished
+    print_result(console, result)
+    if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
+        _write_page(console, result.run_dir)
+    if cfg.tracking.kind == "wandb":
+        from ade_harness.tracking.run import log_result
+
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            tracking_path = log_result(cfg.tracking, result, config, record.summary())
+        for warning in caught:
+            if str(warning.message).startswith("W&B"):
+                console.print(str(warning.message), style="yellow", markup=False)
+        print_fact(console, "W&B", tracking_path or "not logged")
+    return result
+
+
+def _write_page(console: Console, run_dir: Path) -> None:
+    """Write the run's page; the result is on disk already, so a failure is a remark."""
+    from ade_harness.report.pages import PAGE, write_report
+
+    try:
+        write_report(console, load_run(run_dir), run_dir / PAGE, boundaries=False)
+    except HarnessError as error:
+        console.print(f"no page: {error}", style="yellow", markup=False)
+        return
+    print_fact(console, "page", str(run_dir / PAGE))

@@ -1,0 +1,1 @@
+"""Files from elsewhere and onto disk; no knowledge of what is in them."""

@@ -1,0 +1,155 @@
+"""Fetch large files: resumed after an interruption, checked, and put in place only when whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+
+from ade_harness.errors import HarnessError
+from ade_harness.files.archive import check_member_name
+
+OFFICIAL_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
+OFFICIAL_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
+"""As widely published; the archive could not be re-checked when this was written."""
+
+_CHUNK = 1 << 20
+_TIMEOUT_S = 60
+_ATTEMPTS = 5
+
+OnBytes = Callable[[int, int | None], None]
+"""Called with (bytes so far, total or None)."""
+
+
+def cache_dir() -> Path:
+    """Return where made-up data and downloads are kept: ADE_HARNESS_CACHE, or below the user's cache folder."""
+    base = os.environ.get("ADE_HARNESS_CACHE")
+    if base:
+        return Path(base).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ade_harness"
+
+
+def file_hash(path: Path, algorithm: str) -> str:
+    """Return the hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def fetch(
+    url: str,
+    destination: Path,
+    *,
+    algorithm: str = "sha256",
+    digest: str | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Path:
+    """Download `url` to `destination` unless a checked copy is there already.
+
+    The transfer goes to ``<destination>.part`` and continues there after an interruption (HTTP range
+    requests); the file gets its name only after its checksum was right.
+
+    Args:
+        url: http or https address.
+        destination: file to write.
+        algorithm: of `digest`, as hashlib calls it.
+        digest: expected hex digest; None accepts what comes.
+        on_bytes: progress callback.
+
+    Raises:
+        HarnessError: the server fails, or the checksum is wrong (the bad file is deleted).
+    """
+    if destination.exists() and (digest is None or file_hash(destination, algorithm) == digest):
+        return destination
+    part = destination.with_name(destination.name + ".part")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _transfer(url, part, on_bytes)
+        found = file_hash(part, algorithm)
+        if digest is not None and found != digest:
+            part.unlink()
+            raise HarnessError(
+                f"{url}: the {algorithm} of what came is {found}, expected {digest}."
+                " The download was deleted: try again, or get the file from another mirror with --url."
+            )
+        part.replace(destination)
+    except OSError as error:
+        raise HarnessError(f"{destination}: cannot be written ({error.strerror or error}).") from error
+    return destination
+
+
+def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
+    problem = ""
+    for _ in range(_ATTEMPTS):
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
+                if response.status_code == 416:  # nothing left to send: the part is whole, or longer than the file
+                    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+                    if total == str(have):
+                        return
+                    part.unlink()
+                    continue
+                if response.status_code >= 400:
+                    raise HarnessError(
+                        f"{url}: the server answers {response.status_code} {response.reason}."
+                        f" What came so far is kept in {part}; try again later, or use --url with a mirror."
+                    )
+                resumed = response.status_code == 206
+                have = have if resumed else 0
+                length = response.headers.get("Content-Length")
+                total_bytes = have + int(length) if length else None
+                with part.open("ab" if resumed else "wb") as file:
+                    for chunk in response.iter_content(_CHUNK):
+                        file.write(chunk)
+                        have += len(chunk)
+                        if on_bytes:
+                            on_bytes(have, total_bytes)
+                if total_bytes is None or have == total_bytes:
+                    return
+                problem = f"the connection ended after {have} of {total_bytes} bytes"
+        except requests.ConnectionError:
+            problem = f"no connection to {urlsplit(url).hostname}"
+        except requests.RequestException as error:
+            problem = str(error)
+    kept = f" What came so far is kept in {part}: the same command continues it." if part.exists() else ""
+    raise HarnessError(f"{url}: the download stopped {_ATTEMPTS} times ({problem}).{kept}")
+
+
+def extract(archive: Path, folder: Path, on_bytes: OnBytes | None = None) -> None:
+    """Extract a zip into `folder`, after checking every member's name and the free space.
+
+    Raises:
+        HarnessError: path traversal, a damaged member, or too little space; nothing is extracted in the first
+            and last case.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+            for member in members:
+                check_member_name(member.filename, archive)
+            total = sum(m.file_size for m in members)
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            if total > free:
+                raise HarnessError(
+                    f"{folder}: extracting needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free."
+                    f" dataset.root={archive} reads the zip without extracting it."
+                )
+            done = 0
+            for member in members:
+                opened.extract(member, folder)
+                done += member.file_size
+                if on_bytes:
+                    on_bytes(done, total)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise HarnessError(f"{archive}: not a whole zip file ({error}). Delete it and download again.") from error
+    except OSError as error:
+        raise HarnessError(f"{folder}: cannot be written ({error.strerror or error}).") from error

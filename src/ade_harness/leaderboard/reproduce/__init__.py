@@ -1,0 +1,1 @@
+"""A run repeated with its own commit, and compared."""

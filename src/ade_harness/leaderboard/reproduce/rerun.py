@@ -1,0 +1,184 @@
+"""The verb `reproduce`: run a run again, with its own commit, and compare image by image."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ade_harness.config.overrides import as_word, composed_values
+from ade_harness.errors import HarnessError
+from ade_harness.files.fetch import cache_dir
+from ade_harness.leaderboard.reproduce.checkout import code_of
+from ade_harness.leaderboard.reproduce.repetition import Repetition, compare_runs, what_differs
+from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_claim
+from ade_harness.leaderboard.submission.public_files import FILE_KINDS
+from ade_harness.models.checkpoint.files import hub_checkpoint, url_checkpoint
+from ade_harness.report.terminal import print_fact
+from ade_harness.runs.directory import new_run_name, write_json
+from ade_harness.runs.finished import FinishedRun, load_run
+from ade_harness.runs.matching import match_runs
+from ade_harness.runs.provenance import code_state
+
+EXIT_DIFFERENT = 3
+"""The run was repeated, and its labels are not the same."""
+VERDICT = "reproduction.json"
+_PLACES = (
+    "dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path", "model.id", "model.url",
+    "model.source", "model.http.", "runtime.",
+)  # fmt: skip
+"""What may be elsewhere than in the first run; another value for anything else is another evaluation."""
+_SHOWN = 12
+
+
+def reproduce(console: Console, source: Path, output: Path | None, overrides: Sequence[str], trust: bool) -> int:
+    """Repeat a run or a submission and say whether the bits agree; returns 0 if they do, else `EXIT_DIFFERENT`.
+
+    Args:
+        console: where to print.
+        source: a run directory or a submission.
+        output: of the new run, which continues one that was interrupted; None makes one below runs/.
+        overrides: where things are on this machine (``dataset.root=...``, ``runtime.devices=8``).
+        trust: also a submission that names code or an environment variable of this machine.
+
+    Raises:
+        HarnessError: it cannot be repeated: see the message. The exit code of a repetition that fails is passed on.
+    """
+    other = next((word for word in overrides if not word.startswith(_PLACES)), None)
+    if other is not None:
+        raise HarnessError(f"{other}: would be another evaluation. What may differ: {', '.join(_PLACES)}.")
+    first = _read(source)
+    repeat = first.manifest.get("repeat")
+    if not repeat:
+        raise HarnessError(f"{first.path}: its configuration cannot be written as words of a command.")
+    if is_bundle(source) and not trust:
+        _check_trust(repeat)
+    if is_bundle(source):
+        overrides = [*_fetched(source, first.config["model"]["kind"], overrides), *overrides]
+    output = output or Path("runs") / new_run_name(f"{first.config['model']['name']}-again")
+    with code_of(first.manifest["code"], code_state()) as code:
+        for remark in code.remarks:
+            console.print(Text(f"Note: {remark}.", style="yellow"))
+        command = _command(first, repeat, overrides, output)
+        print_fact(console, "repeats", str(first.path))
+        print_fact(console, "command", shlex.join(["python", *command[1:]]))
+        done = subprocess.run(command, env={**os.environ, **code.environment}, check=False)
+    if done.returncode:
+        console.print(
+            f"The repetition ended with exit code {done.returncode}. The same command with --output {output} goes on.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return done.returncode if done.returncode > 0 else 128 - done.returncode
+    second = load_run(output)
+    repetition, changes = compare_runs(first, second), what_differs(first.manifest, second.manifest)
+    write_json(output / VERDICT, {"of": str(source), **repetition.as_dict(), "changes": changes})
+    _print(console, repetition, changes, first, second)
+    print_fact(console, "written", str(output / VERDICT))
+    return 0 if repetition.bit_identical else EXIT_DIFFERENT
+
+
+def _read(source: Path) -> FinishedRun:
+    if not is_bundle(source):
+        return load_run(source)
+    problems = bundle_problems(source)
+    if problems:
+        raise HarnessError(
+            f"{source}: not a valid submission ({len(problems)} problems, the first: {problems[0]})."
+            f" `python -m ade_harness submit --check {source}` lists them."
+        )
+    return load_run(source / RUN)
+
+
+def _check_trust(repeat: Sequence[str]) -> None:
+    """Refuse to run code, or to send a secret, because somebody's submission says so.
+
+    Args:
+        repeat: the words that will be run; a submission's config.yaml may say something else.
+    """
+    model = composed_values(repeat)
+    kind = model["model.kind"]
+    if kind == "custom" or model["model._target_"] is not None:
+        raise HarnessError(
+            f"this submission imports model._target_={model['model._target_']} from this machine and runs it. Read that"
+            " code first; then add --trust."
+        )
+    if kind == "torchscript":
+        raise HarnessError("this submission runs a TorchScript file, which is a program. Agree with --trust.")
+    if model["model.http.token_env"] is not None:
+        name = model["model.http.token_env"]
+        raise HarnessError(f"this submission sends your {name} to {model['model.url']}. Agree with --trust.")
+
+
+def _fetched(folder: Path, kind: str, overrides: Sequence[str]) -> list[str]:
+    """Fetch the file of a model that takes a path, unless a path is given."""
+    if kind not in FILE_KINDS or any(word.startswith("model.path=") for word in overrides):
+        return []
+    reference = read_claim(folder)["references"][0]
+    address, sha256 = reference["address"], reference["sha256"]
+    if address.startswith("hub:"):
+        name, _, rest = address[4:].partition("@")
+        revision, _, file = rest.partition("/")
+        path = hub_checkpoint(name, file, revision, sha256).path
+    else:
+        path = url_checkpoint(address, cache_dir() / "checkpoints", sha256).path
+    return [f"model.path={as_word(str(path))}"]
+
+
+def _command(first: FinishedRun, repeat: Sequence[str], overrides: Sequence[str], output: Path) -> list[str]:
+    """Return the command that evaluates again; later words go before earlier ones of the same key."""
+    given = {word.partition("=")[0]: word for word in [*repeat, *overrides]}
+    device = first.manifest["device"]
+    if "runtime.accelerator" not in given and (device == "cpu" or torch.cuda.is_available()):
+        given["runtime.accelerator"] = f"runtime.accelerator={device}"
+    given |= {"tracking": "tracking=none", "run.dir": f"run.dir={as_word(str(output))}"}
+    return [sys.executable, "-m", "ade_harness", *given.values()]
+
+
+def _print(
+    console: Console, repetition: Repetition, changes: Sequence[str], first: FinishedRun, second: FinishedRun
+) -> None:
+    if changes:
+        table = Table(title="what differs from the first run", box=HORIZONTALS, show_header=False, title_justify="left")
+        for change in changes[:_SHOWN]:
+            table.add_row(Text(change))
+        if len(changes) > _SHOWN:
+            table.add_row(Text(f"... and {len(changes) - _SHOWN} more, in {VERDICT}"))
+        console.print(table)
+    if repetition.different:
+        table = Table(title="images that differ most", box=HORIZONTALS, title_justify="left")
+        for name in ("image", "pixels, at least", "of"):
+            table.add_column(name, justify="left" if name == "image" else "right")
+        for image in repetition.different[:_SHOWN]:
+            table.add_row(Text(image.image_id), f"{image.pixels:,}", f"{image.of:,}")
+        console.print(table)
+    style = "bold green" if repetition.bit_identical else "bold yellow"
+    console.print(Text(repetition.verdict, style=style), soft_wrap=True)
+    sentence = None if repetition.bit_identical else _within(first, second)
+    if sentence:
+        console.print(Text(sentence), soft_wrap=True)
+
+
+def _within(first: FinishedRun, second: FinishedRun) -> str | None:
+    """Say whether the difference is small beside what other images would do."""
+    interval: Mapping[str, Any] | None = first.metrics["intervals"].get("mIoU")
+    try:
+        match_runs(first, second)
+    except HarnessError as error:
+        return str(error)
+    if interval is None:
+        return None
+    inside = interval["low"] <= second.metrics["mIoU"] <= interval["high"]
+    return (
+        f"the second mIoU is {'inside' if inside else 'outside'} of the first one's {interval['level']:.0%} interval"
+        f" {100 * interval['low']:.2f} to {100 * interval['high']:.2f}"
+    )

@@ -1,0 +1,1 @@
+"""What the leaderboard asks of a submission, made and checked."""

@@ -1,0 +1,264 @@
+"""Where everybody can get the weights of a run, and whether everybody really can."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from ade_harness.errors import HarnessError
+from ade_harness.files.address import check_url
+from ade_harness.files.fetch import OnBytes
+from ade_harness.models.checkpoint.files import INDEX
+from ade_harness.runs.finished import FinishedRun
+
+_TIMEOUT_S = 30
+_CHUNK = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})(?:/(?P<file>[\w./-]+))?")
+_EXAMPLE = "https://example.org/weights.safetensors or hub:ORGANISATION/NAME@COMMIT/FILE"
+_SECRET = "A submission is public: give an address that needs no password."
+FILE_KINDS = ("onnx", "torchscript")
+"""Kinds of models that take ``model.path``."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One public thing that a run needs: a weight file, a repository of the hub, or an endpoint."""
+
+    role: str
+    """checkpoint, backbone or endpoint."""
+    address: str
+    """http(s) address, or ``hub:ORGANISATION/NAME@COMMIT/FILE``."""
+    sha256: str | None
+    """Of the file that the run has read; None for an endpoint that tells none."""
+    gated: bool = False
+    """Behind a licence form that everybody may fill in."""
+    checked: str = "not checked"
+    """How it was seen to be public."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for a file."""
+        return asdict(self)
+
+
+def parse_address(text: str, key: str) -> str:
+    """Check an address of a public file.
+
+    Raises:
+        HarnessError: it is none, holds a secret, or only this machine or network can reach it.
+    """
+    if text.startswith("hub:"):
+        if _HUB.fullmatch(text) is None or ".." in text:
+            raise HarnessError(f"{key}={text}: expected hub:ORGANISATION/NAME@COMMIT/FILE, the commit in 40 digits.")
+        return text
+    check_url(text, key, _SECRET, _EXAMPLE)
+    if is_local(text):
+        raise HarnessError(f"{key}={text}: only this machine or network can reach it. Give a public address.")
+    return text
+
+
+def is_local(url: str) -> bool:
+    """Whether an address is of this machine or of a private network, as far as its text says."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".lan", ".localhost"))
+
+
+def references_of(run: FinishedRun, given: Mapping[str, str]) -> list[Reference]:
+    """Find the public references of a run's weights.
+
+    Args:
+        run: a finished run.
+        given: addresses by role that the submitter names, for files that the run took from disk.
+
+    Raises:
+        HarnessError: there are no weights, they are random, or nobody else can get them.
+    """
+    model, facts = run.config["model"], run.manifest["model"]
+    kind = model["kind"]
+    if kind == "http":
+        return [Reference("endpoint", parse_address(model["url"], "model.url"), facts.get("sha256"))]
+    if kind == "predictions":
+        raise HarnessError(
+            "the run read label maps, so there is no checkpoint to name. Evaluate the model itself (model=custom,"
+            " onnx, http, ...)."
+        )
+    if facts.get("weights") != "pretrained":
+        raise HarnessError(
+            f"the weights are {facts.get('weights')}: {facts.get('origin')}. Evaluate a published checkpoint."
+        )
+    own = facts.get("head_sha256") or facts.get("sha256")
+    found = [_reference("checkpoint", model, ("official", "hub"), facts.get("origin"), own, given)]
+    if facts.get("backbone_origin"):
+        pieces = (facts["backbone_origin"], facts.get("backbone_sha256"))
+        found.append(_reference("backbone", model, ("backbone",), *pieces, given))
+    return found
+
+
+def _reference(
+    role: str, model: Mapping[str, Any], known: tuple[str, ...], origin: Any, sha256: Any, given: Mapping[str, str]
+) -> Reference:
+    """Return where one file of a run is public."""
+    origin = str(origin)
+    files = [model[name] for name in known]
+    if role in given:
+        return Reference(role, parse_address(given[role], f"--{role}"), sha256)
+    for file in files:
+        if file["url"] and _is_of(file, sha256) and (origin == file["url"] or file["sha256"]):
+            return Reference(role, parse_address(file["url"], "the weights"), sha256, file["gated"])
+        if file["hub_id"] and file["revision"] and file["sha256"] and _is_of(file, sha256):
+            address = f"hub:{file['hub_id']}@{file['revision']}/{file['filename']}"
+            return Reference(role, parse_address(address, "the weights"), sha256, file["gated"])
+    gated = any(file["gated"] for file in files)
+    if _HUB.fullmatch(f"hub:{origin}"):
+        return Reference(role, f"hub:{origin}", sha256, gated)
+    if origin.startswith(("http://", "https://")):
+        return Reference(role, parse_address(origin, "the weights"), sha256, gated)
+    advice = (
+        "push it to the hub and evaluate model.id=ORGANISATION/NAME model.revision=COMMIT"
+        if model["kind"] == "hf"
+        else f"publish it, and say where: --{role} {_EXAMPLE}"
+    )
+    raise HarnessError(f"the {role} is a file that nobody else has ({origin}): {advice}.")
+
+
+def _is_of(file: Mapping[str, Any], sha256: Any) -> bool:
+    """Whether a pinned file is the one that was read."""
+    return file["sha256"] is None or str(sha256).startswith(str(file["sha256"]).lower())
+
+
+def words_for(reference: Reference, kind: str) -> list[str]:
+    """Return the words that make a model's loader fetch a file from its public address, in place of a local path.
+
+    Args:
+        reference: of the file.
+        kind: ``model.kind``; those that take a path get none:
+            :mod:`ade_harness.leaderboard.reproduce.rerun` fetches it.
+    """
+    hub = _HUB.fullmatch(reference.address)
+    if reference.role == "endpoint" or kind in FILE_KINDS:
+        return []
+    if kind == "hf":
+        return [f"model.id='{hub['id']}'", f"model.revision='{hub['revision']}'"] if hub else []
+    backbone = reference.role == "backbone"
+    group = "backbone" if backbone else "hub" if hub else "official"
+    if hub is None:
+        words = [f"model.{group}.url='{reference.address}'"]
+    else:
+        keys = {"hub_id": hub["id"], "revision": hub["revision"], "filename": hub["file"]}
+        words = [f"model.{group}.{key}='{value}'" for key, value in keys.items()]
+    words.append(f"model.{group}.sha256='{reference.sha256}'")
+    if backbone:
+        return [*words, *(["model.backbone.url=null"] if hub else [])]
+    return [*words, f"model.source={group}"]
+
+
+def check_public(reference: Reference, read_all: bool, on_bytes: OnBytes | None = None) -> Reference:
+    """Ask the address as a stranger would, without any login.
+
+    Args:
+        reference: what to look at.
+        read_all: whether to read the whole file and compare its hash, where the server does not tell one.
+        on_bytes: told how far the reading is.
+
+    Returns:
+        The reference with what was seen.
+
+    Raises:
+        HarnessError: private, gone, a web page, another file, or not to be reached.
+    """
+    address = _web_address(reference)
+    with _Stranger() as session:
+        try:
+            with session.get(address, stream=True, timeout=_TIMEOUT_S) as response:
+                return _look(reference, response, read_all, on_bytes)
+        except requests.RequestException as error:
+            raise HarnessError(
+                f"{reference.address}: cannot be reached ({type(error).__name__}). Try again, or leave this check out"
+                " with --no-network: the submission says so then."
+            ) from error
+
+
+class _Stranger(requests.Session):
+    """Never logs in: a password of this machine (.netrc) would hide that others have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auth = lambda request: request
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Add none after a redirect either."""
+        prepared_request.headers.pop("Authorization", None)
+
+
+def _web_address(reference: Reference) -> str:
+    hub = _HUB.fullmatch(reference.address)
+    if hub is None:
+        return f"{reference.address.rstrip('/')}/info" if reference.role == "endpoint" else reference.address
+    from huggingface_hub import hf_hub_url
+
+    return str(hf_hub_url(hub["id"], hub["file"] or "config.json", revision=hub["revision"]))
+
+
+def _look(reference: Reference, response: requests.Response, read_all: bool, on_bytes: OnBytes | None) -> Reference:
+    address, status = reference.address, response.status_code
+    if status in (401, 403):
+        if reference.gated:
+            return _seen(reference, "behind its licence form")
+        raise HarnessError(f"{address}: is private: the server answers {status}. Make it public, or name another.")
+    if status == 404 and reference.role == "endpoint":
+        return _seen(reference, "answers")  # GET /info is not asked of every endpoint
+    if status >= 400:
+        raise HarnessError(f"{address}: the server answers {status}. Name an address where the file is.")
+    if reference.role == "endpoint" or (reference.address.startswith("hub:") and reference.sha256 is None):
+        return _seen(reference, "answers")
+    if response.headers.get("Content-Type", "").startswith("text/html"):
+        raise HarnessError(f"{address}: answers with a web page, not with a file. Give the address of the file itself.")
+    if address.endswith(INDEX):  # the run's hash is of all the shards together
+        return _seen(reference, "its index answers; the shards were not read")
+    told = _told_hash([*response.history, response])
+    if told is None and not read_all:
+        return _seen(reference, "answers; its content was not read")
+    if told is None:
+        told, how = _read_hash(response, on_bytes), "read, same hash"
+    else:
+        how = "the server tells the same hash"
+    if told != reference.sha256:
+        raise HarnessError(
+            f"{address}: is another file: its sha256 is {told}, the run has read {reference.sha256}."
+            " Name the file that was evaluated."
+        )
+    return _seen(reference, how)
+
+
+def _seen(reference: Reference, how: str) -> Reference:
+    return replace(reference, checked=how)
+
+
+def _told_hash(responses: list[requests.Response]) -> str | None:
+    """Return the sha256 that a hub tells of a large file."""
+    for response in responses:
+        tag = response.headers.get("X-Linked-Etag", "").strip('"')
+        if _SHA256.fullmatch(tag):
+            return tag
+    return None
+
+
+def _read_hash(response: requests.Response, on_bytes: Callable[[int, int | None], None] | None) -> str:
+    digest, have = hashlib.sha256(), 0
+    length = response.headers.get("Content-Length")
+    for chunk in response.iter_content(_CHUNK):
+        digest.update(chunk)
+        have += len(chunk)
+        if on_bytes:
+            on_bytes(have, int(length) if length else None)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Backbones that no library has as the official code computes them."""

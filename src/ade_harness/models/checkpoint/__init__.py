@@ -1,0 +1,1 @@
+"""Weight files to a network's own parameter names."""

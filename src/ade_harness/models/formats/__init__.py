@@ -1,0 +1,1 @@
+"""Models that come as a file or object of some library."""

@@ -1,0 +1,189 @@
+"""Any transformers checkpoint for semantic or universal (mask classification) segmentation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ade_harness.errors import HarnessError
+from ade_harness.models.checkpoint.files import require_all_keys
+from ade_harness.models.outputs import MaskLogits
+
+_SEMANTIC_TASK = [49406, 518, 10549, 533, 29119, 1550, 49407, *[0] * 70]
+"""OneFormer's text "the task is semantic" in CLIP's 77 tokens: no tokenizer is needed at run time."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own report of keys: ours is stricter and stops."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_into_transformers(
+    cls: Any,
+    config: Any,
+    state: Mapping[str, Tensor],
+    origin: str,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> nn.Module:
+    """Build `cls` from `config` with the weights of `state`, in the names of the hub's files, strictly.
+
+    transformers 5 renamed its modules and translates older names only inside ``from_pretrained``.
+    """
+    with _quiet():
+        module, info = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _check_loading_info(info, origin, allow_missing, allow_unexpected)
+    loaded: nn.Module = module.eval()
+    return loaded
+
+
+def _check_loading_info(
+    info: Mapping[str, Any], origin: str, allow_missing: Sequence[str], allow_unexpected: Sequence[str]
+) -> None:
+    shapes = [
+        f"{k[0]} {list(k[1])} (the model has {list(k[2])})" if isinstance(k, tuple) else str(k)
+        for k in info.get("mismatched_keys", ())
+    ]
+    require_all_keys(origin, info["missing_keys"], info["unexpected_keys"], shapes, allow_missing, allow_unexpected)
+
+
+class SemanticModel(nn.Module):
+    """A ``...ForSemanticSegmentation``: images [N, 3, H, W] to its logits [N, C, h, w]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [N, C, h, w]."""
+        logits: Tensor = self.network(pixel_values=images).logits
+        return logits
+
+
+class UniversalModel(nn.Module):
+    """A ``...ForUniversalSegmentation``: images [N, 3, H, W] to class and mask logits.
+
+    transformers' own post-processing passes through 384 x 384, which changes the score: the protocol merges them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.is_oneformer = getattr(network.config, "model_type", None) == "oneformer"
+
+    def forward(self, images: Tensor) -> MaskLogits:
+        """Return class logits [N, Q, C + 1] and mask logits [N, Q, h, w]."""
+        extra = {}
+        if self.is_oneformer:
+            extra["task_inputs"] = torch.tensor([_SEMANTIC_TASK] * images.shape[0], device=images.device)
+        output = self.network(pixel_values=images, **extra)
+        return MaskLogits(output.class_queries_logits, output.masks_queries_logits)
+
+
+def load_transformers(
+    model_id: str,
+    revision: str | None,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> tuple[nn.Module, list[str] | None, tuple[list[float], list[float]] | None, dict[str, str]]:
+    """Load a checkpoint from the hub or a local folder.
+
+    Returns:
+        The module; its class names in channel order; (mean, std) on the 0..255 scale if its preprocessor says
+        so; where it came from.
+
+    Raises:
+        HarnessError: not found, no network, no segmentation model, or keys that do not fit.
+    """
+    from transformers import AutoConfig, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+        MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+    )
+
+    where = f"model.id={model_id}"
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
+    wrap: type[UniversalModel] | type[SemanticModel]
+    with _quiet(), _explained(where):
+        config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+        if type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING:
+            auto, wrap = AutoModelForUniversalSegmentation, UniversalModel
+        elif type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+            auto, wrap = AutoModelForSemanticSegmentation, SemanticModel
+        else:
+            raise HarnessError(
+                f"{where}: a {config.model_type} checkpoint, which transformers has neither as semantic nor as"
+                " universal segmentation model."
+            )
+        network, info = auto.from_pretrained(
+            model_id,
+            revision=revision,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _check_loading_info(info, where, allow_missing, allow_unexpected)
+    names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else None
+    if names and all(n == f"LABEL_{i}" for i, n in enumerate(names)):
+        names = None  # transformers' placeholder
+    commit = getattr(config, "_commit_hash", None)
+    origin = {"origin": f"{model_id}@{commit}" if commit else model_id}
+    return wrap(network.eval()), names, _pixel_statistics(model_id, revision), origin
+
+
+def _pixel_statistics(model_id: str, revision: str | None) -> tuple[list[float], list[float]] | None:
+    """Read mean and std from preprocessor_config.json, which holds them for values rescaled to 0..1."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(model_id, revision=revision)
+    except (OSError, ValueError):
+        return None
+    if values.get("do_flip_channel_order"):
+        raise HarnessError(
+            f"model.id={model_id}: its preprocessor wants BGR, which model=hf does not do. Use model=custom with"
+            " model.input.channel_order=bgr."
+        )
+    scale = 1.0 / float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
+    mean, std = values.get("image_mean"), values.get("image_std")
+    if not values.get("do_normalize", True) or mean is None or std is None:
+        return [0.0] * 3, [scale] * 3
+    return [m * scale for m in mean], [s * scale for s in std]
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turn transformers' and the hub's many exceptions into one message."""
+    try:
+        yield
+    except HarnessError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        text = " ".join(str(error).split())
+        raise HarnessError(
+            f"{where}: cannot be loaded ({text[:400]}). Expected a hub id that can be reached, or a folder with"
+            " config.json and model.safetensors."
+        ) from error

@@ -1,0 +1,1 @@
+"""Heads and pixel decoders."""

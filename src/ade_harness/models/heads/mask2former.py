@@ -1,0 +1,373 @@
+"""Mask2Former's head (Cheng et al. 2022), once for every system that has it.
+
+A pixel decoder (deformable attention over strides 32, 16, 8, then one step of a feature pyramid to stride 4) and a
+decoder whose queries attend within the masks that they predicted a layer before. The published lineages compute the
+same under other names: detectron2's (Mask2Former, OneFormer), mmdetection's (InternImage, ViT-Adapter, DINOv2) and
+DINOv3's. Only what the last layer predicts is kept: class logits of earlier layers are for training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.models.checkpoint.family import count
+from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.ops.attention import attend
+from ade_harness.models.ops.deformable import DeformableAttention, centres
+from ade_harness.models.outputs import MaskLogits
+
+LEVELS = 3
+POINTS = 4
+
+
+def sine_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """Return float32 [H * W, C]: DETR's position encoding, rows in the first half of the channels.
+
+    Args:
+        height: of the map.
+        width: likewise.
+        channels: a multiple of 4.
+        device: of the result.
+    """
+    half = channels // 2
+    steps = torch.arange(half, device=device, dtype=torch.float32)
+    frequencies = 10000 ** (2 * (steps // 2) / half)
+    parts = []
+    for size in (height, width):
+        place = torch.arange(1, size + 1, device=device, dtype=torch.float32) / (size + 1e-6) * (2 * math.pi)
+        angle = place[:, None] / frequencies
+        parts.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1))
+    rows, columns = parts[0][:, None].expand(-1, width, -1), parts[1][None].expand(height, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
+
+
+class NormedConv(nn.Module):
+    """Convolution, group normalisation (32 groups), and ReLU if asked for."""
+
+    def __init__(self, width_in: int, width: int, kernel: int, *, bias: bool = False, relu: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width, kernel, padding=kernel // 2, bias=bias)
+        self.norm = nn.GroupNorm(32, width)
+        self.relu = relu
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return [N, D, H, W] of [N, C, H, W]."""
+        normed: Tensor = self.norm(self.conv(maps))
+        return normed.relu_() if self.relu else normed
+
+
+class PixelLayer(nn.Module):
+    """One layer of the pixel decoder: deformable attention, then two linear layers, a norm after each."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(width, heads, LEVELS, POINTS)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, references: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Return [N, S, C] of tokens [N, S, C] and their position encodings [S, C]."""
+        tokens = self.norm1(tokens + self.attention(tokens + positions, references, tokens, shapes))
+        normed: Tensor = self.norm2(tokens + self.linear2(self.linear1(tokens).relu_()))
+        return normed
+
+
+class PixelDecoder(nn.Module):
+    """Features of strides 4, 8, 16, 32 to mask features at stride 4 and three maps for the queries.
+
+    Args:
+        channels: of the four features, stride 4 first.
+        width: of everything here.
+        mask_width: of the mask features.
+        heads: of deformable attention.
+        hidden: between the two linear layers.
+        layers: number of layers.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], width: int, mask_width: int, heads: int, hidden: int, layers: int
+    ) -> None:
+        super().__init__()
+        self.input_projections = nn.ModuleList(NormedConv(c, width, 1, bias=True) for c in reversed(channels[1:]))
+        self.level_embed = nn.Parameter(torch.randn(LEVELS, width))
+        self.layers = nn.ModuleList(PixelLayer(width, heads, hidden) for _ in range(layers))
+        self.lateral = NormedConv(channels[0], width, 1)
+        self.output = NormedConv(width, width, 3, relu=True)
+        self.mask_features = nn.Conv2d(width, mask_width, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return mask features [N, M, h, w], and three maps [N, C, .., ..], the smallest first.
+
+        Always in float32, as the official code's (it switches autocast off), unless the weights are not.
+        """
+        device = features[0].device.type
+        if self.mask_features.weight.dtype == torch.float32 and device in ("cpu", "cuda"):
+            with torch.autocast(device, enabled=False):
+                return self._decode([f.float() for f in features])
+        return self._decode(features)
+
+    def _decode(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        maps = [project(f) for project, f in zip(self.input_projections, reversed(features[1:]), strict=True)]
+        shapes = [(m.shape[2], m.shape[3]) for m in maps]
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+        positions = torch.cat(
+            [
+                sine_positions(*shape, tokens.shape[2], tokens.device).to(tokens.dtype) + self.level_embed[i]
+                for i, shape in enumerate(shapes)
+            ]
+        )
+        references = centres(shapes, tokens.device)
+        for layer in self.layers:
+            tokens = layer(tokens, positions, references, shapes)
+        parts = tokens.split([height * width for height, width in shapes], 1)
+        maps = [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, shapes, strict=True)]
+        lateral = self.lateral(features[0])
+        finest = F.interpolate(maps[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_features(self.output(lateral + finest)), maps
+
+
+class Attention(nn.Module):
+    """Multi-head attention with keys and values of their own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Return [N, Q, C]; `allowed` is bool [N, 1, Q, S]."""
+        q, k, v = (
+            layer(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for layer, tokens in ((self.q, queries), (self.k, keys), (self.v, values))
+        )
+        seen = attend(q, k, v, allowed)
+        attended: Tensor = self.out(seen.transpose(1, 2).flatten(2))
+        return attended
+
+
+class QueryLayer(nn.Module):
+    """One layer of the decoder: attention to the map, among the queries, two linear layers; a norm after each."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.cross_attention = Attention(width, heads)
+        self.cross_norm = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        self.self_norm = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self, queries: Tensor, query_positions: Tensor, memory: Tensor, positions: Tensor, allowed: Tensor | None
+    ) -> Tensor:
+        """Return queries [N, Q, C]; memory [N, S, C]; positions [S, C]; allowed bool [N, 1, Q, S]."""
+        seen = self.cross_attention(queries + query_positions, memory + positions, memory, allowed)
+        queries = self.cross_norm(queries + seen)
+        placed = queries + query_positions
+        queries = self.self_norm(queries + self.self_attention(placed, placed, queries))
+        normed: Tensor = self.norm(queries + self.linear2(self.linear1(queries).relu_()))
+        return normed
+
+
+class QueryDecoder(nn.Module):
+    """Queries that attend within the masks which they predicted a layer before.
+
+    Args:
+        queries: number of queries.
+        width: of queries and maps.
+        mask_width: of the mask features.
+        heads: of attention.
+        hidden: between the two linear layers.
+        layers: number of layers.
+    """
+
+    def __init__(self, queries: int, width: int, mask_width: int, heads: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.query_features = nn.Parameter(torch.randn(queries, width))
+        self.query_positions = nn.Parameter(torch.randn(queries, width))
+        self.level_embed = nn.Parameter(torch.randn(LEVELS, width))
+        self.layers = nn.ModuleList(QueryLayer(width, heads, hidden) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.classes = nn.Linear(width, NUM_CLASSES + 1)
+        self.mask_embed = mask_embed(width, mask_width)
+
+    def forward(self, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
+        """Return the last layer's class and mask logits; maps as :class:`PixelDecoder` returns them."""
+        queries = self.query_features.expand(mask_features.shape[0], -1, -1)
+        return self.attend(queries, mask_features, maps)
+
+    def attend(self, queries: Tensor, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
+        """Run the layers from `queries` [N, Q, C] on."""
+        memories = [m.flatten(2).transpose(1, 2) + self.level_embed[i] for i, m in enumerate(maps)]
+        positions = [sine_positions(m.shape[2], m.shape[3], m.shape[1], m.device).to(m.dtype) for m in maps]
+        masks = self._masks(queries, mask_features)
+        for i, layer in enumerate(self.layers):
+            level = i % LEVELS
+            allowed = within(masks, maps[level].shape[2:])
+            queries = layer(queries, self.query_positions, memories[level], positions[level], allowed)
+            masks = self._masks(queries, mask_features)
+        return MaskLogits(self.classes(self.norm(queries)), masks)
+
+    def _masks(self, queries: Tensor, mask_features: Tensor) -> Tensor:
+        return dot_masks(self.mask_embed(self.norm(queries)), mask_features)
+
+
+def mask_embed(width: int, mask_width: int) -> nn.Sequential:
+    """Return the three layers that make a query into the weights of its mask."""
+    return nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, mask_width)
+    )
+
+
+def dot_masks(embedded: Tensor, mask_features: Tensor) -> Tensor:
+    """Return mask logits [N, Q, h, w] of [N, Q, M] and [N, M, h, w]."""
+    return (embedded @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
+
+
+def within(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Return where queries may look, bool [N, 1, Q, S]: within their masks, or everywhere if a mask is empty."""
+    inside = F.interpolate(masks, tuple(size), mode="bilinear", align_corners=False).sigmoid() >= 0.5
+    allowed = inside.flatten(2)
+    return (allowed | ~allowed.any(-1, keepdim=True))[:, None]
+
+
+HEAD_DETECTRON2: Table = (
+    ("sem_seg_head.pixel_decoder.input_proj.{I}.0.*", "pixel_decoder.input_projections.{I}.conv.*"),
+    ("sem_seg_head.pixel_decoder.input_proj.{I}.1.*", "pixel_decoder.input_projections.{I}.norm.*"),
+    ("sem_seg_head.pixel_decoder.transformer.level_embed", "pixel_decoder.level_embed"),
+    (
+        "sem_seg_head.pixel_decoder.transformer.encoder.layers.{L}.self_attn.*",
+        "pixel_decoder.layers.{L}.attention.*",
+    ),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{L}.*", "pixel_decoder.layers.{L}.*"),
+    ("sem_seg_head.pixel_decoder.adapter_1.norm.*", "pixel_decoder.lateral.norm.*"),
+    ("sem_seg_head.pixel_decoder.adapter_1.*", "pixel_decoder.lateral.conv.*"),
+    ("sem_seg_head.pixel_decoder.layer_1.norm.*", "pixel_decoder.output.norm.*"),
+    ("sem_seg_head.pixel_decoder.layer_1.*", "pixel_decoder.output.conv.*"),
+    ("sem_seg_head.pixel_decoder.mask_features.*", "pixel_decoder.mask_features.*"),
+    ("criterion.*", None),  # of training only
+)
+
+
+def query_decoder_detectron2(prefix: str, norm: str = "decoder_norm") -> Table:
+    """Return the table of the decoder as detectron2's lineage names it, and DINOv3."""
+    layers = prefix + "transformer_{}_layers.{{L}}."
+    cross, own, ffn = (layers.format(kind) for kind in ("cross_attention", "self_attention", "ffn"))
+    return (
+        (cross + "multihead_attn.in_proj_weight", "decoder.layers.{L}.cross_attention.{q|k|v}.weight"),
+        (cross + "multihead_attn.in_proj_bias", "decoder.layers.{L}.cross_attention.{q|k|v}.bias"),
+        (cross + "multihead_attn.out_proj.*", "decoder.layers.{L}.cross_attention.out.*"),
+        (cross + "norm.*", "decoder.layers.{L}.cross_norm.*"),
+        (own + "self_attn.in_proj_weight", "decoder.layers.{L}.self_attention.{q|k|v}.weight"),
+        (own + "self_attn.in_proj_bias", "decoder.layers.{L}.self_attention.{q|k|v}.bias"),
+        (own + "self_attn.out_proj.*", "decoder.layers.{L}.self_attention.out.*"),
+        (own + "norm.*", "decoder.layers.{L}.self_norm.*"),
+        (ffn + "*", "decoder.layers.{L}.*"),
+        (prefix + norm + ".*", "decoder.norm.*"),
+        (prefix + "query_feat.weight", "decoder.query_features"),
+        (prefix + "static_query.weight", "decoder.query_features"),  # in files of Mask2Former's first weeks
+        (prefix + "query_embed.weight", "decoder.query_positions"),
+        (prefix + "level_embed.weight", "decoder.level_embed"),
+        (prefix + "class_embed.*", "decoder.classes.*"),
+        (prefix + "mask_embed.layers.0.*", "decoder.mask_embed.0.*"),
+        (prefix + "mask_embed.layers.1.*", "decoder.mask_embed.2.*"),
+        (prefix + "mask_embed.layers.2.*", "decoder.mask_embed.4.*"),
+    )
+
+
+_MM_PIXEL = "decode_head.pixel_decoder."
+_MM_LAYER = "decode_head.transformer_decoder.layers.{L}."
+HEAD_MMDETECTION: Table = (
+    (_MM_PIXEL + "input_convs.{I}.conv.*", "pixel_decoder.input_projections.{I}.conv.*"),
+    (_MM_PIXEL + "input_convs.{I}.gn.*", "pixel_decoder.input_projections.{I}.norm.*"),
+    (_MM_PIXEL + "level_encoding.weight", "pixel_decoder.level_embed"),
+    (_MM_PIXEL + "encoder.layers.{L}.attentions.0.*", "pixel_decoder.layers.{L}.attention.*"),
+    (_MM_PIXEL + "encoder.layers.{L}.ffns.0.layers.0.0.*", "pixel_decoder.layers.{L}.linear1.*"),
+    (_MM_PIXEL + "encoder.layers.{L}.ffns.0.layers.1.*", "pixel_decoder.layers.{L}.linear2.*"),
+    (_MM_PIXEL + "encoder.layers.{L}.norms.{N}.*", "pixel_decoder.layers.{L}.norm{N+1}.*"),
+    (_MM_PIXEL + "lateral_convs.0.conv.*", "pixel_decoder.lateral.conv.*"),
+    (_MM_PIXEL + "lateral_convs.0.gn.*", "pixel_decoder.lateral.norm.*"),
+    (_MM_PIXEL + "output_convs.0.conv.*", "pixel_decoder.output.conv.*"),
+    (_MM_PIXEL + "output_convs.0.gn.*", "pixel_decoder.output.norm.*"),
+    (_MM_PIXEL + "mask_feature.*", "pixel_decoder.mask_features.*"),
+    (_MM_LAYER + "attentions.0.attn.in_proj_weight", "decoder.layers.{L}.cross_attention.{q|k|v}.weight"),
+    (_MM_LAYER + "attentions.0.attn.in_proj_bias", "decoder.layers.{L}.cross_attention.{q|k|v}.bias"),
+    (_MM_LAYER + "attentions.0.attn.out_proj.*", "decoder.layers.{L}.cross_attention.out.*"),
+    (_MM_LAYER + "attentions.1.attn.in_proj_weight", "decoder.layers.{L}.self_attention.{q|k|v}.weight"),
+    (_MM_LAYER + "attentions.1.attn.in_proj_bias", "decoder.layers.{L}.self_attention.{q|k|v}.bias"),
+    (_MM_LAYER + "attentions.1.attn.out_proj.*", "decoder.layers.{L}.self_attention.out.*"),
+    (_MM_LAYER + "ffns.0.layers.0.0.*", "decoder.layers.{L}.linear1.*"),
+    (_MM_LAYER + "ffns.0.layers.1.*", "decoder.layers.{L}.linear2.*"),
+    (_MM_LAYER + "norms.0.*", "decoder.layers.{L}.cross_norm.*"),
+    (_MM_LAYER + "norms.1.*", "decoder.layers.{L}.self_norm.*"),
+    (_MM_LAYER + "norms.2.*", "decoder.layers.{L}.norm.*"),
+    ("decode_head.transformer_decoder.post_norm.*", "decoder.norm.*"),
+    ("decode_head.query_feat.weight", "decoder.query_features"),
+    ("decode_head.query_embed.weight", "decoder.query_positions"),
+    ("decode_head.level_embed.weight", "decoder.level_embed"),
+    ("decode_head.cls_embed.*", "decoder.classes.*"),
+    ("decode_head.mask_embed.{N}.*", "decoder.mask_embed.{N}.*"),
+    ("decode_head.conv_seg.*", None),  # inherited there, and never used
+)
+
+_D3_PIXEL = "segmentation_model.1.pixel_decoder."
+HEAD_DINOV3: Table = (
+    (_D3_PIXEL + "input_convs.{I}.0.*", "pixel_decoder.input_projections.{I}.conv.*"),
+    (_D3_PIXEL + "input_convs.{I}.1.*", "pixel_decoder.input_projections.{I}.norm.*"),
+    (_D3_PIXEL + "encoder.level_encoding", "pixel_decoder.level_embed"),
+    (_D3_PIXEL + "encoder.encoder.layers.{L}.self_attn.*", "pixel_decoder.layers.{L}.attention.*"),
+    (_D3_PIXEL + "encoder.encoder.layers.{L}.*", "pixel_decoder.layers.{L}.*"),
+    (_D3_PIXEL + "lateral_convs.0.norm.*", "pixel_decoder.lateral.norm.*"),
+    (_D3_PIXEL + "lateral_convs.0.*", "pixel_decoder.lateral.conv.*"),
+    (_D3_PIXEL + "output_convs.0.norm.*", "pixel_decoder.output.norm.*"),
+    (_D3_PIXEL + "output_convs.0.*", "pixel_decoder.output.conv.*"),
+    (_D3_PIXEL + "mask_feature.*", "pixel_decoder.mask_features.*"),
+    *query_decoder_detectron2("segmentation_model.1.predictor.", "post_norm"),
+)
+
+
+def read_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the head's architecture: fields of :func:`build_head`."""
+    offsets = state["pixel_decoder.layers.0.attention.sampling_offsets.weight"]
+    features = state["pixel_decoder.mask_features.weight"]
+    heads = offsets.shape[0] // (LEVELS * POINTS * 2)
+    return {
+        "width": features.shape[1],
+        "mask_width": features.shape[0],
+        "heads": heads,
+        "pixel_hidden": state["pixel_decoder.layers.0.linear1.weight"].shape[0],
+        "pixel_layers": count(state, "pixel_decoder.layers.{N}."),
+        "queries": state["decoder.query_positions"].shape[0],
+        "query_hidden": state["decoder.layers.0.linear1.weight"].shape[0],
+        "query_layers": count(state, "decoder.layers.{N}."),
+    }
+
+
+HEAD_FIELDS = (
+    "width", "mask_width", "heads", "pixel_hidden", "pixel_layers", "queries", "query_hidden", "query_layers",
+)  # fmt: skip
+
+
+def build_head(channels: Sequence[int], fields: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Return the two halves of the head for features of these channels; `fields` are those of HEAD_FIELDS."""
+    width, mask_width, heads = fields["width"], fields.get("mask_width") or fields["width"], fields["heads"]
+    return {
+        "pixel_decoder": PixelDecoder(
+            channels, width, mask_width, heads, fields["pixel_hidden"], fields["pixel_layers"]
+        ),
+        "decoder": QueryDecoder(
+            fields["queries"], width, mask_width, heads, fields["query_hidden"], fields["query_layers"]
+        ),
+    }

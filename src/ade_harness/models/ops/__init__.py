@@ -1,0 +1,1 @@
+"""Operations with an official order and faster forms."""

@@ -1,0 +1,267 @@
+"""What a finished run found, and the files that hold it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.labels import classes
+from ade_harness.errors import HarnessError
+from ade_harness.metrics.areas import image_areas
+from ade_harness.metrics.bootstrap import Bootstrap, Interval, bootstrap
+from ade_harness.metrics.calibration import Calibration, sum_calibration
+from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou, scores
+from ade_harness.metrics.counts import Row
+from ade_harness.metrics.verdict import Verdict, judge
+from ade_harness.runs.directory import write_json, write_text
+from ade_harness.runtime.balance import Balance
+
+CONVENTION = (
+    "mIoU: IoU from pixels summed over all images (pixels annotated 'other' are ignored), averaged over the classes"
+    " that occur in truth or prediction (mmsegmentation's nanmean). mIoU_csail counts absent classes as 0 and"
+    " averages 150; mIoU_detectron2 averages the classes that occur in the truth."
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A score from a paper; never ours."""
+
+    mIoU: float
+    """Percent, as printed."""
+    protocol: str
+    source: str
+    same_protocol: bool = True
+    """Whether the run's protocol is the one behind the score."""
+
+
+def published_score(cfg: DictConfig) -> Published | None:
+    """Return what others published of a configuration's model, by its protocol if they have that number.
+
+    Args:
+        cfg: the whole configuration.
+    """
+    model, name = cfg.model, cfg.inference.name
+    published = model.published
+    if cfg.dataset.kind == "demo":
+        return None
+    for kind, words in (("ss", "single scale"), ("ms", "multi-scale and mirrored")):
+        if model.protocols[kind] == name and published[kind] is not None:
+            same = published[kind] == published.mIoU
+            return Published(published[kind], published.protocol if same else words, published.source)
+    if published.mIoU is None:
+        return None
+    own = all(protocol in (None, name) for protocol in model.protocols.values())
+    return Published(published.mIoU, published.protocol, published.source, own)
+
+
+def judge_published(
+    cfg: DictConfig,
+    published: Published | None,
+    value: float,
+    interval: Interval | None,
+    marks: Sequence[str],
+    changed: Sequence[str],
+) -> Verdict | None:
+    """Say whether a run reproduces what was published; None if nothing was.
+
+    Args:
+        cfg: the whole configuration.
+        published: the score of others.
+        value: of this run, 0..1.
+        interval: of this run.
+        marks: what the run's numbers are not.
+        changed: :func:`ade_harness.config.compose.protocol_changes`.
+    """
+    if published is None:
+        return None
+    against = [*marks]
+    if not published.same_protocol:
+        against.append(f"inference={cfg.inference.name} is another protocol than {published.protocol}")
+    if changed:
+        against.append(f"inference={cfg.inference.name} was changed ({', '.join(changed)})")
+    return judge(value, interval, published.mIoU, against)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    run_dir: Path
+    label: str
+    """The model, as tables call it."""
+    dataset: str
+    matrix: Matrix
+    scores: Scores
+    images: int
+    expected_images: int
+    marks: tuple[str, ...]
+    """What makes the score no score of the model on ADE20K: demo, partial, random weights."""
+    notes: tuple[str, ...]
+    """Warnings about the class map."""
+    published: Published | None
+    verdict: Verdict | None
+    """Whether the run reproduces it."""
+    intervals: Mapping[str, Interval | None]
+    """By score, centred percentile; empty if they were not asked for."""
+    other_intervals: Mapping[str, Mapping[str, Interval | None]]
+    """The same by their other names: percentile, bca."""
+    calibration: Calibration | None
+    seconds: float
+    """From start to end, loading included."""
+    images_per_second: float
+    """Of the evaluation alone; 0 if nothing was left to do."""
+    balance: Balance
+    """What each rank did."""
+    stages: Mapping[str, float]
+    """Seconds in each stage, added up over ranks; decode happens in loader processes, beside the rest."""
+    convention: str = CONVENTION
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.balance.shares)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image of the split was evaluated."""
+        return self.images == self.expected_images
+
+    @property
+    def pixels(self) -> int:
+        """Valid pixels."""
+        return int(self.matrix.sum())
+
+    @property
+    def stage_shares(self) -> dict[str, float]:
+        """Time in each stage over the time of the ranks, largest first; decode, which is beside it, comes last."""
+        total = sum(spent for name, spent in self.stages.items() if name != "decode")
+        ordered = sorted(self.stages.items(), key=lambda item: (item[0] == "decode", -item[1]))
+        return {name: spent / total for name, spent in ordered} if total else {}
+
+    def timings(self) -> dict[str, Any]:
+        """Return what the manifest keeps of speed: seconds, rates, and each rank's share."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 3),
+            "world_size": self.world_size,
+            "stages": {name: round(spent, 3) for name, spent in self.stages.items()},
+            "balance": round(self.balance.efficiency, 4),
+            "idle_seconds": round(self.balance.idle_seconds, 3),
+            "ranks": [asdict(share) for share in self.balance.shares],
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the content of metrics.json: fractions 0..1 and integers."""
+        return {
+            **self.scores.as_dict(),
+            "images": self.images,
+            "expected_images": self.expected_images,
+            "pixels": self.pixels,
+            "complete": self.complete,
+            "intervals": {name: asdict(i) if i else None for name, i in self.intervals.items()},
+            "other_intervals": {
+                kind: {name: asdict(i) if i else None for name, i in intervals.items()}
+                for kind, intervals in self.other_intervals.items()
+            },
+            "published": asdict(self.published) if self.published else None,
+            "reproduced": asdict(self.verdict) if self.verdict else None,
+            **({"calibration_error": self.calibration.ece} if self.calibration else {}),
+            "marks": list(self.marks),
+            "notes": list(self.notes),
+            "convention": self.convention,
+        }
+
+
+def resample_scores(cfg: DictConfig, rows: Sequence[Row]) -> Bootstrap | None:
+    """Resample as the ``metrics`` node says; None if it asks for nothing, or of one image."""
+    if cfg.resamples == 0 or len(rows) < 2:
+        return None
+    return bootstrap(image_areas(rows), cfg.resamples, cfg.seed)
+
+
+def summarise(
+    cfg: DictConfig,
+    run_dir: Path,
+    dataset: SegmentationDataset,
+    rows: Sequence[Row],
+    matrix: Matrix,
+    marks: Sequence[str],
+    changed: Sequence[str],
+    **rest: Any,
+) -> Result:
+    """Make the result of checked counts: every score with its interval, and what it says of the published one.
+
+    Args:
+        cfg: the whole configuration.
+        run_dir: of the run.
+        dataset: what was evaluated.
+        rows: the ledger.
+        matrix: its sum.
+        marks: what the run's numbers are not.
+        changed: fields of the protocol that are not as its YAML file says.
+        rest: the other fields of :class:`Result`.
+    """
+    found, published = scores(matrix), published_score(cfg)
+    resampled, level = resample_scores(cfg.metrics, rows), cfg.metrics.level
+    intervals = resampled.intervals(level) if resampled else {}
+    return Result(
+        run_dir=run_dir,
+        label=cfg.model.label or cfg.model.name,
+        dataset=dataset.name,
+        matrix=matrix,
+        scores=found,
+        images=len(rows),
+        expected_images=dataset.expected_images,
+        marks=tuple(marks),
+        published=published,
+        verdict=judge_published(cfg, published, found.mIoU, intervals.get("mIoU"), marks, changed),
+        intervals=intervals,
+        other_intervals={k: resampled.intervals(level, k) for k in ("percentile", "bca")} if resampled else {},
+        calibration=sum_calibration(rows),
+        **rest,
+    )
+
+
+def per_class_rows(matrix: Matrix) -> list[dict[str, Any]]:
+    """Return one row per class; None where a ratio is not defined."""
+    iou, accuracy = class_iou(matrix), class_accuracy(matrix)
+    truth, predicted = matrix.sum(1), matrix[:, :-1].sum(0)
+    return [
+        {
+            "class": c.index,
+            "name": c.name,
+            "IoU": None if np.isnan(iou[c.index]) else float(iou[c.index]),
+            "accuracy": None if np.isnan(accuracy[c.index]) else float(accuracy[c.index]),
+            "ground_truth_pixels": int(truth[c.index]),
+            "predicted_pixels": int(predicted[c.index]),
+            "intersection_pixels": int(matrix[c.index, c.index]),
+        }
+        for c in classes()
+    ]
+
+
+def write_result(result: Result) -> None:
+    """Write confusion_matrix.npy, per_class.csv and metrics.json; the last one last, so that it marks a whole set."""
+    path = result.run_dir / "confusion_matrix.npy"
+    temporary = path.with_name(f".{path.name}.tmp.npy")
+    try:
+        np.save(temporary, result.matrix)
+        temporary.replace(path)
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    rows = per_class_rows(result.matrix)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0], "marks"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "marks": "; ".join(result.marks)} for row in rows)
+    write_text(result.run_dir / "per_class.csv", text.getvalue())
+    write_json(result.run_dir / "metrics.json", result.metrics())
