@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_json
 from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
 from ade_harness.runs import directory
-from ade_harness.runs.directory import make_run_dir, new_run_name, write_json
+from ade_harness.runs.directory import make_run_dir, new_run_name
 from ade_harness.runs.exactness import check_exact, check_rows
 from ade_harness.runs.ledger import LedgerWriter, read_rows
 from ade_harness.runs.provenance import code_state, environment

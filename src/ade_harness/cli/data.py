@@ -20,6 +20,7 @@ from rich.progress import (
 from ade_harness.data.verify import VerifyReport, verify
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.files.fetch import OFFICIAL_SHA1, OFFICIAL_URL, cache_dir, extract, fetch
+from ade_harness.runtime.console import print_line
 from ade_harness.runtime.progress import ProgressReporter
 
 _PROBLEMS_SHOWN = 50
@@ -64,8 +65,8 @@ def _download(console: Console, words: Sequence[str]) -> int:
             task = bar.add_task("extracting", total=None)
             extract(archive, options.root, lambda done, total: bar.update(task, completed=done, total=total))
     root = archive if options.zip_only else options.root / "ADEChallengeData2016"
-    console.print(f"{archive}: checked, sha1 {options.sha1}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"use it with: dataset=ade20k dataset.root={root}", markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"{archive}: checked, sha1 {options.sha1}")
+    print_line(console, f"use it with: dataset=ade20k dataset.root={root}")
     return 0
 
 
@@ -93,7 +94,7 @@ def _verify(console: Console, words: Sequence[str]) -> int:
 
 def _print_report(console: Console, report: VerifyReport) -> None:
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, text)
 
     pixels = int(report.class_pixels.sum())
     say(f"{report.root}: {report.pairs} of {report.expected} {report.split} pairs")

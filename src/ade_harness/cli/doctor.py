@@ -17,6 +17,7 @@ from ade_harness.config.compose import conf_dir
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
 from ade_harness.runs.provenance import code_state, environment
+from ade_harness.runtime.console import print_line
 from ade_harness.tracking.upload import wandb_mode
 
 _CONNECT_TIMEOUT_S = 2.0
@@ -27,7 +28,7 @@ def run_doctor(console: Console, words: Sequence[str] = ()) -> int:
     if words:
         raise HarnessError(f"doctor takes no arguments, got {' '.join(words)}.")
     for name, finding in findings():
-        console.print(f"{name + ':':12}{finding}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"{name + ':':12}{finding}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ade_harness.errors import HarnessError
-from ade_harness.runtime.cluster import is_supervised
+from ade_harness.runtime.cluster import has_last_word
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST
 
 _LOG_TAIL_BYTES = 8192
@@ -52,7 +52,7 @@ def work_or_tell(cfg: DictConfig, runs: list[Path], work: Callable[[], int], say
     Raises:
         HarnessError: only with ADE_HARNESS_TRACEBACK.
     """
-    if is_supervised() or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if not has_last_word():
         return work()
     known = len(runs)
 

@@ -24,8 +24,8 @@ from ade_harness.leaderboard.table import (
     why_not_ranked,
     write_output,
 )
-from ade_harness.report.terminal import print_fact
 from ade_harness.runs.finished import FinishedRun, load_run
+from ade_harness.runtime.console import print_fact, print_line
 
 
 def run_leaderboard(console: Console, words: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def run_leaderboard(console: Console, words: Sequence[str]) -> int:
         console.print(ranking_table(ranked(entries, metric), metric))
     print_fact(console, "measured", f"{len(runs)} complete runs; {len(left_out)} others are left out")
     for why in left_out[:5]:
-        console.print(f"  {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"  {why}", style="dim")
     for output in outputs:
         write_output(output, entries)
         print_fact(console, "written", str(output))

@@ -20,7 +20,8 @@ from rich.console import Console
 from ade_harness import __version__
 from ade_harness.cli.commands import REPORTS, VERBS
 from ade_harness.errors import HarnessError, did_you_mean
-from ade_harness.runtime.cluster import is_supervised
+from ade_harness.runtime.cluster import has_last_word
+from ade_harness.runtime.console import print_line
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import resume_command
 
@@ -107,7 +108,7 @@ def run_command(words: list[str], in_this_process: bool = False) -> int:
 
 
 def _print_error(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    print_line(Console(stderr=True), text)
 
 
 _REQUEUE_WAIT_S = 120.0
@@ -118,7 +119,7 @@ _current_run: list[Path] = []
 
 def _say_how_to_go_on(why: str) -> None:
     """Print what to do after an end from outside; of several ranks the first speaks, or their supervisor."""
-    if is_supervised() or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if not has_last_word():
         return
     if not _current_run:
         _print_error(f"\n{why}: nothing was evaluated yet.")
@@ -146,7 +147,7 @@ def _report(verb: str, words: list[str]) -> int:
     """Run a verb that evaluates nothing; its module is imported only now."""
     from importlib import import_module
 
-    from ade_harness.report.terminal import make_console
+    from ade_harness.runtime.console import make_console
 
     if verb == "models":
         return _models(words)
@@ -223,7 +224,7 @@ def _probe(words: list[str], in_this_process: bool) -> int:
 
     def train() -> None:
         from ade_harness.probe.training import train_probe
-        from ade_harness.report.terminal import make_console
+        from ade_harness.runtime.console import make_console
 
         train_probe(cfg, recipe, make_console(), _current_run.append)
 
@@ -358,7 +359,7 @@ def _models(words: Sequence[str]) -> int:
         raise HarnessError(f"models takes no arguments, got {' '.join(words)}.")
     from ade_harness.cli.models import print_catalogue
     from ade_harness.config.compose import choices
-    from ade_harness.report.terminal import make_console
+    from ade_harness.runtime.console import make_console
 
     print_catalogue(make_console(), choices("model"))
     return 0

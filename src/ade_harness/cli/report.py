@@ -12,8 +12,8 @@ from ade_harness.errors import HarnessError
 from ade_harness.metrics.bootstrap import LEVEL, RESAMPLES
 from ade_harness.report.pages import COMPARISON_PAGE, PAGE, write_comparison_page, write_report
 from ade_harness.report.ranking import MOST_RUNS, print_ranking, rank_runs
-from ade_harness.report.terminal import print_fact
 from ade_harness.runs.finished import load_run
+from ade_harness.runtime.console import print_fact
 
 
 def run_report(console: Console, words: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from ade_harness.endpoint.client import read_token
 from ade_harness.endpoint.service import make_server, open_service
 from ade_harness.errors import HarnessError, require
+from ade_harness.runtime.console import print_line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +46,7 @@ def run_serve(console: Console, words: Sequence[str]) -> int:
         host, port = server.server_address[:2]
         address = f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
         told = f"{service.name} on {service.device}: model=http model.url={address}   (Ctrl-C ends it)"
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, told)
         if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
             print("anybody who reaches this address can use it: --token-env=NAME asks for a token", flush=True)
         try:

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ade_harness.errors import HarnessError
-from ade_harness.report.terminal import percent, print_fact
+from ade_harness.report.terminal import percent
 from ade_harness.runs.directory import LEDGER, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.live import PROGRESS
 from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
+from ade_harness.runtime.console import print_fact, print_line
 from ade_harness.runtime.progress import format_seconds
 from ade_harness.runtime.supervisor import resume_command
 
@@ -37,7 +38,7 @@ def run_status(console: Console, words: Sequence[str]) -> int:
     holder = read_lock(path / LOCK)
     state = run_state(manifest["status"], holder, progress)
     for mark in manifest["marks"]:
-        console.print(mark, style="bold yellow", markup=False)
+        print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
     print_fact(
         console, "durable", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged))
@@ -53,7 +54,7 @@ def run_status(console: Console, words: Sequence[str]) -> int:
             f" {'unknown' if left is None else format_seconds(left)} left",
         )
         for warning in progress["warnings"]:
-            console.print(f"warning: {warning}", style="yellow", markup=False)
+            print_line(console, f"warning: {warning}", style="yellow")
         console.print(_ranks(progress["ranks"]))
     elif state == "finished":
         print_fact(console, "mIoU", percent(json.loads((path / "metrics.json").read_text())["mIoU"]))

@@ -80,3 +80,15 @@ def palette() -> npt.NDArray[np.uint8]:
     table = np.zeros((256, 3), np.uint8)
     table[:NUM_CLASSES] = [c.color for c in classes()]
     return table
+
+
+_DATASET_OF = {
+    19: "Cityscapes", 20: "PASCAL VOC", 21: "PASCAL VOC", 59: "PASCAL Context", 60: "PASCAL Context", 80: "COCO",
+    100: "ADE20K instances", 133: "COCO panoptic", 171: "COCO-Stuff", 172: "COCO-Stuff", 847: "ADE20K-full",
+    1000: "ImageNet", 3000: "ADE20K-full",
+}  # fmt: skip
+
+
+def usual_dataset(classes: int) -> str | None:
+    """Return the data set that usually has so many classes, other than ADE20K's 150; None if there is none."""
+    return _DATASET_OF.get(classes)

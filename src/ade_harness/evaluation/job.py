@@ -25,6 +25,7 @@ from ade_harness.models.loading import LoadedModel, load_model
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name
+from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.queue import Loaders
 from ade_harness.runtime.ranks import Ranks, set_arithmetic
@@ -42,7 +43,7 @@ def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRe
     facts["repeat"] = words_of(cfg)
     record = start_record(config, facts, job.marks, seeds, console.print)
     for line in (*record.manifest["marks"], f"run directory: {record.path}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, line)
     return record
 
 

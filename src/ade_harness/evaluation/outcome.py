@@ -12,9 +12,10 @@ from rich.console import Console
 
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
-from ade_harness.report.terminal import make_console, print_fact, print_result
+from ade_harness.report.terminal import print_result
 from ade_harness.runs.finished import load_run
 from ade_harness.runs.result import Result
+from ade_harness.runtime.console import make_console, print_fact, print_line
 
 
 def run_session(
@@ -47,7 +48,7 @@ def run_session(
             tracking_path = log_result(cfg.tracking, result, config, record.summary())
         for warning in caught:
             if str(warning.message).startswith("W&B"):
-                console.print(str(warning.message), style="yellow", markup=False)
+                print_line(console, str(warning.message), style="yellow")
         print_fact(console, "W&B", tracking_path or "not logged")
     return result
 
@@ -59,6 +60,6 @@ def _write_page(console: Console, run_dir: Path) -> None:
     try:
         write_report(console, load_run(run_dir), run_dir / PAGE, boundaries=False)
     except HarnessError as error:
-        console.print(f"no page: {error}", style="yellow", markup=False)
+        print_line(console, f"no page: {error}", style="yellow")
         return
     print_fact(console, "page", str(run_dir / PAGE))

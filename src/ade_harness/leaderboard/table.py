@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import replaced, write_text
 from ade_harness.leaderboard.published import published_rows
-from ade_harness.runs.directory import MANIFEST, write_text
+from ade_harness.runs.directory import MANIFEST
 from ade_harness.runs.finished import FinishedRun, load_run
 
 METRICS = ("mIoU", "miou")
@@ -213,10 +214,8 @@ def save_chart(path: Path, entries: Sequence[Entry]) -> None:
     axes.set(ylabel="mIoU, percent", title="ADE20K scene parsing, 2,000 validation images: scores over time")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix.lower().lstrip("."))
 
 
 def _day(month: str) -> float:

@@ -56,12 +56,6 @@ class Resampled:
     without: Floats
     """[N, C], the jackknife."""
 
-    def standard_error(self) -> Floats:
-        """Return the standard deviation over resamples, float64 [C]."""
-        return np.array(
-            [np.std(d[np.isfinite(d)], ddof=1) if np.isfinite(d).sum() > 1 else np.nan for d in self.draws.T]
-        )
-
     def percentile(self, level: float = LEVEL) -> list[Interval | None]:
         """Return each column's percentile interval; None where the statistic is too rarely defined."""
         tail = (1 - level) / 2

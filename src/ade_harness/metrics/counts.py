@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 from ade_harness.data.labels import NUM_CLASSES
 
+_FILES_HASH_DIGITS = 32
+
 
 @dataclass(frozen=True)
 class Row:
@@ -33,12 +35,17 @@ class Row:
     label_hash: str
     """BLAKE2b of the uint8 label map: equal hashes mean equal predictions in every pixel."""
     content_hash: str
-    """BLAKE2b of the image's and the annotation's bytes."""
+    """BLAKE2b of the image's and the annotation's bytes; then, of a prediction that is a file, that of the file."""
     seconds: float
     rank: int
     host: str
     calibration: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """[45], the counts of :mod:`ade_harness.metrics.calibration` row by row; empty if they were not asked for."""
+
+    @property
+    def files_hash(self) -> str:
+        """`content_hash` without what belongs to the prediction: equal for two models on the same files."""
+        return self.content_hash[:_FILES_HASH_DIGITS]
 
 
 def sparse_counts(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ade_harness.data.labels import NUM_CLASSES, classes
+from ade_harness.data.labels import NUM_CLASSES, classes, usual_dataset
 from ade_harness.errors import HarnessError
 
 
@@ -90,16 +90,8 @@ def _wrong_number(channels: int, found: list[int | None] | None) -> str:
         return f"{text} By the model's own names: model.class_map=[{_written(found)}]."
     if channels == NUM_CLASSES + 1:
         text += " One channel more is usually 'other': null,0,1,...,149 if it is first, 0,...,149,null if it is last."
-    elif channels in (19, 21, 133, 171, 847, 3000):
-        other = {
-            19: "Cityscapes",
-            21: "PASCAL VOC",
-            133: "COCO panoptic",
-            171: "COCO-Stuff",
-            847: "ADE20K-full",
-            3000: "ADE20K-full",
-        }
-        text += f" {channels} channels are usual for {other[channels]}: is this the right checkpoint?"
+    elif usual := usual_dataset(channels):
+        text += f" {channels} channels are usual for {usual}: is this the right checkpoint?"
     return text
 
 

@@ -25,6 +25,7 @@ from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loading import DTYPES, LoadedModel, load_for_probe
 from ade_harness.probe.crops import Crops, Share
@@ -37,10 +38,10 @@ from ade_harness.runs.directory import (
     is_new,
     make_run_dir,
     read_manifest,
-    write_json,
 )
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, environment
+from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import Ranks, started_ranks
@@ -146,7 +147,7 @@ def _open(
         "finished": False,
     }
     write_json(path / MANIFEST, manifest)
-    console.print(f"run directory: {path}", markup=False, highlight=False)
+    print_line(console, f"run directory: {path}")
     return _Opened(path, lock, manifest)
 
 
@@ -262,15 +263,8 @@ class _Training(pl.LightningModule):
             return
         optimizer: Any = self.optimizers()
         content = {"head": self.head.state_dict(), "optimizer": optimizer.optimizer.state_dict(), "step": self.step}
-        temporary = self.run_dir / f".{STATE}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.run_dir / STATE)
-        except OSError as error:
-            raise HarnessError(f"{self.run_dir / STATE}: cannot be written ({error.strerror}).") from error
+        with replaced(self.run_dir / STATE) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
 
     def close(self) -> None:
         """Take the progress display away."""
@@ -311,7 +305,7 @@ def _cut_log(path: Path, step: int) -> None:
     """Drop what an interrupted part has logged after its last saved state."""
     if path.exists():
         rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in rows))
+        write_text(path, "".join(f"{line}\n" for line in rows))
 
 
 def _finish(
@@ -326,7 +320,10 @@ def _finish(
         "images": len(dataset.pairs),
         "demo": dataset.is_demo,
     }
-    save_file(weights, path, metadata={"probe": json.dumps(about)})  # one entry: the order of several is arbitrary
+    with replaced(path) as temporary:
+        save_file(
+            weights, temporary, metadata={"probe": json.dumps(about)}
+        )  # one entry: the order of several is arbitrary
     rows = [json.loads(line) for line in (training.run_dir / LOSS).read_text().splitlines()]
     manifest |= {
         "finished": True,
@@ -341,11 +338,9 @@ def _finish(
             f"PARTIAL: trained on {len(dataset.pairs):,} of {dataset.expected_images:,} images", style="yellow"
         )
     console.print(f"loss: {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f} in {training.step:,} iterations")
-    console.print(
-        f"head: {path}\nevaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    print_line(console, f"head: {path}")
+    print_line(console, f"evaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}")
     if cfg.tracking.kind == "wandb":
         where = log_curve(cfg.tracking, training.run_dir, rows, {"identity": manifest["identity"]})
-        console.print(f"W&B: {where or 'not logged'}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"W&B: {where or 'not logged'}")
     return path

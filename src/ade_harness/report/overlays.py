@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, class_names, palette
-from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import replaced
 
 _GAP = 6
 _CAPTION = 22
@@ -73,14 +73,9 @@ def save_overlay(
     marks: Sequence[str] = (),
 ) -> None:
     """Write :func:`draw_overlay` as a PNG."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replaced(path, durable=False) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_overlay(image, target, labels, marks).save(temporary, "PNG")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def _largest(values: npt.NDArray[np.uint8]) -> str:

@@ -21,11 +21,11 @@ from PIL import Image
 
 import ade_harness
 from ade_harness.data.labels import class_names
+from ade_harness.files.atomic import write_text
 from ade_harness.metrics.regions import SIZE_EDGES
 from ade_harness.report import plots
 from ade_harness.report.examples import Example, data_url
 from ade_harness.report.view import SCORE_NAMES, RunView, configuration, provenance
-from ade_harness.runs.directory import write_text
 
 _OVERLAY_SIDE = 1400
 

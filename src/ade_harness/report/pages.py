@@ -13,11 +13,11 @@ from rich.progress import track
 
 from ade_harness.data.labels import class_names
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_text
 from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
 from ade_harness.report.page import render_page, write_run_page
 from ade_harness.report.ranking import Ranking, p_words
 from ade_harness.report.view import view_run
-from ade_harness.runs.directory import write_text
 from ade_harness.runs.finished import FinishedRun
 
 PAGE = "report.html"

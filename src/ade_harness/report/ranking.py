@@ -19,6 +19,7 @@ from ade_harness.metrics.confusion import Scores, scores
 from ade_harness.report.terminal import percent
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.matching import match_runs
+from ade_harness.runtime.console import print_line
 
 MOST_RUNS = 8
 _SHOWN = 5
@@ -140,7 +141,7 @@ def print_ranking(console: Console, ranking: Ranking, level: float) -> None:
     console.print(table)
     for ranked in ranking.runs:
         if ranked.run.verdict:
-            console.print(f"{ranked.name}: {ranked.run.verdict}", markup=False, highlight=False, soft_wrap=True)
+            print_line(console, f"{ranked.name}: {ranked.run.verdict}")
     for pair in ranking.pairs:
         console.print()
         _print_pair(console, ranking, pair, level)
@@ -150,16 +151,16 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     one, two = ranking.runs[pair.first].name, ranking.runs[pair.second].name
     console.print(Text(f"{two} minus {one}", style="bold"))
     differs = "they differ" if pair.headline.significant(level) else "no difference could be shown"
-    console.print(f"  mIoU {difference_words(pair.headline)}: {differs}", highlight=False, markup=False)
+    print_line(console, f"  mIoU {difference_words(pair.headline)}: {differs}")
     accuracy = pair.comparison.scores["pixel_accuracy"]
-    console.print(f"  pixel accuracy {difference_words(accuracy)}", highlight=False, markup=False)
+    print_line(console, f"  pixel accuracy {difference_words(accuracy)}")
     names = class_names()
     claimed = [(c, d) for c, d in pair.changed_classes() if d.significant(level)]
     shown = claimed[:_SHOWN] or pair.changed_classes()[:_SHOWN]
     what = f"{len(claimed)} classes differ (corrected for {len(pair.comparison.classes)} tests)"
     words = ", ".join(f"{names[c]} {100 * d.value:+.1f}" for c, d in shown)
-    console.print(f"  {what}; most: {words}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"  {what}; most: {words}")
     images = ", ".join(f"{i} {100 * v:+.3f}" for i, v in pair.changed_images(_SHOWN))
-    console.print(f"  images that move mIoU most: {images or 'none'}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"  images that move mIoU most: {images or 'none'}")
     for remark in pair.remarks:
-        console.print(f"  note: {remark}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"  note: {remark}", style="yellow")

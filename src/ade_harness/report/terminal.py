@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 from rich.console import Console, Group
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from ade_harness.runs.result import Result, per_class_rows
 from ade_harness.runtime.balance import Balance
+from ade_harness.runtime.console import print_fact
 from ade_harness.runtime.progress import format_seconds
 
 _ROWS = (
@@ -22,12 +22,6 @@ _ROWS = (
     ("final_score", "final score"),
 )
 _CLASSES_SHOWN = 5
-_LOG_WIDTH = 120
-
-
-def make_console() -> Console:
-    """Return a console for stdout: a log gets lines of a fixed width, and no control codes."""
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
 
 
 def percent(fraction: float | None) -> str:
@@ -69,11 +63,6 @@ def _balance(balance: Balance) -> str:
 def _stages(shares: Mapping[str, float]) -> str:
     own = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "decode")
     return f"{own}; loaders {shares.get('decode', 0):.0%}"
-
-
-def print_fact(console: Console, name: str, value: str) -> None:
-    """Print one of the lines below the table."""
-    console.print(f"{name + ':':15}{value}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _scores(result: Result) -> Table:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 import time
 import uuid
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import json_safe
 
 MANIFEST = "manifest.json"
 LEDGER = "ledger"
@@ -98,7 +97,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], identity: dict[str, Any]) -> list[str]:
     """Return what differs between two identities (configuration, hashes, code), in words."""
-    now = _json_safe(identity)
+    now = json_safe(identity)
     return [
         f"{key}: was {_short(old)}, is {_short(new)}"
         for key in sorted(before.keys() | now.keys())
@@ -121,34 +120,3 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or not there.
-
-    Raises:
-        HarnessError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON as :func:`write_text` does; what JSON cannot hold (NaN, infinities) becomes text."""
-    write_text(path, json.dumps(_json_safe(content), indent=2, allow_nan=False) + "\n")
-
-
-def _json_safe(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {str(k): _json_safe(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [_json_safe(v) for v in content]
-    return str(content) if isinstance(content, float) and not math.isfinite(content) else content

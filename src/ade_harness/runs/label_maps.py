@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import replaced
 from ade_harness.metrics.counts import Row, label_hash
 from ade_harness.runs.ledger import LedgerError
 
@@ -73,16 +74,9 @@ class LabelMaps:
 
     def _write(self, path: Path, labels: npt.NDArray[np.uint8]) -> None:
         _, content = cv2.imencode(".png", labels + np.uint8(1), [cv2.IMWRITE_PNG_COMPRESSION, _COMPRESSION])
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
+        with replaced(path, durable=False, hint="Make room, then go on.", error=LedgerError) as temporary:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content.tobytes())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise LedgerError(
-                f"{path}: cannot be written ({error.strerror or error}). Make room, then go on."
-            ) from error
 
 
 def read_label_map(run_dir: Path, row: Row) -> npt.NDArray[np.uint8] | None:

@@ -6,7 +6,6 @@ page checksums catch damage after that. ``pandas.read_parquet(run / "ledger")`` 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import replaced
 from ade_harness.metrics.counts import Row
 
 SCHEMA = pa.schema(
@@ -90,50 +90,30 @@ class LedgerWriter:
             return
         rank = self._rows[0].rank
         name = f"rank{rank:05d}-{self._session}-{self._segments:06d}.parquet"
-        # pyarrow's readers skip names with a leading dot or underscore, so pandas never sees half a file
-        temporary = self.folder / f".{name}.tmp"
-        try:
+        hint = (
+            f"{self._segments} segments of rank {rank} are safe: make room, then give the same command with"
+            f" run.dir={self.folder.parent} to continue."
+        )
+        with replaced(self.folder / name, hint=hint, error=LedgerError) as temporary:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_table(temporary, self._rows, self._schema)
-            temporary.replace(self.folder / name)
-            _sync_folder(self.folder)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise LedgerError(
-                f"{self.folder}: the ledger cannot be written ({error.strerror or error})."
-                f" {self._segments} segments of rank {rank} are safe: make room, then give the same command"
-                f" with run.dir={self.folder.parent} to continue."
-            ) from error
         self._segments += 1
         self._rows = []
 
 
 def _write_table(path: Path, rows: Sequence[Row], schema: pa.Schema) -> None:
     table = pa.Table.from_pylist([asdict(r) for r in rows], schema=schema)
-    with path.open("wb") as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def write_ledger(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as one file, for somebody else to read.
 
     Raises:
-        OSError: it cannot be written.
+        HarnessError: it cannot be written.
     """
-    _write_table(path, rows, SCHEMA)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse to sync folders; the rename is still atomic
-    finally:
-        os.close(descriptor)
+    with replaced(path) as temporary:
+        _write_table(temporary, rows, SCHEMA)
 
 
 def read_rows(folder: Path) -> tuple[list[Row], list[str]]:

@@ -15,8 +15,10 @@ from typing import Any
 from rich.console import Console
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_text
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.record import RunRecord
+from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.watchdog import Beat
 
@@ -63,7 +65,7 @@ class LiveStatus:
         """Return the status of a run that starts; arguments as of the class."""
 
         def warn(text: str) -> None:
-            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            print_line(console, text, style="yellow")
 
         return LiveStatus(record.path, record.lock, total, warn, coordinator.lose)
 
@@ -98,10 +100,8 @@ class LiveStatus:
             "warnings": list(self.warnings.values()),
             "ranks": [{**asdict(beat), "images_per_second": beat.done / seconds} for beat in beats],
         }
-        temporary = self.path.with_name(f".{PROGRESS}.tmp")
-        with suppress(OSError):  # the ledger's own error says that the disk is full
-            temporary.write_text(json.dumps(content))  # a sign of life, not a record: it need not be durable
-            temporary.replace(self.path)
+        with suppress(HarnessError):  # the ledger's own error says that the disk is full
+            write_text(self.path, json.dumps(content), durable=False)  # a sign of life, not a record
 
     def close(self) -> None:
         """Take progress.json away: the result says all."""

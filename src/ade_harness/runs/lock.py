@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_text
 
 LOCK = ".lock"
 RENEW_EVERY_S = 5.0
@@ -105,13 +106,7 @@ class RunLock:
             self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f"{LOCK}.{self._content['token']}.tmp")
-        try:
-            temporary.write_text(json.dumps(self._content))
-            temporary.replace(self.path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise HarnessError(f"{self.path}: cannot be written ({error.strerror}).") from error
+        write_text(self.path, json.dumps(self._content), durable=False)
 
 
 def read_lock(path: Path) -> dict[str, Any]:

@@ -9,9 +9,6 @@ from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.counts import Row
 from ade_harness.runs.finished import FinishedRun
 
-_FILES_HASH = 32
-"""Digits of `content_hash` that are of the image and the annotation; what follows is of a prediction's file."""
-
 
 @dataclass(frozen=True)
 class Matched:
@@ -69,7 +66,7 @@ def _check_same(one: Row, two: Row, names: str) -> None:
             f"{names}: not comparable: {one.image_id} is {one.width}x{one.height} (width x height) in the first,"
             f" {two.width}x{two.height} in the second. Evaluate both on the same images."
         )
-    if one.content_hash[:_FILES_HASH] != two.content_hash[:_FILES_HASH]:
+    if one.files_hash != two.files_hash:
         raise HarnessError(
             f"{names}: not comparable: the files of {one.image_id} differ (other pixels or another annotation)."
             " Evaluate both on the same data set."

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_json, write_text
 from ade_harness.metrics.counts import Row, hash_rows
 from ade_harness.runs.directory import (
     MANIFEST,
@@ -22,8 +23,6 @@ from ade_harness.runs.directory import (
     is_new,
     make_run_dir,
     read_manifest,
-    write_json,
-    write_text,
 )
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, distributions, environment

@@ -14,14 +14,13 @@ from omegaconf import DictConfig
 
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import classes
-from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.bootstrap import Bootstrap, Interval, bootstrap
 from ade_harness.metrics.calibration import Calibration, sum_calibration
 from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou, scores
 from ade_harness.metrics.counts import Row
 from ade_harness.metrics.verdict import Verdict, judge
-from ade_harness.runs.directory import write_json, write_text
 from ade_harness.runtime.balance import Balance
 
 CONVENTION = (
@@ -251,13 +250,8 @@ def per_class_rows(matrix: Matrix) -> list[dict[str, Any]]:
 
 def write_result(result: Result) -> None:
     """Write confusion_matrix.npy, per_class.csv and metrics.json; the last one last, so that it marks a whole set."""
-    path = result.run_dir / "confusion_matrix.npy"
-    temporary = path.with_name(f".{path.name}.tmp.npy")
-    try:
-        np.save(temporary, result.matrix)
-        temporary.replace(path)
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    with replaced(result.run_dir / "confusion_matrix.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, result.matrix)
     rows = per_class_rows(result.matrix)
     text = io.StringIO()
     writer = csv.DictWriter(text, [*rows[0], "marks"], lineterminator="\n")

@@ -49,6 +49,11 @@ def is_rank() -> bool:
     return "LOCAL_RANK" in os.environ  # mpirun's and others' wrappers
 
 
+def has_last_word() -> bool:
+    """Whether this process speaks for the whole run: rank 0, where no supervisor does."""
+    return not is_supervised() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def node_count(cfg: DictConfig) -> int:
     """Return the number of nodes of a ``runtime`` node: ``auto`` is what SLURM gave this step, or one."""
     if cfg.num_nodes != "auto":

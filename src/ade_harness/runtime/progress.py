@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from ade_harness.runtime.cluster import is_supervised
+from ade_harness.runtime.console import print_line
 
 _LINE_EVERY_S = 10.0
 
@@ -76,11 +77,10 @@ class ProgressReporter:
         elif done != self._shown and (now - self._printed >= _LINE_EVERY_S or self._before + done == self._total):
             self._printed, self._shown = now, done
             left = (self._total - self._before - done) / rate if rate else 0.0
-            self._console.print(
+            print_line(
+                self._console,
                 f"{self._label}{self._before + done} of {self._total} {self._unit},"
                 f" {rate:.1f} {self._unit}/s, {format_seconds(left)} left",
-                markup=False,
-                highlight=False,
             )
 
     def close(self) -> None:

@@ -268,13 +268,6 @@ class WorkLoop(pl.LightningModule):
             self._reporter.close()
 
 
-def is_main_process() -> bool:
-    """Whether this process is rank 0, also before the process group exists."""
-    from lightning.fabric.utilities.rank_zero import _get_rank
-
-    return (_get_rank() or 0) == 0
-
-
 def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     """Choose float32 arithmetic that is repeatable and is what official code computes; returns it for the record.
 

@@ -23,7 +23,8 @@ import yaml
 from omegaconf import DictConfig
 
 from ade_harness.errors import HarnessError
-from ade_harness.runs.directory import read_manifest, write_json
+from ade_harness.files.atomic import write_json
+from ade_harness.runs.directory import read_manifest
 from ade_harness.runs.record import short_manifest
 from ade_harness.runs.result import Result
 from ade_harness.tracking.content import log_content

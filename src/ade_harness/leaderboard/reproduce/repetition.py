@@ -13,8 +13,6 @@ from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.runs.directory import differences
 from ade_harness.runs.finished import FinishedRun
 
-_FILES_HASH = 32
-"""Digits of `content_hash` that are of the image and the annotation."""
 _ELSEWHERE = (
     "dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path", "model.id", "model.url",
     "model.official", "model.hub", "model.backbone", "model.source", "model.http.token_env",
@@ -106,9 +104,7 @@ def compare_runs(first: FinishedRun, second: FinishedRun) -> Repetition:
         images=len(common),
         same_labels=len(common) - len(different),
         same_counts=sum(_same_counts(ones[i], twos[i]) for i in common),
-        other_files=tuple(
-            i for i in common if ones[i].content_hash[:_FILES_HASH] != twos[i].content_hash[:_FILES_HASH]
-        ),
+        other_files=tuple(i for i in common if ones[i].files_hash != twos[i].files_hash),
         only_first=tuple(sorted(ones.keys() - twos.keys())),
         only_second=tuple(sorted(twos.keys() - ones.keys())),
         different=tuple(sorted(different, key=lambda d: (-d.pixels, d.image_id))),

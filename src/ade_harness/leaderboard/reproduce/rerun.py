@@ -18,17 +18,18 @@ from rich.text import Text
 
 from ade_harness.config.overrides import as_word, composed_values
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_json
 from ade_harness.files.fetch import cache_dir
 from ade_harness.leaderboard.reproduce.checkout import code_of
 from ade_harness.leaderboard.reproduce.repetition import Repetition, compare_runs, what_differs
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_claim
 from ade_harness.leaderboard.submission.public_files import FILE_KINDS
 from ade_harness.models.checkpoint.files import hub_checkpoint, url_checkpoint
-from ade_harness.report.terminal import print_fact
-from ade_harness.runs.directory import new_run_name, write_json
+from ade_harness.runs.directory import new_run_name
 from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.matching import match_runs
 from ade_harness.runs.provenance import code_state
+from ade_harness.runtime.console import print_fact, print_line
 
 EXIT_DIFFERENT = 3
 """The run was repeated, and its labels are not the same."""
@@ -74,10 +75,10 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
         print_fact(console, "command", shlex.join(["python", *command[1:]]))
         done = subprocess.run(command, env={**os.environ, **code.environment}, check=False)
     if done.returncode:
-        console.print(
+        print_line(
+            console,
             f"The repetition ended with exit code {done.returncode}. The same command with --output {output} goes on.",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        )
         return done.returncode if done.returncode > 0 else 128 - done.returncode
     second = load_run(output)
     repetition, changes = compare_runs(first, second), what_differs(first.manifest, second.manifest)

@@ -16,13 +16,14 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, Transfe
 
 from ade_harness.config.overrides import PATHS
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_json, write_text
 from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems
 from ade_harness.leaderboard.submission.claim import CLAIM, check_contact, check_repository, make_claim
 from ade_harness.leaderboard.submission.public_files import Reference, check_public, references_of, words_for
 from ade_harness.leaderboard.submission.recipe import SCRIPT, recipe_files
 from ade_harness.leaderboard.table import why_not_ranked
-from ade_harness.runs.directory import LEDGER, MANIFEST, write_json, write_text
+from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.ledger import write_ledger
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.data.labels import NUM_CLASSES, usual_dataset
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.models.checkpoint.key_tables import Table, to_hub_names
 from ade_harness.models.formats.transformers import load_into_transformers
@@ -129,15 +129,10 @@ class Family:
 _SAID_BY_SHAPES = ("dim", "dims", "depth", "heads", "window", "img", "img_size", "head", "auxiliary", "layers")
 """Words of the official code that may be given to `from_official`, and that the shapes of weights say anyway."""
 
-_OTHER_DATASETS = {
-    19: "Cityscapes", 20: "PASCAL VOC", 21: "PASCAL VOC", 59: "PASCAL Context", 60: "PASCAL Context", 80: "COCO",
-    100: "ADE20K instances", 133: "COCO panoptic", 171: "COCO-Stuff", 172: "COCO-Stuff", 847: "ADE20K-full",
-    1000: "ImageNet",
-}  # fmt: skip
-
 
 def _trained_on(classes: int) -> str:
-    return f" (usual for {_OTHER_DATASETS[classes]})" if classes in _OTHER_DATASETS else ""
+    usual = usual_dataset(classes)
+    return f" (usual for {usual})" if usual else ""
 
 
 def add_delta(family: Family, delta: Mapping[str, Tensor], backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import replaced
 from ade_harness.files.fetch import OnBytes, fetch, file_hash
 
 StateDict = dict[str, Tensor]
@@ -224,10 +225,8 @@ def _unpacked(archive: Path) -> Path:
             target = archive.with_name(f"{archive.name}.{Path(names[0]).name}")  # never a folder from the archive
             with FileLock(str(target) + ".lock"):
                 if not target.exists():
-                    part = target.with_name(target.name + ".part")
-                    with content.open(names[0]) as source, part.open("wb") as out:
+                    with replaced(target) as part, content.open(names[0]) as source, part.open("wb") as out:
                         shutil.copyfileobj(source, out, 1 << 20)
-                    part.replace(target)
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         raise HarnessError(
             f"{archive}: cannot be unpacked ({error}). Fetch it again, or unpack it yourself."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,8 +46,3 @@ def load_demo_network() -> DemoNetwork:
     with as_file(files("ade_harness.models.formats").joinpath(WEIGHTS)) as path:
         network.load_state_dict(load_file(path))
     return network.eval()
-
-
-def input_statistics() -> tuple[Tensor, Tensor]:
-    """Return (mean, std) of the network's input, RGB on the 0..255 scale."""
-    return torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])

@@ -14,8 +14,14 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.files import require_all_keys
 from ade_harness.models.outputs import MaskLogits
 
-_SEMANTIC_TASK = [49406, 518, 10549, 533, 29119, 1550, 49407, *[0] * 70]
-"""OneFormer's text "the task is semantic" in CLIP's 77 tokens: no tokenizer is needed at run time."""
+ONEFORMER_TASKS = {
+    "semantic": (49406, 518, 10549, 533, 29119, 1550, 49407),
+    "instance": (49406, 518, 10549, 533, 34572, 49407),
+    "panoptic": (49406, 518, 10549, 533, 1072, 24755, 49407),
+}
+"""Task -> ids of OneFormer's text "the task is ..." in CLIP's vocabulary: no tokenizer is needed at run time."""
+ONEFORMER_TEXT_LENGTH = 77
+"""Of the ids, filled up with zeros."""
 
 
 @contextmanager
@@ -98,7 +104,9 @@ class UniversalModel(nn.Module):
         """Return class logits [N, Q, C + 1] and mask logits [N, Q, h, w]."""
         extra = {}
         if self.is_oneformer:
-            extra["task_inputs"] = torch.tensor([_SEMANTIC_TASK] * images.shape[0], device=images.device)
+            task = ONEFORMER_TASKS["semantic"]
+            ids = [*task, *[0] * (ONEFORMER_TEXT_LENGTH - len(task))]
+            extra["task_inputs"] = torch.tensor([ids] * images.shape[0], device=images.device)
         output = self.network(pixel_values=images, **extra)
         return MaskLogits(output.class_queries_logits, output.masks_queries_logits)
 

@@ -16,19 +16,12 @@ from torch import Tensor, nn
 from ade_harness.models.backbones.swin import SWIN_FIELDS, build_swin, read_swin, swin_channels
 from ade_harness.models.checkpoint.family import Family, Keys, count
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.formats.transformers import ONEFORMER_TASKS, ONEFORMER_TEXT_LENGTH
 from ade_harness.models.heads.mask2former import HEAD_FIELDS, QueryDecoder, build_head, read_head, sine_positions
 from ade_harness.models.heads.mask_classifier import assemble, split
 from ade_harness.models.outputs import MaskLogits
 from ade_harness.models.systems.mask2former import SWIN_DETECTRON2, with_pixel_decoder
 from ade_harness.models.systems.maskformer import DetrDecoder, detr_decoder
-
-TASKS = {
-    "semantic": (49406, 518, 10549, 533, 29119, 1550, 49407),
-    "instance": (49406, 518, 10549, 533, 34572, 49407),
-    "panoptic": (49406, 518, 10549, 533, 1072, 24755, 49407),
-}
-"""Task -> ids of "the task is ..." in CLIP's vocabulary."""
-TEXT_LENGTH = 77
 
 
 class TaskDecoder(QueryDecoder):
@@ -53,13 +46,13 @@ class TaskDecoder(QueryDecoder):
         super().__init__(queries, width, mask_width, heads, hidden, layers)
         del self.query_features
         self.task = tuple(task)
-        self.task_mlp = nn.Sequential(nn.Linear(TEXT_LENGTH, width), nn.ReLU(), nn.Linear(width, width))
+        self.task_mlp = nn.Sequential(nn.Linear(ONEFORMER_TEXT_LENGTH, width), nn.ReLU(), nn.Linear(width, width))
         self.class_projection = nn.Conv2d(mask_width, width, 1)
         self.class_transformer = DetrDecoder(width, heads, class_hidden, class_layers)
 
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
         """Return the last layer's class and mask logits."""
-        ids = torch.zeros((1, TEXT_LENGTH), device=mask_features.device, dtype=self.query_positions.dtype)
+        ids = torch.zeros((1, ONEFORMER_TEXT_LENGTH), device=mask_features.device, dtype=self.query_positions.dtype)
         ids[0, : len(self.task)] = torch.tensor(self.task, device=ids.device, dtype=ids.dtype)
         task = self.norm(self.task_mlp(ids)).expand(mask_features.shape[0], 1, -1)
         start = task.expand(-1, self.query_positions.shape[0] - 1, -1)
@@ -144,14 +137,14 @@ def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
     backbone, rest = split(state, "backbone.")
     task = fields.get("task", "semantic")
-    if task not in TASKS:
-        raise ValueError(f"task={task}: choose {', '.join(TASKS)}")
+    if task not in ONEFORMER_TASKS:
+        raise ValueError(f"task={task}: choose {', '.join(ONEFORMER_TASKS)}")
 
     def head() -> dict[str, nn.Module]:
         width = fields["width"]
         decoder = TaskDecoder(
             fields["queries"], width, fields.get("mask_width") or width, fields["heads"], fields["query_hidden"],
-            fields["query_layers"], fields["class_layers"], fields["class_hidden"], TASKS[task],
+            fields["query_layers"], fields["class_layers"], fields["class_hidden"], ONEFORMER_TASKS[task],
         )  # fmt: skip
         return {**build_head(swin_channels(fields), fields), "decoder": decoder}
 
