@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from bench_systems import warm_up
 from images import make_folder
 from measure import machine_line
-from omegaconf import OmegaConf
 from ours import DEVICE
 from rich.console import Console
 from rich.table import Table
@@ -127,7 +126,7 @@ def plain_scores(queries: Queries, images: Tensor, resolution: str, crop: tuple[
 def measure(name: str, images: int) -> tuple[Any, ...]:
     """Return a row of the table."""
     cfg = compose_config([f"model={name}", "inference=ss", "dataset=ade20k", "dataset.root=."])
-    fields: Any = OmegaConf.to_container(cfg.model.architecture, resolve=True)
+    fields = cfg.model.architecture
     network, queries, peer = pair(name, cfg.model.kind, fields)
     mean, std = tuple(cfg.model.input.mean), tuple(cfg.model.input.std)
     predictor = NetworkPredictor(LoadedModel(network, "random", mean, std, channels=150), cfg.inference, cfg.model)

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from images import make_folder
 from measure import machine_line
-from omegaconf import OmegaConf
 from ours import DEVICE
 from rich.console import Console
 from rich.table import Table
@@ -77,7 +76,7 @@ def warm_up(protocol: str) -> None:
 def measure(name: str, images: int, protocol: str) -> tuple[str, float, float, float, float]:
     """Return (protocol, millions of parameters, our seconds, plain seconds, share of equal labels) per image."""
     cfg = compose_config([f"model={name}", f"inference={protocol}", "dataset=ade20k", "dataset.root=."])
-    architecture: Any = OmegaConf.to_container(cfg.model.architecture, resolve=True)
+    architecture = cfg.model.architecture
     network = quietly_random(FAMILIES[SYSTEMS[name]], architecture, 0).eval().to(DEVICE)
     mean, std = tuple(cfg.model.input.mean), tuple(cfg.model.input.std)
     predictor = NetworkPredictor(LoadedModel(network, "random", mean, std, channels=150), cfg.inference, cfg.model)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from peers import Areas, Loop, TimedNetwork
 from torch import nn
 
 from ade_harness.config.compose import compose_config
+from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
 from ade_harness.evaluation.counter import ImageCounter
 from ade_harness.evaluation.images import ImageItems, group_images
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def config(*overrides: str) -> DictConfig:
+def config(*overrides: str) -> Config:
     """Compose a configuration for a network that is made here."""
     return compose_config(["model=custom", "model._target_=a.b", "dataset=ade20k", "dataset.root=.", *overrides])
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +27,7 @@ WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 @cache
 def protocol_costs(inference: str, labels: float = 0.3) -> tuple[float, ...]:
     """Return what the harness expects each image to cost under a protocol."""
-    cfg: Any = OmegaConf.to_object(compose_config([f"inference={inference}"]).inference)
+    cfg = compose_config([f"inference={inference}"]).inference
     return tuple(
         forward_pixels(plan_views(size, cfg)) + labels * size[0] * size[1] for size in validation_sizes().values()
     )

@@ -65,7 +65,7 @@ def prose(page: Path) -> str:
 
 def test_every_option_in_the_readme_exists() -> None:
     from ade_harness.config.compose import choices, known_keys
-    from ade_harness.probe.recipe import ProbeConfig
+    from ade_harness.config.probe import ProbeConfig
 
     keys = {*known_keys(), "model", "dataset", "inference", "tracking", "probe"}
     keys |= {f"probe.{field}" for field in ProbeConfig.__dataclass_fields__}

@@ -30,11 +30,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ade_harness.config.compose import compose_config
-from ade_harness.config.endpoint_checks import check_endpoint
+from ade_harness.config.schema import Config
 from ade_harness.endpoint import client as endpoint_module
 from ade_harness.endpoint import http as exchange_module
 from ade_harness.endpoint.client import Endpoint, EndpointError, read_token
@@ -147,13 +147,14 @@ def good(handler: Handler, data: bytes) -> None:
 
 
 @cache
-def composed() -> DictConfig:
+def composed() -> Config:
     return compose_config(["model=http", "model.url=http://127.0.0.1:9"])
 
 
-def config(*words: str) -> DictConfig:
+def config(*words: str) -> Config:
     """Composing takes a fifth of a second; this does not."""
-    return cast(DictConfig, OmegaConf.merge(composed(), OmegaConf.from_dotlist(list(words))))
+    tree = OmegaConf.merge(OmegaConf.structured(composed()), OmegaConf.from_dotlist(list(words)))
+    return cast(Config, OmegaConf.to_object(tree))
 
 
 def predictor(url: str, *words: str, token: str | None = None) -> EndpointPredictor:
@@ -727,10 +728,10 @@ def test_odd_infos_are_no_infos(info: bytes) -> None:
         (["model.url=http://x?sig=hunter2"], "sig in its query looks like a secret"),
         (["model.url=http://x?v=hunter2hunter2hunter2hunter2hunter2"], "v in its query looks like a secret"),
         (["model.url=http://x#hunter2"], "holds a fragment"),
-        (["model.http.send=gif"], "model.http.send=gif: expected one of png, jpeg"),
+        (["model.http.send=gif"], "model.http.send=gif: unknown value, expected one of png, jpeg"),
         (["model.http.returns=label"], "Did you mean 'labels'"),
-        (["model.http.timeout_s=0"], "model.http.timeout_s=0.0: expected 0.1 to 3600 (seconds)"),
-        (["model.http.timeout_s=.nan"], "model.http.timeout_s=nan: expected 0.1 to 3600"),
+        (["model.http.timeout_s=0"], "model.http.timeout_s=0: expected 0.1 to 3,600 seconds"),
+        (["model.http.timeout_s=.nan"], "model.http.timeout_s=nan: expected 0.1 to 3,600"),
         (["model.http.retries=-1"], "model.http.retries=-1: expected 0 to 20"),
         (["model.http.concurrency=0"], "model.http.concurrency=0: expected 1 to 256"),
         (["model.http.jpeg_quality=101"], "model.http.jpeg_quality=101: expected 1 to 100"),
@@ -740,7 +741,7 @@ def test_odd_infos_are_no_infos(info: bytes) -> None:
 )
 def test_mistakes_are_found_before_anything_is_sent(words: list[str], expected: str) -> None:
     with pytest.raises(HarnessError) as caught:
-        check_endpoint(config(*words).model)
+        compose_config(["model=http", "model.url=http://127.0.0.1:9", *words])
     assert expected in str(caught.value)
     assert "hunter2" not in str(caught.value)
 

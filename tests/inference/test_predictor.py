@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
 from ade_harness.config.compose import compose_config
-from ade_harness.config.schema import InferenceConfig, ResizeConfig
+from ade_harness.config.inference import InferenceConfig, ResizeConfig
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.inference.plan import plan_views
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 BASE = ["model=custom", "model._target_=x.y", "dataset=ade20k", "dataset.root=."]
 
 
-def config(*overrides: str) -> DictConfig:
+def config(*overrides: str) -> Config:
     return compose_config([*BASE, *overrides])
 
 
@@ -53,7 +53,7 @@ class Fixed(nn.Module):
         return scores
 
 
-def predictor(cfg: DictConfig, module: nn.Module | None = None, **facts: Any) -> NetworkPredictor:
+def predictor(cfg: Config, module: nn.Module | None = None, **facts: Any) -> NetworkPredictor:
     model = LoadedModel(module or Fixed(), "random", tuple(cfg.model.input.mean), tuple(cfg.model.input.std), **facts)
     return NetworkPredictor(model, cfg.inference, cfg.model)
 
@@ -84,7 +84,7 @@ def input_of(made: NetworkPredictor, prepared: Prepared) -> torch.Tensor:
 )
 def test_sizes_equal_the_official_loaders(rule: str, overrides: list[str]) -> None:
     stored = json.loads((GOLDEN / "mmseg0_resize_sizes.json").read_text())[rule]
-    protocol = OmegaConf.to_object(config(*overrides).inference)
+    protocol = config(*overrides).inference
     assert isinstance(protocol, InferenceConfig)
     for text, sizes in stored.items():
         height, width = map(int, text.split("x"))
@@ -117,14 +117,14 @@ def test_pixels_equal_detectron2() -> None:
     assert np.array_equal(prepared.pixels[0].permute(2, 0, 1).numpy(), stored["d2_ss"])
 
 
-def slow_labels(cfg: DictConfig, image: np.ndarray, module: nn.Module) -> torch.Tensor:
+def slow_labels(cfg: Config, image: np.ndarray, module: nn.Module) -> torch.Tensor:
     """The same protocols written out plainly, with [C, H, W] tensors."""
     resize, output = cfg.inference.resize, cfg.inference.output
     original = image.shape[:2]
     for size in target_sizes(original, resize):
         image = resize_image(image, size, resize.backend)
     x = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
-    mean, std = (torch.tensor(list(cfg.model.input[k]))[:, None, None] for k in ("mean", "std"))
+    mean, std = (torch.tensor(list(getattr(cfg.model.input, k)))[:, None, None] for k in ("mean", "std"))
     x = (x - mean) / std
     height, width = x.shape[1:]
     top = left = 0

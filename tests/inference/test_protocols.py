@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ade_harness.config.compose import compose_config
-from ade_harness.config.schema import MaskConfig
+from ade_harness.config.inference import MaskConfig
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, plan_views
 from ade_harness.inference.predictor import NetworkPredictor

@@ -60,7 +60,7 @@ def test_the_words_of_a_configuration_compose_it_again(words: list[str]) -> None
     assert found is not None
     again = compose_config(found)
     for group in ("model", "dataset", "inference", "metrics"):
-        assert again[group] == cfg[group]
+        assert getattr(again, group) == getattr(cfg, group)
 
 
 def test_words_need_no_file_of_the_users(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path:
             ["model=http", "model.url='https://h.example'", "model.http.token_env=AWS_SECRET"],
             "sends your AWS_SECRET to https://h.example",
         ),
-        (["model=nothing"], "does not compose"),
+        (["model=nothing"], "model=nothing: no such choice"),
     ):
         with pytest.raises(HarnessError, match=message):
             _check_trust(words)  # whatever the submission's config.yaml says: these are what runs

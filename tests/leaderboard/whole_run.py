@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
-from ade_harness.config.compose import compose_config
+from ade_harness.config.compose import as_dict, compose_config
 from ade_harness.config.overrides import words_of
 from ade_harness.data.ade20k import Pair, SegmentationDataset, validation_sizes
 from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
@@ -57,7 +56,7 @@ def write_whole_run(
     cfg = compose_config([*words, "dataset=ade20k", "dataset.root=/home/somebody/ADEChallengeData2016", "tracking=none",
                           f"run.dir={path}", "metrics.resamples=1000"])  # fmt: skip
     rows = whole_rows()
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config = as_dict(cfg)
     pairs = tuple(Pair(row.image_id, "", "") for row in rows)
     dataset = SegmentationDataset("ade20k", None, pairs, len(rows))  # type: ignore[arg-type]
     about = {

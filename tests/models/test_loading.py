@@ -14,12 +14,12 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
 
 from ade_harness.config.compose import compose_config
+from ade_harness.config.model import ModelConfig
 from ade_harness.data.labels import class_names
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.files import hub_checkpoint, load_strictly, read_state_dict
@@ -48,7 +48,7 @@ def exploding() -> nn.Module:
     raise RuntimeError("no luck")
 
 
-def model_cfg(*overrides: str) -> DictConfig:
+def model_cfg(*overrides: str) -> ModelConfig:
     return compose_config([*overrides, "dataset=ade20k", "dataset.root=."]).model
 
 
@@ -494,5 +494,5 @@ def test_outputs_without_scores(output: Any) -> None:
 
 def test_architecture_can_be_changed_on_the_command_line() -> None:
     cfg = model_cfg("model=segformer_b0", "model.weights=random", "model.architecture.decoder_hidden_size=64")
-    assert OmegaConf.to_container(cfg.architecture) == B0 | {"decoder_hidden_size": 64}
+    assert cfg.architecture == B0 | {"decoder_hidden_size": 64}
     assert load_model(cfg).weights == "random"

@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ade_harness.config.compose import compose_config
+from ade_harness.config.compose import choices, compose_config, compose_probe
+from ade_harness.config.probe import ProbeConfig
 from ade_harness.data.demo import open_demo
 from ade_harness.errors import HarnessError
 from ade_harness.models.loading import load_model
 from ade_harness.probe import training
 from ade_harness.probe.crops import Crops, Share, distort, make_crop
-from ade_harness.probe.recipe import learning_rate, probe_recipes, read_recipe
+from ade_harness.probe.schedule import learning_rate
 from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
 
@@ -45,12 +46,18 @@ def backbone(tmp_path: Path) -> Path:
     return tmp_path / "backbone.pth"
 
 
+def published(name: str, *words: str) -> ProbeConfig:
+    recipe = compose_probe(["model=dinov3_7b_linear", f"probe={name}", *words]).probe
+    assert recipe is not None
+    return recipe
+
+
 # the recipe
 
 
 def test_the_learning_rate_is_the_official_codes() -> None:
     """Against facebookresearch/dinov3 @ 6876159, build_scheduler with the published configuration, AdamW, 40,000 steps."""
-    recipe = read_recipe("dinov3_linear", [])
+    recipe = published("dinov3_linear")
     official = {
         0: 1.0000000000287558e-09, 1: 1.0000000000287558e-09, 2: 6.676493083500112e-07, 3: 1.3342652833999938e-06,
         750: 0.00048998380795835, 1500: 0.0009618833173083499, 1501: 0.0009965296112632268, 20000: 0.0005,
@@ -61,15 +68,15 @@ def test_the_learning_rate_is_the_official_codes() -> None:
 
 
 def test_mmsegmentations_rate_is_a_line_under_a_warm_up() -> None:
-    recipe = read_recipe("dinov2_linear", [])
+    recipe = published("dinov2_linear")
     assert learning_rate(recipe, 0) == pytest.approx(1e-9)
     assert learning_rate(recipe, 1500) == pytest.approx(1e-3 * (1 - 1500 / 40000))
     assert learning_rate(recipe, 39999) == pytest.approx(1e-3 / 40000)
 
 
-@pytest.mark.parametrize("name", probe_recipes())
+@pytest.mark.parametrize("name", choices("probe"))
 def test_recipes_name_their_source(name: str) -> None:
-    recipe = read_recipe(name, [])
+    recipe = published(name)
     assert recipe.name == name
     assert "facebookresearch/dinov" in recipe.source
     assert (recipe.iterations, recipe.batch, recipe.warmup) == (40_000, 16, 1500)
@@ -87,7 +94,7 @@ def uses(model: str, recipe: str) -> bool:
 
 def test_crops_depend_on_their_number_alone(cache: Path) -> None:
     dataset = open_demo(cache, 40, split="training")
-    recipe = read_recipe("dinov3_linear", ["probe.crop=48", "probe.side=48"])
+    recipe = published("dinov3_linear", "probe.crop=48", "probe.side=48")
     crops = Crops(dataset, recipe, (123.0, 116.0, 103.0), (58.0, 57.0, 57.0))
     later, first = crops[57], crops[3]
     again = Crops(dataset, recipe, (123.0, 116.0, 103.0), (58.0, 57.0, 57.0))
@@ -96,9 +103,7 @@ def test_crops_depend_on_their_number_alone(cache: Path) -> None:
     assert first[0].shape == (3, 48, 48)
     assert first[0].dtype == torch.float32
     assert first[1].dtype == torch.int64
-    other = Crops(
-        dataset, read_recipe("dinov3_linear", ["probe.crop=48", "probe.side=48", "probe.seed=1"]), *crops_of()
-    )
+    other = Crops(dataset, published("dinov3_linear", "probe.crop=48", "probe.side=48", "probe.seed=1"), *crops_of())
     assert not torch.equal(other[3][0], first[0])
 
 
@@ -118,7 +123,7 @@ def test_every_round_has_every_image_once(cache: Path) -> None:
             seen.append(dataset.pairs[index].image_id)
             return plain(dataset, index)
 
-    crops = Crops(Listed(), read_recipe("dinov3_linear", ["probe.crop=8", "probe.side=8"]), *crops_of())  # type: ignore[arg-type]
+    crops = Crops(Listed(), published("dinov3_linear", "probe.crop=8", "probe.side=8"), *crops_of())  # type: ignore[arg-type]
     for n in range(80):
         crops[n]
     assert sorted(seen[:40]) == sorted(seen[40:]) == dataset.ids
@@ -131,9 +136,10 @@ def test_image_and_target_stay_together(backend: str) -> None:
     rng = np.random.default_rng(0)
     target = rng.integers(0, 150, (50, 70)).astype(np.uint8)
     image = np.repeat(target[..., None], 3, axis=2)
-    recipe = read_recipe("dinov3_linear", [
+    recipe = published(
+        "dinov3_linear",
         "probe.side=50", "probe.scale=[1,1]", "probe.crop=32", "probe.distortion=none", f"probe.backend={backend}",
-    ])  # fmt: skip
+    )  # fmt: skip
     mirrored = set()
     for n in range(12):
         cropped, labels = make_crop(image, target, recipe, np.random.default_rng(n))
@@ -145,9 +151,7 @@ def test_image_and_target_stay_together(backend: str) -> None:
 
 def test_small_images_are_padded_right_and_below(cache: Path) -> None:
     dataset = open_demo(cache, 40, split="training")
-    recipe = read_recipe(
-        "dinov3_linear", ["probe.side=20", "probe.scale=[1,1]", "probe.crop=96", "probe.distortion=none"]
-    )
+    recipe = published("dinov3_linear", "probe.side=20", "probe.scale=[1,1]", "probe.crop=96", "probe.distortion=none")
     image, target = Crops(dataset, recipe, *crops_of())[0]
     assert (target[20:, 20:] == 255).any()
     height, width = int((target != 255).any(1).sum()), int((target != 255).any(0).sum())
@@ -163,8 +167,8 @@ def test_a_crop_of_one_class_is_drawn_again() -> None:
     mixed = [
         sum(np.unique(make_crop(image, target, recipe, np.random.default_rng(n))[1]).size > 1 for n in range(60))
         for recipe in (
-            read_recipe("dinov3_linear", words),
-            read_recipe("dinov3_linear", [*words, "probe.most_of_one_class=1"]),
+            published("dinov3_linear", *words),
+            published("dinov3_linear", *words, "probe.most_of_one_class=1"),
         )
     ]
     assert mixed[0] > mixed[1]
@@ -180,7 +184,7 @@ def test_distortion_keeps_a_picture(kind: str) -> None:
 
 
 def test_ranks_share_a_batch() -> None:
-    recipe = read_recipe("dinov3_linear", ["probe.iterations=3", "probe.warmup=0", "probe.batch=6"])
+    recipe = published("dinov3_linear", "probe.iterations=3", "probe.warmup=0", "probe.batch=6")
     shares = [list(Share(recipe, 1, rank, 2)) for rank in (0, 1)]
     assert shares == [[[6, 8, 10], [12, 14, 16]], [[7, 9, 11], [13, 15, 17]]]
 
@@ -282,15 +286,15 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["model=segformer_b0"], "probe=None: no such recipe. Known: dinov2_linear, dinov2_ms, dinov3_linear"),
+        (["model=segformer_b0"], "no recipe was published for it. Choose one: probe=NAME (dinov2_linear, dinov2_ms, dinov3_linear"),
         (["model=segformer_b0", "probe=dinov3_linear"], "model=segformer_b0: has no linear head on a frozen backbone."),
-        (["probe=dinov3"], "probe=dinov3: no such recipe. Did you mean"),
-        (["probe.iteration=3"], "probe.iteration: no such option. Did you mean 'iterations'"),
+        (["probe=dinov3"], "probe=dinov3: no such choice. Did you mean"),
+        (["probe.iteration=3"], "probe.iteration: no such option. Did you mean 'probe.iterations'"),
         (["probe.iterations=many"], "Value 'many' of type 'str' could not be converted to Integer"),
-        (["probe.iterations=0"], "probe.iterations=0: at least 1 is needed"),
-        (["probe.schedule=exp"], "probe.schedule=exp: unknown. Known: cosine, poly"),
-        (["probe.scale=[2,1]"], "probe.scale=[2.0, 1.0]: two numbers over 0 are needed, the smaller first"),
-        (["probe.warmup=24"], "probe.warmup=24: from 0 to below probe.iterations (24)"),
+        (["probe.iterations=0"], "probe.iterations=0: expected 1 or more"),
+        (["probe.schedule=exp"], "probe.schedule=exp: unknown value, expected one of cosine, poly"),
+        (["probe.scale=[2,1]"], "probe.scale=[2.0, 1.0]: expected two numbers over 0, the smaller first"),
+        (["probe.warmup=24"], "probe.warmup=24: expected 0 to below probe.iterations (24)"),
         (["model.checkpoint=x.pth"], "model.checkpoint: probe makes it."),
         (["model.backbone_checkpoint=none.pth"], "model.backbone_checkpoint=none.pth: no such file"),
         (["dataset=ade20k", "dataset.root=nowhere"], "nowhere: no such folder or zip"),

@@ -17,7 +17,6 @@ import pytest
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
-from ade_harness.runs import directory
 from ade_harness.runs.directory import make_run_dir, new_run_name
 from ade_harness.runs.exactness import check_exact, check_rows
 from ade_harness.runs.ledger import LedgerWriter, read_rows
@@ -104,7 +103,7 @@ def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path: Path, monkeypatch:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ade_harness.runs.ledger.os.fsync", full)
+    monkeypatch.setattr("ade_harness.files.atomic.os.fsync", full)
     with pytest.raises(HarnessError, match=r"No space left on device.*run\.dir="):
         writer.append(make_row(1))
     monkeypatch.undo()
@@ -229,7 +228,7 @@ def test_json_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(directory.os, "fsync", full)
+    monkeypatch.setattr("ade_harness.files.atomic.os.fsync", full)
     with pytest.raises(HarnessError, match=r"a\.json: cannot be written .No space left"):
         write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from ade_harness.config.schema import RuntimeConfig
+from ade_harness.config.runtime import Accelerator, RuntimeConfig
 from ade_harness.runtime.ranks import make_trainer
 
 
@@ -28,7 +27,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_global_switch_is_for_training_alone(training: bool, deterministic: bool) -> None:
     """In evaluation it would replace CUDA's bilinear kernel by a decomposition with other bits."""
-    cfg = OmegaConf.structured(RuntimeConfig(accelerator="cpu", devices=1, deterministic=deterministic))
+    cfg = RuntimeConfig(accelerator=Accelerator.cpu, devices=1, deterministic=deterministic)
     torch.use_deterministic_algorithms(not training)  # as another library may have left it
     make_trainer(cfg, training)
     assert torch.are_deterministic_algorithms_enabled() is (training and deterministic)

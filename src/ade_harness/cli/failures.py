@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.cluster import has_last_word
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST
@@ -17,7 +16,7 @@ from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST
 _LOG_TAIL_BYTES = 8192
 
 
-def tell_failure(cfg: DictConfig, run_dir: Path | None, why: str, say: Callable[[str], None]) -> None:
+def tell_failure(cfg: Config, run_dir: Path | None, why: str, say: Callable[[str], None]) -> None:
     """Log a failed run, with an alert; never raises.
 
     Args:
@@ -40,7 +39,7 @@ def tell_failure(cfg: DictConfig, run_dir: Path | None, why: str, say: Callable[
         say(f"W&B: marked as failed: {where}")
 
 
-def work_or_tell(cfg: DictConfig, runs: list[Path], work: Callable[[], int], say: Callable[[str], None]) -> int:
+def work_or_tell(cfg: Config, runs: list[Path], work: Callable[[], int], say: Callable[[str], None]) -> int:
     """Do a rank's work; if it fails, say why and tell tracking, unless a supervisor or rank 0 is to do that.
 
     Args:

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from ade_harness import __version__
 from ade_harness.cli.commands import REPORTS, VERBS
+from ade_harness.config.compose import as_dict, as_yaml, compose_probe
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.runtime.cluster import has_last_word
 from ade_harness.runtime.console import print_line
@@ -26,7 +28,7 @@ from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import resume_command
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    pass
 
 HELP = """\
 Evaluate scene parsing models on ADE20K: exact counts, any number of ranks.
@@ -175,7 +177,6 @@ def _print_help() -> None:
 
 
 def _evaluate(words: list[str], in_this_process: bool) -> int:
-    from omegaconf import OmegaConf
 
     from ade_harness.config.compose import compose_config
 
@@ -193,7 +194,7 @@ def _evaluate(words: list[str], in_this_process: bool) -> int:
         raise HarnessError("--job and --list are about the combinations of a sweep: add -m.")
     cfg = compose_config(overrides, extra)
     if "--cfg" in flags:
-        print(OmegaConf.to_yaml(cfg, resolve=True), end="")
+        print(as_yaml(as_dict(cfg)), end="")
         return 0
 
     def command(run_dir: str | None) -> list[str]:
@@ -205,28 +206,18 @@ def _evaluate(words: list[str], in_this_process: bool) -> int:
 
 def _probe(words: list[str], in_this_process: bool) -> int:
     """Train a linear head."""
-    from omegaconf import OmegaConf
-
-    from ade_harness.config.compose import compose_config
-    from ade_harness.probe.recipe import read_recipe
-
     overrides, flags = _split_flags(words)
     extra = Path(flags["--config-dir"]) if "--config-dir" in flags else None
-    own = [w for w in overrides if w.startswith(("probe.", "probe="))]
-    rest = [w for w in overrides if w not in own]
-    if not any(w.startswith("dataset.split=") for w in rest):
-        rest.append("dataset.split=training")
-    cfg = compose_config(rest, extra)
-    recipe = read_recipe(cfg.model.probe, own)
+    cfg = compose_probe(overrides, extra)
     if "--cfg" in flags:
-        print(OmegaConf.to_yaml(OmegaConf.create({"probe": recipe, "config": cfg}), resolve=True), end="")
+        print(as_yaml(as_dict(cfg)), end="")
         return 0
 
     def train() -> None:
         from ade_harness.probe.training import train_probe
         from ade_harness.runtime.console import make_console
 
-        train_probe(cfg, recipe, make_console(), _current_run.append)
+        train_probe(cfg, make_console(), _current_run.append)
 
     def command(run_dir: str | None) -> list[str]:
         kept = [w for w in words if run_dir is None or not w.startswith("run.dir=")]
@@ -256,7 +247,7 @@ def _resume(words: list[str], in_this_process: bool) -> int:
 
 
 def _run(
-    cfg: DictConfig,
+    cfg: Config,
     command: Callable[[str | None], list[str]],
     in_this_process: bool,
     work: Callable[[], None] | None = None,
@@ -302,7 +293,7 @@ def _run(
     return code
 
 
-def _be_rank(cfg: DictConfig, work: Callable[[], None] | None) -> int:
+def _be_rank(cfg: Config, work: Callable[[], None] | None) -> int:
     from ade_harness.evaluation.outcome import run_session
     from ade_harness.runtime.coordination import RankLostError, StopRequestedError
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
-from ade_harness.config.compose import conf_dir
-from ade_harness.config.schema import ModelConfig
+from ade_harness.config.compose import read_choice
+from ade_harness.config.model import ModelConfig
 from ade_harness.leaderboard.published import published_rows
 
 
@@ -56,19 +53,17 @@ def print_catalogue(console: Console, ready: Sequence[str]) -> None:
     console.print(systems)
 
 
-def _model(name: str) -> DictConfig:
-    """Return a model's own YAML over the schema, without checking that a user's values are there."""
-    text = (conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8")
-    content = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
-    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(ModelConfig), content))
+def _model(name: str) -> ModelConfig:
+    model: ModelConfig = read_choice("model", name)
+    return model
 
 
-def _published(model: DictConfig) -> str:
+def _published(model: ModelConfig) -> str:
     scores = (model.published.ss, model.published.ms)
     return "-" if scores == (None, None) else " / ".join("-" if s is None else f"{s:g}" for s in scores)
 
 
-def _parity(model: DictConfig) -> str:
+def _parity(model: ModelConfig) -> str:
     if not model.parity.against:
         return "-"
     error = "" if model.parity.error is None else f": {model.parity.error:.1e}" if model.parity.error else ": same bits"

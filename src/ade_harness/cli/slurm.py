@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from ade_harness.config.runtime import SlurmConfig
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError, require
 
 
@@ -47,14 +47,13 @@ def with_run_dir(words: Sequence[str], root: str) -> list[str]:
     return [*words, f"run.dir={root}/slurm-{name}"]
 
 
-def sbatch_parameters(cfg: DictConfig) -> dict[str, Any]:
+def sbatch_parameters(cfg: SlurmConfig) -> dict[str, Any]:
     """Return what submitit is asked for, from a ``runtime.slurm`` node."""
     srun = []
     if cfg.container is not None:
         srun += [f"--container-image={cfg.container}"]
     if cfg.container_mounts is not None:
         srun += [f"--container-mounts={cfg.container_mounts}"]
-    extra: Any = OmegaConf.to_container(cfg.extra, resolve=True)
     parameters = {
         "job_name": "ade-harness",
         "partition": cfg.partition,
@@ -70,12 +69,12 @@ def sbatch_parameters(cfg: DictConfig) -> dict[str, Any]:
         "setup": list(cfg.setup) or None,
         "srun_args": ["--kill-on-bad-exit=1", *srun],
         "stderr_to_stdout": True,
-        "additional_parameters": {"signal": f"USR1@{cfg.signal_before_s}", "requeue": True, **extra},
+        "additional_parameters": {"signal": f"USR1@{cfg.signal_before_s}", "requeue": True, **cfg.extra},
     }
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def submit(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig], run: Callable[[list[str]], int]) -> None:
+def submit(jobs: Sequence[Sequence[str]], configs: Sequence[Config], run: Callable[[list[str]], int]) -> None:
     """Submit one job for each command, as one array, and print their ids.
 
     Args:

@@ -7,11 +7,14 @@ choices of these fields. An unknown key, a value of the wrong type or out of ran
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -19,23 +22,25 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from ade_harness.config.schema import (
-    Config,
-    DatasetConfig,
-    InferenceConfig,
-    MetricsConfig,
-    ModelConfig,
-    RunConfig,
-    RuntimeConfig,
-    TrackingConfig,
-)
+from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.model import ModelConfig
+from ade_harness.config.probe import ProbeConfig
+from ade_harness.config.runtime import RuntimeConfig
+from ade_harness.config.schema import Config, DatasetConfig, MetricsConfig, RunConfig, TrackingConfig
 from ade_harness.config.validate import validate
 from ade_harness.errors import HarnessError, did_you_mean
 
 _FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
-GROUPS = ("model", "dataset", "inference", "runtime", "tracking")
+_NODES: dict[str, Any] = {
+    "model": ModelConfig,
+    "dataset": DatasetConfig,
+    "inference": InferenceConfig,
+    "runtime": RuntimeConfig,
+    "tracking": TrackingConfig,
+    "probe": ProbeConfig,
+}
+GROUPS = tuple(_NODES)
 
 
 def conf_dir() -> Path:
@@ -49,13 +54,7 @@ def register_schemas() -> None:
     """Tell Hydra the types."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for group, node in (
-        ("model", ModelConfig),
-        ("dataset", DatasetConfig),
-        ("inference", InferenceConfig),
-        ("runtime", RuntimeConfig),
-        ("tracking", TrackingConfig),
-    ):
+    for group, node in _NODES.items():
         store.store(group=group, name="schema", node=node)
 
 
@@ -65,7 +64,27 @@ def choices(group: str, extra: Path | None = None) -> list[str]:
     return sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
 
 
-def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
+def read_choice(group: str, name: str) -> Any:
+    """Return a choice as its YAML file has it, typed; much faster than composing, and nothing of it is validated.
+
+    Args:
+        group: such as ``model``.
+        name: of a packaged file of the group.
+    """
+    tree = OmegaConf.merge(OmegaConf.structured(_NODES[group]), _written(group, name))
+    return OmegaConf.to_object(tree)
+
+
+def _written(group: str, name: str) -> dict[str, Any]:
+    content = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    merged: dict[str, Any] = {}
+    for below in content.pop("defaults", ()):
+        if isinstance(below, str) and below not in ("schema", "_self_"):  # another file of the group
+            merged |= _written(group, below)
+    return merged | content
+
+
+def compose_config(overrides: Sequence[str], extra: Path | None = None) -> Config:
     """Compose and check a configuration.
 
     Args:
@@ -75,22 +94,82 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> DictC
     Raises:
         HarnessError: an unknown key or choice, a value of the wrong type or out of range.
     """
-    register_schemas()
     if extra is not None and not extra.is_dir():
         raise HarnessError(f"--config-dir: {extra} is not a folder.")
-    overrides = _own_protocol([_quote_address(o) for o in overrides], extra)
+    tree = compose_tree(_own_protocol([_quote_address(o) for o in overrides], extra), extra)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise HarnessError(f"{missing[0]} must be set: add {missing[0]}=... to the command.")
+    return checked(tree)
+
+
+def compose_probe(overrides: Sequence[str], extra: Path | None = None) -> Config:
+    """Compose the configuration of a training: with a ``probe`` node, the model's own recipe unless one is chosen.
+
+    Args:
+        overrides: as of :func:`compose_config`; ``probe=NAME`` and ``probe.field=value`` too.
+        extra: as of :func:`compose_config`.
+
+    Raises:
+        HarnessError: as :func:`compose_config`; or no recipe is known for the model.
+    """
+    own = [f"+{o}" if o.startswith("probe=") else o for o in overrides]
+    if not any(o.startswith("dataset.split=") for o in own):
+        own.append("dataset.split=training")
+    if not any(o.startswith("+probe=") for o in own):
+        model = compose_config([o for o in overrides if o.startswith("model=")], extra).model
+        known = ", ".join(choices("probe", extra))
+        if model.probe is None:
+            raise HarnessError(f"model={model.name}: no recipe was published for it. Choose one: probe=NAME ({known}).")
+        own.insert(0, f"+probe={model.probe}")
+    return compose_config(own, extra)
+
+
+def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
+    """Compose Hydra's tree of a configuration, in which mandatory values may be missing; raises as above."""
+    register_schemas()
     GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             for text in overrides:
                 _check_override(text, extra)
-            cfg = compose("config", overrides=[*map(open_dict_word, overrides), *search])
+            return compose("config", overrides=[*map(open_dict_word, overrides), *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise HarnessError(_explain(error, overrides)) from error
-    _check_missing(cfg)
-    validate(cfg)
-    return cfg
+
+
+def checked(tree: DictConfig) -> Config:
+    """Return the typed and validated configuration of a composed tree.
+
+    Raises:
+        HarnessError: an interpolation that cannot be resolved, or a value out of range.
+    """
+    try:
+        config = cast(Config, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        raise HarnessError(_explain(error, ())) from error
+    validate(config)
+    return config
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration, or a node of it, as nested dictionaries of plain values; Enums by their names."""
+    plain: dict[str, Any] = _plain(asdict(config))
+    return plain
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, in their order."""
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_plain(below) for below in value]
+    return str(value) if isinstance(value, StrEnum) else value
 
 
 def _own_protocol(overrides: Sequence[str], extra: Path | None) -> list[str]:
@@ -100,9 +179,9 @@ def _own_protocol(overrides: Sequence[str], extra: Path | None) -> list[str]:
         return list(overrides)
     kind = chosen[-2:]
     model = compose_config([o for o in overrides if o.startswith("model=")], extra).model
-    name = model.protocols[kind]
+    name = getattr(model.protocols, kind)
     if name is None:
-        have = [f"inference={k} ({v})" for k, v in model.protocols.items() if v is not None]
+        have = [f"inference={k} ({v})" for k, v in asdict(model.protocols).items() if v is not None]
         what = "single-scale" if kind == "ss" else "multi-scale"
         raise HarnessError(
             f"{chosen}: no {what} protocol was published for model={model.name}."
@@ -111,15 +190,14 @@ def _own_protocol(overrides: Sequence[str], extra: Path | None) -> list[str]:
     return [f"inference={name}" if o == chosen else o for o in overrides]
 
 
-def protocol_changes(inference: DictConfig) -> list[str]:
+def protocol_changes(inference: InferenceConfig) -> list[str]:
     """Return what of a protocol is not as the YAML file of its name says, such as ``tta.flip``.
 
     How it is computed (batches, precision, compilation) is not part of the protocol.
     """
     if inference.name not in choices("inference"):
         return []
-    written: Any = OmegaConf.to_container(compose_config([f"inference={inference.name}"]).inference, resolve=True)
-    used: Any = OmegaConf.to_container(inference, resolve=True)
+    written, used = as_dict(compose_config([f"inference={inference.name}"]).inference), as_dict(inference)
     changed = []
     for group in ("exif", "resize", "mode", "window", "tta", "masks", "output"):
         one, two = written[group], used[group]
@@ -130,7 +208,7 @@ def protocol_changes(inference: DictConfig) -> list[str]:
     return changed
 
 
-def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
+def stored_config(text: str, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration that a run was made with, with some changes.
 
     Args:
@@ -141,19 +219,35 @@ def stored_config(text: str, overrides: Sequence[str]) -> DictConfig:
         HarnessError: as :func:`compose_config`; or the text is no configuration of this version.
     """
     overrides = [_quote_address(o) for o in overrides]
-    composed = compose_config(overrides)  # every mistake in them is found here
     try:
-        cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        tree = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise HarnessError(
             f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}). Start a new run."
         ) from error
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        with open_dict(cfg):
-            OmegaConf.update(cfg, key, OmegaConf.select(composed, key), merge=False)
-    validate(cfg)
-    return cfg
+    if overrides:
+        composed = compose_tree(_own_protocol(overrides, None))  # every mistake in them is found here
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            key = override.key_or_group
+            with open_dict(tree):
+                OmegaConf.update(tree, key, OmegaConf.select(composed, key), merge=False)
+    return checked(tree)
+
+
+def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
+    """Return one node of a stored configuration.
+
+    Args:
+        kind: its dataclass.
+        content: plain values, of config.yaml.
+
+    Raises:
+        HarnessError: it is no such node.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(content)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise HarnessError(f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}).") from error
 
 
 def _quote_address(text: str) -> str:
@@ -188,9 +282,8 @@ def _check_override(text: str, extra: Path | None) -> None:
 @cache
 def known_keys() -> tuple[str, ...]:
     """Return every dotted key of the schema."""
-    nodes = (ModelConfig, DatasetConfig, InferenceConfig, RuntimeConfig, TrackingConfig, RunConfig, MetricsConfig)
-    pairs = zip((*GROUPS, "run", "metrics"), nodes, strict=True)
-    return tuple(key for group, node in pairs for key in _leaves(OmegaConf.structured(node), group))
+    nodes = {**_NODES, "run": RunConfig, "metrics": MetricsConfig}
+    return tuple(key for group, node in nodes.items() for key in _leaves(OmegaConf.structured(node), group))
 
 
 def _leaves(cfg: DictConfig, prefix: str) -> Iterator[str]:
@@ -217,12 +310,10 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     )
     text = " ".join(line for line in lines if not line.startswith(skip))
     key = re.search(r"full_key: (\S+)", f"{error}\n{cause or ''}")
+    choice = re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text)
+    if choice and key:
+        known = choice[2].split(", ")
+        return f"{key[1]}={choice[1]}: unknown value, expected one of {choice[2]}.{did_you_mean(choice[1], known)}"
     where = f" (key {key[1]})" if key and key[1] not in text else ""
     given = " ".join(overrides) or "(nothing)"
     return f"The configuration is not valid{where}: {text or type(error).__name__}. Given: {given}"
-
-
-def _check_missing(cfg: DictConfig) -> None:
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise HarnessError(f"{missing[0]} must be set: add {missing[0]}=... to the command.")

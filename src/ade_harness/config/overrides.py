@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from ade_harness.config.compose import choices, compose_config, conf_dir, open_dict_word, register_schemas
+from ade_harness.config.compose import (
+    as_dict,
+    choices,
+    compose_config,
+    compose_tree,
+)
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 
 GROUPS = ("model", "dataset", "inference", "metrics")
@@ -26,7 +28,7 @@ _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
 _FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"}
 
 
-def words_of(cfg: DictConfig) -> list[str] | None:
+def words_of(cfg: Config) -> list[str] | None:
     """Return words for ``python -m ade_harness`` that compose what decides the counts of `cfg`.
 
     The configuration files are named where they are this package's; every value that differs from them is a word of
@@ -38,12 +40,12 @@ def words_of(cfg: DictConfig) -> list[str] | None:
     Returns:
         The words, without ``run`` and ``tracking``; None if there are none (a key that the command line cannot say).
     """
-    words = [f"{group}={_base(group, cfg[group].name)}" for group in _FALLBACKS]
+    words = [f"{group}={_base(group, getattr(cfg, group).name)}" for group in _FALLBACKS]
     try:
-        wanted = _decisive(cfg)
+        wanted = _decisive(as_dict(cfg))
         changes = _changes(composed_values(words), wanted)
         words += changes
-        if changes and _decisive(compose_config(words)) != wanted:
+        if changes and _decisive(as_dict(compose_config(words))) != wanted:
             return None
     except HarnessError:
         return None
@@ -60,22 +62,18 @@ def composed_values(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         HarnessError: they do not compose.
     """
-    register_schemas()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            return _decisive(compose("config", overrides=[open_dict_word(word) for word in words]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise HarnessError(f"{' '.join(words)}: does not compose ({str(error).splitlines()[0]}).") from error
+    tree: Any = OmegaConf.to_container(compose_tree(words), resolve=True, enum_to_str=True)
+    return _decisive(tree)
 
 
-def _decisive(cfg: DictConfig) -> dict[str, Any]:
-    """Return dotted keys with their values."""
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the counts, by dotted keys."""
     flat: dict[str, Any] = {}
     for group in GROUPS:
-        _flatten(OmegaConf.to_container(cfg[group], resolve=True), group, flat)
-    flat |= {key: OmegaConf.select(cfg, key) for key in RUNTIME}
-    flat["run.on_error"] = cfg.run.on_error
+        _flatten(config[group], group, flat)
+    for key in (*RUNTIME, "run.on_error"):
+        group, _, name = key.partition(".")
+        flat[key] = config[group][name]
     return flat
 
 

@@ -1,94 +1,202 @@
-"""Ranges and combinations of a composed configuration: everything that types cannot say."""
+"""Combinations of fields: what neither a field's type nor its range can say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
-from omegaconf import DictConfig, OmegaConf
+from ade_harness.config.fields import check_ranges
+from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, ResizeConfig, ResizeRule, Rounding, Upsample
+from ade_harness.config.model import Dtype, ModelConfig, Returns
+from ade_harness.config.probe import ProbeConfig
+from ade_harness.config.schema import Config, DatasetKind
+from ade_harness.errors import require
+from ade_harness.files.address import check_url
 
-from ade_harness.config.endpoint_checks import check_endpoint
-from ade_harness.config.protocol_checks import check_protocol
-from ade_harness.errors import did_you_mean, require
+_MIN_RESAMPLES = 1_000
+_NEEDED_LENGTHS = {
+    ResizeRule.exact: ("height", "width"),
+    ResizeRule.cover: ("height", "width"),
+    ResizeRule.short_side: ("side",),
+    ResizeRule.longest_side: ("side",),
+}
+_RUN_AS_EXPORTED = ("onnx", "torchscript")
+_NEEDED = {
+    "onnx": ("path", "the .onnx file"),
+    "torchscript": ("path", "the TorchScript file"),
+    "predictions": ("path", "the folder of label PNGs"),
+    "http": ("url", "the address of the endpoint, such as http://127.0.0.1:8000"),
+    "hf": ("id", "a hub id or a local folder"),
+    "custom": ("_target_", "the import path of your nn.Module, such as my_pkg.my_module.MyNet"),
+}
+_SECRET = (
+    "It would be written into the run's record: put it into an environment variable, and name that as"
+    " model.http.token_env."
+)
+_EXAMPLE_URL = "http://127.0.0.1:8000 or https://example.org/segmenter; images go to /predict below it"
 
 
-def _one_of(cfg: DictConfig, key: str, allowed: Sequence[str]) -> None:
-    value = OmegaConf.select(cfg, key)
-    require(
-        value in allowed,
-        f"{key}={value}: expected one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}",
-    )
+def validate(config: Config) -> None:
+    """Check ranges and combinations.
+
+    Raises:
+        HarnessError: names the key, what it is, and what was expected.
+    """
+    check_ranges(config)
+    _check_runtime(config)
+    _check_metrics(config)
+    _check_protocol(config)
+    _check_model(config)
+    _check_dataset(config)
+    if config.probe is not None:
+        _check_probe(config.probe)
 
 
-_MOST_DEMO_IMAGES = 20_000
-_FEWEST_RESAMPLES = 1_000
-
-
-def validate(cfg: DictConfig) -> None:
-    """Check ranges and combinations; raises HarnessError naming the key."""
-    _one_of(cfg, "model.weights", ("pretrained", "random"))
-    _one_of(cfg, "model.encoding", ("official", "zero_based"))
-    _one_of(cfg, "model.input.channel_order", ("rgb", "bgr"))
-    _one_of(cfg, "dataset.kind", ("demo", "ade20k"))
-    _one_of(cfg, "dataset.split", ("validation", "training"))
-    _one_of(cfg, "runtime.accelerator", ("auto", "cpu", "cuda"))
-    _one_of(cfg, "runtime.sharding", ("queue", "plan"))
-    _one_of(cfg, "run.on_error", ("fail", "skip"))
-    _one_of(cfg, "run.label_maps", ("none", "few", "all"))
-    _one_of(cfg, "runtime.kernels", ("auto", "torch", "numba", "triton"))
-    _one_of(cfg, "tracking.kind", ("wandb", "none"))
-    if cfg.tracking.mode is not None:
-        _one_of(cfg, "tracking.mode", ("online", "offline", "disabled"))
-    require(cfg.tracking.timeout_s > 0, f"tracking.timeout_s={cfg.tracking.timeout_s:g}: expected more than 0 seconds.")
-    for key in ("dataset.limit", "dataset.images", "runtime.threads", "runtime.slurm.nodes", "runtime.slurm.time_min"):
-        value = OmegaConf.select(cfg, key)
-        require(value is None or value >= 1, f"{key}={value}: expected 1 or more.")
-    for key in ("runtime.workers", "run.overlays", "runtime.max_restarts"):
-        value = OmegaConf.select(cfg, key)
-        require(value is None or value >= 0, f"{key}={value}: expected 0 or more.")
+def _check_runtime(config: Config) -> None:
     for key, what in (("devices", "ranks"), ("num_nodes", "nodes")):
-        value = cfg.runtime[key]
+        value = getattr(config.runtime, key)
         require(
             value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
             f"runtime.{key}={value}: expected a number of {what} from 1 up, or auto.",
         )
-    for key, least in (("dead_after_s", 5), ("timeout_min", 0.1)):
-        value = cfg.runtime[key]
-        require(value >= least, f"runtime.{key}={value}: expected {least} or more.")
     require(
-        cfg.runtime.supervise or cfg.runtime.max_restarts == 0,
+        config.runtime.supervise or config.runtime.max_restarts == 0,
         "runtime.max_restarts needs runtime.supervise=true: a process cannot restart itself after its death.",
     )
-    metrics = cfg.metrics
+
+
+def _check_metrics(config: Config) -> None:
+    metrics = config.metrics
     require(
-        metrics.resamples == 0 or metrics.resamples >= _FEWEST_RESAMPLES,
-        f"metrics.resamples={metrics.resamples}: expected {_FEWEST_RESAMPLES:,} or more, or 0 for no intervals.",
+        metrics.resamples == 0 or metrics.resamples >= _MIN_RESAMPLES,
+        f"metrics.resamples={metrics.resamples}: expected {_MIN_RESAMPLES:,} or more, or 0 for no intervals.",
     )
     require(0 < metrics.level < 1, f"metrics.level={metrics.level}: expected a number between 0 and 1, such as 0.95.")
-    require(metrics.seed >= 0, f"metrics.seed={metrics.seed}: expected 0 or more.")
     require(
-        not metrics.calibration or cfg.model.kind not in ("predictions", "http"),
-        f"metrics.calibration needs a network's scores, and model.kind={cfg.model.kind} gives label maps.",
+        not metrics.calibration or config.model.kind not in ("predictions", "http"),
+        f"metrics.calibration needs a network's scores, and model.kind={config.model.kind} gives label maps.",
     )
-    check_protocol(cfg)
+
+
+def _check_protocol(config: Config) -> None:
+    inference, kind = config.inference, config.model.kind
+    _check_resize(inference.resize)
+    _check_windows(inference)
+    _check_views(inference)
+    _check_output(inference)
     require(
-        cfg.dataset.images <= _MOST_DEMO_IMAGES,
-        f"dataset.images={cfg.dataset.images}: expected at most {_MOST_DEMO_IMAGES:,} made-up images.",
+        kind not in _RUN_AS_EXPORTED or (inference.precision in ("fp32", "tf32") and inference.compile is None),
+        f"inference.precision={inference.precision}, inference.compile={inference.compile}: a model of kind {kind} runs"
+        " as it was exported. Use fp32 and null.",
     )
+
+
+def _check_resize(resize: ResizeConfig) -> None:
+    for name in _NEEDED_LENGTHS.get(resize.rule, ()):
+        value = getattr(resize, name)
+        require(
+            value is not None and value >= 1,
+            f"inference.resize.{name}={value}: the rule {resize.rule} needs a length of 1 pixel or more.",
+        )
+    require(
+        resize.pad_to is None or (len(resize.pad_to) == 2 and min(resize.pad_to) >= 1),
+        f"inference.resize.pad_to={resize.pad_to}: expected [height, width] in pixels.",
+    )
+    require(
+        not resize.antialias or resize.backend == "torch",
+        f"inference.resize.antialias=true: is for backend=torch; {resize.backend} always has"
+        f" {'it' if resize.backend == 'pillow' else 'none'}.",
+    )
+    require(
+        resize.rounding != Rounding.dinov3 or resize.max_side is None,
+        f"inference.resize.max_side={resize.max_side}: the rounding dinov3 has no cap. Use null.",
+    )
+
+
+def _check_windows(inference: InferenceConfig) -> None:
+    window = inference.window
+    if inference.mode == Mode.whole:
+        return
+    require(
+        window.crop is not None and window.crop >= 1,
+        f"inference.window.crop={window.crop}: mode={inference.mode} needs the side of a window in pixels.",
+    )
+    if inference.mode == Mode.slide:
+        require(
+            window.stride is not None and window.stride >= 1,
+            f"inference.window.stride={window.stride}: mode=slide needs a step of 1 pixel or more.",
+        )
+        require(
+            (window.stride or 0) <= (window.crop or 0),
+            f"inference.window.stride={window.stride}: is over inference.window.crop={window.crop}, so pixels between"
+            " windows would have no scores. Choose a stride up to the crop.",
+        )
+    for key, holds in (
+        ("output.labels", inference.output.labels == "original"),
+        ("output.first_step", inference.output.first_step == "bilinear"),
+        ("masks.resolution", inference.masks.resolution != "original"),
+    ):
+        require(holds, f"inference.{key}: needs inference.mode=whole.")
+
+
+def _check_views(inference: InferenceConfig) -> None:
+    tta, resize = inference.tta, inference.resize
+    views: Sequence[float] = tta.scales if tta.sides is None else tta.sides
+    key = "scales" if tta.sides is None else "sides"
+    require(len(views) > 0, f"inference.tta.{key}: is empty. [1.0] is a single scale.")
+    makes_an_image: Callable[[float], bool] = (lambda v: v > 0) if tta.sides is None else (lambda v: v >= 1)
+    wrong = [v for v in views if not makes_an_image(v)]
+    require(not wrong, f"inference.tta.{key}={list(views)}: {wrong[:1]} makes no image. Expected numbers over 0.")
+    require(
+        tta.sides is None or resize.rule == ResizeRule.short_side,
+        f"inference.tta.sides: are short sides, the protocol's rule is {resize.rule}. Use tta.scales.",
+    )
+    many = len(views) > 1 or tta.flip
+    require(
+        not (many and inference.output.labels == LabelSize.input),
+        "inference.output.labels=input: labels cannot be averaged over views. Use original.",
+    )
+    require(
+        not (many and resize.rule == ResizeRule.fit),
+        "inference.resize.rule=fit: has one size only. Use another rule for test-time augmentation.",
+    )
+
+
+def _check_output(inference: InferenceConfig) -> None:
+    resize, output = inference.resize, inference.output
+    padded = (
+        resize.pad_to is not None
+        or resize.pad_multiple > 1
+        or resize.pad_at_least is not None
+        or resize.rule == ResizeRule.fit
+    )
+    require(
+        not (padded and output.upsample == Upsample.one_step),
+        "inference.output.upsample=one_step does not go with padding: the padding is cut off at the input's size."
+        " Use two_step.",
+    )
+    require(
+        output.upsample == Upsample.two_step or inference.mode == Mode.whole,
+        "inference.output.upsample=one_step: windows are put together at the input's size. Use two_step.",
+    )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
     for name in ("mean", "std"):
-        values = cfg.model.input[name]
+        values = getattr(model.input, name)
         require(len(values) == 3, f"model.input.{name}: expected three numbers, got {list(values)}.")
-    require(all(v > 0 for v in cfg.model.input.std), "model.input.std: expected numbers over 0.")
-    for name in ("max_value", "stride"):
-        value = cfg.model.input[name]
-        require(value > 0, f"model.input.{name}={value}: expected a number over 0.")
-    _one_of(cfg, "model.dtype", ("fp32", "bf16", "fp16"))
+    require(all(v > 0 for v in model.input.std), "model.input.std: expected numbers over 0.")
     require(
-        cfg.model.dtype in ("fp32", cfg.inference.precision),
-        f"model.dtype={cfg.model.dtype} needs inference.precision={cfg.model.dtype} (it is {cfg.inference.precision}):"
+        model.dtype == Dtype.fp32 or model.dtype == str(config.inference.precision),
+        f"model.dtype={model.dtype} needs inference.precision={model.dtype} (it is {config.inference.precision}):"
         " what is added to such weights must be converted too.",
     )
-    _check_class_map(cfg.model.class_map)
-    _check_model(cfg)
+    _check_class_map(model.class_map)
+    key, what = _NEEDED.get(model.kind, (None, None))
+    require(key is None or getattr(model, key) is not None, f"model.{key} must be set: {what}.")
+    if model.kind == "http":
+        _check_endpoint(model)
 
 
 def _check_class_map(class_map: Sequence[int | None] | None) -> None:
@@ -103,28 +211,40 @@ def _check_class_map(class_map: Sequence[int | None] | None) -> None:
     )
 
 
-_NEEDED = {
-    "onnx": ("path", "the .onnx file"),
-    "torchscript": ("path", "the TorchScript file"),
-    "predictions": ("path", "the folder of label PNGs"),
-    "http": ("url", "the address of the endpoint, such as http://127.0.0.1:8000"),
-    "hf": ("id", "a hub id or a local folder"),
-    "custom": ("_target_", "the import path of your nn.Module, such as my_pkg.my_module.MyNet"),
-}
-
-
-def _check_model(cfg: DictConfig) -> None:
-    key, what = _NEEDED.get(cfg.model.kind, (None, None))
-    require(key is None or cfg.model[key] is not None, f"model.{key} must be set: {what}.")
-    if cfg.model.kind == "http":
-        check_endpoint(cfg.model)
+def _check_endpoint(model: ModelConfig) -> None:
+    """Check where an endpoint is, and that no secret is written where a run records it."""
+    check_url(model.url or "", "model.url", _SECRET, _EXAMPLE_URL)
+    name = model.http.token_env
     require(
-        cfg.model.kind != "demo" or cfg.dataset.kind == "demo",
-        "model=demo knows only the made-up demo images. Choose a model for this data set, such as"
+        name is None or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None,
+        "model.http.token_env: expected the name of an environment variable, such as MY_TOKEN, not the token.",
+    )
+    require(
+        model.class_map is None or model.http.returns == Returns.scores,
+        "model.class_map: is about channels of scores. Set model.http.returns=scores, or leave model.class_map out.",
+    )
+
+
+def _check_dataset(config: Config) -> None:
+    dataset = config.dataset
+    require(
+        config.model.kind != "demo" or dataset.kind == DatasetKind.demo,
+        "model=demo knows only the synthetic demo images. Choose a model for this data set, such as"
         " model=segformer_b0: `python -m ade_harness models` lists them.",
     )
     require(
-        cfg.dataset.kind != "ade20k" or bool(cfg.dataset.root),
+        dataset.kind != DatasetKind.ade20k or bool(dataset.root),
         "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT)."
         " `python -m ade_harness data download` fetches it.",
+    )
+
+
+def _check_probe(probe: ProbeConfig) -> None:
+    require(
+        len(probe.scale) == 2 and 0 < probe.scale[0] <= probe.scale[1],
+        f"probe.scale={probe.scale}: expected two numbers over 0, the smaller first.",
+    )
+    require(
+        probe.warmup < probe.iterations,
+        f"probe.warmup={probe.warmup}: expected 0 to below probe.iterations ({probe.iterations}).",
     )

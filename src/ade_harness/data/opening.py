@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from ade_harness.config.schema import DatasetConfig
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
 from ade_harness.data.demo import open_demo
 from ade_harness.files.fetch import cache_dir
 
 
-def open_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDataset:
+def open_dataset(cfg: DatasetConfig, apply_exif: bool = True) -> SegmentationDataset:
     """Open the data set of a ``dataset`` node.
 
     Args:
@@ -25,5 +24,5 @@ def open_dataset(cfg: DictConfig, apply_exif: bool = True) -> SegmentationDatase
     ids = list(cfg.ids) if cfg.ids is not None else None
     if cfg.kind == "demo":
         return open_demo(cache_dir(), cfg.images, cfg.limit, ids, cfg.split)
-    dataset = open_ade20k(Path(cfg.root).expanduser(), cfg.split, cfg.limit, ids)
+    dataset = open_ade20k(Path(cfg.root or "").expanduser(), cfg.split, cfg.limit, ids)
     return replace(dataset, apply_exif=apply_exif)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 
 from ade_harness import kernels
+from ade_harness.config.model import ModelConfig
 from ade_harness.data.decode import decode_labels, read_header
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.endpoint.client import Endpoint, read_token
@@ -49,7 +49,7 @@ class EndpointPredictor:
         HarnessError: ``model.class_map`` does not fit.
     """
 
-    def __init__(self, model: DictConfig, endpoint: Endpoint, info: dict[str, str], kernels_choice: str) -> None:
+    def __init__(self, model: ModelConfig, endpoint: Endpoint, info: dict[str, str], kernels_choice: str) -> None:
         self.endpoint = endpoint
         self.info = info
         self.send: str = model.http.send
@@ -166,7 +166,7 @@ class EndpointPredictor:
         return f"{self.endpoint.shown('predict')}{f' ({said})' if said else ''}"
 
 
-def open_endpoint(model: DictConfig, kernels_choice: str) -> EndpointPredictor:
+def open_endpoint(model: ModelConfig, kernels_choice: str) -> EndpointPredictor:
     """Read the token, ask the endpoint whether it is there, and return its predictor.
 
     Args:
@@ -177,7 +177,7 @@ def open_endpoint(model: DictConfig, kernels_choice: str) -> EndpointPredictor:
         HarnessError: no token where one is named, or the endpoint does not answer, or refuses.
     """
     http = model.http
-    endpoint = Endpoint(model.url, http.timeout_s, http.retries, read_token(http.token_env))
+    endpoint = Endpoint(model.url or "", http.timeout_s, http.retries, read_token(http.token_env))
     return EndpointPredictor(model, endpoint, endpoint.info(), kernels_choice)
 
 

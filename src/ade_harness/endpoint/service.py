@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from ade_harness import __version__
+from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_image, read_header
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.endpoint.predictor import LABELS_TYPE, SCORES_TYPE, encode
@@ -117,7 +117,7 @@ def _refuse_nan(share: torch.Tensor | None) -> None:
         raise HarnessError(f"{share.item():.1%} of the model's scores are NaN")
 
 
-def open_service(cfg: DictConfig) -> ModelService:
+def open_service(cfg: Config) -> ModelService:
     """Load the model of a configuration onto its device, with the settings that an evaluation has.
 
     Raises:

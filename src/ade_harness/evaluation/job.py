@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ade_harness import kernels
-from ade_harness.config.compose import protocol_changes
+from ade_harness.config.compose import as_dict, protocol_changes
 from ade_harness.config.overrides import words_of
+from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.opening import open_dataset
 from ade_harness.endpoint.predictor import EndpointPredictor, open_endpoint
@@ -33,11 +33,11 @@ from ade_harness.runtime.ranks import Ranks, set_arithmetic
 AnyPredictor = NetworkPredictor | FolderPredictor | EndpointPredictor
 
 
-def open_run(cfg: DictConfig, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
+def open_run(cfg: Config, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
     """Open and lock the run directory, on rank 0; raises as :func:`ade_harness.runs.record.start_record`."""
     if ranks.coordinator.rank != 0:
         return None
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config = as_dict(cfg)
     seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
     facts = describe_facts(job.dataset, job.ids_hash, job.facts, cfg, ranks.trainer.strategy.root_device.type)
     facts["repeat"] = words_of(cfg)
@@ -71,7 +71,7 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def build_job(cfg: DictConfig, coordinator: Coordinator) -> Job:
+def build_job(cfg: Config, coordinator: Coordinator) -> Job:
     """Open the data set and load the model on every rank, and compare what the ranks see.
 
     Raises:
@@ -103,7 +103,7 @@ def build_job(cfg: DictConfig, coordinator: Coordinator) -> Job:
     return Job(dataset, sizes, wrong, ids_hash, predictor, facts, loaders, model, tuple(marks), changes, tuple(notes))
 
 
-def plan_loaders(cfg: DictConfig, rank: int, world_size: int) -> Loaders:
+def plan_loaders(cfg: Config, rank: int, world_size: int) -> Loaders:
     """Return a rank's loaders; those of an endpoint each send one request at a time, which shares its limit out.
 
     Raises:
@@ -157,7 +157,7 @@ def _compare_ranks(
 
 
 def build_predictor(
-    cfg: DictConfig, dataset: SegmentationDataset, sizes: Mapping[str, tuple[int, int]]
+    cfg: Config, dataset: SegmentationDataset, sizes: Mapping[str, tuple[int, int]]
 ) -> tuple[AnyPredictor, LoadedModel | None]:
     """Load the model, and check that it can take what the protocol makes of every image.
 
@@ -173,7 +173,7 @@ def build_predictor(
         HarnessError: see :mod:`ade_harness.models.loading`; or a protocol that the model cannot take.
     """
     if cfg.model.kind == "predictions":
-        folder = FolderPredictor(Path(cfg.model.path).expanduser(), cfg.model.encoding)
+        folder = FolderPredictor(Path(cfg.model.path or "").expanduser(), cfg.model.encoding)
         missing = folder.missing(dataset.ids)
         if missing:
             raise HarnessError(
@@ -190,7 +190,7 @@ def build_predictor(
 
 
 def describe_marks(
-    cfg: DictConfig, dataset: SegmentationDataset, model: LoadedModel | None, sizes: Sequence[tuple[int, int]]
+    cfg: Config, dataset: SegmentationDataset, model: LoadedModel | None, sizes: Sequence[tuple[int, int]]
 ) -> list[str]:
     """Return what the run's numbers are not; shown on every output."""
     marks = []
@@ -214,7 +214,7 @@ def skipped_marks(marks: Sequence[str], counted: int, expected: int, skipped: in
     return [partial, *(mark for mark in marks if not mark.startswith("PARTIAL"))]
 
 
-def describe_model(cfg: DictConfig, predictor: AnyPredictor, model: LoadedModel | None) -> dict[str, Any]:
+def describe_model(cfg: Config, predictor: AnyPredictor, model: LoadedModel | None) -> dict[str, Any]:
     """Return where the predictions come from: ``origin``, and the weights' ``sha256`` if it is known."""
     if model is not None:
         return {"weights": model.weights, **model.facts}
@@ -222,7 +222,7 @@ def describe_model(cfg: DictConfig, predictor: AnyPredictor, model: LoadedModel 
 
 
 def describe_facts(
-    dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], cfg: DictConfig, device: str
+    dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], cfg: Config, device: str
 ) -> dict[str, Any]:
     """Return origins and hashes for the manifest.
 

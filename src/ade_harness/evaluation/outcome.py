@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from ade_harness.config.compose import as_dict
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
 from ade_harness.report.terminal import print_result
@@ -19,7 +19,7 @@ from ade_harness.runtime.console import make_console, print_fact, print_line
 
 
 def run_session(
-    cfg: DictConfig, on_run_dir: Callable[[Path], None] = lambda _: None, console: Console | None = None
+    cfg: Config, on_run_dir: Callable[[Path], None] = lambda _: None, console: Console | None = None
 ) -> Result | None:
     """Evaluate, track, and print; returns the result on rank 0.
 
@@ -42,7 +42,7 @@ def run_session(
     if cfg.tracking.kind == "wandb":
         from ade_harness.tracking.run import log_result
 
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        config = as_dict(cfg)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             tracking_path = log_result(cfg.tracking, result, config, record.summary())

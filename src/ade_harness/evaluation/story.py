@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import seed_everything
-from omegaconf import DictConfig
 from rich.console import Console
 
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.counter import ImageCounter, counted_before, sum_stages
 from ade_harness.evaluation.images import Failure, ImageItems, group_images
@@ -38,7 +38,7 @@ from ade_harness.runtime.ranks import Ranks, Work, WorkItems, WorkLoop, started_
 
 
 def evaluate(
-    cfg: DictConfig, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None
+    cfg: Config, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None
 ) -> tuple[Result, RunRecord] | None:
     """Evaluate one model on one data set.
 
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def _evaluate(
-    cfg: DictConfig,
+    cfg: Config,
     console: Console,
     on_run_dir: Callable[[Path], None],
     start: float,

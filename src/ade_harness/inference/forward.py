@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ade_harness.config.schema import InferenceConfig
+from ade_harness.config.inference import InferenceConfig
 from ade_harness.errors import HarnessError
 from ade_harness.models.loading import LoadedModel
 from ade_harness.models.outputs import MaskLogits, read_output

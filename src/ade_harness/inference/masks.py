@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ade_harness.config.schema import MaskConfig
+from ade_harness.config.inference import MaskConfig
 from ade_harness.inference.plan import ViewPlan
 from ade_harness.kernels.views import Size, View, whole
 from ade_harness.models.class_map import ClassMap

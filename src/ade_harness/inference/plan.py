@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ade_harness.config.schema import AugmentationConfig, InferenceConfig, ResizeConfig, WindowConfig
+from ade_harness.config.inference import AugmentationConfig, InferenceConfig, ResizeConfig, ResizeRule, WindowConfig
 from ade_harness.inference.resize import padded_size, padding_offset, round_half_up, target_sizes
 from ade_harness.kernels.views import Size
 
@@ -72,14 +72,14 @@ def _scaled_sizes(size: Size, rule: ResizeConfig, tta: AugmentationConfig) -> It
         target = round_half_up(source, scale)
         factor = min(max(target) / max(source), min(target) / min(source))
         exact = round_half_up(source, factor)
-        yield [*before, *target_sizes(source, replace(rule, rule="exact", height=exact[0], width=exact[1]))]
+        yield [*before, *target_sizes(source, replace(rule, rule=ResizeRule.exact, height=exact[0], width=exact[1]))]
 
 
 def _scaled(size: Size, rule: ResizeConfig, scale: float, tta: AugmentationConfig) -> ResizeConfig:
     """Return the resize rule with its lengths multiplied, cut to whole pixels as the official configs do."""
     if rule.rule in ("none", "fit") and scale != 1:
         height, width = round_half_up(size, scale)
-        return replace(rule, rule="exact", height=height, width=width)
+        return replace(rule, rule=ResizeRule.exact, height=height, width=width)
 
     def scaled(length: int | None) -> int | None:
         return None if length is None else int(length * scale)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ade_harness import kernels
-from ade_harness.config.schema import InferenceConfig
+from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.inference.forward import BatchedForward
 from ade_harness.inference.masks import mask_view
@@ -88,14 +88,14 @@ class NetworkPredictor:
     def __init__(
         self,
         model: LoadedModel,
-        inference: DictConfig,
-        model_cfg: DictConfig,
+        inference: InferenceConfig,
+        model_cfg: ModelConfig,
         kernels_choice: str = "auto",
         confident: bool = False,
     ) -> None:
         self.model = model
         self.confident = confident
-        self.cfg = _fitted(cast(InferenceConfig, OmegaConf.to_object(inference)), model.fixed_size)
+        self.cfg = _fitted(inference, model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         pixels = model_cfg.input
         self.statistics = PixelStatistics(model.mean, model.std, pixels.channel_order == "bgr", pixels.max_value)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ade_harness.config.schema import ResizeConfig
+from ade_harness.config.inference import ResizeConfig
 from ade_harness.kernels.views import Size
 
 Pixels = npt.NDArray[np.uint8]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ade_harness.config.model import CheckpointConfig, ModelConfig
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.files.fetch import cache_dir, file_hash
@@ -57,7 +57,7 @@ class LoadedModel:
     """For the manifest: origin and sha256 of the weights, parameters."""
 
 
-def load_model(cfg: DictConfig, threads: int = 1) -> LoadedModel:
+def load_model(cfg: ModelConfig, threads: int = 1) -> LoadedModel:
     """Build the network of ``cfg.model`` with its weights, on the CPU, in evaluation mode.
 
     Raises:
@@ -91,15 +91,15 @@ def _convert(module: nn.Module, dtype: torch.dtype, kind: str) -> None:
                     tensor.data = tensor.data.to(dtype)
 
 
-def _statistics(cfg: DictConfig) -> dict[str, Any]:
+def _statistics(cfg: ModelConfig) -> dict[str, Any]:
     return {"mean": tuple(cfg.input.mean), "std": tuple(cfg.input.std)}
 
 
-def _names(cfg: DictConfig, carried: list[str] | None = None) -> list[str] | None:
+def _names(cfg: ModelConfig, carried: list[str] | None = None) -> list[str] | None:
     return list(cfg.class_names) if cfg.class_names is not None else carried
 
 
-def _checkpoint(cfg: DictConfig) -> Checkpoint | None:
+def _checkpoint(cfg: ModelConfig) -> Checkpoint | None:
     """Return the weight file to load; None if there is none, or for random weights."""
     if cfg.weights == "random":
         return None
@@ -108,14 +108,12 @@ def _checkpoint(cfg: DictConfig) -> Checkpoint | None:
     return _public_file(cfg, cfg.official, cfg.hub)
 
 
-def _public_file(cfg: DictConfig, official: DictConfig, hub: DictConfig) -> Checkpoint | None:
+def _public_file(cfg: ModelConfig, official: CheckpointConfig, hub: CheckpointConfig) -> Checkpoint | None:
     """Fetch one of a model's public files, if it has one."""
-    if cfg.source not in (None, "official", "hub"):
-        raise HarnessError(f"model.source={cfg.source}: choose official or hub, or leave it out.")
     if official.url is not None and cfg.source != "hub":
         return url_checkpoint(official.url, cache_dir() / "checkpoints", official.sha256)
     if hub.hub_id is not None and cfg.source != "official":
-        return hub_checkpoint(hub.hub_id, hub.filename, hub.revision, hub.sha256)
+        return hub_checkpoint(hub.hub_id, hub.filename or "", hub.revision, hub.sha256)
     if cfg.source is not None and (official.url or hub.hub_id):
         raise HarnessError(f"model.source={cfg.source}: {cfg.name} has no such file. Leave model.source out.")
     return None
@@ -125,7 +123,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"origin": checkpoint.origin, "sha256": checkpoint.sha256}
 
 
-def _load_demo(cfg: DictConfig, threads: int) -> LoadedModel:
+def _load_demo(cfg: ModelConfig, threads: int) -> LoadedModel:
     return LoadedModel(
         load_demo_network(),
         "demo",
@@ -135,12 +133,11 @@ def _load_demo(cfg: DictConfig, threads: int) -> LoadedModel:
     )
 
 
-def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
+def _load_system(cfg: ModelConfig, threads: int) -> LoadedModel:
     """Load a system of the leaderboard: of models/systems.py."""
     family = FAMILIES[cfg.kind]
-    architecture: Any = OmegaConf.to_container(cfg.architecture, resolve=True)
     if cfg.weights == "random":
-        module = quietly_random(family, architecture, cfg.seed)
+        module = quietly_random(family, cfg.architecture, cfg.seed)
         facts = {"origin": f"random, seed {cfg.seed}"}
         return _system(cfg, module, "random", facts)
     checkpoint = _checkpoint(cfg)
@@ -162,7 +159,7 @@ def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
     keys = Keys(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
-    module = family.load(architecture, state, keys)
+    module = family.load(cfg.architecture, state, keys)
     if isinstance(module, Beit3Trunk):
         raise HarnessError(
             f"{facts['origin']}: BEiT-3's encoder alone, without adapter and head. {cfg.missing or ''}"
@@ -171,12 +168,12 @@ def _load_system(cfg: DictConfig, threads: int) -> LoadedModel:
     return _system(cfg, module, "pretrained", facts)
 
 
-def _system(cfg: DictConfig, module: nn.Module, weights: str, facts: dict[str, Any]) -> LoadedModel:
+def _system(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, Any]) -> LoadedModel:
     size: Any = getattr(module, "fixed_size", None)
     return LoadedModel(module, weights, **_statistics(cfg), channels=NUM_CLASSES, fixed_size=size, facts=facts)
 
 
-def load_for_probe(cfg: DictConfig) -> LoadedModel:
+def load_for_probe(cfg: ModelConfig) -> LoadedModel:
     """Build a system with its backbone's public weights and a head that is still to be trained.
 
     Raises:
@@ -188,15 +185,14 @@ def load_for_probe(cfg: DictConfig) -> LoadedModel:
         raise HarnessError(
             f"model={cfg.name}: has no linear head on a frozen backbone. Models to probe: {', '.join(names)}."
         )
-    architecture: Any = OmegaConf.to_container(cfg.architecture, resolve=True)
     if cfg.weights == "random":
-        module, facts = quietly_random(family, architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
+        module, facts = quietly_random(family, cfg.architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
         return LoadedModel(module.eval(), "random", **_statistics(cfg), facts=facts)
     if cfg.checkpoint is not None:
         raise HarnessError("model.checkpoint: probe makes it. The backbone's file is model.backbone_checkpoint=PATH.")
     backbone = _backbone(cfg, f"model={cfg.name}")
     keys = Keys(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
-    module = family.load(architecture, read_state_dict(backbone.path), keys).eval()
+    module = family.load(cfg.architecture, read_state_dict(backbone.path), keys).eval()
     if cfg.dtype != "fp32":
         _convert(module, DTYPES[cfg.dtype], cfg.kind)
     return LoadedModel(module, "pretrained", **_statistics(cfg), facts=_facts(backbone))
@@ -207,7 +203,7 @@ def _is_head_alone(family: Family, state: StateDict) -> bool:
     return bool(family.head) and all(k.startswith(family.head) for k in family.hub_names(state))
 
 
-def _backbone(cfg: DictConfig, why: str) -> Checkpoint:
+def _backbone(cfg: ModelConfig, why: str) -> Checkpoint:
     """Return the file of the frozen backbone below a head; `why` leads the message if there is none."""
     if cfg.backbone_checkpoint is not None:
         return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
@@ -217,12 +213,12 @@ def _backbone(cfg: DictConfig, why: str) -> Checkpoint:
     return found
 
 
-def _load_hf(cfg: DictConfig, threads: int) -> LoadedModel:
+def _load_hf(cfg: ModelConfig, threads: int) -> LoadedModel:
     module, names, statistics, facts = load_transformers(
-        cfg.id, cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
+        cfg.id or "", cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
     )
     mean, std = statistics or (list(cfg.input.mean), list(cfg.input.std))
-    folder = Path(cfg.id)
+    folder = Path(cfg.id or "")
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
     if files:  # one file, or the shards; transformers prefers safetensors
         digests = [file_hash(f, "sha256") for f in files]
@@ -238,8 +234,8 @@ def _load_hf(cfg: DictConfig, threads: int) -> LoadedModel:
     )
 
 
-def _load_custom(cfg: DictConfig, threads: int) -> LoadedModel:
-    target: str = cfg._target_
+def _load_custom(cfg: ModelConfig, threads: int) -> LoadedModel:
+    target = cfg._target_ or ""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the console script does not
     try:
@@ -250,11 +246,10 @@ def _load_custom(cfg: DictConfig, threads: int) -> LoadedModel:
             f"model._target_={target}: cannot be imported ({reason}). Expected package.module.Name, importable from"
             f" {Path.cwd()} or installed."
         ) from error
-    kwargs: Any = OmegaConf.to_container(cfg.kwargs, resolve=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         try:
-            module = make(**kwargs)
+            module = make(**cfg.kwargs)
         except TypeError as error:
             raise HarnessError(
                 f"model._target_={target}: does not take these arguments ({error})."
@@ -296,8 +291,8 @@ def _import_target(target: str) -> Any:
     raise ImportError("a dotted path is needed")
 
 
-def _file(cfg: DictConfig) -> Path:
-    path = Path(cfg.path).expanduser()
+def _file(cfg: ModelConfig) -> Path:
+    path = Path(cfg.path or "").expanduser()
     if not path.is_file():
         raise HarnessError(f"model.path={cfg.path}: no such file.")
     digest = cfg.checkpoint_sha256
@@ -308,7 +303,7 @@ def _file(cfg: DictConfig) -> Path:
     return path
 
 
-def _load_torchscript(cfg: DictConfig, threads: int) -> LoadedModel:
+def _load_torchscript(cfg: ModelConfig, threads: int) -> LoadedModel:
     path = _file(cfg)
     try:
         module = torch.jit.load(str(path), map_location="cpu")
@@ -321,7 +316,7 @@ def _load_torchscript(cfg: DictConfig, threads: int) -> LoadedModel:
     return LoadedModel(module, "pretrained", **_statistics(cfg), class_names=_names(cfg), facts=facts)
 
 
-def _load_onnx(cfg: DictConfig, threads: int) -> LoadedModel:
+def _load_onnx(cfg: ModelConfig, threads: int) -> LoadedModel:
     path = _file(cfg)
     module = OnnxModel(path, threads)
     facts = {"origin": str(path), "sha256": file_hash(path, "sha256"), "parameters": None}
@@ -337,7 +332,7 @@ def _load_onnx(cfg: DictConfig, threads: int) -> LoadedModel:
     )
 
 
-LOADERS: dict[str, Callable[[DictConfig, int], LoadedModel]] = {
+LOADERS: dict[str, Callable[[ModelConfig, int], LoadedModel]] = {
     "demo": _load_demo,
     **dict.fromkeys(FAMILIES, _load_system),
     "hf": _load_hf,

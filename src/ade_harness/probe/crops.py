@@ -7,17 +7,16 @@ Normalize, Pad), which DINOv3's transforms follow with other colour functions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ade_harness.config.probe import ProbeConfig
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 
@@ -32,7 +31,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     """
 
     dataset: SegmentationDataset
-    recipe: DictConfig
+    recipe: ProbeConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -49,9 +48,9 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return normalised(image, target, self.recipe.crop, self.mean, self.std)
 
 
-def make_crop(image: Pixels, target: Pixels, recipe: DictConfig, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+def make_crop(image: Pixels, target: Pixels, recipe: ProbeConfig, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """Scale, crop, mirror and recolour one image; uint8 [h, w, 3] and [h, w], at most ``recipe.crop`` on a side."""
-    side = int(recipe.side * rng.uniform(*recipe.scale))
+    side = int(recipe.side * rng.uniform(recipe.scale[0], recipe.scale[1]))
     height, width = image.shape[:2]
     factor = side / min(height, width)
     size = (max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5)))
@@ -79,7 +78,7 @@ def _resize(image: Pixels, target: Pixels, size: tuple[int, int], backend: str) 
     )
 
 
-def _choose_crop(target: Pixels, recipe: DictConfig, rng: np.random.Generator) -> tuple[int, int]:
+def _choose_crop(target: Pixels, recipe: ProbeConfig, rng: np.random.Generator) -> tuple[int, int]:
     """Draw (top, left); up to ten times more while one class fills more than ``most_of_one_class`` of the crop."""
     crop = recipe.crop
     for attempt in range(11):
@@ -153,8 +152,8 @@ def normalised(
 class Share:
     """The crops of one rank from some step on: step by step, its part of each batch."""
 
-    def __init__(self, recipe: DictConfig, first_step: int, rank: int, world_size: int) -> None:
-        self.recipe: Any = recipe
+    def __init__(self, recipe: ProbeConfig, first_step: int, rank: int, world_size: int) -> None:
+        self.recipe = recipe
         self.first_step = first_step
         self.own = range(rank, recipe.batch, world_size)
 

@@ -15,12 +15,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ade_harness.config.compose import as_dict
+from ade_harness.config.probe import ProbeConfig
+from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.opening import open_dataset
@@ -29,7 +31,7 @@ from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loading import DTYPES, LoadedModel, load_for_probe
 from ade_harness.probe.crops import Crops, Share
-from ade_harness.probe.recipe import learning_rate
+from ade_harness.probe.schedule import learning_rate
 from ade_harness.runs.directory import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -52,17 +54,14 @@ _LOCAL_KEYS = ("save_every", "log_every")
 """Fields of a recipe that change no weight."""
 
 
-def train_probe(
-    cfg: DictConfig, recipe: DictConfig, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None
-) -> Path | None:
+def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None) -> Path | None:
     """Train a head; returns its file on rank 0, None on the other ranks.
 
     Every rank runs this function. ``run.dir`` is new, or that of an earlier part, which is continued: to the same bits,
     on as many ranks as before.
 
     Args:
-        cfg: model, data set (a training split), runtime and tracking.
-        recipe: of :func:`ade_harness.probe.recipe.read_recipe`.
+        cfg: of :func:`ade_harness.config.compose.compose_probe`.
         console: for progress.
         on_run_dir: told the run directory as soon as it is there.
 
@@ -70,7 +69,14 @@ def train_probe(
         HarnessError: nothing to train, or another recipe, model or data set than the directory's.
         StopRequestedError: asked to stop; the state is saved.
     """
-    options = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "sync_batchnorm": _on_gpus(cfg)}
+    recipe = cfg.probe
+    assert recipe is not None
+    options: dict[str, Any] = {
+        "max_epochs": 1,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "sync_batchnorm": _on_gpus(cfg),
+    }
     with started_ranks(cfg.runtime, training=True, **options) as ranks:
         first = ranks.coordinator.rank == 0
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
@@ -93,7 +99,7 @@ def train_probe(
         return _finish(cfg, training, opened.manifest, dataset, console) if opened is not None else None
 
 
-def _on_gpus(cfg: DictConfig) -> bool:
+def _on_gpus(cfg: Config) -> bool:
     """Whether batch norm is to see the crops of all ranks; torch has no such norm for the CPU."""
     return cfg.runtime.accelerator != "cpu" and torch.cuda.is_available()
 
@@ -106,14 +112,13 @@ class _Opened:
 
 
 def _open(
-    cfg: DictConfig, recipe: DictConfig, dataset: SegmentationDataset, model: LoadedModel, console: Console
+    cfg: Config, recipe: ProbeConfig, dataset: SegmentationDataset, model: LoadedModel, console: Console
 ) -> _Opened:
     path = make_run_dir(cfg.run.dir, cfg.run.root, f"probe-{cfg.model.name}")
     new = is_new(path)
     lock = RunLock(path, console.print)
     lock.acquire()
-    given: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    chosen: Any = OmegaConf.to_container(recipe)
+    given, chosen = as_dict(cfg.model), as_dict(recipe)
     identity = flatten(
         {
             "probe": {k: v for k, v in chosen.items() if k not in _LOCAL_KEYS},
@@ -155,7 +160,7 @@ class _Training(pl.LightningModule):
     """The head alone is a part of this module: the backbone is neither trained, synchronised nor saved."""
 
     def __init__(
-        self, cfg: DictConfig, recipe: DictConfig, model: LoadedModel, ranks: Ranks, run_dir: Path, console: Console
+        self, cfg: Config, recipe: ProbeConfig, model: LoadedModel, ranks: Ranks, run_dir: Path, console: Console
     ) -> None:
         super().__init__()
         assert isinstance(model.module, LinearSegmenter)
@@ -198,7 +203,7 @@ class _Training(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=self.recipe.lr,
-            betas=tuple(self.recipe.betas),
+            betas=(self.recipe.betas[0], self.recipe.betas[1]),
             weight_decay=self.recipe.weight_decay,
         )
         if self._saved is not None:
@@ -273,7 +278,7 @@ class _Training(pl.LightningModule):
 
 
 def _fit(
-    training: _Training, cfg: DictConfig, recipe: DictConfig, dataset: SegmentationDataset, model: LoadedModel
+    training: _Training, cfg: Config, recipe: ProbeConfig, dataset: SegmentationDataset, model: LoadedModel
 ) -> None:
     ranks = training.ranks
     if training.first_step >= recipe.iterations:
@@ -309,7 +314,7 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _finish(
-    cfg: DictConfig, training: _Training, manifest: dict[str, Any], dataset: SegmentationDataset, console: Console
+    cfg: Config, training: _Training, manifest: dict[str, Any], dataset: SegmentationDataset, console: Console
 ) -> Path:
     path = training.run_dir / HEAD
     weights = {f"head.{k}": v.detach().cpu().contiguous() for k, v in training.head.state_dict().items()}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from omegaconf import OmegaConf
 from PIL import Image
 
-from ade_harness.config.schema import Config
+from ade_harness.config.compose import stored_node
+from ade_harness.config.schema import DatasetConfig
 from ade_harness.data.ade20k import Sample, SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, class_names, palette
 from ade_harness.data.opening import open_dataset
@@ -64,9 +64,9 @@ def reopen_dataset(run: FinishedRun) -> tuple[SegmentationDataset | None, str | 
     Returns:
         The data set, or None and the reason why it cannot be opened.
     """
-    config = OmegaConf.merge(OmegaConf.structured(Config), {k: run.config[k] for k in ("dataset", "inference")})
     try:
-        return open_dataset(config.dataset, config.inference.exif), None
+        dataset: DatasetConfig = stored_node(DatasetConfig, run.config["dataset"])
+        return open_dataset(dataset, run.config["inference"]["exif"]), None
     except HarnessError as error:
         return None, str(error)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 
 from ade_harness.data.labels import class_names
 from ade_harness.metrics.areas import ImageAreas, image_areas
@@ -154,4 +154,4 @@ def provenance(run: FinishedRun) -> list[tuple[str, str]]:
 
 def configuration(run: FinishedRun) -> str:
     """Return the resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(run.config))
+    return yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from ade_harness.config.schema import Config, MetricsConfig
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import classes
 from ade_harness.files.atomic import replaced, write_json, write_text
@@ -42,7 +42,7 @@ class Published:
     """Whether the run's protocol is the one behind the score."""
 
 
-def published_score(cfg: DictConfig) -> Published | None:
+def published_score(cfg: Config) -> Published | None:
     """Return what others published of a configuration's model, by its protocol if they have that number.
 
     Args:
@@ -53,17 +53,18 @@ def published_score(cfg: DictConfig) -> Published | None:
     if cfg.dataset.kind == "demo":
         return None
     for kind, words in (("ss", "single scale"), ("ms", "multi-scale and mirrored")):
-        if model.protocols[kind] == name and published[kind] is not None:
-            same = published[kind] == published.mIoU
-            return Published(published[kind], published.protocol if same else words, published.source)
+        score: float | None = getattr(published, kind)
+        if getattr(model.protocols, kind) == name and score is not None:
+            same = score == published.mIoU
+            return Published(score, published.protocol if same else words, published.source)
     if published.mIoU is None:
         return None
-    own = all(protocol in (None, name) for protocol in model.protocols.values())
+    own = all(protocol in (None, name) for protocol in (model.protocols.ss, model.protocols.ms))
     return Published(published.mIoU, published.protocol, published.source, own)
 
 
 def judge_published(
-    cfg: DictConfig,
+    cfg: Config,
     published: Published | None,
     value: float,
     interval: Interval | None,
@@ -180,7 +181,7 @@ class Result:
         }
 
 
-def resample_scores(cfg: DictConfig, rows: Sequence[Row]) -> Bootstrap | None:
+def resample_scores(cfg: MetricsConfig, rows: Sequence[Row]) -> Bootstrap | None:
     """Resample as the ``metrics`` node says; None if it asks for nothing, or of one image."""
     if cfg.resamples == 0 or len(rows) < 2:
         return None
@@ -188,7 +189,7 @@ def resample_scores(cfg: DictConfig, rows: Sequence[Row]) -> Bootstrap | None:
 
 
 def summarise(
-    cfg: DictConfig,
+    cfg: Config,
     run_dir: Path,
     dataset: SegmentationDataset,
     rows: Sequence[Row],

@@ -14,8 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError, require
 
 SUPERVISED = "ADE_HARNESS_NOTE"
@@ -54,7 +53,7 @@ def has_last_word() -> bool:
     return not is_supervised() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def node_count(cfg: DictConfig) -> int:
+def node_count(cfg: RuntimeConfig) -> int:
     """Return the number of nodes of a ``runtime`` node: ``auto`` is what SLURM gave this step, or one."""
     if cfg.num_nodes != "auto":
         return int(cfg.num_nodes)
@@ -70,21 +69,21 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def resolve_devices(cfg: DictConfig) -> tuple[str, int]:
+def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
     """Return (accelerator, ranks per node) of a ``runtime`` node.
 
     Raises:
         HarnessError: more GPUs asked for than there are.
     """
     gpus = gpu_count() if cfg.accelerator != "cpu" else 0
-    accelerator = cfg.accelerator if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
+    accelerator = str(cfg.accelerator) if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
     if accelerator == "cuda" and not gpus:
         raise HarnessError(
             f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."
         )
     if cfg.devices == "auto":
         return accelerator, gpus if accelerator == "cuda" else _step_tasks_per_node()
-    if accelerator == "cuda" and cfg.devices > gpus:
+    if accelerator == "cuda" and int(cfg.devices) > gpus:
         raise HarnessError(f"runtime.devices={cfg.devices}: {host_name()} has {gpus} GPUs.")
     return accelerator, int(cfg.devices)
 
@@ -107,7 +106,7 @@ class Node:
     """Of rank 0's store, in the first attempt; each attempt takes the next one."""
 
 
-def find_node(cfg: DictConfig) -> Node:
+def find_node(cfg: RuntimeConfig) -> Node:
     """Find out which node this is.
 
     One node needs nothing. SLURM gives its variables. Anybody else sets NODE_RANK, MASTER_ADDR and MASTER_PORT on

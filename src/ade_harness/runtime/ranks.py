@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.cluster import (
     host_name,
@@ -295,7 +295,7 @@ def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     }
 
 
-def make_trainer(cfg: DictConfig, training: bool = False, **options: Any) -> pl.Trainer:
+def make_trainer(cfg: RuntimeConfig, training: bool = False, **options: Any) -> pl.Trainer:
     """Return a Lightning Trainer with everything off that would change counts or write files.
 
     Args:
@@ -344,7 +344,7 @@ def _environment() -> Any:
 
 
 @contextmanager
-def started_ranks(cfg: DictConfig, **options: Any) -> Iterator[Ranks]:
+def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
     """Start this rank of a ``runtime`` node; inside, every rank runs the same code and they can talk.
 
     Lightning would connect them within ``trainer.test()``; doing it first lets ranks agree on the run directory and

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 
+from ade_harness.config.schema import TrackingConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.runs.directory import read_manifest
@@ -48,7 +48,7 @@ class Entry:
     """Nested: W&B shows and filters it as dotted keys, and asks for keys without dots of their own."""
 
 
-def log_result(cfg: DictConfig, result: Result, config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+def log_result(cfg: TrackingConfig, result: Result, config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
     """Log a finished evaluation: scores, tables, confusion matrix, overlays, page, ledger, checkpoint and data set.
 
     Args:
@@ -65,7 +65,7 @@ def log_result(cfg: DictConfig, result: Result, config: dict[str, Any], manifest
     return _track(cfg, entry, lambda run: log_content(run, result, config, manifest))
 
 
-def log_failure(cfg: DictConfig, folder: Path, why: str) -> str | None:
+def log_failure(cfg: TrackingConfig, folder: Path, why: str) -> str | None:
     """Log a run that ended without a score, as failed and with an alert.
 
     Args:
@@ -93,7 +93,9 @@ def log_failure(cfg: DictConfig, folder: Path, why: str) -> str | None:
     return _track(cfg, _entry(cfg, folder, job_type, config, manifest, tags), fill, exit_code=1)
 
 
-def log_curve(cfg: DictConfig, folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str | None:
+def log_curve(
+    cfg: TrackingConfig, folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+) -> str | None:
     """Log a training as one W&B run; a failure loses nothing.
 
     Args:
@@ -138,7 +140,7 @@ def read_tracking(folder: Path) -> dict[str, Any]:
 
 
 def _entry(
-    cfg: DictConfig,
+    cfg: TrackingConfig,
     folder: Path,
     job_type: str,
     config: Mapping[str, Any],
@@ -153,7 +155,7 @@ def _mark_tags(marks: Sequence[str]) -> tuple[str, ...]:
     return tuple(mark.split(":")[0].lower() for mark in marks)
 
 
-def _track(cfg: DictConfig, entry: Entry, fill: Callable[[Any], None], exit_code: int = 0) -> str | None:
+def _track(cfg: TrackingConfig, entry: Entry, fill: Callable[[Any], None], exit_code: int = 0) -> str | None:
     mode = wandb_mode(cfg.mode)
     if mode == "disabled":
         return None
@@ -181,7 +183,7 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def _write(cfg: DictConfig, entry: Entry, fill: Callable[[Any], None], exit_code: int) -> Path:
+def _write(cfg: TrackingConfig, entry: Entry, fill: Callable[[Any], None], exit_code: int) -> Path:
     """Write the offline run, in place of an earlier one of this run directory; returns its folder."""
     import wandb
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from ade_harness.config.compose import compose_config
+from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.files import hub_checkpoint, read_state_dict
 from ade_harness.models.loading import load_model
@@ -49,7 +49,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache/checkpoints"
 
 
-def model_cfg(*words: str) -> DictConfig:
+def model_cfg(*words: str) -> ModelConfig:
     return compose_config(list(words)).model
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from ade_harness.config.compose import compose_config
@@ -40,7 +39,7 @@ CASES = {
 
 
 def architecture(cfg: Any) -> dict[str, Any]:
-    fields: Any = OmegaConf.to_container(cfg.architecture)
+    fields = dict(cfg.architecture)
     return fields
 
 

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from ade_harness.config.compose import compose_config
-from ade_harness.config.schema import MaskConfig, WindowConfig
+from ade_harness.config.inference import MaskConfig, WindowConfig
 from ade_harness.errors import HarnessError
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, window_grid

@@ -1,0 +1,61 @@
+"""Fields of configuration dataclasses that carry the range of their values, and the one check of all ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import field, fields, is_dataclass
+from typing import Any
+
+from ade_harness.errors import require
+
+
+def bounded(
+    default: Any,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    unit: str = "",
+) -> Any:
+    """Return a dataclass field whose value, if there is one, lies in a range.
+
+    Args:
+        default: of the field; None allows null.
+        at_least: smallest value.
+        at_most: largest value.
+        above: every value is larger than this.
+        unit: what is counted, for the message.
+    """
+    return field(default=default, metadata={"at_least": at_least, "at_most": at_most, "above": above, "unit": unit})
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Check every bounded field of a configuration and of what is nested in it.
+
+    Raises:
+        HarnessError: names the dotted key, its value, and what was expected.
+    """
+    for key, value, limits in _bounded_values(config, prefix):
+        least, most, above = limits["at_least"], limits["at_most"], limits["above"]
+        inside = (
+            (least is None or value >= least) and (most is None or value <= most) and (above is None or value > above)
+        )
+        require(inside, f"{key}={value:{'g' if isinstance(value, float) else ''}}: expected {_range_text(limits)}.")
+
+
+def _bounded_values(config: Any, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    for one in fields(config):
+        key, value = f"{prefix}{one.name}", getattr(config, one.name)
+        if is_dataclass(value):
+            yield from _bounded_values(value, f"{key}.")
+        elif "at_least" in one.metadata and value is not None:
+            yield key, value, dict(one.metadata)
+
+
+def _range_text(limits: dict[str, Any]) -> str:
+    least, most, above = (None if limits[k] is None else f"{limits[k]:,}" for k in ("at_least", "at_most", "above"))
+    unit = f" {limits['unit']}" if limits["unit"] else ""
+    if above is not None:
+        return f"more than {above}{unit}"
+    if most is None:
+        return f"{least}{unit} or more"
+    return f"at most {most}{unit}" if least is None else f"{least} to {most}{unit}"

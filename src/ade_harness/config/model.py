@@ -1,0 +1,179 @@
+"""The ``model`` group: which network, its weights, and what its outputs mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from ade_harness.config.fields import bounded
+
+
+class ChannelOrder(StrEnum):
+    """Of the pixels that a network takes."""
+
+    rgb = "rgb"
+    bgr = "bgr"
+
+
+class ImageFormat(StrEnum):
+    """How an image is sent."""
+
+    png = "png"
+    jpeg = "jpeg"  # changes the pixels
+
+
+class Returns(StrEnum):
+    """What an endpoint answers with."""
+
+    labels = "labels"  # label maps as PNG
+    scores = "scores"  # .npy
+
+
+class WeightSource(StrEnum):
+    """Which of two public files."""
+
+    official = "official"
+    hub = "hub"
+
+
+class Weights(StrEnum):
+    """Where a network's weights come from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Dtype(StrEnum):
+    """Type of the weights in memory."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Encoding(StrEnum):
+    """What the values of a label PNG mean."""
+
+    official = "official"  # 0 unlabelled, 1..150
+    zero_based = "zero_based"  # 0..149, 255 unlabelled
+
+
+@dataclass
+class InputConfig:
+    """What pixel values a network wants: ``(value - mean) / std`` on the 0..255 scale."""
+
+    mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
+    std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
+    channel_order: ChannelOrder = ChannelOrder.rgb  # mean and std are in this order
+    # what a pixel of 255 is before mean and std: 255, or 1 for statistics on the 0..1 scale
+    max_value: float = bounded(255.0, above=0)
+    stride: int = bounded(1, at_least=1)  # of the coarsest features: no side of the network's input may be smaller
+
+
+@dataclass
+class CheckpointConfig:
+    """A public weight file, on the hub or at an address."""
+
+    hub_id: str | None = None
+    revision: str | None = None  # commit; null takes the newest and records which it was
+    filename: str | None = None
+    url: str | None = None  # the official file; takes precedence over the hub's unless model.source=hub
+    sha256: str | None = None  # or its first 6 digits or more, as many files have them in their names
+    license: str | None = None
+    gated: bool = False  # asks for a registration
+
+
+@dataclass
+class PublishedConfig:
+    """The score that others published: shown beside ours, never as ours."""
+
+    mIoU: float | None = None  # percent, as printed in the source, by the protocol that the model's YAML chooses
+    ss: float | None = None  # single scale
+    ms: float | None = None  # multi-scale and mirrored
+    protocol: str = ""
+    source: str = ""
+
+
+@dataclass
+class ProtocolsConfig:
+    """What inference=ss and inference=ms choose for this model."""
+
+    ss: str | None = None
+    ms: str | None = None
+
+
+@dataclass
+class AboutConfig:
+    """Where the model comes from."""
+
+    paper: str = ""
+    repository: str = ""
+    commit: str = ""  # or the release that was read
+    config: str = ""  # of the official code
+    parameters_m: float | None = None  # millions, as published or counted in the official code
+    weights: str = ""  # public, gated, third party, never published, ...
+
+
+@dataclass
+class ParityConfig:
+    """How the network was checked against another implementation."""
+
+    against: str = ""
+    error: float | None = None  # largest difference of scores over the largest score, float32
+
+
+@dataclass
+class HttpConfig:
+    """kind=http: how an endpoint is asked (docs/endpoints.md)."""
+
+    send: ImageFormat = ImageFormat.png
+    jpeg_quality: int = bounded(95, at_least=1, at_most=100)
+    returns: Returns = Returns.labels
+    # of one try, from connecting to the last byte
+    timeout_s: float = bounded(60.0, at_least=0.1, at_most=3600, unit="seconds")
+    retries: int = bounded(4, at_least=0, at_most=20)  # after a lost connection, a timeout, 429 or 5xx
+    concurrency: int = bounded(4, at_least=1, at_most=256)  # requests under way, of all ranks together
+    token_env: str | None = None  # name of the environment variable that holds a bearer token
+
+
+@dataclass
+class ModelConfig:
+    """Which network, its weights, and what its outputs mean."""
+
+    name: str = MISSING
+    kind: str = MISSING  # key of ade_harness.models.loading.LOADERS
+    label: str = ""  # how tables call it
+    _target_: str | None = None  # kind=custom: import path of an nn.Module class or a function that makes one
+    kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments
+    path: str | None = None  # kind=onnx, torchscript, predictions: file or folder
+    id: str | None = None  # kind=hf: hub id or local folder
+    url: str | None = None  # kind=http: address of the endpoint; images go to /predict below it
+    http: HttpConfig = field(default_factory=HttpConfig)
+    revision: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    protocols: ProtocolsConfig = field(default_factory=ProtocolsConfig)
+    official: CheckpointConfig = field(default_factory=CheckpointConfig)  # the authors' file
+    hub: CheckpointConfig = field(default_factory=CheckpointConfig)  # the hub's
+    backbone: CheckpointConfig = field(default_factory=CheckpointConfig)  # if the other file holds the head alone
+    source: WeightSource | None = None  # null takes the official file, if there is one
+    missing: str | None = None  # what was never published, and what to do
+    checkpoint: str | None = None  # a weight file of your own, in place of the public one
+    checkpoint_sha256: str | None = None
+    backbone_checkpoint: str | None = None  # likewise, if model.checkpoint holds the head alone
+    delta: bool = False  # the file holds differences from the backbone's file, which is read too
+    probe: str | None = None  # recipe of `probe` (conf/probe)
+    weights: Weights = Weights.pretrained
+    seed: int = 0  # of random weights
+    dtype: Dtype = Dtype.fp32  # bf16 and fp16 need the same inference.precision
+    class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
+    class_names: list[str] | None = None  # per output channel, if the file carries none
+    encoding: Encoding = Encoding.official  # kind=predictions, http
+    input: InputConfig = field(default_factory=InputConfig)
+    allow_missing_keys: list[str] = field(default_factory=list)
+    allow_unexpected_keys: list[str] = field(default_factory=list)
+    published: PublishedConfig = field(default_factory=PublishedConfig)
+    about: AboutConfig = field(default_factory=AboutConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)

@@ -1,0 +1,67 @@
+"""The ``probe`` group: how a linear head is trained.
+
+Sources: facebookresearch/dinov3 @ 6876159, dinov3/eval/segmentation (config-ade20k-linear-training.yaml, train.py,
+schedulers.py, transforms.py); facebookresearch/dinov2's published configurations of its heads, which run on
+mmsegmentation 0.27.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from ade_harness.config.fields import bounded
+
+
+class Schedule(StrEnum):
+    """Of the learning rate."""
+
+    cosine = "cosine"  # DINOv3
+    poly = "poly"  # mmsegmentation: linear to zero
+
+
+class Distortion(StrEnum):
+    """Of colours."""
+
+    dinov3 = "dinov3"
+    mmseg = "mmseg"
+    none = "none"
+
+
+class CropBackend(StrEnum):
+    """Which library resizes."""
+
+    pillow = "pillow"  # antialias
+    opencv = "opencv"
+
+
+@dataclass
+class ProbeConfig:
+    """How a linear head is trained."""
+
+    name: str = MISSING
+    source: str = ""
+    # optimisation: AdamW, cross-entropy averaged over all pixels of the crops, ignored ones too
+    iterations: int = bounded(40_000, at_least=1)
+    batch: int = bounded(16, at_least=1)  # crops of all ranks together
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 1e-3
+    schedule: Schedule = Schedule.cosine
+    warmup: int = bounded(1500, at_least=0)  # iterations
+    warmup_ratio: float = 1e-6
+    dropout: float = 0.1  # of whole channels
+    # crops
+    side: int = bounded(512, at_least=1)  # short side before the random scale
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    crop: int = bounded(512, at_least=1)
+    most_of_one_class: float = 0.75  # a crop with more of one class is drawn again, up to ten times
+    flip: float = 0.5
+    distortion: Distortion = Distortion.dinov3
+    backend: CropBackend = CropBackend.pillow
+    # running
+    seed: int = bounded(0, at_least=0)
+    save_every: int = bounded(500, at_least=1)  # iterations
+    log_every: int = bounded(50, at_least=1)

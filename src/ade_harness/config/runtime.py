@@ -1,0 +1,78 @@
+"""The ``runtime`` group: where an evaluation runs, and what SLURM is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from ade_harness.config.fields import bounded
+
+
+class Accelerator(StrEnum):
+    """What ranks compute on; ``auto``: GPUs if there are any."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Sharding(StrEnum):
+    """How images are shared among ranks."""
+
+    queue = "queue"  # from a shared counter, largest first
+    plan = "plan"  # fixed shares of equal cost
+
+
+class KernelChoice(StrEnum):
+    """Implementation of upsampling, argmax and counting."""
+
+    auto = "auto"
+    torch = "torch"
+    numba = "numba"  # CPU
+    triton = "triton"  # CUDA
+
+
+@dataclass
+class SlurmConfig:
+    """What ``-m hydra/launcher=slurm`` asks SLURM for; null leaves a choice to the cluster."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_min: int = bounded(240, at_least=1)
+    nodes: int = bounded(1, at_least=1)
+    gpus_per_node: int | None = None  # null: none asked for
+    cpus_per_node: int | None = None
+    mem_gb: int | None = None  # of each node
+    constraint: str | None = None
+    container: str | None = None  # image for srun's --container-image (pyxis)
+    container_mounts: str | None = None  # such as /data:/data
+    python: str | None = None  # in the container; null: the one that submits
+    setup: list[str] = field(default_factory=list)  # shell lines before the run, such as "module load cuda"
+    extra: dict[str, Any] = field(default_factory=dict)  # any other sbatch option, as sbatch calls it
+    signal_before_s: int = 120  # before the time limit: the run saves, is requeued and continues
+    most_requeues: int = 20
+    folder: str = "slurm-jobs"  # submitit's scripts and logs
+
+
+@dataclass
+class RuntimeConfig:
+    """Where it runs."""
+
+    accelerator: Accelerator = Accelerator.auto
+    # Any: a number or "auto"; OmegaConf 2.3 cannot merge a Union in a nested node (validate.py checks both)
+    devices: Any = "auto"  # number of ranks on each node; auto: all GPUs, or one CPU rank
+    num_nodes: Any = "auto"  # auto: as many as srun started this on, else one
+    sharding: Sharding = Sharding.queue
+    max_restarts: int = bounded(0, at_least=0)  # how often all ranks are started again after one died
+    dead_after_s: float = bounded(30.0, at_least=5)  # a rank without a sign for so long is lost
+    requeue: bool = False  # in SLURM, after the signal before the time limit: scontrol requeue
+    supervise: bool = True  # false: one rank, in this very process (debuggers, profilers)
+    threads: int = bounded(1, at_least=1)  # of each rank on CPU; fixed, because it can change float results
+    workers: int | None = bounded(None, at_least=0)  # loader processes per rank; null chooses
+    timeout_min: float = bounded(10.0, at_least=0.1)  # for ranks to find each other; nothing else has a time limit
+    seed: int = 0
+    deterministic: bool = True
+    kernels: KernelChoice = KernelChoice.auto
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
