@@ -160,7 +160,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["dataset.images=1000000000000"], ["1 to 20,000 synthetic images"]),
         (["--cfg", "all"], ["expected `--cfg job`"]),
         (["--config-dir"], ["--config-dir needs a folder"]),
-        (["model=segformer_b0", "model.weights=random", "model.architecture.depths=[1]", "dataset.limit=1"], ["makes no network"]),
+        (["model=segformer_b0", "model.weights=random", "model.architecture.backbone.depths=[1]", "dataset.limit=1"], ["makes no network"]),
         (["a=[b"], ["configuration is not valid"]),
         (["dataset=ade20k", "dataset.root=nowhere", "model=segformer_b0"], ["nowhere: no such folder or zip"]),
         (["models", "x"], ["models takes no arguments"]),

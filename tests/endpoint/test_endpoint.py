@@ -731,7 +731,7 @@ def test_odd_infos_are_no_infos(info: bytes) -> None:
         (["model.http.send=gif"], "model.http.send=gif: unknown value, expected one of png, jpeg"),
         (["model.http.returns=label"], "Did you mean 'labels'"),
         (["model.http.timeout_s=0"], "model.http.timeout_s=0: expected 0.1 to 3,600 seconds"),
-        (["model.http.timeout_s=.nan"], "model.http.timeout_s=nan: expected 0.1 to 3,600"),
+        (["model.http.timeout_s=nan"], "model.http.timeout_s=nan: expected 0.1 to 3,600"),
         (["model.http.retries=-1"], "model.http.retries=-1: expected 0 to 20"),
         (["model.http.concurrency=0"], "model.http.concurrency=0: expected 1 to 256"),
         (["model.http.jpeg_quality=101"], "model.http.jpeg_quality=101: expected 1 to 100"),

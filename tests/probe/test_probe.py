@@ -28,8 +28,8 @@ from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
 
 SMALL = (
-    "model=dinov3_7b_linear", "model.architecture.hidden_size=128", "model.architecture.num_hidden_layers=4",
-    "model.architecture.num_attention_heads=2", "model.architecture.intermediate_size=256",
+    "model=dinov3_7b_linear", "model.architecture.backbone.hidden_size=128", "model.architecture.backbone.num_hidden_layers=4",
+    "model.architecture.backbone.num_attention_heads=2", "model.architecture.backbone.intermediate_size=256",
     "model.backbone_checkpoint=backbone.pth",
 )  # fmt: skip
 PROBE = (
@@ -286,7 +286,10 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["model=segformer_b0"], "no recipe was published for it. Choose one: probe=NAME (dinov2_linear, dinov2_ms, dinov3_linear"),
+        (
+            ["model=segformer_b0"],
+            "no recipe was published for it. Choose one: probe=NAME (dinov2_linear, dinov2_ms, dinov3_linear",
+        ),
         (["model=segformer_b0", "probe=dinov3_linear"], "model=segformer_b0: has no linear head on a frozen backbone."),
         (["probe=dinov3"], "probe=dinov3: no such choice. Did you mean"),
         (["probe.iteration=3"], "probe.iteration: no such option. Did you mean 'probe.iterations'"),

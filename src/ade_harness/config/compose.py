@@ -81,7 +81,8 @@ def _written(group: str, name: str) -> dict[str, Any]:
     for below in content.pop("defaults", ()):
         if isinstance(below, str) and below not in ("schema", "_self_"):  # another file of the group
             merged |= _written(group, below)
-    return merged | content
+    merged |= content
+    return merged
 
 
 def compose_config(overrides: Sequence[str], extra: Path | None = None) -> Config:

@@ -28,8 +28,8 @@ from tests.files.test_fetch import Handler, Server
 from tests.models.systems.test_dense_systems import official_weights
 
 SMALL = (
-    "model.architecture.hidden_size=384", "model.architecture.num_hidden_layers=12",
-    "model.architecture.num_attention_heads=6", "model.architecture.use_swiglu_ffn=false",
+    "model.architecture.backbone.hidden_size=384", "model.architecture.backbone.num_hidden_layers=12",
+    "model.architecture.backbone.num_attention_heads=6", "model.architecture.backbone.use_swiglu_ffn=false",
 )  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def test_an_official_file_is_fetched_once_resumed_and_checked(server: Server, tm
     digest = hashlib.sha256(server.content).hexdigest()
     words = (
         "model=upernet_convnext_xl", f"model.official.url=http://127.0.0.1:{server.server_port}/net.pth",
-        f"model.official.sha256={digest[:8]}", "model.architecture.depths=[2,2,3,2]",
-        "model.architecture.hidden_sizes=[16,32,64,128]", "model.architecture.channels=32",
+        f"model.official.sha256={digest[:8]}", "model.architecture.backbone.depths=[2,2,3,2]",
+        "model.architecture.backbone.hidden_sizes=[16,32,64,128]", "model.architecture.head.channels=32",
     )  # fmt: skip
     model = load_model(model_cfg(*words))
     assert model.facts["sha256"] == digest

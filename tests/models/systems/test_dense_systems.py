@@ -39,7 +39,7 @@ CASES = {
 
 
 def architecture(cfg: Any) -> dict[str, Any]:
-    fields = dict(cfg.architecture)
+    fields = FAMILIES[cfg.kind].flat(cfg.architecture)
     return fields
 
 
@@ -162,7 +162,7 @@ def test_siglip2_equals_big_vision(scanned: bool) -> None:
 TRUE = {
     "segformer_b0": ["segformer_b0_official"],
     "upernet_swin_l": ["upernet_swin_l_window12_mmseg0"],
-    "upernet_swin_l model.architecture.window_size=7": ["upernet_swin_l_window7_mmseg0"],
+    "upernet_swin_l model.architecture.backbone.window_size=7": ["upernet_swin_l_window7_mmseg0"],
     "upernet_swin_l model.source=official": ["upernet_swin_l_window12_mmseg1"],
     "upernet_convnext_xl": ["upernet_convnext_xl_official"],
     "beit_l": ["beit_l_upernet_official"],
@@ -187,7 +187,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
     assert max(known_keys(state, table) for table in family.layouts.values()) == len(state)
     used = family.used(family.hub_names(state))
     read = family.read(family.hub_names(state))
-    for field, value in cfg.architecture.items():
+    for field, value in FAMILIES[cfg.kind].flat(cfg.architecture).items():
         if field in read and not (field == "maps" and name.startswith("dinov3")):
             assert read[field] == value, field
     with torch.device("meta"):
@@ -322,7 +322,9 @@ def test_a_lacking_key_is_named() -> None:
 
 
 def test_fields_that_make_no_network() -> None:
-    with pytest.raises(HarnessError, match=r"model\.architecture\.out_indicies: no such field\. Did you mean 'out_ind"):
+    with pytest.raises(
+        HarnessError, match=r"model\.architecture\.out_indicies: no such field\. Did you mean 'backbone\.out_ind"
+    ):
         from_official("beit_l", official_weights("beit_upernet"), out_indicies=[1, 3, 5, 7])
     from_official("beit_l", official_weights("beit_upernet"), img=96, depth=8)  # words of the official code do no harm
     with pytest.raises(HarnessError, match=r"out_indices=\[1, 3\]: four blocks of 8 are needed"):

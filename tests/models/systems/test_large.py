@@ -68,8 +68,8 @@ print(max(peak, anonymous_mb()) - before, sum(p.numel() for p in model.module.pa
 """
 
 WIDE = (
-    "model.architecture.hidden_sizes=[64,128,320,768]", "model.architecture.depths=[2,2,2,2]",
-    "model.architecture.decoder_hidden_size=768",
+    "model.architecture.backbone.hidden_sizes=[64,128,320,768]", "model.architecture.backbone.depths=[2,2,2,2]",
+    "model.architecture.head.decoder_hidden_size=768",
 )  # fmt: skip
 
 

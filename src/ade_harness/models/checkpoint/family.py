@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ade_harness.data.labels import NUM_CLASSES, usual_dataset
-from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.key_tables import Table, to_hub_names
 from ade_harness.models.formats.transformers import load_into_transformers
+
+SECTIONS = ("backbone", "adapter", "head")
+"""Of ``model.architecture``."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,12 @@ class Family:
     """The system, with these weights in the hub's names, or with random ones."""
     config: str = ""
     """The transformers configuration class whose fields an architecture has, if it has one."""
-    extra: tuple[str, ...] = ()
-    """Fields of our own."""
+    backbone_fields: tuple[str, ...] = ()
+    """Fields of ``architecture.backbone``, beside those of `config`."""
+    adapter_fields: tuple[str, ...] = ()
+    """Fields of ``architecture.adapter``."""
+    head_fields: tuple[str, ...] = ()
+    """Fields of ``architecture.head``."""
     unused: tuple[str, ...] = ()
     """Patterns of names in the hub's files that take no part in the forward."""
     classifier: str = "decode_head.classifier.weight"
@@ -71,14 +80,15 @@ class Family:
         """Build the system; `architecture` goes before what the shapes of `state` say.
 
         Args:
-            architecture: fields of the family; with a `state`, only those that shapes do not say are needed.
+            architecture: fields of the family, as ``model.architecture`` or flat (see :meth:`flat`); with a `state`,
+                only those that shapes do not say are needed.
             state: weights in the names of any known code base; None draws random ones.
             keys: origin and allowed differences.
 
         Raises:
             HarnessError: keys or shapes do not fit, another number of classes, or an impossible architecture.
         """
-        self._check_fields(architecture)
+        architecture = self.flat(architecture)
         hub = None if state is None else self.hub_names(state)
         keys = replace(keys, allow_missing=(*keys.allow_missing, "*num_batches_tracked"))  # evaluation never reads it
         read: dict[str, Any] = {}
@@ -93,19 +103,42 @@ class Family:
                 f"model.architecture={fields}: makes no network ({type(error).__name__}: {str(error).splitlines()[0]})."
             ) from error
 
-    def _check_fields(self, architecture: Mapping[str, Any]) -> None:
-        known = {*self.extra}
-        if self.config:
-            import transformers
+    def flat(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of ``architecture.backbone``, ``.adapter`` and ``.head`` in one mapping.
 
-            known |= {n for n in vars(getattr(transformers, self.config)()) if not n.startswith("_")}
-        for name in architecture:
-            if name not in known and name not in _SAID_BY_SHAPES:
-                raise HarnessError(
-                    f"model.architecture.{name}: no such field.{did_you_mean(name, known)} Known: "
-                    + ", ".join([*([f"those of {self.config}"] if self.config else []), *self.extra])
-                    + "."
-                )
+        Flat fields are those of configurations that were written before there were sections; they win over sections.
+
+        Raises:
+            HarnessError: a field that the family does not have, or that belongs to another section.
+        """
+        sections = {name: architecture[name] for name in SECTIONS if isinstance(architecture.get(name), Mapping)}
+        fields: dict[str, Any] = {}
+        for section, content in sections.items():
+            for name, value in content.items():
+                right = self._section_of(name, f"{section}.{name}")
+                if right not in (None, section):
+                    key = f"model.architecture.{right}.{name}"
+                    raise HarnessError(f"model.architecture.{section}.{name}: is a field of the {right}: use {key}.")
+                fields[name] = value
+        for name, value in architecture.items():
+            if name not in sections:
+                self._section_of(name, name)
+                fields[name] = value
+        return fields
+
+    def _section_of(self, name: str, key: str) -> str | None:
+        """Return the section of a field; None for one that shapes say anyway."""
+        theirs = _config_fields(self.config) if self.config else ()
+        own = {"head": self.head_fields, "adapter": self.adapter_fields, "backbone": (*self.backbone_fields, *theirs)}
+        section = next((section for section, names in own.items() if name in names), None)
+        if section is None and name not in _SAID_BY_SHAPES:
+            dotted = {n: f"{s}.{n}" for s, names in own.items() for n in names}
+            near = [dotted[n] for n in difflib.get_close_matches(name, dotted, n=2)]
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            known = [f"those of {self.config} in backbone"] if self.config else []
+            known += [key for n, key in dotted.items() if n not in theirs]
+            raise HarnessError(f"model.architecture.{key}: no such field.{hint} Known: {', '.join(known)}.")
+        return section
 
     def _read(self, hub: Mapping[str, Tensor], keys: Keys, whole: bool) -> dict[str, Any]:
         try:
@@ -124,6 +157,13 @@ class Family:
                 f"{keys.origin}: a classifier of {classes} classes{_trained_on(classes)}, ADE20K has"
                 f" {NUM_CLASSES}: this is a checkpoint of another data set."
             )
+
+
+@cache
+def _config_fields(config: str) -> tuple[str, ...]:
+    import transformers
+
+    return tuple(n for n in vars(getattr(transformers, config)()) if not n.startswith("_"))
 
 
 _SAID_BY_SHAPES = ("dim", "dims", "depth", "heads", "window", "img", "img_size", "head", "auxiliary", "layers")

@@ -168,6 +168,6 @@ BEIT = Family(
     read=_read,
     build=_build,
     config="BeitConfig",
-    extra=("out_indices",),
+    backbone_fields=("out_indices",),
 )
 """BEiT and MAE; MAE has absolute position embeddings as well."""

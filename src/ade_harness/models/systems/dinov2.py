@@ -149,7 +149,7 @@ DINOV2 = Family(
     read=_read,
     build=_build,
     config="Dinov2Config",
-    extra=("maps",),
+    head_fields=("maps",),
     classifier="head.classifier.weight",
     head=("head.",),
 )

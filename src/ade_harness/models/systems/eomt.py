@@ -150,12 +150,15 @@ def _read_dinov3(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+_HEAD_FIELDS = ("num_queries", "num_blocks", "num_upscale_blocks")
+
 EOMT = Family(
     layouts={"official": OFFICIAL, "hub": HUB_NAMES},
     unused=("attn_mask_probs", "criterion.*"),
     read=_read,
     build=_build,
     config="EomtConfig",
+    head_fields=_HEAD_FIELDS,
     defaults={"num_blocks": 4},
     classifier="class_predictor.weight",
     void=True,
@@ -166,6 +169,7 @@ EOMT_DINOV3 = Family(
     read=_read_dinov3,
     build=_build_dinov3,
     config="EomtDinov3Config",
+    head_fields=_HEAD_FIELDS,
     defaults={"num_blocks": 4, "image_size": 512},
     classifier="class_predictor.weight",
     void=True,

@@ -138,7 +138,8 @@ MASK2FORMER_SWIN = Family(
     unused=("*.relative_position_index",),
     read=_read_swin,
     build=_build_swin,
-    extra=(*SWIN_FIELDS, *HEAD_FIELDS),
+    backbone_fields=SWIN_FIELDS,
+    head_fields=HEAD_FIELDS,
     classifier="decoder.classes.weight",
     void=True,
 )
@@ -147,7 +148,8 @@ MASK2FORMER_RESNET = Family(
     prepare=with_pixel_decoder,
     read=_read_resnet,
     build=_build_resnet,
-    extra=(*RESNET_FIELDS, *HEAD_FIELDS),
+    backbone_fields=RESNET_FIELDS,
+    head_fields=HEAD_FIELDS,
     classifier="decoder.classes.weight",
     void=True,
 )
@@ -158,7 +160,8 @@ MASK2FORMER_FAPN = Family(
     read=_read_fapn,
     build=_build_fapn,
     defaults={"heads": 8},
-    extra=(*SWIN_FIELDS, *HEAD_FIELDS),
+    backbone_fields=SWIN_FIELDS,
+    head_fields=HEAD_FIELDS,
     classifier="decoder.classes.weight",
     void=True,
 )

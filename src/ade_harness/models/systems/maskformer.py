@@ -251,7 +251,8 @@ MASKFORMER = Family(
     read=_read,
     build=_build,
     defaults={"heads": 8},
-    extra=(*SWIN_FIELDS, "width", "mask_width", "heads", "queries", "query_hidden", "query_layers", "fapn"),
+    backbone_fields=SWIN_FIELDS,
+    head_fields=("width", "mask_width", "heads", "queries", "query_hidden", "query_layers", "fapn"),
     classifier="decoder.classes.weight",
     void=True,
 )

@@ -157,7 +157,8 @@ ONEFORMER = Family(
     unused=("*.relative_position_index",),
     read=_read,
     build=_build,
-    extra=(*SWIN_FIELDS, *HEAD_FIELDS, "class_layers", "class_hidden", "task"),
+    backbone_fields=SWIN_FIELDS,
+    head_fields=(*HEAD_FIELDS, "class_layers", "class_hidden", "task"),
     classifier="decoder.classes.weight",
     void=True,
 )

@@ -81,4 +81,10 @@ def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-SEGFORMER = Family(layouts={"official": OFFICIAL}, read=_read, build=_build, config="SegformerConfig")
+SEGFORMER = Family(
+    layouts={"official": OFFICIAL},
+    read=_read,
+    build=_build,
+    config="SegformerConfig",
+    head_fields=("decoder_hidden_size",),
+)

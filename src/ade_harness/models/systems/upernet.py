@@ -164,7 +164,7 @@ SWIN = Family(
     read=_read_swin,
     build=_build_swin,
     config="SwinConfig",
-    extra=("channels",),
+    head_fields=("channels",),
 )
 CONVNEXT = Family(
     layouts={"official": CONVNEXT_OFFICIAL, "mmsegmentation": CONVNEXT_MMSEG},
@@ -172,5 +172,5 @@ CONVNEXT = Family(
     read=_read_convnext,
     build=_build_convnext,
     config="ConvNextConfig",
-    extra=("channels",),
+    head_fields=("channels",),
 )
