@@ -64,7 +64,8 @@ def prose(page: Path) -> str:
 
 
 def test_every_option_in_the_readme_exists() -> None:
-    from ade_harness.config.compose import choices, known_keys
+    from ade_harness.config.arguments import known_keys
+    from ade_harness.config.files import choices
     from ade_harness.config.probe import ProbeConfig
 
     keys = {*known_keys(), "model", "dataset", "inference", "tracking", "probe"}

@@ -16,7 +16,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from ade_harness.config.compose import choices, compose_config, conf_dir, known_keys
+from ade_harness.cli.commands import COMMANDS, EVERYWHERE, Command
+from ade_harness.config.arguments import known_keys
+from ade_harness.config.compose import compose_config
+from ade_harness.config.files import choices, conf_dir
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.published import published_rows
 from tests.conftest import REPOSITORY, Done
@@ -36,20 +39,26 @@ def one_message(done: Done, *words: str) -> None:
 
 
 def test_help_tells_the_verbs_and_options(call: Call) -> None:
-    for words in (["--help"], ["-h"], ["help"], ["evaluate", "--help"]):
+    for words in (["--help"], ["-h"], ["help"]):
         done = call(*words)
         assert done.code == 0
-        for word in (
-            "evaluate",
-            "models",
-            "data download",
-            "data verify",
-            "doctor",
-            "model.checkpoint=",
-            "--cfg job",
-        ):
-            assert word in done.out
+        for command in COMMANDS:
+            assert re.search(rf"^  {command.name} +{re.escape(command.summary)}$", done.out, re.M), command.name
     assert call("--version").out.startswith("ade-harness ")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_each_command_shows_its_own_options(call: Call, command: Command) -> None:
+    done = call(*command.name.split(), "--help")
+    assert done.code == 0
+    assert done.out.startswith(f"usage: python -m ade_harness {command.name} ")
+    for argument in (*command.arguments, *EVERYWHERE):
+        assert argument.settings["help"], argument.names  # an option without help is on no list
+        assert argument.names[-1] in done.out or argument.settings.get("metavar", "") in done.out
+    others = {a.names[-1] for c in COMMANDS for a in c.arguments} - {a.names[-1] for a in command.arguments}
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", done.out.partition("most used overrides")[0]))
+    assert not shown & {name for name in others if name.startswith("--")} - {"--with"}
+    assert ("model.checkpoint=" in done.out) is (command.name == "evaluate")
 
 
 def test_models_lists_the_catalogue(call: Call) -> None:
@@ -61,7 +70,7 @@ def test_models_lists_the_catalogue(call: Call) -> None:
         assert row.system.split(" ")[0] in done.out
     assert "never published" in done.out
     assert {row.config for row in published_rows()} <= set(choices("model"))  # every row can be run
-    assert "same bits" in done.out
+    assert "bit-identical" in done.out
     assert "published by others" in done.out
     assert published_rows()[0].score == 62.9
     for metric in ("mIoU", "miou"):  # ranked by score, ties by date, as the site does
@@ -107,7 +116,7 @@ def test_every_model_configuration_composes(name: str) -> None:
     assert cfg.inference.source
 
 
-@pytest.mark.parametrize("name", choices("inference"))
+@pytest.mark.parametrize("name", sorted({*choices("inference")} - {"ss", "ms"}))
 def test_every_protocol_names_its_source(name: str) -> None:
     assert len(compose_config([f"inference={name}"]).inference.source) > 5
 
@@ -125,7 +134,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
     )
     cfg = compose_config(["model=mine", "dataset=ade20k", "dataset.root=x"], tmp_path)
     assert (cfg.model.name, cfg.inference.name) == ("mine", "fit_512")
-    with pytest.raises(HarnessError, match=r"model=mina: no such choice. Did you mean 'mine'"):
+    with pytest.raises(HarnessError, match=r"model=mina: unknown value. Nearest: mine"):
         compose_config(["model=mina"], tmp_path)
     with pytest.raises(HarnessError, match="is not a folder"):
         compose_config([], tmp_path / "nowhere")
@@ -134,12 +143,12 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["model=segfomer_b0"], ["model=segfomer_b0: no such choice", "'segformer_b0'"]),
+        (["model=segfomer_b0"], ["model=segfomer_b0: unknown value", "Nearest: segformer_b0"]),
         (["dataset.limt=3"], ["dataset.limt: no such option", "'dataset.limit'"]),
         (["devices=2"], ["'runtime.devices'"]),
         (["modle=demo"], ["Did you mean 'model'"]),
-        (["evalute"], ["'evalute' is no verb", "'evaluate'"]),
-        (["--confg", "job"], ["--confg: no such flag", "--cfg"]),
+        (["evalute"], ["'evalute' is neither a command nor key=value", "'evaluate'"]),
+        (["--confg", "job"], ["unrecognized arguments: --confg", "--cfg"]),
         (["dataset.limit=many"], ["dataset.limit", "Integer"]),
         (["dataset.limit=0"], ["dataset.limit=0: expected 1 or more"]),
         (["runtime.devices=none"], ["runtime.devices=none: expected a number"]),
@@ -158,12 +167,12 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["inference=fit_input", "inference.output.upsample=one_step"], ["does not go with padding"]),
         (["+foo=1"], ["foo: no such option"]),
         (["dataset.images=1000000000000"], ["1 to 20,000 synthetic images"]),
-        (["--cfg", "all"], ["expected `--cfg job`"]),
-        (["--config-dir"], ["--config-dir needs a folder"]),
+        (["--cfg", "jobs"], ["invalid choice: 'jobs'"]),
+        (["--config-dir"], ["expected one argument"]),
         (["model=segformer_b0", "model.weights=random", "model.architecture.backbone.depths=[1]", "dataset.limit=1"], ["makes no network"]),
-        (["a=[b"], ["configuration is not valid"]),
+        (["a=[b"], ["not in Hydra\'s grammar"]),
         (["dataset=ade20k", "dataset.root=nowhere", "model=segformer_b0"], ["nowhere: no such folder or zip"]),
-        (["models", "x"], ["models takes no arguments"]),
+        (["models", "x"], ["models: unrecognized arguments: x"]),
         (["data"], ["data download"]),
         (["data", "verify", "nowhere"], ["nowhere: no such folder or zip"]),
         (["data", "download", "--colour"], ["unrecognized arguments: --colour"]),
@@ -479,9 +488,9 @@ def test_lost_and_damaged_segments_are_done_again(call: Call, tmp_path: Path) ->
 def test_multirun_runs_every_combination(call: Call, tmp_path: Path) -> None:
     done = call("-m", "dataset.limit=1,2", "run.root=out", *FAST)
     assert done.code == 0, done.err
-    found = sorted(json.loads(p.read_text())["images"] for p in (tmp_path / "out").glob("*/metrics.json"))
+    found = sorted(json.loads(p.read_text())["images"] for p in (tmp_path / "out").glob("sweep-*/*/metrics.json"))
     assert found == [1, 2]
-    one_message(call("-m", "model=demo,segfomer_b0"), "'segformer_b0'")
+    one_message(call("-m", "model=demo,segfomer_b0"), "job 1 (model=segfomer_b0)", "Nearest: segformer_b0")
 
 
 def test_config_dir_is_in_the_wheel_or_the_repository() -> None:

@@ -832,7 +832,7 @@ def test_serve_says_what_is_wrong(call: Call, tmp_path: Path) -> None:
     with serving(good) as taken:
         for words, expected in (
             (["--port", "many"], "serve: argument --port: invalid int value"),
-            (["--prt=1"], "serve: --prt=1: no such flag"),
+            (["--prt=1"], "serve: unrecognized arguments: --prt=1"),
             (["model=predictions", "model.path=labels"], "is no network that could be served"),
             (["--token-env=NO_SUCH_VARIABLE"], "no environment variable of that name is set"),
             (["--port", str(taken.server_port)], f"cannot listen on 127.0.0.1 port {taken.server_port}"),

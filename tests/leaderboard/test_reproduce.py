@@ -238,10 +238,10 @@ def test_a_run_that_is_not_the_same_says_where(demo: Path, cli: Callable[..., Do
 
 
 def test_mistakes_are_one_message(demo: Path, call: Call, tmp_path: Path) -> None:
-    one_message(call("reproduce"), "needs one run directory")
+    one_message(call("reproduce"), "the following arguments are required: RUN|SUBMISSION")
     one_message(call("reproduce", demo, "inference.batch=4"), "would be another evaluation", "dataset.root")
-    one_message(call("reproduce", demo, "--fast"), "no such flag", "--output, --trust")
-    one_message(call("reproduce", demo, "--output"), "--output needs a value")
+    one_message(call("reproduce", demo, "--fast"), "unrecognized arguments: --fast")
+    one_message(call("reproduce", demo, "--output"), "argument --output: expected one argument")
     one_message(call("reproduce", tmp_path / "none"), "holds no run")
     edited = Path(shutil.copytree(demo, tmp_path / "edited"))
     manifest = json.loads((edited / "manifest.json").read_text())
@@ -256,7 +256,7 @@ def test_a_repetition_that_fails_passes_its_code_on(demo: Path, cli: Callable[..
     (edited / "manifest.json").write_text(json.dumps(manifest))
     done = cli("reproduce", edited, "--output", tmp_path / "again")
     assert done.code == 2
-    assert "no such choice" in done.err
+    assert "unknown value" in done.err
     assert f"--output {tmp_path / 'again'} goes on" in done.out
 
 
@@ -275,7 +275,7 @@ def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path:
             ["model=http", "model.url='https://h.example'", "model.http.token_env=AWS_SECRET"],
             "sends your AWS_SECRET to https://h.example",
         ),
-        (["model=nothing"], "model=nothing: no such choice"),
+        (["model=nothing"], "model=nothing: unknown value"),
     ):
         with pytest.raises(HarnessError, match=message):
             _check_trust(words)  # whatever the submission's config.yaml says: these are what runs

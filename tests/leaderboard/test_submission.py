@@ -226,8 +226,8 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path, call: Call) -> None:
 
 def test_flags(tmp_path: Path, whole: Path, call: Call, valid: Path) -> None:
     one_message(call("submit"), "needs one run directory and --contact")
-    one_message(call("submit", whole, "--contract", "a@b.c"), "--contract: no such flag", "--contact")
-    one_message(call("submit", whole, "--contact"), "--contact needs a value")
+    one_message(call("submit", whole, "--contract", "a@b.c"), "unrecognized arguments: --contract", "--contact")
+    one_message(call("submit", whole, "--contact"), "argument --contact: expected one argument")
     one_message(call("submit", whole, "--check", valid), "takes one folder")
     one_message(call("submit", tmp_path / "none", "--contact", "a@b.cd"), "holds no run")
     one_message(call("submit", "--check", tmp_path / "none"), "no such folder")

@@ -96,17 +96,17 @@ def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:
     ]
     done = call("leaderboard", "--root", tmp_path / "all", *outputs)
     assert done.code == 0, done.err
-    assert "0 complete runs; 2 others are left out" in done.out
+    assert "0 complete runs; 2 others excluded" in done.out
     assert "DEMO" in done.out
     assert Image.open(tmp_path / "chart.png").size[0] > 1000
     assert "<svg" in (tmp_path / "chart.svg").read_text()
     assert (tmp_path / "rows.md").read_text().count("| published |") == 21
     for words, message in (
-        ([demo], "has no place beside published scores: DEMO"),
+        ([demo], "is not comparable with published scores: DEMO"),
         (["--root", tmp_path / "none"], "no such folder"),
         (["--output", "rows.doc"], "expected a file that ends in .md, .csv"),
-        (["--output"], "needs a value"),
-        (["--nothing"], "no such flag"),
+        (["--output"], "expected one argument"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
         (["--output", tmp_path / "none" / "a.png"], "cannot be written"),
     ):
         done = call("leaderboard", *words)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ade_harness.config.compose import as_dict, compose_config
+from ade_harness.config.compose import compose_config
 from ade_harness.config.overrides import words_of
+from ade_harness.config.plain import as_dict
 from ade_harness.data.ade20k import Pair, SegmentationDataset, validation_sizes
 from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
 from ade_harness.runs.ledger import LedgerWriter

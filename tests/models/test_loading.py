@@ -107,7 +107,7 @@ def test_custom_model_with_arguments_and_checkpoint(tmp_path: Path) -> None:
     [
         ("nothing.here.Net", "cannot be imported"),
         ("tests.models.test_loading.Missing", "cannot be imported"),
-        ("Net", "a dotted path is needed"),
+        ("Net", "cannot be imported .ImportError: Error loading 'Net'"),
         ("tests.models.test_loading.exploding", r"making it failed \(RuntimeError: no luck\)"),
         ("builtins.dict", "expected a torch.nn.Module"),
     ],
@@ -509,3 +509,12 @@ def test_a_field_of_another_section_is_refused() -> None:
     cfg = model_cfg("model=segformer_b0", "model.weights=random", "model.architecture.head.depths=[1,1,1,1]")
     with pytest.raises(HarnessError, match=r"is a field of the backbone: use model\.architecture\.backbone\.depths"):
         load_model(cfg)
+
+
+def test_targets_follow_hydras_rules(tmp_path: Path) -> None:
+    """Nested targets are made, and what Hydra refuses to call is refused."""
+    words = ["model=custom", "model._target_=torch.nn.Sequential", "model.kwargs._args_=[{_target_:torch.nn.Identity}]"]
+    module = load_model(model_cfg(*words)).module
+    assert [type(part) for part in module.children()] == [torch.nn.Identity]
+    with pytest.raises(HarnessError, match=r"model\._target_=os\.system: .*blocklisted"):
+        load_model(model_cfg("model=custom", "model._target_=os.system", "model.kwargs.command='touch x'"))

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ade_harness.config.compose import choices, compose_config, compose_probe
+from ade_harness.config.compose import compose_config, compose_probe
+from ade_harness.config.files import choices
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.data.demo import open_demo
 from ade_harness.errors import HarnessError
@@ -291,7 +292,7 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
             "no recipe was published for it. Choose one: probe=NAME (dinov2_linear, dinov2_ms, dinov3_linear",
         ),
         (["model=segformer_b0", "probe=dinov3_linear"], "model=segformer_b0: has no linear head on a frozen backbone."),
-        (["probe=dinov3"], "probe=dinov3: no such choice. Did you mean"),
+        (["probe=dinov3"], "probe=dinov3: unknown value. Did you mean"),
         (["probe.iteration=3"], "probe.iteration: no such option. Did you mean 'probe.iterations'"),
         (["probe.iterations=many"], "Value 'many' of type 'str' could not be converted to Integer"),
         (["probe.iterations=0"], "probe.iterations=0: expected 1 or more"),

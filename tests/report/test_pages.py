@@ -227,10 +227,10 @@ def test_a_report_without_its_images_says_so(runs: dict[str, Path], tmp_path: Pa
 
 def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: Path) -> None:
     for words, message in (
-        (["report"], "report needs one run directory"),
+        (["report"], "report: the following arguments are required: RUN"),
         (["report", "nothing"], "holds no run"),
-        (["report", runs["run"], "--nothing"], "no such flag"),
-        (["report", runs["run"], "--output"], "--output needs a value"),
+        (["report", runs["run"], "--nothing"], "unrecognized arguments: --nothing"),
+        (["report", runs["run"], "--output"], "argument --output: expected one argument"),
         (["report", runs["run"], "--output", tmp_path / "no" / "where.html"], "cannot be written"),
         (["compare", runs["run"]], "compare needs 2 to 8 run directories"),
         (["compare", runs["run"], runs["other"], "--resamples", "x"], "expected a number from 100 up"),

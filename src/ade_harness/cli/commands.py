@@ -1,14 +1,259 @@
-"""The words that a command may begin with."""
+"""ONE table of commands: name, help, arguments with help, function. Parsers, help and completion come from it."""
 
-REPORTS = {
-    "status": ("cli.status", "run_status"),
-    "report": ("cli.report", "run_report"),
-    "submit": ("cli.leaderboard", "run_submit"),
-    "reproduce": ("cli.leaderboard", "run_reproduce"),
-    "leaderboard": ("cli.leaderboard", "run_leaderboard"),
-    "data": ("cli.data", "run_data"),
-    "serve": ("cli.serve", "run_serve"),
-    "doctor": ("cli.doctor", "run_doctor"),
-}
-"""Verbs that take a console and words: module and function, imported when they are asked for."""
-VERBS = ("evaluate", "resume", "probe", "compare", "models", *REPORTS)
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ade_harness.errors import HarnessError, did_you_mean
+
+
+class Argument:
+    """One argument or option, as argparse's ``add_argument`` takes it."""
+
+    def __init__(self, *names: str, **settings: Any) -> None:
+        self.names = names
+        self.settings = settings
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command."""
+
+    name: str
+    """Of one word, or two: ``data verify``."""
+    summary: str
+    function: str
+    """``module:function`` below this package, imported when the command is given: takes the parsed options."""
+    arguments: tuple[Argument, ...] = ()
+    details: str = ""
+    """Of its help."""
+
+
+_OVERRIDES = Argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the configuration")
+_RUN = Argument("run", metavar="RUN", help="a run directory")
+_CONFIG_DIR = Argument("-cd", "--config-dir", metavar="DIR", help="your own YAML files, such as DIR/model/mine.yaml")
+_HYDRA = (
+    _CONFIG_DIR,
+    Argument("-cn", "--config-name", metavar="NAME", help="another primary configuration, such as one in --config-dir"),
+    Argument("-cp", "--config-path", metavar="DIR", help="another folder of configurations than the packaged one"),
+    Argument("-c", "--cfg", choices=("job", "hydra", "all"), help="print the composed configuration and stop"),
+    Argument("-p", "--package", metavar="NODE", help="with --cfg: this node of it alone, such as inference.tta"),
+    Argument("--resolve", action="store_true", help="with --cfg: interpolations resolved"),
+    Argument(
+        "-i", "--info", nargs="?", const="all",
+        choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+        help="print what Hydra knows and stop",
+    ),
+    Argument("-sc", "--shell-completion", action="store_true", help="install=bash|zsh|fish prints completion to eval"),
+    Argument("--hydra-help", action="store_true", help="Hydra's own help"),
+)  # fmt: skip
+_SWEEP = (
+    Argument(
+        "-m", "--multirun", action="store_true",
+        help="run a sweep: a,b  range(1,4)  glob(segformer*)  interval(..); hydra/launcher=slurm submits it",
+    ),
+    Argument("--list", action="store_true", help="with -m: print the jobs and stop"),
+    Argument("--job", type=int, metavar="N", help="with -m: run the N-th job alone, from 0 (for SLURM job arrays)"),
+)  # fmt: skip
+_EVALUATE_DETAILS = """\
+most used overrides:
+  model=NAME                    {model}
+  model.path=PATH               the file (onnx, torchscript) or the folder of label PNGs (predictions)
+  model.url=URL                 an endpoint that answers with label maps or scores (model=http)
+  model.id=ID                   hub id or folder (model=hf)
+  model._target_=pkg.mod.Net    your own nn.Module (model=custom), model.kwargs.NAME=VALUE its arguments
+  model.checkpoint=PATH         your own weight file; model.weights=random model.seed=0 needs none
+  model.backbone_checkpoint=PATH    the frozen backbone's, if that file holds a linear head alone
+  model.class_map=[null,0,1]    per output channel: class 0..149, or null to leave it out
+  dataset=ade20k dataset.root=PATH    folder or zip (or set ADE20K_ROOT); dataset.limit=N, dataset.ids=[...]
+  inference=ss|ms               the model's own single-scale or multi-scale protocol, or one by name:
+                                {inference}
+  runtime.devices=N             ranks on this machine (GPUs, or CPU processes with runtime.accelerator=cpu)
+  runtime.max_restarts=N        start all ranks again, up to N times, if one of them dies
+  run.dir=PATH                  write there; a run that was interrupted continues there
+  run.on_error=skip             leave out images that fail: a partial score, marked so
+  tracking=none|wandb           W&B is offline unless a key is set
+Paths and URLs need no quotes of Hydra's grammar: model.checkpoint=/data/ep=99, v2 (1)/x.ckpt is one word of the shell.
+"""
+_PROBE_DETAILS = """\
+overrides: as of evaluate, on dataset.split=training, and
+  probe=NAME                    recipe: {probe}; default: the model's own
+  probe.KEY=VALUE               its fields: --cfg job --package probe prints them
+  run.dir=PATH                  write there; the same command continues a training that was interrupted
+"""
+
+COMMANDS = (
+    Command(
+        "evaluate", "evaluate a model (the default command; without arguments: the built-in demo)",
+        "evaluate:run_evaluate", (_OVERRIDES, *_SWEEP, *_HYDRA), _EVALUATE_DETAILS,
+    ),
+    Command(
+        "resume", "evaluate the remaining images of a run, on any number of ranks", "evaluate:run_resume",
+        (_RUN, _OVERRIDES),
+    ),
+    Command("status", "how far a run is, from any shell", "status:run_status", (_RUN,)),
+    Command(
+        "report", "write one HTML page that explains a run, for any browser", "report:run_report",
+        (
+            _RUN,
+            Argument("--output", metavar="FILE", help="of the page; default: report.html in the run directory"),
+            Argument("--scenes", metavar="FILE", help="sceneCategories.txt; default: beside the images"),
+        ),
+    ),
+    Command(
+        "compare", "do runs differ? table, paired tests, page", "report:run_compare",
+        (
+            Argument("runs", nargs="+", metavar="RUN", help="run directories, or wandb:ENTITY/PROJECT/RUN"),
+            Argument("--output", metavar="FILE", help="of the page; default: comparison.html"),
+            Argument("--resamples", type=int, metavar="N", help="of the bootstrap, from 100 up"),
+        ),
+    ),
+    Command(
+        "probe", "train a linear head on a frozen backbone", "evaluate:run_probe", (_OVERRIDES, *_HYDRA), _PROBE_DETAILS
+    ),
+    Command("models", "the leaderboard's systems, and which can be run", "models:run_models"),
+    Command(
+        "leaderboard", "published rows with your complete runs merged in; chart", "leaderboard:run_leaderboard",
+        (
+            Argument("runs", nargs="*", metavar="RUN", help="run directories; default: all below --root"),
+            Argument("--root", metavar="DIR", help="folder of runs; default: runs"),
+            Argument(
+                "--output", action="append", default=[], metavar="FILE",
+                help=".md, .csv, or the chart as .png, .svg, .pdf; may be given several times",
+            ),
+        ),
+    ),
+    Command(
+        "submit", "make what the leaderboard asks for, checked; or check somebody's", "leaderboard:run_submit",
+        (
+            Argument("run", nargs="?", metavar="RUN", help="a complete run"),
+            Argument("--check", metavar="DIR", help="check a submission; nothing in it is run"),
+            Argument("--contact", metavar="ADDRESS", help="e-mail or page of who submits"),
+            Argument("--output", metavar="DIR", help="default: submission-RUN"),
+            Argument("--checkpoint", metavar="URL", help="where the weights are public; default: from the run"),
+            Argument("--backbone", metavar="URL", help="likewise, of the frozen backbone"),
+            Argument("--repository", metavar="URL", help="of this code; default: the clone's origin"),
+            Argument("--model-code", metavar="URL", help="of a model=custom, at a commit"),
+            Argument("--system", metavar="NAME", help="how the row calls the system"),
+            Argument("--organization", metavar="NAME", help="of the row"),
+            Argument("--paper", metavar="URL", help="of the row"),
+            Argument("--no-network", action="store_true", help="do not check that files are public"),
+        ),
+    ),
+    Command(
+        "reproduce", "run a run or a submission again, with its own commit; is it bit-identical?",
+        "leaderboard:run_reproduce",
+        (
+            Argument("source", metavar="RUN|SUBMISSION", help="a run directory, or the folder of a submission"),
+            _OVERRIDES,
+            Argument("--output", metavar="DIR", help="of the new run; one that was interrupted continues there"),
+            Argument("--trust", action="store_true", help="run a submission's own code, or send it a token"),
+        ),
+    ),
+    Command(
+        "data download", "fetch ADEChallengeData2016.zip, check it, extract it", "data:run_download",
+        (
+            Argument("--root", metavar="DIR", help="default: the cache"),
+            Argument("--url", metavar="URL", help="a mirror of the official archive"),
+            Argument("--sha1", metavar="HEX", help="of the archive"),
+            Argument("--zip-only", action="store_true", help="do not extract it"),
+        ),
+    ),
+    Command(
+        "data verify", "read every pair and check it against the official list", "data:run_verify",
+        (
+            Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, or the cache"),
+            Argument("--split", default="validation", choices=("validation", "training"), help="of the data set"),
+        ),
+    ),
+    Command(
+        "serve", "answer HTTP requests with a model (docs/endpoints.md)", "serve:run_serve",
+        (
+            _OVERRIDES,
+            Argument("--host", default="127.0.0.1", help="address to listen on"),
+            Argument("--port", type=int, default=8000, help="0 chooses a free one"),
+            Argument("--token-env", metavar="NAME", help="environment variable of the token that clients must send"),
+            _CONFIG_DIR,
+        ),
+    ),
+    Command("doctor", "what this machine can run", "doctor:run_doctor"),
+)  # fmt: skip
+EVERYWHERE = (
+    Argument("-q", "--quiet", action="store_true", help="results and errors only"),
+    Argument("-v", "--verbose", action="store_true", help="debug messages, and tracebacks behind errors"),
+    Argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr"),
+)
+FIRST_WORDS = tuple(dict.fromkeys(command.name.split()[0] for command in COMMANDS))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _, _, name = self.prog.partition("ade_harness ")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        hint = did_you_mean(unknown[0], flags) if message.startswith("unrecognized") else ""
+        raise HarnessError(f"{name}: {message}.{hint} `python -m ade_harness {name} --help` lists its options.")
+
+
+def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """Return the command that words begin with (``evaluate`` if they name none), and the other words.
+
+    Raises:
+        HarnessError: no such command.
+    """
+    plain = [word for word in words[:2] if not word.startswith("-") and "=" not in word]
+    if not words or not plain or words[0] != plain[0] or words[0].startswith("~"):
+        return COMMANDS[0], list(words)
+    for number in (2, 1):
+        for command in COMMANDS:
+            if command.name == " ".join(words[:number]):
+                return command, list(words[number:])
+    below = [c.name for c in COMMANDS if c.name.startswith(f"{words[0]} ")]
+    if below:
+        given = words[1] if len(words) > 1 else ""
+        ends = [name.split()[1] for name in below]
+        raise HarnessError(f"{words[0]} {given}: expected {' or '.join(below)}.{did_you_mean(given, ends)}")
+    raise HarnessError(
+        f"{words[0]!r} is neither a command nor key=value.{did_you_mean(words[0], FIRST_WORDS)}"
+        f" Commands: {', '.join(FIRST_WORDS)}; see --help."
+    )
+
+
+def parser_of(command: Command, choices: dict[str, str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of one command.
+
+    Args:
+        command: of the table.
+        choices: texts for ``{placeholders}`` in its details; None leaves the details out.
+    """
+    parser = _Parser(
+        prog=f"python -m ade_harness {command.name}",
+        description=command.summary,
+        epilog=command.details.format(**choices) if choices is not None else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for argument in (*command.arguments, *EVERYWHERE):
+        parser.add_argument(*argument.names, **argument.settings)
+    return parser
+
+
+def overview() -> str:
+    """Return the help of all commands together."""
+    width = max(len(command.name) for command in COMMANDS)
+    lines = [f"  {command.name:{width}}  {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        [
+            "Evaluate semantic segmentation models on ADE20K: exact counts, bit-identical on any number of ranks.",
+            "",
+            "usage: python -m ade_harness [COMMAND] [arguments]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`python -m ade_harness COMMAND --help` lists the options of a command; --version prints the version.",
+        ]
+    )

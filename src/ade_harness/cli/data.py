@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -17,37 +17,25 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ade_harness.cli.answer import Answer
 from ade_harness.data.verify import VerifyReport, verify
-from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.files.fetch import OFFICIAL_SHA1, OFFICIAL_URL, cache_dir, extract, fetch
-from ade_harness.runtime.console import print_line
+from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.progress import ProgressReporter
 
 _PROBLEMS_SHOWN = 50
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise HarnessError(f"data: {message}. See `python -m ade_harness --help`.")
+def run_download(options: argparse.Namespace) -> Answer:
+    """Fetch, check and extract the official archive.
 
-
-def run_data(console: Console, words: Sequence[str]) -> int:
-    """Run a data command; returns the exit code."""
-    commands = {"download": _download, "verify": _verify}
-    if not words or words[0] not in commands:
-        given = words[0] if words else ""
-        raise HarnessError(f"data {given}: expected `data download` or `data verify`.{did_you_mean(given, commands)}")
-    return commands[words[0]](console, words[1:])
-
-
-def _download(console: Console, words: Sequence[str]) -> int:
-    parser = _Parser(prog="data download", add_help=False)
-    parser.add_argument("--root", type=Path, default=cache_dir() / "data")
-    parser.add_argument("--url", default=OFFICIAL_URL)
-    parser.add_argument("--sha1", default=OFFICIAL_SHA1)
-    parser.add_argument("--zip-only", action="store_true")
-    options = parser.parse_args(list(words))
-    archive = options.root / "ADEChallengeData2016.zip"
+    Raises:
+        HarnessError: see :func:`ade_harness.files.fetch.fetch`.
+    """
+    console = make_console()
+    folder = Path(options.root).expanduser() if options.root else cache_dir() / "data"
+    url, sha1 = options.url or OFFICIAL_URL, options.sha1 or OFFICIAL_SHA1
+    archive = folder / "ADEChallengeData2016.zip"
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
         TransferSpeedColumn(), TimeRemainingColumn(),
@@ -55,27 +43,30 @@ def _download(console: Console, words: Sequence[str]) -> int:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("downloading", total=None)
         fetch(
-            options.url,
+            url,
             archive,
             algorithm="sha1",
-            digest=options.sha1,
+            digest=sha1,
             on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
         )
         if not options.zip_only:
             task = bar.add_task("extracting", total=None)
-            extract(archive, options.root, lambda done, total: bar.update(task, completed=done, total=total))
-    root = archive if options.zip_only else options.root / "ADEChallengeData2016"
-    print_line(console, f"{archive}: checked, sha1 {options.sha1}")
+            extract(archive, folder, lambda done, total: bar.update(task, completed=done, total=total))
+    root = archive if options.zip_only else folder / "ADEChallengeData2016"
+    print_line(console, f"{archive}: checked, sha1 {sha1}")
     print_line(console, f"use it with: dataset=ade20k dataset.root={root}")
-    return 0
+    return Answer({"root": str(root), "archive": str(archive), "sha1": sha1})
 
 
-def _verify(console: Console, words: Sequence[str]) -> int:
-    parser = _Parser(prog="data verify", add_help=False)
-    parser.add_argument("root", type=Path, nargs="?", default=cache_dir() / "data" / "ADEChallengeData2016")
-    parser.add_argument("--split", default="validation", choices=("validation", "training"))
-    options = parser.parse_args(list(words))
-    console = Console()
+def run_verify(options: argparse.Namespace) -> Answer:
+    """Check a copy of the data set; exit code 2 if it is not complete and intact.
+
+    Raises:
+        HarnessError: there is none.
+    """
+    console = make_console()
+    given = options.root or os.environ.get("ADE20K_ROOT")
+    root = Path(given).expanduser() if given else cache_dir() / "data" / "ADEChallengeData2016"
     reporter: ProgressReporter | None = None
 
     def on_pair(done: int, total: int) -> None:
@@ -85,11 +76,15 @@ def _verify(console: Console, words: Sequence[str]) -> int:
             reporter.start()
         reporter.update(done)
 
-    report = verify(options.root.expanduser(), options.split, on_pair)
+    report = verify(root, options.split, on_pair)
     if reporter is not None:
         reporter.close()
     _print_report(console, report)
-    return 0 if report.is_whole else 2
+    content = {
+        "root": str(report.root), "split": report.split, "pairs": report.pairs, "expected": report.expected,
+        "intact": report.is_whole, "missing": list(report.missing), "problems": list(report.problems),
+    }  # fmt: skip
+    return Answer(content, 0 if report.is_whole else 2)
 
 
 def _print_report(console: Console, report: VerifyReport) -> None:

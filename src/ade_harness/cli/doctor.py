@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
 import psutil
 import torch
-from rich.console import Console
 
-from ade_harness.config.compose import conf_dir
-from ade_harness.errors import HarnessError
+from ade_harness.cli.answer import Answer
+from ade_harness.config.files import conf_dir
 from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
 from ade_harness.runs.provenance import code_state, environment
-from ade_harness.runtime.console import print_line
+from ade_harness.runtime.console import make_console, print_line
 from ade_harness.tracking.upload import wandb_mode
 
 _CONNECT_TIMEOUT_S = 2.0
 
 
-def run_doctor(console: Console, words: Sequence[str] = ()) -> int:
-    """Print one line per finding; returns 0, since nothing here stops the demo."""
-    if words:
-        raise HarnessError(f"doctor takes no arguments, got {' '.join(words)}.")
-    for name, finding in findings():
+def run_doctor(options: argparse.Namespace) -> Answer:
+    """Print one line per finding; the exit code is 0, since nothing here stops the demo."""
+    console = make_console()
+    found = findings()
+    for name, finding in found:
         print_line(console, f"{name + ':':12}{finding}")
-    return 0
+    return Answer(dict(found))
 
 
 def findings() -> list[tuple[str, str]]:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from typing import Any
 
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
-from ade_harness.config.compose import read_choice
-from ade_harness.config.model import ModelConfig
+from ade_harness.cli.answer import Answer
+from ade_harness.config.files import choices, read_choice
 from ade_harness.leaderboard.published import published_rows
+from ade_harness.runtime.console import make_console
 
 
-def print_catalogue(console: Console, ready: Sequence[str]) -> None:
-    """Print the leaderboard with what can be run and how it was checked, then the other configurations.
+def run_models(options: argparse.Namespace) -> Answer:
+    """Print the leaderboard with what can be run and how it was checked, then the other configurations."""
+    models = {name: read_choice("model", name) for name in choices("model")}
+    _print(make_console(), models)
+    content = {
+        name: {k: model.get(k) for k in ("label", "kind", "published", "protocols", "about", "parity")}
+        for name, model in models.items()
+    }
+    return Answer({"models": content})
 
-    Args:
-        console: where to.
-        ready: names of the model configurations that there are.
-    """
+
+def _print(console: Console, models: dict[str, dict[str, Any]]) -> None:
     table = Table(
         title="ADE20K leaderboard, as published by others: percent, nothing here was measured by this tool",
         caption="SS single scale, MS multi-scale and mirrored; error: largest difference from the scores of the code"
@@ -33,38 +40,35 @@ def print_catalogue(console: Console, ready: Sequence[str]) -> None:
     for name in (*widths, "checked: error"):
         table.add_column(name, overflow="fold", width=widths.get(name))
     for row in published_rows():
-        model = _model(row.config)
+        model = models[row.config]
         table.add_row(
             f"{row.system}\n{row.score:.2f} {row.metric}",
             _published(model),
             row.source_note,
-            model.about.weights,
+            model.get("about", {}).get("weights", ""),
             row.config,
             _parity(model),
         )
     console.print(table)
-    others = [name for name in ready if name not in {r.config for r in published_rows()}]
+    others = {name: model for name, model in models.items() if name not in {r.config for r in published_rows()}}
     systems = Table(title="Other configurations", box=HORIZONTALS)
     for name in ("model=", "what", "SS / MS", "weights", "checked: error"):
         systems.add_column(name, overflow="fold", no_wrap=name == "model=")
-    for name in others:
-        model = _model(name)
-        systems.add_row(name, model.label, _published(model), model.about.weights or "yours", _parity(model))
+    for name, model in others.items():
+        weights = model.get("about", {}).get("weights") or "yours"
+        systems.add_row(name, model.get("label", ""), _published(model), weights, _parity(model))
     console.print(systems)
 
 
-def _model(name: str) -> ModelConfig:
-    model: ModelConfig = read_choice("model", name)
-    return model
+def _published(model: dict[str, Any]) -> str:
+    scores = [model.get("published", {}).get(kind) for kind in ("ss", "ms")]
+    return "-" if scores == [None, None] else " / ".join("-" if s is None else f"{s:g}" for s in scores)
 
 
-def _published(model: ModelConfig) -> str:
-    scores = (model.published.ss, model.published.ms)
-    return "-" if scores == (None, None) else " / ".join("-" if s is None else f"{s:g}" for s in scores)
-
-
-def _parity(model: ModelConfig) -> str:
-    if not model.parity.against:
+def _parity(model: dict[str, Any]) -> str:
+    found = model.get("parity", {})
+    if not found.get("against"):
         return "-"
-    error = "" if model.parity.error is None else f": {model.parity.error:.1e}" if model.parity.error else ": same bits"
-    return f"{model.parity.against}{error}"
+    error = found.get("error")
+    text = "" if error is None else f": {error:.1e}" if error else ": bit-identical"
+    return f"{found['against']}{text}"

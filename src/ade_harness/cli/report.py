@@ -2,68 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
 from pathlib import Path
 
 from rich.console import Console
 
-from ade_harness.cli.flags import last_values, split_words
+from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.bootstrap import LEVEL, RESAMPLES
 from ade_harness.report.pages import COMPARISON_PAGE, PAGE, write_comparison_page, write_report
-from ade_harness.report.ranking import MOST_RUNS, print_ranking, rank_runs
+from ade_harness.report.ranking import MAX_RUNS, print_ranking, rank_runs, ranking_content
 from ade_harness.runs.finished import load_run
-from ade_harness.runtime.console import print_fact
+from ade_harness.runtime.console import make_console, print_fact
 
 
-def run_report(console: Console, words: Sequence[str]) -> int:
-    """Write the page of one run; returns 0.
+def run_report(options: argparse.Namespace) -> Answer:
+    """Write the page of one run.
 
     Raises:
         HarnessError: see :func:`ade_harness.runs.finished.load_run`; or the page cannot be written.
     """
-    folders, given = split_words(words, ("--output", "--scenes"))
-    options = last_values(given)
-    if len(folders) != 1:
-        raise HarnessError("report needs one run directory, such as `report runs/20260102-030405_demo_a1b2c3`.")
-    run = load_run(Path(folders[0]).expanduser())
-    page = Path(options.get("--output", run.path / PAGE)).expanduser()
-    write_report(console, run, page, options.get("--scenes"))
-    _tell(console, page)
-    return 0
+    console = make_console()
+    run = load_run(Path(options.run).expanduser())
+    page = Path(options.output or run.path / PAGE).expanduser()
+    write_report(console, run, page, options.scenes)
+    _print_page(console, page)
+    return Answer({"page": str(page)})
 
 
-def run_compare(console: Console, words: Sequence[str], pull: Callable[[str], Path]) -> int:
-    """Print how runs compare, and write their page; returns 0.
-
-    Args:
-        console: where to print.
-        words: run directories, or ``wandb:entity/project/run``.
-        pull: fetches the latter.
+def run_compare(options: argparse.Namespace) -> Answer:
+    """Print how runs compare, and write their page.
 
     Raises:
         HarnessError: fewer than two runs, or runs that cannot be compared.
     """
-    folders, given = split_words(words, ("--output", "--resamples"))
-    options = last_values(given)
-    if not 2 <= len(folders) <= MOST_RUNS:
+    if not 2 <= len(options.runs) <= MAX_RUNS:
         raise HarnessError(
-            f"compare needs 2 to {MOST_RUNS} run directories, or wandb:entity/project/run; got {len(folders)}."
+            f"compare needs 2 to {MAX_RUNS} run directories, or wandb:entity/project/run; got {len(options.runs)}."
         )
-    runs = [load_run(pull(f) if f.startswith("wandb:") else Path(f).expanduser()) for f in folders]
-    try:
-        resamples = int(options.get("--resamples", RESAMPLES))
-    except ValueError:
-        resamples = 0
+    console = make_console()
+    runs = [load_run(_fetched(name)) for name in options.runs]
+    resamples = RESAMPLES if options.resamples is None else options.resamples
     if resamples < 100:
-        raise HarnessError(f"--resamples={options['--resamples']}: expected a number from 100 up.")
+        raise HarnessError(f"--resamples={resamples}: expected a number from 100 up.")
     ranking = rank_runs(runs, resamples, 0, LEVEL)
     print_ranking(console, ranking, LEVEL)
-    page = Path(options.get("--output", COMPARISON_PAGE)).expanduser()
+    page = Path(options.output or COMPARISON_PAGE).expanduser()
     write_comparison_page(page, ranking, LEVEL)
-    _tell(console, page)
-    return 0
+    _print_page(console, page)
+    return Answer({"page": str(page), **ranking_content(ranking, LEVEL)})
 
 
-def _tell(console: Console, page: Path) -> None:
-    print_fact(console, "page", f"{page} ({page.stat().st_size / 1e6:.1f} MB, opens in any browser, needs no network)")
+def _fetched(name: str) -> Path:
+    """Return a run's directory; wandb is imported only for runs that are there."""
+    if not name.startswith("wandb:"):
+        return Path(name).expanduser()
+    from ade_harness.tracking.pull import pull_run
+
+    return pull_run(name)
+
+
+def _print_page(console: Console, page: Path) -> None:
+    size = page.stat().st_size / 1e6
+    print_fact(console, "page", f"{page} ({size:.1f} MB, opens in any browser, needs no network)")

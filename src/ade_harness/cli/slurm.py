@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from ade_harness.errors import HarnessError, require
 class EvaluationJob:
     """What one node of a job runs; pickled by submitit."""
 
-    run: Callable[[list[str]], int]
-    """A command, here; returns its exit code. Pickled by its name."""
     words: tuple[str, ...]
     """Of the command ``python -m ade_harness``."""
     root: str
@@ -33,7 +31,9 @@ class EvaluationJob:
 
     def __call__(self) -> None:
         """Evaluate; fails the job if the evaluation fails."""
-        code = self.run([*with_run_dir(self.words, self.root), "runtime.requeue=true"])
+        from ade_harness.cli.main import run_command
+
+        code = run_command([*with_run_dir(self.words, self.root), "runtime.requeue=true"])
         if code:
             raise HarnessError(f"the evaluation ended with exit code {code}: see its messages.")
 
@@ -74,13 +74,13 @@ def sbatch_parameters(cfg: SlurmConfig) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def submit(jobs: Sequence[Sequence[str]], configs: Sequence[Config], run: Callable[[list[str]], int]) -> None:
+def submit(jobs: Sequence[Sequence[str]], configs: Sequence[Config], settings: Mapping[str, Any]) -> None:
     """Submit one job for each command, as one array, and print their ids.
 
     Args:
-        jobs: the words of each command.
+        jobs: the arguments of each command.
         configs: their configurations; the first one's ``runtime.slurm`` holds for all.
-        run: a command, in the job.
+        settings: of ``hydra.launcher``; what is not null takes precedence over ``runtime.slurm``.
 
     Raises:
         HarnessError: there is no SLURM or no submitit here, or SLURM refuses.
@@ -93,14 +93,14 @@ def submit(jobs: Sequence[Sequence[str]], configs: Sequence[Config], run: Callab
         shutil.which("sbatch") is not None,
         "hydra/launcher=slurm: sbatch is not on this machine. Give the command on a login node of the cluster.",
     )
-    settings = configs[0].runtime.slurm
-    folder = Path(settings.folder).expanduser()
-    executor = submitit.SlurmExecutor(folder=folder / "%j", python=settings.python or sys.executable)
-    executor.update_parameters(**sbatch_parameters(settings))
+    asked = replace(configs[0].runtime.slurm, **{k: v for k, v in settings.items() if v is not None})
+    folder = Path(asked.folder).expanduser()
+    executor = submitit.SlurmExecutor(folder=folder / "%j", python=asked.python or sys.executable)
+    executor.update_parameters(**sbatch_parameters(asked))
     try:
         with executor.batch():
             submitted = [
-                executor.submit(EvaluationJob(run, tuple(words), cfg.run.root))
+                executor.submit(EvaluationJob(tuple(words), cfg.run.root))
                 for words, cfg in zip(jobs, configs, strict=True)
             ]
     except (submitit.core.utils.FailedJobError, OSError) as error:

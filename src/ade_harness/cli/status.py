@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from ade_harness.errors import HarnessError
+from ade_harness.cli.answer import Answer
 from ade_harness.report.terminal import percent
 from ade_harness.runs.directory import LEDGER, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.live import PROGRESS
 from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
-from ade_harness.runtime.console import print_fact, print_line
+from ade_harness.runtime.console import make_console, print_fact, print_line
 from ade_harness.runtime.progress import format_seconds
 from ade_harness.runtime.supervisor import resume_command
 
 
-def run_status(console: Console, words: Sequence[str]) -> int:
-    """Print the state of one run directory; returns 0.
+def run_status(options: argparse.Namespace) -> Answer:
+    """Print the state of one run directory.
 
     Raises:
-        HarnessError: not one directory, or it holds no run.
+        HarnessError: it holds no run.
     """
-    if len(words) != 1:
-        raise HarnessError("status needs one run directory, such as `status runs/20260102-030405_demo_a1b2c3`.")
-    path = Path(words[0]).expanduser()
+    console = make_console()
+    path = Path(options.run).expanduser()
     manifest = read_manifest(path)
     rows, damaged = read_rows(path / LEDGER)
     progress = _read_progress(path)
@@ -60,7 +59,11 @@ def run_status(console: Console, words: Sequence[str]) -> int:
         print_fact(console, "mIoU", percent(json.loads((path / "metrics.json").read_text())["mIoU"]))
     else:
         print_fact(console, "continue", resume_command(path))
-    return 0
+    content = {
+        "run": str(path), "state": state, "saved": len(rows), "images": total, "damaged_files": len(damaged),
+        "progress": progress if state.startswith("running") else None,
+    }  # fmt: skip
+    return Answer(content)
 
 
 def run_state(status: str, holder: dict[str, Any], progress: dict[str, Any] | None) -> str:

@@ -1,75 +1,124 @@
-"""Every combination of comma-separated values: one after another, one chosen by number, or as SLURM jobs."""
+"""The end of a sweep: one table of all its runs, on the terminal and as CSV and JSON."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from rich.box import HORIZONTALS
+from rich.table import Table
+from rich.text import Text
 
-from ade_harness.config.compose import compose_config
-from ade_harness.errors import HarnessError, require
+from ade_harness.config.arguments import quote
+from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_json, write_text
+from ade_harness.runtime.console import make_console, print_fact
 
-_LAUNCHERS = ("basic", "slurm")
+if TYPE_CHECKING:
+    from ade_harness.config.schema import Config
+
+TABLE = "sweep"
+"""Name of the table's files, without their endings."""
 
 
-def run_sweep(overrides: Sequence[str], extra: Path | None, run: Callable[[list[str]], int]) -> int:
-    """Run a sweep.
+@dataclass(frozen=True)
+class SweepJob:
+    """One combination of a sweep."""
+
+    number: int
+    """From 0."""
+    overrides: tuple[str, ...]
+    run_dir: Path
+    config: Config
+
+    @property
+    def words(self) -> list[str]:
+        """Arguments of the command that runs it."""
+        kept = [word for word in self.overrides if not word.startswith("run.dir=")]
+        return ["evaluate", *kept, f"run.dir={quote(str(self.run_dir))}"]
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One run of a sweep."""
+
+    job: int
+    overrides: str
+    state: str
+    """finished, or failed with its exit code."""
+    mIoU: float | None
+    """0..1."""
+    low: float | None
+    high: float | None
+    """Ends of its interval."""
+    images: int | None
+    warnings: str
+    """What the score is not: demo, partial, random weights."""
+    run: str
+    """Its directory."""
+
+
+def finish_sweep(jobs: Sequence[SweepJob], codes: Sequence[int], folder: Path) -> list[SweepRow]:
+    """Print the table of a sweep, and write sweep.csv and sweep.json; returns its rows.
 
     Args:
-        overrides: with comma-separated values; ``hydra/launcher=slurm`` submits instead of running here.
-        extra: folder of ``--config-dir``.
-        run: one command in the process of a SLURM job; returns its exit code.
+        jobs: in their order.
+        codes: exit code of each.
+        folder: of the sweep.
 
     Raises:
-        HarnessError: a mistake in any combination (before the first runs), or runs that failed.
+        HarnessError: the files cannot be written.
     """
-    launchers = [word.partition("=")[2] for word in overrides if word.startswith("hydra/launcher=")]
-    launcher = launchers[-1] if launchers else "basic"
-    require(launcher in _LAUNCHERS, f"hydra/launcher={launcher}: expected one of {', '.join(_LAUNCHERS)}.")
-    words = [word for word in overrides if not word.startswith("hydra/launcher=")]
-    if launcher == "slurm" and not any(word.startswith("runtime=") for word in words):
-        words.append("runtime=slurm")
-    jobs = combinations(words)
-    configs = [compose_config(job_words, extra) for job_words in jobs]  # all mistakes before the first job
-    flags = ["--config-dir", str(extra.resolve())] if extra else []
-    if launcher == "slurm":
-        from ade_harness.cli.slurm import submit
-
-        submit([[*job_words, *flags] for job_words in jobs], configs, run)
-        return 0
-    codes = []
-    for number, job_words in enumerate(jobs, start=1):
-        print(f"[{number} of {len(jobs)}] {' '.join(job_words)}", flush=True)
-        # a process of its own: one failure or one model's memory never reaches the next
-        codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *job_words, *flags], check=False).returncode)
-    failed = [" ".join(job_words) for job_words, code in zip(jobs, codes, strict=True) if code]
-    if failed:
-        raise HarnessError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
-    return 0
+    rows = [_row(job, code) for job, code in zip(jobs, codes, strict=True)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"{folder}: cannot be written ({error.strerror or error}).") from error
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(SweepRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(folder / f"{TABLE}.csv", text.getvalue())
+    write_json(folder / f"{TABLE}.json", [asdict(row) for row in rows])
+    console = make_console()
+    console.print(_table(rows))
+    print_fact(console, "written", f"{folder / TABLE}.csv, {TABLE}.json")
+    return rows
 
 
-def choose_job(overrides: Sequence[str], extra: Path | None, job: str) -> list[str]:
-    """Return the words of the combination number `job` (text, from 0); raises HarnessError if there is none."""
-    jobs = combinations(overrides)
-    require(
-        job.isdigit() and int(job) < len(jobs),
-        f"--job {job}: expected 0 to {len(jobs) - 1}, as this sweep has {len(jobs)} combinations.",
+def _row(job: SweepJob, code: int) -> SweepRow:
+    found: dict[str, Any] = {}
+    try:
+        if code == 0:
+            found = json.loads((job.run_dir / "metrics.json").read_text())
+    except (OSError, ValueError):
+        code = 1
+    interval = (found.get("intervals") or {}).get("mIoU") or {}
+    return SweepRow(
+        job=job.number,
+        overrides=" ".join(job.overrides),
+        state="finished" if found else f"failed ({code})",
+        mIoU=found.get("mIoU"),
+        low=interval.get("low"),
+        high=interval.get("high"),
+        images=found.get("images"),
+        warnings="; ".join(found.get("marks", ())),
+        run=str(job.run_dir),
     )
-    return [*jobs[int(job)], *(["--config-dir", str(extra)] if extra else [])]
 
 
-def list_sweep(overrides: Sequence[str]) -> int:
-    """Print the combinations with their numbers; returns 0."""
-    for number, words in enumerate(combinations(overrides)):
-        print(f"{number}: {' '.join(words)}")
-    return 0
-
-
-def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the words of every combination, in Hydra's order."""
-    batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(overrides)), None)
-    return [list(words) for batch in batches for words in batch]
+def _table(rows: Sequence[SweepRow]) -> Table:
+    table = Table(title="runs of this sweep", box=HORIZONTALS, pad_edge=False, title_justify="left")
+    for name in ("job", "overrides", "mIoU", "interval", "images", "state"):
+        table.add_column(name, justify="right" if name in ("job", "mIoU", "images") else "left", overflow="fold")
+    for row in rows:
+        interval = "" if row.low is None or row.high is None else f"{100 * row.low:.2f} to {100 * row.high:.2f}"
+        score = "-" if row.mIoU is None else f"{100 * row.mIoU:.2f}"
+        images = "" if row.images is None else f"{row.images:,}"
+        table.add_row(str(row.job), Text(row.overrides), score, interval, images, Text(row.state))
+    return table

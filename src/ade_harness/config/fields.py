@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from ade_harness.errors import require
 
@@ -26,6 +26,21 @@ def bounded(
         unit: what is counted, for the message.
     """
     return field(default=default, metadata={"at_least": at_least, "at_most": at_most, "above": above, "unit": unit})
+
+
+def place(default: str | None = None) -> Any:
+    """Return a dataclass field that holds a path, a URL or an id: on the command line it is taken as it is typed."""
+    return field(default=default, metadata={"place": True})
+
+
+def place_keys(kind: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all such fields of a configuration class and of what is nested in it."""
+    types = get_type_hints(kind)
+    for one in fields(kind):
+        if is_dataclass(types[one.name]):
+            yield from place_keys(types[one.name], f"{prefix}{one.name}.")
+        elif "place" in one.metadata:
+            yield prefix + one.name
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:

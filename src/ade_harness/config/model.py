@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import bounded
+from ade_harness.config.fields import bounded, place
 
 
 class ChannelOrder(StrEnum):
@@ -77,10 +77,10 @@ class InputConfig:
 class CheckpointConfig:
     """A public weight file, on the hub or at an address."""
 
-    hub_id: str | None = None
+    hub_id: str | None = place()
     revision: str | None = None  # commit; null takes the newest and records which it was
-    filename: str | None = None
-    url: str | None = None  # the official file; takes precedence over the hub's unless model.source=hub
+    filename: str | None = place()
+    url: str | None = place()  # the official file; takes precedence over the hub's unless model.source=hub
     sha256: str | None = None  # or its first 6 digits or more, as many files have them in their names
     license: str | None = None
     gated: bool = False  # asks for a registration
@@ -148,9 +148,9 @@ class ModelConfig:
     label: str = ""  # how tables call it
     _target_: str | None = None  # kind=custom: import path of an nn.Module class or a function that makes one
     kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments
-    path: str | None = None  # kind=onnx, torchscript, predictions: file or folder
-    id: str | None = None  # kind=hf: hub id or local folder
-    url: str | None = None  # kind=http: address of the endpoint; images go to /predict below it
+    path: str | None = place()  # kind=onnx, torchscript, predictions: file or folder
+    id: str | None = place()  # kind=hf: hub id or local folder
+    url: str | None = place()  # kind=http: address of the endpoint; images go to /predict below it
     http: HttpConfig = field(default_factory=HttpConfig)
     revision: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -160,9 +160,9 @@ class ModelConfig:
     backbone: CheckpointConfig = field(default_factory=CheckpointConfig)  # if the other file holds the head alone
     source: WeightSource | None = None  # null takes the official file, if there is one
     missing: str | None = None  # what was never published, and what to do
-    checkpoint: str | None = None  # a weight file of your own, in place of the public one
+    checkpoint: str | None = place()  # a weight file of your own, in place of the public one
     checkpoint_sha256: str | None = None
-    backbone_checkpoint: str | None = None  # likewise, if model.checkpoint holds the head alone
+    backbone_checkpoint: str | None = place()  # likewise, if model.checkpoint holds the head alone
     delta: bool = False  # the file holds differences from the backbone's file, which is read too
     probe: str | None = None  # recipe of `probe` (conf/probe)
     weights: Weights = Weights.pretrained

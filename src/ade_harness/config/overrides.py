@@ -9,12 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ade_harness.config.compose import (
-    as_dict,
-    choices,
-    compose_config,
-    compose_tree,
-)
+from ade_harness.config.arguments import prepare, quote
+from ade_harness.config.compose import compose_config, compose_tree
+from ade_harness.config.files import choices
+from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 
@@ -62,7 +60,7 @@ def composed_values(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         HarnessError: they do not compose.
     """
-    tree: Any = OmegaConf.to_container(compose_tree(words), resolve=True, enum_to_str=True)
+    tree: Any = OmegaConf.to_container(compose_tree(prepare(words)), resolve=True, enum_to_str=True)
     return _decisive(tree)
 
 
@@ -100,7 +98,7 @@ def as_word(value: Any) -> str:
     if isinstance(value, str):
         if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
             return value
-        return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+        return quote(value)
     return repr(value)
 
 

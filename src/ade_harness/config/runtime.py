@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from ade_harness.config.fields import bounded
+from ade_harness.config.fields import bounded, place
 
 
 class Accelerator(StrEnum):
@@ -46,14 +46,14 @@ class SlurmConfig:
     cpus_per_node: int | None = None
     mem_gb: int | None = None  # of each node
     constraint: str | None = None
-    container: str | None = None  # image for srun's --container-image (pyxis)
-    container_mounts: str | None = None  # such as /data:/data
-    python: str | None = None  # in the container; null: the one that submits
+    container: str | None = place()  # image for srun's --container-image (pyxis)
+    container_mounts: str | None = place()  # such as /data:/data
+    python: str | None = place()  # in the container; null: the one that submits
     setup: list[str] = field(default_factory=list)  # shell lines before the run, such as "module load cuda"
     extra: dict[str, Any] = field(default_factory=dict)  # any other sbatch option, as sbatch calls it
     signal_before_s: int = 120  # before the time limit: the run saves, is requeued and continues
     most_requeues: int = 20
-    folder: str = "slurm-jobs"  # submitit's scripts and logs
+    folder: str = place("slurm-jobs")  # submitit's scripts and logs
 
 
 @dataclass

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import bounded
+from ade_harness.config.fields import bounded, place
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig
@@ -68,7 +68,7 @@ class DatasetConfig:
 
     name: str = MISSING
     kind: DatasetKind = MISSING
-    root: str | None = None
+    root: str | None = place()
     split: Split = Split.validation
     images: int = bounded(200, at_least=1, at_most=20_000, unit="synthetic images")  # kind=demo
     limit: int | None = bounded(None, at_least=1)  # only the first N: marks the run as partial
@@ -80,8 +80,8 @@ class DatasetConfig:
 class RunConfig:
     """Where it is written."""
 
-    dir: str | None = None  # null: runs/<date-time>_<model>_<short id>
-    root: str = "runs"
+    dir: str | None = place()  # null: runs/<date-time>_<model>_<short id>
+    root: str = place("runs")
     overlays: int = bounded(4, at_least=0)  # images drawn with truth, prediction and errors
     report: bool | None = None  # write report.html at the end; null: if the run is tracked, which takes it along
     label_maps: LabelMapsKept = LabelMapsKept.few

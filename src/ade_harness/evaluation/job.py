@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 
 from ade_harness import kernels
-from ade_harness.config.compose import as_dict, protocol_changes
+from ade_harness.config.compose import protocol_changes
 from ade_harness.config.overrides import words_of
+from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.opening import open_dataset

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ade_harness.config.compose import as_dict
+from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
-from ade_harness.report.terminal import print_result
+from ade_harness.report.terminal import percent, print_result
 from ade_harness.runs.finished import load_run
 from ade_harness.runs.result import Result
-from ade_harness.runtime.console import make_console, print_fact, print_line
+from ade_harness.runtime.console import Output, make_console, output, print_fact, print_line
 
 
 def run_session(
@@ -31,12 +31,16 @@ def run_session(
     Raises:
         HarnessError: see :func:`ade_harness.evaluation.story.evaluate`.
     """
-    console = console or make_console()
+    console = console or make_console(result=False)
     finished = evaluate(cfg, console, on_run_dir)
     if finished is None:
         return None
     result, record = finished
     print_result(console, result)
+    if output() == Output.quiet:
+        shown = make_console()
+        print_fact(shown, "mIoU", percent(result.scores.mIoU))
+        print_fact(shown, "run directory", str(result.run_dir))
     if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
         _write_page(console, result.run_dir)
     if cfg.tracking.kind == "wandb":

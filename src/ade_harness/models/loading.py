@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
 from torch import nn
 
 from ade_harness.config.model import CheckpointConfig, ModelConfig
@@ -239,7 +240,7 @@ def _load_custom(cfg: ModelConfig, threads: int) -> LoadedModel:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the console script does not
     try:
-        make = _import_target(target)
+        get_object(target)
     except Exception as error:  # importing runs the user's code, which may fail in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise HarnessError(
@@ -248,15 +249,16 @@ def _load_custom(cfg: ModelConfig, threads: int) -> LoadedModel:
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        try:
-            module = make(**cfg.kwargs)
-        except TypeError as error:
-            raise HarnessError(
-                f"model._target_={target}: does not take these arguments ({error})."
-                " Set them as model.kwargs.NAME=VALUE."
-            ) from error
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        try:  # Hydra's own rules: nested _target_, _partial_, _args_, and its list of functions that are refused
+            module = instantiate({"_target_": target, "_convert_": "all", **cfg.kwargs})
+        except InstantiationException as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, TypeError):
+                raise HarnessError(
+                    f"model._target_={target}: does not take these arguments ({cause})."
+                    " Set them as model.kwargs.NAME=VALUE."
+                ) from error
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
             raise HarnessError(
                 f"model._target_={target}: making it failed ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
@@ -272,23 +274,6 @@ def _load_custom(cfg: ModelConfig, threads: int) -> LoadedModel:
         weights, facts = "pretrained", _facts(checkpoint)
     names = getattr(module, "class_names", None)
     return LoadedModel(module, weights, **_statistics(cfg), class_names=_names(cfg, names), facts=facts)
-
-
-def _import_target(target: str) -> Any:
-    """Return what an import path names: the longest importable module, then attributes."""
-    names = target.split(".")
-    for end in range(len(names) - 1, 0, -1):
-        module_name = ".".join(names[:end])
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module_name.startswith(error.name) or end == 1:
-                raise
-            continue
-        for name in names[end:]:
-            found = getattr(found, name)
-        return found
-    raise ImportError("a dotted path is needed")
 
 
 def _file(cfg: ModelConfig) -> Path:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ade_harness.config.compose import as_dict
+from ade_harness.config.plain import as_dict
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset

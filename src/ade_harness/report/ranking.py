@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +22,7 @@ from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.matching import match_runs
 from ade_harness.runtime.console import print_line
 
-MOST_RUNS = 8
+MAX_RUNS = 8
 _SHOWN = 5
 
 
@@ -164,3 +165,29 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     print_line(console, f"  images that move mIoU most: {images or 'none'}")
     for remark in pair.remarks:
         print_line(console, f"  note: {remark}", style="yellow")
+
+
+def ranking_content(ranking: Ranking, level: float) -> dict[str, Any]:
+    """Return runs and pairs as plain values, for ``--json``; scores as fractions."""
+    runs = [
+        {
+            "run": str(r.run.path),
+            "name": r.name,
+            "mIoU": r.scores.mIoU,
+            "interval": asdict(r.interval) if r.interval else None,
+        }
+        for r in ranking.runs
+    ]
+    pairs = [
+        {
+            "first": ranking.runs[p.first].name,
+            "second": ranking.runs[p.second].name,
+            "difference": p.headline.value,
+            "interval": asdict(p.headline.interval) if p.headline.interval else None,
+            "p_permutation": p.headline.p_permutation,
+            "p_corrected": p.headline.p_corrected,
+            "differ": p.headline.significant(level),
+        }
+        for p in ranking.pairs
+    ]
+    return {"runs": runs, "pairs": pairs}

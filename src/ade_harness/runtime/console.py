@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from enum import StrEnum
 
 from rich.console import Console
 
+OUTPUT = "ADE_HARNESS_OUTPUT"
+"""Environment variable by which a command says to the ranks it starts how much to print, and where."""
 _LOG_WIDTH = 120
 
 
-def make_console() -> Console:
-    """Return a console for stdout: a log gets lines of a fixed width, and no control codes."""
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+class Output(StrEnum):
+    """Of the process and the ranks that it starts."""
+
+    stdout = "stdout"
+    stderr = "stderr"  # stdout is for one JSON object
+    quiet = "quiet"  # results and errors only
+
+
+def output() -> Output:
+    """Return what was asked for."""
+    return Output(os.environ.get(OUTPUT, Output.stdout))
+
+
+def make_console(*, result: bool = True) -> Console:
+    """Return a console: a log gets lines of a fixed width, and no control codes.
+
+    Args:
+        result: whether what is printed is a result, which ``--quiet`` prints too.
+    """
+    quiet = output() == Output.quiet and not result
+    stderr = output() == Output.stderr
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, quiet=quiet, width=None if stream.isatty() else _LOG_WIDTH)
 
 
 def print_fact(console: Console, name: str, value: str) -> None:
@@ -22,3 +46,8 @@ def print_fact(console: Console, name: str, value: str) -> None:
 def print_line(console: Console, text: str, style: str | None = None) -> None:
     """Print text as it is: no markup, no colours of its own, never wrapped."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_error(text: str) -> None:
+    """Print a line to stderr."""
+    print_line(Console(stderr=True), text)

@@ -1,0 +1,212 @@
+"""The commands `evaluate`, `probe` and `resume`: a configuration, composed by Hydra, to a run.
+
+`evaluate` and `probe` are ordinary Hydra applications (``hydra.main``): what Hydra's documentation says of a command
+line holds here. ``hydra.run.dir`` and ``hydra.sweep.dir`` name where runs are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ade_harness.cli.answer import Answer
+from ade_harness.cli.launch import launch
+from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, quote, with_recipe
+from ade_harness.config.compose import checked, compose_config, explain, register_schemas, stored_config
+from ade_harness.config.files import conf_dir
+from ade_harness.config.schema import Config
+from ade_harness.errors import HarnessError, require
+from ade_harness.runs.directory import read_manifest
+
+_SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
+"""Options of Hydra's that print something instead of running."""
+
+
+def run_evaluate(options: argparse.Namespace) -> Answer:
+    """Evaluate one configuration, or a sweep of them.
+
+    Raises:
+        HarnessError: a mistake in the configuration, or nothing was scored.
+    """
+    overrides = list(options.overrides)
+    require(
+        options.multirun or not (options.list or options.job is not None),
+        "--job and --list are about the jobs of a sweep: add -m.",
+    )
+    if options.list:
+        overrides.append("hydra/launcher=list")
+    elif options.job is not None:
+        overrides += ["hydra/launcher=one_job", f"hydra.launcher.number={options.job}"]
+    elif "hydra/launcher=slurm" in overrides and not any(word.startswith("runtime=") for word in overrides):
+        overrides.append("runtime=slurm")
+    ready = overrides if _shows(options) else prepare(overrides, _config_dir(options), options.multirun)
+    return _run_hydra(options, ready, "evaluate", _evaluate)
+
+
+def run_probe(options: argparse.Namespace) -> Answer:
+    """Train a linear head; raises as :func:`run_evaluate`."""
+    extra = _config_dir(options)
+    options.multirun = False
+    return _run_hydra(options, prepare(with_recipe(options.overrides, extra), extra), "probe", _train)
+
+
+def run_resume(options: argparse.Namespace) -> Answer:
+    """Continue a run as its own config.yaml says.
+
+    Raises:
+        HarnessError: no run, a damaged one, or a probe; or nothing was scored.
+    """
+    path = Path(options.run).expanduser()
+    wrong = next((word for word in options.overrides if "=" not in word), None)
+    require(wrong is None, f"{wrong!r}: expected key=value; resume takes one run directory.")
+    if read_manifest(path).get("kind") == "probe":
+        raise HarnessError(f"{path}: is a probe: give its `probe` command again, with run.dir={path}.")
+    try:
+        text = (path / "config.yaml").read_text()
+    except OSError as error:
+        raise HarnessError(f"{path / 'config.yaml'}: cannot be read ({error.strerror}).") from error
+    config = stored_config(text, options.overrides)
+    config.run.dir = str(path)
+    words = ["resume", options.run, *options.overrides]
+    code, run_dir = launch(config, lambda _: words, options.in_this_process, lambda found: _evaluate(config, found))
+    return Answer(_result(run_dir), code)
+
+
+def _evaluate(config: Config, on_run_dir: Callable[[Path], None]) -> None:
+    from ade_harness.evaluation.outcome import run_session
+
+    run_session(config, on_run_dir)
+
+
+def _train(config: Config, on_run_dir: Callable[[Path], None]) -> None:
+    from ade_harness.probe.training import train_probe
+    from ade_harness.runtime.console import make_console
+
+    train_probe(config, make_console(result=False), on_run_dir)
+
+
+def _run_hydra(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    command: str,
+    work: Callable[[Config, Callable[[Path], None]], None],
+) -> Answer:
+    """Run a command as a Hydra application."""
+    register_schemas()
+    ends: list[tuple[int, Path | None]] = []
+    errors: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name="config")
+    def job(tree: DictConfig) -> float | None:
+        try:
+            return run(tree)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # a launcher looks at each job's end
+            errors.append(error)  # Hydra would print its own words about it before ours
+            return None
+
+    def run(tree: DictConfig) -> float | None:
+        given = list(HydraConfig.get().overrides.task)
+        own = tree.inference.name in OWN_PROTOCOLS  # of a sweep: each job knows its model only now
+        config = compose_config(given, _config_dir(options)) if own else checked(tree)
+        words = [command, *given, *_hydra_words(options)]
+        if _hydras_directory(config):
+            config.run.dir = str(HydraConfig.get().runtime.output_dir)
+            words.append(f"run.dir={quote(config.run.dir)}")
+        if options.verbose:
+            words.append("hydra.verbose=true")
+
+        def rank(run_dir: str | None) -> list[str]:
+            kept = [w for w in words if run_dir is None or not w.startswith("run.dir=")]
+            return [*kept, *([] if run_dir is None else [f"run.dir={run_dir}"])]
+
+        code, run_dir = launch(config, rank, options.in_this_process, lambda found: work(config, found))
+        ends.append((code, run_dir))
+        if code and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise HarnessError(f"a job ended with exit code {code}: see its messages.")
+        found = _result(run_dir) if code == 0 and command == "evaluate" else None
+        return float(found["mIoU"]) if found else None  # what a sweeper that optimises looks at
+
+    try:
+        with _arguments(options, overrides):
+            job()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise HarnessError(explain(error, options.overrides)) from error
+    if errors:
+        raise errors[0]
+    code, run_dir = ends[-1] if ends else (0, None)
+    return Answer(_result(run_dir) if command == "evaluate" else None, code)
+
+
+@contextmanager
+def _arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Iterator[None]:
+    """Give Hydra its command line: it reads ``sys.argv``, and is told to raise errors rather than to print them."""
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    flags = _hydra_words(options)
+    if options.multirun:
+        flags.append("--multirun")
+    for name in _SHOWS:
+        value = getattr(options, name)
+        if value:
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    if options.package:
+        flags += ["--package", options.package]
+    if options.resolve:
+        flags.append("--resolve")
+    if options.verbose:
+        flags.append("hydra.verbose=true")
+    sys.argv = [argv[0], *overrides, *flags]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _hydra_words(options: argparse.Namespace) -> list[str]:
+    """Return the options that say where configurations are, for Hydra and for the ranks."""
+    names = ("config_dir", "config_name", "config_path")
+    return [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names if getattr(options, name)]
+
+
+def _shows(options: argparse.Namespace) -> bool:
+    return bool(options.shell_completion or options.info or options.hydra_help)
+
+
+def _config_dir(options: argparse.Namespace) -> Path | None:
+    extra = Path(options.config_dir) if options.config_dir else None
+    require(extra is None or extra.is_dir(), f"--config-dir: {extra} is not a folder.")
+    return extra
+
+
+def _hydras_directory(config: Config) -> bool:
+    """Whether Hydra's own option for a job's directory names the run's: ``hydra.run.dir``, or that of a sweep."""
+    mine = HydraConfig.get()
+    given = any(word.startswith("hydra.run.dir=") for word in mine.overrides.hydra)
+    return config.run.dir is None and (given or mine.mode == RunMode.MULTIRUN)
+
+
+def _result(run_dir: Path | None) -> dict[str, Any] | None:
+    """Return what a finished run found, and where it is."""
+    try:
+        content: dict[str, Any] = json.loads(((run_dir or Path()) / "metrics.json").read_text()) if run_dir else {}
+    except OSError:
+        return None
+    return {"run": str(run_dir), **content} if content else None

@@ -1,0 +1,108 @@
+"""Be a rank, or start and watch this node's ranks."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ade_harness.cli.failures import tell_failure, work_or_tell
+from ade_harness.runtime.cluster import (
+    REQUEUED,
+    find_node,
+    has_last_word,
+    is_rank,
+    requeue_slurm_job,
+    resolve_devices,
+)
+from ade_harness.runtime.console import print_error
+from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
+from ade_harness.runtime.supervisor import Supervisor, resume_command
+
+if TYPE_CHECKING:
+    from ade_harness.config.schema import Config
+
+_REQUEUE_WAIT_S = 120.0
+"""For SLURM to end a job that it has taken back."""
+_current_run: list[Path] = []
+"""The run directory in use, for the message after Ctrl-C."""
+
+
+def say_how_to_continue(why: str) -> None:
+    """Print what to do after an end from outside; of several ranks the first speaks, or their supervisor."""
+    if not has_last_word():
+        return
+    if not _current_run:
+        print_error(f"\n{why}: nothing was evaluated yet.")
+    else:
+        print_error(f"\n{why}. The counts so far are kept; this continues:\n  {resume_command(_current_run[-1])}")
+
+
+def launch(
+    config: Config,
+    command: Callable[[str | None], list[str]],
+    in_this_process: bool,
+    work: Callable[[Callable[[Path], None]], None],
+) -> tuple[int, Path | None]:
+    """Be a rank, or start and watch this node's ranks.
+
+    Args:
+        config: what to run.
+        command: for a run directory (None: not known yet), the arguments that make a rank of it.
+        in_this_process: never start others.
+        work: of a rank; it reports the run directory as soon as it is there.
+
+    Returns:
+        The exit code, and the run directory if there is one.
+    """
+    known = len(_current_run)
+    if in_this_process or is_rank() or not config.runtime.supervise:
+        code = work_or_tell(config, _current_run, lambda: _be_rank(work), print_error)
+    else:
+        code = _supervise(config, command)
+    return code, _current_run[-1] if len(_current_run) > known else None
+
+
+def _be_rank(work: Callable[[Callable[[Path], None]], None]) -> int:
+    from ade_harness.runtime.coordination import RankLostError, StopRequestedError
+
+    try:
+        work(_current_run.append)
+    except StopRequestedError as stop:
+        say_how_to_continue(str(stop).capitalize())
+        return EXIT_MESSAGE if str(stop) == "interrupted" else EXIT_STOPPED
+    except RankLostError as lost:
+        print_error(f"error: {lost}; what this rank counted is kept.")
+        return EXIT_RANK_LOST
+    return 0
+
+
+def _supervise(config: Config, command: Callable[[str | None], list[str]]) -> int:
+    _, ranks = resolve_devices(config.runtime)
+    node = find_node(config.runtime)
+    start = [sys.executable, "-m", "ade_harness"]
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        print_error(text)
+
+    supervisor = Supervisor(lambda run_dir: [*start, *command(run_dir)], ranks, node, config.runtime.max_restarts, say)
+    code = supervisor.run()
+    if supervisor.run_dir is not None:
+        _current_run.append(Path(supervisor.run_dir))
+    if code in (EXIT_MESSAGE, EXIT_STOPPED) and supervisor.received is not None and node.rank == 0:
+        say_how_to_continue("Interrupted" if supervisor.received == signal.SIGINT else "Stopped")
+    if code not in (0, EXIT_STOPPED) and supervisor.received is None and node.rank == 0:
+        tell_failure(config, _current_run[-1] if supervisor.run_dir else None, "\n".join(said), print_error)
+    if code == EXIT_STOPPED and config.runtime.requeue and supervisor.received == signal.SIGUSR1:
+        if node.rank != 0:
+            return 0  # a failure here would make srun kill node 0 before it has requeued the job
+        reported = requeue_slurm_job(config.runtime.slurm.most_requeues)
+        print_error(reported)
+        if reported.endswith(REQUEUED):
+            time.sleep(_REQUEUE_WAIT_S)
+    return code

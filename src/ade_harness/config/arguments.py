@@ -1,0 +1,183 @@
+"""Overrides as they are typed, made ready for Hydra: known keys, plain paths, a model's own protocol."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ade_harness.config.fields import place_keys
+from ade_harness.config.files import choices, read_choice
+from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.model import ModelConfig
+from ade_harness.config.probe import ProbeConfig
+from ade_harness.config.runtime import RuntimeConfig
+from ade_harness.config.schema import DatasetConfig, MetricsConfig, RunConfig, TrackingConfig
+from ade_harness.errors import HarnessError, did_you_mean
+
+_FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
+NODES: dict[str, Any] = {
+    "model": ModelConfig,
+    "dataset": DatasetConfig,
+    "inference": InferenceConfig,
+    "runtime": RuntimeConfig,
+    "tracking": TrackingConfig,
+    "probe": ProbeConfig,
+}
+GROUPS = tuple(NODES)
+OWN_PROTOCOLS = {"ss": "single-scale", "ms": "multi-scale"}
+"""``inference=ss`` and ``inference=ms``: the model's own protocol."""
+
+
+def prepare(overrides: Sequence[str], extra: Path | None = None, multirun: bool = False) -> list[str]:
+    """Check overrides, and write them as Hydra's grammar wants them.
+
+    Args:
+        overrides: as typed: paths, URLs and ids need no quotes; free-form keys no ``+``.
+        extra: folder of ``--config-dir``.
+        multirun: whether they may hold sweeps.
+
+    Raises:
+        HarnessError: an unknown key or choice, with the nearest known ones; or no override.
+    """
+    ready = [_quoted(text, multirun) for text in overrides]
+    for text in ready:
+        _check(text, extra)
+    return [_opened(text) for text in _with_own_protocol(ready, extra, multirun)]
+
+
+def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str]:
+    """Return overrides of a training: the model's own recipe unless one is chosen, and the training split.
+
+    Raises:
+        HarnessError: no recipe is known for the model.
+    """
+    own = [f"+{text}" if text.startswith("probe=") else text for text in overrides]
+    if not any(text.startswith("dataset.split=") for text in own):
+        own.append("dataset.split=training")
+    if not any(text.startswith("+probe=") for text in own):
+        name = _chosen_model(overrides)
+        recipe = read_choice("model", name, extra).get("probe") if name in choices("model", extra) else None
+        known = ", ".join(choices("probe", extra))
+        if recipe is None:
+            raise HarnessError(f"model={name}: no recipe was published for it. Choose one: probe=NAME ({known}).")
+        own.insert(0, f"+probe={recipe}")
+    return own
+
+
+def quote(value: str) -> str:
+    """Return text in quotes of Hydra's grammar."""
+    return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
+def _quoted(text: str, multirun: bool) -> str:
+    """Quote a path, URL or id; what is quoted already, null or an interpolation stays as it is."""
+    key, equals, value = text.partition("=")
+    if not equals or key.lstrip("+") not in _places() or not value or value[0] in "'\"" or value.lower() == "null":
+        return text
+    if "${" in value or (multirun and _parses(text)):
+        return text
+    return f"{key}={quote(value)}"
+
+
+def _parses(text: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        return False
+    return True
+
+
+@cache
+def _places() -> frozenset[str]:
+    nodes = {**NODES, "run": RunConfig}
+    return frozenset(key for group, node in nodes.items() for key in place_keys(node, f"{group}."))
+
+
+def _chosen_model(overrides: Sequence[str]) -> str:
+    return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("model=")), "demo")
+
+
+def _with_own_protocol(overrides: Sequence[str], extra: Path | None, multirun: bool) -> list[str]:
+    """Replace inference=ss and inference=ms by the name of the model's own protocol.
+
+    In a sweep each job does so for its own model.
+    """
+    chosen = next((text for text in overrides if text in ("inference=ss", "inference=ms")), None)
+    if chosen is None or multirun:
+        return list(overrides)
+    kind = chosen.partition("=")[2]
+    model = _chosen_model(overrides)
+    protocols = read_choice("model", model, extra).get("protocols", {})
+    name = protocols.get(kind)
+    if name is None:
+        have = [f"inference={k} ({protocols[k]})" for k in OWN_PROTOCOLS if protocols.get(k) is not None]
+        raise HarnessError(
+            f"{chosen}: no {OWN_PROTOCOLS[kind]} protocol was published for model={model}."
+            f" {'It has ' + ', '.join(have) + '.' if have else 'Choose one by name: inference=NAME.'}"
+        )
+    return [f"inference={name}" if text == chosen else text for text in overrides]
+
+
+def _opened(text: str) -> str:
+    """Let the free-form dictionaries take new keys without Hydra's ``+``."""
+    return f"++{text}" if text.startswith(_FREE_KEYS) else text
+
+
+def _check(text: str, extra: Path | None) -> None:
+    """Refuse what Hydra's parser or our groups and keys do not know, with the nearest known ones."""
+    if "=" not in text and not text.startswith("~"):
+        raise HarnessError(f"{text!r}: expected key=value. `python -m ade_harness evaluate --help` lists the keys.")
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise HarnessError(
+            f'{text}: not in Hydra\'s grammar ({reason}). Quote the value: "{_with_quotes(text)}".'
+        ) from error
+    key = override.key_or_group
+    if key in GROUPS:
+        known = choices(key, extra)
+        value = override.value()
+        if isinstance(value, str) and value not in known:
+            raise HarnessError(f"{key}={value}: unknown value.{_nearest(key, value, known)}")
+    elif not text.startswith(("~", "hydra.", "hydra/")) and not key.startswith(("hydra/", "hydra.", *_FREE_KEYS)):
+        known = list(known_keys())
+        if key not in known and not any(k.startswith(key + ".") for k in known):
+            raise HarnessError(f"{key}: no such option.{did_you_mean(key, [*known, *GROUPS])} `--cfg job` lists all.")
+
+
+def _with_quotes(text: str) -> str:
+    key, _, value = text.partition("=")
+    return f"{key}={quote(value)}"
+
+
+def _nearest(group: str, value: str, known: Sequence[str]) -> str:
+    """Return the nearest of many choices, or all of a few."""
+    if len(known) <= 5:
+        return f"{did_you_mean(value, known)} Known: {', '.join(known)}."
+    near = difflib.get_close_matches(value, known, n=5, cutoff=0.3)
+    more = "`python -m ade_harness models`" if group == "model" else "`python -m ade_harness evaluate --help`"
+    return f" Nearest: {', '.join(near)}; {more} lists all." if near else f" {more} lists all {len(known)}."
+
+
+@cache
+def known_keys() -> tuple[str, ...]:
+    """Return every dotted key of the schema."""
+    nodes = {**NODES, "run": RunConfig, "metrics": MetricsConfig}
+    return tuple(key for group, node in nodes.items() for key in _leaves(OmegaConf.structured(node), group))
+
+
+def _leaves(cfg: DictConfig, prefix: str) -> Iterator[str]:
+    for key in cfg:
+        path = f"{prefix}.{key!s}"
+        value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
+        if isinstance(value, DictConfig) and len(value):
+            yield from _leaves(value, path)
+        yield path

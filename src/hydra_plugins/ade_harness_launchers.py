@@ -1,0 +1,171 @@
+"""Hydra launchers: jobs of a sweep as processes here, as SLURM jobs, one of them alone, or listed.
+
+All but the last check every job, its files too, before the first one starts. Hydra imports this module whenever it
+starts, so that it imports what it needs when a sweep runs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ade_harness.errors import HarnessError, require
+
+if TYPE_CHECKING:
+    from ade_harness.cli.sweep import SweepJob
+    from ade_harness.config.schema import Config
+
+
+class _CheckedLauncher(Launcher):
+    """What ours share: jobs are composed and checked before any starts."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra hands over; called by Hydra."""
+        self.context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run jobs; called by Hydra's sweeper.
+
+        Raises:
+            HarnessError: a mistake in any job; then none has started. Or jobs that failed.
+        """
+        from ade_harness.cli.sweep import SweepJob
+        from ade_harness.config.compose import compose_config
+
+        extra = _config_dir(self.config)
+        jobs, mistakes = [], []
+        for number, words in enumerate(job_overrides, start=initial_job_idx):
+            plain = list(filter_overrides(words))
+            try:
+                config = compose_config(plain, extra)
+                check_files(config)
+            except HarnessError as error:
+                mistakes.append(f"job {number} ({' '.join(plain)}): {error}")
+                continue
+            jobs.append(SweepJob(number, tuple(plain), self._directory(number, plain, extra, config), config))
+        if mistakes:
+            raise HarnessError(
+                f"{len(mistakes)} of {len(job_overrides)} jobs cannot run, so none was started.\n" + "\n".join(mistakes)
+            )
+        return self.run(jobs, ["--config-dir", str(extra.resolve())] if extra else [])
+
+    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
+        """Run checked jobs; `flags` go to each command."""
+        raise TypeError(f"{type(self).__name__} does not say how jobs run")
+
+    def _directory(self, number: int, words: Sequence[str], extra: Path | None, config: Config) -> Path:
+        """Return where a job writes: ``run.dir``, or Hydra's own directory of the job."""
+        from ade_harness.config.arguments import prepare
+
+        if config.run.dir is not None:
+            return Path(config.run.dir)
+        sweep: Any = self.context.config_loader.load_sweep_config(self.config, prepare(words, extra))
+        with open_dict(sweep):
+            sweep.hydra.job.id = sweep.hydra.job.num = number
+        return Path(str(OmegaConf.select(sweep, "hydra.sweep.dir"))) / str(
+            OmegaConf.select(sweep, "hydra.sweep.subdir")
+        )
+
+
+class ProcessLauncher(_CheckedLauncher):
+    """One job after another, each a process of its own: no failure and no model's memory reaches the next."""
+
+    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
+        """Run all, whatever fails, and end with one table."""
+        from ade_harness.cli.sweep import finish_sweep
+
+        codes = []
+        for place, job in enumerate(jobs, start=1):
+            print(f"[{place} of {len(jobs)}] {' '.join(job.overrides)}", flush=True)
+            words = [*job.words, *flags]
+            codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode)
+        rows = finish_sweep(jobs, codes, Path(str(self.config.hydra.sweep.dir)))
+        return [_returned(job, code, row.mIoU) for job, code, row in zip(jobs, codes, rows, strict=True)]
+
+
+class OneJobLauncher(_CheckedLauncher):
+    """The job of one number alone, for SLURM's job arrays."""
+
+    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
+        """Run the job ``hydra.launcher.number``."""
+        number = int(self.settings["number"])
+        require(
+            0 <= number < len(jobs),
+            f"--job {number}: expected 0 to {len(jobs) - 1}, as this sweep has {len(jobs)} combinations.",
+        )
+        job = jobs[number]
+        words = ["evaluate", *job.overrides, *flags]  # its directory is its own: the jobs of an array do not meet
+        code = subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode
+        if code:
+            raise SystemExit(code if code > 0 else 128 - code)
+        return [_returned(job, code, None)]
+
+
+class ListLauncher(Launcher):
+    """Prints the jobs with their numbers, and runs none."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Print; called by Hydra's sweeper."""
+        for number, words in enumerate(job_overrides, start=initial_job_idx):
+            print(f"{number}: {' '.join(filter_overrides(words))}")
+        return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in job_overrides]
+
+
+class SlurmLauncher(_CheckedLauncher):
+    """SLURM jobs, as one array: see :mod:`ade_harness.cli.slurm`."""
+
+    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
+        """Submit all; ``hydra.launcher.KEY`` says what SLURM is asked for."""
+        from ade_harness.cli.slurm import submit
+
+        submit([[*job.overrides, *flags] for job in jobs], [job.config for job in jobs], self.settings)
+        return [_returned(job, 0, None) for job in jobs]
+
+
+def check_files(config: Config) -> None:
+    """Check that the files a configuration names are there.
+
+    Raises:
+        HarnessError: names the first key whose file is not.
+    """
+    model = config.model
+    for key in ("checkpoint", "backbone_checkpoint", "path"):
+        value = getattr(model, key)
+        require(value is None or Path(value).expanduser().exists(), f"model.{key}={value}: no such file or folder.")
+    root = config.dataset.root
+    require(
+        config.dataset.kind == "demo" or root is None or Path(root).expanduser().exists(),
+        f"dataset.root={root}: no such folder or zip.",
+    )
+
+
+def _config_dir(config: DictConfig) -> Path | None:
+    """Return the folder of ``--config-dir``, which Hydra has put among its sources."""
+    for source in config.hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            return Path(str(source.path))
+    return None
+
+
+def _returned(job: SweepJob, code: int, value: float | None) -> JobReturn:
+    from ade_harness.config.plain import as_dict
+
+    status = JobStatus.FAILED if code else JobStatus.COMPLETED
+    outcome = HarnessError(f"job {job.number} ended with exit code {code}") if code else value
+    config = OmegaConf.create(as_dict(job.config))
+    return JobReturn(overrides=list(job.overrides), cfg=config, _return_value=outcome, status=status)

@@ -1,0 +1,185 @@
+"""The command line is an ordinary Hydra application: what Hydra's documentation promises works."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ade_harness.config.arguments import prepare
+from ade_harness.config.compose import compose_config
+from ade_harness.errors import HarnessError
+from tests.cli.test_cli import FAST, Call
+from tests.conftest import Done
+
+Cli = Callable[..., Done]
+QUICK = (*FAST, "metrics.resamples=0", "run.overlays=0", "runtime.workers=0")
+HARD = "/data/épreuve/ep=99-step=8, v2 (1)/it's #1; {x} [y].ckpt"
+
+
+def test_cfg_and_its_options(call: Call) -> None:
+    assert yaml.safe_load(call("--cfg", "job", "--package", "inference.resize").out)["rule"] == "none"
+    assert "hydra_plugins" in call("--cfg", "hydra").out
+    done = call("--cfg", "job", "--resolve", "-p", "dataset", "dataset=ade20k", "model=segformer_b0", "dataset.root=x")
+    assert yaml.safe_load(done.out)["root"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("defaults-tree", "inference: original_size"),
+        ("searchpath", "conf"),
+        ("plugins", "SlurmLauncher"),
+        ("config", "kernels"),
+    ],
+)
+def test_info(call: Call, what: str, text: str) -> None:
+    done = call("--info", what)
+    assert done.code == 0, done.err
+    assert text in done.out
+
+
+def test_a_primary_configuration_and_groups_of_ones_own(call: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "probe").mkdir(parents=True)
+    (folder / "nightly.yaml").write_text("defaults: [config, _self_]\ndataset:\n  limit: 7\n")
+    (folder / "probe" / "short.yaml").write_text(
+        "defaults: [dinov3_linear, _self_]\nname: short\niterations: 3\nwarmup: 0\n"
+    )
+    done = call("--config-dir", folder, "-cn", "nightly", "--cfg", "job", "-p", "dataset")
+    assert yaml.safe_load(done.out)["limit"] == 7
+    done = call(
+        "probe", "-cd", folder, "model=dinov3_7b_linear", "probe=short", "probe.lr=0.5", "--cfg", "job", "-p", "probe"
+    )
+    recipe = yaml.safe_load(done.out)
+    assert (recipe["name"], recipe["iterations"], recipe["lr"], recipe["batch"]) == ("short", 3, 0.5, 16)
+
+
+def test_hydras_directory_is_the_runs(call: Call, tmp_path: Path) -> None:
+    assert call(*QUICK, "dataset.images=2", "hydra.run.dir=here").code == 0
+    assert (tmp_path / "here" / "metrics.json").exists()
+    assert not (tmp_path / "outputs").exists()
+    assert not (tmp_path / "here" / ".hydra").exists()
+
+
+def test_verbose_shows_debug_messages(call: Call) -> None:
+    done = call(*QUICK, "dataset.images=2", "run.dir=run", "hydra.verbose=true")
+    assert done.code == 0
+    assert "DEBUG" in done.err
+
+
+def test_quiet_and_json(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*QUICK, "dataset.images=2", "run.dir=a", "--quiet")
+    assert [line.split(":")[0] for line in done.out.splitlines()] == ["mIoU", "run directory"]
+    done = cli(*QUICK, "dataset.images=2", "run.dir=b", "--json")
+    found = json.loads(done.out)
+    assert found["mIoU"] == json.loads((tmp_path / "a" / "metrics.json").read_text())["mIoU"]
+    assert found["run"] == "b"
+    assert "best classes" in done.err
+    assert json.loads(cli("status", "b", "--json").out)["saved"] == 2
+    assert len(json.loads(cli("models", "--json").out)["models"]) > 30
+    assert json.loads(cli("compare", "a", "b", "--resamples", "100", "--json").out)["pairs"][0]["difference"] == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_and_ends_with_one_table(cli: Cli, tmp_path: Path) -> None:
+    """Hydra's own sweeper; a job that fails does not keep the next from running."""
+    (tmp_path / "net.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self, fail=False):\n        super().__init__()\n"
+        "        self.fail = fail\n    def forward(self, x):\n        assert not self.fail, 'as asked'\n"
+        "        return torch.zeros(len(x), 150, 4, 4)\n"
+    )
+    words = ["model=custom", "model._target_=net.Net", "dataset.images=2", "inference=original_size"]
+    done = cli(
+        "-m",
+        *QUICK,
+        *words,
+        "model.kwargs.fail=true,false",
+        "hydra.sweep.dir=all",
+        "hydra.sweep.subdir=${hydra.job.num}",
+    )
+    assert done.code == 2, done.err
+    rows = json.loads((tmp_path / "all" / "sweep.json").read_text())
+    assert [row["state"] for row in rows] == ["failed (2)", "finished"]
+    assert rows[1]["mIoU"] is not None
+    assert rows[1]["run"] == "all/1"
+    assert [row["state"] for row in csv.DictReader((tmp_path / "all" / "sweep.csv").open())] == [
+        r["state"] for r in rows
+    ]
+    assert "runs of this sweep" in done.out
+
+
+def test_jobs_of_a_sweep(call: Call) -> None:
+    done = call("-m", "--list", "model=glob(segformer_b*,exclude=segformer_b[2-5])", "inference=ss,ms")
+    assert done.code == 2  # brackets are not in Hydra's grammar without quotes
+    done = call(
+        "-m",
+        "--list",
+        "model=glob('segformer_b*',exclude='segformer_b[2-5]')",
+        "inference=ss,ms",
+        "dataset.limit=range(1,3)",
+    )
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == 8
+    assert done.out.splitlines()[-1] == "7: model=segformer_b1 inference=ms dataset.limit=2"
+
+
+def test_every_job_is_checked_before_the_first_starts(call: Call, tmp_path: Path) -> None:
+    done = call("-m", *QUICK, "model=segformer_b0,demo", "model.checkpoint=no.pt", "dataset.limit=0,1", "run.root=none")
+    assert done.code == 2
+    assert "of 4 jobs cannot run, so none was started" in done.err
+    assert "job 1 (" in done.err
+    assert "model.checkpoint=no.pt: no such file" in done.err
+    assert "dataset.limit=0: expected 1 or more" in done.err
+    assert not [path for path in (tmp_path / "none").rglob("*") if path.name == "manifest.json"]
+
+
+@pytest.mark.parametrize("key", ["model.checkpoint", "model.path", "model.id", "dataset.root", "run.dir", "run.root"])
+def test_paths_are_taken_as_they_are_typed(key: str) -> None:
+    for value in (HARD, "a'b", "~/x=y", "a,b", "{x}", "[x]", "x y", "with\\'both"):
+        config = compose_config([f"{key}={value}", "model=segformer_b0"])
+        group, _, name = key.partition(".")
+        assert getattr(getattr(config, group), name) == value
+    assert prepare([f"{key}=null"]) == [f"{key}=null"]
+    assert prepare([f"{key}='a b'"]) == [f"{key}='a b'"]
+
+
+def test_a_run_in_a_hard_place_is_made_continued_and_shown(call: Call, tmp_path: Path) -> None:
+    place = "épreuve/ep=99-step=8, v2 (1)"
+    assert call(*QUICK, "dataset.images=2", f"run.dir={place}").code == 0
+    assert (tmp_path / place / "metrics.json").exists()
+    done = call("resume", place)
+    assert done.code == 0, done.err
+    assert "finished" in call("status", place).out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_installed(call: Call, shell: str) -> None:
+    done = call("-sc", f"install={shell}")
+    assert done.code == 0, done.err
+    assert {"bash": "complete", "zsh": "complete", "fish": "complete"}[shell] in done.out
+
+
+def test_completion_completes_groups_and_keys(tmp_path: Path) -> None:
+    """What a shell asks."""
+    for line, expected in (
+        ("ade-harness model=segf", "model=segformer_b0"),
+        ("ade-harness inference.tt", "inference.tta"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "ade_harness", "-sc", "query=bash"], capture_output=True, text=True, check=True,
+            cwd=tmp_path, env={**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}, timeout=60,
+        )  # fmt: skip
+        assert expected in done.stdout
+
+
+def test_what_is_not_hydras_grammar_is_one_message_with_the_quoted_form() -> None:
+    with pytest.raises(HarnessError, match=r"not in Hydra's grammar .* Quote the value: \"?model\.label='a: b \('"):
+        prepare(["model.label=a: b ("])
