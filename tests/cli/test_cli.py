@@ -490,9 +490,36 @@ def test_multirun_runs_every_combination(call: Call, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     found = sorted(json.loads(p.read_text())["images"] for p in (tmp_path / "out").glob("sweep-*/*/metrics.json"))
     assert found == [1, 2]
-    one_message(call("-m", "model=demo,segfomer_b0"), "job 1 (model=segfomer_b0)", "Nearest: segformer_b0")
+    one_message(call("-m", "model=demo,segfomer_b0"), "model=segfomer_b0: unknown value. Nearest: segformer_b0")
 
 
 def test_config_dir_is_in_the_wheel_or_the_repository() -> None:
     assert (conf_dir() / "config.yaml").is_file()
     assert (REPOSITORY / "conf" / "config.yaml").is_file()
+
+
+_HEAVY = {"torch", "lightning", "scipy", "transformers", "pandas", "wandb", "numba", "onnxruntime"}
+
+
+@pytest.mark.parametrize(
+    ("words", "at_most"),
+    [
+        (["--help"], 260), (["evaluate", "--help"], 300), (["models"], 300), (["status", "run"], 600),
+        (["report", "run"], 1200), (["compare", "run", "run", "--resamples", "100"], 1200), (["leaderboard"], 1200),
+    ],
+)  # fmt: skip
+def test_commands_that_read_import_little(words: list[str], at_most: int, tmp_path: Path, call: Call) -> None:
+    """No torch, no Lightning, no SciPy; `status` and `models` answer in a fraction of a second."""
+    if "run" in words:
+        assert call(*FAST, "dataset.images=2", "run.dir=run", "run.label_maps=none").code == 0
+    program = (
+        "import sys\nfrom ade_harness.cli.main import run_command\ncode = run_command(sys.argv[1:])\n"
+        "print(code, len(sys.modules), *sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    code, modules, *names = done.stderr.split()[-2000:]
+    assert code == "0", done.stderr
+    assert not _HEAVY & set(names)
+    assert int(modules) < at_most

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassCalibrationError
 
+from ade_harness.data.labels import CONFIDENCE_BINS
+from ade_harness.kernels.confidence import count_confidence
 from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.breakdown import confused_pairs, group_images, size_groups
-from ade_harness.metrics.calibration import BINS, Calibration, count_confidence
+from ade_harness.metrics.calibration import Calibration
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.counts import matrix_of
 from ade_harness.metrics.regions import add_regions, boundary_band, boundary_width, find_regions
@@ -121,14 +123,14 @@ def test_calibration_is_torchmetrics() -> None:
     confidence, labels = probabilities[0].max(0)
     counts = count_confidence(confidence, labels.to(torch.uint8), target).numpy()
     found = Calibration(counts)
-    theirs = MulticlassCalibrationError(6, n_bins=BINS, norm="l1", ignore_index=255)
+    theirs = MulticlassCalibrationError(6, n_bins=CONFIDENCE_BINS, norm="l1", ignore_index=255)
     expected = float(theirs(probabilities, target.long()[None]))
     assert found.ece == pytest.approx(expected, abs=2e-5)  # confidences are added up in steps of 1/65536
     valid = target != 255
     assert counts[:, 0].sum() == valid.sum()
     assert counts[:, 1].sum() == (labels == target)[valid].sum()
-    edges = np.digitize(confidence[valid].numpy(), np.linspace(0, 1, BINS + 1)[1:-1], right=True)
-    assert np.abs(counts[:, 0] - np.bincount(edges, minlength=BINS)).sum() <= 4  # rounding at the edges
+    edges = np.digitize(confidence[valid].numpy(), np.linspace(0, 1, CONFIDENCE_BINS + 1)[1:-1], right=True)
+    assert np.abs(counts[:, 0] - np.bincount(edges, minlength=CONFIDENCE_BINS)).sum() <= 4  # rounding at the edges
 
 
 def test_calibration_at_the_ends() -> None:
@@ -138,4 +140,4 @@ def test_calibration_at_the_ends() -> None:
     )
     assert counts[:, 0].tolist() == [1] + [0] * 13 + [1]
     assert Calibration(counts.numpy()).ece == 0.5
-    assert Calibration(np.zeros((BINS, 3), np.int64)).ece == 0
+    assert Calibration(np.zeros((CONFIDENCE_BINS, 3), np.int64)).ece == 0

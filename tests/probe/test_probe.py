@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ade_harness.config.compose import compose_config, compose_probe
@@ -205,7 +206,7 @@ def test_the_loss_falls_and_evaluate_reads_the_head(call: Callable[..., Done], t
     found = losses(tmp_path / "run")
     assert len(found) == 6
     assert np.mean(found[-2:]) < 0.95 * found[0]
-    assert "DEMO: made-up images" in done.out
+    assert "DEMO: synthetic images" in done.out
     head = load_file(tmp_path / "run/head.safetensors")
     assert head["head.classifier.weight"].shape == (150, 128, 1, 1)
     assert head["head.norm.num_batches_tracked"] == 24
@@ -316,10 +317,10 @@ def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: P
     assert call("probe", *PROBE, *short).code == 0
     done = call("probe", *PROBE, *short, "probe.lr=0.5")
     assert done.code == 2
-    assert "this head was trained differently so far: probe.lr: was 0.02, is 0.5" in done.err
+    assert "holds a run of something else, so it is not continued. Different: probe.lr: was 0.02, is 0.5" in done.err
     (tmp_path / "run/state.pt").write_bytes(b"PK cut")
     assert "state.pt: is damaged" in call("probe", *PROBE, *short).err
-    assert "is a probe: give its `probe` command again" in call("resume", "run").err
+    assert "state.pt: is damaged" in call("resume", "run").err
     scored = call("run.dir=run", "dataset.limit=2", "tracking=none")
     assert scored.code == 2, scored.out
 
@@ -328,3 +329,36 @@ def test_a_backbone_alone_is_not_evaluated(backbone: Path) -> None:
     """A head that nobody trained would be random numbers without a mark."""
     with pytest.raises(HarnessError, match=r"4 missing: classifier\.bias|missing: classifier\.bias"):
         load_model(compose_config([*SMALL, f"model.checkpoint={backbone}"]).model)
+
+
+def test_a_training_has_the_run_directory_of_an_evaluation(
+    cli: Callable[..., Done], backbone: Path, tmp_path: Path
+) -> None:
+    """One record and one lock: `status` shows it, and `resume` continues it from its own configuration."""
+    done = cli("probe", *PROBE, "run.dir=run", "probe.iterations=8", "probe.save_every=2")
+    assert done.code == 0, done.err
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert {
+        "schema",
+        "status",
+        "started",
+        "finished",
+        "marks",
+        "seeds",
+        "environment",
+        "model",
+        "dataset",
+    } <= manifest.keys()
+    assert (manifest["kind"], manifest["status"]) == ("probe", "finished")
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["probe"]["iterations"] == 8
+    shown = cli("status", "run")
+    assert shown.code == 0, shown.err
+    assert "state:         finished" in shown.out
+    assert "trained:       8 of 8 iterations" in shown.out
+    again = cli("resume", "run")
+    assert again.code == 0, again.err
+    manifest = {k: manifest[k] for k in ("schema", "kind", "identity")} | {"finished": False}  # as older ones were
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "run/config.yaml").unlink()
+    assert "state:         interrupted" in cli("status", "run").out
+    assert "give its `probe` command again" in cli("resume", "run").err

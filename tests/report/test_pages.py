@@ -233,7 +233,7 @@ def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: P
         (["report", runs["run"], "--output"], "argument --output: expected one argument"),
         (["report", runs["run"], "--output", tmp_path / "no" / "where.html"], "cannot be written"),
         (["compare", runs["run"]], "compare needs 2 to 8 run directories"),
-        (["compare", runs["run"], runs["other"], "--resamples", "x"], "expected a number from 100 up"),
+        (["compare", runs["run"], runs["other"], "--resamples", "x"], "argument --resamples: invalid int value: 'x'"),
     ):
         done = call(*words)
         assert done.code == 2, words

@@ -29,10 +29,15 @@ from ade_harness.config.compose import checked, compose_config, explain, registe
 from ade_harness.config.files import conf_dir
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError, require
-from ade_harness.runs.directory import read_manifest
+from ade_harness.runs.directory import PROBE, read_manifest
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 """Options of Hydra's that print something instead of running."""
+
+_OLD_PROBE = (
+    "{path}: this probe was begun before probes kept their configuration: give its `probe` command again, with"
+    " run.dir={path}."
+)
 
 
 def run_evaluate(options: argparse.Namespace) -> Answer:
@@ -67,21 +72,22 @@ def run_resume(options: argparse.Namespace) -> Answer:
     """Continue a run as its own config.yaml says.
 
     Raises:
-        HarnessError: no run, a damaged one, or a probe; or nothing was scored.
+        HarnessError: no run, or a damaged one; or nothing was scored.
     """
     path = Path(options.run).expanduser()
     wrong = next((word for word in options.overrides if "=" not in word), None)
     require(wrong is None, f"{wrong!r}: expected key=value; resume takes one run directory.")
-    if read_manifest(path).get("kind") == "probe":
-        raise HarnessError(f"{path}: is a probe: give its `probe` command again, with run.dir={path}.")
+    manifest = read_manifest(path)
     try:
         text = (path / "config.yaml").read_text()
     except OSError as error:
+        require(manifest.get("kind") != PROBE, _OLD_PROBE.format(path=path))
         raise HarnessError(f"{path / 'config.yaml'}: cannot be read ({error.strerror}).") from error
     config = stored_config(text, options.overrides)
     config.run.dir = str(path)
     words = ["resume", options.run, *options.overrides]
-    code, run_dir = launch(config, lambda _: words, options.in_this_process, lambda found: _evaluate(config, found))
+    work = _train if manifest.get("kind") == PROBE else _evaluate
+    code, run_dir = launch(config, lambda _: words, options.in_this_process, lambda found: work(config, found))
     return Answer(_result(run_dir), code)
 
 

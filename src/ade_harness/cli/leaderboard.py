@@ -12,10 +12,6 @@ from rich.console import Console
 from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import json_safe
-from ade_harness.leaderboard.reproduce.rerun import reproduce
-from ade_harness.leaderboard.submission.bundle import bundle_problems, read_claim
-from ade_harness.leaderboard.submission.recipe import SCRIPT
-from ade_harness.leaderboard.submission.submit import build, listed, look_up, prepare
 from ade_harness.leaderboard.table import (
     METRICS,
     find_runs,
@@ -69,6 +65,9 @@ def run_submit(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: everything that stands in the way of a submission, each with what to do; nothing was written.
     """
+    from ade_harness.leaderboard.submission.recipe import SCRIPT
+    from ade_harness.leaderboard.submission.submit import build, look_up, prepare
+
     console = make_console()
     if options.check:
         if options.run:
@@ -97,6 +96,9 @@ def run_submit(options: argparse.Namespace) -> Answer:
 
 
 def _check(console: Console, folder: Path) -> Answer:
+    from ade_harness.leaderboard.submission.bundle import bundle_problems, read_claim
+    from ade_harness.leaderboard.submission.submit import listed
+
     problems = bundle_problems(folder)
     if problems:
         raise HarnessError(f"{folder}: not a valid submission:\n" + listed(problems))
@@ -117,6 +119,8 @@ def run_reproduce(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: it cannot be repeated: see the message.
     """
+    from ade_harness.leaderboard.reproduce.rerun import reproduce
+
     output = Path(options.output).expanduser() if options.output else None
     source = Path(options.source).expanduser()
     return Answer(code=reproduce(make_console(), source, output, options.overrides, options.trust))

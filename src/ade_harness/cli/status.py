@@ -9,15 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from ade_harness.cli.answer import Answer
-from ade_harness.report.terminal import percent
-from ade_harness.runs.directory import LEDGER, read_manifest
+from ade_harness.runs.directory import LEDGER, LOSS, PROBE, PROGRESS, read_manifest
 from ade_harness.runs.ledger import read_rows
-from ade_harness.runs.live import PROGRESS
 from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
-from ade_harness.runtime.console import make_console, print_fact, print_line
+from ade_harness.runtime.console import make_console, percent, print_fact, print_line
 from ade_harness.runtime.progress import format_seconds
 from ade_harness.runtime.supervisor import resume_command
 
@@ -31,6 +30,8 @@ def run_status(options: argparse.Namespace) -> Answer:
     console = make_console()
     path = Path(options.run).expanduser()
     manifest = read_manifest(path)
+    if manifest.get("kind") == PROBE:
+        return _probe_status(console, path, manifest)
     rows, damaged = read_rows(path / LEDGER)
     progress = _read_progress(path)
     total = manifest["dataset"]["images"]
@@ -39,9 +40,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     for mark in manifest["marks"]:
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
-    print_fact(
-        console, "durable", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged))
-    )
+    print_fact(console, "saved", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged)))
     for image_id, why in list(manifest.get("failures", {}).items())[:5]:
         print_fact(console, "failed", why if image_id in why else f"{image_id}: {why}")
     if state.startswith("running") and progress:
@@ -63,6 +62,25 @@ def run_status(options: argparse.Namespace) -> Answer:
         "run": str(path), "state": state, "saved": len(rows), "images": total, "damaged_files": len(damaged),
         "progress": progress if state.startswith("running") else None,
     }  # fmt: skip
+    return Answer(content)
+
+
+def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Answer:
+    """Print the state of a training; the manifests of older ones have `finished` and no status."""
+    status = manifest.get("status") or ("finished" if manifest.get("finished") else "running")
+    state = run_state(status, read_lock(path / LOCK), None)
+    lines = (path / LOSS).read_text().splitlines() if (path / LOSS).exists() else []
+    last = json.loads(lines[-1]) if lines else {"step": 0, "loss": None}
+    for mark in manifest.get("marks", ()):
+        print_line(console, mark, style="bold yellow")
+    print_fact(console, "state", state)
+    total = manifest["identity"].get("probe.iterations")
+    print_fact(console, "trained", f"{last['step']:,} of {total:,} iterations")
+    if last["loss"] is not None:
+        print_fact(console, "loss", f"{last['loss']:.4f}")
+    if not state.startswith(("running", "finished")):
+        print_fact(console, "continue", resume_command(path))
+    content = {"run": str(path), "state": state, "iterations": last["step"], "of": total, "loss": last["loss"]}
     return Answer(content)
 
 
@@ -98,7 +116,7 @@ def _read_progress(path: Path) -> dict[str, Any] | None:
 
 def _ranks(beats: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("rank", "host", "images", "images/s", "at work on"):
+    for name in ("rank", "host", "images", "images/s", "processing"):
         table.add_column(name, justify="right" if name in ("rank", "images", "images/s") else "left")
     for beat in beats:
         table.add_row(

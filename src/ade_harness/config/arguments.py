@@ -146,7 +146,7 @@ def _check(text: str, extra: Path | None) -> None:
         known = choices(key, extra)
         value = override.value()
         if isinstance(value, str) and value not in known:
-            raise HarnessError(f"{key}={value}: unknown value.{_nearest(key, value, known)}")
+            raise HarnessError(f"{key}={value}: unknown value.{nearest(key, value, known)}")
     elif not text.startswith(("~", "hydra.", "hydra/")) and not key.startswith(("hydra/", "hydra.", *_FREE_KEYS)):
         known = list(known_keys())
         if key not in known and not any(k.startswith(key + ".") for k in known):
@@ -158,7 +158,7 @@ def _with_quotes(text: str) -> str:
     return f"{key}={quote(value)}"
 
 
-def _nearest(group: str, value: str, known: Sequence[str]) -> str:
+def nearest(group: str, value: str, known: Sequence[str]) -> str:
     """Return the nearest of many choices, or all of a few."""
     if len(known) <= 5:
         return f"{did_you_mean(value, known)} Known: {', '.join(known)}."

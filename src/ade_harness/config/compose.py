@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config.arguments import NODES, prepare, with_recipe
+from ade_harness.config.arguments import NODES, nearest, prepare, with_recipe
 from ade_harness.config.files import choices, conf_dir
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.plain import as_dict
@@ -188,7 +188,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     )
     if absent:
         known = [name for name in absent[3].split() if name != "schema"]
-        return f"{absent[1]}={absent[2]}: unknown value.{did_you_mean(absent[2], known)} Known: {', '.join(known)}."
+        return f"{absent[1]}={absent[2]}: unknown value.{nearest(absent[1], absent[2], known)}"
     choice = re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text)
     if choice and key:
         known = choice[2].split(", ")

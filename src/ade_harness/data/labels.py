@@ -92,3 +92,9 @@ _DATASET_OF = {
 def usual_dataset(classes: int) -> str | None:
     """Return the data set that usually has so many classes, other than ADE20K's 150; None if there is none."""
     return _DATASET_OF.get(classes)
+
+
+CONFIDENCE_BINS = 15
+"""Of a prediction's confidence, of equal width (Guo et al. 2017)."""
+CONFIDENCE_UNITS = 2**16
+"""Confidence is added up in integers of this fraction, so that sums are exact in any order."""

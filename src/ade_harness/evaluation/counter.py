@@ -19,8 +19,8 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation.images import Failure, LoadedImage
 from ade_harness.inference.predictor import Prediction, Predictor
 from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels.confidence import count_confidence
 from ade_harness.metrics.areas import areas_of, split_areas
-from ade_harness.metrics.calibration import count_confidence
 from ade_harness.metrics.confusion import area_scores
 from ade_harness.metrics.counts import Row, label_hash, sparse_counts
 from ade_harness.report.overlays import save_overlay

@@ -12,10 +12,10 @@ from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
-from ade_harness.report.terminal import percent, print_result
+from ade_harness.report.terminal import print_result
 from ade_harness.runs.finished import load_run
 from ade_harness.runs.result import Result
-from ade_harness.runtime.console import Output, make_console, output, print_fact, print_line
+from ade_harness.runtime.console import Output, make_console, output, percent, print_fact, print_line
 
 
 def run_session(

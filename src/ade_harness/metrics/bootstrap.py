@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr, ndtri
 
 from ade_harness.metrics.areas import ImageAreas, split_areas
 from ade_harness.metrics.confusion import Floats, area_iou, area_scores
@@ -77,6 +76,8 @@ class Resampled:
         return [self._bca(*column, level) for column in zip(self.value, self.draws.T, self.without.T, strict=True)]
 
     def _bca(self, value: float, draws: Floats, without: Floats, level: float) -> Interval | None:
+        from scipy.special import ndtr, ndtri  # here: pages need intervals, and not this one
+
         defined = draws[np.isfinite(draws)]
         if not np.isfinite(value) or defined.size < _FEWEST:
             return None

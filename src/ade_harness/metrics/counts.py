@@ -64,9 +64,10 @@ def matrix_of(rows: Iterable[Row]) -> npt.NDArray[np.int64]:
     return total
 
 
-def label_hash(labels: Tensor) -> str:
+def label_hash(labels: Tensor | npt.NDArray[np.uint8]) -> str:
     """Return BLAKE2b (16 bytes, hex) of a uint8 label map [H, W]: equal hashes mean equal labels."""
-    return hashlib.blake2b(labels.cpu().contiguous().numpy().data, digest_size=16).hexdigest()
+    array = labels if isinstance(labels, np.ndarray) else labels.cpu().numpy()
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
 
 
 def hash_rows(rows: Iterable[Row]) -> str:

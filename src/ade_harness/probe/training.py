@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +32,19 @@ from ade_harness.models.loading import DTYPES, LoadedModel, load_for_probe
 from ade_harness.probe.crops import Crops, Share
 from ade_harness.probe.schedule import learning_rate
 from ade_harness.runs.directory import (
+    LOSS,
     MANIFEST,
-    SCHEMA_VERSION,
-    differences,
+    PROBE,
     flatten,
-    is_new,
-    make_run_dir,
-    read_manifest,
 )
-from ade_harness.runs.lock import RunLock
-from ade_harness.runs.provenance import code_state, command_line, environment
+from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import Ranks, started_ranks
 from ade_harness.tracking.run import log_curve
 
-HEAD, STATE, LOSS = "head.safetensors", "state.pt", "loss.jsonl"
+HEAD, STATE = "head.safetensors", "state.pt"
 _LOCAL_KEYS = ("save_every", "log_every")
 """Fields of a recipe that change no weight."""
 
@@ -81,22 +76,23 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         first = ranks.coordinator.rank == 0
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
         model = agreed(ranks.coordinator, "model", lambda: load_for_probe(cfg.model))
-        opened = agreed(
-            ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, console) if first else None
+        device = ranks.trainer.strategy.root_device.type
+        record = agreed(
+            ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, device, console) if first else None
         )
-        if opened is not None:
-            ranks.watchdog.on_beats = lambda beats: opened.lock.renew()
-        run_dir: Path = broadcast(opened.path if opened else None)
+        if record is not None:
+            ranks.watchdog.on_beats = lambda beats: record.lock.renew()
+        run_dir: Path = broadcast(record.path if record else None)
         on_run_dir(run_dir)
         ranks.watchdog.note(run=str(run_dir))
         try:
             training = _Training(cfg, recipe, model, ranks, run_dir, console)
             _fit(training, cfg, recipe, dataset, model)
         finally:
-            if opened is not None:
-                opened.lock.release()
+            if record is not None:
+                record.lock.release()
         ranks.part()
-        return _finish(cfg, training, opened.manifest, dataset, console) if opened is not None else None
+        return _finish(cfg, training, record.manifest, console) if record is not None else None
 
 
 def _on_gpus(cfg: Config) -> bool:
@@ -104,20 +100,10 @@ def _on_gpus(cfg: Config) -> bool:
     return cfg.runtime.accelerator != "cpu" and torch.cuda.is_available()
 
 
-@dataclass
-class _Opened:
-    path: Path
-    lock: RunLock
-    manifest: dict[str, Any]
-
-
 def _open(
-    cfg: Config, recipe: ProbeConfig, dataset: SegmentationDataset, model: LoadedModel, console: Console
-) -> _Opened:
-    path = make_run_dir(cfg.run.dir, cfg.run.root, f"probe-{cfg.model.name}")
-    new = is_new(path)
-    lock = RunLock(path, console.print)
-    lock.acquire()
+    cfg: Config, recipe: ProbeConfig, dataset: SegmentationDataset, model: LoadedModel, device: str, console: Console
+) -> RunRecord:
+    """Open and lock the run directory, on rank 0; raises as :func:`ade_harness.runs.record.start_record`."""
     given, chosen = as_dict(cfg.model), as_dict(recipe)
     identity = flatten(
         {
@@ -128,32 +114,28 @@ def _open(
             "dataset": {"name": dataset.name, "split": dataset.split, "ids": dataset.ids_hash()},
         }
     )
-    if not new:
-        before = read_manifest(path)
-        changed = differences(before["identity"], identity) if before.get("kind") == "probe" else []
-        if before.get("kind") != "probe" or (changed and not cfg.run.allow_changed):
-            lock.release()
-            why = (
-                f"this head was trained differently so far: {'; '.join(changed)}" if changed else "holds an evaluation"
-            )
-            raise HarnessError(
-                f"{path}: {why}. Give the same words, another run.dir, or run.allow_changed=true for a mixture."
-            )
-    manifest = {
-        "schema": SCHEMA_VERSION,
-        "kind": "probe",
-        "identity": identity,
-        "command": command_line(),
-        "code": code_state(),
-        "environment": environment(),
-        "images": len(dataset.pairs),
-        "expected_images": dataset.expected_images,
-        "demo": dataset.is_demo,
-        "finished": False,
+    facts = {
+        "kind": PROBE,
+        "device": device,
+        "model": {"name": cfg.model.name, "weights": model.weights, **model.facts},
+        "dataset": {
+            "name": dataset.name,
+            "root": str(dataset.source.location),
+            "split": dataset.split,
+            "images": len(dataset.pairs),
+            "expected_images": dataset.expected_images,
+            "ids_hash": dataset.ids_hash(),
+        },
     }
-    write_json(path / MANIFEST, manifest)
-    print_line(console, f"run directory: {path}")
-    return _Opened(path, lock, manifest)
+    marks = []
+    if dataset.is_demo:
+        marks.append("DEMO: synthetic images, this head knows nothing about scenes")
+    elif dataset.is_partial:
+        marks.append(f"PARTIAL: trained on {len(dataset.pairs):,} of {dataset.expected_images:,} images")
+    seeds = {"probe.seed": recipe.seed, "model.seed": cfg.model.seed}
+    record = start_record(as_dict(cfg), facts, marks, seeds, console.print, identity)
+    print_line(console, f"run directory: {record.path}")
+    return record
 
 
 class _Training(pl.LightningModule):
@@ -313,35 +295,26 @@ def _cut_log(path: Path, step: int) -> None:
         write_text(path, "".join(f"{line}\n" for line in rows))
 
 
-def _finish(
-    cfg: Config, training: _Training, manifest: dict[str, Any], dataset: SegmentationDataset, console: Console
-) -> Path:
+def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console: Console) -> Path:
     path = training.run_dir / HEAD
     weights = {f"head.{k}": v.detach().cpu().contiguous() for k, v in training.head.state_dict().items()}
     about = {
         "model": cfg.model.name,
         "recipe": training.recipe.name,
         "iterations": training.step,
-        "images": len(dataset.pairs),
-        "demo": dataset.is_demo,
+        "images": manifest["dataset"]["images"],
+        "demo": manifest["dataset"]["name"] == "demo",
     }
     with replaced(path) as temporary:
         save_file(
             weights, temporary, metadata={"probe": json.dumps(about)}
         )  # one entry: the order of several is arbitrary
     rows = [json.loads(line) for line in (training.run_dir / LOSS).read_text().splitlines()]
-    manifest |= {
-        "finished": True,
-        "loss": rows[-1]["loss"],
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest |= {"status": "finished", "finished": now, "loss": rows[-1]["loss"], "iterations": training.step}
     write_json(training.run_dir / MANIFEST, manifest)
-    if dataset.is_demo:
-        console.print("DEMO: made-up images, this head knows nothing about scenes", style="yellow")
-    elif dataset.is_partial:
-        console.print(
-            f"PARTIAL: trained on {len(dataset.pairs):,} of {dataset.expected_images:,} images", style="yellow"
-        )
+    for mark in manifest["marks"]:
+        print_line(console, mark, style="yellow")
     console.print(f"loss: {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f} in {training.step:,} iterations")
     print_line(console, f"head: {path}")
     print_line(console, f"evaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}")

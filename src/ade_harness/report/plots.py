@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ade_harness.data.labels import class_names
-from ade_harness.metrics.calibration import BINS, Calibration
+from ade_harness.data.labels import CONFIDENCE_BINS, class_names
+from ade_harness.metrics.calibration import Calibration
 from ade_harness.metrics.confusion import Floats, Matrix
 from ade_harness.metrics.regions import BAND_EDGES
 
@@ -85,7 +85,7 @@ def reliability_figure(calibration: Calibration) -> Figure:
     """Draw accuracy over confidence, and where the pixels are."""
     confidence, accuracy = 100 * calibration.confidence, 100 * calibration.accuracy
     share = 100 * calibration.counts[:, 0] / max(int(calibration.counts[:, 0].sum()), 1)
-    edges = (np.arange(BINS) + 0.5) * 100 / BINS
+    edges = (np.arange(CONFIDENCE_BINS) + 0.5) * 100 / CONFIDENCE_BINS
     return figure(
         [
             {

@@ -17,10 +17,9 @@ from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.bootstrap import Interval, bootstrap
 from ade_harness.metrics.comparison import Comparison, Difference, compare, holm
 from ade_harness.metrics.confusion import Scores, scores
-from ade_harness.report.terminal import percent
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.matching import match_runs
-from ade_harness.runtime.console import print_line
+from ade_harness.runtime.console import percent, print_line
 
 MAX_RUNS = 8
 _SHOWN = 5

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ade_harness.runs.result import Result, per_class_rows
 from ade_harness.runtime.balance import Balance
-from ade_harness.runtime.console import print_fact
+from ade_harness.runtime.console import percent, print_fact
 from ade_harness.runtime.progress import format_seconds
 
 _ROWS = (
@@ -22,11 +22,6 @@ _ROWS = (
     ("final_score", "final score"),
 )
 _CLASSES_SHOWN = 5
-
-
-def percent(fraction: float | None) -> str:
-    """Return a fraction as percent with two decimals."""
-    return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 
 def print_result(console: Console, result: Result) -> None:

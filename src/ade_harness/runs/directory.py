@@ -6,6 +6,7 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from ade_harness.files.atomic import json_safe
 MANIFEST = "manifest.json"
 LEDGER = "ledger"
 LOGS = "logs"
+PROGRESS = "progress.json"
+LOSS = "loss.jsonl"
+"""Of a training: a line of JSON for each logged iteration."""
+PROBE = "probe"
+"""``kind`` in the manifest of a training; an evaluation's has none."""
 SCHEMA_VERSION = 1
 _SEEN_WITHIN_S = 30.0
 
@@ -95,9 +101,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def differences(before: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """Return what differs between two identities (configuration, hashes, code), in words."""
-    now = json_safe(identity)
+_PROSE = (
+    "model.label", "model.about.", "model.parity.", "model.published.", "model.missing", "model.protocols.",
+    "model.probe", "model.official.license", "model.hub.license", "model.backbone.license", "inference.source",
+)  # fmt: skip
+"""Of an identity: what describes a run and decides no number in it."""
+_SECTION = re.compile(r"^model\.architecture\.(backbone|adapter|head)\.")
+"""Configurations of before sections had the same fields without them."""
+
+
+def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an identity decides numbers, by keys that all versions share."""
+    plain: dict[str, Any] = json_safe(dict(identity))
+    return {_SECTION.sub("model.architecture.", key): v for key, v in plain.items() if not key.startswith(_PROSE)}
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return what decides numbers and differs between two identities (configuration, hashes, code), in words."""
+    before, now = decisive(first), decisive(second)
     return [
         f"{key}: was {_short(old)}, is {_short(new)}"
         for key in sorted(before.keys() | now.keys())

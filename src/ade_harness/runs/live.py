@@ -16,13 +16,13 @@ from rich.console import Console
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_text
+from ade_harness.runs.directory import PROGRESS
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.record import RunRecord
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.watchdog import Beat
 
-PROGRESS = "progress.json"
 _WRITE_EVERY_S = 2.0
 SLOW_FACTOR = 2.0
 """A rank is slow if it takes this much longer than the median rank for the same work."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
 import ade_harness
@@ -30,6 +29,8 @@ _OPTIONAL = ("timm", "triton", "torchvision")
 
 def environment() -> dict[str, Any]:
     """Return interpreter, packages, machine and GPUs."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -39,7 +40,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "driver": _driver(),
+        "driver": _driver() if torch.cuda.is_available() else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 
@@ -101,8 +102,6 @@ def _cpu_name() -> str:
 
 
 def _driver() -> str | None:
-    if not torch.cuda.is_available():
-        return None
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]

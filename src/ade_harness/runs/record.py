@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ade_harness.errors import HarnessError
@@ -17,6 +16,7 @@ from ade_harness.files.atomic import write_json, write_text
 from ade_harness.metrics.counts import Row, hash_rows
 from ade_harness.runs.directory import (
     MANIFEST,
+    PROBE,
     SCHEMA_VERSION,
     differences,
     flatten,
@@ -79,6 +79,7 @@ def start_record(
     marks: Sequence[str],
     seeds: dict[str, int],
     say: Callable[[str], None] = lambda _: None,
+    identity: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Open and lock the run directory, and write config.yaml, code.diff and a first manifest.json.
 
@@ -88,6 +89,7 @@ def start_record(
         marks: what the run's numbers are not.
         seeds: every seed in use.
         say: told why a start takes longer than usual.
+        identity: what must be equal for the run to be continued; None takes what decides an evaluation's counts.
 
     Raises:
         HarnessError: the directory cannot be written, another job is at work in it, or it holds a run of something
@@ -95,20 +97,24 @@ def start_record(
     """
     code = code_state()
     diff = code.pop("diff", "")
-    identity = _identity(config, facts, code)
-    path = make_run_dir(config["run"]["dir"], config["run"]["root"], config["model"]["name"])
+    same = dict(identity) if identity is not None else _identity(config, facts, code)
+    name = f"probe-{config['model']['name']}" if facts.get("kind") == PROBE else config["model"]["name"]
+    path = make_run_dir(config["run"]["dir"], config["run"]["root"], name)
     lock = RunLock(path, say)
     lock.acquire()
     try:
         before = None if is_new(path) else read_manifest(path)
-        changes = differences(before["identity"], identity) if before else []
+        if before and before.get("kind") != facts.get("kind"):
+            found = "a probe" if before.get("kind") == PROBE else "an evaluation"
+            raise HarnessError(f"run.dir={path} holds {found}. Choose another run.dir.")
+        changes = differences(before["identity"], same) if before else []
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
                 f"run.dir={path} holds a run of something else, so it is not continued. Different: "
                 + "; ".join(changes[:8])
                 + ". Choose another run.dir; or run.allow_changed=true mixes the counts of both, and says so."
             )
-        return _write_record(path, lock, config, facts, marks, seeds, code, diff, before, changes)
+        return _write_record(path, lock, config, facts, marks, seeds, code, diff, same, before, changes)
     except BaseException:
         lock.release()
         raise
@@ -123,6 +129,7 @@ def _write_record(
     seeds: dict[str, int],
     code: dict[str, Any],
     diff: str,
+    identity: dict[str, Any],
     before: dict[str, Any] | None,
     changes: Sequence[str],
 ) -> RunRecord:
@@ -136,12 +143,12 @@ def _write_record(
         "seeds": seeds,
         "environment": {**environment(), "distributions": distributions()},
         **facts,
-        "identity": _identity(config, facts, code),
+        "identity": identity,
     }
     all_changes = list(changes)
     if before is not None:
         kept = ("started", "command", *(("identity", "code") if changes else ()))
-        earlier = {key: before[key] for key in kept}
+        earlier = {key: before[key] for key in kept if key in before}
         (path / "metrics.json").unlink(missing_ok=True)  # a score is there only if the last sitting came to its end
         manifest["earlier"] = [*before.get("earlier", []), earlier]
         all_changes = [*before.get("changes", []), *(c for c in changes if c not in before.get("changes", []))]
@@ -163,7 +170,9 @@ def mixed_mark(changes: Sequence[str]) -> str:
 
 
 def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be equal for counts of two sittings to be added up."""
+    """Return what must be equal for counts of two sessions to be added up."""
+    import torch
+
     kept = {g: config[g] for g in ("model", "dataset", "inference")}
     kept["metrics"] = {"calibration": config["metrics"]["calibration"]}
     http = {k: v for k, v in config["model"].get("http", {}).items() if k not in _HOW_TO_ASK}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from ade_harness.runtime.watchdog import Beat
+if TYPE_CHECKING:
+    from ade_harness.runtime.watchdog import Beat
 
 
 @dataclass(frozen=True)

@@ -51,3 +51,8 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 def print_error(text: str) -> None:
     """Print a line to stderr."""
     print_line(Console(stderr=True), text)
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction as percent with two decimals."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
