@@ -14,8 +14,8 @@ from torch import nn
 from ade_harness.config.compose import compose_config
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
-from ade_harness.evaluation.counter import ImageCounter
-from ade_harness.evaluation.images import ImageItems, group_images
+from ade_harness.evaluation.data import ImageItems, group_images
+from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.models.loading import LoadedModel
 from ade_harness.runs.ledger import LedgerWriter
@@ -61,7 +61,7 @@ class Evaluation:
         items = ImageItems(self.dataset, groups, self.made, set())
         with tempfile.TemporaryDirectory() as folder:
             writer = LedgerWriter(Path(folder) / "ledger")
-            counter = ImageCounter(self.made, writer, Coordinator(), Path(folder), (), self.kernels)
+            counter = EvaluationModule(self.made, writer, Coordinator(), Path(folder), (), self.kernels)
             for item in range(len(items)):
                 counter.process(items[item], self.device, 0)
             counter.close(0)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ade_harness.evaluation.counter import ImageCounter
+from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.runs.ledger import LedgerWriter
 from tests.conftest import Done
 
@@ -214,12 +214,12 @@ def test_nothing_but_failures_is_no_score(call: Call, words: list[str], tiny_ade
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
-    record = ImageCounter._record
+    record = EvaluationModule._record
 
-    def wrong(self: ImageCounter, *arguments: Any) -> None:
+    def wrong(self: EvaluationModule, *arguments: Any) -> None:
         change(self, lambda: record(self, *arguments))
 
-    monkeypatch.setattr(ImageCounter, "_record", wrong)
+    monkeypatch.setattr(EvaluationModule, "_record", wrong)
 
 
 def test_an_image_that_is_not_counted_is_noticed(
@@ -227,7 +227,7 @@ def test_an_image_that_is_not_counted_is_noticed(
 ) -> None:
     seen = []
 
-    def forget_one(_: ImageCounter, record: Callable[[], None]) -> None:
+    def forget_one(_: EvaluationModule, record: Callable[[], None]) -> None:
         seen.append(1)
         if len(seen) != 3:
             record()
@@ -244,7 +244,7 @@ def test_an_image_that_is_counted_twice_is_noticed(
 ) -> None:
     seen = []
 
-    def twice(_: ImageCounter, record: Callable[[], None]) -> None:
+    def twice(_: EvaluationModule, record: Callable[[], None]) -> None:
         record()
         seen.append(1)
         if len(seen) == 2:
@@ -258,7 +258,7 @@ def test_an_image_that_is_counted_twice_is_noticed(
 
 
 def test_a_matrix_that_lost_a_pixel_is_noticed(call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose(self: ImageCounter, record: Callable[[], None]) -> None:
+    def lose(self: EvaluationModule, record: Callable[[], None]) -> None:
         record()
         self.matrix[tuple(np.argwhere(self.matrix)[0])] -= 1
 

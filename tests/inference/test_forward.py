@@ -12,7 +12,7 @@ from torch import nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
-from ade_harness.evaluation.images import group_images
+from ade_harness.evaluation.data import group_images
 from ade_harness.inference.plan import uncovered, window_grid
 from ade_harness.inference.predictor import NetworkPredictor, Prediction
 from ade_harness.inference.stopwatch import Stopwatch

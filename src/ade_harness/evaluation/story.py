@@ -19,9 +19,9 @@ from rich.console import Console
 
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
-from ade_harness.evaluation.counter import ImageCounter, counted_before, sum_stages
-from ade_harness.evaluation.images import Failure, ImageItems, group_images
+from ade_harness.evaluation.data import EvaluationData, Failure, ImageItems, group_images
 from ade_harness.evaluation.job import Job, build_job, open_run, skipped_marks
+from ade_harness.evaluation.module import EvaluationModule, counted_before, sum_stages
 from ade_harness.metrics.counts import matrix_of
 from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.runs.directory import LEDGER, wait_to_see
@@ -34,7 +34,7 @@ from ade_harness.runs.result import Result, summarise, write_result
 from ade_harness.runtime.balance import RankShare, measure_balance
 from ade_harness.runtime.coordination import agreed, all_reduce_sum, broadcast, gather
 from ade_harness.runtime.progress import reporter_for
-from ade_harness.runtime.ranks import Ranks, Work, WorkItems, WorkLoop, started_ranks
+from ade_harness.runtime.ranks import RankCallback, Ranks, started_ranks
 
 
 def evaluate(
@@ -99,24 +99,32 @@ def _evaluate(
 
     skip, maps = cfg.run.on_error == "skip", LabelMaps(run_dir, cfg.run.label_maps)
     writer = LedgerWriter(ledger, marks)
-    counter = ImageCounter(predictor, writer, coordinator, run_dir, maps, marks, cfg.runtime.kernels, skip, done)
-    work_items = WorkItems(Work(items, costs, names, items.stop), cfg.runtime.sharding, job.loaders, coordinator)
+    network = job.model.module if job.model else None
+    module = EvaluationModule(
+        predictor, writer, coordinator, run_dir, maps, marks, cfg.runtime.kernels, skip, done, network
+    )
+    data = EvaluationData(items, costs, cfg.runtime.sharding, job.loaders, coordinator)
     reporter = reporter_for(coordinator.rank, console, len(dataset.ids), len(done))
-    loop = WorkLoop(counter.process, job.model.module if job.model else None, work_items, ranks, reporter)
+    callback = RankCallback(ranks, costs, names, data.sampler, reporter)
+    ranks.trainer.callbacks.append(callback)
     ranks.watchdog.on_loss = writer.flush
     begin = time.monotonic()
     if live is not None:
         live.begin(len(done))
     try:
-        loop.run()
+        try:
+            if todo:
+                ranks.trainer.test(module, datamodule=data, verbose=False)
+        finally:
+            module.close(coordinator.rank)  # also after Ctrl-C: what was counted stays counted
+        share = RankShare.of(ranks.watchdog.beat, time.monotonic() - begin)
+        callback.wait_for_all()
     finally:
-        counter.close(coordinator.rank)  # also after Ctrl-C: what was counted stays counted
-    share = RankShare.of(ranks.watchdog.beat, time.monotonic() - begin)
-    loop.wait_for_all()
+        callback.close()
     seconds, stopped = time.monotonic() - begin, coordinator.stopped
-    failures: list[Failure] = sum(gather(counter.failures), [])
-    total = all_reduce_sum(counter.matrix, ranks.trainer.strategy.root_device) + matrix_of(before)
-    stages, balance = sum_stages(gather(counter.stages)), measure_balance(gather(share))
+    failures: list[Failure] = sum(gather(module.failures), [])
+    total = all_reduce_sum(module.matrix, ranks.trainer.strategy.root_device) + matrix_of(before)
+    stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     ranks.part()
     if record is None or live is None:
         return None

@@ -88,6 +88,13 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
     return accelerator, int(cfg.devices)
 
 
+def local_ranks() -> int:
+    """Return the number of ranks on this node, inside a rank."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return _step_tasks_per_node()
+
+
 def _step_tasks_per_node() -> int:
     if in_slurm_step() and is_rank() and not is_supervised():
         return int(os.environ["SLURM_STEP_NUM_TASKS"]) // int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))

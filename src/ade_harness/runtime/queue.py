@@ -1,10 +1,25 @@
-"""Which rank does which item: every item exactly once, nothing padded, largest first."""
+"""Which rank does which item: every item exactly once, nothing padded, largest first.
+
+`SharedItems` is the sampler of a rank's DataLoader. Lightning's own (``use_distributed_sampler``) repeats items to make
+shares equal, which counts images twice, and knows the shares before the work has begun.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ade_harness.config.runtime import Sharding
+from ade_harness.runtime.coordination import Coordinator
+
+NOTHING = -1
+"""An item that is none: it keeps the loaders turning while the rank may not take more."""
 
 
 def largest_first(costs: Sequence[float]) -> list[int]:
@@ -59,3 +74,67 @@ def most_held(left: int, world_size: int, look_ahead: int, at_once: int = 1) -> 
     """
     least = max(at_once, 2 if left > 4 * world_size else 1)
     return min(look_ahead + 1, max(least, left // (8 * world_size)))
+
+
+class SharedItems(Sampler[int]):
+    """Yields this rank's items as its loaders ask for them.
+
+    Args:
+        costs: expected, of every item of all ranks.
+        sharding: from a shared counter, largest first, or fixed shares of equal cost.
+        coordinator: of the ranks; no item is taken after any of them has stopped.
+        rank: this one.
+        world_size: number of ranks.
+        look_ahead: items that the loaders can use, at most.
+        at_once: items that this rank works on at a time.
+    """
+
+    def __init__(
+        self, costs: Sequence[float], sharding: Sharding, coordinator: Coordinator, rank: int, world_size: int,
+        look_ahead: int, at_once: int,
+    ) -> None:  # fmt: skip
+        self._costs, self._sharding, self._coordinator = costs, sharding, coordinator
+        self._rank, self._world_size = rank, world_size
+        self._look_ahead, self._at_once = look_ahead, at_once
+        self.held = 0
+        """Items that this rank has taken and not finished."""
+
+    def __len__(self) -> int:
+        return 1 << 40  # not known before the end; Lightning asks for a bound, and would load one item too early
+
+    def __iter__(self) -> Iterator[int]:
+        if self._sharding == Sharding.plan:
+            for item in assign(self._costs, self._world_size)[self._rank]:
+                if self._coordinator.stopped:
+                    return
+                self.held += 1
+                yield item
+            return
+        order = largest_first(self._costs)
+        while not self._coordinator.stopped and (left := len(order) - self._coordinator.taken()) > 0:
+            if self.held >= most_held(left, self._world_size, self._look_ahead, self._at_once):
+                yield NOTHING
+                continue
+            place = self._coordinator.next_item()
+            if place >= len(order):
+                return
+            self.held += 1
+            yield order[place]
+
+
+class Numbered(Dataset[Any]):
+    """Items with their numbers; None for :data:`NOTHING`."""
+
+    def __init__(self, items: Dataset[Any]) -> None:
+        self._items = items
+
+    def __getitem__(self, item: int) -> tuple[int, Any]:
+        return item, None if item == NOTHING else self._items[item]
+
+
+def quiet_worker(_: int) -> None:
+    """Let signals reach the main process only, which ends its workers."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

@@ -1,8 +1,9 @@
-"""Lightning does devices and strategy; the items, their order and the sum are ours.
+"""Lightning does devices, processes and the loop; what is not its own comes in through its extension points.
 
-What is switched off and why: Lightning's sampler repeats items to make shares equal, which counts images twice;
-its epoch-end hooks do not run on a rank without items, so nothing is reduced in them: the caller sums after
-``trainer.test()`` has returned, where the process group is still there. Its handler of SIGTERM waits for other ranks.
+The sampler (``use_distributed_sampler=False``, runtime/queue.py), signals and progress (a callback), SLURM's requeue
+(``SLURMEnvironment(auto_requeue=False)``: ours continues from the ledger). Lightning's epoch-end hooks do not run on a
+rank without items, so nothing is reduced in them: the caller sums after ``trainer.test()`` has returned, where the
+process group is still there.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError
@@ -38,29 +37,9 @@ from ade_harness.runtime.cluster import (
 )
 from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
 from ade_harness.runtime.progress import ProgressReporter
-from ade_harness.runtime.queue import Loaders, assign, largest_first, most_held
+from ade_harness.runtime.queue import SharedItems
 from ade_harness.runtime.signals import handled_signals
 from ade_harness.runtime.watchdog import Watchdog
-
-Process = Callable[[Any, torch.device, int], int]
-"""Does one loaded item on a device, as a rank; returns how much progress that is."""
-
-_NOTHING = -1
-"""An item that is none: it keeps the loaders turning while the rank may not take more."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done, by all ranks together."""
-
-    items: Dataset[Any]
-    """Maps an index to a loaded item, in loader processes."""
-    costs: Sequence[float]
-    """Expected, of each item."""
-    names: Sequence[str]
-    """Of each item, for messages."""
-    stop: Callable[[], None] = lambda: None
-    """Called when the work breaks off: loaders that wait for something need not wait any more."""
 
 
 @dataclass
@@ -81,191 +60,78 @@ class Ranks:
             dist.destroy_process_group()
 
 
-class WorkItems(pl.LightningDataModule):
-    """Loads this rank's items.
+class RankCallback(pl.Callback):
+    """Says what this rank does: to the watchdog, to the other ranks, and to the user.
+
+    A callback in place of Lightning's progress bar, which knows the number of a rank's batches, and no other rank.
 
     Args:
-        work: of all ranks.
-        sharding: ``queue`` (from a shared counter, largest first) or ``plan`` (fixed shares of equal cost).
-        loaders: of this rank.
-        coordinator: no item is loaded after any rank has stopped.
-    """
-
-    def __init__(self, work: Work, sharding: str, loaders: Loaders, coordinator: Coordinator) -> None:
-        super().__init__()
-        self.work = work
-        self.sharding = sharding
-        self.loaders = loaders
-        self.coordinator = coordinator
-        self.held = 0
-        """Items that this rank has taken and not finished."""
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the loader."""
-        trainer = self.trainer
-        assert trainer is not None
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
-        spare = max(0, min(8, (os.cpu_count() or 1) // local_ranks - 1))
-        loaders = self.loaders
-        if loaders.at_once > 1:  # they mostly wait: more than there are cores are no mistake
-            warnings.filterwarnings("ignore", message=r"This DataLoader will create")
-        workers = min(spare if loaders.workers is None else loaders.workers, len(self.work.costs))
-        return DataLoader(
-            _Numbered(self.work.items),
-            batch_size=None,
-            sampler=_Taken(self._take(trainer.global_rank, trainer.world_size, loaders.ahead * workers)),
-            num_workers=workers,
-            prefetch_factor=loaders.ahead if workers else None,
-            multiprocessing_context="fork" if workers else None,  # nothing of the network is sent to workers
-            pin_memory=trainer.strategy.root_device.type == "cuda",
-            worker_init_fn=_quiet_worker,
-        )
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Let loaders end; called by Lightning before it waits for them."""
-        self.work.stop()
-
-    def _take(self, rank: int, world_size: int, look_ahead: int) -> Iterator[int]:
-        """Yield this rank's items as its loaders ask for them."""
-        if self.sharding == "plan":
-            for item in assign(self.work.costs, world_size)[rank]:
-                if self.coordinator.stopped:
-                    return
-                self.held += 1
-                yield item
-            return
-        order = largest_first(self.work.costs)
-        while not self.coordinator.stopped and (left := len(order) - self.coordinator.taken()) > 0:
-            if self.held >= most_held(left, world_size, look_ahead, self.loaders.at_once):
-                yield _NOTHING
-                continue
-            place = self.coordinator.next_item()
-            if place >= len(order):
-                return
-            self.held += 1
-            yield order[place]
-
-
-class _Taken(Sampler[int]):
-    """A sampler of items that are chosen while the work goes on, so that their number is not known before."""
-
-    def __init__(self, taken: Iterator[int]) -> None:
-        self._taken = taken
-
-    def __len__(self) -> int:
-        return 1 << 40  # Lightning asks for a bound, and would load one item too early without it
-
-    def __iter__(self) -> Iterator[int]:
-        return self._taken
-
-
-class _Numbered(Dataset[Any]):
-    """Items with their numbers."""
-
-    def __init__(self, items: Dataset[Any]) -> None:
-        self._items = items
-
-    def __getitem__(self, item: int) -> tuple[int, Any]:
-        return item, None if item == _NOTHING else self._items[item]
-
-
-def _quiet_worker(_: int) -> None:
-    """Let signals reach the main process only, which ends its workers."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-
-class WorkLoop(pl.LightningModule):
-    """Calls `process` for each item of this rank.
-
-    Args:
-        process: does one item.
-        network: moved to the device by Lightning; None if there is none.
-        work_items: where the items come from.
-        ranks: what this rank tells the others.
-        reporter: this rank's progress display, if it has one.
+        ranks: whom to tell.
+        costs: expected, of each item.
+        names: of each item, for messages.
+        items: this rank's sampler.
+        reporter: its progress display, if it has one.
     """
 
     def __init__(
-        self,
-        process: Process,
-        network: nn.Module | None,
-        work_items: WorkItems,
-        ranks: Ranks,
+        self, ranks: Ranks, costs: Sequence[float], names: Sequence[str], items: SharedItems,
         reporter: ProgressReporter | None,
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self._process = process
-        self._work_items = work_items
-        self._ranks = ranks
-        self._reporter = reporter
-        self.items = 0
-        """Done by this rank."""
+    ) -> None:  # fmt: skip
+        self._ranks, self._costs, self._names, self._items, self._reporter = ranks, costs, names, items, reporter
+        self._begin = 0.0
 
-    def run(self) -> None:
-        """Do this rank's share of the work.
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take signals back from Lightning, whose handler of SIGTERM waits for other ranks; open the display."""
+        self._ranks.install_signals()
+        if self._reporter is not None:
+            self._reporter.start()
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[int, Any], *_: Any
+    ) -> None:
+        """Say what is begun."""
+        if batch[1] is not None:
+            self._begin = time.monotonic()
+            self._ranks.watchdog.working_on(self._names[batch[0]])
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: tuple[int, Any], *_: Any
+    ) -> None:
+        """Say what is done: ``pl_module.progress``, None if the batch was skipped."""
+        if pl_module.progress is None:
+            return
+        self._items.held -= 1
+        seconds = time.monotonic() - self._begin
+        self._ranks.watchdog.finished(pl_module.progress, self._costs[batch[0]], seconds)
+        self._ranks.coordinator.done(pl_module.progress)
+        self._show()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the other ranks stop: they need not finish what cannot be scored."""
+        if isinstance(exception, Exception):
+            self._ranks.coordinator.stop()
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks have done their share.
 
         Raises:
             StopRequestedError: the run is to end before all is done.
             RankLostError: another rank died.
         """
-        try:
-            if self._work_items.work.costs:
-                self._ranks.trainer.test(self, self._work_items, verbose=False)
-            self._ranks.watchdog.working_on("")
-            self._ranks.coordinator.raise_if_ended()
-        except BaseException:
-            self._close()
-            raise
-
-    def wait_for_all(self) -> None:
-        """Wait until all ranks have done their share; raises as :meth:`run`."""
-        try:
-            self._ranks.coordinator.meet("worked", self._show)
-            self._show()
-            self._ranks.coordinator.raise_if_ended()
-        finally:
-            self._close()
-
-    def on_test_start(self) -> None:
-        """Open the progress display."""
-        self._ranks.install_signals()
-        if self._reporter is not None:
-            self._reporter.start()
-
-    def test_step(self, batch: tuple[int, Any], batch_idx: int) -> None:
-        """Do one item."""
-        item, loaded = batch
-        coordinator = self._ranks.coordinator
-        if loaded is None or coordinator.stopped:
-            return
-        begin = time.monotonic()
-        self._ranks.watchdog.working_on(self._work_items.work.names[item])
-        try:
-            progress = self._process(loaded, self.device, self.global_rank)
-        except Exception:
-            coordinator.stop()  # the other ranks need not finish what cannot be scored
-            raise
-        self._work_items.held -= 1
-        self.items += 1
-        self._ranks.watchdog.finished(progress, self._work_items.work.costs[item], time.monotonic() - begin)
-        coordinator.done(progress)
+        self._ranks.watchdog.working_on("")
+        self._ranks.coordinator.raise_if_ended()
+        self._ranks.coordinator.meet("worked", self._show)
         self._show()
+        self._ranks.coordinator.raise_if_ended()
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave copying to `process`."""
-        return batch
+    def close(self) -> None:
+        """Take the display away."""
+        if self._reporter is not None:
+            self._reporter.close()
 
     def _show(self) -> None:
         if self._reporter is not None and self._ranks.coordinator.lost is None:
             self._reporter.update(self._ranks.coordinator.done())
-
-    def _close(self) -> None:
-        if self._reporter is not None:
-            self._reporter.close()
 
 
 def set_arithmetic(deterministic: bool) -> dict[str, Any]:

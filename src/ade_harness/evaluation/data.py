@@ -1,20 +1,28 @@
-"""Batches of images, decoded and prepared in loader processes."""
+"""Batches of images, decoded and prepared in loader processes: the LightningDataModule of an evaluation."""
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from ade_harness.config.runtime import Sharding
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.endpoint.client import EndpointError
 from ade_harness.endpoint.predictor import EndpointPredictor
 from ade_harness.errors import HarnessError
 from ade_harness.inference.predictor import Predictor, Prepared
+from ade_harness.runtime.cluster import local_ranks
+from ade_harness.runtime.coordination import Coordinator
+from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, quiet_worker
 
 
 @dataclass(frozen=True)
@@ -114,3 +122,49 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
         content_hash = sample.content_hash + self.predictor.source_hash(image_id)
         target = torch.from_numpy(sample.target)
         return LoadedImage(image_id, prepared, target, content_hash, overlay, time.perf_counter() - start)
+
+
+class EvaluationData(pl.LightningDataModule):
+    """Loads this rank's batches of images.
+
+    Args:
+        items: all batches that are still to be evaluated, by any rank.
+        costs: expected, of each batch.
+        sharding: how ranks share them.
+        loaders: of this rank.
+        coordinator: of the ranks.
+    """
+
+    def __init__(
+        self, items: ImageItems, costs: Sequence[float], sharding: Sharding, loaders: Loaders, coordinator: Coordinator
+    ) -> None:
+        super().__init__()
+        self.items, self.costs = items, costs
+        spare = max(0, min(8, (os.cpu_count() or 1) // local_ranks() - 1))
+        self.workers = min(spare if loaders.workers is None else loaders.workers, len(costs))
+        self.sampler = SharedItems(
+            costs, sharding, coordinator, coordinator.rank, coordinator.world_size, loaders.ahead * self.workers,
+            loaders.at_once,
+        )  # fmt: skip
+        self.prefetch = loaders.ahead if self.workers else None
+        if loaders.at_once > 1:  # they mostly wait: more than there are cores are no mistake
+            warnings.filterwarnings("ignore", message=r"This DataLoader will create")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of (number, batch); a batch is None where the rank may not take one yet."""
+        trainer = self.trainer
+        assert trainer is not None
+        return DataLoader(
+            Numbered(self.items),
+            batch_size=None,
+            sampler=self.sampler,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            multiprocessing_context="fork" if self.workers else None,  # nothing of the network is sent to workers
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=quiet_worker,
+        )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End requests that loader processes wait for; called by Lightning before it waits for them."""
+        self.items.stop()

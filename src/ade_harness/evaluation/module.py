@@ -1,22 +1,25 @@
-"""One image from file to ledger row: the map of "map, then sum"."""
+"""One image from the loader to its ledger row: the LightningModule of an evaluation."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ade_harness import kernels
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
-from ade_harness.evaluation.images import Failure, LoadedImage
+from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.inference.predictor import Prediction, Predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.confidence import count_confidence
@@ -29,7 +32,7 @@ from ade_harness.runs.ledger import LedgerError, LedgerWriter, read_rows
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
 
-_MOST_FAILURES = 20
+_MAX_FAILURES = 20
 """Of one rank: more than that is no single damaged file."""
 
 
@@ -46,38 +49,72 @@ class _Launched:
     done: torch.cuda.Event | None
 
 
-@dataclass
-class ImageCounter:
-    """Predicts, counts, and writes the ledger, on one rank.
+class EvaluationModule(pl.LightningModule):
+    """Predicts, counts, and writes the ledger, on one rank: the map of "map, then sum".
 
-    On a GPU the results of a batch are read after the next one has been launched, so that neither waits.
+    On a GPU the results of a batch are read after the next one has been launched, so that neither waits. The sum is an
+    int64 array on the host, not a ``torchmetrics.Metric``: counts come to the host for the ledger anyway, an image is
+    added only when its row is written (a NaN or a full disk is found there), and ranks that the queue gave nothing have
+    no batch in which a metric would synchronise.
+
+    Args:
+        predictor: images to labels.
+        writer: of this rank's ledger files.
+        coordinator: of the ranks.
+        run_dir: of the run.
+        label_maps: what is kept of them.
+        marks: what the run's numbers are not.
+        kernels_choice: ``runtime.kernels``.
+        skip_failures: ``run.on_error=skip``: go on without images that fail.
+        counted: images that are in the ledger already: they only keep their batch whole.
+        network: moved to the device by Lightning; None if the predictor needs none.
     """
 
-    predictor: Predictor
-    writer: LedgerWriter
-    coordinator: Coordinator
-    run_dir: Path
-    label_maps: LabelMaps
-    marks: Sequence[str] = ()
-    kernels_choice: str = "auto"
-    skip_failures: bool = False
-    """``run.on_error=skip``: go on without images that fail."""
-    counted: set[str] = field(default_factory=set)
-    """Images that are in the ledger already: they only keep their batch whole."""
-    matrix: np.ndarray = field(default_factory=lambda: np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64))
-    """Sum of this rank's images."""
-    failures: list[Failure] = field(default_factory=list)
-    stages: dict[str, float] = field(default_factory=dict)
-    """Seconds of this rank: wait (for loaders), copy (and normalise), forward, labels, counts, ledger; and decode (and
-    resize), which happens in loader processes beside the rest if there are any, and else is part of wait."""
-    _launched: list[_Launched] = field(default_factory=list)
-    _free_since: float = field(default_factory=time.perf_counter)
+    def __init__(
+        self, predictor: Predictor, writer: LedgerWriter, coordinator: Coordinator, run_dir: Path,
+        label_maps: LabelMaps, marks: Sequence[str] = (), kernels_choice: str = "auto", skip_failures: bool = False,
+        counted: AbstractSet[str] = frozenset(), network: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.network = network
+        self.predictor, self.writer, self.coordinator, self.run_dir = predictor, writer, coordinator, run_dir
+        self.label_maps, self.marks, self.kernels_choice = label_maps, marks, kernels_choice
+        self.skip_failures, self.counted = skip_failures, counted
+        self.matrix = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64)
+        """Sum of this rank's images."""
+        self.failures: list[Failure] = []
+        self.stages: dict[str, float] = {}
+        """Seconds of this rank: wait (for loaders), copy (and normalise), forward, labels, counts, ledger; and decode
+        (and resize), which happens in loader processes beside the rest if there are any, and else is part of wait."""
+        self.progress: int | None = None
+        """Images of the last batch that are new in the ledger, or soon will be; None if it was not evaluated."""
+        self._launched: list[_Launched] = []
+        self._free_since = time.perf_counter()
+
+    def test_step(self, batch: tuple[int, list[LoadedImage | Failure] | None], batch_idx: int) -> None:
+        """Evaluate one batch; none is begun after any rank has stopped."""
+        _, loaded = batch
+        self.progress = None
+        if loaded is not None and not self.coordinator.stopped:
+            self.progress = self.process(loaded, self.device, self.global_rank)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave copying to the predictor, which does it beside the computation."""
+        return batch
+
+    def cpu(self) -> EvaluationModule:
+        """Leave the network where it is.
+
+        Lightning's teardown moves modules to the CPU when a test ends: before the sum, on every rank, as private copies
+        of weights that were shared pages, a second time 28 GB for each rank of a 7 B network.
+        """
+        return self
 
     def process(self, batch: list[LoadedImage | Failure], device: torch.device, rank: int) -> int:
         """Do one batch.
 
         A file that cannot be read costs its image, and in ``on_error="fail"`` the images of its batch, which must not
-        be counted in another company; whatever goes wrong in the model would go wrong again, so it ends the work.
+        be counted in another batch composition; what goes wrong in the model would go wrong again: it ends the work.
 
         Returns:
             How many images are new in the ledger, or soon will be.
@@ -90,7 +127,7 @@ class ImageCounter:
             self.coordinator.stop()
         if failed and not self.skip_failures:
             images = []
-            if len(self.failures) >= _MOST_FAILURES:
+            if len(self.failures) >= _MAX_FAILURES:
                 self.coordinator.stop()
         try:
             if images:
