@@ -35,7 +35,7 @@ B0 = {
 
 
 def images() -> list[np.ndarray]:
-    """Return made-up RGB images of `SIZES`."""
+    """Return synthetic RGB images of `SIZES`."""
     rng = np.random.default_rng(0)
     small = [rng.integers(0, 256, (h // 16, w // 16, 3), dtype=np.uint8) for h, w in SIZES]
     return [cv2.resize(s, (w, h), interpolation=cv2.INTER_CUBIC) for s, (h, w) in zip(small, SIZES, strict=True)]

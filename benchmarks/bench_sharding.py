@@ -56,7 +56,7 @@ def run(folder: Path, ranks: int, sharding: str, slow: bool) -> tuple[float, flo
 
 
 def main() -> None:
-    table = Table(title=f"{IMAGES} made-up images, a network that sleeps")
+    table = Table(title=f"{IMAGES} synthetic images, a network that sleeps")
     for column in ("ranks", "one slow", "rule", "ideal s", "measured s", "efficiency"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:

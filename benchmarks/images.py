@@ -37,7 +37,7 @@ def sample_ids(count: int) -> list[str]:
 
 
 def make_folder(folder: Path, count: int = 64, seed: int = 0) -> list[tuple[Path, Path]]:
-    """Write an ADEChallengeData2016 tree of made-up images, unless it is there already.
+    """Write an ADEChallengeData2016 tree of synthetic images, unless it is there already.
 
     Each image has the official size of the id that it bears. Pixels are warped Voronoi regions with 1/f texture,
     as JPEG 4:2:0 of about 1.3 bits a pixel; annotations are the regions' labels, 0 to 150.
@@ -78,7 +78,7 @@ def make_folder(folder: Path, count: int = 64, seed: int = 0) -> list[tuple[Path
 
 
 def stride4_logits(size: Size, kind: str = "peaky", seed: int = 0) -> Tensor:
-    """Return made-up scores at a quarter of a network's input size: float32 [150, ceil(h / 4), ceil(w / 4)].
+    """Return synthetic scores at a quarter of a network's input size: float32 [150, ceil(h / 4), ceil(w / 4)].
 
     Args:
         size: (height, width) of the network's input.

@@ -1,6 +1,6 @@
 """Kill ranks at random moments, continue on another number of ranks, and compare every bit with an undisturbed run.
 
-    python benchmarks/interruptions.py                                    # the made-up images
+    python benchmarks/interruptions.py                                    # the synthetic images
     python benchmarks/interruptions.py --images 2000
     python benchmarks/interruptions.py model=... dataset=ade20k dataset.root=...      # any evaluation
 
@@ -108,7 +108,7 @@ def killed_run(words: list[str], run: Path, victim: str, seconds: float, ranks: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200, help="made-up images, if no words are given")
+    parser.add_argument("--images", type=int, default=200, help="synthetic images, if no words are given")
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     arguments, words = parser.parse_known_args()

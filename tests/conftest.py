@@ -31,6 +31,9 @@ signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: at the end both workers have small ones left."""
+    for item in items:
+        if "cli" in getattr(item, "fixturenames", ()):  # a command in a process of its own: seconds of imports
+            item.add_marker(pytest.mark.slow)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # stable: files stay together in their own order
 
@@ -46,7 +49,7 @@ class Done:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keep made-up data and downloads out of the user's own cache."""
+    """Keep synthetic data and downloads out of the user's own cache."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["ADE_HARNESS_CACHE"] = str(folder)
     os.environ["HF_HOME"] = str(folder / "hub")

@@ -21,6 +21,8 @@ from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.runs.ledger import LedgerWriter
 from tests.conftest import Done
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 Call = Callable[..., Done]
 FAST = ("tracking=none", "run.overlays=0", "runtime.workers=0")
 
@@ -61,7 +63,7 @@ def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, words:
     assert time.monotonic() - begin < 10
 
 
-def test_resume_takes_options_of_this_sitting_and_refuses_unknown_ones(call: Call, words: list[str]) -> None:
+def test_resume_takes_options_of_this_session_and_refuses_unknown_ones(call: Call, words: list[str]) -> None:
     assert call(*words, "run.dir=run").code == 0
     done = call("resume", "run", "runtime.devcies=2")
     assert done.code == 2
@@ -187,7 +189,7 @@ def test_skip_leaves_failing_images_out_and_says_so(
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["images"], metrics["complete"], metrics["mIoU"]) == (6, False, 1.0)
     assert list(json.loads((tmp_path / "run/manifest.json").read_text())["failures"]) == ["ADE_val_99990002"]
-    (tiny_ade / "images/validation/ADE_val_99990002.jpg").write_bytes(content)  # mended: only that one is done
+    (tiny_ade / "images/validation/ADE_val_99990002.jpg").write_bytes(content)  # fixed: only that one is done
     done = call("resume", "run")
     assert "continuing: 6 images are done" in done.out
     assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 7

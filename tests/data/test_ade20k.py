@@ -243,7 +243,7 @@ def test_one_folder_linked_twice(tiny_ade: Path, tmp_path: Path) -> None:
     assert len(open_ade20k(tmp_path / "root").ids) == 7
 
 
-# verify, and the made-up set
+# verify, and the synthetic set
 
 
 def test_verify_lists_everything_that_is_wrong(tiny_ade: Path) -> None:

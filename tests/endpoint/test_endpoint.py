@@ -45,6 +45,8 @@ from ade_harness.evaluation.job import plan_loaders
 from ade_harness.runtime.queue import most_held
 from tests.conftest import Done
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 Call = Callable[..., Done]
 FAST = ("tracking=none", "run.overlays=0")
 TOKEN = "-".join(("S3cret", "TOK3N", "0123456789"))  # never whole in a file: runs record uncommitted changes

@@ -250,9 +250,9 @@ def test_nan_is_noticed(spoil: float) -> None:
 
 def test_wrong_number_of_channels() -> None:
     made = predictor(config("inference=original_size"), Fixed(32))
-    with pytest.raises(HarnessError, match="gives 32 channels"):
+    with pytest.raises(HarnessError, match="outputs 32 channels"):
         labels_of(made, made.prepare("x", np.zeros((20, 30, 3), np.uint8)))
-    with pytest.raises(HarnessError, match="gives 32 channels"):  # known before the first image
+    with pytest.raises(HarnessError, match="outputs 32 channels"):  # known before the first image
         predictor(config("inference=original_size"), Fixed(32), channels=32)
 
 

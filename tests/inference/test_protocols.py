@@ -21,6 +21,8 @@ from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.loading import LoadedModel
 from ade_harness.models.outputs import MaskLogits
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
 RGB = np.load(GOLDEN / "preprocessing.npz")["rgb"]

@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 _PROGRAM = Path(__file__).with_name("compile_ahead.py")
 
 

@@ -20,6 +20,7 @@ from ade_harness.kernels import Kernels, PixelStatistics, View, reference, whole
 from ade_harness.kernels.bilinear import axis
 
 GPU = torch.cuda.is_available()
+TRITON = pytest.param("triton_gpu", marks=pytest.mark.slow)  # its interpreter takes seconds
 KINDS = ("random", "tied", "peaky", "infinite", "huge", "flat")
 
 
@@ -158,7 +159,7 @@ def test_merged_probabilities_equal_the_slow_way_but_for_ties(name: str, seed: i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["numba_cpu", "triton_gpu"])
+@pytest.mark.parametrize("name", ["numba_cpu", TRITON])
 def test_legacy_upsampling_equals_the_reference(name: str, kind: str) -> None:
     scores = on(name, scores_of(kind, (7, 7, 9), 3))
     size = (104, 136) if name == "numba_cpu" else (28, 36)  # the interpreter is slow
@@ -170,6 +171,7 @@ def test_legacy_upsampling_equals_the_reference(name: str, kind: str) -> None:
         assert (found != expected).float().mean() <= (0 if name == "numba_cpu" else 2e-3 + 0.02 * (kind == "tied"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["one_step", "two_steps", "padded"])
 @pytest.mark.parametrize("kind", KINDS[:5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -187,6 +189,7 @@ def test_triton_equals_torch_but_for_near_ties(mode: str, kind: str, dtype: torc
     assert (found != expected).float().mean() < (2e-3 if kind != "tied" else 0.02)
 
 
+@pytest.mark.slow
 def test_triton_is_checked_at_its_first_use() -> None:
     assert implementation("triton_gpu").agrees_with_torch()  # type: ignore[attr-defined]
 
@@ -198,7 +201,7 @@ def test_triton_leaves_windows_to_torch() -> None:
     assert torch.equal(made.merge(views, size, False), reference.merge(views, size, False))
 
 
-@pytest.mark.parametrize("name", ["reference", "numba_cpu", "triton_gpu"])
+@pytest.mark.parametrize("name", ["reference", "numba_cpu", TRITON])
 def test_half_precision_scores_are_compared_in_float32(name: str) -> None:
     scores = torch.randn(5, 9, 11, generator=torch.Generator().manual_seed(1))
     made = implementation(name)
@@ -207,7 +210,7 @@ def test_half_precision_scores_are_compared_in_float32(name: str) -> None:
         assert torch.equal(made.label_map(half, (72, 88)), made.label_map(half.float(), (72, 88)))
 
 
-@pytest.mark.parametrize("name", ["reference", "numba_cpu", "triton_gpu"])
+@pytest.mark.parametrize("name", ["reference", "numba_cpu", TRITON])
 def test_more_than_256_channels(name: str) -> None:
     scores = on(name, torch.randn(300, 6, 7))
     found = implementation(name).label_map(scores, (6, 7))
@@ -215,7 +218,7 @@ def test_more_than_256_channels(name: str) -> None:
     assert torch.equal(found.long(), scores.argmax(0))
 
 
-@pytest.mark.parametrize("name", ["reference", "numba_cpu", "triton_gpu"])
+@pytest.mark.parametrize("name", ["reference", "numba_cpu", TRITON])
 @pytest.mark.parametrize("seed", range(5))
 def test_count_equals_a_loop(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)

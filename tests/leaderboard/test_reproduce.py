@@ -30,6 +30,8 @@ from tests.cli.test_cli import FAST, Call, one_message
 from tests.conftest import Done
 from tests.leaderboard.whole_run import write_whole_run
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -41,6 +41,8 @@ from ade_harness.runs.ledger import read_rows, write_ledger
 from tests.cli.test_cli import FAST, Call, one_message
 from tests.leaderboard.whole_run import COMMIT, MODEL, write_whole_run
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 ME = {"--contact": "me@example.org"}
 WEIGHTS = b"weights" * 1000
 

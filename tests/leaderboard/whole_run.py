@@ -1,4 +1,4 @@
-"""A run of all 2,000 validation images, written by the real code from made-up counts."""
+"""A run of all 2,000 validation images, written by the real code from synthetic counts."""
 
 from __future__ import annotations
 

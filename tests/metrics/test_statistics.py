@@ -131,7 +131,7 @@ def test_equal_runs_do_not_differ() -> None:
 
 
 def shifted(areas: ImageAreas, seed: int, share: float) -> ImageAreas:
-    """Make another run on the same images: some errors mended."""
+    """Make another run on the same images: some errors fixed."""
     rng = np.random.default_rng(seed)
     stacked = areas.stacked.copy()
     intersection, truth, predicted = split_areas(stacked)

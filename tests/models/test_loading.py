@@ -439,11 +439,11 @@ def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
 @pytest.mark.parametrize(
     ("channels", "class_map", "names", "message"),
     [
-        (32, None, None, "gives 32 channels, ADE20K has 150"),
+        (32, None, None, "outputs 32 channels, ADE20K has 150"),
         (151, None, None, "usually 'other'"),
         (19, None, None, "usual for Cityscapes"),
         (3, None, ["sky", "wall", "other"], r"model\.class_map=\[2,0,null\]"),
-        (3, [0, 1], None, "has 2 entries, but the model gives 3"),
+        (3, [0, 1], None, "has 2 entries, but the model outputs 3"),
         (150, None, class_names()[::-1], "not in ADE20K's order: channel 0 is 'flag'"),
     ],
 )

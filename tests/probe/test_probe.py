@@ -29,6 +29,8 @@ from ade_harness.probe.schedule import learning_rate
 from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 SMALL = (
     "model=dinov3_7b_linear", "model.architecture.backbone.hidden_size=128", "model.architecture.backbone.num_hidden_layers=4",
     "model.architecture.backbone.num_attention_heads=2", "model.architecture.backbone.intermediate_size=256",

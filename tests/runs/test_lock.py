@@ -25,7 +25,7 @@ def edit(path: Path, **changes: Any) -> None:
 def test_a_second_job_is_refused_and_told_who_is_at_work(tmp_path: Path) -> None:
     first = RunLock(tmp_path)
     first.acquire()
-    with pytest.raises(HarnessError, match=rf"another job is at work on this run .process {os.getpid()} on .*status"):
+    with pytest.raises(HarnessError, match=rf"another job is working on this run .process {os.getpid()} on .*status"):
         RunLock(tmp_path).acquire()
     assert first.is_mine()
     first.release()
@@ -67,16 +67,16 @@ def test_a_lock_of_another_machine_is_watched(tmp_path: Path, monkeypatch: pytes
     thread = threading.Thread(target=live)
     thread.start()
     said: list[str] = []
-    with pytest.raises(HarnessError, match="another job is at work"):
+    with pytest.raises(HarnessError, match="another job is working"):
         RunLock(tmp_path, said.append).acquire()
-    assert "looking for a sign of it" in said[0]
+    assert "whether it is still alive" in said[0]
     ended.set()
     thread.join()
     taken = RunLock(tmp_path)
     taken.acquire()
     assert taken.is_mine()
     time.sleep(0.3)
-    with pytest.raises(HarnessError, match="another job is at work"):  # the old owner wakes up, and leaves
+    with pytest.raises(HarnessError, match="another job is working"):  # the old owner wakes up, and leaves
         owner.renew()
 
 

@@ -155,7 +155,7 @@ def test_two_runs_of_one_second_have_different_names(tmp_path: Path) -> None:
 
 
 def record(path: Path, **changes: Any) -> RunRecord:
-    """Start a record of a run of a made-up model."""
+    """Start a record of a run of a synthetic model."""
     run = {"dir": str(path), "root": "runs", "allow_changed": changes.pop("allow_changed", False)}
     config = {
         "model": {"name": "m", "a": changes.pop("a", 1)}, "dataset": {}, "inference": {}, "metrics": {"calibration": False},

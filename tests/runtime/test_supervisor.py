@@ -47,7 +47,7 @@ class Started:
         )  # fmt: skip
 
     def until(self, images: int, timeout_s: float = 90) -> None:
-        """Wait for progress: so many images are done, every rank has done one and is at work on another."""
+        """Wait for progress: so many images are done, every rank has done one and is processing another."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
@@ -120,7 +120,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_later(
     assert done.code == 128 + 9
     assert re.search(
         rf"error: rank {victim} on \S+ \(process {process.pid}\) was killed by SIGKILL \(often the kernel, when memory"
-        r" runs out: see dmesg\) while at work on ADE_val_\d{8}\.",
+        r" runs out: see dmesg\) while processing ADE_val_\d{8}\.",
         done.err,
     ), done.err
     assert "Traceback" not in done.err
@@ -220,7 +220,7 @@ def test_a_silent_rank_is_lost_after_the_time_that_was_set(start: Callable[..., 
     done = started.end()
     assert 4 < time.monotonic() - begin < 40
     assert done.code == 76
-    text = rf"error: rank 1 on \S+ \(process {process.pid}\) is silent for 5 s, last at work on ADE_val_\d+"
+    text = rf"error: rank 1 on \S+ \(process {process.pid}\) is silent for 5 s, last processing ADE_val_\d+"
     assert re.search(text, done.err), done.err
 
 
@@ -244,10 +244,10 @@ def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started
     assert shown.code == 0
     assert re.search(r"state: +running \(process \d+ on ", shown.out), shown.out
     assert re.search(r"progress: +\d+ of 24 images, \d+\.\d images/s, \d+:\d\d left", shown.out), shown.out
-    assert len(re.findall(r"ADE_val_\d{8}", shown.out)) == 2  # what each rank is at work on
+    assert len(re.findall(r"ADE_val_\d{8}", shown.out)) == 2  # what each rank is processing
     # and a second job is refused while this one lives
     second = cli(*WORDS)
     assert second.code == 2
-    assert "another job is at work on this run (process" in second.err
+    assert "another job is working on this run (process" in second.err
     started.process.send_signal(signal.SIGTERM)
     started.end()

@@ -25,6 +25,8 @@ from ade_harness.tracking.pull import parse_spec, pull_run, refuse_other_files
 from tests.conftest import REPOSITORY
 from tests.tracking.stub_server import ENTITY, StubServer, hang
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:

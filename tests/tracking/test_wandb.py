@@ -31,12 +31,14 @@ from tests.conftest import REPOSITORY, Done, write_pair
 from tests.tracking.offline_file import read_wandb
 from tests.tracking.stub_server import StubServer, hang
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 IMAGES = 4
 
 
 @dataclass
 class Tracked:
-    """A run that failed, was mended and resumed, each time with a server there."""
+    """A run that failed, was fixed and resumed, each time with a server there."""
 
     folder: Path
     failed: dict[str, Any]

@@ -102,7 +102,7 @@ def run_state(status: str, holder: dict[str, Any], progress: dict[str, Any] | No
         age = (datetime.now(UTC) - datetime.fromisoformat(progress["updated"])).total_seconds()
         if age <= LEASE_S:
             return f"running ({where})"
-        return f"interrupted, or without a sign for {format_seconds(age)} ({where})"
+        return f"interrupted, or silent for {format_seconds(age)} ({where})"
     return "interrupted"
 
 

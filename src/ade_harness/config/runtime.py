@@ -66,7 +66,7 @@ class RuntimeConfig:
     num_nodes: Any = "auto"  # auto: as many as srun started this on, else one
     sharding: Sharding = Sharding.queue
     max_restarts: int = bounded(0, at_least=0)  # how often all ranks are started again after one died
-    dead_after_s: float = bounded(30.0, at_least=5)  # a rank without a sign for so long is lost
+    dead_after_s: float = bounded(30.0, at_least=5)  # a rank that is silent for so long is lost
     requeue: bool = False  # in SLURM, after the signal before the time limit: scontrol requeue
     supervise: bool = True  # false: one rank, in this very process (debuggers, profilers)
     threads: int = bounded(1, at_least=1)  # of each rank on CPU; fixed, because it can change float results

@@ -1,4 +1,4 @@
-"""A made-up data set in exactly the layout and format of ADEChallengeData2016, from a seed.
+"""A synthetic data set in exactly the layout and format of ADEChallengeData2016, from a seed.
 
 It lets the whole harness run with no download: regions of the 150 classes with a colour and a stripe texture of
 their own, uneven light, sensor noise, unlabelled areas, grey-scale JPEGs, and the real distribution of image

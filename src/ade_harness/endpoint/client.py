@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from ade_harness.endpoint.http import NoReplyError, Reply, exchange
 from ade_harness.errors import HarnessError
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_RETRY_AFTER_S = 0.5, 30.0, 300.0
+_FIRST_WAIT_S, _MAX_WAIT_S, _MAX_RETRY_AFTER_S = 0.5, 30.0, 300.0
 _ALIVE_WITHIN_S = 10.0
 _QUOTED_CHARACTERS, _QUOTED_BYTES = 200, 4096
-_MOST_INFO_BYTES = 1 << 20
+_MAX_INFO_BYTES = 1 << 20
 _NO_INFO = (404, 405, 501)
 _OF_ALL_IMAGES = (401, 403, 404, 405, 407, 410)
 _TEXT = ("text/", "application/json", "application/problem+json", "application/xml")
@@ -122,7 +122,7 @@ class Endpoint:
         problem, answered, retry_after = "", False, None
         for attempt in range(self.retries + 1):
             if attempt:
-                wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1)
+                wait = min(_MAX_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1)
                 self._wait(max(wait, retry_after or 0.0))
             self._refuse_if_over()
             try:
@@ -141,7 +141,7 @@ class Endpoint:
                 self._give_up(f"{self.shown(name)}: {problem}. {_ADVICE.get(reply.status, '')}".rstrip())
             if reply.status != 429 and reply.status < 500:
                 raise HarnessError(f"{lead}: {problem}. {_ADVICE.get(reply.status, '')}".rstrip())
-            if retry_after is not None and retry_after > _LONGEST_RETRY_AFTER_S:
+            if retry_after is not None and retry_after > _MAX_RETRY_AFTER_S:
                 self._give_up(f"{self.shown(name)}: {problem}, and asks to wait for {retry_after:,.0f} s.")
         tries = f"{self.retries + 1} tries" if self.retries else "1 try"
         if not answered and not self._answers():
@@ -157,7 +157,7 @@ class Endpoint:
         Raises:
             HarnessError: no answer, or the token is refused. A server without ``/info`` is fine.
         """
-        reply = self.ask("GET", "info", "model.url", {"Accept": "application/json"}, b"", _MOST_INFO_BYTES, _NO_INFO)
+        reply = self.ask("GET", "info", "model.url", {"Accept": "application/json"}, b"", _MAX_INFO_BYTES, _NO_INFO)
         try:
             told = json.loads(reply.body) if reply.status == 200 else {}
         except (ValueError, RecursionError):
@@ -197,7 +197,7 @@ class Endpoint:
     def _answers(self) -> bool:
         """Whether the endpoint answers anything at all."""
         try:
-            exchange("GET", self.address("info"), {}, b"", min(self.timeout_s, _ALIVE_WITHIN_S), _MOST_INFO_BYTES, 0)
+            exchange("GET", self.address("info"), {}, b"", min(self.timeout_s, _ALIVE_WITHIN_S), _MAX_INFO_BYTES, 0)
         except NoReplyError as error:
             return not error.passing
         return True

@@ -16,7 +16,7 @@ from ade_harness import __version__
 from ade_harness.endpoint.client import first_line
 from ade_harness.endpoint.predictor import ENCODING_HEADER, LABELS_TYPE, SCORES_TYPE
 
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 _SLOW_CLIENT_S = 60
 _IMAGE_TYPES = ("image/png", "image/jpeg")
 
@@ -121,8 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
             raise RefusedError(411, "Content-Length is needed")
-        if len(length) > 12 or int(length) > _MOST_BYTES:
-            raise RefusedError(413, f"at most {_MOST_BYTES:,} bytes are taken")
+        if len(length) > 12 or int(length) > _MAX_BYTES:
+            raise RefusedError(413, f"at most {_MAX_BYTES:,} bytes are taken")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
             raise RefusedError(400, f"the request ended after {len(data):,} of {length} bytes")

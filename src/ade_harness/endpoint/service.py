@@ -28,8 +28,8 @@ from ade_harness.models.class_map import ClassMap
 from ade_harness.models.loading import LoadedModel, load_model
 from ade_harness.runtime.ranks import make_trainer
 
-_MOST_PIXELS = 64_000_000
-_MOST_WAITING = 64
+_MAX_PIXELS = 64_000_000
+_MAX_WAITING = 64
 
 
 @dataclass
@@ -43,7 +43,7 @@ class ModelService:
     apply_exif: bool
     forward: ThreadPoolExecutor
     """Of one thread."""
-    _places: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_MOST_WAITING))
+    _places: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_MAX_WAITING))
 
     def info(self) -> dict[str, Any]:
         """Return what GET /info tells."""
@@ -59,14 +59,14 @@ class ModelService:
         """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
         try:
             height, width, _ = read_header(data, "the image")
-            if height * width > _MOST_PIXELS:
-                raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MOST_PIXELS:,} are taken")
+            if height * width > _MAX_PIXELS:
+                raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are taken")
             image = decode_image(data, "the image", self.apply_exif)
             self.predictor.check_sizes({"the image": (image.shape[0], image.shape[1])})
         except HarnessError as error:
             raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
         if not self._places.acquire(blocking=False):
-            raise RefusedError(503, f"{_MOST_WAITING} images are waiting already", **{"Retry-After": "1"})
+            raise RefusedError(503, f"{_MAX_WAITING} images are waiting already", **{"Retry-After": "1"})
         try:
             array = self.forward.submit(self._predict, image, scores).result()
         except HarnessError as error:

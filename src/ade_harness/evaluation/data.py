@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ade_harness.config.runtime import Sharding
+from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.endpoint.client import EndpointError
 from ade_harness.endpoint.predictor import EndpointPredictor
 from ade_harness.errors import HarnessError
+from ade_harness.evaluation.job import Job
 from ade_harness.inference.predictor import Predictor, Prepared
 from ade_harness.runtime.cluster import local_ranks
 from ade_harness.runtime.coordination import Coordinator
@@ -130,16 +133,18 @@ class EvaluationData(pl.LightningDataModule):
     Args:
         items: all batches that are still to be evaluated, by any rank.
         costs: expected, of each batch.
+        names: of each batch, for messages.
         sharding: how ranks share them.
         loaders: of this rank.
         coordinator: of the ranks.
     """
 
     def __init__(
-        self, items: ImageItems, costs: Sequence[float], sharding: Sharding, loaders: Loaders, coordinator: Coordinator
-    ) -> None:
+        self, items: ImageItems, costs: Sequence[float], names: Sequence[str], sharding: Sharding, loaders: Loaders,
+        coordinator: Coordinator,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.items, self.costs = items, costs
+        self.items, self.costs, self.names = items, costs, names
         spare = max(0, min(8, (os.cpu_count() or 1) // local_ranks() - 1))
         self.workers = min(spare if loaders.workers is None else loaders.workers, len(costs))
         self.sampler = SharedItems(
@@ -168,3 +173,23 @@ class EvaluationData(pl.LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         """End requests that loader processes wait for; called by Lightning before it waits for them."""
         self.items.stop()
+
+
+def plan_data(cfg: Config, job: Job, done: set[str], coordinator: Coordinator) -> EvaluationData:
+    """Return what is still to be evaluated.
+
+    Args:
+        cfg: the whole configuration.
+        job: data set, predictor and loaders.
+        done: images that are in the ledger.
+        coordinator: of the ranks.
+    """
+    ids = job.dataset.ids
+    sizes = [job.sizes[i] for i in ids]
+    groups = group_images(sizes, job.predictor, cfg.inference.images)  # of all images: batches never depend on the past
+    todo = [group for group in groups if not done.issuperset(ids[i] for i in group)]
+    drawn = np.linspace(0, len(ids) - 1, min(cfg.run.overlays, len(ids))).astype(int)
+    items = ImageItems(job.dataset, todo, job.predictor, {ids[i] for i in drawn})
+    costs = [sum(job.predictor.cost(sizes[i]) for i in group) for group in todo]
+    names = [", ".join(ids[i] for i in group) for group in todo]
+    return EvaluationData(items, costs, names, cfg.runtime.sharding, job.loaders, coordinator)

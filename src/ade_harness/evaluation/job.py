@@ -196,7 +196,7 @@ def describe_marks(
     """Return what the run's numbers are not; shown on every output."""
     marks = []
     if dataset.is_demo:
-        marks.append("DEMO: made-up images, the score says nothing about scene parsing")
+        marks.append("DEMO: synthetic images, the score says nothing about scene parsing")
     if model is not None and model.weights == "random":
         marks.append(f"RANDOM WEIGHTS: seed {cfg.model.seed}, the score says nothing about the model")
     if dataset.is_partial:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness import kernels
+from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, LoadedImage
+from ade_harness.evaluation.job import Job
 from ade_harness.inference.predictor import Prediction, Predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.confidence import count_confidence
@@ -27,6 +29,7 @@ from ade_harness.metrics.areas import areas_of, split_areas
 from ade_harness.metrics.confusion import area_scores
 from ade_harness.metrics.counts import Row, label_hash, sparse_counts
 from ade_harness.report.overlays import save_overlay
+from ade_harness.runs.directory import LEDGER
 from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerError, LedgerWriter, read_rows
 from ade_harness.runtime.cluster import host_name
@@ -277,12 +280,21 @@ def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor
             )
 
 
-def counted_before(
-    ledger: Path, dataset: SegmentationDataset, predictor: Predictor, say: Callable[[str], None]
-) -> list[Row]:
+def counted_before(run_dir: Path, job: Job, say: Callable[[str], None]) -> list[Row]:
     """Return what an earlier part of this run has counted; raises as :func:`check_unchanged`."""
-    before, damaged = read_rows(ledger)
+    before, damaged = read_rows(run_dir / LEDGER)
     if before or damaged:
-        check_unchanged(before, dataset, predictor)
+        check_unchanged(before, job.dataset, job.predictor)
         say(f"continuing: {len(before)} images are done, {len(damaged)} ledger files are damaged")
     return before
+
+
+def make_module(
+    cfg: Config, job: Job, done: AbstractSet[str], coordinator: Coordinator, run_dir: Path, marks: Sequence[str]
+) -> EvaluationModule:
+    """Return the module of a rank: with its ledger's writer, and what it keeps of label maps."""
+    return EvaluationModule(
+        job.predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir,
+        LabelMaps(run_dir, cfg.run.label_maps), marks, cfg.runtime.kernels, cfg.run.on_error == "skip", done,
+        job.model.module if job.model else None,
+    )  # fmt: skip

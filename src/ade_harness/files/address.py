@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 from ade_harness.errors import HarnessError, require
 
 _SECRET_NAME = re.compile(r"token|secret|passw|credential|auth|signature|api.?key|access.?key|^(key|code|sig|pwd|jwt)$")
-_LONGEST_PLAIN_VALUE = 32
+_MAX_PLAIN_VALUE = 32
 
 
 def check_url(url: str, key: str, advice: str, example: str) -> None:
@@ -35,6 +35,6 @@ def check_url(url: str, key: str, advice: str, example: str) -> None:
     require(not parts.fragment, f"{key}: holds a fragment (#...), which is never sent. Leave it out.")
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         require(
-            not _SECRET_NAME.search(name.lower()) and len(value) <= _LONGEST_PLAIN_VALUE,
+            not _SECRET_NAME.search(name.lower()) and len(value) <= _MAX_PLAIN_VALUE,
             f"{key}: {name[:40]} in its query looks like a secret. {advice}",
         )

@@ -29,7 +29,7 @@ OnBytes = Callable[[int, int | None], None]
 
 
 def cache_dir() -> Path:
-    """Return where made-up data and downloads are kept: ADE_HARNESS_CACHE, or below the user's cache folder."""
+    """Return where synthetic data and downloads are kept: ADE_HARNESS_CACHE, or below the user's cache folder."""
     base = os.environ.get("ADE_HARNESS_CACHE")
     if base:
         return Path(base).expanduser()

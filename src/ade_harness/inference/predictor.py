@@ -279,7 +279,9 @@ class NetworkPredictor:
         if self._class_map is None:
             self._class_map = resolve_class_map(channels, self.class_map_cfg, self.model.class_names)
         if self.model.channels not in (None, channels):
-            raise HarnessError(f"{image_id}: the model gives {channels} channels, {self.model.channels} were expected.")
+            raise HarnessError(
+                f"{image_id}: the model outputs {channels} channels, {self.model.channels} were expected."
+            )
         tensors = [t for o in outputs for t in ((o.classes, o.masks) if isinstance(o, MaskLogits) else (o,))]
         if tensors[0].device.type == "cpu" and not any(t.sum().isnan() for t in tensors):
             return torch.zeros(())  # one quick pass; NaN in the sum may also be two infinities

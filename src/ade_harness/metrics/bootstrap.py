@@ -27,7 +27,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 _BLOCK = 500
 """Resamples at a time: 8 MB of counts for 2,000 images. Part of the result, as it orders the random draws."""
-_FEWEST = 100
+_MIN_DEFINED = 100
 """Resamples in which a class must occur for an interval of its IoU."""
 
 
@@ -79,7 +79,7 @@ class Resampled:
         from scipy.special import ndtr, ndtri  # here: pages need intervals, and not this one
 
         defined = draws[np.isfinite(draws)]
-        if not np.isfinite(value) or defined.size < _FEWEST:
+        if not np.isfinite(value) or defined.size < _MIN_DEFINED:
             return None
         # the share below the value; ties count half, and it is kept off 0 and 1, where the normal quantile is infinite
         below = ((defined < value).sum() + (defined == value).sum() / 2) / defined.size
@@ -95,7 +95,7 @@ class Resampled:
     @staticmethod
     def _interval(draws: Floats, low: float, high: float, level: float) -> Interval | None:
         defined = draws[np.isfinite(draws)]
-        if defined.size < _FEWEST:
+        if defined.size < _MIN_DEFINED:
             return None
         ends = np.quantile(defined, (low, high))
         return Interval(float(ends[0]), float(ends[1]), level)

@@ -57,7 +57,7 @@ def resolve_class_map(channels: int, class_map: Sequence[int | None] | None, nam
         return ClassMap(None, torch.arange(NUM_CLASSES, dtype=torch.uint8))
     if len(class_map) != channels:
         raise HarnessError(
-            f"model.class_map has {len(class_map)} entries, but the model gives {channels} channels:"
+            f"model.class_map has {len(class_map)} entries, but the model outputs {channels} channels:"
             " one entry per channel (0..149, or null to leave it out)."
         )
     kept = tuple(c for c, value in enumerate(class_map) if value is not None)
@@ -84,7 +84,7 @@ def _refuse_other_order(found: list[int | None], names: Sequence[str]) -> None:
 
 
 def _wrong_number(channels: int, found: list[int | None] | None) -> str:
-    text = f"The model gives {channels} channels, ADE20K has {NUM_CLASSES} classes: set model.class_map, one entry"
+    text = f"The model outputs {channels} channels, ADE20K has {NUM_CLASSES} classes: set model.class_map, one entry"
     text += " per channel (0..149, or null for a channel that is left out of the argmax)."
     if found is not None:
         return f"{text} By the model's own names: model.class_map=[{_written(found)}]."

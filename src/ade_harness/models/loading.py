@@ -62,7 +62,7 @@ def load_model(cfg: ModelConfig, threads: int = 1) -> LoadedModel:
     """Build the network of ``cfg.model`` with its weights, on the CPU, in evaluation mode.
 
     Raises:
-        HarnessError: anything that the user can mend: see the loaders.
+        HarnessError: anything that the user can fix: see the loaders.
     """
     loader = LOADERS.get(cfg.kind)
     if loader is None:

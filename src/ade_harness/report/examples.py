@@ -23,7 +23,7 @@ from ade_harness.metrics.regions import Regions, add_regions, find_regions
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.label_maps import FOLDER, read_label_map
 
-_LONGEST_SIDE = 480
+_MAX_SIDE = 480
 _JPEG_QUALITY = 80
 _LEGEND = 8
 # orange and blue are told apart by every kind of colour vision; grey is right
@@ -115,7 +115,7 @@ def make_examples(
 
 def _draw(image_id: str, caption: str, sample: Sample, maps: Sequence[tuple[str, npt.NDArray[np.uint8]]]) -> Example:
     height, width = sample.target.shape
-    scale = min(1.0, _LONGEST_SIDE / max(height, width))
+    scale = min(1.0, _MAX_SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     layers = [Layer("truth", _indexed(sample.target, size, palette()))]
     for name, labels in maps:

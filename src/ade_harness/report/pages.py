@@ -24,7 +24,7 @@ PAGE = "report.html"
 COMPARISON_PAGE = "comparison.html"
 _PICTURES = 12
 _SCENES = "sceneCategories.txt"
-_MOST_SCENES_BYTES = 10_000_000
+_MAX_SCENES_BYTES = 10_000_000
 
 
 def write_report(
@@ -67,7 +67,9 @@ def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
         named = [(ranking.runs[i].name, ranking.runs[i].run) for i in (pair.first, pair.second)]
         kept = set.intersection(*(kept_images(run) for _, run in named))
         moved = [
-            (i, f"moves mIoU by {100 * v:+.4f}") for i, v in pair.changed_images(len(pair.comparison.ids)) if i in kept
+            (i, f"contribution to ΔmIoU {100 * v:+.4f}")
+            for i, v in pair.changed_images(len(pair.comparison.ids))
+            if i in kept
         ]
         examples.append(make_examples(named, Samples(dataset), moved[:_PICTURES]) if dataset else [])
     notes = [] if missing is None else [f"No pictures: the data set cannot be opened ({missing})"]
@@ -107,7 +109,7 @@ def _read_scenes(path: str | None, run: FinishedRun) -> dict[str, str] | None:
     if path is None and not file.is_file():
         return None
     try:
-        if file.stat().st_size > _MOST_SCENES_BYTES:
+        if file.stat().st_size > _MAX_SCENES_BYTES:
             raise HarnessError(f"{file}: too large for a list of scenes.")
         lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

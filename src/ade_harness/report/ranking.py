@@ -157,7 +157,8 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     names = class_names()
     claimed = [(c, d) for c, d in pair.changed_classes() if d.significant(level)]
     shown = claimed[:_SHOWN] or pair.changed_classes()[:_SHOWN]
-    what = f"{len(claimed)} classes differ (corrected for {len(pair.comparison.classes)} tests)"
+    differ = "1 class differs" if len(claimed) == 1 else f"{len(claimed)} classes differ"
+    what = f"{differ} (corrected for {len(pair.comparison.classes)} tests)"
     words = ", ".join(f"{names[c]} {100 * d.value:+.1f}" for c, d in shown)
     print_line(console, f"  {what}; most: {words}")
     images = ", ".join(f"{i} {100 * v:+.3f}" for i, v in pair.changed_images(_SHOWN))

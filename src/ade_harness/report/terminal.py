@@ -39,7 +39,7 @@ def print_result(console: Console, result: Result) -> None:
             f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating",
         ),
         *([("balance", _balance(result.balance))] if result.world_size > 1 else []),
-        *([("where it went", _stages(result.stage_shares))] if result.stage_shares else []),
+        *([("breakdown", _stages(result.stage_shares))] if result.stage_shares else []),
         ("run directory", str(result.run_dir)),
     ]
     for name, value in lines:

@@ -66,7 +66,7 @@ class RunLock:
         state = owner_state(holder)
         if state == "unknown":
             where = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
-            self._say(f"{self.path.parent} is locked by {where}: looking for a sign of it for {LEASE_S:g} s")
+            self._say(f"{self.path.parent} is locked by {where}: checking for {LEASE_S:g} s whether it is still alive")
             end = time.monotonic() + LEASE_S
             while time.monotonic() < end and state == "unknown":
                 time.sleep(0.5)
@@ -135,7 +135,7 @@ def owner_state(holder: dict[str, Any]) -> str:
 def _refusal(path: Path, holder: dict[str, Any]) -> str:
     job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
     return (
-        f"{path.parent}: another job is at work on this run (process {holder.get('pid')} on {holder.get('host')}{job})."
+        f"{path.parent}: another job is working on this run (process {holder.get('pid')} on {holder.get('host')}{job})."
         f" Wait for it, end it, or choose another run.dir; `python -m ade_harness status {path.parent}` shows how far"
         " it is."
     )

@@ -149,7 +149,7 @@ def _write_record(
     if before is not None:
         kept = ("started", "command", *(("identity", "code") if changes else ()))
         earlier = {key: before[key] for key in kept if key in before}
-        (path / "metrics.json").unlink(missing_ok=True)  # a score is there only if the last sitting came to its end
+        (path / "metrics.json").unlink(missing_ok=True)  # a score is there only if the last session came to its end
         manifest["earlier"] = [*before.get("earlier", []), earlier]
         all_changes = [*before.get("changes", []), *(c for c in changes if c not in before.get("changes", []))]
     if all_changes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ade_harness.runtime.cluster import SUPERVISED
 
 EXIT_MESSAGE = 2
-"""Something that the user can mend, or Ctrl-C; the rank has said what."""
+"""Something that the user can fix, or Ctrl-C; the rank has said what."""
 EXIT_STOPPED = 75
 """Asked to stop (SIGTERM, or the signal before a time limit); what was counted is kept."""
 EXIT_RANK_LOST = 76

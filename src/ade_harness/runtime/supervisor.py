@@ -283,7 +283,7 @@ def _obituary(rank: RankProcess, note: dict[str, str], run_dir: str | None) -> s
         how = f"was killed by {name.name}{f' ({cause})' if cause else ''}"
     else:
         how = f"ended with exit code {code}"
-    work = f" while at work on {note['item']}" if note.get("item") else ""
+    work = f" while processing {note['item']}" if note.get("item") else ""
     lines = [f"error: rank {rank.rank} on {host_name()} (process {rank.process.pid}) {how}{work}."]
     if rank.forwarded and code > 0:
         lines.append("Its last lines are above.")

@@ -131,7 +131,7 @@ class Watchdog:
             self._last[rank] = (beat.number, now if beat.number != number else heard)
             beats.append(beat)
             if now - self._last[rank][1] > self.silent_s:
-                work = f", last at work on {beat.item}" if beat.item else ""
+                work = f", last processing {beat.item}" if beat.item else ""
                 text = f"rank {rank} on {beat.host} (process {beat.pid}) is silent for {self.silent_s:g} s{work}"
                 self._store.set("lost", text)
                 self._lose(text)

@@ -117,7 +117,7 @@ def log_curve(
 
 
 def run_id(folder: Path) -> str:
-    """Return the W&B run id of a run directory: made once, so that every sitting of a run is one W&B run.
+    """Return the W&B run id of a run directory: made once, so that every session of a run is one W&B run.
 
     Raises:
         HarnessError: it cannot be written.

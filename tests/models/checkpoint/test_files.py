@@ -27,6 +27,8 @@ from tests.conftest import Done
 from tests.files.test_fetch import Handler, Server
 from tests.models.systems.test_dense_systems import official_weights
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 SMALL = (
     "model.architecture.backbone.hidden_size=384", "model.architecture.backbone.num_hidden_layers=12",
     "model.architecture.backbone.num_attention_heads=6", "model.architecture.backbone.use_swiglu_ffn=false",

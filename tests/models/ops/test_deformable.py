@@ -22,6 +22,8 @@ from ade_harness.models.ops.deformable import (
 )
 from ade_harness.models.ops.deformable_numba import aggregate_numba
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 IMPLEMENTATIONS = ["torch", "numba", "triton"]
 
 

@@ -24,6 +24,8 @@ from ade_harness.models.registry import FAMILIES, SYSTEMS
 from ade_harness.models.systems.upernet import unfold_to_blocks
 from tests.models.golden_weights import draw, fill
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 GOLDEN = Path(__file__).parents[2] / "golden"
 # golden file -> system, shape of the input, and the side of the crop of it that was run
 CASES = {

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from tests.conftest import Done
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 MODEL = """
 import torch
 

@@ -34,6 +34,8 @@ from tests.conftest import Done
 from tests.models.golden_weights import draw, fill_mask_system
 from tests.models.systems.test_dense_systems import architecture, packed
 
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
 GOLDEN = Path(__file__).parents[2] / "golden"
 LIMIT = {"cls": 1e-4, "mask": 1e-4, "sem": 1e-3}
 """Of each array's standard deviation. Reached with as many threads as the golden files were made with: 0 for all but

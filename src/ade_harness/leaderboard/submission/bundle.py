@@ -33,13 +33,13 @@ RUN = "run"
 """The folder of a submission that is a run directory: `report` and `compare` read it."""
 _NEEDED = (f"{RUN}/{MANIFEST}", f"{RUN}/config.yaml", f"{RUN}/metrics.json")
 _ALLOWED = re.compile(rf"[\w.-]+|{RUN}/[\w.-]+|{RUN}/{LEDGER}/[\w.-]+\.parquet")
-_MOST_BYTES = 512 << 20
-_MOST_TEXT_BYTES = 16 << 20
-_MOST_FILES = 64
-_MOST_DEPTH = 3
-_MOST_RESAMPLES = 100_000
-_MOST_LEDGER_ROWS = 100_000
-_MOST_LEDGER_BYTES = 4 << 30
+_MAX_BYTES = 512 << 20
+_MAX_TEXT_BYTES = 16 << 20
+_MAX_FILES = 64
+_MAX_DEPTH = 3
+_MAX_RESAMPLES = 100_000
+_MAX_LEDGER_ROWS = 100_000
+_MAX_LEDGER_BYTES = 4 << 30
 
 
 def is_bundle(folder: Path) -> bool:
@@ -99,7 +99,7 @@ def read_claim(folder: Path) -> dict[str, Any]:
         HarnessError: too large, or no mapping.
     """
     path = folder / CLAIM
-    if path.stat().st_size > _MOST_TEXT_BYTES:
+    if path.stat().st_size > _MAX_TEXT_BYTES:
         raise HarnessError(f"{CLAIM}: too large.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
@@ -118,16 +118,16 @@ def _list_files(folder: Path) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     for path, depth in _walk(folder, 1):
         name, mode = str(path.relative_to(folder)), path.lstat().st_mode
-        if stat.S_ISDIR(mode) and depth <= _MOST_DEPTH:
+        if stat.S_ISDIR(mode) and depth <= _MAX_DEPTH:
             continue
         if not stat.S_ISREG(mode):
             kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder of a submission"
             problems.append(f"{_printable(name)}: is {kind}. A submission holds plain files alone")
-        elif path.stat().st_size > (_MOST_BYTES if name.endswith(".parquet") else _MOST_TEXT_BYTES):
+        elif path.stat().st_size > (_MAX_BYTES if name.endswith(".parquet") else _MAX_TEXT_BYTES):
             problems.append(f"{_printable(name)}: is too large")
         names.append(name)
-        if len(names) > _MOST_FILES:
-            return names, [*problems, f"more than {_MOST_FILES} files"]
+        if len(names) > _MAX_FILES:
+            return names, [*problems, f"more than {_MAX_FILES} files"]
     return names, problems
 
 
@@ -135,7 +135,7 @@ def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, int]]:
     """Yield everything below a folder; links are not followed."""
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         yield Path(entry.path), depth
-        if entry.is_dir(follow_symlinks=False) and depth < _MOST_DEPTH:
+        if entry.is_dir(follow_symlinks=False) and depth < _MAX_DEPTH:
             yield from _walk(Path(entry.path), depth + 1)
 
 
@@ -185,7 +185,7 @@ def _run_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
         except (pa.ArrowException, OSError):
             return [f"{RUN}/{LEDGER}/{path.name}: damaged"]
         size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if about.num_rows > _MOST_LEDGER_ROWS or size > _MOST_LEDGER_BYTES:
+        if about.num_rows > _MAX_LEDGER_ROWS or size > _MAX_LEDGER_BYTES:
             return [f"{RUN}/{LEDGER}/{path.name}: is too large for a ledger"]
     try:
         run = load_run(folder / RUN)
@@ -200,7 +200,7 @@ def _same_interval(run: FinishedRun, results: Sequence[Mapping[str, Any]]) -> bo
     wanted = run.config["metrics"]
     if not wanted["resamples"]:
         return not any("interval" in row for row in results)
-    if not 0 < wanted["resamples"] <= _MOST_RESAMPLES:
+    if not 0 < wanted["resamples"] <= _MAX_RESAMPLES:
         return False
     found = bootstrap(image_areas(run.rows), wanted["resamples"], wanted["seed"]).intervals(wanted["level"])["mIoU"]
     ends = [found.low, found.high, found.level] if found else []

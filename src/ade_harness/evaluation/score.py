@@ -1,0 +1,74 @@
+"""The end of an evaluation, on rank 0: the sum is compared with the ledger, and only then becomes a score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ade_harness.config.schema import Config
+from ade_harness.errors import HarnessError
+from ade_harness.evaluation.data import Failure
+from ade_harness.evaluation.job import Job, skipped_marks
+from ade_harness.metrics.confusion import Matrix
+from ade_harness.metrics.diagnosis import diagnose
+from ade_harness.runs.directory import LEDGER
+from ade_harness.runs.exactness import check_exact, check_rows, incomplete
+from ade_harness.runs.ledger import read_rows
+from ade_harness.runs.record import RunRecord
+from ade_harness.runs.result import Result, summarise, write_result
+from ade_harness.runtime.balance import Balance
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all ranks together have done."""
+
+    matrix: Matrix
+    """Their sum, with what was counted before."""
+    failures: Sequence[Failure]
+    stopped: bool
+    """Whether a rank ended the work before its end."""
+    warnings: Sequence[str]
+    start: float
+    """``time.monotonic()`` when the command began."""
+    images_per_second: float
+    balance: Balance
+    stages: Mapping[str, float]
+
+
+def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: Work) -> Result:
+    """Check that every image is counted exactly once, write the result, and finish the record.
+
+    Args:
+        cfg: the whole configuration.
+        job: what was evaluated.
+        record: of the run.
+        marks: what its numbers are not.
+        work: what the ranks have done.
+
+    Raises:
+        HarnessError: images are missing or the sum is not the ledger's: there is no score, and the message names them.
+    """
+    dataset, skip = job.dataset, cfg.run.on_error == "skip"
+    rows, _ = read_rows(record.path / LEDGER)
+    lost = job.skipped | {f.image_id: f.message for f in work.failures}
+    if work.failures and (not skip or not rows or work.stopped):
+        record.leave("incomplete", lost)
+        raise HarnessError(incomplete(lost, len(rows), len(dataset.ids), record.path))
+    check_rows(rows, job.sizes)
+    check_exact(rows, work.matrix, [i for i in dataset.ids if i not in lost])
+    if lost:
+        marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
+    advice = None if job.model is not None and job.model.weights == "random" else diagnose(work.matrix)
+    result = summarise(
+        cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes,
+        notes=(*job.predictor.notes(), *job.notes, *work.warnings, *([advice] if advice else [])),
+        seconds=time.monotonic() - work.start,
+        images_per_second=work.images_per_second,
+        balance=work.balance,
+        stages=work.stages,
+    )  # fmt: skip
+    write_result(result)
+    record.finish(rows, result.timings(), marks, lost)
+    return result
