@@ -72,7 +72,7 @@ def test_every_option_in_the_readme_exists() -> None:
     keys |= {f"probe.{field}" for field in ProbeConfig.__dataclass_fields__}
     for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
         for key, value in re.findall(r"(?<![\w./(-])([a-z]+(?:\.[a-z_]+)*)=(\S*?)(?=[\s`|,;)\]]|$)", prose(page)):
-            assert key in keys or key.startswith("model.kwargs"), f"{page.name}: {key}"
+            assert key in keys or key.startswith(("model.kwargs", "hydra.")), f"{page.name}: {key}"
             if key in ("model", "inference", "probe") and re.fullmatch(r"[a-z0-9_]+", value):
                 assert value in [*choices(key), "colour_net", "ss", "ms"], f"{page.name}: {key}={value}"
 
