@@ -18,6 +18,7 @@ from ade_harness.evaluation.data import ImageItems, group_images
 from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.models.loading import LoadedModel
+from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runtime.coordination import Coordinator
 
@@ -61,13 +62,20 @@ class Evaluation:
         items = ImageItems(self.dataset, groups, self.made, set())
         with tempfile.TemporaryDirectory() as folder:
             writer = LedgerWriter(Path(folder) / "ledger")
-            counter = EvaluationModule(self.made, writer, Coordinator(), Path(folder), (), self.kernels)
+            module = EvaluationModule(
+                self.made,
+                writer,
+                Coordinator(),
+                Path(folder),
+                LabelMaps(Path(folder), "none"),
+                kernels_choice=self.kernels,
+            )
             for item in range(len(items)):
-                counter.process(items[item], self.device, 0)
-            counter.close(0)
-        assert not counter.failures, counter.failures
-        self.stages = counter.stages
-        matrix = counter.matrix
+                module.process(items[item], self.device, 0)
+            module.close(0)
+        assert not module.failures, module.failures
+        self.stages = module.stages
+        matrix = module.matrix
         return np.stack([np.diag(matrix), matrix[:, :150].sum(0), matrix.sum(1)])
 
 
