@@ -148,7 +148,7 @@ def ranks_figure(ranks: Sequence[dict[str, Any]]) -> Figure:
     idle = [longest - r["active_seconds"] for r in ranks]
     return figure(
         [
-            {"type": "bar", "x": names, "y": rounded(busy, 2), "name": "at work", "marker": {"color": BLUE}},
+            {"type": "bar", "x": names, "y": rounded(busy, 2), "name": "busy", "marker": {"color": BLUE}},
             {"type": "bar", "x": names, "y": rounded(idle, 2), "name": "idle at the end", "marker": {"color": ORANGE}},
         ],
         "",

@@ -51,7 +51,7 @@ def match_runs(first: FinishedRun, second: FinishedRun) -> Matched:
     ):
         if one != two:
             shown = f": {one} and {two}" if what != "conventions" else "; mIoU here is computed alike for both"
-            remarks.append(f"other {what}{shown}")
+            remarks.append(f"different {what}{shown}")
     one_areas, two_areas = (image_areas([rows[i] for i in common]) for rows in (ones, twos))
     if not (one_areas.truth == two_areas.truth).all():
         raise HarnessError(
