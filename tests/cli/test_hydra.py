@@ -183,3 +183,10 @@ def test_completion_completes_groups_and_keys(tmp_path: Path) -> None:
 def test_what_is_not_hydras_grammar_is_one_message_with_the_quoted_form() -> None:
     with pytest.raises(HarnessError, match=r"not in Hydra's grammar .* Quote the value: \"?model\.label='a: b \('"):
         prepare(["model.label=a: b ("])
+
+
+def test_a_primary_configuration_that_jobs_would_not_see_is_refused(call: Call) -> None:
+    for flag in (["-cn", "nightly"], ["-cp", "elsewhere"]):
+        done = call("-m", *flag, "dataset.limit=1,2")
+        assert done.code == 2
+        assert "these would have no effect" in done.err

@@ -51,6 +51,11 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         options.multirun or not (options.list or options.job is not None),
         "--job and --list are about the jobs of a sweep: add -m.",
     )
+    require(
+        not options.multirun or not (options.config_name or options.config_path),
+        "--config-name and --config-path: the jobs of a sweep are composed from the packaged primary configuration, so"
+        " these would have no effect. Give their values as overrides, or as a group of --config-dir.",
+    )
     if options.list:
         overrides.append("hydra/launcher=list")
     elif options.job is not None:
