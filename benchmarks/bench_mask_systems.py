@@ -36,12 +36,12 @@ from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.family import Keys, quietly_random
 from ade_harness.models.checkpoint.files import read_state_dict
-from ade_harness.models.loading import LoadedModel
+from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.ops.attention import reference_operations
-from ade_harness.models.registry import FAMILIES, SYSTEMS
+from ade_harness.models.registry import family_of, systems
 
 Queries = Callable[[Tensor], tuple[Tensor, Tensor]]
-MASK_SYSTEMS = [name for name, kind in SYSTEMS.items() if FAMILIES[kind].void]
+MASK_SYSTEMS = [name for name, kind in systems().items() if family_of(kind).void]
 
 
 def swin(fields: dict[str, Any]) -> Any:
@@ -84,7 +84,7 @@ def pair(name: str, kind: str, fields: dict[str, Any]) -> tuple[nn.Module, Queri
     torch.manual_seed(0)
     library = of_transformers(kind, fields)
     if library is None:
-        network = quietly_random(FAMILIES[kind], fields, 0).eval().to(DEVICE)
+        network = quietly_random(family_of(kind), fields, 0).eval().to(DEVICE)
 
         def reference(images: Tensor) -> tuple[Tensor, Tensor]:
             with reference_operations():
@@ -96,7 +96,7 @@ def pair(name: str, kind: str, fields: dict[str, Any]) -> tuple[nn.Module, Queri
     with tempfile.TemporaryDirectory() as folder:
         library.save_pretrained(folder)
         state = read_state_dict(Path(folder) / "model.safetensors")
-        network = FAMILIES[kind].load(fields, state, Keys()).eval().to(DEVICE)
+        network = family_of(kind).load(fields, state, Keys()).eval().to(DEVICE)
     library = library.eval().to(DEVICE)
     extra = {}
     if kind == "oneformer":

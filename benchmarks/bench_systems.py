@@ -31,8 +31,8 @@ from ade_harness.data.ade20k import open_ade20k
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.family import quietly_random
-from ade_harness.models.loading import LoadedModel
-from ade_harness.models.registry import FAMILIES, SYSTEMS
+from ade_harness.models.loaded import LoadedModel
+from ade_harness.models.registry import family_of, systems
 
 
 def plain_logits(network: nn.Module, images: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def measure(name: str, images: int, protocol: str) -> tuple[str, float, float, f
     """Return (protocol, millions of parameters, our seconds, plain seconds, share of equal labels) per image."""
     cfg = compose_config([f"model={name}", f"inference={protocol}", "dataset=ade20k", "dataset.root=."])
     architecture = cfg.model.architecture
-    network = quietly_random(FAMILIES[SYSTEMS[name]], architecture, 0).eval().to(DEVICE)
+    network = quietly_random(family_of(systems()[name]), architecture, 0).eval().to(DEVICE)
     mean, std = tuple(cfg.model.input.mean), tuple(cfg.model.input.std)
     predictor = NetworkPredictor(LoadedModel(network, "random", mean, std, channels=150), cfg.inference, cfg.model)
     folder = Path(tempfile.gettempdir()) / f"ade_harness_bench/images{images}"
@@ -111,7 +111,7 @@ def measure(name: str, images: int, protocol: str) -> tuple[str, float, float, f
 def main() -> None:
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="*", choices=sorted(SYSTEMS), default=sorted(SYSTEMS))
+    parser.add_argument("--systems", nargs="*", choices=sorted(systems()), default=sorted(systems()))
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--protocol", default="ss", help="ss, ms, or the name of one")

@@ -17,7 +17,7 @@ from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
 from ade_harness.evaluation.data import ImageItems, group_images
 from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference.predictor import NetworkPredictor
-from ade_harness.models.loading import LoadedModel
+from ade_harness.models.loaded import LoadedModel
 from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runtime.coordination import Coordinator

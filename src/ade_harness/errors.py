@@ -1,4 +1,4 @@
-"""The one error type that a user is meant to see."""
+"""The error type that a user is meant to see."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class HarnessError(Exception):
     The command line prints its message without a traceback and exits with code 2, so a message names the
     file, key or image, says what was expected, and what to do.
     """
+
+
+class EveryImageError(HarnessError):
+    """What failed for one image and would fail for every other one: a server that is gone."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

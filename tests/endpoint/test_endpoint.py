@@ -37,11 +37,10 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.schema import Config
 from ade_harness.endpoint import client as endpoint_module
 from ade_harness.endpoint import http as exchange_module
-from ade_harness.endpoint.client import Endpoint, EndpointError, read_token
+from ade_harness.endpoint.client import Endpoint, read_token
 from ade_harness.endpoint.predictor import EndpointPredictor, encode, open_endpoint, read_scores
 from ade_harness.endpoint.service import ModelService, make_server, open_service
-from ade_harness.errors import HarnessError
-from ade_harness.evaluation.job import plan_loaders
+from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.runtime.queue import most_held
 from tests.conftest import Done
 
@@ -392,7 +391,7 @@ def test_no_reply_ends_at_the_deadline_or_the_limit(behave: Behaviour, expected:
         with pytest.raises(HarnessError) as caught:
             made.prepare("ADE_x", IMAGE)
         assert time.monotonic() - begin < 6  # a timeout per byte would take longer
-    assert not isinstance(caught.value, EndpointError)  # the server lives: it is this image's failure
+    assert not isinstance(caught.value, EveryImageError)  # the server lives: it is this image's failure
     assert f"ADE_x: {server.url}/predict: " in str(caught.value)
     assert any(words in str(caught.value) for words in expected.split("|")), caught.value
 
@@ -432,7 +431,7 @@ def test_retry_after_is_honoured(waits: list[float]) -> None:
     assert 50 < waits[1] <= 60
     assert 1 <= waits[2] <= 2
     with serving(status(429, Retry_After="86400")) as server:
-        with pytest.raises(EndpointError, match="asks to wait for 86,400 s"):
+        with pytest.raises(EveryImageError, match="asks to wait for 86,400 s"):
             labels_of(predictor(server.url))
         assert len(server.requests) == 1
 
@@ -462,7 +461,7 @@ def test_refusals_are_not_tried_again(code: int, of_all: bool, words: str, waits
         with pytest.raises(HarnessError) as caught:
             labels_of(made)
         assert words in str(caught.value)
-        assert isinstance(caught.value, EndpointError) == of_all
+        assert isinstance(caught.value, EveryImageError) == of_all
         with pytest.raises(HarnessError) as again:
             made.prepare("ADE_y", IMAGE)
         assert len(server.requests) == (1 if of_all else 2)  # after a refusal of all, nothing is asked any more
@@ -472,7 +471,7 @@ def test_refusals_are_not_tried_again(code: int, of_all: bool, words: str, waits
 
 def test_redirects_are_not_followed_so_the_token_goes_nowhere_else() -> None:
     with serving(good) as other, serving(status(307, Location=f"{other.url}/predict?key={TOKEN}")) as server:
-        with pytest.raises(EndpointError) as caught:
+        with pytest.raises(EveryImageError) as caught:
             labels_of(predictor(server.url, token=TOKEN))
         assert f"answers 307 and points to {other.url}/predict; redirects are not followed" in str(caught.value)
         assert TOKEN not in str(caught.value)
@@ -483,10 +482,10 @@ def test_redirects_are_not_followed_so_the_token_goes_nowhere_else() -> None:
 def test_a_dead_endpoint_is_told_from_an_image_that_fails(waits: list[float]) -> None:
     with serving(good) as server:
         made = predictor(server.url, "model.http.retries=1")
-    with pytest.raises(EndpointError) as first:
+    with pytest.raises(EveryImageError) as first:
         labels_of(made)
     assert "the endpoint does not answer (no connection (Connection refused); 2 tries)" in str(first.value)
-    with pytest.raises(EndpointError, match=re.escape(str(first.value))):
+    with pytest.raises(EveryImageError, match=re.escape(str(first.value))):
         made.prepare("ADE_y", IMAGE)
     assert len(waits) == 1  # the second image was not tried
 
@@ -496,7 +495,7 @@ def test_a_run_that_breaks_off_ends_its_requests() -> None:
         made = predictor(server.url)
         threading.Timer(0.2, made.endpoint.stop).start()
         begin = time.monotonic()
-        with pytest.raises(EndpointError, match="stopped"):
+        with pytest.raises(EveryImageError, match="stopped"):
             labels_of(made)
         assert time.monotonic() - begin < 3
         assert len(server.requests) == 1
@@ -538,13 +537,12 @@ def test_no_bytes_make_scores_but_scores(data: bytes) -> None:
 @settings(deadline=None)
 @given(st.integers(1, 256), st.integers(1, 64), st.none() | st.integers(0, 300))
 def test_the_ranks_share_the_limit(limit: int, world_size: int, workers: int | None) -> None:
-    cfg = config(f"model.http.concurrency={limit}")
-    cfg.runtime.workers = workers
+    made = predictor("http://127.0.0.1:1", f"model.http.concurrency={limit}")
     if world_size > limit:
         with pytest.raises(HarnessError, match=f"each of the {world_size} ranks needs one request of its own"):
-            plan_loaders(cfg, 0, world_size)
+            made.loaders(workers, 0, world_size)
         return
-    shares = [plan_loaders(cfg, rank, world_size) for rank in range(world_size)]
+    shares = [made.loaders(workers, rank, world_size) for rank in range(world_size)]
     assert sum(max(1, s.workers or 0) for s in shares) <= limit
     if workers is None:
         assert sum(s.workers or 0 for s in shares) == limit
@@ -709,7 +707,7 @@ def test_an_endpoint_that_is_not_there_is_said_before_anything_is_made(
 def test_odd_infos_are_no_infos(info: bytes) -> None:
     with serving(good) as server:
         server.RequestHandlerClass = type("Odd", (Handler,), {"do_GET": lambda h: h.send("text/html", info)})
-        made = open_endpoint(config(f"model.url={server.url}").model, "auto")
+        made = open_endpoint(config(f"model.url={server.url}"))
         assert made.info in ({}, {"version": "[2J"})
         assert made.source_hash("x") == ""
 

@@ -17,7 +17,7 @@ from ade_harness.inference.plan import uncovered, window_grid
 from ade_harness.inference.predictor import NetworkPredictor, Prediction
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.formats.demo import load_demo_network
-from ade_harness.models.loading import LoadedModel
+from ade_harness.models.loaded import LoadedModel
 
 CPU = torch.device("cpu")
 SLIDE = ["inference=mmseg_slide_512", "inference.resize.side=96", "inference.resize.max_side=400", "inference.window.crop=64", "inference.window.stride=43"]  # fmt: skip
@@ -190,8 +190,8 @@ def test_pixels_that_no_window_covers() -> None:
     """DINOv3's window shrinks with small images, its stride does not."""
     made = predictor(Recorder(), "inference=dinov3_slide_512", "inference.resize.side=20", "inference.window.crop=64", "inference.window.stride=43")  # fmt: skip
     with pytest.raises(HarnessError, match=r"a: with inference=dinov3_slide_512, \d+ rows or columns .* smaller inference.window.stride"):  # fmt: skip
-        made.check_sizes({"a": (20, 62)})
-    made.check_sizes({"a": (20, 30)})
+        made.check({"a": (20, 62)})
+    made.check({"a": (20, 30)})
 
 
 def test_windows_below_the_stride_of_the_model() -> None:
@@ -199,12 +199,12 @@ def test_windows_below_the_stride_of_the_model() -> None:
         Recorder(), *SLIDE, "model.input.stride=32", "inference.window.crop=16", "inference.window.stride=8"
     )
     with pytest.raises(HarnessError, match="network input of 16x16 .* smaller than the model's stride of 32"):
-        made.check_sizes({"a": (96, 128)})
+        made.check({"a": (96, 128)})
 
 
 def test_windows_of_another_size_than_a_fixed_input() -> None:
     with pytest.raises(HarnessError, match="takes 512x512 .* makes 64x64"):
-        predictor(Recorder(), *SLIDE, fixed_size=(512, 512)).check_sizes({"a": (96, 128)})
+        predictor(Recorder(), *SLIDE, fixed_size=(512, 512)).check({"a": (96, 128)})
 
 
 def test_every_canvas_of_the_published_protocols_is_covered() -> None:

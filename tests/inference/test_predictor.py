@@ -24,7 +24,7 @@ from ade_harness.inference.resize import padded_size, padding_offset, resize_ima
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.reference import legacy_bilinear
 from ade_harness.metrics.counts import label_hash
-from ade_harness.models.loading import LoadedModel
+from ade_harness.models.loaded import LoadedModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
@@ -294,20 +294,18 @@ def test_models_that_misbehave(module: nn.Module, message: str) -> None:
 def test_protocols_that_a_model_cannot_take() -> None:
     made = predictor(config("inference=mmseg_whole_512"), fixed_size=(512, 512))
     with pytest.raises(HarnessError, match="takes 512x512 .* makes 683x512. Choose inference=fit_512"):
-        made.check_sizes({"a": (512, 683)})
-    predictor(config("inference=fit_512"), fixed_size=(512, 512)).check_sizes({"a": (512, 683), "b": (10, 3000)})
+        made.check({"a": (512, 683)})
+    predictor(config("inference=fit_512"), fixed_size=(512, 512)).check({"a": (512, 683), "b": (10, 3000)})
     small = predictor(config("inference=fit_512", "inference.resize.pad_to=[256,512]"))
     with pytest.raises(HarnessError, match="a: 512x384 .* does not fit"):
-        small.check_sizes({"a": (384, 512)})
+        small.check({"a": (384, 512)})
     with pytest.raises(HarnessError, match="a: inference=fit_input makes an image of 8x0"):
-        predictor(config("inference.resize.rule=longest_side", "inference.resize.side=8")).check_sizes(
-            {"a": (10, 3000)}
-        )
+        predictor(config("inference.resize.rule=longest_side", "inference.resize.side=8")).check({"a": (10, 3000)})
 
 
 def test_an_unknown_file_is_fitted_and_the_guess_is_noted() -> None:
     made = predictor(config("inference=fit_input"), fixed_size=(64, 96))
-    made.check_sizes({"a": (512, 683), "b": (683, 512)})
+    made.check({"a": (512, 683), "b": (683, 512)})
     prepared = made.prepare("a", np.full((512, 683, 3), 200, np.uint8))
     images = input_of(made, prepared)
     assert images.shape == (1, 3, 64, 96)
@@ -358,7 +356,9 @@ def test_label_files(tmp_path: Path, encoding: str, stored: list[int], expected:
     made = FolderPredictor(tmp_path / "p", encoding)
     prepared = made.prepare("a", np.zeros((1, 3, 3), np.uint8))
     assert labels_of(made, prepared).tolist() == [expected]
-    assert made.missing(["a", "b"]) == ["b"]
+    made.check({"a": (1, 3)})
+    with pytest.raises(HarnessError, match=r"1 of 2 label files are missing, the first is b\.png"):
+        made.check({"a": (1, 3), "b": (1, 3)})
 
 
 @pytest.mark.parametrize(

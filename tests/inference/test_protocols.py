@@ -18,7 +18,7 @@ from ade_harness.inference.plan import ViewPlan, plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.class_map import resolve_class_map
-from ade_harness.models.loading import LoadedModel
+from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import MaskLogits
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds

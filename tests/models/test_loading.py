@@ -27,7 +27,7 @@ from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.formats.demo import WEIGHTS
 from ade_harness.models.loading import load_model
 from ade_harness.models.outputs import MaskLogits, read_output
-from ade_harness.models.registry import FAMILIES
+from ade_harness.models.registry import family_of
 from ade_harness.models.systems.segformer import SEGFORMER
 from tests.models.systems.test_segformer import B0, official
 
@@ -495,14 +495,14 @@ def test_outputs_without_scores(output: Any) -> None:
 
 def test_architecture_can_be_changed_on_the_command_line() -> None:
     cfg = model_cfg("model=segformer_b0", "model.weights=random", "model.architecture.head.decoder_hidden_size=64")
-    assert FAMILIES["segformer"].flat(cfg.architecture) == B0 | {"decoder_hidden_size": 64}
+    assert family_of("segformer").flat(cfg.architecture) == B0 | {"decoder_hidden_size": 64}
     assert load_model(cfg).weights == "random"
 
 
 def test_architectures_of_older_configurations_are_flat() -> None:
     cfg = model_cfg("model=segformer_b0", "model.weights=random", "model.architecture.decoder_hidden_size=64")
-    assert FAMILIES["segformer"].flat(cfg.architecture) == B0 | {"decoder_hidden_size": 64}
-    assert FAMILIES["segformer"].flat(dict(B0)) == B0
+    assert family_of("segformer").flat(cfg.architecture) == B0 | {"decoder_hidden_size": 64}
+    assert family_of("segformer").flat(dict(B0)) == B0
 
 
 def test_a_field_of_another_section_is_refused() -> None:

@@ -144,7 +144,7 @@ class ModelConfig:
     """Which network, its weights, and what its outputs mean."""
 
     name: str = MISSING
-    kind: str = MISSING  # key of ade_harness.models.loading.LOADERS
+    kind: str = MISSING  # of ade_harness.config.kinds
     label: str = ""  # how tables call it
     _target_: str | None = None  # kind=custom: import path of an nn.Module class or a function that makes one
     kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ade_harness.config.fields import check_ranges
 from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, ResizeConfig, ResizeRule, Rounding, Upsample
+from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.model import Dtype, ModelConfig, Returns
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config, DatasetKind
@@ -19,15 +20,6 @@ _NEEDED_LENGTHS = {
     ResizeRule.cover: ("height", "width"),
     ResizeRule.short_side: ("side",),
     ResizeRule.longest_side: ("side",),
-}
-_RUN_AS_EXPORTED = ("onnx", "torchscript")
-_NEEDED = {
-    "onnx": ("path", "the .onnx file"),
-    "torchscript": ("path", "the TorchScript file"),
-    "predictions": ("path", "the folder of label PNGs"),
-    "http": ("url", "the address of the endpoint, such as http://127.0.0.1:8000"),
-    "hf": ("id", "a hub id or a local folder"),
-    "custom": ("_target_", "the import path of your nn.Module, such as my_pkg.my_module.MyNet"),
 }
 _SECRET = (
     "It would be written into the run's record: put it into an environment variable, and name that as"
@@ -73,21 +65,22 @@ def _check_metrics(config: Config) -> None:
     )
     require(0 < metrics.level < 1, f"metrics.level={metrics.level}: expected a number between 0 and 1, such as 0.95.")
     require(
-        not metrics.calibration or config.model.kind not in ("predictions", "http"),
+        not metrics.calibration or kind_of(config.model.kind).gives is not Gives.labels,
         f"metrics.calibration needs a network's scores, and model.kind={config.model.kind} gives label maps.",
     )
 
 
 def _check_protocol(config: Config) -> None:
-    inference, kind = config.inference, config.model.kind
+    inference = config.inference
     _check_resize(inference.resize)
     _check_windows(inference)
     _check_views(inference)
     _check_output(inference)
     require(
-        kind not in _RUN_AS_EXPORTED or (inference.precision in ("fp32", "tf32") and inference.compile is None),
-        f"inference.precision={inference.precision}, inference.compile={inference.compile}: a model of kind {kind} runs"
-        " as it was exported. Use fp32 and null.",
+        not kind_of(config.model.kind).as_exported
+        or (inference.precision in ("fp32", "tf32") and inference.compile is None),
+        f"inference.precision={inference.precision}, inference.compile={inference.compile}: a model of kind"
+        f" {config.model.kind} runs as it was exported. Use fp32 and null.",
     )
 
 
@@ -193,9 +186,11 @@ def _check_model(config: Config) -> None:
         " what is added to such weights must be converted too.",
     )
     _check_class_map(model.class_map)
-    key, what = _NEEDED.get(model.kind, (None, None))
-    require(key is None or getattr(model, key) is not None, f"model.{key} must be set: {what}.")
-    if model.kind == "http":
+    kind = kind_of(model.kind)
+    require(
+        kind.needs is None or getattr(model, kind.needs) is not None, f"model.{kind.needs} must be set: {kind.what}."
+    )
+    if model.url is not None:
         _check_endpoint(model)
 
 
@@ -228,7 +223,7 @@ def _check_endpoint(model: ModelConfig) -> None:
 def _check_dataset(config: Config) -> None:
     dataset = config.dataset
     require(
-        config.model.kind != "demo" or dataset.kind == DatasetKind.demo,
+        not kind_of(config.model.kind).synthetic or dataset.kind == DatasetKind.demo,
         "model=demo knows only the synthetic demo images. Choose a model for this data set, such as"
         " model=segformer_b0: `python -m ade_harness models` lists them.",
     )

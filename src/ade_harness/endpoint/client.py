@@ -16,7 +16,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from ade_harness.endpoint.http import NoReplyError, Reply, exchange
-from ade_harness.errors import HarnessError
+from ade_harness.errors import EveryImageError, HarnessError
 
 _FIRST_WAIT_S, _MAX_WAIT_S, _MAX_RETRY_AFTER_S = 0.5, 30.0, 300.0
 _ALIVE_WITHIN_S = 10.0
@@ -34,10 +34,6 @@ _ADVICE = {
     415: "model.http.send chooses png or jpeg.",
 }
 _jitter = random.SystemRandom()  # the ranks' and loaders' own generators are all seeded alike
-
-
-class EndpointError(HarnessError):
-    """The endpoint as a whole is gone or refuses: all other images would fail as well."""
 
 
 def read_token(variable: str | None) -> str | None:
@@ -115,7 +111,7 @@ class Endpoint:
 
         Raises:
             HarnessError: refused, or all tries failed.
-            EndpointError: it refuses whatever is sent, or answers nothing at all.
+            EveryImageError: it refuses whatever is sent, or answers nothing at all.
         """
         headers = {**headers, **({"Authorization": f"Bearer {self.token}"} if self.token else {})}
         lead, url = f"{what}: {self.shown(name)}", self.address(name)
@@ -217,7 +213,7 @@ class Endpoint:
         """End this and every other request of this rank with one message."""
         self._refuse_if_over()  # whoever was first has the word
         self._write_over(text)
-        raise EndpointError(text)
+        raise EveryImageError(text)
 
     def _write_over(self, text: str) -> None:
         data = text.encode()[: len(self._over) - 1]
@@ -226,7 +222,7 @@ class Endpoint:
 
     def _refuse_if_over(self) -> None:
         if self._over[0]:
-            raise EndpointError(self._over[:].rstrip(b"\0").decode(errors="replace"))
+            raise EveryImageError(self._over[:].rstrip(b"\0").decode(errors="replace"))
 
 
 def without_query(url: str) -> str:

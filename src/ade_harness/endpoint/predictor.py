@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,18 @@ from PIL import Image
 
 from ade_harness import kernels
 from ade_harness.config.model import ModelConfig
+from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_labels, read_header
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.endpoint.client import Endpoint, read_token
 from ade_harness.endpoint.http import Reply
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, require
 from ade_harness.inference.folder import classes_of_stored
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.views import Size
 from ade_harness.models.class_map import ClassMap, resolve_class_map
+from ade_harness.runtime.queue import Loaders
 
 LABELS_TYPE, SCORES_TYPE = "image/png", "application/x-npy"
 ENCODING_HEADER = "Label-Encoding"
@@ -56,6 +58,7 @@ class EndpointPredictor:
         self.quality: int = model.http.jpeg_quality
         self.returns: str = model.http.returns
         self.encoding: str = model.encoding
+        self.concurrency: int = model.http.concurrency
         self._class_map: ClassMap | None = None
         self._channels = NUM_CLASSES
         if self.returns == "scores":
@@ -65,6 +68,28 @@ class EndpointPredictor:
             self._class_map = resolve_class_map(self._channels, given, names)
             # loaders have no device; compiled before they are forked
             self._kernels = kernels.select("auto" if kernels_choice == "triton" else kernels_choice, "cpu")
+
+    network = None
+
+    def check(self, sizes: Mapping[str, Size]) -> None:
+        """Nothing is known of what a server can take."""
+
+    def loaders(self, workers: int | None, rank: int, world_size: int) -> Loaders:
+        """Return loaders of which each sends one request at a time, so that the ranks share the limit out."""
+        limit = self.concurrency
+        require(
+            limit >= world_size,
+            f"model.http.concurrency={limit}: each of the {world_size} ranks needs one request of its own. Set"
+            " runtime.devices=1 (an endpoint's images need no GPU here, and one rank sends them all), or a higher"
+            " limit.",
+        )
+        share = limit // world_size + (rank < limit % world_size)
+        workers = share if workers is None else min(workers, share)
+        return Loaders(workers, ahead=2, at_once=max(1, workers))
+
+    def stop(self) -> None:
+        """End the requests that loader processes wait for."""
+        self.endpoint.stop()
 
     def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
         """Send an image and return its label map.
@@ -166,19 +191,18 @@ class EndpointPredictor:
         return f"{self.endpoint.shown('predict')}{f' ({said})' if said else ''}"
 
 
-def open_endpoint(model: ModelConfig, kernels_choice: str) -> EndpointPredictor:
+def open_endpoint(cfg: Config) -> EndpointPredictor:
     """Read the token, ask the endpoint whether it is there, and return its predictor.
 
     Args:
-        model: ``model`` node of the configuration.
-        kernels_choice: ``runtime.kernels``.
+        cfg: the whole configuration.
 
     Raises:
         HarnessError: no token where one is named, or the endpoint does not answer, or refuses.
     """
-    http = model.http
+    model, http = cfg.model, cfg.model.http
     endpoint = Endpoint(model.url or "", http.timeout_s, http.retries, read_token(http.token_env))
-    return EndpointPredictor(model, endpoint, endpoint.info(), kernels_choice)
+    return EndpointPredictor(model, endpoint, endpoint.info(), cfg.runtime.kernels)
 
 
 def encode(image: npt.NDArray[np.uint8], kind: str, quality: int = 95) -> bytes:

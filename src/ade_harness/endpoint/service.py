@@ -15,17 +15,18 @@ import numpy as np
 import torch
 
 from ade_harness import __version__
+from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_image, read_header
 from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.endpoint.predictor import LABELS_TYPE, SCORES_TYPE, encode
 from ade_harness.endpoint.server import RefusedError, Server
 from ade_harness.errors import HarnessError, require
+from ade_harness.inference.opening import open_network
 from ade_harness.inference.predictor import NetworkPredictor, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import reference
 from ade_harness.models.class_map import ClassMap
-from ade_harness.models.loading import LoadedModel, load_model
 from ade_harness.runtime.ranks import make_trainer
 
 _MAX_PIXELS = 64_000_000
@@ -37,7 +38,6 @@ class ModelService:
     """A model that answers requests from any thread, one at a time."""
 
     name: str
-    model: LoadedModel
     predictor: NetworkPredictor
     device: torch.device
     apply_exif: bool
@@ -47,7 +47,7 @@ class ModelService:
 
     def info(self) -> dict[str, Any]:
         """Return what GET /info tells."""
-        sha256 = self.model.facts.get("sha256")
+        sha256 = self.predictor.facts().get("sha256")
         return {
             "name": self.name,
             "version": f"ade-harness {__version__}",
@@ -62,7 +62,7 @@ class ModelService:
             if height * width > _MAX_PIXELS:
                 raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are taken")
             image = decode_image(data, "the image", self.apply_exif)
-            self.predictor.check_sizes({"the image": (image.shape[0], image.shape[1])})
+            self.predictor.check({"the image": (image.shape[0], image.shape[1])})
         except HarnessError as error:
             raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
         if not self._places.acquire(blocking=False):
@@ -121,18 +121,17 @@ def open_service(cfg: Config) -> ModelService:
     """Load the model of a configuration onto its device, with the settings that an evaluation has.
 
     Raises:
-        HarnessError: see :func:`ade_harness.models.loading.load_model`; or the model is no network.
+        HarnessError: see :func:`ade_harness.inference.opening.open_network`; or the model is no network.
     """
-    require(
-        cfg.model.kind not in ("http", "predictions"), f"model={cfg.model.name}: is no network that could be served."
-    )
+    labels = kind_of(cfg.model.kind).gives is Gives.labels
+    require(not labels, f"model={cfg.model.name}: is no network that could be served.")
     cfg.runtime.devices = cfg.runtime.num_nodes = 1
     device = make_trainer(cfg.runtime).strategy.root_device
-    model = load_model(cfg.model, cfg.runtime.threads)
-    model.module.to(device)
-    predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels)
+    cfg.metrics.calibration = False
+    predictor = open_network(cfg)
+    predictor.network.to(device)
     thread = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (cfg.runtime.threads,))
-    return ModelService(cfg.model.name, model, predictor, device, cfg.inference.exif, thread)
+    return ModelService(cfg.model.name, predictor, device, cfg.inference.exif, thread)
 
 
 def make_server(service: ModelService, host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> Server:

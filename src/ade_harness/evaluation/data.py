@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ade_harness.config.runtime import Sharding
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
-from ade_harness.endpoint.client import EndpointError
-from ade_harness.endpoint.predictor import EndpointPredictor
-from ade_harness.errors import HarnessError
+from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
 from ade_harness.inference.predictor import Predictor, Prepared
 from ade_harness.runtime.cluster import local_ranks
@@ -105,9 +103,8 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
         return len(self.groups)
 
     def stop(self) -> None:
-        """End requests that loader processes wait for."""
-        if isinstance(self.predictor, EndpointPredictor):
-            self.predictor.endpoint.stop()
+        """End what loader processes wait for."""
+        self.predictor.stop()
 
     def __getitem__(self, item: int) -> list[LoadedImage | Failure]:
         """Load one batch; never raises for a bad file."""
@@ -120,7 +117,7 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
             sample = self.dataset.load(index)
             prepared = self.predictor.prepare(image_id, sample.image)
         except HarnessError as error:
-            return Failure(image_id, str(error), isinstance(error, EndpointError))
+            return Failure(image_id, str(error), isinstance(error, EveryImageError))
         overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
         content_hash = sample.content_hash + self.predictor.source_hash(image_id)
         target = torch.from_numpy(sample.target)
@@ -171,7 +168,7 @@ class EvaluationData(pl.LightningDataModule):
         )
 
     def on_exception(self, exception: BaseException) -> None:
-        """End requests that loader processes wait for; called by Lightning before it waits for them."""
+        """End what loader processes wait for; called by Lightning before it waits for them."""
         self.items.stop()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.opening import open_dataset
-from ade_harness.endpoint.predictor import EndpointPredictor, open_endpoint
-from ade_harness.errors import HarnessError, require
-from ade_harness.inference.folder import FolderPredictor
-from ade_harness.inference.predictor import NetworkPredictor
-from ade_harness.models.loading import LoadedModel, load_model
+from ade_harness.errors import HarnessError
+from ade_harness.inference.opening import open_predictor
+from ade_harness.inference.predictor import Predictor
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name
@@ -30,8 +27,6 @@ from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.queue import Loaders
 from ade_harness.runtime.ranks import Ranks, set_arithmetic
-
-AnyPredictor = NetworkPredictor | FolderPredictor | EndpointPredictor
 
 
 def open_run(cfg: Config, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
@@ -60,11 +55,10 @@ class Job:
     """Why images are left out, by image id (``run.on_error=skip``)."""
     ids_hash: str
     """Of the whole data set."""
-    predictor: AnyPredictor
+    predictor: Predictor
     facts: dict[str, Any]
     """Origin and hashes of the weights."""
     loaders: Loaders
-    model: LoadedModel | None
     marks: tuple[str, ...]
     """What the run's numbers are not."""
     protocol_changes: tuple[str, ...]
@@ -95,32 +89,13 @@ def build_job(cfg: Config, coordinator: Coordinator) -> Job:
         more = f" {len(wrong) - 1} more images fail." if len(wrong) > 1 else ""
         raise HarnessError(next(iter(wrong.values())) + more)
     ids_hash, dataset = dataset.ids_hash(), dataset.without(wrong)
-    loaders = plan_loaders(cfg, coordinator.rank, coordinator.world_size)
-    predictor, model = agreed(coordinator, "model", lambda: build_predictor(cfg, dataset, sizes))
-    facts = describe_model(cfg, predictor, model)
+    predictor = agreed(coordinator, "model", lambda: _checked_predictor(cfg, sizes))
+    loaders = predictor.loaders(cfg.runtime.workers, coordinator.rank, coordinator.world_size)
+    facts = predictor.facts()
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first)
-    marks = describe_marks(cfg, dataset, model, list(sizes.values()))
+    marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
     changes = tuple(protocol_changes(cfg.inference))
-    return Job(dataset, sizes, wrong, ids_hash, predictor, facts, loaders, model, tuple(marks), changes, tuple(notes))
-
-
-def plan_loaders(cfg: Config, rank: int, world_size: int) -> Loaders:
-    """Return a rank's loaders; those of an endpoint each send one request at a time, which shares its limit out.
-
-    Raises:
-        HarnessError: there are more ranks than an endpoint may be sent requests.
-    """
-    if cfg.model.kind != "http":
-        return Loaders(cfg.runtime.workers)
-    limit: int = cfg.model.http.concurrency
-    require(
-        limit >= world_size,
-        f"model.http.concurrency={limit}: each of the {world_size} ranks needs one request of its own. Set"
-        " runtime.devices=1 (an endpoint's images need no GPU here, and one rank sends them all), or a higher limit.",
-    )
-    share = limit // world_size + (rank < limit % world_size)
-    workers = share if cfg.runtime.workers is None else min(cfg.runtime.workers, share)
-    return Loaders(workers, ahead=2, at_once=max(1, workers))
+    return Job(dataset, sizes, wrong, ids_hash, predictor, facts, loaders, tuple(marks), changes, tuple(notes))
 
 
 def _compare_ranks(
@@ -157,47 +132,21 @@ def _compare_ranks(
     return [] if len(devices) == 1 else [f"the ranks have different devices ({', '.join(devices)}): bits may differ"]
 
 
-def build_predictor(
-    cfg: Config, dataset: SegmentationDataset, sizes: Mapping[str, tuple[int, int]]
-) -> tuple[AnyPredictor, LoadedModel | None]:
-    """Load the model, and check that it can take what the protocol makes of every image.
-
-    Args:
-        cfg: the whole configuration.
-        dataset: its images.
-        sizes: (height, width) by image id.
-
-    Returns:
-        The predictor, and its model if there is one.
-
-    Raises:
-        HarnessError: see :mod:`ade_harness.models.loading`; or a protocol that the model cannot take.
-    """
-    if cfg.model.kind == "predictions":
-        folder = FolderPredictor(Path(cfg.model.path or "").expanduser(), cfg.model.encoding)
-        missing = folder.missing(dataset.ids)
-        if missing:
-            raise HarnessError(
-                f"{folder.folder}: {len(missing)} of {len(dataset.ids)} label files are missing, the first is"
-                f" {missing[0]}.png. Every image needs one; dataset.ids or dataset.limit evaluate fewer."
-            )
-        return folder, None
-    if cfg.model.kind == "http":
-        return open_endpoint(cfg.model, cfg.runtime.kernels), None
-    model = load_model(cfg.model, cfg.runtime.threads)
-    predictor = NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels, cfg.metrics.calibration)
-    predictor.check_sizes(sizes)
-    return predictor, model
+def _checked_predictor(cfg: Config, sizes: Mapping[str, tuple[int, int]]) -> Predictor:
+    """Load the model, and check that it can take what the protocol makes of every image."""
+    predictor = open_predictor(cfg)
+    predictor.check(sizes)
+    return predictor
 
 
 def describe_marks(
-    cfg: Config, dataset: SegmentationDataset, model: LoadedModel | None, sizes: Sequence[tuple[int, int]]
+    cfg: Config, dataset: SegmentationDataset, facts: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
 ) -> list[str]:
     """Return what the run's numbers are not; shown on every output."""
     marks = []
     if dataset.is_demo:
         marks.append("DEMO: synthetic images, the score says nothing about scene parsing")
-    if model is not None and model.weights == "random":
+    if facts.get("weights") == "random":
         marks.append(f"RANDOM WEIGHTS: seed {cfg.model.seed}, the score says nothing about the model")
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
@@ -213,13 +162,6 @@ def skipped_marks(marks: Sequence[str], counted: int, expected: int, skipped: in
     """Return the marks of a run that left out images which failed (``run.on_error=skip``)."""
     partial = f"PARTIAL: {counted:,} of {expected:,} images, {skipped} failed and were skipped"
     return [partial, *(mark for mark in marks if not mark.startswith("PARTIAL"))]
-
-
-def describe_model(cfg: Config, predictor: AnyPredictor, model: LoadedModel | None) -> dict[str, Any]:
-    """Return where the predictions come from: ``origin``, and the weights' ``sha256`` if it is known."""
-    if model is not None:
-        return {"weights": model.weights, **model.facts}
-    return predictor.facts() if isinstance(predictor, EndpointPredictor) else {"origin": cfg.model.path}
 
 
 def describe_facts(

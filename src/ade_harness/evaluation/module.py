@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ade_harness import kernels
 from ade_harness.config.schema import Config
@@ -70,16 +70,15 @@ class EvaluationModule(pl.LightningModule):
         kernels_choice: ``runtime.kernels``.
         skip_failures: ``run.on_error=skip``: go on without images that fail.
         counted: images that are in the ledger already: they only keep their batch whole.
-        network: moved to the device by Lightning; None if the predictor needs none.
     """
 
     def __init__(
         self, predictor: Predictor, writer: LedgerWriter, coordinator: Coordinator, run_dir: Path,
         label_maps: LabelMaps, marks: Sequence[str] = (), kernels_choice: str = "auto", skip_failures: bool = False,
-        counted: AbstractSet[str] = frozenset(), network: nn.Module | None = None,
+        counted: AbstractSet[str] = frozenset(),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.network = network
+        self.network = predictor.network  # Lightning moves it to the device
         self.predictor, self.writer, self.coordinator, self.run_dir = predictor, writer, coordinator, run_dir
         self.label_maps, self.marks, self.kernels_choice = label_maps, marks, kernels_choice
         self.skip_failures, self.counted = skip_failures, counted
@@ -296,5 +295,4 @@ def make_module(
     return EvaluationModule(
         job.predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir,
         LabelMaps(run_dir, cfg.run.label_maps), marks, cfg.runtime.kernels, cfg.run.on_error == "skip", done,
-        job.model.module if job.model else None,
     )  # fmt: skip

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_labels
 from ade_harness.data.labels import NO_CLASS, NUM_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.views import Size
+from ade_harness.runtime.queue import Loaders
 
 
 def classes_of_stored(stored: npt.NDArray[np.uint8], encoding: str, name: str) -> npt.NDArray[np.uint8]:
@@ -64,9 +67,27 @@ class FolderPredictor:
         self.folder = folder
         self.encoding = encoding
 
-    def missing(self, image_ids: list[str]) -> list[str]:
-        """Return the ids that have no file."""
-        return [i for i in image_ids if not (self.folder / f"{i}.png").is_file()]
+    network = None
+
+    def check(self, sizes: Mapping[str, Size]) -> None:
+        """Refuse a folder in which images have no file."""
+        missing = [i for i in sizes if not (self.folder / f"{i}.png").is_file()]
+        if missing:
+            raise HarnessError(
+                f"{self.folder}: {len(missing)} of {len(sizes)} label files are missing, the first is"
+                f" {missing[0]}.png. Every image needs one; dataset.ids or dataset.limit evaluate fewer."
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """Return where the label maps were."""
+        return {"origin": str(self.folder)}
+
+    def loaders(self, workers: int | None, rank: int, world_size: int) -> Loaders:
+        """Return as many as ``runtime.workers`` says."""
+        return Loaders(workers)
+
+    def stop(self) -> None:
+        """Nothing is waited for."""
 
     def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
         """Read the image's label file and check it."""
@@ -106,3 +127,8 @@ class FolderPredictor:
     def notes(self) -> list[str]:
         """Nothing to remark."""
         return []
+
+
+def open_folder(cfg: Config) -> FolderPredictor:
+    """Open ``model.path``; raises as :class:`FolderPredictor`."""
+    return FolderPredictor(Path(cfg.model.path or "").expanduser(), cfg.model.encoding)

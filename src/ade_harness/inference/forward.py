@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.errors import HarnessError
-from ade_harness.models.loading import LoadedModel
+from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import MaskLogits, read_output
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ade_harness import kernels
 from ade_harness.config.inference import InferenceConfig
@@ -23,8 +23,9 @@ from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import Kernels, PixelStatistics, Size, View, whole
 from ade_harness.kernels import reference as torch_kernels
 from ade_harness.models.class_map import ClassMap, resolve_class_map
-from ade_harness.models.loading import LoadedModel
+from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import MaskLogits
+from ade_harness.runtime.queue import Loaders
 
 _LABEL_COST = 0.3
 """Of a pixel of the original image, against one that goes through the network; see docs/performance.md."""
@@ -53,7 +54,36 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """What evaluation needs of a model."""
+    """What evaluation needs of a model; the only thing that it knows of one."""
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What Lightning moves to the device; None if nothing is computed here."""
+
+    def check(self, sizes: Mapping[str, Size]) -> None:
+        """Refuse what could not be predicted, before the first image.
+
+        Args:
+            sizes: image id -> (height, width).
+
+        Raises:
+            HarnessError: names the first image and what to do.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest keeps: ``origin``, and ``weights`` and ``sha256`` if they are known."""
+
+    def loaders(self, workers: int | None, rank: int, world_size: int) -> Loaders:
+        """Return a rank's loader processes.
+
+        Args:
+            workers: ``runtime.workers``.
+            rank: of this process.
+            world_size: number of ranks.
+
+        Raises:
+            HarnessError: it cannot serve so many ranks.
+        """
 
     def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
         """Make a worker's part of the prediction from uint8 [H, W, 3] RGB."""
@@ -72,6 +102,9 @@ class Predictor(Protocol):
 
     def notes(self) -> list[str]:
         """Return what the user should know about the predictions so far."""
+
+    def stop(self) -> None:
+        """End what loader processes wait for: the work is over."""
 
 
 class NetworkPredictor:
@@ -107,12 +140,24 @@ class NetworkPredictor:
         if model.channels is not None:
             self._class_map = resolve_class_map(model.channels, self.class_map_cfg, model.class_names)
 
-    def check_sizes(self, sizes: Mapping[str, Size]) -> None:
-        """Refuse a protocol that the model cannot take, or that an image does not fit, before the first image.
+    @property
+    def network(self) -> nn.Module:
+        """Of the model."""
+        return self.model.module
 
-        Args:
-            sizes: image id -> (height, width).
-        """
+    def facts(self) -> dict[str, Any]:
+        """Return where the weights come from."""
+        return {"weights": self.model.weights, **self.model.facts}
+
+    def loaders(self, workers: int | None, rank: int, world_size: int) -> Loaders:
+        """Return as many as ``runtime.workers`` says."""
+        return Loaders(workers)
+
+    def stop(self) -> None:
+        """Nothing is waited for."""
+
+    def check(self, sizes: Mapping[str, Size]) -> None:
+        """Refuse a protocol that the model cannot take, or that an image does not fit; see :class:`Predictor`."""
         checked: set[Size] = set()
         for image_id, size in sizes.items():
             if size not in checked:

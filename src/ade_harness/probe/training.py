@@ -28,7 +28,8 @@ from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
-from ade_harness.models.loading import DTYPES, LoadedModel, load_for_probe
+from ade_harness.models.loaded import LoadedModel
+from ade_harness.models.loading import DTYPES, load_for_probe
 from ade_harness.probe.crops import Crops, Share
 from ade_harness.probe.schedule import learning_rate
 from ade_harness.runs.directory import (

@@ -20,7 +20,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.models import from_official
 from ade_harness.models.checkpoint.family import Keys
 from ade_harness.models.checkpoint.key_tables import known_keys, rename
-from ade_harness.models.registry import FAMILIES, SYSTEMS
+from ade_harness.models.registry import family_of, systems
 from ade_harness.models.systems.upernet import unfold_to_blocks
 from tests.models.golden_weights import draw, fill
 
@@ -41,7 +41,7 @@ CASES = {
 
 
 def architecture(cfg: Any) -> dict[str, Any]:
-    fields = FAMILIES[cfg.kind].flat(cfg.architecture)
+    fields = family_of(cfg.kind).flat(cfg.architecture)
     return fields
 
 
@@ -181,7 +181,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
     """Every name of the published files is known, and the network on the meta device has exactly their parameters."""
     name, *rest = words.split()
     cfg = compose_config([f"model={name}", *rest]).model
-    family = FAMILIES[cfg.kind]
+    family = family_of(cfg.kind)
     shapes: dict[str, list[int]] = {}
     for file in TRUE[words]:
         shapes |= packed("true_keys.json.gz")[file]
@@ -189,7 +189,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
     assert max(known_keys(state, table) for table in family.layouts.values()) == len(state)
     used = family.used(family.hub_names(state))
     read = family.read(family.hub_names(state))
-    for field, value in FAMILIES[cfg.kind].flat(cfg.architecture).items():
+    for field, value in family_of(cfg.kind).flat(cfg.architecture).items():
         if field in read and not (field == "maps" and name.startswith("dinov3")):
             assert read[field] == value, field
     with torch.device("meta"):
@@ -205,13 +205,13 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
         assert (own + aux) / 1e6 == pytest.approx(cfg.about.parameters_m, rel=0.015)
 
 
-@pytest.mark.parametrize("name", sorted(SYSTEMS))
+@pytest.mark.parametrize("name", sorted(systems()))
 def test_every_system_builds_at_its_true_size(name: str) -> None:
     """On the meta device: no memory."""
     cfg = compose_config([f"model={name}"]).model
-    assert cfg.kind == SYSTEMS[name]
+    assert cfg.kind == systems()[name]
     with torch.device("meta"):
-        network = FAMILIES[cfg.kind].load(architecture(cfg), None, Keys())
+        network = family_of(cfg.kind).load(architecture(cfg), None, Keys())
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     if cfg.about.parameters_m is not None:  # as published, with the auxiliary head of training where there is one
         assert millions == pytest.approx(cfg.about.parameters_m, rel=0.02)
@@ -221,7 +221,7 @@ def test_every_system_builds_at_its_true_size(name: str) -> None:
 def test_a_7b_backbone_fits_one_gpu_in_half_precision() -> None:
     cfg = compose_config(["model=dinov3_7b_linear"]).model
     with torch.device("meta"):
-        network = FAMILIES[cfg.kind].load(architecture(cfg), None, Keys())
+        network = family_of(cfg.kind).load(architecture(cfg), None, Keys())
     count = sum(p.numel() for p in network.parameters())
     assert 6_716_000_000 < count < 6_717_000_000
     assert count * 2 / 2**30 < 13  # GiB in bf16, of 80
@@ -271,7 +271,7 @@ def test_beit_in_mmsegmentations_names() -> None:
 
 def test_dinov2_in_the_hubs_names() -> None:
     parts = official_weights("dinov2_vits14_ms")
-    hub = rename(parts["backbone"], FAMILIES["dinov2_linear"].layouts["official"])
+    hub = rename(parts["backbone"], family_of("dinov2_linear").layouts["official"])
     images = golden_input((100, 131), None)
     with torch.inference_mode():
         expected = from_official("dinov2_g_ms", parts)(images)

@@ -29,7 +29,7 @@ from ade_harness.models.checkpoint.key_tables import known_keys, rename
 from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.loading import load_model
 from ade_harness.models.ops.attention import reference_operations
-from ade_harness.models.registry import FAMILIES
+from ade_harness.models.registry import family_of
 from tests.conftest import Done
 from tests.models.golden_weights import draw, fill_mask_system
 from tests.models.systems.test_dense_systems import architecture, packed
@@ -306,13 +306,13 @@ TRUE = {
 def test_true_files_fit_the_configured_network(words: str) -> None:
     """Every name of the published files is known, and the network on the meta device has exactly their parameters."""
     cfg = compose_config([f"model={words.split(maxsplit=1)[0]}", *words.split()[1:]]).model
-    family = FAMILIES[cfg.kind]
+    family = family_of(cfg.kind)
     state = {k: torch.empty(shape, device="meta") for k, shape in packed("true_keys.json.gz")[TRUE[words]].items()}
     prepared = family.prepare(state)
     assert max(known_keys(prepared, table) for table in family.layouts.values()) == len(state)
     hub = family.hub_names(state)
     read = family.read(hub)
-    for field, value in FAMILIES[cfg.kind].flat(cfg.architecture).items():
+    for field, value in family_of(cfg.kind).flat(cfg.architecture).items():
         if field in read and not (field == "num_attention_heads" and "dinov3" in words):
             assert read[field] == value, field
     with torch.device("meta"):
@@ -326,7 +326,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
 
 def test_beit3s_giant_fits() -> None:
     cfg = compose_config(["model=beit3"]).model
-    family = FAMILIES[cfg.kind]
+    family = family_of(cfg.kind)
     state = {k: torch.empty(s, device="meta") for k, s in packed("true_keys.json.gz")["beit3_giant_encoder"].items()}
     assert known_keys(state, family.layouts["official"]) == len(state)
     hub = family.hub_names(state)
@@ -473,7 +473,7 @@ def test_head_and_backbone_in_two_files(tmp_path: Path) -> None:
 
 def test_differences_are_added_to_the_backbone(tmp_path: Path) -> None:
     """EoMT on DINOv3 is published as differences from DINOv3's own weights, in other names."""
-    state, family = official("eomt_dinov3"), FAMILIES["eomt_dinov3"]
+    state, family = official("eomt_dinov3"), family_of("eomt_dinov3")
     whole = family.hub_names(state)
     back = {"embeddings.": "embeddings.", "layers.": "layer.", "layernorm.": "norm."}
     base = {
@@ -594,7 +594,7 @@ def test_oneformers_task_can_be_chosen() -> None:
 
 def test_names_survive_renaming_twice() -> None:
     """A table's right side is known as the family's own names."""
-    family = FAMILIES["internimage"]
+    family = family_of("internimage")
     state = official("internimage_mask2former")
     once = rename(state, family.layouts["official"])
     assert len(once) == len(set(once))
@@ -636,7 +636,7 @@ def test_internimage_h_fits_its_gpus() -> None:
     cfg = compose_config(["model=internimage_h"]).model
     sizes: list[int] = []
     with torch.device("meta"), torch.inference_mode():
-        network = FAMILIES[cfg.kind].load(architecture(cfg), None, Keys())
+        network = family_of(cfg.kind).load(architecture(cfg), None, Keys())
         for part in network.modules():
             part.register_forward_hook(lambda *a: sizes.append(a[2].numel() if isinstance(a[2], Tensor) else 0))
         classes, masks = network(torch.zeros(1, 3, 896, 3584))

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ade_harness.config.kinds import KINDS, Source, kind_of
 from ade_harness.config.overrides import as_word, composed_values
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
@@ -23,7 +24,6 @@ from ade_harness.files.fetch import cache_dir
 from ade_harness.leaderboard.reproduce.checkout import code_of
 from ade_harness.leaderboard.reproduce.repetition import Repetition, compare_runs, what_differs
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_claim
-from ade_harness.leaderboard.submission.public_files import FILE_KINDS
 from ade_harness.models.checkpoint.files import hub_checkpoint, url_checkpoint
 from ade_harness.runs.directory import new_run_name
 from ade_harness.runs.finished import FinishedRun, load_run
@@ -107,14 +107,9 @@ def _check_trust(repeat: Sequence[str]) -> None:
         repeat: the words that will be run; a submission's config.yaml may say something else.
     """
     model = composed_values(repeat)
-    kind = model["model.kind"]
-    if kind == "custom" or model["model._target_"] is not None:
-        raise HarnessError(
-            f"this submission imports model._target_={model['model._target_']} from this machine and runs it. Read that"
-            " code first; then add --trust."
-        )
-    if kind == "torchscript":
-        raise HarnessError("this submission runs a TorchScript file, which is a program. Agree with --trust.")
+    kind = KINDS["custom"] if model["model._target_"] is not None else kind_of(str(model["model.kind"]))
+    if kind.trust is not None:
+        raise HarnessError(kind.trust.format(_target_=model["model._target_"]))
     if model["model.http.token_env"] is not None:
         name = model["model.http.token_env"]
         raise HarnessError(f"this submission sends your {name} to {model['model.url']}. Agree with --trust.")
@@ -122,7 +117,7 @@ def _check_trust(repeat: Sequence[str]) -> None:
 
 def _fetched(folder: Path, kind: str, overrides: Sequence[str]) -> list[str]:
     """Fetch the file of a model that takes a path, unless a path is given."""
-    if kind not in FILE_KINDS or any(word.startswith("model.path=") for word in overrides):
+    if kind_of(kind).source is not Source.file or any(word.startswith("model.path=") for word in overrides):
         return []
     reference = read_claim(folder)["references"][0]
     address, sha256 = reference["address"], reference["sha256"]

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from ade_harness.config.kinds import Source, kind_of
 from ade_harness.errors import HarnessError
 from ade_harness.files.address import check_url
 from ade_harness.files.fetch import OnBytes
@@ -24,8 +25,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})(?:/(?P<file>[\w./-]+))?")
 _EXAMPLE = "https://example.org/weights.safetensors or hub:ORGANISATION/NAME@COMMIT/FILE"
 _SECRET = "A submission is public: give an address that needs no password."
-FILE_KINDS = ("onnx", "torchscript")
-"""Kinds of models that take ``model.path``."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def references_of(run: FinishedRun, given: Mapping[str, str]) -> list[Reference]
         HarnessError: there are no weights, they are random, or nobody else can get them.
     """
     model, facts = run.config["model"], run.manifest["model"]
-    kind = model["kind"]
-    if kind == "http":
+    source = kind_of(model["kind"]).source
+    if source is Source.server:
         return [Reference("endpoint", parse_address(model["url"], "model.url"), facts.get("sha256"))]
-    if kind == "predictions":
+    if source is Source.nowhere and model["path"] is not None:
         raise HarnessError(
             "the run read label maps, so there is no checkpoint to name. Evaluate the model itself (model=custom,"
             " onnx, http, ...)."
@@ -125,7 +124,7 @@ def _reference(
         return Reference(role, parse_address(origin, "the weights"), sha256, gated)
     advice = (
         "push it to the hub and evaluate model.id=ORGANISATION/NAME model.revision=COMMIT"
-        if model["kind"] == "hf"
+        if kind_of(model["kind"]).source is Source.repository
         else f"publish it, and say where: --{role} {_EXAMPLE}"
     )
     raise HarnessError(f"the {role} is a file that nobody else has ({origin}): {advice}.")
@@ -136,18 +135,18 @@ def _is_of(file: Mapping[str, Any], sha256: Any) -> bool:
     return file["sha256"] is None or str(sha256).startswith(str(file["sha256"]).lower())
 
 
-def words_for(reference: Reference, kind: str) -> list[str]:
+def words_for(reference: Reference, source: Source) -> list[str]:
     """Return the words that make a model's loader fetch a file from its public address, in place of a local path.
 
     Args:
         reference: of the file.
-        kind: ``model.kind``; those that take a path get none:
+        source: of the model's kind; one that takes a path gets none:
             :mod:`ade_harness.leaderboard.reproduce.rerun` fetches it.
     """
     hub = _HUB.fullmatch(reference.address)
-    if reference.role == "endpoint" or kind in FILE_KINDS:
+    if reference.role == "endpoint" or source is Source.file:
         return []
-    if kind == "hf":
+    if source is Source.repository:
         return [f"model.id='{hub['id']}'", f"model.revision='{hub['revision']}'"] if hub else []
     backbone = reference.role == "backbone"
     group = "backbone" if backbone else "hub" if hub else "official"

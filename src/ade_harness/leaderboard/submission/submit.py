@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from ade_harness.config.kinds import Source, kind_of
 from ade_harness.config.overrides import PATHS
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
@@ -55,7 +56,7 @@ def prepare(
     Raises:
         HarnessError: all reasons against it at once.
     """
-    code, kind = run.manifest["code"], run.config["model"]["kind"]
+    code, kind = run.manifest["code"], kind_of(run.config["model"]["kind"])
     problems = run_problems(run)
     repository = options.get("--repository", code.get("origin"))
     given = {role: options[f"--{role}"] for role in ("checkpoint", "backbone") if f"--{role}" in options}
@@ -72,7 +73,7 @@ def prepare(
             check()
         except HarnessError as error:
             problems.append(str(error))
-    if kind == "custom" and "--model-code" not in options:
+    if kind.is_code and "--model-code" not in options:
         problems.append(
             f"model._target_={run.config['model']['_target_']} is code of yours: say where others find it:"
             " --model-code https://HOST/GROUP/NAME/tree/COMMIT."
@@ -109,11 +110,12 @@ def public_words(run: FinishedRun, references: Sequence[Reference]) -> list[str]
     """Return the words that repeat a run anywhere: without paths and names of this machine, its seeds spelled out."""
     local = {"checkpoint": "checkpoint", "backbone": "backbone_checkpoint", "endpoint": None}
     model = run.config["model"]
+    source = kind_of(model["kind"]).source
     words = [w for w in run.manifest["repeat"] if w.partition("=")[0] not in (*PATHS, "model.http.token_env")]
     for reference in references:
         from_disk = model.get(local[reference.role]) is not None
-        if from_disk or model["kind"] == "hf":
-            new = words_for(reference, model["kind"])
+        if from_disk or source is Source.repository:
+            new = words_for(reference, source)
             keys = {word.partition("=")[0] for word in new}
             words = [w for w in words if w.partition("=")[0] not in keys] + new
     seeds = run.manifest["seeds"]

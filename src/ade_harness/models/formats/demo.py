@@ -7,7 +7,9 @@ from importlib.resources import as_file, files
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ade_harness.config.model import ModelConfig
 from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.models.loaded import LoadedModel, statistics
 
 WEIGHTS = "demo_network.safetensors"
 
@@ -46,3 +48,9 @@ def load_demo_network() -> DemoNetwork:
     with as_file(files("ade_harness.models.formats").joinpath(WEIGHTS)) as path:
         network.load_state_dict(load_file(path))
     return network.eval()
+
+
+def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+    """Load the packaged network."""
+    facts = {"origin": "packaged demo network"}
+    return LoadedModel(load_demo_network(), "demo", **statistics(cfg), channels=NUM_CLASSES, facts=facts)

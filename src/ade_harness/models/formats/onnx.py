@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
+from ade_harness.files.fetch import file_hash
+from ade_harness.models.checkpoint.sources import model_file
+from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
 
 class OnnxModel(nn.Module):
@@ -115,3 +119,20 @@ def _parse_names(text: str) -> list[str] | None:
             return [str(v) for v in value]
     lines = [line for line in text.splitlines() if line.strip()]
     return lines if len(lines) > 1 else None
+
+
+def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+    """Load ``model.path``; raises as :class:`OnnxModel`."""
+    path = model_file(cfg)
+    module = OnnxModel(path, threads)
+    facts = {"origin": str(path), "sha256": file_hash(path, "sha256"), "parameters": None}
+    return LoadedModel(
+        module,
+        "pretrained",
+        **statistics(cfg),
+        class_names=names_of(cfg, module.class_names),
+        channels=module.output_shape[1] if isinstance(module.output_shape[1], int) else None,
+        fixed_size=module.fixed_size,
+        fixed_batch=module.fixed_batch,
+        facts=facts,
+    )

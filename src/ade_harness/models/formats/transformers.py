@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
+from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.files import require_all_keys
+from ade_harness.models.loaded import LoadedModel, names_of
 from ade_harness.models.outputs import MaskLogits
 
 ONEFORMER_TASKS = {
@@ -195,3 +200,18 @@ def _explained(where: str) -> Iterator[None]:
             f"{where}: cannot be loaded ({text[:400]}). Expected a hub id that can be reached, or a folder with"
             " config.json and model.safetensors."
         ) from error
+
+
+def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+    """Load ``model.id``; raises as :func:`load_transformers`."""
+    module, names, pixels, facts = load_transformers(
+        cfg.id or "", cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
+    )
+    mean, std = pixels or (list(cfg.input.mean), list(cfg.input.std))
+    folder = Path(cfg.id or "")
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
+    if files:  # one file, or the shards; transformers prefers safetensors
+        digests = [file_hash(f, "sha256") for f in files]
+        facts["sha256"] = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    channels = len(names) if names else None
+    return LoadedModel(module, "pretrained", tuple(mean), tuple(std), names_of(cfg, names), channels, facts=dict(facts))

@@ -1,0 +1,28 @@
+"""The predictor that a configuration names."""
+
+from __future__ import annotations
+
+from ade_harness.config.kinds import Gives, kind_of
+from ade_harness.config.schema import Config
+from ade_harness.inference.predictor import NetworkPredictor, Predictor
+from ade_harness.models.loading import load_model
+from ade_harness.models.registry import imported
+
+
+def open_predictor(cfg: Config) -> Predictor:
+    """Load the network of a configuration, or open whatever gives label maps in place of one.
+
+    Raises:
+        HarnessError: see :mod:`ade_harness.models.loading`, and the predictors.
+    """
+    kind = kind_of(cfg.model.kind)
+    if kind.gives is Gives.labels:
+        predictor: Predictor = imported(kind)(cfg)
+        return predictor
+    return open_network(cfg)
+
+
+def open_network(cfg: Config) -> NetworkPredictor:
+    """Load the network of a configuration; raises HarnessError also if its kind has none."""
+    model = load_model(cfg.model, cfg.runtime.threads)
+    return NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels, cfg.metrics.calibration)

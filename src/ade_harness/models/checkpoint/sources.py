@@ -1,0 +1,59 @@
+"""Which weight file a configuration names: one of the user's own, or a public one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ade_harness.config.model import CheckpointConfig, ModelConfig
+from ade_harness.errors import HarnessError
+from ade_harness.files.fetch import cache_dir, file_hash
+from ade_harness.models.checkpoint.files import Checkpoint, hub_checkpoint, local_checkpoint, url_checkpoint
+
+
+def chosen_checkpoint(cfg: ModelConfig) -> Checkpoint | None:
+    """Return the weight file to load; None if there is none, or for random weights."""
+    if cfg.weights == "random":
+        return None
+    if cfg.checkpoint is not None:
+        return local_checkpoint(cfg.checkpoint, cfg.checkpoint_sha256)
+    return _public_file(cfg, cfg.official, cfg.hub)
+
+
+def backbone_checkpoint(cfg: ModelConfig, why: str) -> Checkpoint:
+    """Return the file of the frozen backbone below a head; `why` leads the message if there is none."""
+    if cfg.backbone_checkpoint is not None:
+        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
+    found = _public_file(cfg, cfg.backbone, cfg.backbone)
+    if found is None:
+        raise HarnessError(f"{why}. Give the backbone's file as model.backbone_checkpoint=PATH.")
+    return found
+
+
+def _public_file(cfg: ModelConfig, official: CheckpointConfig, hub: CheckpointConfig) -> Checkpoint | None:
+    """Fetch one of a model's public files, if it has one."""
+    if official.url is not None and cfg.source != "hub":
+        return url_checkpoint(official.url, cache_dir() / "checkpoints", official.sha256)
+    if hub.hub_id is not None and cfg.source != "official":
+        return hub_checkpoint(hub.hub_id, hub.filename or "", hub.revision, hub.sha256)
+    if cfg.source is not None and (official.url or hub.hub_id):
+        raise HarnessError(f"model.source={cfg.source}: {cfg.name} has no such file. Leave model.source out.")
+    return None
+
+
+def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the manifest keeps of a weight file."""
+    return {"origin": checkpoint.origin, "sha256": checkpoint.sha256}
+
+
+def model_file(cfg: ModelConfig) -> Path:
+    """Return ``model.path``; raises HarnessError if it is not there, or not the file of ``checkpoint_sha256``."""
+    path = Path(cfg.path or "").expanduser()
+    if not path.is_file():
+        raise HarnessError(f"model.path={cfg.path}: no such file.")
+    digest = cfg.checkpoint_sha256
+    if digest is not None and file_hash(path, "sha256") != digest.lower():
+        raise HarnessError(
+            f"{path}: the sha256 is {file_hash(path, 'sha256')}, model.checkpoint_sha256 expects {digest}."
+        )
+    return path

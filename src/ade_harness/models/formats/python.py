@@ -1,0 +1,68 @@
+"""Any nn.Module by its import path: ``model._target_``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from torch import nn
+
+from ade_harness.config.model import ModelConfig
+from ade_harness.errors import HarnessError
+from ade_harness.models.checkpoint.files import load_strictly, read_state_dict
+from ade_harness.models.checkpoint.sources import chosen_checkpoint, facts_of
+from ade_harness.models.loaded import LoadedModel, names_of, statistics
+
+
+def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+    """Make the module by Hydra's own rules (nested ``_target_``, ``_partial_``, ``_args_``, its block-list).
+
+    Raises:
+        HarnessError: it cannot be imported or made, is no module, or its checkpoint does not fit.
+    """
+    target = cfg._target_ or ""
+    module = _make(target, cfg)
+    if not isinstance(module, nn.Module):
+        raise HarnessError(f"model._target_={target}: gave a {type(module).__name__}, expected a torch.nn.Module.")
+    checkpoint = chosen_checkpoint(cfg)
+    if checkpoint is None:
+        weights = "random" if cfg.weights == "random" else "constructed"
+        facts: dict[str, Any] = {"origin": f"{target}, as constructed (seed {cfg.seed})"}
+    else:
+        state = read_state_dict(checkpoint.path)
+        load_strictly(module, state, checkpoint.origin, cfg.allow_missing_keys, cfg.allow_unexpected_keys)
+        weights, facts = "pretrained", facts_of(checkpoint)
+    names = getattr(module, "class_names", None)
+    return LoadedModel(module, weights, **statistics(cfg), class_names=names_of(cfg, names), facts=facts)
+
+
+def _make(target: str, cfg: ModelConfig) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the console script does not
+    try:
+        get_object(target)
+    except Exception as error:  # importing runs the user's code, which may fail in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise HarnessError(
+            f"model._target_={target}: cannot be imported ({reason}). Expected package.module.Name, importable from"
+            f" {Path.cwd()} or installed."
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        try:
+            return instantiate({"_target_": target, "_convert_": "all", **cfg.kwargs})
+        except InstantiationException as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, TypeError):
+                raise HarnessError(
+                    f"model._target_={target}: does not take these arguments ({cause})."
+                    " Set them as model.kwargs.NAME=VALUE."
+                ) from error
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+            raise HarnessError(
+                f"model._target_={target}: making it failed ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
+            ) from error

@@ -1,0 +1,41 @@
+"""What a loader gives: a network, and what is known about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ade_harness.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network, ready to be called, and what is known about it."""
+
+    module: nn.Module
+    """Normalised images float32 [N, 3, H, W] to scores [N, C, h, w], or to mask classification (models/outputs.py)."""
+    weights: str
+    """pretrained, random, demo, or constructed (a custom model without a checkpoint)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: list[str] | None = None
+    channels: int | None = None
+    """Of the scores, if it is known before the first image."""
+    fixed_size: tuple[int, int] | None = None
+    """(height, width) of the only input it takes."""
+    fixed_batch: int | None = None
+    """Images per call if it takes no other number."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the manifest: origin and sha256 of the weights, parameters."""
+
+
+def statistics(cfg: ModelConfig) -> dict[str, Any]:
+    """Return mean and std of ``model.input`` as arguments of :class:`LoadedModel`."""
+    return {"mean": tuple(cfg.input.mean), "std": tuple(cfg.input.std)}
+
+
+def names_of(cfg: ModelConfig, carried: list[str] | None = None) -> list[str] | None:
+    """Return the class names of a model's channels: ``model.class_names``, or those that its file carries."""
+    return list(cfg.class_names) if cfg.class_names is not None else carried
