@@ -71,8 +71,8 @@ def cpu(rounds: int) -> None:
     variants = {
         "mmseg IoUMetric": lambda: mmseg(labels, target.long()),
         "torchmetrics": lambda: metrics(labels, target.long()),
-        "ade-harness, plain torch": lambda: plain.count(small, target),
-        "ade-harness, numba": lambda: compiled.count(small, target),
+        "ade-harness, plain torch": lambda: plain.count(small, target, 150),
+        "ade-harness, numba": lambda: compiled.count(small, target, 150),
     }
     show(f"counting {INPUT}", add_peaks(interleave(variants, rounds), variants))
 

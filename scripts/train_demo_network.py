@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ade_harness.data.ade20k_labels import ADE20K_ENCODING
 from ade_harness.data.demo import make_sample
-from ade_harness.data.labels import IGNORE_INDEX, target_from_annotation
+from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.models.formats.demo import WEIGHTS, DemoNetwork, input_statistics
 
 TRAINING_SEEDS = (1, 2, 3, 4)
@@ -38,7 +39,7 @@ def crops(seed: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
             left = rng.integers(annotation.shape[1] - CROP + 1)
             window = np.s_[top : top + CROP, left : left + CROP]
             pictures.append(image[window].transpose(2, 0, 1))
-            targets.append(target_from_annotation(annotation)[window][1::4, 1::4].astype(np.int64))
+            targets.append(ADE20K_ENCODING.targets(annotation, "annotation")[window][1::4, 1::4].astype(np.int64))
     return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(targets))
 
 

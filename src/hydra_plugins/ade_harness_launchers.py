@@ -147,11 +147,11 @@ def check_files(config: Config) -> None:
     for key in ("checkpoint", "backbone_checkpoint", "path"):
         value = getattr(model, key)
         require(value is None or Path(value).expanduser().exists(), f"model.{key}={value}: no such file or folder.")
-    root = config.dataset.root
-    require(
-        config.dataset.kind == "demo" or root is None or Path(root).expanduser().exists(),
-        f"dataset.root={root}: no such folder or zip.",
-    )
+    keys = {"demo": (), "folder": ("image_dir", "label_dir", "classes")}.get(config.dataset.kind, ("root",))
+    for key in keys:
+        value = getattr(config.dataset, key)
+        found = value is None or Path(value).expanduser().exists()
+        require(found, f"dataset.{key}={value}: no such file, folder or zip.")
 
 
 def _config_dir(config: DictConfig) -> Path | None:

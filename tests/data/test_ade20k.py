@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from ade_harness.data.ade20k import open_ade20k, recognise, validation_sizes
-from ade_harness.data.decode import check_annotation_values, decode_image, decode_labels
+from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes, ade20k_info
+from ade_harness.data.decode import decode_image, decode_labels
 from ade_harness.data.demo import make_sample, write_dataset
-from ade_harness.data.labels import class_names, classes, palette, target_from_annotation
 from ade_harness.data.verify import verify
 from ade_harness.errors import HarnessError
 from tests.conftest import write_pair
@@ -28,18 +28,18 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 def test_all_annotation_values() -> None:
     """Values over 150 are refused before: see test_label_over_150."""
-    target = target_from_annotation(np.arange(151, dtype=np.uint8))
+    target = ADE20K_ENCODING.targets(np.arange(151, dtype=np.uint8), "a")
     assert target.dtype == np.uint8
     assert target[0] == 255
     assert target[1:].tolist() == list(range(150))
 
 
 def test_classes_and_official_sizes() -> None:
-    assert len(classes()) == len(class_names()) == 150
-    assert class_names()[:3] == ["wall", "building", "sky"]
-    assert class_names()[149] == "flag"
-    assert palette()[:3].tolist() == [[120, 120, 120], [180, 120, 120], [6, 230, 230]]
-    assert palette()[255].tolist() == [0, 0, 0]
+    assert len(ade20k_info()) == len(ade20k_classes()) == 150
+    assert ade20k_classes().names[:3] == ("wall", "building", "sky")
+    assert ade20k_classes().names[149] == "flag"
+    assert ade20k_classes().palette[:3].tolist() == [[120, 120, 120], [180, 120, 120], [6, 230, 230]]
+    assert ade20k_classes().palette[255].tolist() == [0, 0, 0]
     sizes = validation_sizes()
     assert len(sizes) == 2000
     assert sum(h * w for h, w in sizes.values()) == 487_666_546
@@ -50,7 +50,7 @@ def test_a_pair_is_decoded_and_mapped(tiny_ade: Path) -> None:
     dataset = open_ade20k(tiny_ade)
     sample = dataset.load(3)
     annotation = np.array(Image.open(tiny_ade / "annotations/validation" / f"{sample.image_id}.png"))
-    assert np.array_equal(sample.target, target_from_annotation(annotation))
+    assert np.array_equal(sample.target, ADE20K_ENCODING.targets(annotation, "a"))
     assert sample.image.shape == (*annotation.shape, 3)
     sizes, wrong = dataset.read_headers()
     assert list(sizes.values()) == [dataset.load(i).target.shape for i in range(7)]
@@ -144,8 +144,11 @@ def test_annotations_of_another_kind_are_refused(mode: str) -> None:
 
 
 def test_labels_over_150_are_refused() -> None:
-    with pytest.raises(HarnessError, match=r"a\.png: label 200 is over 150 \(2 such values: 151, 200\)"):
-        check_annotation_values(np.array([[0, 151, 200]], np.uint8), "a.png")
+    with pytest.raises(
+        HarnessError,
+        match=r"a\.png: holds the label 151 \(and 1 more: 200\)\. Annotations of this benchmark hold 0 \(other\) and 1\.\.150",
+    ):
+        ADE20K_ENCODING.targets(np.array([[0, 151, 200]], np.uint8), "a.png")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -287,7 +290,7 @@ def test_the_made_up_set_has_the_official_format(tmp_path: Path) -> None:
     assert modes == {"RGB", "L"}
     assert {Image.open(root / p.annotation).mode for p in dataset.pairs} == {"L"}
     image, annotation, _ = make_sample(2016, 5)
-    assert np.array_equal(target_from_annotation(annotation), samples[5].target)
+    assert np.array_equal(ADE20K_ENCODING.targets(annotation, "a"), samples[5].target)
     assert np.abs(image.astype(int) - samples[5].image).mean() < 12  # JPEG
 
 

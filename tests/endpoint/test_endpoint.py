@@ -35,6 +35,7 @@ from PIL import Image
 
 from ade_harness.config.compose import compose_config
 from ade_harness.config.schema import Config
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.endpoint import client as endpoint_module
 from ade_harness.endpoint import http as exchange_module
 from ade_harness.endpoint.client import Endpoint, read_token
@@ -160,7 +161,9 @@ def config(*words: str) -> Config:
 
 def predictor(url: str, *words: str, token: str | None = None) -> EndpointPredictor:
     model = config(f"model.url={url}", *words).model
-    return EndpointPredictor(model, Endpoint(url, model.http.timeout_s, model.http.retries, token), {}, "auto")
+    return EndpointPredictor(
+        model, ade20k_classes(), Endpoint(url, model.http.timeout_s, model.http.retries, token), {}, "auto"
+    )
 
 
 def labels_of(made: EndpointPredictor, image: np.ndarray = IMAGE) -> np.ndarray:
@@ -707,7 +710,7 @@ def test_an_endpoint_that_is_not_there_is_said_before_anything_is_made(
 def test_odd_infos_are_no_infos(info: bytes) -> None:
     with serving(good) as server:
         server.RequestHandlerClass = type("Odd", (Handler,), {"do_GET": lambda h: h.send("text/html", info)})
-        made = open_endpoint(config(f"model.url={server.url}"))
+        made = open_endpoint(config(f"model.url={server.url}"), ade20k_classes())
         assert made.info in ({}, {"version": "[2J"})
         assert made.source_hash("x") == ""
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import MaskConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, plan_views
 from ade_harness.inference.predictor import NetworkPredictor
@@ -182,7 +183,9 @@ def test_queries_merged_at_their_own_resolution(system: str, size: tuple[int, in
     stored = np.load(GOLDEN / "mask_scores.npz")
     output = MaskLogits(*(torch.from_numpy(stored[f"{system}.{name}"]) for name in ("cls", "mask")))
     plan = ViewPlan((size,), size, (0, 0), size, ((0, 0),), False)
-    view = mask_view(plan, [output], MaskConfig(resolution="scores"), resolve_class_map(150, None, None), size)
+    view = mask_view(
+        plan, [output], MaskConfig(resolution="scores"), resolve_class_map(150, None, None, ade20k_classes()), size
+    )
     scores = F.interpolate(view.scores, size, mode="bilinear", align_corners=False)[:, ::10, ::4, ::4]
     expected = torch.from_numpy(stored[f"{system}.sem_every4"])
     assert scores.shape == expected.shape

@@ -219,16 +219,17 @@ def test_more_than_256_channels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["reference", "numba_cpu", TRITON])
-@pytest.mark.parametrize("seed", range(5))
-def test_count_equals_a_loop(name: str, seed: int) -> None:
+@pytest.mark.parametrize(("classes", "seed"), [*((150, seed) for seed in range(5)), (1, 0), (2, 1), (19, 2), (255, 3)])
+def test_count_equals_a_loop(name: str, classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    target = rng.choice(np.array([0, 1, 77, 149, 255], np.uint8), (9, 11))
-    labels = rng.choice(np.array([0, 1, 77, 149, 150, 200, 255], np.uint8), (9, 11))
-    expected = np.zeros((150, 151), np.int64)
+    last = classes - 1
+    target = rng.choice(np.array([0, last // 2, last, 255], np.uint8), (9, 11))
+    labels = rng.choice(np.array([0, last // 2, last, min(classes, 255), (classes + 255) // 2, 255], np.uint8), (9, 11))
+    expected = np.zeros((classes, classes + 1), np.int64)
     for t, p in zip(target.flat, labels.flat, strict=True):
         if t != 255:
-            expected[t, min(p, 150)] += 1
-    found = implementation(name).count(on(name, torch.from_numpy(labels)), on(name, torch.from_numpy(target)))
+            expected[t, min(p, classes)] += 1
+    found = implementation(name).count(on(name, torch.from_numpy(labels)), on(name, torch.from_numpy(target)), classes)
     assert found.dtype == torch.int64
     assert np.array_equal(found.cpu().numpy(), expected)
 
@@ -238,11 +239,11 @@ def test_the_pair_equals_its_parts(name: str) -> None:
     made = implementation(name)
     scores = torch.randn(150, 20, 20, generator=torch.Generator().manual_seed(2))
     target = torch.randint(0, 150, (80, 77), dtype=torch.uint8)
-    labels, counts = kernels.label_counts(made, scores, target)
+    labels, counts = kernels.label_counts(made, scores, target, 150)
     assert torch.equal(labels.long(), naive(scores, (80, 77)))
-    assert torch.equal(counts, reference.count(labels, target))
+    assert torch.equal(counts, reference.count(labels, target, 150))
     views = [whole(scores, (90, 90))]
-    labels, counts = kernels.label_counts(made, scores, target, views)
+    labels, counts = kernels.label_counts(made, scores, target, 150, views)
     assert torch.equal(labels.long(), naive(scores, (90, 90), (80, 77)))
     assert counts.sum() == 80 * 77
 

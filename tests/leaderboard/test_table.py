@@ -42,7 +42,11 @@ def complete(run: FinishedRun, **metrics: object) -> FinishedRun:
         "marks": [],
         "dataset": {**run.manifest["dataset"], "name": "ade20k", "expected_images": 2000},
     }
-    config = {**run.config, "model": {**run.config["model"], "label": "Ours | <best>"}}
+    config = {
+        **run.config,
+        "model": {**run.config["model"], "label": "Ours | <best>"},
+        "dataset": {**run.config["dataset"], "kind": "ade20k"},
+    }
     rows = tuple(make_row(i) for i in range(2000))
     return FinishedRun(run.path, manifest, config, {**run.metrics, **metrics}, rows, "")
 

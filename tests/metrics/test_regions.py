@@ -38,13 +38,13 @@ def test_two_classes_side_by_side_have_a_boundary_each() -> None:
     width = boundary_width(target.shape)
     assert width == 3
     assert boundary_width((4, 4)) == 1
-    same = find_regions(target, target)
+    same = find_regions(target, target, 150)
     assert same.boundary_iou()[[3, 5]].tolist() == [1, 1]
     assert np.isnan(np.delete(same.boundary_iou(), [3, 5])).all()
     assert same.boundary[1, 3] == 100 * 50 - (100 - 6) * (50 - 6)  # around each half, the image's edge included
     moved = np.full((100, 100), 3, np.uint8)
     moved[:, 54:] = 5  # by more than the width: the inner contours do not meet
-    found = find_regions(target, moved)
+    found = find_regions(target, moved, 150)
     inter, truth, predicted = found.boundary[:, 5]
     assert found.boundary_iou()[5] == inter / (truth + predicted - inter)
     assert found.boundary_iou()[5] < 0.65 < scores_iou(target, moved, 5)
@@ -60,13 +60,13 @@ def test_bands_and_objects_count_every_valid_pixel_once() -> None:
     target = rng.integers(0, 4, (12, 15)).repeat(9, 0).repeat(9, 1).astype(np.uint8)
     target[target == 3] = 255
     labels = np.where(rng.random(target.shape) < 0.8, target, 149).astype(np.uint8)
-    found = find_regions(target, labels)
+    found = find_regions(target, labels, 150)
     valid = target != 255
     assert found.bands[:, 0].sum() == valid.sum()
     assert found.bands[:, 1].sum() == (valid & (labels == target)).sum()
     assert found.objects[:, 2].sum() == valid.sum()
     assert found.objects[:, 3].sum() == (valid & (labels == target)).sum()
-    both = add_regions([found, found])
+    both = add_regions([found, found], 150)
     assert np.array_equal(both.objects, 2 * found.objects)
     assert np.array_equal(both.boundary_iou(), found.boundary_iou(), equal_nan=True)
 
@@ -76,10 +76,10 @@ def test_bands_are_distances_from_the_truths_boundaries() -> None:
     target[:, 40:] = 1
     labels = target.copy()
     labels[:, 36:40] = 1  # wrong in the four columns before the boundary
-    found = find_regions(target, labels)
+    found = find_regions(target, labels, 150)
     assert found.bands[:, 0].tolist() == [40, 40, 80, 160, 320, 160]  # 2, 4, 8, 16, 32 columns on either side
     assert (found.bands[:, 0] - found.bands[:, 1]).tolist() == [20, 20, 0, 0, 0, 0]
-    alone = find_regions(np.zeros((6, 6), np.uint8), np.zeros((6, 6), np.uint8))
+    alone = find_regions(np.zeros((6, 6), np.uint8), np.zeros((6, 6), np.uint8), 150)
     assert alone.bands[:, 0].tolist() == [0, 0, 0, 0, 0, 36]  # no boundary at all
 
 
@@ -92,25 +92,25 @@ def test_objects_are_connected_parts_by_size() -> None:
     labels = target.copy()
     labels[10:20, 10:20] = 9
     labels[50:100, 10:110] = 9  # less than half of it is found
-    found = find_regions(target, labels)
+    found = find_regions(target, labels, 150)
     assert found.objects.tolist() == [[1, 0, 200, 100], [1, 0, 6000, 1000], [1, 1, 38000, 38000], [0, 0, 0, 0]]
 
 
 def test_confused_pairs_and_groups_of_images() -> None:
     rows = make_rows(12, classes=9)
-    matrix = matrix_of(rows)
+    matrix = matrix_of(rows, 150)
     pairs = confused_pairs(matrix, 5)
     wrong = matrix - np.pad(np.diag(np.diagonal(matrix)), ((0, 0), (0, 1)))
     assert [p.pixels for p in pairs] == sorted(wrong[wrong > 0].tolist(), reverse=True)[:5]
     assert pairs[0].share_of_truth == pairs[0].pixels / matrix[pairs[0].truth].sum()
     assert sum(p.share_of_errors for p in confused_pairs(matrix, 10**6)) == pytest.approx(1)
     group_of, names = size_groups({r.image_id: i for i, r in enumerate(rows)})
-    groups = group_images(image_areas(rows), group_of, names)
+    groups = group_images(image_areas(rows, 150), group_of, names)
     assert [g.name for g in groups] == names
     assert [g.images for g in groups] == [4, 3, 3, 2]
-    assert groups[0].scores["mIoU"] == scores(matrix_of(rows[:4])).mIoU
+    assert groups[0].scores["mIoU"] == scores(matrix_of(rows[:4], 150)).mIoU
     scenes = {r.image_id: "kitchen" if i % 3 else "street" for i, r in enumerate(rows[:9])}
-    assert [(g.name, g.images) for g in group_images(image_areas(rows), scenes)] == [("kitchen", 6), ("street", 3)]
+    assert [(g.name, g.images) for g in group_images(image_areas(rows, 150), scenes)] == [("kitchen", 6), ("street", 3)]
     assert len(set(size_groups({"a": 5, "b": 5})[0].values())) == 1
 
 

@@ -37,36 +37,38 @@ def make_rows(images: int, seed: int = 0, classes: int = 150, right: float = 0.7
 
 def test_areas_are_those_of_the_matrix() -> None:
     rows = make_rows(9)
-    areas = image_areas(rows)
+    areas = image_areas(rows, 150)
     for row, stacked in zip(rows, areas.stacked, strict=True):
-        assert np.array_equal(stacked, areas_of(matrix_of([row])))
-    assert areas.scores()["mIoU"][3] == scores(matrix_of(rows[3:4])).mIoU
+        assert np.array_equal(stacked, areas_of(matrix_of([row], 150)))
+    assert areas.scores()["mIoU"][3] == scores(matrix_of(rows[3:4], 150)).mIoU
 
 
 def test_resampled_scores_equal_the_naive_loop_in_every_bit() -> None:
     rows = make_rows(40)
-    found = bootstrap(image_areas(rows), 700, seed=3)  # more than one block
+    found = bootstrap(image_areas(rows, 150), 700, seed=3)  # more than one block
     counts = np.concatenate(list(draw_counts(40, 700, seed=3)))
     assert counts.shape == (700, 40)
     assert (counts.sum(1) == 40).all()
     for index in (0, 1, 499, 500, 699):
-        matrix = matrix_of([row for row, times in zip(rows, counts[index], strict=True) for _ in range(int(times))])
+        matrix = matrix_of(
+            [row for row, times in zip(rows, counts[index], strict=True) for _ in range(int(times))], 150
+        )
         for name, value in scores(matrix).as_dict().items():
             assert found.scores[name].draws[index, 0] == value, name
         assert np.array_equal(found.class_iou.draws[index], class_iou(matrix), equal_nan=True)
     for index in (0, 39):
-        left_out = scores(matrix_of([r for i, r in enumerate(rows) if i != index]))
+        left_out = scores(matrix_of([r for i, r in enumerate(rows) if i != index], 150))
         assert found.scores["mIoU"].without[index, 0] == left_out.mIoU
-    again = bootstrap(image_areas(rows), 700, seed=3)
+    again = bootstrap(image_areas(rows, 150), 700, seed=3)
     assert np.array_equal(again.class_iou.draws, found.class_iou.draws, equal_nan=True)
     assert not np.array_equal(
-        bootstrap(image_areas(rows), 700, seed=4).scores["mIoU"].draws, found.scores["mIoU"].draws
+        bootstrap(image_areas(rows, 150), 700, seed=4).scores["mIoU"].draws, found.scores["mIoU"].draws
     )
 
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_intervals_are_scipys(method: str) -> None:
-    areas = image_areas(make_rows(60, classes=5))
+    areas = image_areas(make_rows(60, classes=5), 150)
     resampled = bootstrap(areas, 20_000).scores["pixel_accuracy"]
     found = getattr(resampled, method)()[0]
 
@@ -85,7 +87,7 @@ def test_intervals_are_scipys(method: str) -> None:
 
 
 def test_the_shown_interval_holds_the_measured_score_though_resamples_lack_rare_classes() -> None:
-    found = bootstrap(image_areas(make_rows(20)), 2000).scores["mIoU_csail"]
+    found = bootstrap(image_areas(make_rows(20), 150), 2000).scores["mIoU_csail"]
     (percentile,), (centred,), (value,) = found.percentile(), found.centred(), found.value
     assert not percentile.holds(value)
     assert centred.holds(value)
@@ -108,11 +110,11 @@ def test_bca_moves_towards_the_longer_tail() -> None:
 def test_a_class_of_one_image_has_no_interval_of_its_own() -> None:
     """It is in 63 % of the resamples, always with the same IoU; a class of none has nothing."""
     rows = make_rows(30, classes=4, right=0.5)
-    matrix = matrix_of(rows[:1])
+    matrix = matrix_of(rows[:1], 150)
     matrix[100, 100], matrix[100, 1] = 60, 40
     truth, prediction, pixels = sparse_counts(matrix)
     rows[0] = Row("ADE_val_00000000", 10, 10, int(pixels.sum()), 0, truth, prediction, pixels, "0", "c", 0.1, 0, "h")
-    found = bootstrap(image_areas(rows), 1000).class_iou
+    found = bootstrap(image_areas(rows, 150), 1000).class_iou
     assert found.percentile()[100] == Interval(0.6, 0.6)
     assert np.isnan(found.draws[:, 100]).mean() == pytest.approx(np.exp(-1), abs=0.05)
     assert found.bca()[149] is None
@@ -120,7 +122,7 @@ def test_a_class_of_one_image_has_no_interval_of_its_own() -> None:
 
 
 def test_equal_runs_do_not_differ() -> None:
-    areas = image_areas(make_rows(25))
+    areas = image_areas(make_rows(25), 150)
     found = compare(areas, areas, 500)
     for difference in (*found.scores.values(), *found.classes.values()):
         assert difference.value == 0
@@ -142,7 +144,7 @@ def shifted(areas: ImageAreas, seed: int, share: float) -> ImageAreas:
 
 
 def test_p_values_are_those_of_all_exchanges() -> None:
-    first = image_areas(make_rows(7, classes=3))
+    first = image_areas(make_rows(7, classes=3), 150)
     second = shifted(first, 0, 0.2)
     found = compare(first, second, 20_000)
 
@@ -161,7 +163,7 @@ def test_p_values_are_those_of_all_exchanges() -> None:
 
 
 def test_a_clear_difference_is_found_and_a_mean_one_has_its_images() -> None:
-    first = image_areas(make_rows(80))
+    first = image_areas(make_rows(80), 150)
     found = compare(first, shifted(first, 1, 0.6), 2000)
     headline = found.scores["mIoU"]
     assert headline.value > 0
@@ -180,7 +182,7 @@ def test_false_claims_are_as_rare_as_the_level_says() -> None:
     """Exchangeable runs: about 5 % of the tests are below 0.05, and corrected classes almost never."""
     uncorrected, any_class = [], []
     for seed in range(60):
-        first = image_areas(make_rows(30, seed, classes=20))
+        first = image_areas(make_rows(30, seed, classes=20), 150)
         one, two = shifted(first, 2 * seed, 0.3), shifted(first, 2 * seed + 1, 0.3)
         found = compare(one, two, 400)
         uncorrected.append(found.scores["mIoU"].p_permutation <= 0.05)
@@ -191,7 +193,7 @@ def test_false_claims_are_as_rare_as_the_level_says() -> None:
 
 def test_compare_refuses_other_images() -> None:
     with pytest.raises(ValueError, match="other images"):
-        compare(image_areas(make_rows(5)), image_areas(make_rows(6)))
+        compare(image_areas(make_rows(5), 150), image_areas(make_rows(6), 150))
 
 
 def test_holms_correction() -> None:

@@ -16,6 +16,7 @@ from ade_harness.config.files import choices, read_choice
 from ade_harness.config.kinds import KINDS, Gives, Kind
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.schema import Config
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
 from ade_harness.inference.folder import FolderPredictor
@@ -79,7 +80,7 @@ class Striped:
         return ["stripes are no segmentation"]
 
 
-def open_stripes(cfg: Config) -> Striped:
+def open_stripes(cfg: Config, classes: Classes) -> Striped:
     return Striped(cfg.model.seed)
 
 

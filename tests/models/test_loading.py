@@ -20,7 +20,7 @@ from torch import nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import ModelConfig
-from ade_harness.data.labels import class_names
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.files import hub_checkpoint, load_strictly, read_state_dict
 from ade_harness.models.class_map import resolve_class_map
@@ -170,7 +170,7 @@ def test_transformers_checkpoints(tmp_path: Path, kind: str) -> None:
         SwinConfig,
     )
 
-    names = dict(enumerate(class_names()))
+    names = dict(enumerate(list(ade20k_classes().names)))
     folder = tmp_path / kind
     if kind == "semantic":
         small = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
@@ -216,7 +216,7 @@ def test_transformers_checkpoint_without_normalisation(tmp_path: Path) -> None:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     small = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
-    names = dict(enumerate(class_names()))
+    names = dict(enumerate(list(ade20k_classes().names)))
     SegformerForSemanticSegmentation(SegformerConfig(id2label=names, **small)).save_pretrained(tmp_path)
     settings = tmp_path / "preprocessor_config.json"
     settings.write_text(json.dumps({"do_normalize": False, "rescale_factor": 1 / 255}))
@@ -421,14 +421,14 @@ def test_no_network_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_150_channels_need_no_map() -> None:
-    found = resolve_class_map(150, None, class_names())
+    found = resolve_class_map(150, None, list(ade20k_classes().names), ade20k_classes())
     labels = torch.tensor([[0, 149]], dtype=torch.uint8)
     assert torch.equal(found.classes_of(labels), labels)
     assert found.select(torch.zeros(150, 2, 2)).shape[0] == 150
 
 
 def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
-    found = resolve_class_map(4, [None, 7, None, 3], None)
+    found = resolve_class_map(4, [None, 7, None, 3], None, ade20k_classes())
     scores = torch.tensor([9.0, 1.0, 8.0, 2.0])[:, None, None]
     kept = found.select(scores)
     assert kept.flatten().tolist() == [1.0, 2.0]
@@ -444,16 +444,16 @@ def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
         (19, None, None, "usual for Cityscapes"),
         (3, None, ["sky", "wall", "other"], r"model\.class_map=\[2,0,null\]"),
         (3, [0, 1], None, "has 2 entries, but the model outputs 3"),
-        (150, None, class_names()[::-1], "not in ADE20K's order: channel 0 is 'flag'"),
+        (150, None, list(ade20k_classes().names)[::-1], "not in ADE20K's order: channel 0 is 'flag'"),
     ],
 )
 def test_maps_that_do_not_fit(channels: int, class_map: Any, names: Any, message: str) -> None:
     with pytest.raises(HarnessError, match=message):
-        resolve_class_map(channels, class_map, names)
+        resolve_class_map(channels, class_map, names, ade20k_classes())
 
 
 def test_names_that_disagree_with_the_map_are_noted() -> None:
-    found = resolve_class_map(3, [0, 1, 2], ["wall", "sky", "building"])
+    found = resolve_class_map(3, [0, 1, 2], ["wall", "sky", "building"], ade20k_classes())
     assert "model's own name for it is 'sky'" in (found.note or "")
 
 

@@ -47,7 +47,7 @@ def test_ledger_keeps_every_count(tmp_path: Path) -> None:
     found, damaged = read_rows(tmp_path / "ledger")
     assert damaged == []
     assert [r.image_id for r in found] == [r.image_id for r in rows]
-    assert np.array_equal(matrix_of(found), matrix_of(rows))
+    assert np.array_equal(matrix_of(found, 150), matrix_of(rows, 150))
     assert found[5].pixels.tolist() == rows[5].pixels.tolist()
     frame = pd.read_parquet(tmp_path / "ledger")
     assert len(frame) == 70
@@ -117,13 +117,13 @@ def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path: Path, monkeypatch:
 def test_exactness_check_names_what_is_wrong() -> None:
     rows = [make_row(i) for i in range(5)]
     ids = [r.image_id for r in rows]
-    total = matrix_of(rows)
+    total = matrix_of(rows, 150)
     check_exact(rows, total, ids)
     with pytest.raises(HarnessError, match="lacks 1 images .ADE_val_00000004"):
-        check_exact(rows[:4], matrix_of(rows[:4]), ids)
+        check_exact(rows[:4], matrix_of(rows[:4], 150), ids)
     with pytest.raises(HarnessError, match="has unknown 1 images .ADE_val_00000004"):
         check_exact(rows, total, ids[:4])
-    twice = total + matrix_of(rows[:1])
+    twice = total + matrix_of(rows[:1], 150)
     with pytest.raises(HarnessError, match=f"differ by {rows[0].valid_pixels} pixels: no score"):
         check_exact(rows, twice, ids)
 

@@ -23,6 +23,7 @@ class DatasetKind(StrEnum):
 
     demo = "demo"  # synthetic
     ade20k = "ade20k"
+    folder = "folder"  # your own images, labels and classes
 
 
 class Split(StrEnum):
@@ -68,7 +69,12 @@ class DatasetConfig:
 
     name: str = MISSING
     kind: DatasetKind = MISSING
-    root: str | None = place()
+    root: str | None = place()  # kind=ade20k: folder or zip
+    image_dir: str | None = place()  # kind=folder: folder or zip of images
+    label_dir: str | None = place()  # of label PNGs; a name is its image's but for the suffix
+    classes: str | None = place()  # YAML file: names, ignored values, mapping, colours
+    image_suffix: str | None = None  # null: .jpg, .jpeg or .png
+    label_suffix: str | None = None  # null: .png
     split: Split = Split.validation
     images: int = bounded(200, at_least=1, at_most=20_000, unit="synthetic images")  # kind=demo
     limit: int | None = bounded(None, at_least=1)  # only the first N: marks the run as partial

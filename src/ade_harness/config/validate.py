@@ -10,7 +10,7 @@ from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, Resiz
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.model import Dtype, ModelConfig, Returns
 from ade_harness.config.probe import ProbeConfig
-from ade_harness.config.schema import Config, DatasetKind
+from ade_harness.config.schema import Config, DatasetConfig, DatasetKind
 from ade_harness.errors import require
 from ade_harness.files.address import check_url
 
@@ -185,7 +185,7 @@ def _check_model(config: Config) -> None:
         f"model.dtype={model.dtype} needs inference.precision={model.dtype} (it is {config.inference.precision}):"
         " what is added to such weights must be converted too.",
     )
-    _check_class_map(model.class_map)
+    _check_class_map(model.class_map, 255 if config.dataset.kind == DatasetKind.folder else 150)
     kind = kind_of(model.kind)
     require(
         kind.needs is None or getattr(model, kind.needs) is not None, f"model.{kind.needs} must be set: {kind.what}."
@@ -194,11 +194,11 @@ def _check_model(config: Config) -> None:
         _check_endpoint(model)
 
 
-def _check_class_map(class_map: Sequence[int | None] | None) -> None:
+def _check_class_map(class_map: Sequence[int | None] | None, classes: int) -> None:
     for channel, value in enumerate(class_map or ()):
         require(
-            value is None or 0 <= value < 150,
-            f"model.class_map[{channel}]={value}: expected 0..149, or null for a channel that is left out.",
+            value is None or 0 <= value < classes,
+            f"model.class_map[{channel}]={value}: expected 0..{classes - 1}, or null for a channel that is left out.",
         )
     require(
         class_map is None or any(v is not None for v in class_map),
@@ -227,10 +227,29 @@ def _check_dataset(config: Config) -> None:
         "model=demo knows only the synthetic demo images. Choose a model for this data set, such as"
         " model=segformer_b0: `python -m ade_harness models` lists them.",
     )
+    if dataset.kind == DatasetKind.folder:
+        _check_own_data(dataset)
+        require(config.probe is None, "probe: trains on ADE20K's training images; dataset=folder has no such split.")
     require(
         dataset.kind != DatasetKind.ade20k or bool(dataset.root),
         "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT)."
         " `python -m ade_harness data download` fetches it.",
+    )
+
+
+_OWN_DATA = {
+    "image_dir": "the folder of images",
+    "label_dir": "the folder of label files",
+    "classes": "a YAML file with the names of the classes (docs/dataset.md)",
+}
+
+
+def _check_own_data(dataset: DatasetConfig) -> None:
+    for key, what in _OWN_DATA.items():
+        require(bool(getattr(dataset, key)), f"dataset.{key} must be set: {what}.")
+    require(
+        dataset.name not in (DatasetKind.ade20k, DatasetKind.demo),
+        f"dataset.name={dataset.name}: is the name of another data set. Give your data a name of its own.",
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -13,14 +14,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from ade_harness.data.decode import (
-    check_annotation_values,
-    check_label_mode,
-    decode_image,
-    decode_labels,
-    read_header,
-)
-from ade_harness.data.labels import target_from_annotation
+from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes
+from ade_harness.data.decode import check_label_mode, decode_image, decode_labels, read_header
+from ade_harness.data.labels import Classes, LabelEncoding
 from ade_harness.data.source import FileSource, open_source
 from ade_harness.errors import HarnessError, did_you_mean
 
@@ -44,7 +40,7 @@ class Sample:
     image: npt.NDArray[np.uint8]
     """[H, W, 3] RGB."""
     target: npt.NDArray[np.uint8]
-    """[H, W], 0..149, 255 where nothing is counted."""
+    """[H, W], 0..C-1, 255 where nothing is counted."""
     content_hash: str
     """Of both files' bytes: the run's record of what was evaluated."""
 
@@ -60,8 +56,12 @@ class SegmentationDataset:
     """How many images the whole split has: fewer pairs make a run partial."""
     split: str = "validation"
     is_demo: bool = False
+    is_official: bool = False
+    """Whether these are the images of ADEChallengeData2016, whose sizes are known."""
     apply_exif: bool = True
     """Turn images as their EXIF orientation says."""
+    classes: Classes = field(default_factory=ade20k_classes)
+    encoding: LabelEncoding = ADE20K_ENCODING
 
     @property
     def ids(self) -> list[str]:
@@ -76,6 +76,11 @@ class SegmentationDataset:
     def ids_hash(self) -> str:
         """Return a sha256 of the ids, one per line."""
         return hashlib.sha256("".join(f"{i}\n" for i in self.ids).encode()).hexdigest()
+
+    def labels_hash(self) -> str:
+        """Return a sha256 of what the values of label files mean."""
+        meaning = [list(self.classes.names), list(self.encoding.target_of)]
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
     def content_hash(self, index: int) -> str:
         """Return a hash of both files' bytes."""
@@ -92,15 +97,14 @@ class SegmentationDataset:
         """Decode one pair and check it.
 
         Raises:
-            HarnessError: a file is damaged, of the wrong kind, has labels over 150, or the sizes differ.
+            HarnessError: a file is damaged, of the wrong kind, holds a label that it may not, or the sizes differ.
         """
         pair = self.pairs[index]
         image_bytes, annotation_bytes, content_hash = self._read(index)
         image = decode_image(image_bytes, pair.image, self.apply_exif)
         annotation = decode_labels(annotation_bytes, pair.annotation)
         check_sizes(image.shape[:2], annotation.shape, pair)
-        check_annotation_values(annotation, pair.annotation)
-        return Sample(pair.image_id, image, target_from_annotation(annotation), content_hash)
+        return Sample(pair.image_id, image, self.encoding.targets(annotation, pair.annotation), content_hash)
 
     def files_hash(self) -> str:
         """Return a sha256 of all names and sizes in bytes: it tells copies apart without reading them."""
@@ -142,7 +146,7 @@ class SegmentationDataset:
 
     def resized_images(self, sizes: Sequence[tuple[int, int]]) -> list[str]:
         """Return the ids whose image has another (height, width) than the official one."""
-        if self.is_demo or self.split != "validation":
+        if not self.is_official or self.split != "validation":
             return []
         official = validation_sizes()
         return [i for i, size in zip(self.ids, sizes, strict=True) if official.get(i, size) != tuple(size)]
@@ -209,6 +213,7 @@ def open_ade20k(
         pairs=select(pairs, limit, ids, root),
         expected_images=official.get(split, len(pairs)),
         split=split,
+        is_official=True,
     )
 
 
@@ -236,18 +241,18 @@ def split_files(names: Iterable[str], split: str) -> tuple[dict[str, str], dict[
         path = PurePosixPath(name)
         parent = path.parts[-3:-1]
         if parent == ("images", split) and path.suffix.lower() in (".jpg", ".jpeg"):
-            _add(images, path.stem, name)
+            add_file(images, path.stem, name)
         elif parent == ("annotations", split) and path.suffix.lower() == ".png":
-            _add(annotations, path.stem, name)
+            add_file(annotations, path.stem, name)
     return images, annotations
 
 
-def _add(found: dict[str, str], image_id: str, name: str) -> None:
+def add_file(
+    found: dict[str, str], image_id: str, name: str, advice: str = "dataset.root must hold one copy of the data set"
+) -> None:
+    """Add a file to those found; raises HarnessError if the id has one already."""
     if image_id in found:
-        raise HarnessError(
-            f"The image id {image_id} occurs twice, as {found[image_id]} and {name}:"
-            " dataset.root must hold one copy of the data set."
-        )
+        raise HarnessError(f"The image id {image_id} occurs twice, as {found[image_id]} and {name}: {advice}.")
     found[image_id] = name
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
 
 _EXIF_ORIENTATION = 0x0112
@@ -90,21 +89,8 @@ def check_label_mode(mode: str, name: str) -> None:
             " this benchmark uses ADEChallengeData2016."
         )
     raise HarnessError(
-        f"{name}: the label file is {what.get(mode, f'of mode {mode}')}, expected one 8-bit channel"
-        f" with the values 0..{NUM_CLASSES}.{hint}"
+        f"{name}: the label file is {what.get(mode, f'of mode {mode}')}, expected one 8-bit channel of labels.{hint}"
     )
-
-
-def check_annotation_values(annotation: npt.NDArray[np.uint8], name: str) -> None:
-    """Refuse annotations with a label over 150."""
-    highest = int(annotation.max(initial=0))
-    if highest > NUM_CLASSES:
-        over = np.unique(annotation[annotation > NUM_CLASSES])
-        raise HarnessError(
-            f"{name}: label {highest} is over {NUM_CLASSES} ({over.size} such values:"
-            f" {', '.join(map(str, over[:5]))}{', ...' if over.size > 5 else ''})."
-            f" Annotations of this benchmark hold 0 (other) and 1..{NUM_CLASSES}."
-        )
 
 
 def read_header(data: bytes, name: str, apply_exif: bool = True) -> tuple[int, int, str]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k, select, validation_sizes
-from ade_harness.data.labels import NUM_CLASSES, classes
+from ade_harness.data.ade20k_labels import NUM_CLASSES, ade20k_info
 from ade_harness.errors import HarnessError
 
 GENERATOR_VERSION = 1
@@ -59,7 +59,7 @@ def make_sample(seed: int, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArr
 def _layout(rng: np.random.Generator, index: int, height: int, width: int) -> npt.NDArray[np.uint8]:
     """Warped Voronoi regions, classes drawn with a softened ADE20K frequency, some regions unlabelled."""
     regions = int(rng.integers(6, 15))
-    ratio = np.sqrt([c.pixel_ratio for c in classes()])
+    ratio = np.sqrt([c.pixel_ratio for c in ade20k_info()])
     labels = rng.choice(NUM_CLASSES, regions, replace=False, p=ratio / ratio.sum()) + 1
     labels[rng.random(regions) < _UNLABELLED_SHARE] = 0
     labels[0] = index % NUM_CLASSES + 1
@@ -113,7 +113,7 @@ def write_dataset(root: Path, images: int, seed: int = VALIDATION_SEED, split: s
             picture = Image.fromarray(image)
             (picture.convert("L") if grey else picture).save(work / "images" / split / f"{stem}.jpg", quality=90)
             Image.fromarray(annotation).save(work / "annotations" / split / f"{stem}.png")
-        names = "".join(f"{c.index + 1}\t{', '.join(c.names)}\n" for c in classes())
+        names = "".join(f"{c.index + 1}\t{', '.join(c.names)}\n" for c in ade20k_info())
         (work / "objectInfo150.txt").write_text("Idx\tName\n" + names)
         work.chmod(0o755)  # mkdtemp's folders are for one user only
         try:

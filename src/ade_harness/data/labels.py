@@ -1,96 +1,145 @@
-"""The 150 classes, and the only place that knows how annotation files encode them.
+"""What the classes of a data set are, and what the values of its label files mean.
 
-Annotation PNGs of ADEChallengeData2016 hold 0 for "other / unlabelled" and 1..150 for the classes.
-Everywhere else in this package a class is 0..149.
+Everywhere in this package a class is 0..C-1, C at most 255. Only a :class:`LabelEncoding` knows how files write that.
 """
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
+from functools import cached_property
+from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
-NUM_CLASSES = 150
+from ade_harness.errors import HarnessError
+
+MAX_CLASSES = 255
+"""Labels are uint8, and one value is needed for pixels that belong to no class."""
 IGNORE_INDEX = 255
 """Target value of pixels without ground truth: they are never counted."""
 NO_CLASS = 255
-"""Label value of a pixel predicted as none of the 150 classes: wrong wherever there is ground truth."""
-
-
-def target_from_annotation(annotation: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Map an annotation file's values to targets: 0 -> 255 (ignored), 1..150 -> 0..149.
-
-    Source: ``reduce_zero_label`` of the public code bases, and CSAILVision/sceneparsing, which drops
-    pixels annotated 0 for prediction and ground truth alike. Values over 150 must have been refused before.
-
-    Args:
-        annotation: uint8 [H, W], values 0..150.
-
-    Returns:
-        uint8 [H, W], values 0..149 and 255.
-    """
-    return annotation - np.uint8(1)  # 0 wraps to 255
+"""Label value of a pixel predicted as none of the classes: wrong wherever there is ground truth."""
 
 
 @dataclass(frozen=True)
-class ClassInfo:
-    """One of the 150 classes."""
+class Classes:
+    """The classes of a data set, in order."""
 
-    index: int
-    """0..149."""
+    dataset: str
+    """How messages call the data set."""
     names: tuple[str, ...]
-    """Synonyms of the official list, the usual name first."""
-    pixel_ratio: float
-    """Share of the labelled pixels (official objectInfo150.txt)."""
-    color: tuple[int, int, int]
-    """RGB of the public 150-colour palette, 0..255."""
+    colors: tuple[tuple[int, int, int], ...]
+    """RGB, 0..255."""
+    synonyms: tuple[tuple[str, ...], ...] = ()
+    """Other names of each class; empty if there are none."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def palette(self) -> npt.NDArray[np.uint8]:
+        """uint8 [256, 3] RGB: the class colours, black elsewhere (ignored, none)."""
+        table = np.zeros((256, 3), np.uint8)
+        table[: len(self)] = self.colors
+        return table
+
+    @cached_property
+    def index_of(self) -> dict[str, int]:
+        """The class of each name and synonym, in lower case; the first class of a name that several have."""
+        names = self.synonyms or tuple((name,) for name in self.names)
+        return {name.lower(): index for index in reversed(range(len(names))) for name in names[index]}
 
     @property
-    def name(self) -> str:
-        """The usual name."""
-        return self.names[0]
+    def span(self) -> str:
+        """The classes as messages write them, such as ``0..149``."""
+        return f"0..{len(self) - 1}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a run keeps of them, so that its pages need no data set."""
+        return {"names": list(self.names), "colors": [list(color) for color in self.colors]}
 
 
-@cache
-def classes() -> tuple[ClassInfo, ...]:
-    """Return the 150 classes in order (names and ratios: the official objectInfo150.txt)."""
-    with files("ade_harness.data").joinpath("ade20k_classes.csv").open(encoding="utf-8") as file:
-        return tuple(
-            ClassInfo(
-                index=int(row["class_index"]),
-                names=tuple(part.strip() for part in row["names"].split(",")),
-                pixel_ratio=float(row["pixel_ratio"]),
-                color=(int(row["red"]), int(row["green"]), int(row["blue"])),
-            )
-            for row in csv.DictReader(file)
-        )
+def classes_from(dataset: str, stored: Mapping[str, Any]) -> Classes:
+    """Return what :meth:`Classes.as_dict` wrote."""
+    return Classes(dataset, tuple(map(str, stored["names"])), tuple((r, g, b) for r, g, b in stored["colors"]))
 
 
-def class_names() -> list[str]:
-    """Return the 150 usual names in class order."""
-    return [c.name for c in classes()]
+def default_colors(number: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the PASCAL VOC colours 1..`number`: bits of the class's number, spread over the channels.
+
+    Source: ``labelcolormap`` of the VOC devkit.
+    """
+    colors = []
+    for value in range(1, number + 1):
+        rgb = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                rgb[channel] |= (value >> (3 * bit + channel) & 1) << (7 - bit)
+        colors.append((rgb[0], rgb[1], rgb[2]))
+    return tuple(colors)
 
 
-def palette() -> npt.NDArray[np.uint8]:
-    """Return uint8 [256, 3] RGB: the 150 class colours, black elsewhere (ignored, none)."""
-    table = np.zeros((256, 3), np.uint8)
-    table[:NUM_CLASSES] = [c.color for c in classes()]
-    return table
+@dataclass(frozen=True)
+class LabelEncoding:
+    """What the values of label files mean."""
+
+    target_of: tuple[int | None, ...]
+    """For each of the values 0..255: its class, `IGNORE_INDEX`, or None if no file may hold it."""
+    refusal: str
+    """What a message says of a value that no file may hold: what was expected, and what to do."""
+
+    @cached_property
+    def _table(self) -> npt.NDArray[np.uint8]:
+        return np.array([IGNORE_INDEX if t is None else t for t in self.target_of], np.uint8)
+
+    @cached_property
+    def _allowed(self) -> npt.NDArray[np.bool_]:
+        return np.array([t is not None for t in self.target_of])
+
+    @cached_property
+    def _allowed_below(self) -> int:
+        """Every value below this is allowed."""
+        return next((value for value, target in enumerate(self.target_of) if target is None), 256)
+
+    def targets(self, stored: npt.NDArray[np.uint8], name: str) -> npt.NDArray[np.uint8]:
+        """Return the targets of a label file, uint8 [H, W]: classes, and `IGNORE_INDEX`.
+
+        Args:
+            stored: uint8 [H, W], the file's own values.
+            name: how messages call the file.
+
+        Raises:
+            HarnessError: a value that no file may hold.
+        """
+        if int(stored.max(initial=0)) >= self._allowed_below:
+            wrong = np.unique(stored[~self._allowed[stored]])
+            if wrong.size:
+                more = f"{', '.join(map(str, wrong[1:6]))}{', ...' if wrong.size > 6 else ''}"
+                others = f" (and {wrong.size - 1} more: {more})"
+                raise HarnessError(
+                    f"{name}: holds the label {wrong[0]}{others if wrong.size > 1 else ''}. {self.refusal}"
+                )
+        targets: npt.NDArray[np.uint8] = cv2.LUT(stored, self._table)
+        return targets
+
+
+def encode_targets(classes: Sequence[int | None], refusal: str) -> LabelEncoding:
+    """Return the encoding in which value n means ``classes[n]``; values beyond are refused."""
+    return LabelEncoding((*classes, *[None] * (256 - len(classes))), refusal)
 
 
 _DATASET_OF = {
     19: "Cityscapes", 20: "PASCAL VOC", 21: "PASCAL VOC", 59: "PASCAL Context", 60: "PASCAL Context", 80: "COCO",
-    100: "ADE20K instances", 133: "COCO panoptic", 171: "COCO-Stuff", 172: "COCO-Stuff", 847: "ADE20K-full",
-    1000: "ImageNet", 3000: "ADE20K-full",
+    100: "ADE20K instances", 133: "COCO panoptic", 150: "ADE20K", 171: "COCO-Stuff", 172: "COCO-Stuff",
+    847: "ADE20K-full", 1000: "ImageNet", 3000: "ADE20K-full",
 }  # fmt: skip
 
 
 def usual_dataset(classes: int) -> str | None:
-    """Return the data set that usually has so many classes, other than ADE20K's 150; None if there is none."""
+    """Return the data set that usually has so many classes; None if there is none."""
     return _DATASET_OF.get(classes)
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from ade_harness.config.schema import DatasetConfig
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.demo import open_demo
+from ade_harness.data.folder import open_folders, read_classes
+from ade_harness.data.labels import Classes
 from ade_harness.files.fetch import cache_dir
 
 
@@ -19,10 +22,19 @@ def open_dataset(cfg: DatasetConfig, apply_exif: bool = True) -> SegmentationDat
         apply_exif: turn images as their EXIF orientation says.
 
     Raises:
-        HarnessError: see :mod:`ade_harness.data.ade20k`.
+        HarnessError: see :mod:`ade_harness.data.ade20k` and :mod:`ade_harness.data.folder`.
     """
     ids = list(cfg.ids) if cfg.ids is not None else None
+    if cfg.kind == "folder":
+        return open_folders(cfg, apply_exif)
     if cfg.kind == "demo":
         return open_demo(cache_dir(), cfg.images, cfg.limit, ids, cfg.split)
     dataset = open_ade20k(Path(cfg.root or "").expanduser(), cfg.split, cfg.limit, ids)
     return replace(dataset, apply_exif=apply_exif)
+
+
+def open_classes(cfg: DatasetConfig) -> Classes:
+    """Return the classes of a ``dataset`` node, without looking for its images; raises HarnessError as above."""
+    if cfg.kind == "folder":
+        return read_classes(Path(cfg.classes or "").expanduser(), cfg.name)[0]
+    return ade20k_classes()

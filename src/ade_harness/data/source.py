@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -30,16 +31,24 @@ class FileSource(Protocol):
         """Return the size in bytes of every file."""
 
 
-def open_source(path: Path) -> FileSource:
-    """Open a folder or a zip file; raises HarnessError if `path` is neither."""
+_HELP = "`python -m ade_harness data download` fetches the data set, and dataset.root=PATH says where it is."
+
+
+def open_source(path: Path, keys: str | None = None) -> FileSource:
+    """Open a folder or a zip file.
+
+    Args:
+        path: of either.
+        keys: where paths of the user's own data are given; None if it is ADE20K.
+
+    Raises:
+        HarnessError: `path` is neither.
+    """
     if path.is_dir():
         return FolderSource(path)
     if path.is_file():
         return ZipSource(path)
-    raise HarnessError(
-        f"{path}: no such folder or zip. `python -m ade_harness data download` fetches the data set,"
-        " and dataset.root=PATH says where it is."
-    )
+    raise HarnessError(f"{path}: no such folder or zip. {f'{keys} say where the files are.' if keys else _HELP}")
 
 
 class FolderSource:
@@ -115,6 +124,29 @@ class ZipSource:
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every member."""
         return {member.filename: member.file_size for member in self._open().infolist()}
+
+
+class MountedSource:
+    """Several sources, each below its own path: names are paths as the user wrote them."""
+
+    def __init__(self, mounts: Mapping[str, FileSource]) -> None:
+        self._mounts = dict(mounts)
+        self.location = next(iter(self._mounts.values())).location
+
+    def names(self) -> list[str]:
+        """Return all file names, sorted."""
+        return sorted(f"{prefix}/{name}" for prefix, source in self._mounts.items() for name in source.names())
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Return a file's content, or its first `limit` bytes."""
+        prefix = max((p for p in self._mounts if name.startswith(f"{p}/")), key=len)
+        return self._mounts[prefix].read(name[len(prefix) + 1 :], limit)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every file."""
+        return {
+            f"{prefix}/{name}": size for prefix, source in self._mounts.items() for name, size in source.sizes().items()
+        }
 
 
 def _is_hidden(name: str) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ade_harness.data.ade20k import Pair, SegmentationDataset, recognise, split_files, validation_sizes
-from ade_harness.data.labels import IGNORE_INDEX, NUM_CLASSES
+from ade_harness.data.ade20k_labels import NUM_CLASSES
+from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.source import open_source
 from ade_harness.errors import HarnessError
 

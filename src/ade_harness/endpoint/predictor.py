@@ -15,7 +15,7 @@ from ade_harness import kernels
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_labels, read_header
-from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.data.labels import Classes
 from ade_harness.endpoint.client import Endpoint, read_token
 from ade_harness.endpoint.http import Reply
 from ade_harness.errors import HarnessError, require
@@ -43,6 +43,7 @@ class EndpointPredictor:
 
     Args:
         model: ``model`` node of the configuration.
+        classes: of the data set.
         endpoint: to be asked.
         info: what the server says of itself.
         kernels_choice: ``runtime.kernels``.
@@ -51,8 +52,11 @@ class EndpointPredictor:
         HarnessError: ``model.class_map`` does not fit.
     """
 
-    def __init__(self, model: ModelConfig, endpoint: Endpoint, info: dict[str, str], kernels_choice: str) -> None:
+    def __init__(
+        self, model: ModelConfig, classes: Classes, endpoint: Endpoint, info: dict[str, str], kernels_choice: str
+    ) -> None:
         self.endpoint = endpoint
+        self.classes = len(classes)
         self.info = info
         self.send: str = model.http.send
         self.quality: int = model.http.jpeg_quality
@@ -60,12 +64,12 @@ class EndpointPredictor:
         self.encoding: str = model.encoding
         self.concurrency: int = model.http.concurrency
         self._class_map: ClassMap | None = None
-        self._channels = NUM_CLASSES
+        self._channels = len(classes)
         if self.returns == "scores":
             given = None if model.class_map is None else list(model.class_map)
             names = None if model.class_names is None else list(model.class_names)
-            self._channels = NUM_CLASSES if given is None else len(given)
-            self._class_map = resolve_class_map(self._channels, given, names)
+            self._channels = len(classes) if given is None else len(given)
+            self._class_map = resolve_class_map(self._channels, given, names, classes)
             # loaders have no device; compiled before they are forked
             self._kernels = kernels.select("auto" if kernels_choice == "triton" else kernels_choice, "cpu")
 
@@ -138,7 +142,7 @@ class EndpointPredictor:
                 f"{name}: the label map is {width}x{height} (width x height), the image is {size[1]}x{size[0]}:"
                 " label maps must have the size of the image that was sent."
             )
-        return torch.from_numpy(classes_of_stored(decode_labels(reply.body, name), encoding, name))
+        return torch.from_numpy(classes_of_stored(decode_labels(reply.body, name), encoding, name, self.classes))
 
     def _labels_of_scores(self, reply: Reply, size: Size, name: str) -> torch.Tensor:
         assert self._class_map is not None
@@ -191,18 +195,19 @@ class EndpointPredictor:
         return f"{self.endpoint.shown('predict')}{f' ({said})' if said else ''}"
 
 
-def open_endpoint(cfg: Config) -> EndpointPredictor:
+def open_endpoint(cfg: Config, classes: Classes) -> EndpointPredictor:
     """Read the token, ask the endpoint whether it is there, and return its predictor.
 
     Args:
         cfg: the whole configuration.
+        classes: of the data set.
 
     Raises:
         HarnessError: no token where one is named, or the endpoint does not answer, or refuses.
     """
     model, http = cfg.model, cfg.model.http
     endpoint = Endpoint(model.url or "", http.timeout_s, http.retries, read_token(http.token_env))
-    return EndpointPredictor(model, endpoint, endpoint.info(), cfg.runtime.kernels)
+    return EndpointPredictor(model, classes, endpoint, endpoint.info(), cfg.runtime.kernels)
 
 
 def encode(image: npt.NDArray[np.uint8], kind: str, quality: int = 95) -> bytes:

@@ -18,7 +18,7 @@ from ade_harness import __version__
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_image, read_header
-from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.data.opening import open_classes
 from ade_harness.endpoint.predictor import LABELS_TYPE, SCORES_TYPE, encode
 from ade_harness.endpoint.server import RefusedError, Server
 from ade_harness.errors import HarnessError, require
@@ -26,7 +26,6 @@ from ade_harness.inference.opening import open_network
 from ade_harness.inference.predictor import NetworkPredictor, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import reference
-from ade_harness.models.class_map import ClassMap
 from ade_harness.runtime.ranks import make_trainer
 
 _MAX_PIXELS = 64_000_000
@@ -89,27 +88,22 @@ class ModelService:
         return labels
 
     def _scores(self, prepared: Prepared) -> np.ndarray:
-        """Return float32 [150, h, w] from which one bilinear interpolation and argmax make the protocol's labels."""
+        """Return float32 [C, h, w] from which one bilinear interpolation and argmax make the protocol's labels."""
         if self.predictor.cfg.output.labels == "input":
             raise RefusedError(406, "this protocol resizes labels, so it has no scores of the image: ask for labels")
         views, class_map, nan_share = self.predictor.views(prepared, self.device)
-        if not _are_the_classes(class_map):
-            raise RefusedError(406, "this model's channels are not the 150 classes in order: ask for labels")
+        if not class_map.is_identity:
+            raise RefusedError(406, "this model's channels are not the classes in order: ask for labels")
         _refuse_nan(nan_share)
         size, view = prepared.original_size, views[0]
         one_step = view.is_whole and view.canvas == size and not view.flipped and not view.legacy
         if len(views) == 1 and one_step:
             return view.scores[0].float().cpu().numpy()
-        total = torch.zeros((NUM_CLASSES, *size), device=self.device)
+        total = torch.zeros((len(self.predictor.classes), *size), device=self.device)
         probabilities = len(views) > 1 and self.predictor.cfg.tta.average == "probabilities"
         for view in views:
             reference.accumulate(total, view, probabilities)
         return total.div_(len(views)).cpu().numpy()
-
-
-def _are_the_classes(class_map: ClassMap) -> bool:
-    order = torch.arange(NUM_CLASSES, dtype=torch.uint8)
-    return class_map.kept is None and torch.equal(class_map.class_of.cpu(), order)
 
 
 def _refuse_nan(share: torch.Tensor | None) -> None:
@@ -128,7 +122,7 @@ def open_service(cfg: Config) -> ModelService:
     cfg.runtime.devices = cfg.runtime.num_nodes = 1
     device = make_trainer(cfg.runtime).strategy.root_device
     cfg.metrics.calibration = False
-    predictor = open_network(cfg)
+    predictor = open_network(cfg, open_classes(cfg.dataset))
     predictor.network.to(device)
     thread = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (cfg.runtime.threads,))
     return ModelService(cfg.model.name, predictor, device, cfg.inference.exif, thread)

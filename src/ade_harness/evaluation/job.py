@@ -16,6 +16,8 @@ from ade_harness.config.overrides import words_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.labels import Classes
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.inference.opening import open_predictor
@@ -89,7 +91,7 @@ def build_job(cfg: Config, coordinator: Coordinator) -> Job:
         more = f" {len(wrong) - 1} more images fail." if len(wrong) > 1 else ""
         raise HarnessError(next(iter(wrong.values())) + more)
     ids_hash, dataset = dataset.ids_hash(), dataset.without(wrong)
-    predictor = agreed(coordinator, "model", lambda: _checked_predictor(cfg, sizes))
+    predictor = agreed(coordinator, "model", lambda: _checked_predictor(cfg, dataset.classes, sizes))
     loaders = predictor.loaders(cfg.runtime.workers, coordinator.rank, coordinator.world_size)
     facts = predictor.facts()
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first)
@@ -132,9 +134,9 @@ def _compare_ranks(
     return [] if len(devices) == 1 else [f"the ranks have different devices ({', '.join(devices)}): bits may differ"]
 
 
-def _checked_predictor(cfg: Config, sizes: Mapping[str, tuple[int, int]]) -> Predictor:
+def _checked_predictor(cfg: Config, classes: Classes, sizes: Mapping[str, tuple[int, int]]) -> Predictor:
     """Load the model, and check that it can take what the protocol makes of every image."""
-    predictor = open_predictor(cfg)
+    predictor = open_predictor(cfg, classes)
     predictor.check(sizes)
     return predictor
 
@@ -153,7 +155,7 @@ def describe_marks(
     resized = dataset.resized_images(sizes) if sizes else []
     if resized:
         marks.append(f"NOT THE OFFICIAL IMAGES: {len(resized)} of {len(sizes)} have another size, such as {resized[0]}")
-    if not dataset.is_demo and cfg.dataset.split != "validation":
+    if dataset.is_official and cfg.dataset.split != "validation":
         marks.append(f"NOT VALIDATION: the {cfg.dataset.split} images")
     return marks
 
@@ -172,6 +174,7 @@ def describe_facts(
     Raises:
         HarnessError: ``runtime.kernels`` cannot be used on this device.
     """
+    ade20k = dataset.classes is ade20k_classes()
     implementation: Any = kernels.select(cfg.runtime.kernels, device)
     return {
         "device": device,
@@ -184,5 +187,7 @@ def describe_facts(
             "images": len(dataset.pairs),
             "expected_images": dataset.expected_images,
             "ids_hash": ids_hash,
+            # ADE20K's are packaged; of other data the run is read without its files
+            **({} if ade20k else {"classes": dataset.classes.as_dict(), "labels_hash": dataset.labels_hash()}),
         },
     }

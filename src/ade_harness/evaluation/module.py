@@ -18,7 +18,7 @@ from torch import Tensor
 from ade_harness import kernels
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
-from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job
@@ -62,6 +62,7 @@ class EvaluationModule(pl.LightningModule):
 
     Args:
         predictor: images to labels.
+        classes: of the data set.
         writer: of this rank's ledger files.
         coordinator: of the ranks.
         run_dir: of the run.
@@ -73,7 +74,7 @@ class EvaluationModule(pl.LightningModule):
     """
 
     def __init__(
-        self, predictor: Predictor, writer: LedgerWriter, coordinator: Coordinator, run_dir: Path,
+        self, predictor: Predictor, classes: Classes, writer: LedgerWriter, coordinator: Coordinator, run_dir: Path,
         label_maps: LabelMaps, marks: Sequence[str] = (), kernels_choice: str = "auto", skip_failures: bool = False,
         counted: AbstractSet[str] = frozenset(),
     ) -> None:  # fmt: skip
@@ -82,7 +83,8 @@ class EvaluationModule(pl.LightningModule):
         self.predictor, self.writer, self.coordinator, self.run_dir = predictor, writer, coordinator, run_dir
         self.label_maps, self.marks, self.kernels_choice = label_maps, marks, kernels_choice
         self.skip_failures, self.counted = skip_failures, counted
-        self.matrix = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64)
+        self.classes = classes
+        self.matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
         """Sum of this rank's images."""
         self.failures: list[Failure] = []
         self.stages: dict[str, float] = {}
@@ -159,7 +161,7 @@ class EvaluationModule(pl.LightningModule):
         with watch("counts"):
             for image, prediction in zip(images, predictions, strict=True):
                 target = image.target.to(device, non_blocking=True)
-                counts.append(chosen.count(prediction.labels, target))
+                counts.append(chosen.count(prediction.labels, target, len(self.classes)))
                 sure = prediction.confidence
                 calibrations.append(None if sure is None else count_confidence(sure, prediction.labels, target))
         with watch("copy"):
@@ -198,7 +200,9 @@ class EvaluationModule(pl.LightningModule):
         valid = int(pixels.sum())
         if image.overlay_image is not None:
             path = self.run_dir / "overlays" / f"{image.image_id}.png"
-            save_overlay(path, image.overlay_image.numpy(), image.target.numpy(), labels.numpy(), self.marks)
+            save_overlay(
+                path, image.overlay_image.numpy(), image.target.numpy(), labels.numpy(), self.classes, self.marks
+            )
         self.label_maps.add(
             image.image_id, labels.numpy(), lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
         )
@@ -293,6 +297,6 @@ def make_module(
 ) -> EvaluationModule:
     """Return the module of a rank: with its ledger's writer, and what it keeps of label maps."""
     return EvaluationModule(
-        job.predictor, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir,
+        job.predictor, job.dataset.classes, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir,
         LabelMaps(run_dir, cfg.run.label_maps), marks, cfg.runtime.kernels, cfg.run.on_error == "skip", done,
     )  # fmt: skip

@@ -104,7 +104,7 @@ def _evaluate(
 
     seconds, stopped = time.monotonic() - begin, coordinator.stopped
     failures: list[Failure] = sum(gather(module.failures), [])
-    total = all_reduce_sum(module.matrix, ranks.trainer.strategy.root_device) + matrix_of(before)
+    total = all_reduce_sum(module.matrix, ranks.trainer.strategy.root_device) + matrix_of(before, len(module.matrix))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     ranks.part()
     if record is None or live is None:

@@ -13,7 +13,7 @@ import torch
 
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_labels
-from ade_harness.data.labels import NO_CLASS, NUM_CLASSES
+from ade_harness.data.labels import NO_CLASS, Classes
 from ade_harness.errors import HarnessError
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
@@ -21,13 +21,14 @@ from ade_harness.kernels.views import Size
 from ade_harness.runtime.queue import Loaders
 
 
-def classes_of_stored(stored: npt.NDArray[np.uint8], encoding: str, name: str) -> npt.NDArray[np.uint8]:
-    """Return the classes of a stored label map, uint8 [H, W]: 0..149, 255 for none.
+def classes_of_stored(stored: npt.NDArray[np.uint8], encoding: str, name: str, classes: int) -> npt.NDArray[np.uint8]:
+    """Return the classes of a stored label map, uint8 [H, W]: 0..C-1, 255 for none.
 
     Args:
         stored: uint8 [H, W], the file's own values.
-        encoding: "official" (0 none of the classes, 1..150) or "zero_based" (0..149, 255 none).
+        encoding: "official" (0 none of the classes, 1..C) or "zero_based" (0..C-1, 255 none).
         name: how messages call the file.
+        classes: their number C.
 
     Raises:
         HarnessError: a value that the encoding does not have.
@@ -35,14 +36,19 @@ def classes_of_stored(stored: npt.NDArray[np.uint8], encoding: str, name: str) -
     table = np.full(256, NO_CLASS, np.uint8)
     allowed = np.zeros(256, bool)
     if encoding == "official":
-        table[1 : NUM_CLASSES + 1] = np.arange(NUM_CLASSES)
-        allowed[: NUM_CLASSES + 1] = True
-        expected = "0 (none) and 1..150 (model.encoding=official); 0..149 with 255 is model.encoding=zero_based"
+        table[1 : classes + 1] = np.arange(classes)
+        allowed[: classes + 1] = True
+        expected = (
+            f"0 (none) and 1..{classes} (model.encoding=official); 0..{classes - 1} with 255 is"
+            " model.encoding=zero_based"
+        )
     else:
-        table[:NUM_CLASSES] = np.arange(NUM_CLASSES)
-        allowed[:NUM_CLASSES] = True
+        table[:classes] = np.arange(classes)
+        allowed[:classes] = True
         allowed[NO_CLASS] = True
-        expected = "0..149 and 255 (none) (model.encoding=zero_based); 0..150 is model.encoding=official"
+        expected = (
+            f"0..{classes - 1} and 255 (none) (model.encoding=zero_based); 0..{classes} is model.encoding=official"
+        )
     wrong = np.unique(stored[~allowed[stored]])
     if wrong.size:
         raise HarnessError(f"{name}: holds the value {wrong[0]}; expected {expected}.")
@@ -55,17 +61,19 @@ class FolderPredictor:
 
     Args:
         folder: where they are.
-        encoding: "official" (0 none of the classes, 1..150) or "zero_based" (0..149, 255 none).
+        encoding: "official" (0 none of the classes, 1..C) or "zero_based" (0..C-1, 255 none).
+        classes: their number C.
 
     Raises:
         HarnessError: no such folder.
     """
 
-    def __init__(self, folder: Path, encoding: str) -> None:
+    def __init__(self, folder: Path, encoding: str, classes: int) -> None:
         if not folder.is_dir():
             raise HarnessError(f"model.path={folder}: no such folder.")
         self.folder = folder
         self.encoding = encoding
+        self.classes = classes
 
     network = None
 
@@ -98,7 +106,7 @@ class FolderPredictor:
                 f"{path}: {stored.shape[1]}x{stored.shape[0]} (width x height), the image is"
                 f" {image.shape[1]}x{image.shape[0]}: label files must have the original image's size."
             )
-        labels = torch.from_numpy(classes_of_stored(stored, self.encoding, str(path)))
+        labels = torch.from_numpy(classes_of_stored(stored, self.encoding, str(path), self.classes))
         return Prepared(image_id, (labels,), (image.shape[0], image.shape[1]))
 
     def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
@@ -129,6 +137,6 @@ class FolderPredictor:
         return []
 
 
-def open_folder(cfg: Config) -> FolderPredictor:
+def open_folder(cfg: Config, classes: Classes) -> FolderPredictor:
     """Open ``model.path``; raises as :class:`FolderPredictor`."""
-    return FolderPredictor(Path(cfg.model.path or "").expanduser(), cfg.model.encoding)
+    return FolderPredictor(Path(cfg.model.path or "").expanduser(), cfg.model.encoding, len(classes))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ade_harness import kernels
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.inference.forward import BatchedForward
 from ade_harness.inference.masks import mask_view
@@ -46,7 +48,7 @@ class Prediction:
     """What a network makes of an image."""
 
     labels: Tensor
-    """uint8 [H, W], 0..149 or 255 for none of the classes; on the device, which may still be working on it."""
+    """uint8 [H, W], 0..C-1 or 255 for none of the classes; on the device, which may still be working on it."""
     nan_share: Tensor | None = None
     """Share of NaN among the scores; over 0 the labels are worth nothing."""
     confidence: Tensor | None = None
@@ -116,6 +118,7 @@ class NetworkPredictor:
         model_cfg: ``model`` node.
         kernels_choice: ``runtime.kernels``.
         confident: also say how sure the network is of each pixel; that needs all scores at the original size.
+        classes: that are predicted; None are ADE20K's.
     """
 
     def __init__(
@@ -125,9 +128,11 @@ class NetworkPredictor:
         model_cfg: ModelConfig,
         kernels_choice: str = "auto",
         confident: bool = False,
+        classes: Classes | None = None,
     ) -> None:
         self.model = model
         self.confident = confident
+        self.classes = classes or ade20k_classes()
         self.cfg = _fitted(inference, model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         pixels = model_cfg.input
@@ -138,7 +143,7 @@ class NetworkPredictor:
         self._kernels: Kernels | None = None
         self._class_map: ClassMap | None = None
         if model.channels is not None:
-            self._class_map = resolve_class_map(model.channels, self.class_map_cfg, model.class_names)
+            self._class_map = resolve_class_map(model.channels, self.class_map_cfg, model.class_names, self.classes)
 
     @property
     def network(self) -> nn.Module:
@@ -322,7 +327,7 @@ class NetworkPredictor:
         first = outputs[0]
         channels = first.classes.shape[-1] - 1 if isinstance(first, MaskLogits) else first.shape[1]
         if self._class_map is None:
-            self._class_map = resolve_class_map(channels, self.class_map_cfg, self.model.class_names)
+            self._class_map = resolve_class_map(channels, self.class_map_cfg, self.model.class_names, self.classes)
         if self.model.channels not in (None, channels):
             raise HarnessError(
                 f"{image_id}: the model outputs {channels} channels, {self.model.channels} were expected."

@@ -31,8 +31,8 @@ class Kernels(Protocol):
     def merge(self, views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
         """Average views and take the best channel: [H, W]."""
 
-    def count(self, labels: Tensor, target: Tensor) -> Tensor:
-        """Count pixels: int64 [150, 151]."""
+    def count(self, labels: Tensor, target: Tensor, classes: int) -> Tensor:
+        """Count pixels: int64 [C, C + 1]."""
 
 
 def select(choice: str, device_type: str) -> Kernels:
@@ -65,19 +65,20 @@ def select(choice: str, device_type: str) -> Kernels:
 
 
 def label_counts(
-    kernels: Kernels, scores: Tensor, target: Tensor, views: Sequence[View] | None = None
+    kernels: Kernels, scores: Tensor, target: Tensor, classes: int, views: Sequence[View] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Upsample, argmax and count without a tensor of [C, H, W].
 
     Args:
         kernels: an implementation.
         scores: float [C, h, w].
-        target: uint8 [H, W], 0..149, 255 where nothing is counted.
+        target: uint8 [H, W], 0..C-1, 255 where nothing is counted.
+        classes: their number C.
         views: instead of `scores`, when they are merged.
 
     Returns:
-        Labels [H, W] and counts int64 [150, 151].
+        Labels [H, W] and counts int64 [C, C + 1].
     """
     size = (target.shape[0], target.shape[1])
     labels = kernels.label_map(scores, size) if views is None else kernels.merge(views, size, False)
-    return labels, kernels.count(labels, target)
+    return labels, kernels.count(labels, target, classes)

@@ -1,4 +1,4 @@
-"""The loops that numba compiles for the CPU: passes over the scores, without a tensor of [150, H, W].
+"""The loops that numba compiles for the CPU: passes over the scores, without a tensor of [C, H, W].
 
 `label_rows` prunes exactly. Bilinear interpolation is a convex combination, so inside a cell of the scores' grid
 only a class whose largest corner reaches the largest of all classes' smallest corners can win. Where that leaves
@@ -466,7 +466,7 @@ def best_rows(total: Any, divisor: Any, out: Any) -> None:
 
 @_jit
 def count_pixels(labels: Bytes, target: Bytes, counts: Any) -> None:
-    """Add pixels to int64 [150, 151]; see :func:`ade_harness.kernels.reference.count`."""
+    """Add pixels to int64 [C, C + 1]; see :func:`ade_harness.kernels.reference.count`."""
     classes, columns = counts.shape
     flat, truth, table = labels.reshape(-1), target.reshape(-1), counts.reshape(-1)
     for i in range(flat.size):

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.kernels import loops, reference
 from ade_harness.kernels.bilinear import axis, part
 from ade_harness.kernels.views import PixelStatistics, Size, View, whole
@@ -126,9 +125,9 @@ def _view_rows(
     )
 
 
-def count(labels: Tensor, target: Tensor) -> Tensor:
+def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     """See :func:`ade_harness.kernels.reference.count`."""
-    counts = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64)
+    counts = np.zeros((classes, classes + 1), np.int64)
     loops.count_pixels(labels.contiguous().numpy(), target.contiguous().numpy(), counts)
     return torch.from_numpy(counts)
 

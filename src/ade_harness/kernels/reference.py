@@ -1,4 +1,4 @@
-"""Plain torch, on any device: exact by construction, and without a tensor of [150, H, W] unless softmax needs it."""
+"""Plain torch, on any device: exact by construction, and without a tensor of [C, H, W] unless softmax needs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.kernels.bilinear import axis
 from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
@@ -17,7 +16,6 @@ _CHANNELS_AT_ONCE = 4
 _SMALL_OUTPUT = 128
 _OTHER_CHANNELS = (1, 3)
 _ORDINARY = 1e37
-_COLUMNS = NUM_CLASSES + 1
 
 
 def normalise(pixels: Tensor, statistics: PixelStatistics) -> Tensor:
@@ -178,23 +176,25 @@ def uses_other_kernel(view: View, size: Size) -> bool:
     return any(old != tuple(new) and (few or sum(new) <= _SMALL_OUTPUT or 1 in (*old, *new)) for old, new in steps)
 
 
-def count(labels: Tensor, target: Tensor) -> Tensor:
+def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     """Count pixels by ground truth and prediction.
 
     The ignored pixels get rows of their own that are cut off afterwards: no boolean gather. The sum is of integers,
     so it is exact and does not depend on the order.
 
     Args:
-        labels: uint8 [H, W], 0..149, anything above is "none of the classes".
-        target: uint8 [H, W], 0..149, 255 where nothing is counted.
+        labels: uint8 [H, W], 0..C-1, anything above is "none of the classes".
+        target: uint8 [H, W], 0..C-1, 255 where nothing is counted.
+        classes: their number C, at most 255.
 
     Returns:
-        int64 [150, 151] ``confusion_matrix[ground_truth, prediction]``; the last column is "none".
+        int64 [C, C + 1] ``confusion_matrix[ground_truth, prediction]``; the last column is "none".
     """
-    keys = target.to(torch.int32).mul_(_COLUMNS).add_(labels.clamp(max=NUM_CLASSES)).view(-1)
+    columns = classes + 1
+    keys = target.to(torch.int32).mul_(columns).add_(labels.clamp(max=classes)).view(-1)
     if keys.device.type == "cuda":  # torch.bincount would wait for the largest value
-        counts = torch.zeros(256 * _COLUMNS, dtype=torch.int64, device=keys.device)
+        counts = torch.zeros(256 * columns, dtype=torch.int64, device=keys.device)
         counts.scatter_add_(0, keys.long(), torch.ones_like(keys, dtype=torch.int64))
     else:
-        counts = torch.bincount(keys, minlength=256 * _COLUMNS)
-    return counts[: NUM_CLASSES * _COLUMNS].view(NUM_CLASSES, _COLUMNS)
+        counts = torch.bincount(keys, minlength=256 * columns)
+    return counts[: classes * columns].view(classes, columns)

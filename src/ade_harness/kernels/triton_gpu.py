@@ -1,4 +1,4 @@
-"""The kernels on CUDA, by Triton: labels straight from the low-resolution scores, nothing of [150, H, W].
+"""The kernels on CUDA, by Triton: labels straight from the low-resolution scores, nothing of [C, H, W].
 
 Each program holds a tile of output pixels in registers and runs over the channels with a running maximum; the few
 source values of a tile stay in the L1 cache. Nothing waits for the host. torch's CUDA code may contract

@@ -69,7 +69,7 @@ def why_not_ranked(run: FinishedRun) -> str | None:
     """Return why a run has no place beside published scores; None if it has."""
     if run.marks:
         return run.marks[0]
-    if run.manifest["dataset"]["name"] != "ade20k" or not run.complete:
+    if run.config["dataset"]["kind"] != "ade20k" or run.manifest["dataset"]["name"] != "ade20k" or not run.complete:
         return "not all images of ADE20K validation"
     if run.manifest["model"].get("weights") == "random":
         return "random weights"

@@ -1,7 +1,7 @@
 """Intervals by bootstrap over images: what the score would have been on other images of the same kind.
 
 Images are drawn with replacement, their class areas are added up, and every score is computed anew from the sums. The
-sums are one matrix product, [resamples, images] counts times [images, 450] areas, exact in float64, so a resample's
+sums are one matrix product, [resamples, images] counts times [images, 3 C] areas, exact in float64, so a resample's
 scores equal those of the naive loop in every bit. Percentile and BCa intervals: Efron and Tibshirani, An Introduction
 to the Bootstrap, 1993, chapters 13 and 14.
 
@@ -108,7 +108,7 @@ class Bootstrap:
     scores: dict[str, Resampled]
     """One column each."""
     class_iou: Resampled
-    """150 columns."""
+    """A column for each class."""
 
     def intervals(self, level: float = LEVEL, kind: str = "centred") -> dict[str, Interval | None]:
         """Return the interval of each score: centred, percentile or bca."""

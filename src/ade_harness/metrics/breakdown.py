@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.metrics.areas import ImageAreas, split_areas
 from ade_harness.metrics.confusion import Matrix, area_scores
 
@@ -18,7 +17,7 @@ class ConfusedPair:
 
     truth: int
     prediction: int
-    """0..149, 150 = none of the classes."""
+    """0..C-1, and C = none of the classes."""
     pixels: int
     share_of_truth: float
     share_of_errors: float
@@ -37,7 +36,7 @@ class ImageGroup:
 def confused_pairs(matrix: Matrix, most: int = 20) -> list[ConfusedPair]:
     """Return the pairs that cost most pixels, the largest first."""
     wrong = matrix.copy()
-    wrong[np.arange(NUM_CLASSES), np.arange(NUM_CLASSES)] = 0
+    np.fill_diagonal(wrong, 0)
     truth, errors = matrix.sum(1), int(wrong.sum())
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = [(int(t), int(p)) for t, p in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[t, p] > 0]

@@ -3,7 +3,7 @@
 Both runs are resampled with the same images, so what makes an image hard for both cancels out. The p-values are of a
 permutation test: if the runs were equally good, which of the two made which prediction of an image would not matter, so
 they are exchanged at random, image by image (Fisher's exchange test; Edgington, Randomization Tests, 1995).
-Classes are 150 tests at once: their p-values are corrected after Holm (1979), which bounds the chance of any false
+Classes are C tests at once: their p-values are corrected after Holm (1979), which bounds the chance of any false
 claim. The paired bootstrap's own p-value stands beside the permutation's.
 """
 
@@ -19,7 +19,7 @@ from ade_harness.metrics.confusion import Floats, area_iou, area_scores
 
 _BLOCK = 500
 _ROUNDING = 1e-12
-"""Differences of scores below this are the same score: float64 rounds sums of 150 terms to about 1e-15."""
+"""Differences of scores below this are the same score: float64 rounds sums of C terms to about 1e-15."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Comparison:
     ids: tuple[str, ...]
     scores: dict[str, Difference]
     classes: dict[int, Difference]
-    """By class 0..149, of those that occur in the truth or in either prediction of both runs."""
+    """By class 0..C-1, of those that occur in the truth or in either prediction of both runs."""
     influence: Floats
     """[N]: how much of the mIoU's difference an image makes: what exchanging its predictions alone would change, the
     mean of putting the second's into the first run and the first's into the second. The sum is nearly the whole."""
@@ -122,7 +122,7 @@ def compare(
 
 
 def _statistics(stacked: Floats, names: list[str]) -> Floats:
-    """Return scores, then class IoUs, [..., 7 + 150], of summed areas [..., 450]."""
+    """Return scores, then class IoUs, [..., 7 + C], of summed areas [..., 3 C]."""
     parts = split_areas(stacked)
     values = area_scores(*parts)
     return np.concatenate([np.stack([values[n] for n in names], -1), area_iou(*parts)], -1)

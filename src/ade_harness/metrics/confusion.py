@@ -1,7 +1,7 @@
 """mIoU and its relatives from one integer confusion matrix, in each convention in use.
 
-M is int64 [150, 151], rows ground truth, columns prediction, valid pixels only. The last column holds valid
-pixels predicted as none of the 150 classes: they are in the row's total (so they are errors for accuracy and for
+M is int64 [C, C + 1], rows ground truth, columns prediction, valid pixels only. The last column holds valid
+pixels predicted as none of the C classes: they are in the row's total (so they are errors for accuracy and for
 the union of the true class) and in no class's predicted area.
 
     IoU_c = M[c, c] / (row_c + column_c - M[c, c])
@@ -12,7 +12,7 @@ The conventions differ only for classes that are absent from the evaluated image
 |---|---|---|---|
 | mmseg | left out of the mean | 0 | mmsegmentation IoUMetric, DINOv3, HF evaluate: nanmean |
 | detectron2 | left out | left out | detectron2 SemSegEvaluator: mean over classes with truth |
-| csail | 0 | 0 | CSAILVision/sceneparsing: intersection / (union + eps), mean of 150 |
+| csail | 0 | 0 | CSAILVision/sceneparsing: intersection / (union + eps), mean of all C |
 
 On the full validation set every class occurs and the three agree.
 """
@@ -24,8 +24,6 @@ from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
-
-from ade_harness.data.labels import NUM_CLASSES
 
 Matrix = npt.NDArray[np.int64]
 Areas = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -41,12 +39,10 @@ class Convention(StrEnum):
 
 
 def _areas(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
-    """Return (intersection, ground-truth area, predicted area), each int64 [150]."""
-    if matrix.shape != (NUM_CLASSES, NUM_CLASSES + 1) or not np.issubdtype(matrix.dtype, np.integer):
-        raise ValueError(
-            f"expected an integer confusion matrix [{NUM_CLASSES}, {NUM_CLASSES + 1}], got {matrix.dtype}{matrix.shape}"
-        )
-    return np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :NUM_CLASSES].sum(0)
+    """Return (intersection, ground-truth area, predicted area), each int64 [C]."""
+    if matrix.ndim != 2 or matrix.shape[1] != len(matrix) + 1 or not np.issubdtype(matrix.dtype, np.integer):
+        raise ValueError(f"expected an integer confusion matrix [C, C + 1], got {matrix.dtype}{matrix.shape}")
+    return np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :-1].sum(0)
 
 
 def _ratio(numerator: Areas, denominator: Areas) -> Floats:
@@ -56,7 +52,7 @@ def _ratio(numerator: Areas, denominator: Areas) -> Floats:
 
 
 def class_iou(matrix: Matrix) -> Floats:
-    """Return IoU per class, float64 [150], 0..1; NaN for a class in neither truth nor prediction."""
+    """Return IoU per class, float64 [C], 0..1; NaN for a class in neither truth nor prediction."""
     return area_iou(*_areas(matrix))
 
 
@@ -66,7 +62,7 @@ def area_iou(intersection: Areas, truth: Areas, predicted: Areas) -> Floats:
 
 
 def class_accuracy(matrix: Matrix) -> Floats:
-    """Return the share of each class's pixels that were found, float64 [150], 0..1; NaN without ground truth."""
+    """Return the share of each class's pixels that were found, float64 [C], 0..1; NaN without ground truth."""
     intersection, truth, _ = _areas(matrix)
     return _ratio(intersection, truth)
 
@@ -108,9 +104,9 @@ def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str
     """Return every score of :class:`Scores`, for one or many sets of class areas.
 
     Args:
-        intersection: [..., 150] pixels of each class that were predicted right; integers, or floats that hold them.
-        truth: [..., 150] pixels of each class in the ground truth.
-        predicted: [..., 150] valid pixels predicted as each class.
+        intersection: [..., C] pixels of each class that were predicted right; integers, or floats that hold them.
+        truth: [..., C] pixels of each class in the ground truth.
+        predicted: [..., C] valid pixels predicted as each class.
 
     Returns:
         By score, float64 [...], 0..1. One set gives the same bits as the same set among many.
@@ -125,7 +121,7 @@ def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str
     accuracy = np.nan_to_num(_ratio(intersection.sum(-1, keepdims=True), pixels[..., None]))[..., 0]
     return {
         "mIoU": mean,
-        "mIoU_csail": filled.sum(-1) / NUM_CLASSES,
+        "mIoU_csail": filled.sum(-1) / iou.shape[-1],
         "mIoU_detectron2": np.where(present, filled, 0.0).sum(-1) / np.maximum(present.sum(-1), 1),
         "pixel_accuracy": accuracy,
         "mean_accuracy": found.sum(-1) / np.maximum(present.sum(-1), 1),
@@ -135,5 +131,5 @@ def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str
 
 
 def scores(matrix: Matrix) -> Scores:
-    """Return every score of a confusion matrix int64 [150, 151]."""
+    """Return every score of a confusion matrix int64 [C, C + 1]."""
     return Scores(**{name: float(value) for name, value in area_scores(*_areas(matrix)).items()})

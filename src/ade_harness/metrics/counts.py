@@ -14,8 +14,6 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor
 
-from ade_harness.data.labels import NUM_CLASSES
-
 _FILES_HASH_DIGITS = 32
 
 
@@ -30,7 +28,7 @@ class Row:
     ignored_pixels: int
     ground_truth: npt.NDArray[np.uint8]
     prediction: npt.NDArray[np.uint8]
-    """0..149, 150 = none of the classes."""
+    """0..C-1, and C = none of the classes."""
     pixels: npt.NDArray[np.int64]
     label_hash: str
     """BLAKE2b of the uint8 label map: equal hashes mean equal predictions in every pixel."""
@@ -51,14 +49,14 @@ class Row:
 def sparse_counts(
     matrix: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return the non-zero entries of an int64 [150, 151] matrix as (row, column, value)."""
+    """Return the non-zero entries of an int64 [C, C + 1] matrix as (row, column, value)."""
     ground_truth, prediction = np.nonzero(matrix)
     return ground_truth.astype(np.uint8), prediction.astype(np.uint8), matrix[ground_truth, prediction]
 
 
-def matrix_of(rows: Iterable[Row]) -> npt.NDArray[np.int64]:
-    """Sum rows to the confusion matrix, int64 [150, 151]."""
-    total = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), np.int64)
+def matrix_of(rows: Iterable[Row], classes: int) -> npt.NDArray[np.int64]:
+    """Sum rows to the confusion matrix, int64 [C, C + 1], C the number of `classes`."""
+    total = np.zeros((classes, classes + 1), np.int64)
     for row in rows:
         np.add.at(total, (row.ground_truth, row.prediction), row.pixels)
     return total

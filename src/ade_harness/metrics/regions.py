@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ade_harness.data.labels import IGNORE_INDEX, NUM_CLASSES
+from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.metrics.confusion import Floats, area_iou
 
 BOUNDARY_RATIO = 0.02
@@ -38,7 +38,7 @@ class Regions:
     """Integer counts of one image, or of many added up."""
 
     boundary: Counts
-    """[3, 150]: boundary pixels of each class: in both maps, in the truth, in the prediction."""
+    """[3, C]: boundary pixels of each class: in both maps, in the truth, in the prediction."""
     bands: Counts
     """[6, 2]: valid pixels in each band of `BAND_EDGES` and beyond, and how many of them are right."""
     objects: Counts
@@ -46,33 +46,34 @@ class Regions:
     pixels, pixels right. An object is an 8-connected part of one class."""
 
     def boundary_iou(self) -> Floats:
-        """Return the boundary IoU of each class, float64 [150], 0..1; NaN for a class in neither map."""
+        """Return the boundary IoU of each class, float64 [C], 0..1; NaN for a class in neither map."""
         both, truth, predicted = self.boundary
         return area_iou(both, truth, predicted)
 
 
-def find_regions(target: Labels, labels: Labels) -> Regions:
+def find_regions(target: Labels, labels: Labels, classes: int) -> Regions:
     """Count one image.
 
     Args:
-        target: uint8 [H, W], 0..149, 255 where nothing is counted: such pixels belong to no class in either map.
-        labels: uint8 [H, W], 0..149, 255 for none of the classes.
+        target: uint8 [H, W], 0..C-1, 255 where nothing is counted: such pixels belong to no class in either map.
+        labels: uint8 [H, W], 0..C-1, 255 for none of the classes.
+        classes: their number.
     """
     valid = target != IGNORE_INDEX
     labels = np.where(valid, labels, IGNORE_INDEX).astype(np.uint8)
     width = boundary_width(target.shape)
-    boundary = np.zeros((3, NUM_CLASSES), np.int64)
+    boundary = np.zeros((3, classes), np.int64)
     for label in np.union1d(np.unique(target), np.unique(labels)):
-        if label >= NUM_CLASSES:
+        if label >= classes:
             continue
         truth, predicted = (boundary_band(m == label, width) for m in (target, labels))
         boundary[:, label] = (truth & predicted).sum(), truth.sum(), predicted.sum()
     return Regions(boundary, _bands(target, labels == target, valid), _objects(target, labels == target))
 
 
-def add_regions(found: Iterable[Regions]) -> Regions:
-    """Add up the counts of images."""
-    boundary = np.zeros((3, NUM_CLASSES), np.int64)
+def add_regions(found: Iterable[Regions], classes: int) -> Regions:
+    """Add up the counts of images; `classes` is their number."""
+    boundary = np.zeros((3, classes), np.int64)
     bands, objects = np.zeros((len(BAND_EDGES) + 1, 2), np.int64), np.zeros((len(SIZE_EDGES) + 1, 4), np.int64)
     for regions in found:
         boundary += regions.boundary

@@ -1,4 +1,4 @@
-"""From a network's output channels to the 150 classes: a wrong map is the usual reason for an mIoU near zero."""
+"""From a network's output channels to the data set's classes: a wrong map is the usual reason for an mIoU near zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ade_harness.data.labels import NUM_CLASSES, classes, usual_dataset
+from ade_harness.data.labels import Classes, usual_dataset
 from ade_harness.errors import HarnessError
 
 
@@ -19,7 +19,7 @@ class ClassMap:
     kept: tuple[int, ...] | None
     """Channels in the argmax; None keeps all."""
     class_of: Tensor
-    """uint8 [kept channels]: 0..149."""
+    """uint8 [kept channels]: 0..C-1."""
     note: str | None = None
     """What the user should know about it."""
 
@@ -29,75 +29,90 @@ class ClassMap:
 
     def classes_of(self, channels: Tensor) -> Tensor:
         """Map an integer map of kept channels [H, W] to classes uint8 [H, W]."""
-        if self.kept is None and self.class_of.numel() == NUM_CLASSES and self._is_identity():
+        if self.is_identity:
             return channels
         return self.class_of.to(channels.device)[channels.long()]
 
-    def _is_identity(self) -> bool:
-        return bool((self.class_of == torch.arange(NUM_CLASSES, dtype=torch.uint8)).all())
+    @property
+    def is_identity(self) -> bool:
+        """Whether channel n is class n, of all channels."""
+        in_order = torch.arange(self.class_of.numel(), dtype=torch.uint8)
+        return self.kept is None and torch.equal(self.class_of, in_order)
 
 
-def resolve_class_map(channels: int, class_map: Sequence[int | None] | None, names: Sequence[str] | None) -> ClassMap:
+def resolve_class_map(
+    channels: int, class_map: Sequence[int | None] | None, names: Sequence[str] | None, classes: Classes
+) -> ClassMap:
     """Decide what a network's channels mean.
 
     Args:
         channels: of the network's output.
-        class_map: from the configuration: 0..149 or None per channel; None altogether if not set.
+        class_map: from the configuration: 0..C-1 or None per channel; None altogether if not set.
         names: class names that the model carries, one per channel, if it does.
+        classes: of the data set.
 
     Raises:
-        HarnessError: the channels do not fit the 150 classes, or names say that the order is another.
+        HarnessError: the channels do not fit the classes, or names say that the order is another.
     """
-    found = _classes_by_name(names) if names is not None and len(names) == channels else None
+    found = _classes_by_name(names, classes) if names is not None and len(names) == channels else None
     if class_map is None:
-        if channels != NUM_CLASSES:
-            raise HarnessError(_wrong_number(channels, found))
+        if channels != len(classes):
+            raise HarnessError(_wrong_number(channels, found, classes))
         if found is not None:
-            _refuse_other_order(found, names or [])
-        return ClassMap(None, torch.arange(NUM_CLASSES, dtype=torch.uint8))
+            _refuse_other_order(found, names or [], classes)
+        return ClassMap(None, torch.arange(channels, dtype=torch.uint8))
     if len(class_map) != channels:
         raise HarnessError(
             f"model.class_map has {len(class_map)} entries, but the model outputs {channels} channels:"
-            " one entry per channel (0..149, or null to leave it out)."
+            " one entry per channel ({classes.span}, or null to leave it out)."
         )
+    over = next((v for v in class_map if v is not None and v >= len(classes)), None)
+    if over is not None:
+        raise HarnessError(f"model.class_map: {over}: {classes.dataset} has the classes {classes.span}.")
     kept = tuple(c for c, value in enumerate(class_map) if value is not None)
     class_of = torch.tensor([class_map[c] for c in kept], dtype=torch.uint8)
-    return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names))
+    return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names, classes))
 
 
-def _classes_by_name(names: Sequence[str]) -> list[int | None] | None:
-    """Return the class of each name, or None if fewer than half are ADE20K's."""
-    known = {name.lower(): c.index for c in reversed(classes()) for name in c.names}
-    found = [known.get(str(n).strip().lower().split(",")[0].strip()) for n in names]
+def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None] | None:
+    """Return the class of each name, or None if fewer than half are the data set's."""
+    found = [classes.index_of.get(str(n).strip().lower().split(",")[0].strip()) for n in names]
     return found if sum(f is not None for f in found) * 2 > len(names) else None
 
 
-def _refuse_other_order(found: list[int | None], names: Sequence[str]) -> None:
+def _refuse_other_order(found: list[int | None], names: Sequence[str], classes: Classes) -> None:
     wrong = [(c, f) for c, f in enumerate(found) if f is not None and f != c]
-    if len(wrong) > NUM_CLASSES // 10:  # a few names have other spellings or are shared by two classes
+    if len(wrong) > len(classes) // 10:  # a few names have other spellings or are shared by two classes
         channel, actual = wrong[0]
         raise HarnessError(
-            f"The model's own names are not in ADE20K's order: channel {channel} is {names[channel]!r}, which is"
-            f" class {actual}, not {channel} ({classes()[channel].name!r}); {len(wrong)} channels differ."
+            f"The model's own names are not in {classes.dataset}'s order: channel {channel} is {names[channel]!r},"
+            f" which is class {actual}, not {channel} ({classes.names[channel]!r}); {len(wrong)} channels differ."
             f" Set model.class_map=[{_written(found)}]."
         )
 
 
-def _wrong_number(channels: int, found: list[int | None] | None) -> str:
-    text = f"The model outputs {channels} channels, ADE20K has {NUM_CLASSES} classes: set model.class_map, one entry"
-    text += " per channel (0..149, or null for a channel that is left out of the argmax)."
+def _wrong_number(channels: int, found: list[int | None] | None, classes: Classes) -> str:
+    last = len(classes) - 1
+    text = (
+        f"The model outputs {channels} channels, {classes.dataset} has {len(classes)} classes: set model.class_map, one"
+    )
+    text += f" entry per channel ({classes.span}, or null for a channel that is left out of the argmax)."
     if found is not None:
         return f"{text} By the model's own names: model.class_map=[{_written(found)}]."
-    if channels == NUM_CLASSES + 1:
-        text += " One channel more is usually 'other': null,0,1,...,149 if it is first, 0,...,149,null if it is last."
+    if channels == len(classes) + 1:
+        text += f" One channel more is usually 'other': null,0,1,...,{last} if it is first, 0,...,{last},null if last."
     elif usual := usual_dataset(channels):
         text += f" {channels} channels are usual for {usual}: is this the right checkpoint?"
     return text
 
 
-def _note(class_map: Sequence[int | None], found: list[int | None] | None, names: Sequence[str] | None) -> str | None:
-    missing = NUM_CLASSES - len({v for v in class_map if v is not None})
-    notes = [f"{missing} of the 150 classes can never be predicted with this model.class_map"] if missing else []
+def _note(
+    class_map: Sequence[int | None], found: list[int | None] | None, names: Sequence[str] | None, classes: Classes
+) -> str | None:
+    missing = len(classes) - len({v for v in class_map if v is not None})
+    notes = (
+        [f"{missing} of the {len(classes)} classes can never be predicted with this model.class_map"] if missing else []
+    )
     if found is not None and names is not None:
         wrong = [c for c, f in enumerate(found) if f is not None and class_map[c] not in (None, f)]
         if wrong:

@@ -10,7 +10,8 @@ from torch import nn
 
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.model import ModelConfig
-from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.backbones.vit import Beit3Trunk
 from ade_harness.models.checkpoint.family import Family, Keys, add_delta, quietly_random
@@ -22,8 +23,13 @@ from ade_harness.models.registry import family_of, imported, systems
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(cfg: ModelConfig, threads: int = 1) -> LoadedModel:
+def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = None) -> LoadedModel:
     """Build the network of ``cfg.model`` with its weights, on the CPU, in evaluation mode.
+
+    Args:
+        cfg: ``model`` node of the configuration.
+        threads: of this process, for formats that have their own.
+        classes: that a published system is built for; None are ADE20K's.
 
     Raises:
         HarnessError: anything that the user can fix: see the loaders; or the kind has no network.
@@ -36,7 +42,8 @@ def load_model(cfg: ModelConfig, threads: int = 1) -> LoadedModel:
             f"model.dtype: a model of kind {cfg.kind} keeps the types of its file. Leave model.dtype out."
         )
     is_system = kind.gives is Gives.family
-    model: LoadedModel = _load_system(family_of(cfg.kind), cfg) if is_system else imported(kind)(cfg, threads)
+    classes = classes or ade20k_classes()
+    model: LoadedModel = _load_system(family_of(cfg.kind), cfg, classes) if is_system else imported(kind)(cfg, threads)
     model.module.eval()
     if cfg.dtype != "fp32":
         _convert(model.module, DTYPES[cfg.dtype])
@@ -57,12 +64,12 @@ def _convert(module: nn.Module, dtype: torch.dtype) -> None:
                     tensor.data = tensor.data.to(dtype)
 
 
-def _load_system(family: Family, cfg: ModelConfig) -> LoadedModel:
+def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedModel:
     """Load a published system: of models/systems/."""
     if cfg.weights == "random":
-        module = quietly_random(family, cfg.architecture, cfg.seed)
+        module = quietly_random(family, cfg.architecture, cfg.seed, classes)
         facts = {"origin": f"random, seed {cfg.seed}"}
-        return _system(cfg, module, "random", facts)
+        return _system(cfg, module, "random", facts, classes)
     checkpoint = chosen_checkpoint(cfg)
     if checkpoint is None:
         raise HarnessError(
@@ -82,18 +89,18 @@ def _load_system(family: Family, cfg: ModelConfig) -> LoadedModel:
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
     keys = Keys(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
-    module = family.load(cfg.architecture, state, keys)
+    module = family.load(cfg.architecture, state, keys, classes)
     if isinstance(module, Beit3Trunk):
         raise HarnessError(
             f"{facts['origin']}: BEiT-3's encoder alone, without adapter and head. {cfg.missing or ''}"
             " An encoder goes with model.backbone_checkpoint=PATH, beside a head as model.checkpoint=PATH."
         )
-    return _system(cfg, module, "pretrained", facts)
+    return _system(cfg, module, "pretrained", facts, classes)
 
 
-def _system(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, Any]) -> LoadedModel:
+def _system(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, Any], classes: Classes) -> LoadedModel:
     size: Any = getattr(module, "fixed_size", None)
-    return LoadedModel(module, weights, **statistics(cfg), channels=NUM_CLASSES, fixed_size=size, facts=facts)
+    return LoadedModel(module, weights, **statistics(cfg), channels=len(classes), fixed_size=size, facts=facts)
 
 
 def load_for_probe(cfg: ModelConfig) -> LoadedModel:

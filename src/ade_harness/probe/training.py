@@ -151,7 +151,8 @@ class _Training(pl.LightningModule):
         self.ranks = ranks
         self._frozen = [model.module]  # in a list, so that it is no submodule
         torch.manual_seed(recipe.seed)
-        self.head = LinearHead(model.module.head.norm.num_features, recipe.dropout)
+        untrained = model.module.head
+        self.head = LinearHead(untrained.norm.num_features, untrained.classifier.out_channels, recipe.dropout)
         self._precision: str = cfg.inference.precision
         self._saved = self._load()
         self.first_step: int = self._saved["step"] if self._saved else 0

@@ -15,7 +15,7 @@ from PIL import Image
 from ade_harness.config.compose import stored_node
 from ade_harness.config.schema import DatasetConfig
 from ade_harness.data.ade20k import Sample, SegmentationDataset
-from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, class_names, palette
+from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.counts import Row
@@ -55,7 +55,8 @@ class Example:
 
 def kept_images(run: FinishedRun) -> set[str]:
     """Return the images whose label maps a run has kept."""
-    return {path.stem for path in (run.path / FOLDER).glob("*.png")}
+    folder = run.path / FOLDER
+    return {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")}
 
 
 def reopen_dataset(run: FinishedRun) -> tuple[SegmentationDataset | None, str | None]:
@@ -109,25 +110,33 @@ def make_examples(
         maps = [read_label_map(run.path, of[image_id]) for (_, run), of in zip(named, rows, strict=True)]
         if sample is not None and all(labels is not None for labels in maps):
             found = [(name, labels) for (name, _), labels in zip(named, maps, strict=True) if labels is not None]
-            drawn.append(_draw(image_id, caption, sample, found))
+            drawn.append(_draw(image_id, caption, sample, found, named[0][1].classes))
     return drawn
 
 
-def _draw(image_id: str, caption: str, sample: Sample, maps: Sequence[tuple[str, npt.NDArray[np.uint8]]]) -> Example:
+def _draw(
+    image_id: str,
+    caption: str,
+    sample: Sample,
+    maps: Sequence[tuple[str, npt.NDArray[np.uint8]]],
+    classes: Classes,
+) -> Example:
     height, width = sample.target.shape
     scale = min(1.0, _MAX_SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    layers = [Layer("truth", _indexed(sample.target, size, palette()))]
+    layers = [Layer("truth", _indexed(sample.target, size, classes.palette))]
     for name, labels in maps:
         several = len(maps) > 1
-        layers.append(Layer(f"prediction of {name}" if several else "prediction", _indexed(labels, size, palette())))
+        layers.append(
+            Layer(f"prediction of {name}" if several else "prediction", _indexed(labels, size, classes.palette))
+        )
         states = np.where(sample.target == IGNORE_INDEX, 2, labels != sample.target).astype(np.uint8)
         colors = np.array([_RIGHT, _WRONG, _NOT_COUNTED], np.uint8)
         layers.append(Layer(f"errors of {name}" if several else "errors", _indexed(states, size, colors)))
     seen = np.concatenate([sample.target.reshape(-1), *(labels.reshape(-1) for _, labels in maps)])
     counts = np.bincount(seen, minlength=256)
     counts[[IGNORE_INDEX, NO_CLASS]] = 0
-    names, colors = class_names(), palette()
+    names, colors = classes.names, classes.palette
     largest = [int(c) for c in np.argsort(-counts, kind="stable")[:_LEGEND] if counts[c]]
     legend = tuple((names[c], "#" + "".join(f"{v:02x}" for v in colors[c])) for c in largest)
     picture = Image.fromarray(sample.image).resize(size, Image.Resampling.LANCZOS)
@@ -164,8 +173,8 @@ def measure_regions(
 
     def measure(row: Row) -> Regions | None:
         sample, labels = samples.load(row), read_label_map(run.path, row)
-        return None if sample is None or labels is None else find_regions(sample.target, labels)
+        return None if sample is None or labels is None else find_regions(sample.target, labels, len(run.classes))
 
     with ThreadPoolExecutor(workers) as pool:
         found = [r for r in progress(pool.map(measure, run.rows), len(run.rows)) if r is not None]  # type: ignore[arg-type]
-    return add_regions(found) if len(found) == len(run.rows) else None
+    return add_regions(found, len(run.classes)) if len(found) == len(run.rows) else None

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, class_names, palette
+from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
 from ade_harness.files.atomic import replaced
 
 _GAP = 6
@@ -24,6 +24,7 @@ def draw_overlay(
     image: npt.NDArray[np.uint8],
     target: npt.NDArray[np.uint8],
     labels: npt.NDArray[np.uint8],
+    classes: Classes,
     marks: Sequence[str] = (),
 ) -> Image.Image:
     """Draw four panels side by side, with the classes that cover most.
@@ -32,9 +33,10 @@ def draw_overlay(
         image: uint8 [H, W, 3] RGB.
         target: uint8 [H, W], 255 where nothing is counted.
         labels: uint8 [H, W].
+        classes: of the data set.
         marks: written below the panels.
     """
-    colors = palette()
+    colors = classes.palette
     valid = target != IGNORE_INDEX
     errors = np.full((*target.shape, 3), _IGNORED, np.uint8)
     errors[valid & (labels == target)] = _RIGHT
@@ -43,8 +45,8 @@ def draw_overlay(
     half = image // 2
     panels = {
         "image": image,
-        "truth: " + _largest(target[valid]): half + colors[target] // 2,
-        "prediction: " + _largest(labels[labels != NO_CLASS]): half + colors[labels] // 2,
+        "truth: " + _largest(target[valid], classes): half + colors[target] // 2,
+        "prediction: " + _largest(labels[labels != NO_CLASS], classes): half + colors[labels] // 2,
         f"errors: {right:.1%} of valid pixels right (red wrong, dark not counted)": errors,
     }
     scale = max(1, -(-_MIN_PANEL_HEIGHT // image.shape[0]))
@@ -70,15 +72,16 @@ def save_overlay(
     image: npt.NDArray[np.uint8],
     target: npt.NDArray[np.uint8],
     labels: npt.NDArray[np.uint8],
+    classes: Classes,
     marks: Sequence[str] = (),
 ) -> None:
     """Write :func:`draw_overlay` as a PNG."""
     with replaced(path, durable=False) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_overlay(image, target, labels, marks).save(temporary, "PNG")
+        draw_overlay(image, target, labels, classes, marks).save(temporary, "PNG")
 
 
-def _largest(values: npt.NDArray[np.uint8]) -> str:
+def _largest(values: npt.NDArray[np.uint8], classes: Classes) -> str:
     counts = np.bincount(values.reshape(-1), minlength=1)
-    names = class_names()
+    names = classes.names
     return ", ".join(names[c] for c in np.argsort(-counts, kind="stable")[:4] if counts[c] and c < len(names))

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 import ade_harness
-from ade_harness.data.labels import class_names
+from ade_harness.data.labels import Classes
 from ade_harness.files.atomic import write_text
 from ade_harness.metrics.regions import SIZE_EDGES
 from ade_harness.report import plots
@@ -46,13 +46,16 @@ def _plotly() -> str:
     return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
 
 
-def render_page(template: str, title: str, marks: Sequence[str], data: dict[str, Any], **values: Any) -> str:
+def render_page(
+    template: str, title: str, marks: Sequence[str], classes: Classes, data: dict[str, Any], **values: Any
+) -> str:
     """Return an HTML page.
 
     Args:
         template: name of a file in templates/.
         title: of the page.
         marks: what its numbers are not, shown above everything.
+        classes: of the data set.
         data: for the page's script; any JSON.
         values: for the template.
     """
@@ -72,7 +75,7 @@ def render_page(template: str, title: str, marks: Sequence[str], data: dict[str,
             script=scripts[1],
             script_hashes=Markup(hashes),
             version=ade_harness.__version__,
-            class_names=[*class_names(), "none"],
+            class_names=[*classes.names, "none"],
             **values,
         )
     )
@@ -116,7 +119,8 @@ def write_run_page(
         "run.html.j2",
         f"{run.label} on {dataset['name']}",
         run.marks,
-        {"confusion": plots.confusion_data(view.matrix), "figures": figures},
+        run.classes,
+        {"confusion": plots.confusion_data(view.matrix, run.classes), "figures": figures},
         view=view,
         scores=view.scores.as_dict(),
         score_names=SCORE_NAMES,
@@ -140,9 +144,10 @@ def write_run_page(
 def _overlays(run_dir: Path) -> list[tuple[str, str]]:
     """Return the pictures that the run itself has drawn, as (image id, data URL)."""
     found = []
-    for path in sorted((run_dir / "overlays").glob("*.png")):
+    folder = run_dir / "overlays"
+    for path in sorted(folder.rglob("*.png")):
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
         picture.thumbnail((_OVERLAY_SIDE, _OVERLAY_SIDE))
-        found.append((path.stem, data_url(picture, "JPEG")))
+        found.append((path.relative_to(folder).with_suffix("").as_posix(), data_url(picture, "JPEG")))
     return found

@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ade_harness.data.labels import class_names
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_text
 from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
@@ -88,7 +87,12 @@ def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
         "compare.html.j2",
         f"{len(ranking.runs)} runs compared",
         [f"{ranked.name}: {mark}" for ranked in ranking.runs for mark in ranked.run.marks],
-        {"names": class_names(), "runs": [ranked.name for ranked in ranking.runs], "pairs": pairs},
+        ranking.runs[0].run.classes,
+        {
+            "names": list(ranking.runs[0].run.classes.names),
+            "runs": [ranked.name for ranked in ranking.runs],
+            "pairs": pairs,
+        },
         ranking=ranking,
         examples=examples,
         notes=notes,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ade_harness.data.labels import CONFIDENCE_BINS, class_names
+from ade_harness.data.labels import CONFIDENCE_BINS, Classes
 from ade_harness.metrics.calibration import Calibration
 from ade_harness.metrics.confusion import Floats, Matrix
 from ade_harness.metrics.regions import BAND_EDGES
@@ -70,11 +70,11 @@ def image_figure(values: Floats) -> Figure:
     return figure([bars], "mIoU of an image alone, percent", "images", bargap=0.05)
 
 
-def confusion_data(matrix: Matrix) -> dict[str, Any]:
+def confusion_data(matrix: Matrix, classes: Classes) -> dict[str, Any]:
     """Return the matrix for the browser, which normalises it: its non-zero entries and the classes' names."""
     truth, prediction = np.nonzero(matrix)
     return {
-        "names": class_names(),
+        "names": list(classes.names),
         "truth": truth.tolist(),
         "prediction": prediction.tolist(),
         "pixels": matrix[truth, prediction].tolist(),

@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ade_harness.data.labels import class_names
-from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.bootstrap import Interval, bootstrap
 from ade_harness.metrics.comparison import Comparison, Difference, compare, holm
 from ade_harness.metrics.confusion import Scores, scores
@@ -85,7 +83,7 @@ def rank_runs(runs: Sequence[FinishedRun], resamples: int, seed: int, level: flo
     names = _names(runs)
     ranked = []
     for run, name in zip(runs, names, strict=True):
-        intervals = bootstrap(image_areas(run.rows), resamples, seed).intervals(level) if len(run.rows) > 1 else {}
+        intervals = bootstrap(run.areas, resamples, seed).intervals(level) if len(run.rows) > 1 else {}
         ranked.append(Ranked(run, name, scores(run.matrix), intervals.get("mIoU")))
     ranked.sort(key=lambda r: -r.scores.mIoU)
     pairs = []
@@ -154,7 +152,7 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     print_line(console, f"  mIoU {difference_words(pair.headline)}: {differs}")
     accuracy = pair.comparison.scores["pixel_accuracy"]
     print_line(console, f"  pixel accuracy {difference_words(accuracy)}")
-    names = class_names()
+    names = ranking.runs[0].run.classes.names
     claimed = [(c, d) for c, d in pair.changed_classes() if d.significant(level)]
     shown = claimed[:_SHOWN] or pair.changed_classes()[:_SHOWN]
     differ = "1 class differs" if len(claimed) == 1 else f"{len(claimed)} classes differ"

@@ -103,7 +103,7 @@ def _remarks(result: Result) -> Text:
 
 
 def _classes(result: Result) -> Table:
-    rows = [r for r in per_class_rows(result.matrix) if r["ground_truth_pixels"]]
+    rows = [r for r in per_class_rows(result.matrix, result.classes) if r["ground_truth_pixels"]]
     rows.sort(key=lambda r: (-r["IoU"], r["class"]))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("best classes")

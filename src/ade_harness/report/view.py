@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ade_harness.data.labels import class_names
-from ade_harness.metrics.areas import ImageAreas, image_areas
+from ade_harness.data.labels import Classes
+from ade_harness.metrics.areas import ImageAreas
 from ade_harness.metrics.bootstrap import Bootstrap, Interval, bootstrap
 from ade_harness.metrics.breakdown import ConfusedPair, ImageGroup, confused_pairs, group_images, size_groups
 from ade_harness.metrics.calibration import Calibration, sum_calibration
@@ -70,7 +70,7 @@ def view_run(
         regions: counts of boundaries and objects.
         notes: what the reader must know.
     """
-    areas, matrix = image_areas(run.rows), run.matrix
+    areas, matrix = run.areas, run.matrix
     metrics = run.config["metrics"]
     resampled = None
     if metrics["resamples"] and len(run.rows) > 1:
@@ -84,7 +84,7 @@ def view_run(
         scores=scores(matrix),
         resampled=resampled,
         intervals=resampled.intervals(level) if resampled else {},
-        classes=_class_rows(matrix, areas, resampled, level, regions),
+        classes=_class_rows(run.classes, matrix, areas, resampled, level, regions),
         pairs=confused_pairs(matrix),
         sizes=group_images(areas, groups, names),
         scenes=group_images(areas, scenes) if scenes else [],
@@ -95,14 +95,19 @@ def view_run(
 
 
 def _class_rows(
-    matrix: Matrix, areas: ImageAreas, resampled: Bootstrap | None, level: float, regions: Regions | None
+    classes: Classes,
+    matrix: Matrix,
+    areas: ImageAreas,
+    resampled: Bootstrap | None,
+    level: float,
+    regions: Regions | None,
 ) -> list[dict[str, Any]]:
-    names = [*class_names(), "none"]
+    names = [*classes.names, "none"]
     intervals = resampled.class_iou.centred(level) if resampled else [None] * len(matrix)
     images = (areas.truth > 0).sum(0)
     boundary = regions.boundary_iou() if regions else None
     rows = []
-    for row, interval in zip(per_class_rows(matrix), intervals, strict=True):
+    for row, interval in zip(per_class_rows(matrix, classes), intervals, strict=True):
         index = row["class"]
         wrong = matrix[index].copy()
         wrong[index] = 0

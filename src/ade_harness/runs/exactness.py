@@ -25,7 +25,7 @@ def check_exact(rows: Sequence[Row], total: npt.NDArray[np.int64], image_ids: Se
             raise HarnessError(
                 f"The ledger {what} {len(ids)} images ({shown}{', ...' if len(ids) > 10 else ''}): no score."
             )
-    from_ledger = matrix_of(rows)
+    from_ledger = matrix_of(rows, len(total))
     if not np.array_equal(from_ledger, total):
         wrong = int(np.abs(from_ledger - total).sum())
         raise HarnessError(

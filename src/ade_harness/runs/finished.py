@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.labels import Classes, classes_from
 from ade_harness.errors import HarnessError
+from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
 from ade_harness.runs.directory import LEDGER, read_manifest
 from ade_harness.runs.ledger import read_rows
@@ -42,7 +45,7 @@ class FinishedRun:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What makes the score no score of the model on ADE20K."""
+        """What makes the score no score of the model on its data set."""
         return tuple(self.manifest["marks"])
 
     @property
@@ -52,9 +55,21 @@ class FinishedRun:
         return str(judged["sentence"]) if judged else None
 
     @property
+    def classes(self) -> Classes:
+        """Of the data set; ADE20K's are not kept in a run."""
+        dataset = self.manifest["dataset"]
+        stored = dataset.get("classes")
+        return classes_from(str(dataset["name"]), stored) if stored else ade20k_classes()
+
+    @property
     def matrix(self) -> np.ndarray:
-        """The confusion matrix, int64 [150, 151]."""
-        return matrix_of(self.rows)
+        """The confusion matrix, int64 [C, C + 1]."""
+        return matrix_of(self.rows, len(self.classes))
+
+    @property
+    def areas(self) -> ImageAreas:
+        """Pixels of each class in each image."""
+        return image_areas(self.rows, len(self.classes))
 
     @property
     def complete(self) -> bool:

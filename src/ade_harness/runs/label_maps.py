@@ -46,7 +46,7 @@ class LabelMaps:
 
         Args:
             image_id: names the file.
-            labels: uint8 [H, W], 0..149, 255 for none of the classes.
+            labels: uint8 [H, W], 0..C-1, 255 for none of the classes.
             score: the image's own; images are ordered by it.
 
         Raises:
@@ -74,7 +74,7 @@ class LabelMaps:
     def _write(self, path: Path, labels: npt.NDArray[np.uint8]) -> None:
         _, content = cv2.imencode(".png", labels + np.uint8(1), [cv2.IMWRITE_PNG_COMPRESSION, _COMPRESSION])
         with replaced(path, durable=False, hint="Make room, then go on.", error=LedgerError) as temporary:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content.tobytes())
 
 

@@ -52,7 +52,12 @@ def match_runs(first: FinishedRun, second: FinishedRun) -> Matched:
         if one != two:
             shown = f": {one} and {two}" if what != "conventions" else "; mIoU here is computed alike for both"
             remarks.append(f"different {what}{shown}")
-    one_areas, two_areas = (image_areas([rows[i] for i in common]) for rows in (ones, twos))
+    if first.classes.names != second.classes.names:
+        raise HarnessError(
+            f"{names}: not comparable: their classes differ. Evaluate both with the same dataset.classes."
+        )
+    classes = len(first.classes)
+    one_areas, two_areas = (image_areas([rows[i] for i in common], classes) for rows in (ones, twos))
     if not (one_areas.truth == two_areas.truth).all():
         raise HarnessError(
             f"{names}: not comparable: their ground truths differ. Evaluate both on the same annotations."

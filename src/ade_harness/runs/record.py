@@ -186,6 +186,7 @@ def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any
         "checkpoint.origin": facts["model"].get("origin"),
         "environment.torch": torch.__version__,
         "dataset.ids_hash": facts["dataset"]["ids_hash"],
+        "dataset.labels_hash": facts["dataset"].get("labels_hash"),
         "code.version": code["version"],
         "code.commit": code["commit"],
         "code.diff_sha256": code.get("diff_sha256"),

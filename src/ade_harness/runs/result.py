@@ -13,7 +13,7 @@ import numpy as np
 
 from ade_harness.config.schema import Config, MetricsConfig
 from ade_harness.data.ade20k import SegmentationDataset
-from ade_harness.data.labels import classes
+from ade_harness.data.labels import Classes
 from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.bootstrap import Bootstrap, Interval, bootstrap
@@ -26,7 +26,7 @@ from ade_harness.runtime.balance import Balance
 CONVENTION = (
     "mIoU: IoU from pixels summed over all images (pixels annotated 'other' are ignored), averaged over the classes"
     " that occur in truth or prediction (mmsegmentation's nanmean). mIoU_csail counts absent classes as 0 and"
-    " averages 150; mIoU_detectron2 averages the classes that occur in the truth."
+    " averages {classes}; mIoU_detectron2 averages the classes that occur in the truth."
 )
 
 
@@ -50,7 +50,7 @@ def published_score(cfg: Config) -> Published | None:
     """
     model, name = cfg.model, cfg.inference.name
     published = model.published
-    if cfg.dataset.kind == "demo":
+    if cfg.dataset.kind != "ade20k":
         return None
     for kind, words in (("ss", "single scale"), ("ms", "multi-scale and mirrored")):
         score: float | None = getattr(published, kind)
@@ -99,6 +99,7 @@ class Result:
     label: str
     """The model, as tables call it."""
     dataset: str
+    classes: Classes
     matrix: Matrix
     scores: Scores
     images: int
@@ -123,7 +124,11 @@ class Result:
     """What each rank did."""
     stages: Mapping[str, float]
     """Seconds in each stage, added up over ranks; decode happens in loader processes, beside the rest."""
-    convention: str = CONVENTION
+
+    @property
+    def convention(self) -> str:
+        """What mIoU means."""
+        return CONVENTION.format(classes=len(self.classes))
 
     @property
     def world_size(self) -> int:
@@ -181,11 +186,11 @@ class Result:
         }
 
 
-def resample_scores(cfg: MetricsConfig, rows: Sequence[Row]) -> Bootstrap | None:
+def resample_scores(cfg: MetricsConfig, rows: Sequence[Row], classes: int) -> Bootstrap | None:
     """Resample as the ``metrics`` node says; None if it asks for nothing, or of one image."""
     if cfg.resamples == 0 or len(rows) < 2:
         return None
-    return bootstrap(image_areas(rows), cfg.resamples, cfg.seed)
+    return bootstrap(image_areas(rows, classes), cfg.resamples, cfg.seed)
 
 
 def summarise(
@@ -211,12 +216,13 @@ def summarise(
         rest: the other fields of :class:`Result`.
     """
     found, published = scores(matrix), published_score(cfg)
-    resampled, level = resample_scores(cfg.metrics, rows), cfg.metrics.level
+    resampled, level = resample_scores(cfg.metrics, rows, len(dataset.classes)), cfg.metrics.level
     intervals = resampled.intervals(level) if resampled else {}
     return Result(
         run_dir=run_dir,
         label=cfg.model.label or cfg.model.name,
         dataset=dataset.name,
+        classes=dataset.classes,
         matrix=matrix,
         scores=found,
         images=len(rows),
@@ -231,21 +237,21 @@ def summarise(
     )
 
 
-def per_class_rows(matrix: Matrix) -> list[dict[str, Any]]:
+def per_class_rows(matrix: Matrix, classes: Classes) -> list[dict[str, Any]]:
     """Return one row per class; None where a ratio is not defined."""
     iou, accuracy = class_iou(matrix), class_accuracy(matrix)
     truth, predicted = matrix.sum(1), matrix[:, :-1].sum(0)
     return [
         {
-            "class": c.index,
-            "name": c.name,
-            "IoU": None if np.isnan(iou[c.index]) else float(iou[c.index]),
-            "accuracy": None if np.isnan(accuracy[c.index]) else float(accuracy[c.index]),
-            "ground_truth_pixels": int(truth[c.index]),
-            "predicted_pixels": int(predicted[c.index]),
-            "intersection_pixels": int(matrix[c.index, c.index]),
+            "class": c,
+            "name": name,
+            "IoU": None if np.isnan(iou[c]) else float(iou[c]),
+            "accuracy": None if np.isnan(accuracy[c]) else float(accuracy[c]),
+            "ground_truth_pixels": int(truth[c]),
+            "predicted_pixels": int(predicted[c]),
+            "intersection_pixels": int(matrix[c, c]),
         }
-        for c in classes()
+        for c, name in enumerate(classes.names)
     ]
 
 
@@ -253,7 +259,7 @@ def write_result(result: Result) -> None:
     """Write confusion_matrix.npy, per_class.csv and metrics.json; the last one last, so that it marks a whole set."""
     with replaced(result.run_dir / "confusion_matrix.npy") as temporary, temporary.open("wb") as file:
         np.save(file, result.matrix)
-    rows = per_class_rows(result.matrix)
+    rows = per_class_rows(result.matrix, result.classes)
     text = io.StringIO()
     writer = csv.DictWriter(text, [*rows[0], "marks"], lineterminator="\n")
     writer.writeheader()

@@ -45,15 +45,19 @@ def log_content(run: Any, result: Result, config: Mapping[str, Any], manifest: M
         # "none": the summary is set below, once; any other choice here would move it to `mIoU.max` and the like
         run.define_metric(name, summary="none")
     figure = folder / "confusion_matrix.png"
-    save_confusion_matrix(figure, result.matrix, " - ".join([f"{result.label} on {result.dataset}", *result.marks]))
+    save_confusion_matrix(
+        figure, result.matrix, result.classes, " - ".join([f"{result.label} on {result.dataset}", *result.marks])
+    )
     logged: dict[str, Any] = {
         **result.scores.as_dict(),
-        "per_class": _table(wandb, per_class_rows(result.matrix)),
-        "per_image": _table(wandb, per_image_rows(rows)),
+        "per_class": _table(wandb, per_class_rows(result.matrix, result.classes)),
+        "per_image": _table(wandb, per_image_rows(rows, len(result.classes))),
         "confusion_matrix": wandb.Image(str(figure)),
     }
-    for picture in sorted((folder / "overlays").glob("*.png")):
-        logged[f"overlays/{picture.stem}"] = wandb.Image(str(picture), caption=picture.stem)
+    overlays = folder / "overlays"
+    for picture in sorted(overlays.rglob("*.png")):
+        image_id = picture.relative_to(overlays).with_suffix("").as_posix()
+        logged[f"overlays/{image_id}"] = wandb.Image(str(picture), caption=image_id)
     page = folder / REPORT
     if page.is_file():
         logged["report"] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
@@ -84,7 +88,7 @@ def summary_of(result: Result, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def per_image_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def per_image_rows(rows: Iterable[Row], classes: int) -> list[dict[str, Any]]:
     """Return one row per image: scores (fractions; None without valid pixels), seconds, rank and label hash."""
     table = []
     for row in rows:
@@ -97,7 +101,7 @@ def per_image_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
                 "width": row.width,
                 "valid_pixels": valid,
                 "pixel_accuracy": right / valid if valid else None,
-                "mIoU": mean_iou(matrix_of([row])) if valid else None,
+                "mIoU": mean_iou(matrix_of([row], classes)) if valid else None,
                 "seconds": round(row.seconds, 6),
                 "rank": row.rank,
                 "label_hash": row.label_hash,

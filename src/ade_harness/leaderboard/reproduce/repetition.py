@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ade_harness.data.labels import MAX_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.runs.directory import differences
@@ -114,14 +115,14 @@ def compare_runs(first: FinishedRun, second: FinishedRun) -> Repetition:
 
 
 def _same_counts(one: Row, two: Row) -> bool:
-    return np.array_equal(matrix_of([one]), matrix_of([two]))
+    return np.array_equal(matrix_of([one], MAX_CLASSES), matrix_of([two], MAX_CLASSES))
 
 
 def _difference(one: Row, two: Row) -> ImageDifference:
     """Count what must have moved: half of what the confusion matrices differ by."""
     if (one.height, one.width) != (two.height, two.width):
         return ImageDifference(one.image_id, max(one.valid_pixels, two.valid_pixels), one.valid_pixels)
-    moved = int(np.abs(matrix_of([one]) - matrix_of([two])).sum())
+    moved = int(np.abs(matrix_of([one], MAX_CLASSES) - matrix_of([two], MAX_CLASSES)).sum())
     return ImageDifference(one.image_id, (moved + 1) // 2, one.valid_pixels)
 
 

@@ -22,7 +22,6 @@ from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.claim import CLAIM, claim_problems, is_safe_word
 from ade_harness.leaderboard.submission.recipe import recipe_files
 from ade_harness.leaderboard.table import why_not_ranked
-from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.bootstrap import bootstrap
 from ade_harness.metrics.confusion import scores
 from ade_harness.runs.directory import LEDGER, MANIFEST
@@ -202,7 +201,7 @@ def _same_interval(run: FinishedRun, results: Sequence[Mapping[str, Any]]) -> bo
         return not any("interval" in row for row in results)
     if not 0 < wanted["resamples"] <= _MAX_RESAMPLES:
         return False
-    found = bootstrap(image_areas(run.rows), wanted["resamples"], wanted["seed"]).intervals(wanted["level"])["mIoU"]
+    found = bootstrap(run.areas, wanted["resamples"], wanted["seed"]).intervals(wanted["level"])["mIoU"]
     ends = [found.low, found.high, found.level] if found else []
     return all(np.allclose([*row["interval"], row["level"]], ends, rtol=0, atol=1e-9) for row in results)
 

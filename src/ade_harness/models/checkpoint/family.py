@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES, usual_dataset
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.labels import Classes, usual_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.key_tables import Table, to_hub_names
 from ade_harness.models.formats.transformers import load_into_transformers
@@ -76,7 +77,13 @@ class Family:
         """Leave out what takes no part in the forward."""
         return {k: v for k, v in hub.items() if not any(fnmatch.fnmatchcase(k, p) for p in self.unused)}
 
-    def load(self, architecture: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+    def load(
+        self,
+        architecture: Mapping[str, Any],
+        state: Mapping[str, Tensor] | None,
+        keys: Keys,
+        classes: Classes | None = None,
+    ) -> nn.Module:
         """Build the system; `architecture` goes before what the shapes of `state` say.
 
         Args:
@@ -84,18 +91,20 @@ class Family:
                 only those that shapes do not say are needed.
             state: weights in the names of any known code base; None draws random ones.
             keys: origin and allowed differences.
+            classes: that it predicts; None are ADE20K's.
 
         Raises:
             HarnessError: keys or shapes do not fit, another number of classes, or an impossible architecture.
         """
-        architecture = self.flat(architecture)
+        architecture, classes = self.flat(architecture), classes or ade20k_classes()
         hub = None if state is None else self.hub_names(state)
         keys = replace(keys, allow_missing=(*keys.allow_missing, "*num_batches_tracked"))  # evaluation never reads it
         read: dict[str, Any] = {}
         if hub is not None:
-            self._check_classes(hub, keys)
+            self._check_classes(hub, keys, classes)
             read = self._read(hub, keys, whole=bool(architecture))
         fields = {**self.defaults, **read, **architecture, **(read if self.shapes_first else {})}
+        fields["num_labels"] = len(classes)
         try:
             return self.build(fields, None if hub is None else self.used(hub), keys)
         except (IndexError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -149,13 +158,13 @@ class Family:
             found = f"it has {len(hub)} others, such as {', '.join(list(hub)[:3])}" if hub else "it is empty"
             raise HarnessError(f"{keys.origin}: {error} is missing; {found}. Is it of another system?") from error
 
-    def _check_classes(self, hub: Mapping[str, Tensor], keys: Keys) -> None:
+    def _check_classes(self, hub: Mapping[str, Tensor], keys: Keys, expected: Classes) -> None:
         weight = hub.get(self.classifier)
         classes = None if weight is None else weight.shape[0] - self.void
-        if classes is not None and classes != NUM_CLASSES:
+        if classes is not None and classes != len(expected):
             raise HarnessError(
-                f"{keys.origin}: a classifier of {classes} classes{_trained_on(classes)}, ADE20K has"
-                f" {NUM_CLASSES}: this is a checkpoint of another data set."
+                f"{keys.origin}: a classifier of {classes} classes{_trained_on(classes)}, {expected.dataset} has"
+                f" {len(expected)}: this is a checkpoint of another data set."
             )
 
 
@@ -211,8 +220,10 @@ def load_hub_names(cls: Any, config: Any, state: Mapping[str, Tensor] | None, ke
     return load_into_transformers(cls, config, state, keys.origin, keys.allow_missing, keys.allow_unexpected)
 
 
-def quietly_random(family: Family, architecture: Mapping[str, Any], seed: int) -> nn.Module:
+def quietly_random(
+    family: Family, architecture: Mapping[str, Any], seed: int, classes: Classes | None = None
+) -> nn.Module:
     """Return a system with random weights that depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family.load(architecture, None, Keys())
+        return family.load(architecture, None, Keys(), classes)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ade_harness.config.model import ModelConfig
-from ade_harness.data.labels import NUM_CLASSES
+from ade_harness.data.ade20k_labels import NUM_CLASSES
 from ade_harness.models.loaded import LoadedModel, statistics
 
 WEIGHTS = "demo_network.safetensors"

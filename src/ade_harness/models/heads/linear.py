@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.models.checkpoint.key_tables import Table
 
 LINEAR_HEAD: Table = (
@@ -38,38 +37,39 @@ class Backbone(Protocol):
 
 
 class LinearHead(nn.Module):
-    """Features [N, C, h, w] to logits [N, 150, h, w].
+    """Features [N, C, h, w] to logits [N, K, h, w].
 
     Args:
         channels: C.
+        classes: K.
         dropout: of whole channels before the norm, in training only.
     """
 
-    def __init__(self, channels: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = nn.Dropout2d(dropout)
         self.norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Conv2d(channels, NUM_CLASSES, 1)
+        self.classifier = nn.Conv2d(channels, classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(cast(Tensor, self.classifier.bias))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return logits [N, 150, h, w]."""
+        """Return logits [N, K, h, w]."""
         logits: Tensor = self.classifier(self.norm(self.dropout(features)))
         return logits
 
 
 class LinearSegmenter(nn.Module):
-    """A frozen backbone with a linear head: normalised images float32 [N, 3, H, W] to logits [N, 150, h, w].
+    """A frozen backbone with a linear head: normalised images float32 [N, 3, H, W] to logits [N, K, h, w].
 
     Images are padded with zeros to multiples of the patch, on all sides (DINOv2) or not at all; the logits of the
     padded grid stand for the whole image, as in the official code, which enlarges them to the unpadded size.
     """
 
-    def __init__(self, backbone: nn.Module, pad: bool, dropout: float = 0.0) -> None:
+    def __init__(self, backbone: nn.Module, pad: bool, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = LinearHead(cast(Backbone, backbone).channels, dropout)
+        self.head = LinearHead(cast(Backbone, backbone).channels, classes, dropout)
         self.pad = pad
 
     def features(self, images: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class LinearSegmenter(nn.Module):
         return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [N, 150, h, w] at one patch per pixel."""
+        """Return logits [N, K, h, w] at one patch per pixel."""
         logits: Tensor = self.head(self.features(images))
         return logits
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.models.checkpoint.family import count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.ops.attention import attend
@@ -185,6 +184,7 @@ class QueryDecoder(nn.Module):
     """Queries that attend within the masks which they predicted a layer before.
 
     Args:
+        classes: number of classes, without "no object".
         queries: number of queries.
         width: of queries and maps.
         mask_width: of the mask features.
@@ -193,14 +193,16 @@ class QueryDecoder(nn.Module):
         layers: number of layers.
     """
 
-    def __init__(self, queries: int, width: int, mask_width: int, heads: int, hidden: int, layers: int) -> None:
+    def __init__(
+        self, classes: int, queries: int, width: int, mask_width: int, heads: int, hidden: int, layers: int
+    ) -> None:
         super().__init__()
         self.query_features = nn.Parameter(torch.randn(queries, width))
         self.query_positions = nn.Parameter(torch.randn(queries, width))
         self.level_embed = nn.Parameter(torch.randn(LEVELS, width))
         self.layers = nn.ModuleList(QueryLayer(width, heads, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.classes = nn.Linear(width, NUM_CLASSES + 1)
+        self.classes = nn.Linear(width, classes + 1)
         self.mask_embed = mask_embed(width, mask_width)
 
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
@@ -361,13 +363,19 @@ HEAD_FIELDS = (
 
 
 def build_head(channels: Sequence[int], fields: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Return the two halves of the head for features of these channels; `fields` are those of HEAD_FIELDS."""
+    """Return the two halves of the head for features of these channels; `fields`: HEAD_FIELDS and ``num_labels``."""
     width, mask_width, heads = fields["width"], fields.get("mask_width") or fields["width"], fields["heads"]
     return {
         "pixel_decoder": PixelDecoder(
             channels, width, mask_width, heads, fields["pixel_hidden"], fields["pixel_layers"]
         ),
         "decoder": QueryDecoder(
-            fields["queries"], width, mask_width, heads, fields["query_hidden"], fields["query_layers"]
+            fields["num_labels"],
+            fields["queries"],
+            width,
+            mask_width,
+            heads,
+            fields["query_hidden"],
+            fields["query_layers"],
         ),
     }

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
@@ -140,7 +139,6 @@ def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, key
         layer_scale_init_value=1.0 if state is None else 0.1,  # any but 0: the weights are read
         out_indices=[1, 2, 3, 4],  # ours are used in its place
         use_auxiliary_head=False,
-        num_labels=NUM_CLASSES,
         **fields,
     )
     return VitUperNet(load_hub_names(BeitForSemanticSegmentation, config, state, keys), blocks)

@@ -106,10 +106,13 @@ def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, key
 def segmenter(
     cls: Any, config: Any, wrap: Any, state: Mapping[str, Tensor] | None, keys: Keys, *, pad: bool
 ) -> LinearSegmenter:
-    """Build a transformers backbone and its linear head, each with its part of `state`; heads begin with ``head.``."""
+    """Build a transformers backbone and its linear head, each with its part of `state`.
+
+    Names of the head begin with ``head.``; the number of classes is the configuration's ``num_labels``.
+    """
     parts = split_head(state)
     network = load_hub_names(cls, config, parts[0], keys)
-    whole = LinearSegmenter(wrap(network), pad)
+    whole = LinearSegmenter(wrap(network), pad, config.num_labels)
     if parts[1] or (state is not None and not keys.headless):
         load_strictly(whole.head, parts[1], keys.origin, keys.allow_missing, keys.allow_unexpected)
     return whole

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
@@ -106,13 +105,13 @@ def _network(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Ke
 def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
     from transformers import EomtConfig, EomtForUniversalSegmentation
 
-    return _network(EomtForUniversalSegmentation, EomtConfig(num_labels=NUM_CLASSES, **fields), state, keys)
+    return _network(EomtForUniversalSegmentation, EomtConfig(**fields), state, keys)
 
 
 def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
     from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-    config = EomtDinov3Config(num_labels=NUM_CLASSES, layer_norm_eps=1e-5, **fields)
+    config = EomtDinov3Config(layer_norm_eps=1e-5, **fields)
     return _network(EomtDinov3ForUniversalSegmentation, config, state, keys)
 
 

@@ -125,8 +125,9 @@ def _build_fapn(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys
 
     def head() -> dict[str, nn.Module]:
         decoder = QueryDecoder(
-            fields["queries"], width, mask_width, fields["heads"], fields["query_hidden"], fields["query_layers"]
-        )
+            fields["num_labels"], fields["queries"], width, mask_width, fields["heads"], fields["query_hidden"],
+            fields["query_layers"],
+        )  # fmt: skip
         return {"pixel_decoder": FapnDecoder(swin_channels(fields), width, mask_width), "decoder": decoder}
 
     return assemble(build_swin(fields, backbone, keys), head, rest, keys)

@@ -12,7 +12,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_FIELDS, build_swin, read_swin, swin_channels
 from ade_harness.models.checkpoint.family import Family, Keys, count
 from ade_harness.models.checkpoint.key_tables import Table
@@ -97,13 +96,21 @@ class MaskformerDecoder(nn.Module):
     """Queries that look at the backbone's last feature."""
 
     def __init__(
-        self, channels: int, queries: int, width: int, mask_width: int, heads: int, hidden: int, layers: int
+        self,
+        channels: int,
+        classes: int,
+        queries: int,
+        width: int,
+        mask_width: int,
+        heads: int,
+        hidden: int,
+        layers: int,
     ) -> None:
         super().__init__()
         self.input_projection = nn.Conv2d(channels, width, 1)
         self.query_positions = nn.Parameter(nn.init.normal_(Tensor(queries, width)))
         self.transformer = DetrDecoder(width, heads, hidden, layers)
-        self.classes = nn.Linear(width, NUM_CLASSES + 1)
+        self.classes = nn.Linear(width, classes + 1)
         self.mask_embed = mask_embed(width, mask_width)
 
     def forward(self, feature: Tensor, mask_features: Tensor) -> MaskLogits:
@@ -232,8 +239,8 @@ class _Head(nn.Module):
         decoder = FapnDecoder if fields.get("fapn") else PyramidDecoder
         self.pixel_decoder = decoder(channels, width, mask_width)
         self.decoder = MaskformerDecoder(
-            channels[3], fields["queries"], width, mask_width, fields["heads"], fields["query_hidden"],
-            fields["query_layers"],
+            channels[3], fields["num_labels"], fields["queries"], width, mask_width, fields["heads"],
+            fields["query_hidden"], fields["query_layers"],
         )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class TaskDecoder(QueryDecoder):
     """Mask2Former's decoder whose queries begin from a task.
 
     Args:
+        classes: number of classes, without "no object".
         queries: number of queries, the task's included.
         width: of queries and maps.
         mask_width: of the mask features.
@@ -40,10 +41,10 @@ class TaskDecoder(QueryDecoder):
     """
 
     def __init__(
-        self, queries: int, width: int, mask_width: int, heads: int, hidden: int, layers: int, class_layers: int,
-        class_hidden: int, task: Sequence[int],
+        self, classes: int, queries: int, width: int, mask_width: int, heads: int, hidden: int, layers: int,
+        class_layers: int, class_hidden: int, task: Sequence[int],
     ) -> None:  # fmt: skip
-        super().__init__(queries, width, mask_width, heads, hidden, layers)
+        super().__init__(classes, queries, width, mask_width, heads, hidden, layers)
         del self.query_features
         self.task = tuple(task)
         self.task_mlp = nn.Sequential(nn.Linear(ONEFORMER_TEXT_LENGTH, width), nn.ReLU(), nn.Linear(width, width))
@@ -143,8 +144,9 @@ def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Key
     def head() -> dict[str, nn.Module]:
         width = fields["width"]
         decoder = TaskDecoder(
-            fields["queries"], width, fields.get("mask_width") or width, fields["heads"], fields["query_hidden"],
-            fields["query_layers"], fields["class_layers"], fields["class_hidden"], ONEFORMER_TASKS[task],
+            fields["num_labels"], fields["queries"], width, fields.get("mask_width") or width, fields["heads"],
+            fields["query_hidden"], fields["query_layers"], fields["class_layers"], fields["class_hidden"],
+            ONEFORMER_TASKS[task],
         )  # fmt: skip
         return {**build_head(swin_channels(fields), fields), "decoder": decoder}
 

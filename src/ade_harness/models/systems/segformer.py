@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 
@@ -63,7 +62,7 @@ def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, key
     depths, sizes = fields["depths"], fields["hidden_sizes"]
     if len(depths) != 4 or len(sizes) != 4:
         raise ValueError("every list needs one entry for each of the four stages")
-    config = SegformerConfig(num_labels=NUM_CLASSES, **fields)
+    config = SegformerConfig(**fields)
     return Segformer(load_hub_names(SegformerForSemanticSegmentation, config, state, keys))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ade_harness.data.labels import NUM_CLASSES
 from ade_harness.models.backbones.pyramid import STAGES
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_BLOCK
 from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
@@ -107,21 +106,27 @@ class UperNet(nn.Module):
         return logits
 
 
-def _upernet(backbone: Any, channels: int, state: Mapping[str, Tensor] | None, keys: Keys) -> UperNet:
+def _upernet(backbone: Any, fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> UperNet:
     from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
     config = UperNetConfig(
-        backbone_config=backbone, hidden_size=channels, num_labels=NUM_CLASSES, use_auxiliary_head=False
+        backbone_config=backbone,
+        hidden_size=fields["channels"],
+        num_labels=fields["num_labels"],
+        use_auxiliary_head=False,
     )
     return UperNet(load_hub_names(UperNetForSemanticSegmentation, config, state, keys))
+
+
+def _backbone_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in ("channels", "num_labels")}
 
 
 def _build_swin(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
     from transformers import SwinConfig
 
-    fields = dict(architecture)
-    channels = fields.pop("channels")
-    module = _upernet(SwinConfig(out_features=STAGES, **fields), channels, state, keys)
+    backbone = SwinConfig(out_features=STAGES, **_backbone_fields(architecture))
+    module = _upernet(backbone, architecture, state, keys)
     module.network.backbone.set_attn_implementation("sdpa")  # UperNet's own class leaves its backbone at eager
     body = getattr(module.network.backbone, "swin", None)
     if body is not None:
@@ -144,9 +149,8 @@ def _read_swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _build_convnext(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
     from transformers import ConvNextConfig
 
-    fields = dict(architecture)
-    channels = fields.pop("channels")
-    return _upernet(ConvNextConfig(out_features=STAGES, **fields), channels, state, keys)
+    backbone = ConvNextConfig(out_features=STAGES, **_backbone_fields(architecture))
+    return _upernet(backbone, architecture, state, keys)
 
 
 def _read_convnext(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, ke
     from transformers import DINOv3ViTModel
 
     vit, rest = split(state, _TRUNK)
-    own = {*ADAPTER_FIELDS, *HEAD_FIELDS}
+    own = {*ADAPTER_FIELDS, *HEAD_FIELDS, "num_labels"}
     architecture = {name: value for name, value in fields.items() if name not in own}
     periods = None if vit is None else vit.pop(PERIODS, None)
     network: Any = load_hub_names(DINOv3ViTModel, dinov3_config(architecture), vit, keys)

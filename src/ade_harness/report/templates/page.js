@@ -109,10 +109,10 @@
   function matrixFigure(mode) {
     const { names, truth, prediction, pixels } = data.confusion;
     const columns = [...names, "none"];
-    const [ofTruth, ofPrediction] = [new Float64Array(150), new Float64Array(151)];
+    const [ofTruth, ofPrediction] = [new Float64Array(names.length), new Float64Array(columns.length)];
     truth.forEach((t, i) => { ofTruth[t] += pixels[i]; ofPrediction[prediction[i]] += pixels[i]; });
-    const z = names.map(() => new Array(151).fill(null));
-    const text = names.map(() => new Array(151).fill(""));
+    const z = names.map(() => new Array(columns.length).fill(null));
+    const text = names.map(() => new Array(columns.length).fill(""));
     truth.forEach((t, i) => {
       const p = prediction[i];
       const value = mode === "pixels" ? pixels[i] : pixels[i] / (mode === "truth" ? ofTruth[t] : ofPrediction[p]);
@@ -125,14 +125,14 @@
     const numbers = columns.map((_, index) => index);
     return {
       data: [{
-        type: "heatmap", z, text, hoverinfo: "text", colorscale: "Cividis", x: numbers, y: numbers.slice(0, 150),
+        type: "heatmap", z, text, hoverinfo: "text", colorscale: "Cividis", x: numbers, y: numbers.slice(0, names.length),
         ...(mode === "pixels" ? {} : { zmin: -4, zmax: 0 }),
         colorbar: { tickvals: ticks, ticktext: ticks.map(label), len: 0.8 },
       }],
       layout: {
         margin: { l: 110, r: 20, t: 20, b: 110 },
         xaxis: { title: { text: "prediction" }, tickvals: numbers, ticktext: columns, tickangle: -90, tickfont: { size: 8 }, showgrid: false, constrain: "domain" },
-        yaxis: { title: { text: "truth" }, tickvals: numbers.slice(0, 150), ticktext: names, tickfont: { size: 8 }, showgrid: false, autorange: "reversed", constrain: "domain" },
+        yaxis: { title: { text: "truth" }, tickvals: numbers.slice(0, names.length), ticktext: names, tickfont: { size: 8 }, showgrid: false, autorange: "reversed", constrain: "domain" },
       },
     };
   }
