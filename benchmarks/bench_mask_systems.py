@@ -34,7 +34,7 @@ from ade_harness.data.ade20k import open_ade20k
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.checkpoint.family import Keys, quietly_random
+from ade_harness.models.checkpoint.family import Strictness, quietly_random
 from ade_harness.models.checkpoint.files import read_state_dict
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.ops.attention import reference_operations
@@ -96,7 +96,7 @@ def pair(name: str, kind: str, fields: dict[str, Any]) -> tuple[nn.Module, Queri
     with tempfile.TemporaryDirectory() as folder:
         library.save_pretrained(folder)
         state = read_state_dict(Path(folder) / "model.safetensors")
-        network = family_of(kind).load(fields, state, Keys()).eval().to(DEVICE)
+        network = family_of(kind).load(fields, state, Strictness()).eval().to(DEVICE)
     library = library.eval().to(DEVICE)
     extra = {}
     if kind == "oneformer":

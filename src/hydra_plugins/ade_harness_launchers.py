@@ -89,7 +89,7 @@ class ProcessLauncher(_CheckedLauncher):
         codes = []
         for place, job in enumerate(jobs, start=1):
             print(f"[{place} of {len(jobs)}] {' '.join(job.overrides)}", flush=True)
-            words = [*job.words, *flags]
+            words = [*job.arguments, *flags]
             codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode)
         rows = finish_sweep(jobs, codes, Path(str(self.config.hydra.sweep.dir)))
         return [_returned(job, code, row.mIoU) for job, code, row in zip(jobs, codes, rows, strict=True)]

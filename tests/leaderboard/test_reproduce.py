@@ -17,11 +17,11 @@ import pytest
 
 import ade_harness
 from ade_harness.config.compose import compose_config
-from ade_harness.config.overrides import as_word, words_of
+from ade_harness.config.overrides import as_override_value, overrides_of
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.reproduce import checkout
 from ade_harness.leaderboard.reproduce.checkout import code_of
-from ade_harness.leaderboard.reproduce.repetition import compare_runs, what_differs
+from ade_harness.leaderboard.reproduce.comparison import compare_runs, what_differs
 from ade_harness.leaderboard.reproduce.rerun import _check_trust
 from ade_harness.leaderboard.submission.submit import build, prepare
 from ade_harness.metrics.counts import Row
@@ -58,7 +58,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )  # fmt: skip
 def test_the_words_of_a_configuration_compose_it_again(words: list[str]) -> None:
     cfg = compose_config(words)
-    found = words_of(cfg)
+    found = overrides_of(cfg)
     assert found is not None
     again = compose_config(found)
     for group in ("model", "dataset", "inference", "metrics"):
@@ -75,13 +75,13 @@ def test_words_need_no_file_of_the_users(tmp_path: Path) -> None:
         "defaults: [schema, _self_]\nname: own\nresize: {rule: short_side, side: 300}\n"
     )
     cfg = compose_config(["model=mine", "inference=own"], tmp_path)
-    words = words_of(cfg)
+    words = overrides_of(cfg)
     assert words is not None
     again = compose_config(words)
     assert (again.model.name, again.model.label, again.inference.name) == ("mine", "Mine & co", "own")
     assert again.inference == cfg.inference
     assert Path(again.model.path).is_absolute()
-    assert as_word({"a": [1, None, True], "b c": "x"}) == "{a:[1,null,true],'b c':x}"
+    assert as_override_value({"a": [1, None, True], "b c": "x"}) == "{a:[1,null,true],'b c':x}"
 
 
 # comparing
@@ -95,9 +95,9 @@ def changed(run: FinishedRun, index: int, change: Callable[[Row], dict[str, Any]
 
 def test_equal_runs_are_bit_identical(demo: Path) -> None:
     run = load_run(demo)
-    repetition = compare_runs(run, run)
-    assert repetition.bit_identical
-    assert repetition.verdict.startswith("bit-identical: the label maps and counts of all 6 images are equal")
+    comparison = compare_runs(run, run)
+    assert comparison.bit_identical
+    assert comparison.verdict.startswith("bit-identical: the label maps and counts of all 6 images are equal")
 
 
 def test_every_difference_is_told_with_its_size(demo: Path) -> None:
@@ -115,10 +115,10 @@ def test_every_difference_is_told_with_its_size(demo: Path) -> None:
             "label_hash": "x",
         }
 
-    repetition = compare_runs(run, changed(run, 2, move))
-    assert not repetition.bit_identical
-    assert [(d.image_id, d.pixels) for d in repetition.different] == [(run.rows[2].image_id, 5)]
-    assert f"1 of 6 label maps differ, in at least 5 of their {run.rows[2].valid_pixels:,} pixels" in repetition.verdict
+    comparison = compare_runs(run, changed(run, 2, move))
+    assert not comparison.bit_identical
+    assert [(d.image_id, d.pixels) for d in comparison.different] == [(run.rows[2].image_id, 5)]
+    assert f"1 of 6 label maps differ, in at least 5 of their {run.rows[2].valid_pixels:,} pixels" in comparison.verdict
     hidden = compare_runs(run, changed(run, 0, lambda _: {"label_hash": "x"}))  # other labels, equal counts
     assert (hidden.bit_identical, hidden.same_labels, hidden.same_counts) == (False, 5, 6)
     files = compare_runs(run, changed(run, 1, lambda row: {"content_hash": "0" * len(row.content_hash)}))
@@ -131,17 +131,17 @@ def test_every_difference_is_told_with_its_size(demo: Path) -> None:
 
 
 def test_what_differs_is_named(demo: Path) -> None:
-    first = load_run(demo).manifest
-    assert what_differs(first, first) == []
-    second = json.loads(json.dumps(first))
-    second["identity"]["inference.batch"] = 7
-    second["identity"]["dataset.root"] = "/elsewhere"
+    run = load_run(demo)
+    assert what_differs(run, run) == []
+    config, second = json.loads(json.dumps([run.config, run.manifest]))
+    config["inference"]["batch"] = 7
+    config["dataset"]["root"] = "/elsewhere"
     second["environment"]["gpus"] = ["H100"]
     packages = second["environment"]["distributions"]
     packages["numpy"]["version"] = "0.0"
     packages["pillow"]["sha256"] = "0"
     del packages["rich"]
-    told = "\n".join(what_differs(first, second))
+    told = "\n".join(what_differs(run, replace(run, config=config, manifest=second)))
     for text in ("inference.batch: was null, is 7", 'gpus: was [], is ["H100"]', "package numpy: was", "is 0.0",
                  "other files of the same version", "package rich: was"):  # fmt: skip
         assert text in told
@@ -248,7 +248,7 @@ def test_mistakes_are_one_message(demo: Path, call: Call, tmp_path: Path) -> Non
     edited = Path(shutil.copytree(demo, tmp_path / "edited"))
     manifest = json.loads((edited / "manifest.json").read_text())
     (edited / "manifest.json").write_text(json.dumps({**manifest, "repeat": None}))
-    one_message(call("reproduce", edited), "cannot be written as words of a command")
+    one_message(call("reproduce", edited), "cannot be written as overrides")
 
 
 def test_a_repetition_that_fails_passes_its_code_on(demo: Path, cli: Callable[..., Done], tmp_path: Path) -> None:

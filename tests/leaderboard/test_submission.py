@@ -21,18 +21,19 @@ import pytest
 import yaml
 
 from ade_harness.config.compose import compose_config
+from ade_harness.config.kinds import Source
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.bundle import bundle_problems, read_claim
 from ade_harness.leaderboard.submission.claim import is_safe_word
 from ade_harness.leaderboard.submission.public_files import (
-    Reference,
+    PublicSource,
     check_public,
+    overrides_for,
     parse_address,
-    references_of,
-    words_for,
+    sources_of,
 )
-from ade_harness.leaderboard.submission.recipe import recipe_files
+from ade_harness.leaderboard.submission.scripts import script_files
 from ade_harness.leaderboard.submission.submit import build, prepare
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.counts import hash_rows
@@ -70,7 +71,7 @@ def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None], again: bool 
     claim = yaml.safe_load((bundle / "submission.yaml").read_text())
     change(claim)
     if again:
-        for name, text in recipe_files(claim).items():
+        for name, text in script_files(claim).items():
             (bundle / name).write_text(text)
         claim["files"] = {name: file_hash(bundle / name, "sha256") for name in claim["files"]}
     (bundle / "submission.yaml").write_text(yaml.safe_dump(claim, sort_keys=False))
@@ -258,7 +259,7 @@ def test_files_from_disk_get_their_public_address(whole: Path) -> None:
     weights = "/data/copy.safetensors"
     same = {"weights": "pretrained", "origin": weights, "sha256": MODEL["sha256"]}
     run = variant(whole, facts=same, model={"checkpoint": weights})
-    (reference,) = references_of(run, {})
+    (reference,) = sources_of(run, {})
     assert reference.address == f"hub:{MODEL['origin']}"  # the file that the configuration pins
     own = {**same, "sha256": "c" * 64}
     run = variant(whole, facts=own, model={"checkpoint": weights})
@@ -274,18 +275,22 @@ def test_files_from_disk_get_their_public_address(whole: Path) -> None:
 
 def test_words_for_every_kind_of_reference() -> None:
     revision = "d" * 40
-    hub = Reference("checkpoint", f"hub:org/name@{revision}/dir/w.bin", "e" * 64)
-    assert words_for(hub, "segformer") == [
+    hub = PublicSource("checkpoint", f"hub:org/name@{revision}/dir/w.bin", "e" * 64)
+    assert overrides_for(hub, Source.weights) == [
         "model.hub.hub_id='org/name'", f"model.hub.revision='{revision}'", "model.hub.filename='dir/w.bin'",
         f"model.hub.sha256='{'e' * 64}'", "model.source=hub",
     ]  # fmt: skip
-    backbone = Reference("backbone", "https://example.org/b.pth", "f" * 64)
-    assert words_for(backbone, "dinov3_linear") == [
+    backbone = PublicSource("backbone", "https://example.org/b.pth", "f" * 64)
+    assert overrides_for(backbone, Source.weights) == [
         "model.backbone.url='https://example.org/b.pth'",
         f"model.backbone.sha256='{'f' * 64}'",
     ]
-    assert words_for(hub, "onnx") == words_for(Reference("endpoint", "https://example.org", None), "http") == []
-    assert words_for(Reference("checkpoint", f"hub:a/b@{revision}", None), "hf") == [
+    assert (
+        overrides_for(hub, Source.file)
+        == overrides_for(PublicSource("endpoint", "https://example.org", None), Source.server)
+        == []
+    )
+    assert overrides_for(PublicSource("checkpoint", f"hub:a/b@{revision}", None), Source.repository) == [
         "model.id='a/b'",
         f"model.revision='{revision}'",
     ]
@@ -343,7 +348,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Reference]]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], PublicSource]]:
     """Return a function that looks at a path of the store as a stranger does."""
     server = Server(("127.0.0.1", 0), Handler)
     server.seen = []
@@ -356,8 +361,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
     def look(
         path: str, sha256: str = "0" * 64, role: str = "checkpoint", gated: bool = False, read: bool = True
-    ) -> Reference:
-        return check_public(Reference(role, base + path, sha256, gated), read)
+    ) -> PublicSource:
+        return check_public(PublicSource(role, base + path, sha256, gated), read)
 
     yield look
     assert set(server.seen) <= {None}  # never with a login of this machine
@@ -384,7 +389,7 @@ def test_the_store_is_asked_as_a_stranger(store: Any) -> None:
         with pytest.raises(HarnessError, match=message):
             store(path, "0" * 64)
     with pytest.raises(HarnessError, match=r"cannot be reached.*--no-network"):
-        check_public(Reference("checkpoint", "http://127.0.0.1:9/x", "0" * 64), True)
+        check_public(PublicSource("checkpoint", "http://127.0.0.1:9/x", "0" * 64), True)
 
 
 # what others send

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ade_harness.config.compose import compose_config
-from ade_harness.config.overrides import words_of
+from ade_harness.config.overrides import overrides_of
 from ade_harness.config.plain import as_dict
 from ade_harness.data.ade20k import Pair, SegmentationDataset, validation_sizes
 from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
@@ -64,7 +64,7 @@ def write_whole_run(
         "device": "cpu", "kernels": "numba_cpu", "model": {"name": cfg.model.name, **(facts or MODEL)},
         "dataset": {"name": "ade20k", "root": cfg.dataset.root, "images": len(rows), "expected_images": len(rows),
                     "ids_hash": dataset.ids_hash()},
-        "repeat": words_of(cfg),
+        "repeat": overrides_of(cfg),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ade_harness.runs.record.code_state", lambda: {**CODE, **(code or {})})

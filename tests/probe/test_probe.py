@@ -214,7 +214,8 @@ def test_the_loss_falls_and_evaluate_reads_the_head(call: Callable[..., Done], t
     assert head["head.norm.num_batches_tracked"] == 24
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["finished"]
-    assert manifest["identity"]["dataset.split"] == "training"
+    assert "dataset.split" not in manifest["identity"]  # the configuration stands once, in config.yaml
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["dataset"]["split"] == "training"
     scored = call(
         *SMALL, "model.checkpoint=run/head.safetensors", "inference.resize.side=64", "inference.window.crop=64",
         "inference.window.stride=43", "dataset.limit=4", "tracking=none", "run.overlays=0", "runtime.workers=0",
@@ -359,7 +360,8 @@ def test_a_training_has_the_run_directory_of_an_evaluation(
     assert "trained:       8 of 8 iterations" in shown.out
     again = cli("resume", "run")
     assert again.code == 0, again.err
-    manifest = {k: manifest[k] for k in ("schema", "kind", "identity")} | {"finished": False}  # as older ones were
+    old = {**manifest["identity"], "probe.iterations": 8}
+    manifest = {"schema": manifest["schema"], "kind": "probe", "identity": old, "finished": False}  # as older ones were
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "run/config.yaml").unlink()
     assert "state:         interrupted" in cli("status", "run").out

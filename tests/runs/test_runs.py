@@ -21,7 +21,7 @@ from ade_harness.runs.directory import make_run_dir, new_run_name
 from ade_harness.runs.exactness import check_exact, check_rows
 from ade_harness.runs.ledger import LedgerWriter, read_rows
 from ade_harness.runs.provenance import code_state, environment
-from ade_harness.runs.record import RunRecord, start_record
+from ade_harness.runs.record import RunRecord, run_identity, start_record
 
 
 def make_row(index: int, seed: int = 0, **changes: Any) -> Row:
@@ -186,6 +186,49 @@ def test_run_dir_is_continued_only_by_the_same_run(tmp_path: Path) -> None:
     (path / "manifest.json").write_text("{")
     with pytest.raises(HarnessError, match="damaged"):
         record(path)
+
+
+def test_the_configuration_stands_once_and_is_not_edited(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first = record(path)
+    first.lock.release()
+    assert not any(key.startswith(("model.", "runtime.")) for key in first.manifest["identity"])
+    assert run_identity(path, first.manifest)["model.a"] == 1
+    config = path / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole.replace("a: 1", "a: 2"))
+    for a in (1, 2):  # neither the old nor the new value hides that somebody wrote into it
+        with pytest.raises(HarnessError, match=r"config\.yaml: was changed since the run wrote it"):
+            record(path, a=a)
+    config.write_text("# a comment\n" + whole)
+    record(path).lock.release()
+    config.unlink()  # as after a kill between the two files at the very start
+    record(path).lock.release()
+    assert config.read_text() == whole
+
+
+def test_a_kill_between_manifest_and_configuration_of_a_later_session(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    record(path).lock.release()
+    old = (path / "config.yaml").read_text()
+    record(path, allow_changed=True).lock.release()  # another text, the same numbers
+    assert (path / "config.yaml").read_text() != old
+    (path / "config.yaml").write_text(old)
+    record(path).lock.release()
+
+
+def test_runs_of_older_versions_are_continued(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first = record(path)
+    first.lock.release()
+    manifest = {k: v for k, v in first.manifest.items() if k != "config_sha256"}
+    manifest["identity"] = run_identity(path, first.manifest)  # as they had it: the configuration too
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(HarnessError, match=r"model\.a: was 1, is 2"):
+        record(path, a=2)
+    again = record(path)
+    again.lock.release()
+    assert "config_sha256" in again.manifest
 
 
 def test_a_run_of_another_version_is_refused(tmp_path: Path) -> None:

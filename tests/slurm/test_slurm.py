@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY
 from tests.runtime.slow_model import SLOW_MODEL
@@ -219,7 +220,7 @@ def test_a_job_array_evaluates_each_combination(cluster: Cluster, work: Path) ->
     runs = [work / f"runs/slurm-{job}_{task}" for task in (0, 1)]
     while not all((run / "metrics.json").exists() for run in runs) and time.monotonic() < end:
         time.sleep(0.3)
-    names = [json.loads((run / "manifest.json").read_text())["identity"]["inference.name"] for run in runs]
+    names = [yaml.safe_load((run / "config.yaml").read_text())["inference"]["name"] for run in runs]
     assert names == ["original_size", "fit_input"], output(work)
 
 

@@ -14,4 +14,4 @@ class Answer:
     content: Mapping[str, Any] | None = None
     """What ``--json`` prints; None: the command has no such answer."""
     code: int = 0
-    """Of the process."""
+    """Exit code of the process."""

@@ -23,13 +23,13 @@ class Command:
     """One command."""
 
     name: str
-    """Of one word, or two: ``data verify``."""
+    """One word, or two: ``data verify``."""
     summary: str
     function: str
     """``module:function`` below this package, imported when the command is given: takes the parsed options."""
     arguments: tuple[Argument, ...] = ()
     details: str = ""
-    """Of its help."""
+    """What its help prints after the options."""
 
 
 _OVERRIDES = Argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the configuration")
@@ -198,26 +198,26 @@ class _Parser(argparse.ArgumentParser):
         raise HarnessError(f"{name}: {message}.{hint} `python -m ade_harness {name} --help` lists its options.")
 
 
-def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
-    """Return the command that words begin with (``evaluate`` if they name none), and the other words.
+def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
+    """Return the command that arguments begin with (``evaluate`` if they name none), and the other arguments.
 
     Raises:
         HarnessError: no such command.
     """
-    plain = [word for word in words[:2] if not word.startswith("-") and "=" not in word]
-    if not words or not plain or words[0] != plain[0] or words[0].startswith("~"):
-        return COMMANDS[0], list(words)
+    plain = [word for word in arguments[:2] if not word.startswith("-") and "=" not in word]
+    if not arguments or not plain or arguments[0] != plain[0] or arguments[0].startswith("~"):
+        return COMMANDS[0], list(arguments)
     for number in (2, 1):
         for command in COMMANDS:
-            if command.name == " ".join(words[:number]):
-                return command, list(words[number:])
-    below = [c.name for c in COMMANDS if c.name.startswith(f"{words[0]} ")]
+            if command.name == " ".join(arguments[:number]):
+                return command, list(arguments[number:])
+    below = [c.name for c in COMMANDS if c.name.startswith(f"{arguments[0]} ")]
     if below:
-        given = words[1] if len(words) > 1 else ""
+        given = arguments[1] if len(arguments) > 1 else ""
         ends = [name.split()[1] for name in below]
-        raise HarnessError(f"{words[0]} {given}: expected {' or '.join(below)}.{did_you_mean(given, ends)}")
+        raise HarnessError(f"{arguments[0]} {given}: expected {' or '.join(below)}.{did_you_mean(given, ends)}")
     raise HarnessError(
-        f"{words[0]!r} is neither a command nor key=value.{did_you_mean(words[0], FIRST_WORDS)}"
+        f"{arguments[0]!r} is neither a command nor key=value.{did_you_mean(arguments[0], FIRST_WORDS)}"
         f" Commands: {', '.join(FIRST_WORDS)}; see --help."
     )
 

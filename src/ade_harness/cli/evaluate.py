@@ -90,9 +90,9 @@ def run_resume(options: argparse.Namespace) -> Answer:
         raise HarnessError(f"{path / 'config.yaml'}: cannot be read ({error.strerror}).") from error
     config = stored_config(text, options.overrides)
     config.run.dir = str(path)
-    words = ["resume", options.run, *options.overrides]
+    arguments = ["resume", options.run, *options.overrides]
     work = _train if manifest.get("kind") == PROBE else _evaluate
-    code, run_dir = launch(config, lambda _: words, options.in_this_process, lambda found: work(config, found))
+    code, run_dir = launch(config, lambda _: arguments, options.in_this_process, lambda found: work(config, found))
     return Answer(_result(run_dir), code)
 
 
@@ -127,22 +127,22 @@ def _run_hydra(
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # a launcher looks at each job's end
-            errors.append(error)  # Hydra would print its own words about it before ours
+            errors.append(error)  # Hydra would print its own message before ours
             return None
 
     def run(tree: DictConfig) -> float | None:
         given = list(HydraConfig.get().overrides.task)
         own = tree.inference.name in OWN_PROTOCOLS  # of a sweep: each job knows its model only now
         config = compose_config(given, _config_dir(options)) if own else checked(tree)
-        words = [command, *given, *_hydra_words(options)]
+        arguments = [command, *given, *_hydra_options(options)]
         if _hydras_directory(config):
             config.run.dir = str(HydraConfig.get().runtime.output_dir)
-            words.append(f"run.dir={quote(config.run.dir)}")
+            arguments.append(f"run.dir={quote(config.run.dir)}")
         if options.verbose:
-            words.append("hydra.verbose=true")
+            arguments.append("hydra.verbose=true")
 
         def rank(run_dir: str | None) -> list[str]:
-            kept = [w for w in words if run_dir is None or not w.startswith("run.dir=")]
+            kept = [w for w in arguments if run_dir is None or not w.startswith("run.dir=")]
             return [*kept, *([] if run_dir is None else [f"run.dir={run_dir}"])]
 
         code, run_dir = launch(config, rank, options.in_this_process, lambda found: work(config, found))
@@ -165,9 +165,9 @@ def _run_hydra(
 
 @contextmanager
 def _arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Iterator[None]:
-    """Give Hydra its command line: it reads ``sys.argv``, and is told to raise errors rather than to print them."""
+    """Give Hydra its command line: it reads ``sys.argv``, and is set to raise errors rather than to print them."""
     argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    flags = _hydra_words(options)
+    flags = _hydra_options(options)
     if options.multirun:
         flags.append("--multirun")
     for name in _SHOWS:
@@ -191,7 +191,7 @@ def _arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Iterato
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _hydra_words(options: argparse.Namespace) -> list[str]:
+def _hydra_options(options: argparse.Namespace) -> list[str]:
     """Return the options that say where configurations are, for Hydra and for the ranks."""
     names = ("config_dir", "config_name", "config_path")
     return [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names if getattr(options, name)]

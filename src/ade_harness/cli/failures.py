@@ -22,7 +22,7 @@ def tell_failure(cfg: Config, run_dir: Path | None, why: str, say: Callable[[str
     Args:
         cfg: the configuration.
         run_dir: None if there was none yet: then there is nothing to be found in W&B either.
-        why: what the user was told; empty takes the last error in the logs of the ranks.
+        why: the message that the user saw; empty takes the last error in the logs of the ranks.
         say: prints a line.
     """
     if cfg.tracking.kind != "wandb" or run_dir is None:

@@ -65,7 +65,7 @@ def run_submit(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: everything that stands in the way of a submission, each with what to do; nothing was written.
     """
-    from ade_harness.leaderboard.submission.recipe import SCRIPT
+    from ade_harness.leaderboard.submission.scripts import SCRIPT
     from ade_harness.leaderboard.submission.submit import build, look_up, prepare
 
     console = make_console()

@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(list(sys.argv[1:] if arguments is None else arguments), in_this_process=arguments is not None)
 
 
-def run_command(words: list[str], in_this_process: bool = False) -> int:
-    """Run one command as :func:`main` does; evaluate it with ranks that are processes, unless told otherwise."""
+def run_command(arguments: list[str], in_this_process: bool = False) -> int:
+    """Run one command as :func:`main` does; evaluate it with ranks that are processes, unless `in_this_process`."""
     try:
-        return _dispatch(words, in_this_process)
+        return _dispatch(arguments, in_this_process)
     except HarnessError as error:
         if os.environ.get(_TRACEBACK):
             raise
@@ -54,14 +54,14 @@ def run_command(words: list[str], in_this_process: bool = False) -> int:
         return 0
 
 
-def _dispatch(words: list[str], in_this_process: bool) -> int:
-    if "--version" in words:
+def _dispatch(arguments: list[str], in_this_process: bool) -> int:
+    if "--version" in arguments:
         print(f"ade-harness {__version__}")
         return 0
-    if words[:1] in (["help"], ["-h"], ["--help"]):
+    if arguments[:1] in (["help"], ["-h"], ["--help"]):
         print(overview())
         return 0
-    command, rest = find_command(words)
+    command, rest = find_command(arguments)
     if "-h" in rest or "--help" in rest:
         print(parser_of(command, _choices()).format_help(), end="")
         return 0

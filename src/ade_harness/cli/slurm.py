@@ -24,8 +24,8 @@ from ade_harness.errors import HarnessError, require
 class EvaluationJob:
     """What one node of a job runs; pickled by submitit."""
 
-    words: tuple[str, ...]
-    """Of the command ``python -m ade_harness``."""
+    arguments: tuple[str, ...]
+    """Arguments of the command ``python -m ade_harness``."""
     root: str
     """``run.root``: a run without a directory of its own is named by its job, so that a requeued one continues it."""
 
@@ -33,18 +33,18 @@ class EvaluationJob:
         """Evaluate; fails the job if the evaluation fails."""
         from ade_harness.cli.main import run_command
 
-        code = run_command([*with_run_dir(self.words, self.root), "runtime.requeue=true"])
+        code = run_command([*with_run_dir(self.arguments, self.root), "runtime.requeue=true"])
         if code:
             raise HarnessError(f"the evaluation ended with exit code {code}: see its messages.")
 
 
-def with_run_dir(words: Sequence[str], root: str) -> list[str]:
+def with_run_dir(arguments: Sequence[str], root: str) -> list[str]:
     """Add the run directory of this SLURM job, unless there is one."""
-    if any(word.startswith("run.dir=") for word in words):
-        return list(words)
+    if any(word.startswith("run.dir=") for word in arguments):
+        return list(arguments)
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
-    return [*words, f"run.dir={root}/slurm-{name}"]
+    return [*arguments, f"run.dir={root}/slurm-{name}"]
 
 
 def sbatch_parameters(cfg: SlurmConfig) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def submit(jobs: Sequence[Sequence[str]], configs: Sequence[Config], settings: M
     try:
         with executor.batch():
             submitted = [
-                executor.submit(EvaluationJob(tuple(words), cfg.run.root))
-                for words, cfg in zip(jobs, configs, strict=True)
+                executor.submit(EvaluationJob(tuple(arguments), cfg.run.root))
+                for arguments, cfg in zip(jobs, configs, strict=True)
             ]
     except (submitit.core.utils.FailedJobError, OSError) as error:
         raise HarnessError(f"sbatch refused: {' '.join(str(error).split())[:500]}") from error
-    for words, job in zip(jobs, submitted, strict=True):
-        print(f"job {job.job_id}: {' '.join(words)}\n  its log: {job.paths.stdout}")
+    for arguments, job in zip(jobs, submitted, strict=True):
+        print(f"job {job.job_id}: {' '.join(arguments)}\n  its log: {job.paths.stdout}")

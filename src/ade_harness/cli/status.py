@@ -16,6 +16,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.runs.directory import LEDGER, LOSS, PROBE, PROGRESS, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
+from ade_harness.runs.record import read_config
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
 from ade_harness.runtime.progress import format_seconds
 from ade_harness.runtime.supervisor import resume_command
@@ -74,7 +75,8 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     for mark in manifest.get("marks", ()):
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
-    total = manifest["identity"].get("probe.iterations")
+    old = manifest["identity"].get("probe.iterations")  # of a version that kept the configuration there too
+    total = old if old is not None else read_config(path, manifest)["probe"]["iterations"]
     print_fact(console, "trained", f"{last['step']:,} of {total:,} iterations")
     if last["loss"] is not None:
         print_fact(console, "loss", f"{last['loss']:.4f}")

@@ -37,7 +37,7 @@ class SweepJob:
     config: Config
 
     @property
-    def words(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """Arguments of the command that runs it."""
         kept = [word for word in self.overrides if not word.startswith("run.dir=")]
         return ["evaluate", *kept, f"run.dir={quote(str(self.run_dir))}"]

@@ -12,7 +12,7 @@ from ade_harness.config.fields import bounded, place
 
 
 class ChannelOrder(StrEnum):
-    """Of the pixels that a network takes."""
+    """The channel order that a network takes."""
 
     rgb = "rgb"
     bgr = "bgr"

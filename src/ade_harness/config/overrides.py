@@ -1,4 +1,4 @@
-"""A configuration as the words of a command that composes it again."""
+"""A configuration as the overrides that compose it again."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from ade_harness.errors import HarnessError
 
 GROUPS = ("model", "dataset", "inference", "metrics")
 RUNTIME = ("runtime.seed", "runtime.threads", "runtime.deterministic", "runtime.kernels")
-"""Of the runtime: what can change a bit. How many ranks there are cannot."""
+"""Fields of ``runtime`` that can change a bit. The number of ranks cannot."""
 PATHS = ("dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path")
-"""Keys that hold a path on this machine."""
+"""Strictness that hold a path on this machine."""
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
 """What Hydra's grammar takes for a string without quotes."""
 _FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"}
 
 
-def words_of(cfg: Config) -> list[str] | None:
-    """Return words for ``python -m ade_harness`` that compose what decides the counts of `cfg`.
+def overrides_of(cfg: Config) -> list[str] | None:
+    """Return overrides for ``python -m ade_harness`` that compose what decides the counts of `cfg`.
 
     The configuration files are named where they are this package's; every value that differs from them is a word of
-    its own, so that the words say the same without files of the user's. Paths become absolute.
+    its own, so that the overrides say the same without files of the user's. Paths become absolute.
 
     Args:
         cfg: a composed configuration.
 
     Returns:
-        The words, without ``run`` and ``tracking``; None if there are none (a key that the command line cannot say).
+        The overrides, without ``run`` and ``tracking``; None if a key cannot be written on a command line.
     """
-    words = [f"{group}={_base(group, getattr(cfg, group).name)}" for group in _FALLBACKS]
+    overrides = [f"{group}={_base(group, getattr(cfg, group).name)}" for group in _FALLBACKS]
     try:
         wanted = _decisive(as_dict(cfg))
-        changes = _changes(composed_values(words), wanted)
-        words += changes
-        if changes and _decisive(as_dict(compose_config(words))) != wanted:
+        changes = _changes(composed_values(overrides), wanted)
+        overrides += changes
+        if changes and _decisive(as_dict(compose_config(overrides))) != wanted:
             return None
     except HarnessError:
         return None
-    return [_absolute(word, wanted) for word in words]
+    return [_absolute(word, wanted) for word in overrides]
 
 
 def _base(group: str, name: str) -> str:
     return name if name in choices(group) else _FALLBACKS[group]
 
 
-def composed_values(words: Sequence[str]) -> dict[str, Any]:
-    """Return what words compose, by dotted keys, without checking that a user's own values are there.
+def composed_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return what overrides compose, by dotted keys, without checking that a user's own values are there.
 
     Raises:
         HarnessError: they do not compose.
     """
-    tree: Any = OmegaConf.to_container(compose_tree(prepare(words)), resolve=True, enum_to_str=True)
+    tree: Any = OmegaConf.to_container(compose_tree(prepare(overrides)), resolve=True, enum_to_str=True)
     return _decisive(tree)
 
 
@@ -84,17 +84,19 @@ def _flatten(value: Any, prefix: str, flat: dict[str, Any]) -> None:
 
 
 def _changes(base: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={as_word(value)}" for key, value in wanted.items() if key not in base or base[key] != value]
+    return [
+        f"{key}={as_override_value(value)}" for key, value in wanted.items() if key not in base or base[key] != value
+    ]
 
 
-def as_word(value: Any) -> str:
+def as_override_value(value: Any) -> str:
     """Return a value as Hydra's override grammar writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{as_word(key)}:{as_word(v)}" for key, v in value.items()) + "}"
+        return "{" + ",".join(f"{as_override_value(key)}:{as_override_value(v)}" for key, v in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ",".join(as_word(v) for v in value) + "]"
+        return "[" + ",".join(as_override_value(v) for v in value) + "]"
     if isinstance(value, str):
         if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
             return value
@@ -109,4 +111,4 @@ def _absolute(word: str, wanted: Mapping[str, Any]) -> str:
         return word  # of the hub
     if key not in (*PATHS, "model.id") or value is None:
         return word
-    return f"{key}={as_word(str(Path(value).expanduser().resolve()))}"
+    return f"{key}={as_override_value(str(Path(value).expanduser().resolve()))}"

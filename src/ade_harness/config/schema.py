@@ -102,7 +102,7 @@ class MetricsConfig:
     resamples: int = bounded(10_000, at_least=0)  # of the bootstrap behind every interval; 0: no intervals
     seed: int = bounded(0, at_least=0)  # of the bootstrap
     level: float = 0.95  # of the intervals
-    calibration: bool = False  # count how sure the network is, and how often right: one more pass over the scores
+    calibration: bool = False  # count confidence and correctness of every pixel: one more pass over the scores
 
 
 @dataclass

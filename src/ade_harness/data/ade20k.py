@@ -42,7 +42,7 @@ class Sample:
     target: npt.NDArray[np.uint8]
     """[H, W], 0..C-1, 255 where nothing is counted."""
     content_hash: str
-    """Of both files' bytes: the run's record of what was evaluated."""
+    """Hash of both files' bytes: the run's record of what was evaluated."""
 
 
 @dataclass(frozen=True)

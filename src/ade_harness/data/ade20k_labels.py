@@ -13,7 +13,7 @@ from importlib.resources import files
 from ade_harness.data.labels import IGNORE_INDEX, Classes, encode_targets
 
 NUM_CLASSES = 150
-"""Of ADE20K: of its published systems, and of its synthetic images. Other data sets have other numbers."""
+"""Classes of ADE20K: of its published systems, and of its synthetic images. Other data sets have other numbers."""
 
 
 @dataclass(frozen=True)

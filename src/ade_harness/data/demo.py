@@ -24,7 +24,7 @@ GENERATOR_VERSION = 1
 VALIDATION_SEED = 2016
 """The embedded demo's images; the packaged network was trained on other seeds."""
 TRAINING_SEED = 2017
-"""Of the training split, for probes."""
+"""Seed of the training split, for probes."""
 SCALE = 4
 """Real sizes are divided by this."""
 _GREY_SHARE = 0.03

@@ -144,6 +144,6 @@ def usual_dataset(classes: int) -> str | None:
 
 
 CONFIDENCE_BINS = 15
-"""Of a prediction's confidence, of equal width (Guo et al. 2017)."""
+"""Bins of a prediction's confidence, of equal width (Guo et al. 2017)."""
 CONFIDENCE_UNITS = 2**16
 """Confidence is added up in integers of this fraction, so that sums are exact in any order."""

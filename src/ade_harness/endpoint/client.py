@@ -66,7 +66,7 @@ class Endpoint:
     url: str
     """Before ``/predict`` and ``/info``; it may have a query, which no message shows."""
     timeout_s: float
-    """Of one try, for everything together."""
+    """Time limit of one try, for everything together."""
     retries: int
     """How often a try is repeated that a lost connection, a timeout, 429 or 5xx ended."""
     token: str | None = field(default=None, repr=False)
@@ -155,12 +155,14 @@ class Endpoint:
         """
         reply = self.ask("GET", "info", "model.url", {"Accept": "application/json"}, b"", _MAX_INFO_BYTES, _NO_INFO)
         try:
-            told = json.loads(reply.body) if reply.status == 200 else {}
+            reported = json.loads(reply.body) if reply.status == 200 else {}
         except (ValueError, RecursionError):
             return {}
-        if not isinstance(told, dict):
+        if not isinstance(reported, dict):
             return {}
-        kept = {k: first_line(self.hide(v)) for k in ("name", "version", "sha256") if isinstance(v := told.get(k), str)}
+        kept = {
+            k: first_line(self.hide(v)) for k in ("name", "version", "sha256") if isinstance(v := reported.get(k), str)
+        }
         if not re.fullmatch(r"[0-9a-f]{64}", kept.get("sha256", "")):
             kept.pop("sha256", None)
         return {k: v for k, v in kept.items() if v}
@@ -171,8 +173,10 @@ class Endpoint:
             return ""
         text = reply.body[:_QUOTED_BYTES].decode(errors="replace")
         try:
-            told = json.loads(text)
-            found = next((told[k] for k in ("error", "detail", "message") if isinstance(told.get(k), str)), text)
+            reported = json.loads(text)
+            found = next(
+                (reported[k] for k in ("error", "detail", "message") if isinstance(reported.get(k), str)), text
+            )
         except (ValueError, AttributeError, RecursionError):
             found = text
         said = first_line(self.hide(found))

@@ -41,7 +41,7 @@ class ModelService:
     device: torch.device
     apply_exif: bool
     forward: ThreadPoolExecutor
-    """Of one thread."""
+    """A pool of one thread."""
     _places: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_MAX_WAITING))
 
     def info(self) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class EvaluationData(pl.LightningDataModule):
         self.items.stop()
 
 
-def plan_data(cfg: Config, job: Job, done: set[str], coordinator: Coordinator) -> EvaluationData:
+def make_data(cfg: Config, job: Job, done: set[str], coordinator: Coordinator) -> EvaluationData:
     """Return what is still to be evaluated.
 
     Args:

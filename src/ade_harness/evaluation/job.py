@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ade_harness import kernels
 from ade_harness.config.compose import protocol_changes
-from ade_harness.config.overrides import words_of
+from ade_harness.config.overrides import overrides_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
@@ -38,7 +38,7 @@ def open_run(cfg: Config, job: Job, ranks: Ranks, console: Console) -> RunRecord
     config = as_dict(cfg)
     seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
     facts = describe_facts(job.dataset, job.ids_hash, job.facts, cfg, ranks.trainer.strategy.root_device.type)
-    facts["repeat"] = words_of(cfg)
+    facts["repeat"] = overrides_of(cfg)
     record = start_record(config, facts, job.marks, seeds, console.print)
     for line in (*record.manifest["marks"], f"run directory: {record.path}"):
         print_line(console, line)
@@ -56,7 +56,7 @@ class Job:
     skipped: dict[str, str]
     """Why images are left out, by image id (``run.on_error=skip``)."""
     ids_hash: str
-    """Of the whole data set."""
+    """Hash of the ids of the whole data set."""
     predictor: Predictor
     facts: dict[str, Any]
     """Origin and hashes of the weights."""
@@ -120,9 +120,9 @@ def _compare_ranks(
         "torch": torch.__version__,
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    told = gather((host_name(), is_first, seen, device))
-    host, _, expected, _ = told[0]
-    for rank, (other_host, first, other, _) in enumerate(told):
+    reported = gather((host_name(), is_first, seen, device))
+    host, _, expected, _ = reported[0]
+    for rank, (other_host, first, other, _) in enumerate(reported):
         for what, value in other.items():
             per_node = what.startswith(("the data set's", "the code's"))
             if value != expected[what] and (first or not per_node):
@@ -130,7 +130,7 @@ def _compare_ranks(
                     f"rank {rank} on {other_host} sees something else than rank 0 on {host}: {what} is {value}, not"
                     f" {expected[what]}. Give every node the same files."
                 )
-    devices = sorted({d for _, _, _, d in told})
+    devices = sorted({d for _, _, _, d in reported})
     return [] if len(devices) == 1 else [f"the ranks have different devices ({', '.join(devices)}): bits may differ"]
 
 

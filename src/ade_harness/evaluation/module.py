@@ -36,7 +36,7 @@ from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
 
 _MAX_FAILURES = 20
-"""Of one rank: more than that is no single damaged file."""
+"""Failures of one rank: more than that is no single damaged file."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,10 @@ class EvaluationModule(pl.LightningModule):
             for image, prediction in zip(images, predictions, strict=True):
                 target = image.target.to(device, non_blocking=True)
                 counts.append(chosen.count(prediction.labels, target, len(self.classes)))
-                sure = prediction.confidence
-                calibrations.append(None if sure is None else count_confidence(sure, prediction.labels, target))
+                confidence = prediction.confidence
+                calibrations.append(
+                    None if confidence is None else count_confidence(confidence, prediction.labels, target)
+                )
         with watch("copy"):
             counts = [_to_host(c) for c in counts]
             calibrated = [torch.zeros(0, dtype=torch.int64) if c is None else _to_host(c) for c in calibrations]
@@ -182,18 +184,18 @@ class EvaluationModule(pl.LightningModule):
             self._spend(stage, spent)
         start = time.perf_counter()
         each = sum(seconds.values()) / len(batch.images)
-        for image, prediction, counted, sure in zip(
+        for image, prediction, counted, confidence in zip(
             batch.images, batch.predictions, batch.counts, batch.calibrations, strict=True
         ):
             self._spend("decode", image.load_seconds)
             if image.image_id not in self.counted:
                 with self._failing([image]):
                     _refuse_nan(image.image_id, prediction.nan_share)
-                    self._record(image, prediction.labels, counted.numpy(), sure.numpy(), each, rank)
+                    self._record(image, prediction.labels, counted.numpy(), confidence.numpy(), each, rank)
         self._spend("ledger", time.perf_counter() - start)
 
     def _record(
-        self, image: LoadedImage, labels: Tensor, counts: np.ndarray, sure: np.ndarray, seconds: float, rank: int
+        self, image: LoadedImage, labels: Tensor, counts: np.ndarray, confidence: np.ndarray, seconds: float, rank: int
     ) -> None:
         ground_truth, prediction, pixels = sparse_counts(counts)
         height, width = image.target.shape
@@ -221,7 +223,7 @@ class EvaluationModule(pl.LightningModule):
                 seconds=seconds,
                 rank=rank,
                 host=host_name(),
-                calibration=sure.reshape(-1),
+                calibration=confidence.reshape(-1),
             )
         )
         self.matrix += counts

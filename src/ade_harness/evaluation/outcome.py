@@ -25,7 +25,7 @@ def run_session(
 
     Args:
         cfg: a composed configuration.
-        on_run_dir: told the run directory as soon as it is there.
+        on_run_dir: called with the run directory as soon as it exists.
         console: where to print; None is stdout.
 
     Raises:

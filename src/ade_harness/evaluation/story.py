@@ -17,7 +17,7 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 from ade_harness.config.schema import Config
-from ade_harness.evaluation.data import Failure, plan_data
+from ade_harness.evaluation.data import Failure, make_data
 from ade_harness.evaluation.job import Job, build_job, open_run
 from ade_harness.evaluation.module import counted_before, make_module, sum_stages
 from ade_harness.evaluation.score import Work, score
@@ -40,7 +40,7 @@ def evaluate(
     Args:
         cfg: a configuration from :func:`ade_harness.config.compose.compose_config`.
         console: for progress.
-        on_run_dir: told the run directory as soon as it is there.
+        on_run_dir: called with the run directory as soon as it exists.
 
     Returns:
         The result and its record on rank 0, None on the other ranks.
@@ -82,7 +82,7 @@ def _evaluate(
     before = agreed(coordinator, "past", lambda: counted_before(run_dir, job, console.print) if record else []) or []
     done: set[str] = broadcast({row.image_id for row in before})
 
-    data = plan_data(cfg, job, done, coordinator)
+    data = make_data(cfg, job, done, coordinator)
     module = make_module(cfg, job, done, coordinator, run_dir, marks)
     reporter = reporter_for(coordinator.rank, console, len(job.dataset.ids), len(done))
     callback = RankCallback(ranks, data.costs, data.names, data.sampler, reporter)

@@ -30,7 +30,7 @@ from ade_harness.models.outputs import MaskLogits
 from ade_harness.runtime.queue import Loaders
 
 _LABEL_COST = 0.3
-"""Of a pixel of the original image, against one that goes through the network; see docs/performance.md."""
+"""Cost of a pixel of the original image, relative to one that goes through the network; see docs/performance.md."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class NetworkPredictor:
         inference: ``inference`` node of the configuration.
         model_cfg: ``model`` node.
         kernels_choice: ``runtime.kernels``.
-        confident: also say how sure the network is of each pixel; that needs all scores at the original size.
+        confident: also give the confidence of each pixel; that needs all scores at the original size.
         classes: that are predicted; None are ADE20K's.
     """
 
@@ -147,7 +147,7 @@ class NetworkPredictor:
 
     @property
     def network(self) -> nn.Module:
-        """Of the model."""
+        """The model's network."""
         return self.model.module
 
     def facts(self) -> dict[str, Any]:
@@ -238,8 +238,8 @@ class NetworkPredictor:
             with watch("labels"):
                 nan_share = self._check_scores(prepared.image_id, [o for window in output for o in window])
                 labels = self._labels(views, output, prepared.original_size)
-                sure = self._confidence(views, output, prepared.original_size) if self.confident else None
-                predictions.append(Prediction(labels, nan_share, sure))
+                confidence = self._confidence(views, output, prepared.original_size) if self.confident else None
+                predictions.append(Prediction(labels, nan_share, confidence))
         return predictions
 
     def views(self, prepared: Prepared, device: torch.device) -> tuple[list[View], ClassMap, Tensor]:
@@ -377,13 +377,13 @@ class NetworkPredictor:
             torch_kernels.accumulate(total, view, probabilities)
         total /= len(views)
         if isinstance(outputs[0][0], MaskLogits):  # sums over queries: not negative, and no distribution
-            sure = total.amax(0) / total.sum(0).clamp(min=torch.finfo(total.dtype).tiny)
+            confidence = total.amax(0) / total.sum(0).clamp(min=torch.finfo(total.dtype).tiny)
         else:
-            sure = total.amax(0) if probabilities else torch.exp(total.amax(0) - total.logsumexp(0))
+            confidence = total.amax(0) if probabilities else torch.exp(total.amax(0) - total.logsumexp(0))
         if at_input:
             top, left, height, width = self._view(plans[0], outputs[0], original).area
-            sure = resize_labels(sure[top : top + height, left : left + width], original)
-        return sure
+            confidence = resize_labels(confidence[top : top + height, left : left + width], original)
+        return confidence
 
     def _view(self, plan: ViewPlan, windows: Sequence[Tensor | MaskLogits], original: Size) -> View:
         """Collect the scores of a view's windows."""

@@ -22,10 +22,10 @@ Bytes = Any  # uint8 arrays
 _jit = nb.njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
 
 SLACK = np.float32(2e-6)
-"""Of the largest absolute score: more than twice the rounding error of two bilinear steps (12 units of 2^-24)."""
+"""Fraction of the largest absolute score: over twice the rounding error of two bilinear steps (12 units of 2^-24)."""
 _DENSE_ROWS = 16
 _SPARSE_SHARE = np.float32(0.08)
-"""Of all classes: with more candidates per pixel than this, interpolating all rows by vectors is faster."""
+"""Fraction of all classes: with more candidates per pixel than this, interpolating all rows by vectors is faster."""
 
 
 @intrinsic

@@ -14,7 +14,7 @@ from ade_harness.kernels.bilinear import axis, part
 from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
 _CHUNK_BYTES = 4 << 20
-"""Of the rows that are merged at a time."""
+"""Memory for the rows that are merged at a time."""
 _ROWS_OF_WINDOWS = 16
 
 

@@ -26,7 +26,7 @@ normalise = reference.normalise
 
 _TILE_ROWS, _TILE_COLUMNS = 4, 64
 _NEAR_TIE = 1e-5
-"""Of the largest absolute score: far more than float32 rounding of two bilinear steps."""
+"""Fraction of the largest absolute score: far more than float32 rounding of two bilinear steps."""
 
 
 @triton.jit

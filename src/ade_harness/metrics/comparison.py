@@ -24,7 +24,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one figure, second run minus first; fractions."""
+    """The difference of one score, second run minus first; fractions."""
 
     first: float
     second: float

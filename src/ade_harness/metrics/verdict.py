@@ -1,4 +1,4 @@
-"""Is a published score reproduced? Yes, within the interval, or no, in words."""
+"""Is a published score reproduced? Yes, within the interval, or no, and why."""
 
 from __future__ import annotations
 

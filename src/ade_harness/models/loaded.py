@@ -22,7 +22,7 @@ class LoadedModel:
     std: tuple[float, ...]
     class_names: list[str] | None = None
     channels: int | None = None
-    """Of the scores, if it is known before the first image."""
+    """Channels of the scores, if they are known before the first image."""
     fixed_size: tuple[int, int] | None = None
     """(height, width) of the only input it takes."""
     fixed_batch: int | None = None

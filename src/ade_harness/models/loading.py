@@ -14,7 +14,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.backbones.vit import Beit3Trunk
-from ade_harness.models.checkpoint.family import Family, Keys, add_delta, quietly_random
+from ade_harness.models.checkpoint.family import Family, Strictness, add_delta, quietly_random
 from ade_harness.models.checkpoint.files import StateDict, read_state_dict
 from ade_harness.models.checkpoint.sources import backbone_checkpoint, chosen_checkpoint, facts_of
 from ade_harness.models.loaded import LoadedModel, statistics
@@ -88,7 +88,7 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
         facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
-    keys = Keys(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
+    keys = Strictness(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
     module = family.load(cfg.architecture, state, keys, classes)
     if isinstance(module, Beit3Trunk):
         raise HarnessError(
@@ -121,7 +121,7 @@ def load_for_probe(cfg: ModelConfig) -> LoadedModel:
     if cfg.checkpoint is not None:
         raise HarnessError("model.checkpoint: probe makes it. The backbone's file is model.backbone_checkpoint=PATH.")
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
-    keys = Keys(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
+    keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
     module = family.load(cfg.architecture, read_state_dict(backbone.path), keys).eval()
     if cfg.dtype != "fp32":
         _convert(module, DTYPES[cfg.dtype])

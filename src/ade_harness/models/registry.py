@@ -14,7 +14,7 @@ from ade_harness.config.files import choices, read_choice
 from ade_harness.config.kinds import KINDS, Gives, Kind
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.models.backbones.vit import Beit3Trunk
-from ade_harness.models.checkpoint.family import Family, Keys
+from ade_harness.models.checkpoint.family import Family, Strictness
 from ade_harness.models.heads.mask_classifier import SemanticScores
 
 
@@ -72,7 +72,7 @@ def from_official(name: str, state_dict: Mapping[str, Any], **architecture: Any)
     with torch.inference_mode(False):  # parameters made in that mode could never leave it
         tensors = {key: _tensor(value) for key, value in state.items()}
         family = family_of(known[name])
-        network = family.load(architecture, tensors, Keys(f"{name}'s state_dict"))
+        network = family.load(architecture, tensors, Strictness(f"{name}'s state_dict"))
     if not family.void or isinstance(network, Beit3Trunk):  # BEiT-3's published files hold the encoder alone
         return network.eval()
     return SemanticScores(network, family.at_mask_size).eval()

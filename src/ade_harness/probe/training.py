@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +59,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
     Args:
         cfg: of :func:`ade_harness.config.compose.compose_probe`.
         console: for progress.
-        on_run_dir: told the run directory as soon as it is there.
+        on_run_dir: called with the run directory as soon as it exists.
 
     Raises:
         HarnessError: nothing to train, or another recipe, model or data set than the directory's.
@@ -101,20 +101,28 @@ def _on_gpus(cfg: Config) -> bool:
     return cfg.runtime.accelerator != "cpu" and torch.cuda.is_available()
 
 
+def _decided(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration that decide a head, by dotted keys."""
+    model = config["model"]
+    return flatten(
+        {
+            "probe": {k: v for k, v in config["probe"].items() if k not in _LOCAL_KEYS},
+            "model": {k: model[k] for k in ("name", "kind", "architecture", "input", "dtype")},
+            "precision": config["inference"]["precision"],
+            "dataset": {"name": config["dataset"]["name"], "split": config["dataset"]["split"]},
+        }
+    )
+
+
 def _open(
     cfg: Config, recipe: ProbeConfig, dataset: SegmentationDataset, model: LoadedModel, device: str, console: Console
 ) -> RunRecord:
     """Open and lock the run directory, on rank 0; raises as :func:`ade_harness.runs.record.start_record`."""
-    given, chosen = as_dict(cfg.model), as_dict(recipe)
-    identity = flatten(
-        {
-            "probe": {k: v for k, v in chosen.items() if k not in _LOCAL_KEYS},
-            "model": {k: given[k] for k in ("name", "kind", "architecture", "input", "dtype")},
-            "precision": cfg.inference.precision,
-            "backbone": {"origin": model.facts["origin"], "sha256": model.facts.get("sha256")},
-            "dataset": {"name": dataset.name, "split": dataset.split, "ids": dataset.ids_hash()},
-        }
-    )
+    found = {
+        "backbone.origin": model.facts["origin"],
+        "backbone.sha256": model.facts.get("sha256"),
+        "dataset.ids": dataset.ids_hash(),
+    }
     facts = {
         "kind": PROBE,
         "device": device,
@@ -134,7 +142,7 @@ def _open(
     elif dataset.is_partial:
         marks.append(f"PARTIAL: trained on {len(dataset.pairs):,} of {dataset.expected_images:,} images")
     seeds = {"probe.seed": recipe.seed, "model.seed": cfg.model.seed}
-    record = start_record(as_dict(cfg), facts, marks, seeds, console.print, identity)
+    record = start_record(as_dict(cfg), facts, marks, seeds, console.print, _decided, found)
     print_line(console, f"run directory: {record.path}")
     return record
 
@@ -321,6 +329,6 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
     print_line(console, f"head: {path}")
     print_line(console, f"evaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}")
     if cfg.tracking.kind == "wandb":
-        where = log_curve(cfg.tracking, training.run_dir, rows, {"identity": manifest["identity"]})
+        where = log_curve(cfg.tracking, training.run_dir, rows, as_dict(cfg))
         print_line(console, f"W&B: {where or 'not logged'}")
     return path

@@ -24,8 +24,8 @@ from ade_harness.data.labels import Classes
 from ade_harness.files.atomic import write_text
 from ade_harness.metrics.regions import SIZE_EDGES
 from ade_harness.report import plots
+from ade_harness.report.contents import SCORE_NAMES, RunContents, configuration, provenance
 from ade_harness.report.examples import Example, data_url
-from ade_harness.report.view import SCORE_NAMES, RunView, configuration, provenance
 
 _OVERLAY_SIDE = 1400
 
@@ -82,13 +82,13 @@ def render_page(
 
 
 def write_run_page(
-    path: Path, view: RunView, worst: Sequence[Example], best: Sequence[Example], notes: Sequence[str]
+    path: Path, contents: RunContents, worst: Sequence[Example], best: Sequence[Example], notes: Sequence[str]
 ) -> None:
     """Write the page of one run.
 
     Args:
         path: of the HTML file.
-        view: what it shows.
+        contents: what it shows.
         worst: pictures of the worst images.
         best: of the best.
         notes: what the reader must know.
@@ -96,39 +96,39 @@ def write_run_page(
     Raises:
         HarnessError: the file cannot be written.
     """
-    run = view.run
+    run = contents.run
     timings = run.manifest["timings"]
     figures = {
-        "classes": plots.class_iou_figure(view.classes),
-        "images": plots.image_figure(view.image_scores["mIoU"]),
+        "classes": plots.class_iou_figure(contents.classes),
+        "images": plots.image_figure(contents.image_scores["mIoU"]),
         "stages": plots.stages_figure(timings["stages"]),
         "ranks": plots.ranks_figure(timings["ranks"]),
     }
     boundary_miou = None
     objects: list[tuple[str, list[int]]] = []
-    if view.calibration:
-        figures["reliability"] = plots.reliability_figure(view.calibration)
-    if view.regions:
-        figures["bands"] = plots.bands_figure(view.regions.bands)
-        boundary = view.regions.boundary_iou()
+    if contents.calibration:
+        figures["reliability"] = plots.reliability_figure(contents.calibration)
+    if contents.regions:
+        figures["bands"] = plots.bands_figure(contents.regions.bands)
+        boundary = contents.regions.boundary_iou()
         boundary_miou = float(boundary[~np.isnan(boundary)].mean())
         names = [f"under {edge:,}" for edge in SIZE_EDGES] + [f"{SIZE_EDGES[-1]:,} and more"]
-        objects = list(zip(names, view.regions.objects.tolist(), strict=True))
+        objects = list(zip(names, contents.regions.objects.tolist(), strict=True))
     dataset = run.manifest["dataset"]
     page = render_page(
         "run.html.j2",
         f"{run.label} on {dataset['name']}",
         run.marks,
         run.classes,
-        {"confusion": plots.confusion_data(view.matrix, run.classes), "figures": figures},
-        view=view,
-        scores=view.scores.as_dict(),
+        {"confusion": plots.confusion_data(contents.matrix, run.classes), "figures": figures},
+        contents=contents,
+        scores=contents.scores.as_dict(),
         score_names=SCORE_NAMES,
-        pixels=int(view.matrix.sum()),
+        pixels=int(contents.matrix.sum()),
         published=run.metrics.get("published"),
         verdict=run.metrics.get("reproduced"),
         convention=run.metrics["convention"],
-        notes=[*run.metrics["notes"], *view.notes, *notes],
+        notes=[*run.metrics["notes"], *contents.notes, *notes],
         worst=worst,
         best=best,
         overlays=[] if worst else _overlays(run.path),

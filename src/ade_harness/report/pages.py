@@ -1,4 +1,4 @@
-"""The verbs `report` and `compare`: finished runs in, a table and a self-contained page out."""
+"""The commands `report` and `compare`: finished runs in, a table and a self-contained page out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rich.progress import track
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_text
+from ade_harness.report.contents import run_contents
 from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
 from ade_harness.report.page import render_page, write_run_page
 from ade_harness.report.ranking import Ranking, p_words
-from ade_harness.report.view import view_run
 from ade_harness.runs.finished import FinishedRun
 
 PAGE = "report.html"
@@ -47,15 +47,15 @@ def write_report(
     regions = None
     if samples is not None and boundaries:
         regions = measure_regions(run, samples, os.cpu_count() or 1, _progress(console, "boundaries and objects"))
-    view = view_run(run, _read_scenes(scenes, run), regions)
-    values = view.image_scores["mIoU"]
+    contents = run_contents(run, _read_scenes(scenes, run), regions)
+    values = contents.image_scores["mIoU"]
     kept = kept_images(run)
-    order = [i for i in np.argsort(values, kind="stable") if view.areas.ids[i] in kept]
-    captions = [(view.areas.ids[i], f"mIoU {100 * values[i]:.1f}") for i in order]
+    order = [i for i in np.argsort(values, kind="stable") if contents.areas.ids[i] in kept]
+    captions = [(contents.areas.ids[i], f"mIoU {100 * values[i]:.1f}") for i in order]
     number = min(_PICTURES, len(captions) // 2)
     worst, best = captions[:number], captions[::-1][:number]
     pictures = [make_examples([("prediction", run)], samples, chosen) if samples else [] for chosen in (worst, best)]
-    write_run_page(page, view, pictures[0], pictures[1], notes)
+    write_run_page(page, contents, pictures[0], pictures[1], notes)
 
 
 def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:

@@ -33,7 +33,7 @@ def rounded(values: Sequence[float | None] | Floats, digits: int = 4) -> list[fl
 
 
 def class_iou_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draw every class's IoU with its interval, best first; rows as in :mod:`ade_harness.report.view`."""
+    """Draw every class's IoU with its interval, best first; rows as in :mod:`ade_harness.report.contents`."""
     known = sorted((r for r in rows if r["IoU"] is not None), key=lambda r: -r["IoU"])
     iou = [100 * r["IoU"] for r in known]
     up = [100 * ((r["high"] if r["high"] is not None else r["IoU"]) - r["IoU"]) for r in known]
@@ -109,7 +109,7 @@ def reliability_figure(calibration: Calibration) -> Figure:
                 "x": [0, 100],
                 "y": [0, 100],
                 "mode": "lines",
-                "name": "as sure as right",
+                "name": "perfect calibration",
                 "line": {"color": ORANGE, "dash": "dot"},
             },
         ],

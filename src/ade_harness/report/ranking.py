@@ -32,7 +32,7 @@ class Ranked:
     """Unlike any other's."""
     scores: Scores
     interval: Interval | None
-    """Of mIoU."""
+    """The interval of mIoU."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pair:
 
     @property
     def headline(self) -> Difference:
-        """Of mIoU; corrected for the number of pairs."""
+        """The difference of mIoU; corrected for the number of pairs."""
         return self.comparison.scores["mIoU"]
 
     def changed_images(self, most: int) -> list[tuple[str, float]]:

@@ -19,7 +19,7 @@ LEDGER = "ledger"
 LOGS = "logs"
 PROGRESS = "progress.json"
 LOSS = "loss.jsonl"
-"""Of a training: a line of JSON for each logged iteration."""
+"""Losses of a training: a line of JSON for each logged iteration."""
 PROBE = "probe"
 """``kind`` in the manifest of a training; an evaluation's has none."""
 SCHEMA_VERSION = 1
@@ -105,7 +105,7 @@ _PROSE = (
     "model.label", "model.about.", "model.parity.", "model.published.", "model.missing", "model.protocols.",
     "model.probe", "model.official.license", "model.hub.license", "model.backbone.license", "inference.source",
 )  # fmt: skip
-"""Of an identity: what describes a run and decides no number in it."""
+"""Keys of an identity that describe a run and decide no number in it."""
 _SECTION = re.compile(r"^model\.architecture\.(backbone|adapter|head)\.")
 """Configurations of before sections had the same fields without them."""
 
@@ -117,7 +117,7 @@ def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return what decides numbers and differs between two identities (configuration, hashes, code), in words."""
+    """Return what decides numbers and differs between two identities (configuration, hashes, code), one line each."""
     before, now = decisive(first), decisive(second)
     return [
         f"{key}: was {_short(old)}, is {_short(new)}"

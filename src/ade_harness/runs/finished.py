@@ -50,13 +50,13 @@ class FinishedRun:
 
     @property
     def verdict(self) -> str | None:
-        """What the run says about the published score, in words; None if nothing was published."""
+        """What the run says about the published score; None if nothing was published."""
         judged = self.metrics.get("reproduced")
         return str(judged["sentence"]) if judged else None
 
     @property
     def classes(self) -> Classes:
-        """Of the data set; ADE20K's are not kept in a run."""
+        """The classes of the data set; a run does not keep ADE20K's."""
         dataset = self.manifest["dataset"]
         stored = dataset.get("classes")
         return classes_from(str(dataset["name"]), stored) if stored else ade20k_classes()

@@ -24,7 +24,7 @@ CHOICES = ("none", "few", "all")
 FEW = 12
 """Worst and best images that are kept."""
 _COMPRESSION = 3
-"""Of zlib, 0..9: label maps shrink well at any level, and 9 takes ten times as long."""
+"""Compression level of zlib, 0..9: label maps shrink well at any level, and 9 takes ten times as long."""
 
 
 class LabelMaps:

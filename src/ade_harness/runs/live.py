@@ -74,7 +74,7 @@ class LiveStatus:
         self.before, self._begun = before, time.monotonic()
 
     def on_beats(self, beats: Sequence[Beat]) -> None:
-        """Take what all ranks told."""
+        """Take the beats of all ranks."""
         try:
             self.lock.renew()
         except HarnessError as error:

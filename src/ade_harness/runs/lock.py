@@ -33,7 +33,7 @@ class RunLock:
 
     Args:
         run_dir: of the run.
-        say: told why a start takes longer than usual.
+        say: called with the reason why a start takes longer than usual.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None] = lambda _: None) -> None:

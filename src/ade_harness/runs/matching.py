@@ -1,4 +1,4 @@
-"""May two runs be compared? What must be equal, and what the reader must be told."""
+"""May two runs be compared? What must be equal, and what the reader must know."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, distributions, environment
 
 _HOW_TO_ASK = ("timeout_s", "retries", "concurrency", "token_env")
-"""Of ``model.http``: they change no label, so a run may be continued with others."""
+"""Fields of ``model.http``: they change no label, so a run may be continued with others."""
 
 
 @dataclass
@@ -79,7 +79,8 @@ def start_record(
     marks: Sequence[str],
     seeds: dict[str, int],
     say: Callable[[str], None] = lambda _: None,
-    identity: Mapping[str, Any] | None = None,
+    decides: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Open and lock the run directory, and write config.yaml, code.diff and a first manifest.json.
 
@@ -88,8 +89,10 @@ def start_record(
         facts: ``model`` and ``dataset``: origins and hashes.
         marks: what the run's numbers are not.
         seeds: every seed in use.
-        say: told why a start takes longer than usual.
-        identity: what must be equal for the run to be continued; None takes what decides an evaluation's counts.
+        say: called with the reason why a start takes longer than usual.
+        decides: fields of a configuration that must be equal for the run to be continued; None takes those that decide
+            an evaluation's counts.
+        found: what else must be equal and is no configuration (hashes, versions); None takes an evaluation's.
 
     Raises:
         HarnessError: the directory cannot be written, another job is at work in it, or it holds a run of something
@@ -97,24 +100,29 @@ def start_record(
     """
     code = code_state()
     diff = code.pop("diff", "")
-    same = dict(identity) if identity is not None else _identity(config, facts, code)
+    decides = decides or decided_counts
+    found = dict(found) if found is not None else _found(facts, code)
+    now = {**decides(config), **found}
     name = f"probe-{config['model']['name']}" if facts.get("kind") == PROBE else config["model"]["name"]
     path = make_run_dir(config["run"]["dir"], config["run"]["root"], name)
     lock = RunLock(path, say)
     lock.acquire()
     try:
         before = None if is_new(path) else read_manifest(path)
+        if before and "config_sha256" in before and not (path / "config.yaml").exists():
+            before = None  # killed at its very start, before anything was counted
         if before and before.get("kind") != facts.get("kind"):
-            found = "a probe" if before.get("kind") == PROBE else "an evaluation"
-            raise HarnessError(f"run.dir={path} holds {found}. Choose another run.dir.")
-        changes = differences(before["identity"], same) if before else []
+            held = "a probe" if before.get("kind") == PROBE else "an evaluation"
+            raise HarnessError(f"run.dir={path} holds {held}. Choose another run.dir.")
+        then = run_identity(path, before, decides) if before else now
+        changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
                 f"run.dir={path} holds a run of something else, so it is not continued. Different: "
                 + "; ".join(changes[:8])
                 + ". Choose another run.dir; or run.allow_changed=true mixes the counts of both, and says so."
             )
-        return _write_record(path, lock, config, facts, marks, seeds, code, diff, same, before, changes)
+        return _write_record(path, lock, config, facts, marks, seeds, code, diff, found, then, before, changes)
     except BaseException:
         lock.release()
         raise
@@ -129,10 +137,12 @@ def _write_record(
     seeds: dict[str, int],
     code: dict[str, Any],
     diff: str,
-    identity: dict[str, Any],
+    found: Mapping[str, Any],
+    then: Mapping[str, Any],
     before: dict[str, Any] | None,
     changes: Sequence[str],
 ) -> RunRecord:
+    text = yaml.safe_dump(config, sort_keys=False)
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "status": "running",
@@ -143,12 +153,15 @@ def _write_record(
         "seeds": seeds,
         "environment": {**environment(), "distributions": distributions()},
         **facts,
-        "identity": identity,
+        "identity": dict(found),
+        "config_sha256": _hash(text),
     }
     all_changes = list(changes)
     if before is not None:
-        kept = ("started", "command", *(("identity", "code") if changes else ()))
+        kept = ("started", "command", "config_sha256", *(("code",) if changes else ()))
         earlier = {key: before[key] for key in kept if key in before}
+        if changes:
+            earlier["identity"] = dict(then)  # whole: config.yaml is about to be another
         (path / "metrics.json").unlink(missing_ok=True)  # a score is there only if the last session came to its end
         manifest["earlier"] = [*before.get("earlier", []), earlier]
         all_changes = [*before.get("changes", []), *(c for c in changes if c not in before.get("changes", []))]
@@ -159,7 +172,7 @@ def _write_record(
     if diff:
         write_text(path / "code.diff", diff)
     header = "".join(f"# {mark}\n" for mark in manifest["marks"])
-    write_text(path / "config.yaml", header + yaml.safe_dump(config, sort_keys=False))
+    write_text(path / "config.yaml", header + text)
     return RunRecord(path, manifest, lock, tuple(all_changes))
 
 
@@ -169,18 +182,21 @@ def mixed_mark(changes: Sequence[str]) -> str:
     return f"MIXED: continued though it had changed: {keys}{', ...' if len(changes) > 4 else ''}"
 
 
-def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be equal for counts of two sessions to be added up."""
-    import torch
-
-    kept = {g: config[g] for g in ("model", "dataset", "inference")}
+def decided_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a resolved configuration that decide the counts of an evaluation, by dotted keys."""
+    kept: dict[str, Any] = {group: config[group] for group in ("model", "dataset", "inference")}
     kept["metrics"] = {"calibration": config["metrics"]["calibration"]}
     http = {k: v for k, v in config["model"].get("http", {}).items() if k not in _HOW_TO_ASK}
     kept["model"] = {**config["model"], "http": http}
     runtime = {k: config["runtime"][k] for k in ("seed", "threads", "deterministic")}
+    return {**flatten(kept), **flatten({"runtime": runtime})}
+
+
+def _found(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what else must be equal for counts of two sessions to be added up."""
+    import torch
+
     return {
-        **flatten(kept),
-        **flatten({"runtime": runtime}),
         "device": facts["device"],
         "checkpoint.sha256": facts["model"].get("sha256"),
         "checkpoint.origin": facts["model"].get("origin"),
@@ -191,6 +207,48 @@ def _identity(config: dict[str, Any], facts: dict[str, Any], code: dict[str, Any
         "code.commit": code["commit"],
         "code.diff_sha256": code.get("diff_sha256"),
     }
+
+
+def run_identity(
+    path: Path, manifest: Mapping[str, Any], decides: Callable[[Mapping[str, Any]], dict[str, Any]] = decided_counts
+) -> dict[str, Any]:
+    """Return what a run directory was made with: its configuration, as far as it decides numbers, and hashes.
+
+    Args:
+        path: of the run directory.
+        manifest: its content.
+        decides: as of :func:`start_record`.
+
+    Raises:
+        HarnessError: config.yaml is damaged, or was edited since the run wrote it.
+    """
+    found: dict[str, Any] = manifest["identity"]
+    if "config_sha256" not in manifest:
+        return found  # of a version that kept the configuration there too, or of a submission
+    return {**decides(read_config(path, manifest)), **found}
+
+
+def read_config(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a run's config.yaml, checked against its manifest; raises as :func:`run_identity`."""
+    file = path / "config.yaml"
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise HarnessError(f"{file}: cannot be read ({str(error).splitlines()[0]}). Start a new run.") from error
+    body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+    # a session that was killed between its manifest and its config.yaml left the earlier one's
+    known = {manifest["config_sha256"], *(e.get("config_sha256") for e in manifest.get("earlier", ())[-1:])}
+    if not isinstance(content, dict) or _hash(body) not in known:
+        raise HarnessError(
+            f"{file}: was changed since the run wrote it. Put it back, or start a new run: what is different goes on"
+            " the command line."
+        )
+    return content
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _now() -> str:

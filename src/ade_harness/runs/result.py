@@ -119,7 +119,7 @@ class Result:
     seconds: float
     """From start to end, loading included."""
     images_per_second: float
-    """Of the evaluation alone; 0 if nothing was left to do."""
+    """Speed of the evaluation alone; 0 if nothing was left to do."""
     balance: Balance
     """What each rank did."""
     stages: Mapping[str, float]

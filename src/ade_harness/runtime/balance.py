@@ -26,7 +26,7 @@ class RankShare:
 
     @staticmethod
     def of(beat: Beat, active_seconds: float) -> RankShare:
-        """Return the share of the rank that told `beat`."""
+        """Return the share of the rank that reported `beat`."""
         return RankShare(beat.rank, beat.host, beat.done, beat.busy_seconds, active_seconds)
 
 

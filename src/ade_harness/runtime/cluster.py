@@ -108,9 +108,9 @@ class Node:
     rank: int
     count: int
     address: str
-    """Of node 0."""
+    """Address of node 0."""
     port: int
-    """Of rank 0's store, in the first attempt; each attempt takes the next one."""
+    """Port of rank 0's store, in the first attempt; each attempt takes the next one."""
 
 
 def find_node(cfg: RuntimeConfig) -> Node:

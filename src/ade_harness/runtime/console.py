@@ -14,7 +14,7 @@ _LOG_WIDTH = 120
 
 
 class Output(StrEnum):
-    """Of the process and the ranks that it starts."""
+    """How much the process and the ranks that it starts print."""
 
     stdout = "stdout"
     stderr = "stderr"  # stdout is for one JSON object

@@ -1,4 +1,4 @@
-"""The few words that ranks exchange: a queue of items, a count of done ones, why to stop, and the final sum.
+"""What ranks exchange: a queue of items, a count of done ones, why to stop, and the final sum.
 
 While ranks work nothing here waits for another rank: everything goes through the key-value store of the process
 group, so ranks may have any number of items, also none. Collectives run only when all ranks have come to them.
@@ -90,9 +90,9 @@ class Coordinator:
         self.lost: str | None = None
         """Which rank is lost, once that is known; set by the watchdog."""
         self.asked: str | None = None
-        """Why this rank was asked to stop (a signal); told to the others when it is seen."""
+        """Why this rank was asked to stop (a signal); sent to the others when it is seen."""
         self.ended = "interrupted"
-        """Why this rank was asked to stop, once that was told."""
+        """Why this rank was asked to stop, once that was sent."""
 
     def _add(self, key: str, amount: int) -> int:
         self._check_alive()

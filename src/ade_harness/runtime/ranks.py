@@ -137,7 +137,7 @@ class RankCallback(pl.Callback):
 def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     """Choose float32 arithmetic that is repeatable and is what official code computes; returns it for the record.
 
-    Evaluation runs forwards only, whose kernels are deterministic on CUDA once cuDNN and cuBLAS are told to be.
+    Evaluation runs forwards only, whose kernels are deterministic on CUDA once cuDNN and cuBLAS are set to be.
     ``torch.use_deterministic_algorithms`` is left off on purpose: it replaces every bilinear ``F.interpolate`` on
     CUDA, whose backward alone is nondeterministic, by a decomposition with other bits than the kernel that official
     code calls and with 35 launches instead of one, and integer ``scatter_add_`` by a sort. Training has backwards and

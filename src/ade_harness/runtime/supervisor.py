@@ -1,7 +1,7 @@
 """The process that starts a node's ranks, keeps their logs, and says what happened when one of them dies.
 
 It is not a rank itself and does not import torch: whatever kills a rank, this process is there to say which one it
-was and what it was doing, to end the others in bounded time, and to start all again if it was told to.
+was and what it was doing, to end the others in bounded time, and to start all again if it was asked to.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class RankProcess:
         self._pumps.append(thread)
 
     def _write(self, line: bytes) -> None:
-        """Write to the run directory's log, as soon as the rank has told where that is."""
+        """Write to the run directory's log, as soon as the rank has reported where that is."""
         with self._lock:
             if self._log is None:
                 self._early.append(line)
@@ -129,7 +129,7 @@ class Supervisor:
     """Starts the ranks of this node, as often as allowed.
 
     Args:
-        command: for a run directory (None: not known yet), the words that make one rank.
+        command: for a run directory (None: not known yet), the arguments of one rank.
         ranks: of this node.
         node: this node among all.
         max_restarts: how often all ranks are started again after one has died.
@@ -203,7 +203,7 @@ class Supervisor:
         self._processes = [self._start(local, attempt, folder) for local in range(self.ranks)]
         if self.received is not None:  # the signal came while they were being started
             self._signal_all(self.received)
-        failed = told = False
+        failed = warned = False
         while any(rank.ended_at is None for rank in self._processes):
             died = False
             for rank in self._processes:
@@ -216,8 +216,8 @@ class Supervisor:
             waited = 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
             if waited > _END_GRACE_S or self._impatient:
                 self._kill_all()
-            elif failed and not told and (died or waited > _OWN_END_S):
-                told = True
+            elif failed and not warned and (died or waited > _OWN_END_S):
+                warned = True
                 self._signal_all(SIBLING_DIED)
             time.sleep(_POLL_S)
         for rank in self._processes:

@@ -36,7 +36,7 @@ class Beat:
     done: int = 0
     """Progress so far, such as images."""
     cost: float = 0.0
-    """Of what is done."""
+    """The item that is being processed."""
     busy_seconds: float = 0.0
     """Spent working, not waiting for loaders."""
     number: int = 0
@@ -46,9 +46,9 @@ class Watchdog:
     """Two threads beside the work of a rank.
 
     Args:
-        coordinator: told of a loss, so that the main thread ends in order.
+        coordinator: stopped after a loss, so that the main thread ends in order.
         silent_s: after how many seconds without a sign a rank is lost.
-        on_beats: called on rank 0, about once a second, with what all ranks told.
+        on_beats: called on rank 0, about once a second, with the beats of all ranks.
     """
 
     def __init__(

@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("entity", help="user or team")
     parser.add_argument("project", help="W&B project, such as ade20k")
     parser.add_argument("--name", default="ADE20K evaluations", help="of the view")
-    words = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        print(save_view(words.entity, words.project, words.name))
+        print(save_view(options.entity, options.project, options.name))
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ from torch import Tensor
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.models import from_official
-from ade_harness.models.checkpoint.family import Keys
+from ade_harness.models.checkpoint.family import Strictness
 from ade_harness.models.checkpoint.key_tables import known_keys, rename
 from ade_harness.models.registry import family_of, systems
 from ade_harness.models.systems.upernet import unfold_to_blocks
@@ -193,7 +193,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
         if field in read and not (field == "maps" and name.startswith("dinov3")):
             assert read[field] == value, field
     with torch.device("meta"):
-        network = family.load(architecture(cfg), None, Keys())
+        network = family.load(architecture(cfg), None, Strictness())
     own = sum(p.numel() for p in network.parameters())
     buffers = ("running_mean", "running_var", "num_batches_tracked", "rope_embed.periods")
     theirs = sum(v.numel() for k, v in used.items() if not k.endswith(buffers))
@@ -211,7 +211,7 @@ def test_every_system_builds_at_its_true_size(name: str) -> None:
     cfg = compose_config([f"model={name}"]).model
     assert cfg.kind == systems()[name]
     with torch.device("meta"):
-        network = family_of(cfg.kind).load(architecture(cfg), None, Keys())
+        network = family_of(cfg.kind).load(architecture(cfg), None, Strictness())
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     if cfg.about.parameters_m is not None:  # as published, with the auxiliary head of training where there is one
         assert millions == pytest.approx(cfg.about.parameters_m, rel=0.02)
@@ -221,7 +221,7 @@ def test_every_system_builds_at_its_true_size(name: str) -> None:
 def test_a_7b_backbone_fits_one_gpu_in_half_precision() -> None:
     cfg = compose_config(["model=dinov3_7b_linear"]).model
     with torch.device("meta"):
-        network = family_of(cfg.kind).load(architecture(cfg), None, Keys())
+        network = family_of(cfg.kind).load(architecture(cfg), None, Strictness())
     count = sum(p.numel() for p in network.parameters())
     assert 6_716_000_000 < count < 6_717_000_000
     assert count * 2 / 2**30 < 13  # GiB in bf16, of 80

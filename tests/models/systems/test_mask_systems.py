@@ -24,7 +24,7 @@ from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, window_grid
 from ade_harness.kernels.reference import accumulate
 from ade_harness.models import from_official
-from ade_harness.models.checkpoint.family import Keys, add_delta
+from ade_harness.models.checkpoint.family import Strictness, add_delta
 from ade_harness.models.checkpoint.files import read_state_dict
 from ade_harness.models.checkpoint.key_tables import known_keys, rename
 from ade_harness.models.class_map import resolve_class_map
@@ -317,7 +317,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
         if field in read and not (field == "num_attention_heads" and "dinov3" in words):
             assert read[field] == value, field
     with torch.device("meta"):
-        network = family.load(architecture(cfg), None, Keys())
+        network = family.load(architecture(cfg), None, Strictness())
     own = sum(p.numel() for p in network.parameters())
     buffers = ("running_mean", "running_var", "num_batches_tracked", "rope_embed.periods")
     theirs = sum(v.numel() for k, v in family.used(hub).items() if not k.endswith(buffers))
@@ -637,7 +637,7 @@ def test_internimage_h_fits_its_gpus() -> None:
     cfg = compose_config(["model=internimage_h"]).model
     sizes: list[int] = []
     with torch.device("meta"), torch.inference_mode():
-        network = family_of(cfg.kind).load(architecture(cfg), None, Keys())
+        network = family_of(cfg.kind).load(architecture(cfg), None, Strictness())
         for part in network.modules():
             part.register_forward_hook(lambda *a: sizes.append(a[2].numel() if isinstance(a[2], Tensor) else 0))
         classes, masks = network(torch.zeros(1, 3, 896, 3584))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ade_harness.errors import HarnessError
 from ade_harness.kernels import select, whole
-from ade_harness.models.checkpoint.family import Keys, quietly_random
+from ade_harness.models.checkpoint.family import Strictness, quietly_random
 from ade_harness.models.systems.segformer import SEGFORMER
 from tests.models.golden_weights import draw, fill
 
@@ -39,7 +39,7 @@ def test_equals_the_official_code(official: dict[str, torch.Tensor]) -> None:
     images = torch.from_numpy(draw(0, "input", [1, 3, 160, 224]))
     expected = torch.from_numpy(np.load(GOLDEN / "segformer_b0.npz")["logits_every8"])
     with torch.inference_mode():
-        logits = SEGFORMER.load({}, official, Keys())(images)
+        logits = SEGFORMER.load({}, official, Strictness())(images)
     found = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)[..., ::8, ::8]
     assert found.shape == expected.shape
     error = (found - expected).abs().max() / expected.abs().max()
@@ -52,7 +52,7 @@ def test_augmented_labels_equal_the_official_code(official: dict[str, torch.Tens
     images = torch.from_numpy(draw(0, "input", [1, 3, 160, 224]))
     small = torch.from_numpy(draw(0, "input_small", [1, 3, 80, 112]))
     expected = torch.from_numpy(np.load(GOLDEN / "segformer_b0.npz")["aug_labels"])
-    network = SEGFORMER.load({}, official, Keys())
+    network = SEGFORMER.load({}, official, Strictness())
     with torch.inference_mode():
         views = [
             whole(network(images)[0], (160, 224)),
@@ -67,22 +67,22 @@ def test_augmented_labels_equal_the_official_code(official: dict[str, torch.Tens
 def test_hub_names_load_the_same(official: dict[str, torch.Tensor], tmp_path: Path) -> None:
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        from_official = SEGFORMER.load({}, official, Keys())(images)
-        from_hub = SEGFORMER.load(B0, SEGFORMER.used(SEGFORMER.hub_names(official)), Keys())(images)
+        from_official = SEGFORMER.load({}, official, Strictness())(images)
+        from_hub = SEGFORMER.load(B0, SEGFORMER.used(SEGFORMER.hub_names(official)), Strictness())(images)
     assert torch.equal(from_official, from_hub)
 
 
 def test_missing_unexpected_and_wrong_keys_stop(official: dict[str, torch.Tensor]) -> None:
     lacking = {k: v for k, v in official.items() if k != "decode_head.linear_pred.bias"}
     with pytest.raises(HarnessError, match=r"weights do not fit the model. 1 missing: decode_head.classifier.bias"):
-        SEGFORMER.load(B0, lacking, Keys())
+        SEGFORMER.load(B0, lacking, Strictness())
     with pytest.raises(HarnessError, match="1 unexpected: something.else"):
-        SEGFORMER.load(B0, official | {"something.else": torch.zeros(1)}, Keys())
-    SEGFORMER.load(B0, official | {"something.else": torch.zeros(1)}, Keys(allow_unexpected=("something.*",)))
+        SEGFORMER.load(B0, official | {"something.else": torch.zeros(1)}, Strictness())
+    SEGFORMER.load(B0, official | {"something.else": torch.zeros(1)}, Strictness(allow_unexpected=("something.*",)))
     with pytest.raises(HarnessError, match=r"a classifier of 19 classes \(usual for Cityscapes\), ADE20K has 150"):
-        SEGFORMER.load(B0, official | {"decode_head.linear_pred.weight": torch.zeros(19, 256, 1, 1)}, Keys())
+        SEGFORMER.load(B0, official | {"decode_head.linear_pred.weight": torch.zeros(19, 256, 1, 1)}, Strictness())
     with pytest.raises(HarnessError, match="of another shape: decode_head.linear_fuse.weight"):
-        SEGFORMER.load(B0, official | {"decode_head.linear_fuse.conv.weight": torch.zeros(256, 9, 1, 1)}, Keys())
+        SEGFORMER.load(B0, official | {"decode_head.linear_fuse.conv.weight": torch.zeros(256, 9, 1, 1)}, Strictness())
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:

@@ -77,13 +77,15 @@ def _has(root: Path, commit: str) -> bool:
     return True
 
 
-def _git(root: Path, *words: str) -> None:
+def _git(root: Path, *arguments: str) -> None:
     try:
         subprocess.run(
-            ["git", "-C", str(root), *words], check=True, capture_output=True, text=True, timeout=_TIMEOUT_S
+            ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=_TIMEOUT_S
         )  # fmt: skip
     except subprocess.CalledProcessError as error:
-        told = (error.stderr.strip().splitlines() or ["no message"])[-1]
-        raise HarnessError(f"{root}: git {words[0]} failed ({told}). Check the repository, then try again.") from error
+        reported = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise HarnessError(
+            f"{root}: git {arguments[0]} failed ({reported}). Check the repository, then try again."
+        ) from error
     except (OSError, subprocess.SubprocessError) as error:
-        raise HarnessError(f"git {words[0]} failed ({error}). Is git installed?") from error
+        raise HarnessError(f"git {arguments[0]} failed ({error}). Is git installed?") from error

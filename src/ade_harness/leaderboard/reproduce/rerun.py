@@ -1,4 +1,4 @@
-"""The verb `reproduce`: run a run again, with its own commit, and compare image by image."""
+"""The command `reproduce`: run a run again, with its own commit, and compare image by image."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ade_harness.config.kinds import KINDS, Source, kind_of
-from ade_harness.config.overrides import as_word, composed_values
+from ade_harness.config.overrides import as_override_value, composed_values
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.files.fetch import cache_dir
 from ade_harness.leaderboard.reproduce.checkout import code_of
-from ade_harness.leaderboard.reproduce.repetition import Repetition, compare_runs, what_differs
+from ade_harness.leaderboard.reproduce.comparison import LabelComparison, compare_runs, what_differs
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_claim
 from ade_harness.models.checkpoint.files import hub_checkpoint, url_checkpoint
 from ade_harness.runs.directory import new_run_name
@@ -61,7 +61,7 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     first = _read(source)
     repeat = first.manifest.get("repeat")
     if not repeat:
-        raise HarnessError(f"{first.path}: its configuration cannot be written as words of a command.")
+        raise HarnessError(f"{first.path}: its configuration cannot be written as overrides.")
     if is_bundle(source) and not trust:
         _check_trust(repeat)
     if is_bundle(source):
@@ -81,11 +81,11 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
         )
         return done.returncode if done.returncode > 0 else 128 - done.returncode
     second = load_run(output)
-    repetition, changes = compare_runs(first, second), what_differs(first.manifest, second.manifest)
-    write_json(output / VERDICT, {"of": str(source), **repetition.as_dict(), "changes": changes})
-    _print(console, repetition, changes, first, second)
+    comparison, changes = compare_runs(first, second), what_differs(first, second)
+    write_json(output / VERDICT, {"of": str(source), **comparison.as_dict(), "changes": changes})
+    _print(console, comparison, changes, first, second)
     print_fact(console, "written", str(output / VERDICT))
-    return 0 if repetition.bit_identical else EXIT_DIFFERENT
+    return 0 if comparison.bit_identical else EXIT_DIFFERENT
 
 
 def _read(source: Path) -> FinishedRun:
@@ -104,7 +104,7 @@ def _check_trust(repeat: Sequence[str]) -> None:
     """Refuse to run code, or to send a secret, because somebody's submission says so.
 
     Args:
-        repeat: the words that will be run; a submission's config.yaml may say something else.
+        repeat: the overrides that will be run; a submission's config.yaml may say something else.
     """
     model = composed_values(repeat)
     kind = KINDS["custom"] if model["model._target_"] is not None else kind_of(str(model["model.kind"]))
@@ -127,21 +127,21 @@ def _fetched(folder: Path, kind: str, overrides: Sequence[str]) -> list[str]:
         path = hub_checkpoint(name, file, revision, sha256).path
     else:
         path = url_checkpoint(address, cache_dir() / "checkpoints", sha256).path
-    return [f"model.path={as_word(str(path))}"]
+    return [f"model.path={as_override_value(str(path))}"]
 
 
 def _command(first: FinishedRun, repeat: Sequence[str], overrides: Sequence[str], output: Path) -> list[str]:
-    """Return the command that evaluates again; later words go before earlier ones of the same key."""
+    """Return the command that evaluates again; a later override of a key takes precedence."""
     given = {word.partition("=")[0]: word for word in [*repeat, *overrides]}
     device = first.manifest["device"]
     if "runtime.accelerator" not in given and (device == "cpu" or torch.cuda.is_available()):
         given["runtime.accelerator"] = f"runtime.accelerator={device}"
-    given |= {"tracking": "tracking=none", "run.dir": f"run.dir={as_word(str(output))}"}
+    given |= {"tracking": "tracking=none", "run.dir": f"run.dir={as_override_value(str(output))}"}
     return [sys.executable, "-m", "ade_harness", *given.values()]
 
 
 def _print(
-    console: Console, repetition: Repetition, changes: Sequence[str], first: FinishedRun, second: FinishedRun
+    console: Console, comparison: LabelComparison, changes: Sequence[str], first: FinishedRun, second: FinishedRun
 ) -> None:
     if changes:
         table = Table(title="what differs from the first run", box=HORIZONTALS, show_header=False, title_justify="left")
@@ -150,16 +150,16 @@ def _print(
         if len(changes) > _SHOWN:
             table.add_row(Text(f"... and {len(changes) - _SHOWN} more, in {VERDICT}"))
         console.print(table)
-    if repetition.different:
+    if comparison.different:
         table = Table(title="images that differ most", box=HORIZONTALS, title_justify="left")
         for name in ("image", "pixels, at least", "of"):
             table.add_column(name, justify="left" if name == "image" else "right")
-        for image in repetition.different[:_SHOWN]:
+        for image in comparison.different[:_SHOWN]:
             table.add_row(Text(image.image_id), f"{image.pixels:,}", f"{image.of:,}")
         console.print(table)
-    style = "bold green" if repetition.bit_identical else "bold yellow"
-    console.print(Text(repetition.verdict, style=style), soft_wrap=True)
-    sentence = None if repetition.bit_identical else _within(first, second)
+    style = "bold green" if comparison.bit_identical else "bold yellow"
+    console.print(Text(comparison.verdict, style=style), soft_wrap=True)
+    sentence = None if comparison.bit_identical else _within(first, second)
     if sentence:
         console.print(Text(sentence), soft_wrap=True)
 

@@ -20,7 +20,7 @@ from ade_harness.data.ade20k import validation_sizes
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.claim import CLAIM, claim_problems, is_safe_word
-from ade_harness.leaderboard.submission.recipe import recipe_files
+from ade_harness.leaderboard.submission.scripts import script_files
 from ade_harness.leaderboard.table import why_not_ranked
 from ade_harness.metrics.bootstrap import bootstrap
 from ade_harness.metrics.confusion import scores
@@ -69,7 +69,7 @@ def bundle_problems(folder: Path) -> list[str]:
         if problems:
             return [f"{CLAIM}: {_printable(problem)}" for problem in problems]
         problems = _file_problems(folder, names, claim["files"])
-        return [_printable(p) for p in problems or [*_recipe_problems(folder, claim), *_run_problems(folder, claim)]]
+        return [_printable(p) for p in problems or [*_script_problems(folder, claim), *_run_problems(folder, claim)]]
     except HarnessError as error:
         return [_printable(str(error))]
     except OSError as error:
@@ -158,10 +158,10 @@ def _file_problems(folder: Path, names: list[str], listed: Mapping[Any, Any]) ->
     return problems
 
 
-def _recipe_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
+def _script_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
     """Compare script, container and pins with what the claim makes."""
     problems = []
-    for name, text in recipe_files(claim).items():
+    for name, text in script_files(claim).items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: is missing")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.address import check_url
-from ade_harness.leaderboard.submission.public_files import Reference, is_local, parse_address
+from ade_harness.leaderboard.submission.public_files import PublicSource, is_local, parse_address
 from ade_harness.leaderboard.table import METRICS
 from ade_harness.runs.finished import FinishedRun
 
@@ -38,7 +38,7 @@ _SHAPE: Mapping[str, Any] = {
 def make_claim(
     run: FinishedRun,
     about: Mapping[str, str | None],
-    references: Sequence[Reference],
+    references: Sequence[PublicSource],
     repository: str,
     command: Sequence[str],
 ) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def make_claim(
         about: ``contact``, and what there is of ``system``, ``organization``, ``paper``, ``model_code``.
         references: of weights or endpoint.
         repository: address of the code.
-        command: words that repeat it anywhere.
+        command: overrides that repeat it anywhere.
     """
     environment, metrics = run.manifest["environment"], run.metrics
     found = metrics["intervals"].get("mIoU")

@@ -28,7 +28,7 @@ _SECRET = "A submission is public: give an address that needs no password."
 
 
 @dataclass(frozen=True)
-class Reference:
+class PublicSource:
     """One public thing that a run needs: a weight file, a repository of the hub, or an endpoint."""
 
     role: str
@@ -36,7 +36,7 @@ class Reference:
     address: str
     """http(s) address, or ``hub:ORGANISATION/NAME@COMMIT/FILE``."""
     sha256: str | None
-    """Of the file that the run has read; None for an endpoint that tells none."""
+    """SHA-256 of the file that the run has read; None for an endpoint that reports none."""
     gated: bool = False
     """Behind a licence form that everybody may fill in."""
     checked: str = "not checked"
@@ -72,7 +72,7 @@ def is_local(url: str) -> bool:
         return "." not in host or host.endswith((".local", ".internal", ".lan", ".localhost"))
 
 
-def references_of(run: FinishedRun, given: Mapping[str, str]) -> list[Reference]:
+def sources_of(run: FinishedRun, given: Mapping[str, str]) -> list[PublicSource]:
     """Find the public references of a run's weights.
 
     Args:
@@ -85,7 +85,7 @@ def references_of(run: FinishedRun, given: Mapping[str, str]) -> list[Reference]
     model, facts = run.config["model"], run.manifest["model"]
     source = kind_of(model["kind"]).source
     if source is Source.server:
-        return [Reference("endpoint", parse_address(model["url"], "model.url"), facts.get("sha256"))]
+        return [PublicSource("endpoint", parse_address(model["url"], "model.url"), facts.get("sha256"))]
     if source is Source.nowhere and model["path"] is not None:
         raise HarnessError(
             "the run read label maps, so there is no checkpoint to name. Evaluate the model itself (model=custom,"
@@ -105,23 +105,23 @@ def references_of(run: FinishedRun, given: Mapping[str, str]) -> list[Reference]
 
 def _reference(
     role: str, model: Mapping[str, Any], known: tuple[str, ...], origin: Any, sha256: Any, given: Mapping[str, str]
-) -> Reference:
+) -> PublicSource:
     """Return where one file of a run is public."""
     origin = str(origin)
     files = [model[name] for name in known]
     if role in given:
-        return Reference(role, parse_address(given[role], f"--{role}"), sha256)
+        return PublicSource(role, parse_address(given[role], f"--{role}"), sha256)
     for file in files:
         if file["url"] and _is_of(file, sha256) and (origin == file["url"] or file["sha256"]):
-            return Reference(role, parse_address(file["url"], "the weights"), sha256, file["gated"])
+            return PublicSource(role, parse_address(file["url"], "the weights"), sha256, file["gated"])
         if file["hub_id"] and file["revision"] and file["sha256"] and _is_of(file, sha256):
             address = f"hub:{file['hub_id']}@{file['revision']}/{file['filename']}"
-            return Reference(role, parse_address(address, "the weights"), sha256, file["gated"])
+            return PublicSource(role, parse_address(address, "the weights"), sha256, file["gated"])
     gated = any(file["gated"] for file in files)
     if _HUB.fullmatch(f"hub:{origin}"):
-        return Reference(role, f"hub:{origin}", sha256, gated)
+        return PublicSource(role, f"hub:{origin}", sha256, gated)
     if origin.startswith(("http://", "https://")):
-        return Reference(role, parse_address(origin, "the weights"), sha256, gated)
+        return PublicSource(role, parse_address(origin, "the weights"), sha256, gated)
     advice = (
         "push it to the hub and evaluate model.id=ORGANISATION/NAME model.revision=COMMIT"
         if kind_of(model["kind"]).source is Source.repository
@@ -135,8 +135,8 @@ def _is_of(file: Mapping[str, Any], sha256: Any) -> bool:
     return file["sha256"] is None or str(sha256).startswith(str(file["sha256"]).lower())
 
 
-def words_for(reference: Reference, source: Source) -> list[str]:
-    """Return the words that make a model's loader fetch a file from its public address, in place of a local path.
+def overrides_for(reference: PublicSource, source: Source) -> list[str]:
+    """Return the overrides that make a model's loader fetch a file from its public address, in place of a local path.
 
     Args:
         reference: of the file.
@@ -151,23 +151,23 @@ def words_for(reference: Reference, source: Source) -> list[str]:
     backbone = reference.role == "backbone"
     group = "backbone" if backbone else "hub" if hub else "official"
     if hub is None:
-        words = [f"model.{group}.url='{reference.address}'"]
+        overrides = [f"model.{group}.url='{reference.address}'"]
     else:
         keys = {"hub_id": hub["id"], "revision": hub["revision"], "filename": hub["file"]}
-        words = [f"model.{group}.{key}='{value}'" for key, value in keys.items()]
-    words.append(f"model.{group}.sha256='{reference.sha256}'")
+        overrides = [f"model.{group}.{key}='{value}'" for key, value in keys.items()]
+    overrides.append(f"model.{group}.sha256='{reference.sha256}'")
     if backbone:
-        return [*words, *(["model.backbone.url=null"] if hub else [])]
-    return [*words, f"model.source={group}"]
+        return [*overrides, *(["model.backbone.url=null"] if hub else [])]
+    return [*overrides, f"model.source={group}"]
 
 
-def check_public(reference: Reference, read_all: bool, on_bytes: OnBytes | None = None) -> Reference:
+def check_public(reference: PublicSource, read_all: bool, on_bytes: OnBytes | None = None) -> PublicSource:
     """Ask the address as a stranger would, without any login.
 
     Args:
         reference: what to look at.
         read_all: whether to read the whole file and compare its hash, where the server does not tell one.
-        on_bytes: told how far the reading is.
+        on_bytes: called with the bytes read so far.
 
     Returns:
         The reference with what was seen.
@@ -199,7 +199,7 @@ class _Stranger(requests.Session):
         prepared_request.headers.pop("Authorization", None)
 
 
-def _web_address(reference: Reference) -> str:
+def _web_address(reference: PublicSource) -> str:
     hub = _HUB.fullmatch(reference.address)
     if hub is None:
         return f"{reference.address.rstrip('/')}/info" if reference.role == "endpoint" else reference.address
@@ -208,7 +208,9 @@ def _web_address(reference: Reference) -> str:
     return str(hf_hub_url(hub["id"], hub["file"] or "config.json", revision=hub["revision"]))
 
 
-def _look(reference: Reference, response: requests.Response, read_all: bool, on_bytes: OnBytes | None) -> Reference:
+def _look(
+    reference: PublicSource, response: requests.Response, read_all: bool, on_bytes: OnBytes | None
+) -> PublicSource:
     address, status = reference.address, response.status_code
     if status in (401, 403):
         if reference.gated:
@@ -224,26 +226,26 @@ def _look(reference: Reference, response: requests.Response, read_all: bool, on_
         raise HarnessError(f"{address}: answers with a web page, not with a file. Give the address of the file itself.")
     if address.endswith(INDEX):  # the run's hash is of all the shards together
         return _seen(reference, "its index answers; the shards were not read")
-    told = _told_hash([*response.history, response])
-    if told is None and not read_all:
+    reported = _reported_hash([*response.history, response])
+    if reported is None and not read_all:
         return _seen(reference, "answers; its content was not read")
-    if told is None:
-        told, how = _read_hash(response, on_bytes), "read, same hash"
+    if reported is None:
+        reported, how = _read_hash(response, on_bytes), "read, same hash"
     else:
         how = "the server tells the same hash"
-    if told != reference.sha256:
+    if reported != reference.sha256:
         raise HarnessError(
-            f"{address}: is another file: its sha256 is {told}, the run has read {reference.sha256}."
+            f"{address}: is another file: its sha256 is {reported}, the run has read {reference.sha256}."
             " Name the file that was evaluated."
         )
     return _seen(reference, how)
 
 
-def _seen(reference: Reference, how: str) -> Reference:
+def _seen(reference: PublicSource, how: str) -> PublicSource:
     return replace(reference, checked=how)
 
 
-def _told_hash(responses: list[requests.Response]) -> str | None:
+def _reported_hash(responses: list[requests.Response]) -> str | None:
     """Return the sha256 that a hub tells of a large file."""
     for response in responses:
         tag = response.headers.get("X-Linked-Etag", "").strip('"')

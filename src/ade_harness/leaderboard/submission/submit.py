@@ -1,4 +1,4 @@
-"""The verb `submit`: a finished run in, a folder out that anybody can check and repeat."""
+"""The command `submit`: a finished run in, a folder out that anybody can check and repeat."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ade_harness.files.atomic import write_json, write_text
 from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems
 from ade_harness.leaderboard.submission.claim import CLAIM, check_contact, check_repository, make_claim
-from ade_harness.leaderboard.submission.public_files import Reference, check_public, references_of, words_for
-from ade_harness.leaderboard.submission.recipe import SCRIPT, recipe_files
+from ade_harness.leaderboard.submission.public_files import PublicSource, check_public, overrides_for, sources_of
+from ade_harness.leaderboard.submission.scripts import SCRIPT, script_files
 from ade_harness.leaderboard.table import why_not_ranked
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import FinishedRun
@@ -32,7 +32,7 @@ _KEPT = (
     "schema", "status", "started", "finished", "marks", "code", "seeds", "environment", "device", "kernels", "model",
     "dataset", "identity", "ledger", "timings", "failures",
 )  # fmt: skip
-"""Of the manifest: the rest is about the machine of the submitter."""
+"""Keys of the manifest that are kept: the rest is about the machine of the submitter."""
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -41,7 +41,7 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def prepare(
-    run: FinishedRun, options: Mapping[str, str], look: Callable[[Reference], Reference]
+    run: FinishedRun, options: Mapping[str, str], look: Callable[[PublicSource], PublicSource]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Decide whether a run can be submitted, and write what the submission says.
 
@@ -51,7 +51,7 @@ def prepare(
         look: checks that a reference is public.
 
     Returns:
-        The claim without its ``files``, and the texts of the recipe's files.
+        The claim without its ``files``, and the texts of its scripts.
 
     Raises:
         HarnessError: all reasons against it at once.
@@ -60,10 +60,10 @@ def prepare(
     problems = run_problems(run)
     repository = options.get("--repository", code.get("origin"))
     given = {role: options[f"--{role}"] for role in ("checkpoint", "backbone") if f"--{role}" in options}
-    references: list[Reference] = []
+    references: list[PublicSource] = []
 
     def find() -> None:
-        references.extend(look(reference) for reference in references_of(run, given))
+        references.extend(look(reference) for reference in sources_of(run, given))
 
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_contact(options.get("--contact")), lambda: check_repository(repository), find,
@@ -82,8 +82,8 @@ def prepare(
         raise HarnessError(f"{run.path}: cannot be submitted:\n" + listed(problems))
     about = {flag.strip("-").replace("-", "_"): value for flag, value in options.items()}
     repository = re.sub(r"^git@([\w.-]+):", r"https://\1/", str(repository))
-    claim = make_claim(run, about, references, repository, public_words(run, references))
-    return claim, recipe_files(claim)
+    claim = make_claim(run, about, references, repository, public_overrides(run, references))
+    return claim, script_files(claim)
 
 
 def run_problems(run: FinishedRun) -> list[str]:
@@ -102,24 +102,24 @@ def run_problems(run: FinishedRun) -> list[str]:
             f"the code had uncommitted changes ({run.path / 'code.diff'}): commit and push them, then evaluate again."
         )
     if not run.manifest.get("repeat"):
-        problems.append("the configuration cannot be written as words of a command: simplify its keys, evaluate again.")
+        problems.append("the configuration cannot be written as overrides: simplify its keys, evaluate again.")
     return problems
 
 
-def public_words(run: FinishedRun, references: Sequence[Reference]) -> list[str]:
-    """Return the words that repeat a run anywhere: without paths and names of this machine, its seeds spelled out."""
+def public_overrides(run: FinishedRun, references: Sequence[PublicSource]) -> list[str]:
+    """Return the overrides that repeat a run anywhere: no paths and names of this machine, seeds spelled out."""
     local = {"checkpoint": "checkpoint", "backbone": "backbone_checkpoint", "endpoint": None}
     model = run.config["model"]
     source = kind_of(model["kind"]).source
-    words = [w for w in run.manifest["repeat"] if w.partition("=")[0] not in (*PATHS, "model.http.token_env")]
+    overrides = [o for o in run.manifest["repeat"] if o.partition("=")[0] not in (*PATHS, "model.http.token_env")]
     for reference in references:
         from_disk = model.get(local[reference.role]) is not None
         if from_disk or source is Source.repository:
-            new = words_for(reference, source)
+            new = overrides_for(reference, source)
             keys = {word.partition("=")[0] for word in new}
-            words = [w for w in words if w.partition("=")[0] not in keys] + new
+            overrides = [o for o in overrides if o.partition("=")[0] not in keys] + new
     seeds = run.manifest["seeds"]
-    return [w for w in words if w.partition("=")[0] not in seeds] + [f"{key}={seed}" for key, seed in seeds.items()]
+    return [o for o in overrides if o.partition("=")[0] not in seeds] + [f"{key}={seed}" for key, seed in seeds.items()]
 
 
 def build(run: FinishedRun, output: Path, claim: dict[str, Any], texts: Mapping[str, str]) -> None:
@@ -196,7 +196,7 @@ def _without(content: Any, places: Mapping[str, str]) -> Any:
     return content
 
 
-def look_up(console: Console, reference: Reference) -> Reference:
+def look_up(console: Console, reference: PublicSource) -> PublicSource:
     """Check that a reference is public, with progress while its content is read."""
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ade_harness.models.backbones.pyramid import STAGES, Pyramid
-from ade_harness.models.checkpoint.family import Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 
 
-def build_resnet(fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> Pyramid:
+def build_resnet(fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> Pyramid:
     """Build transformers' ResNet with bottlenecks whose stride is in the 3 x 3 convolution."""
     from transformers import ResNetBackbone, ResNetConfig
 

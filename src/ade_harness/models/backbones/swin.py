@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ade_harness.models.backbones.pyramid import STAGES, Pyramid
-from ade_harness.models.checkpoint.family import Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.ops.attention import register_with_transformers
 
 SWIN_FIELDS = ("embed_dim", "depths", "num_heads", "window_size")
 
 
-def build_swin(fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> Pyramid:
+def build_swin(fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> Pyramid:
     """Build transformers' Swin; `state` in the hub's names."""
     from transformers import SwinBackbone, SwinConfig
 

@@ -20,11 +20,11 @@ from ade_harness.models.checkpoint.key_tables import Table, to_hub_names
 from ade_harness.models.formats.transformers import load_into_transformers
 
 SECTIONS = ("backbone", "adapter", "head")
-"""Of ``model.architecture``."""
+"""Sections of ``model.architecture``."""
 
 
 @dataclass(frozen=True)
-class Keys:
+class Strictness:
     """How strictly weights are loaded, and how messages call them."""
 
     origin: str = "state_dict"
@@ -42,7 +42,7 @@ class Family:
     """Code base -> table from its names to those of the hub's files."""
     read: Callable[[Mapping[str, Tensor]], dict[str, Any]]
     """The architecture, as far as shapes of a state_dict in the hub's names say it."""
-    build: Callable[[dict[str, Any], Mapping[str, Tensor] | None, Keys], nn.Module]
+    build: Callable[[dict[str, Any], Mapping[str, Tensor] | None, Strictness], nn.Module]
     """The system, with these weights in the hub's names, or with random ones."""
     config: str = ""
     """The transformers configuration class whose fields an architecture has, if it has one."""
@@ -63,7 +63,7 @@ class Family:
     head: tuple[str, ...] = ()
     """What names of a head's own file begin with, if the frozen backbone is another file."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Of what shapes do not say."""
+    """Fields that shapes do not say."""
     shapes_first: bool = False
     """What shapes say goes before a configuration, whose values are not certain."""
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
@@ -81,7 +81,7 @@ class Family:
         self,
         architecture: Mapping[str, Any],
         state: Mapping[str, Tensor] | None,
-        keys: Keys,
+        keys: Strictness,
         classes: Classes | None = None,
     ) -> nn.Module:
         """Build the system; `architecture` goes before what the shapes of `state` say.
@@ -149,7 +149,7 @@ class Family:
             raise HarnessError(f"model.architecture.{key}: no such field.{hint} Known: {', '.join(known)}.")
         return section
 
-    def _read(self, hub: Mapping[str, Tensor], keys: Keys, whole: bool) -> dict[str, Any]:
+    def _read(self, hub: Mapping[str, Tensor], keys: Strictness, whole: bool) -> dict[str, Any]:
         try:
             return self.read(hub)
         except (KeyError, IndexError) as error:
@@ -158,7 +158,7 @@ class Family:
             found = f"it has {len(hub)} others, such as {', '.join(list(hub)[:3])}" if hub else "it is empty"
             raise HarnessError(f"{keys.origin}: {error} is missing; {found}. Is it of another system?") from error
 
-    def _check_classes(self, hub: Mapping[str, Tensor], keys: Keys, expected: Classes) -> None:
+    def _check_classes(self, hub: Mapping[str, Tensor], keys: Strictness, expected: Classes) -> None:
         weight = hub.get(self.classifier)
         classes = None if weight is None else weight.shape[0] - self.void
         if classes is not None and classes != len(expected):
@@ -212,7 +212,7 @@ def count(state: Mapping[str, Tensor], pattern: str) -> int:
     return max((int(found[1]) + 1 for found in map(expression.match, state) if found), default=0)
 
 
-def load_hub_names(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def load_hub_names(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     """Build a transformers class with weights in the hub's names, or with random ones (on torch's default device)."""
     if state is None:
         network: nn.Module = cls(config).eval()
@@ -226,4 +226,4 @@ def quietly_random(
     """Return a system with random weights that depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family.load(architecture, None, Keys(), classes)
+        return family.load(architecture, None, Strictness(), classes)

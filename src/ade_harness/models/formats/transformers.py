@@ -26,7 +26,7 @@ ONEFORMER_TASKS = {
 }
 """Task -> ids of OneFormer's text "the task is ..." in CLIP's vocabulary: no tokenizer is needed at run time."""
 ONEFORMER_TEXT_LENGTH = 77
-"""Of the ids, filled up with zeros."""
+"""Length of the ids, padded with zeros."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Backbone(Protocol):
     """What a linear head needs of a frozen network."""
 
     channels: int
-    """Of the features, over all maps together."""
+    """Channels of the features, of all maps together."""
     patch_size: int
 
     def __call__(self, images: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Keys
+from ade_harness.models.checkpoint.family import Strictness
 from ade_harness.models.checkpoint.files import load_strictly
 from ade_harness.models.ops.attention import reference_operations
 from ade_harness.models.outputs import MaskLogits
@@ -73,7 +73,7 @@ class SemanticScores(nn.Module):
         return torch.einsum("nqc,nqhw->nchw", weights, masks.sigmoid())
 
 
-def load_own(make: Callable[[], nn.Module], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def load_own(make: Callable[[], nn.Module], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     """Build a module of ours that takes the tensors of `state` for its own, or has random weights.
 
     Raises:
@@ -112,7 +112,7 @@ def assemble(
     backbone: nn.Module,
     make_head: Callable[[], Mapping[str, nn.Module]],
     state: Mapping[str, Tensor] | None,
-    keys: Keys,
+    keys: Strictness,
 ) -> MaskClassifier:
     """Put a loaded backbone and the head, with its weights in `state`, together."""
     head: Any = load_own(lambda: Head(make_head()), state, keys)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 
 _BLOCK = "beit.encoder.layer.{B}."
@@ -123,7 +123,7 @@ def published_blocks(depth: int) -> tuple[int, ...]:
     return tuple(depth * i // 4 - 1 for i in (1, 2, 3, 4))
 
 
-def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> VitUperNet:
+def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> VitUperNet:
     from transformers import BeitConfig, BeitForSemanticSegmentation
 
     fields = dict(architecture)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.files import load_strictly
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.heads.linear import LINEAR_HEAD, LinearSegmenter
@@ -87,7 +87,7 @@ class Dinov2Features(nn.Module):
         return list(self.network(images).feature_maps)
 
 
-def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> LinearSegmenter:
+def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> LinearSegmenter:
     from transformers import Dinov2Backbone, Dinov2Config
 
     fields = dict(architecture)
@@ -104,7 +104,7 @@ def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, key
 
 
 def segmenter(
-    cls: Any, config: Any, wrap: Any, state: Mapping[str, Tensor] | None, keys: Keys, *, pad: bool
+    cls: Any, config: Any, wrap: Any, state: Mapping[str, Tensor] | None, keys: Strictness, *, pad: bool
 ) -> LinearSegmenter:
     """Build a transformers backbone and its linear head, each with its part of `state`.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Family, Keys, count
+from ade_harness.models.checkpoint.family import Family, Strictness, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.heads.linear import LINEAR_HEAD, LinearSegmenter
 from ade_harness.models.systems.dinov2 import segmenter
@@ -121,7 +121,7 @@ class RotaryPositions(nn.Module):
         return angles.cos().to(images.dtype), angles.sin().to(images.dtype)
 
 
-def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> LinearSegmenter:
+def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> LinearSegmenter:
     from transformers import DINOv3ViTModel
 
     weights = None if state is None else {k: v for k, v in state.items() if k != PERIODS}

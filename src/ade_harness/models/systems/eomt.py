@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.outputs import MaskLogits
 
@@ -97,18 +97,20 @@ class Eomt(nn.Module):
 _CONSTANTS = ("attn_mask_probs", "criterion.*", "embeddings.position_ids", "rope_embeddings.*")
 
 
-def _network(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Keys) -> Eomt:
-    keys = Keys(keys.origin, (*keys.allow_missing, *_CONSTANTS), (*keys.allow_unexpected, *_CONSTANTS), keys.headless)
+def _network(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Strictness) -> Eomt:
+    keys = Strictness(
+        keys.origin, (*keys.allow_missing, *_CONSTANTS), (*keys.allow_unexpected, *_CONSTANTS), keys.headless
+    )
     return Eomt(load_hub_names(cls, config, state, keys)).eval()
 
 
-def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     from transformers import EomtConfig, EomtForUniversalSegmentation
 
     return _network(EomtForUniversalSegmentation, EomtConfig(**fields), state, keys)
 
 
-def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
     config = EomtDinov3Config(layer_norm_eps=1e-5, **fields)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ade_harness.models.backbones.internimage import InternImage, published_post_norms
-from ade_harness.models.checkpoint.family import Family, Keys, count
+from ade_harness.models.checkpoint.family import Family, Strictness, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.heads.mask2former import HEAD_FIELDS, HEAD_MMDETECTION, build_head, read_head
 from ade_harness.models.heads.mask_classifier import MaskClassifier, load_own
@@ -57,7 +57,7 @@ def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
 _FIELDS = ("channels", "depths", "groups", "mlp_ratio", "kernel", "post_norm_blocks")
 
 
-def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     channels = [fields["channels"] * 2**i for i in range(4)]
 
     def make() -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ade_harness.models.backbones.resnet import RESNET_DETECTRON2, RESNET_FIELDS, build_resnet, read_resnet
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_FIELDS, build_swin, read_swin, swin_channels
-from ade_harness.models.checkpoint.family import Family, Keys, count
+from ade_harness.models.checkpoint.family import Family, Strictness, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.heads.fapn import FAPN, FapnDecoder
 from ade_harness.models.heads.mask2former import (
@@ -107,19 +107,19 @@ def _read_fapn(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _build_swin(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_swin(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     backbone, rest = split(state, "backbone.")
     return assemble(build_swin(fields, backbone, keys), lambda: build_head(swin_channels(fields), fields), rest, keys)
 
 
-def _build_resnet(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_resnet(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     backbone, rest = split(state, "backbone.")
     return assemble(
         build_resnet(fields, backbone, keys), lambda: build_head(fields["hidden_sizes"], fields), rest, keys
     )
 
 
-def _build_fapn(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_fapn(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     backbone, rest = split(state, "backbone.")
     width, mask_width = fields["width"], fields.get("mask_width") or fields["width"]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_FIELDS, build_swin, read_swin, swin_channels
-from ade_harness.models.checkpoint.family import Family, Keys, count
+from ade_harness.models.checkpoint.family import Family, Strictness, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.heads.fapn import FAPN, FapnDecoder
 from ade_harness.models.heads.mask2former import Attention, NormedConv, dot_masks, mask_embed, sine_positions
@@ -244,7 +244,7 @@ class _Head(nn.Module):
         )  # fmt: skip
 
 
-def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     backbone, rest = split(state, "backbone.")
     head: Any = load_own(lambda: _Head(fields), rest, keys)
     parts = {"pixel_decoder": head.pixel_decoder, "decoder": head.decoder}

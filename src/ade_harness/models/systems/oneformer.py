@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.models.backbones.swin import SWIN_FIELDS, build_swin, read_swin, swin_channels
-from ade_harness.models.checkpoint.family import Family, Keys, count
+from ade_harness.models.checkpoint.family import Family, Strictness, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.formats.transformers import ONEFORMER_TASKS, ONEFORMER_TEXT_LENGTH
 from ade_harness.models.heads.mask2former import HEAD_FIELDS, QueryDecoder, build_head, read_head, sine_positions
@@ -135,7 +135,7 @@ def _read(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     backbone, rest = split(state, "backbone.")
     task = fields.get("task", "semantic")
     if task not in ONEFORMER_TASKS:

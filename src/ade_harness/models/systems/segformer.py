@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 
 _ENCODER = "segformer.encoder."
@@ -55,7 +55,7 @@ class Segformer(nn.Module):
         return logits
 
 
-def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> Segformer:
+def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> Segformer:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     fields = dict(architecture)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Family, Keys, count
+from ade_harness.models.checkpoint.family import Family, Strictness, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.heads.linear import LINEAR_HEAD, LinearSegmenter
 from ade_harness.models.systems.dinov2 import segmenter
@@ -152,7 +152,7 @@ class Siglip2Features(nn.Module):
         return [torch.cat([tokens, pooled], 1)]
 
 
-def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> LinearSegmenter:
+def _build(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> LinearSegmenter:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(layer_norm_eps=1e-6, **architecture)

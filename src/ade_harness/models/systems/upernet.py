@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ade_harness.models.backbones.pyramid import STAGES
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_BLOCK
-from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 
 UPERNET_HEAD: Table = (
@@ -106,7 +106,7 @@ class UperNet(nn.Module):
         return logits
 
 
-def _upernet(backbone: Any, fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> UperNet:
+def _upernet(backbone: Any, fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> UperNet:
     from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
     config = UperNetConfig(
@@ -122,7 +122,7 @@ def _backbone_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("channels", "num_labels")}
 
 
-def _build_swin(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_swin(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     from transformers import SwinConfig
 
     backbone = SwinConfig(out_features=STAGES, **_backbone_fields(architecture))
@@ -146,7 +146,7 @@ def _read_swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _build_convnext(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_convnext(architecture: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     from transformers import ConvNextConfig
 
     backbone = ConvNextConfig(out_features=STAGES, **_backbone_fields(architecture))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ade_harness.models.backbones.vit import Beit3Trunk, BeitTrunk, Dinov2Trunk, Dinov3Trunk
 from ade_harness.models.backbones.vit_adapter import ADAPTER_FIELDS, build_adapter, read_adapter
-from ade_harness.models.checkpoint.family import Family, Keys, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.heads.linear import LINEAR_HEAD
 from ade_harness.models.heads.mask2former import HEAD_DINOV3, HEAD_FIELDS, HEAD_MMDETECTION, build_head, read_head
@@ -90,7 +90,7 @@ BEIT3_ENCODER: Table = (
 
 def _whole(
     make_trunk: Callable[[], nn.Module], depth: int, fields: Mapping[str, Any], state: Mapping[str, Tensor] | None,
-    keys: Keys,
+    keys: Strictness,
 ) -> nn.Module:  # fmt: skip
     """Build trunk, adapter and head as one module of ours."""
 
@@ -136,7 +136,7 @@ def _read_beit(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _build_beit(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_beit(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     def trunk() -> nn.Module:
         return BeitTrunk(
             fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"],
@@ -178,7 +178,7 @@ def _read_dinov2(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _build_dinov2(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_dinov2(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     def trunk() -> nn.Module:
         return Dinov2Trunk(
             fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"],
@@ -223,7 +223,7 @@ def _is_encoder(state: Mapping[str, Tensor]) -> bool:
     return all(key.startswith(_TRUNK) for key in state)
 
 
-def _build_beit3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_beit3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     def trunk() -> nn.Module:
         return Beit3Trunk(
             fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"],
@@ -274,7 +274,7 @@ def _read_dinov3(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**read_dinov3(trunk), **read_adapter(state), **read_head(state)}
 
 
-def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Keys) -> nn.Module:
+def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> nn.Module:
     from transformers import DINOv3ViTModel
 
     vit, rest = split(state, _TRUNK)

@@ -31,7 +31,7 @@ SCORE_NAMES = {
 
 
 @dataclass(frozen=True)
-class RunView:
+class RunContents:
     """A run with everything that can be computed of its counts."""
 
     run: FinishedRun
@@ -56,12 +56,12 @@ class RunView:
         return self.areas.scores()
 
 
-def view_run(
+def run_contents(
     run: FinishedRun,
     scenes: Mapping[str, str] | None = None,
     regions: Regions | None = None,
     notes: tuple[str, ...] = (),
-) -> RunView:
+) -> RunContents:
     """Compute what a page shows.
 
     Args:
@@ -77,7 +77,7 @@ def view_run(
         resampled = bootstrap(areas, metrics["resamples"], metrics["seed"])
     level = metrics["level"]
     groups, names = size_groups({row.image_id: row.height * row.width for row in run.rows})
-    return RunView(
+    return RunContents(
         run=run,
         areas=areas,
         matrix=matrix,

@@ -13,6 +13,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.runs.directory import differences
 from ade_harness.runs.finished import FinishedRun
+from ade_harness.runs.record import decided_counts
 
 _ELSEWHERE = (
     "dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path", "model.id", "model.url",
@@ -33,7 +34,7 @@ class ImageDifference:
 
 
 @dataclass(frozen=True)
-class Repetition:
+class LabelComparison:
     """What a second run says about the first."""
 
     images: int
@@ -90,7 +91,7 @@ class Repetition:
         return {"bit_identical": self.bit_identical, "verdict": self.verdict, **asdict(self)}
 
 
-def compare_runs(first: FinishedRun, second: FinishedRun) -> Repetition:
+def compare_runs(first: FinishedRun, second: FinishedRun) -> LabelComparison:
     """Compare two runs that should be the same, image by image.
 
     Raises:
@@ -101,7 +102,7 @@ def compare_runs(first: FinishedRun, second: FinishedRun) -> Repetition:
     if not common:
         raise HarnessError(f"{first.path} and {second.path}: have no image in common.")
     different = [_difference(ones[i], twos[i]) for i in common if ones[i].label_hash != twos[i].label_hash]
-    return Repetition(
+    return LabelComparison(
         images=len(common),
         same_labels=len(common) - len(different),
         same_counts=sum(_same_counts(ones[i], twos[i]) for i in common),
@@ -126,27 +127,31 @@ def _difference(one: Row, two: Row) -> ImageDifference:
     return ImageDifference(one.image_id, (moved + 1) // 2, one.valid_pixels)
 
 
-def what_differs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return what differs between the manifests of two runs and can change bits: options, code, hashes, software.
+def what_differs(one: FinishedRun, two: FinishedRun) -> list[str]:
+    """Return what differs between two runs and can change bits: options, code, hashes, software.
 
     Args:
-        first: manifest of the earlier run.
-        second: manifest of the later run.
+        one: the earlier run.
+        two: the later run.
     """
-    identities = [{k: v for k, v in m["identity"].items() if not _is_place(k)} for m in (first, second)]
+    identities = [
+        {k: v for k, v in {**decided_counts(run.config), **run.manifest["identity"]}.items() if not _is_place(k)}
+        for run in (one, two)
+    ]
+    first, second = one.manifest, two.manifest
     if identities[0].get("checkpoint.sha256") == identities[1].get("checkpoint.sha256") is not None:
         for identity in identities:
             identity.pop("checkpoint.origin", None)  # the same bytes from elsewhere
-    told = differences(*identities)
-    told += differences(*(_machine(m["environment"]) for m in (first, second)))
+    found = differences(*identities)
+    found += differences(*(_machine(m["environment"]) for m in (first, second)))
     packages = [m["environment"].get("distributions", {}) for m in (first, second)]
     for name in sorted(packages[0].keys() | packages[1].keys()):
-        one, two = (p.get(name) or {"version": None, "sha256": None} for p in packages)
-        if one["version"] != two["version"]:
-            told.append(f"package {name}: was {one['version'] or 'absent'}, is {two['version'] or 'absent'}")
-        elif one["sha256"] != two["sha256"]:
-            told.append(f"package {name} {one['version']}: other files of the same version")
-    return told
+        old, new = (p.get(name) or {"version": None, "sha256": None} for p in packages)
+        if old["version"] != new["version"]:
+            found.append(f"package {name}: was {old['version'] or 'absent'}, is {new['version'] or 'absent'}")
+        elif old["sha256"] != new["sha256"]:
+            found.append(f"package {name} {old['version']}: other files of the same version")
+    return found
 
 
 def _is_place(key: str) -> bool:

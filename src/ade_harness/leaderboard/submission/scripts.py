@@ -10,7 +10,7 @@ from typing import Any
 SCRIPT, DOCKERFILE, CONSTRAINTS = "reproduce.sh", "Dockerfile", "constraints.txt"
 
 
-def recipe_files(claim: Mapping[str, Any]) -> dict[str, str]:
+def script_files(claim: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts of reproduce.sh, Dockerfile and constraints.txt: a pure function of the claim.
 
     Args:
