@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,17 +168,55 @@ def test_completion_can_be_installed(call: Call, shell: str) -> None:
     assert {"bash": "complete", "zsh": "complete", "fish": "complete"}[shell] in done.out
 
 
-def test_completion_completes_groups_and_keys(tmp_path: Path) -> None:
-    """What a shell asks."""
-    for line, expected in (
-        ("ade-harness model=segf", "model=segformer_b0"),
-        ("ade-harness inference.tt", "inference.tta"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "ade_harness", "-sc", "query=bash"], capture_output=True, text=True, check=True,
-            cwd=tmp_path, env={**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}, timeout=60,
-        )  # fmt: skip
-        assert expected in done.stdout
+SHELLS = {
+    "bash": ["bash", "--norc", "-c"],
+    "fish": ["fish", "--no-config", "-c"],
+    "zsh": ["zsh", "-f", "-c"],
+}
+COMPLETE = {
+    "bash": """
+        eval "$(ade-harness -sc install=bash)"
+        COMP_LINE="ade-harness @LINE@"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(ade-harness @LINE@); COMP_CWORD=1
+        hydra_bash_completion
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """,
+    "fish": """
+        ade-harness -sc install=fish | source
+        complete -C "ade-harness @LINE@"
+    """,
+    # its completions exist only where somebody types: on a terminal
+    "zsh": """
+        zmodload zsh/zpty
+        zpty shell zsh -f -i
+        zpty -w shell 'autoload -Uz compinit bashcompinit; compinit -u -D; bashcompinit'
+        zpty -w shell 'eval "$(ade-harness -sc install=zsh)"; print rea''dy'
+        zpty -r -m shell seen '*ready*'
+        zpty -w -n shell $'ade-harness @LINE@\\t\\t'
+        for i in {1..300}; do
+            sleep 0.1
+            while zpty -r -t shell part; do print -rn -- "$part"; seen+=$part; done
+            [[ $seen == *@EXPECTED@* ]] && exit 0
+        done
+    """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("model=segformer_b", "model=segformer_b5"), ("inference.tt", "inference.tta"), ("dataset=", "dataset=folder")],
+)
+def test_shells_complete_groups_and_keys(tmp_path: Path, shell: str, line: str, expected: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}: apt install {shell}")
+    script = COMPLETE[shell].replace("@LINE@", line).replace("@EXPECTED@", expected)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the installed command
+    done = subprocess.run(
+        [*SHELLS[shell], script], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PATH": path, "HOME": str(tmp_path), "TERM": "dumb"},
+    )  # fmt: skip
+    assert expected in done.stdout, done.stdout + done.stderr
 
 
 def test_what_is_not_hydras_grammar_is_one_message_with_the_quoted_form() -> None:

@@ -10,7 +10,8 @@ with the ledger on disk, image by image, before it says any number.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from lightning.pytorch import seed_everything
@@ -24,7 +25,7 @@ from ade_harness.evaluation.score import Work, score
 from ade_harness.metrics.counts import matrix_of
 from ade_harness.runs.directory import wait_to_see
 from ade_harness.runs.live import LiveStatus
-from ade_harness.runs.record import RunRecord
+from ade_harness.runs.record import RunRecord, held
 from ade_harness.runs.result import Result
 from ade_harness.runtime.balance import RankShare, measure_balance
 from ade_harness.runtime.coordination import agreed, all_reduce_sum, broadcast, gather
@@ -54,28 +55,21 @@ def evaluate(
     with started_ranks(cfg.runtime) as ranks:
         job = build_job(cfg, ranks.coordinator)
         record = agreed(ranks.coordinator, "record", lambda: open_run(cfg, job, ranks, console))
-        try:
-            return _evaluate(cfg, console, on_run_dir, start, ranks, job, record)
-        finally:
-            if record is not None:
-                record.lock.release()
+        with held(record):
+            run_dir, marks = broadcast((record.path, record.manifest["marks"]) if record else None)
+            on_run_dir(run_dir)
+            ranks.watchdog.note(run=str(run_dir))
+            agreed(ranks.coordinator, "seen", lambda: wait_to_see(run_dir))
+            work = _work(cfg, console, ranks, job, record, run_dir, marks, start)
+            return (score(cfg, job, record, marks, work), record) if record is not None else None
 
 
-def _evaluate(
-    cfg: Config,
-    console: Console,
-    on_run_dir: Callable[[Path], None],
-    start: float,
-    ranks: Ranks,
-    job: Job,
-    record: RunRecord | None,
-) -> tuple[Result, RunRecord] | None:
+def _work(
+    cfg: Config, console: Console, ranks: Ranks, job: Job, record: RunRecord | None, run_dir: Path,
+    marks: Sequence[str], start: float,
+) -> Work:  # fmt: skip
+    """Evaluate what the ledger does not hold yet, on all ranks; return the sum of their work."""
     coordinator, watchdog = ranks.coordinator, ranks.watchdog
-    run_dir: Path
-    run_dir, marks = broadcast((record.path, record.manifest["marks"]) if record else None)
-    on_run_dir(run_dir)
-    watchdog.note(run=str(run_dir))
-    agreed(coordinator, "seen", lambda: wait_to_see(run_dir))
     live = LiveStatus.of(record, len(job.dataset.ids), console, coordinator) if record else None
     watchdog.on_beats = live.on_beats if live else None
     # one rank reads the ledger: others may write soon
@@ -88,10 +82,8 @@ def _evaluate(
     callback = RankCallback(ranks, data.costs, data.names, data.sampler, reporter)
     ranks.trainer.callbacks.append(callback)
     watchdog.on_loss = module.writer.flush
-    begin = time.monotonic()
-    if live is not None:
-        live.begin(len(done))
-    try:
+    begin = live.begin(len(done)) if live is not None else time.monotonic()
+    with closing(callback):
         try:
             if data.costs:
                 ranks.trainer.test(module, datamodule=data, verbose=False)
@@ -99,17 +91,10 @@ def _evaluate(
             module.close(coordinator.rank)  # also after Ctrl-C: what was counted stays counted
         share = RankShare.of(watchdog.beat, time.monotonic() - begin)
         callback.wait_for_all()
-    finally:
-        callback.close()
-
-    seconds, stopped = time.monotonic() - begin, coordinator.stopped
+    rate, stopped = (len(job.dataset.ids) - len(done)) / (time.monotonic() - begin), coordinator.stopped
     failures: list[Failure] = sum(gather(module.failures), [])
     total = all_reduce_sum(module.matrix, ranks.trainer.strategy.root_device) + matrix_of(before, len(module.matrix))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     ranks.part()
-    if record is None or live is None:
-        return None
-    live.close()
-    rate = (len(job.dataset.ids) - len(done)) / seconds
-    work = Work(total, failures, stopped, tuple(live.warnings.values()), start, rate, balance, stages)
-    return score(cfg, job, record, marks, work), record
+    warnings = live.close() if live is not None else ()
+    return Work(total, failures, stopped, warnings, start, rate, balance, stages)

@@ -69,9 +69,10 @@ class LiveStatus:
 
         return LiveStatus(record.path, record.lock, total, warn, coordinator.lose)
 
-    def begin(self, before: int) -> None:
-        """Say that the work begins, and how many images were counted earlier."""
+    def begin(self, before: int) -> float:
+        """Note that the work begins, and how many images were counted earlier; return ``time.monotonic()``."""
         self.before, self._begun = before, time.monotonic()
+        return self._begun
 
     def on_beats(self, beats: Sequence[Beat]) -> None:
         """Take the beats of all ranks."""
@@ -103,9 +104,10 @@ class LiveStatus:
         with suppress(HarnessError):  # the ledger's own error says that the disk is full
             write_text(self.path, json.dumps(content), durable=False)  # a sign of life, not a record
 
-    def close(self) -> None:
-        """Take progress.json away: the result says all."""
+    def close(self) -> tuple[str, ...]:
+        """Remove progress.json: the result says all. Returns the warnings about slow ranks."""
         self.path.unlink(missing_ok=True)
+        return tuple(self.warnings.values())
 
 
 def slow_ranks(beats: Sequence[Beat]) -> dict[int, str]:

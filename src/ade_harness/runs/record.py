@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,6 +65,16 @@ class RunRecord:
     def summary(self) -> dict[str, Any]:
         """Return the manifest as :func:`short_manifest` does."""
         return short_manifest(self.manifest)
+
+
+@contextmanager
+def held(record: RunRecord | None) -> Iterator[None]:
+    """Release a record's lock at the end; None, of the ranks that have no record, holds nothing."""
+    try:
+        yield
+    finally:
+        if record is not None:
+            record.lock.release()
 
 
 def short_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
