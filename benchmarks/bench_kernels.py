@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from images import stride4_logits
 from measure import add_peaks, interleave, machine_line, one_thread, show
-from peers import mmseg_counts, torchmetrics_counts
+from peers import have, mmseg_counts, torchmetrics_counts
 from torch import Tensor
 
 from ade_harness.kernels import Kernels, label_counts, select, whole
@@ -36,15 +36,16 @@ def naive(scores: Tensor, *sizes: tuple[int, int]) -> Tensor:
     return planes.argmax(1)[0]
 
 
-def cpu(rounds: int) -> None:
+def cpu(rounds: int, largest: bool = True) -> None:
     """Label maps, counts and the pair on one thread."""
     one_thread()
+    mmseg = mmseg_counts() if have("mmseg") else None
     compiled, plain = select("numba", "cpu"), select("torch", "cpu")
     target = torch.from_numpy(np.random.default_rng(0).integers(0, 150, INPUT).astype(np.uint8))
     for kind in ("peaky", "white"):
         scores = stride4_logits(INPUT, kind)
         cases = [("one step", (INPUT,)), ("two steps", (INPUT, ORIGINAL))]
-        for title, sizes in cases + ([("the largest image", (INPUT, LARGEST))] if kind == "peaky" else []):
+        for title, sizes in cases + ([("the largest image", (INPUT, LARGEST))] if kind == "peaky" and largest else []):
             views = [whole(scores, sizes[0])]
             expected = naive(scores, *sizes)
             variants: dict[str, Callable[[], Any]] = {
@@ -60,16 +61,15 @@ def cpu(rounds: int) -> None:
                 f" pixels differ; the bytes of input and output: {_megabytes(scores, expected):.1f} MB",
                 add_peaks(interleave(variants, rounds), variants),
             )
-        variants = {
-            "F.interpolate, argmax, mmseg IoUMetric": partial(_naive_counts, mmseg_counts(), scores, target),
-            "ade-harness, label_counts": partial(label_counts, compiled, scores, target),
-        }
+        variants = {"ade-harness, label_counts": partial(label_counts, compiled, scores, target, 150)}
+        if mmseg is not None:
+            variants["F.interpolate, argmax, mmseg IoUMetric"] = partial(_naive_counts, mmseg, scores, target)
         show(f"label map and count, {kind}", add_peaks(interleave(variants, rounds), variants))
     labels = naive(stride4_logits(INPUT, "peaky"), INPUT)
     small = labels.to(torch.uint8)
-    mmseg, metrics = mmseg_counts(), torchmetrics_counts()
+    metrics = torchmetrics_counts()
     variants = {
-        "mmseg IoUMetric": lambda: mmseg(labels, target.long()),
+        **({"mmseg IoUMetric": lambda: mmseg(labels, target.long())} if mmseg is not None else {}),
         "torchmetrics": lambda: metrics(labels, target.long()),
         "ade-harness, plain torch": lambda: plain.count(small, target, 150),
         "ade-harness, numba": lambda: compiled.count(small, target, 150),
@@ -85,7 +85,7 @@ def _megabytes(scores: Tensor, labels: Tensor) -> float:
     return (scores.numel() * 4 + labels.numel()) / 1e6
 
 
-def gpu(rounds: int) -> None:
+def gpu(rounds: int, largest: bool = True) -> None:
     """Label maps on CUDA; near-ties are counted."""
     print(torch.cuda.get_device_name(), machine_line(("torch", "triton")))
     triton: Kernels = select("triton", "cuda")
@@ -135,5 +135,6 @@ def _cuda_time(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-largest", action="store_true", help="leave out the largest image: seconds, 2 GB")
     options = parser.parse_args()
-    (gpu if torch.cuda.is_available() else cpu)(options.rounds)
+    (gpu if torch.cuda.is_available() else cpu)(options.rounds, not options.no_largest)

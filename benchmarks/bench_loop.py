@@ -16,7 +16,7 @@ import torch
 from images import make_folder
 from measure import add_peaks, interleave, interleave_loops, one_thread, peak_memory, show
 from ours import Evaluation, loop, predictor
-from peers import LOOPS, TrivialNetwork, mmseg_host
+from peers import LOOPS, TrivialNetwork, have, mmseg_host
 
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.kernels import select
@@ -43,12 +43,13 @@ def main() -> None:
 def loops_and_memory(folder: Path, options: argparse.Namespace) -> None:
     """Compare whole loops, and show that memory stays flat."""
     network = TrivialNetwork().eval()
+    peers = [name for name in options.peers if name != "mmsegmentation" or have("mmseg")]
     protocol = "inference=mmseg_whole_512"
-    loops = [LOOPS[name](folder, network) for name in options.peers]
+    loops = [LOOPS[name](folder, network) for name in peers]
     loops += [loop(folder, network, kernels, protocol) for kernels in ("torch", "auto")]
     named = {entry.name: entry for entry in loops}
     areas = {name: entry.run() for name, entry in named.items()}
-    if "mmsegmentation" in options.peers:
+    if "mmsegmentation" in peers:
         for entry in loops[-2:]:
             assert np.array_equal(areas[entry.name], areas[loops[0].name]), f"{entry.name}: other areas than mmseg's"
         print(f"areas of {loops[0].name} and ade-harness (both kernels): equal in every bit")
@@ -76,8 +77,10 @@ def memory(folder: Path) -> None:
 def host(folder: Path, rounds: int, images: int) -> None:
     """Compare decoding, resizing and normalising alone."""
     dataset = open_ade20k(folder, "validation")
-    _, mmseg_input = mmseg_host(folder)
-    variants = {"mmsegmentation: item, collate, data preprocessor": lambda: [mmseg_input(i) for i in range(images)]}
+    variants = {}
+    if have("mmseg"):
+        _, mmseg_input = mmseg_host(folder)
+        variants["mmsegmentation: item, collate, data preprocessor"] = lambda: [mmseg_input(i) for i in range(images)]
     for choice in ("torch", "auto"):
         made = predictor(TrivialNetwork(), choice, "inference=mmseg_whole_512")
         normalise = select(choice, "cpu").normalise

@@ -12,7 +12,7 @@ from measure import machine_line
 
 from ade_harness.config.compose import compose_config
 from ade_harness.data.opening import open_dataset
-from ade_harness.evaluation.job import build_predictor
+from ade_harness.inference.opening import open_network
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import select
 from ade_harness.metrics.confusion import scores
@@ -27,16 +27,16 @@ def main(overrides: list[str], precisions: tuple[str, ...] = ("fp32", "tf32", "b
     for precision in precisions:
         cfg = compose_config([*overrides, f"inference.precision={precision}"])
         dataset = open_dataset(cfg.dataset, cfg.inference.exif)
-        predictor, model = build_predictor(cfg, dataset, list(dataset.read_headers()[0].values()))
-        if model is not None:
-            model.module.to(device)
+        predictor = open_network(cfg, dataset.classes)
+        predictor.check(dataset.read_headers()[0])
+        predictor.network.to(device)
         changed = pixels = 0
-        matrix = torch.zeros((150, 151), dtype=torch.int64)
+        matrix = torch.zeros((len(dataset.classes), len(dataset.classes) + 1), dtype=torch.int64)
         for index, image_id in enumerate(dataset.ids):
             sample = dataset.load(index)
             prepared = predictor.prepare(image_id, sample.image)
             labels = predictor.predict([prepared], device, Stopwatch(device))[0].labels
-            matrix += kernels.count(labels, torch.from_numpy(sample.target).to(device), 150).cpu()
+            matrix += kernels.count(labels, torch.from_numpy(sample.target).to(device), len(dataset.classes)).cpu()
             if precision == "fp32":
                 reference.append(labels.cpu())
             changed += int((labels.cpu() != reference[index]).sum())

@@ -8,6 +8,7 @@ all work over the sum of the ranks' speeds. Ranks are processes through Lightnin
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -29,15 +30,15 @@ class Net(torch.nn.Module):
         time.sleep(slow * h * w * float(os.environ["SECONDS_PER_PIXEL"]))
         return torch.zeros(n, 150, (h + 3) // 4, (w + 3) // 4)
 """
-IMAGES, SECONDS_PER_PIXEL = 200, 1e-5
+SECONDS_PER_PIXEL = 1e-5
 
 
-def run(folder: Path, ranks: int, sharding: str, slow: bool) -> tuple[float, float]:
+def run(folder: Path, images: int, ranks: int, sharding: str, slow: bool) -> tuple[float, float]:
     """Return (ideal seconds, seconds of the last rank)."""
     directory = folder / f"{ranks}{sharding}{slow}"
     settings = {"SLOW_RANK": str(ranks - 1) if slow else "none", "SECONDS_PER_PIXEL": str(SECONDS_PER_PIXEL)}
     words = [
-        "model=custom", "model._target_=sleeper.Net", "inference=original_size", f"dataset.limit={IMAGES}",
+        "model=custom", "model._target_=sleeper.Net", "inference=original_size", f"dataset.limit={images}",
         "tracking=none",
         "runtime.accelerator=cpu", f"runtime.devices={ranks}", f"runtime.sharding={sharding}", "run.overlays=0",
         f"run.dir={directory}", "runtime.workers=1",
@@ -56,15 +57,20 @@ def run(folder: Path, ranks: int, sharding: str, slow: bool) -> tuple[float, flo
 
 
 def main() -> None:
-    table = Table(title=f"{IMAGES} synthetic images, a network that sleeps")
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
+    options = parser.parse_args()
+    table = Table(title=f"{options.images} synthetic images, a network that sleeps")
     for column in ("ranks", "one slow", "rule", "ideal s", "measured s", "efficiency"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sleeper.py").write_text(SLEEPER)
-        for ranks in (2, 3, 4):
+        for ranks in options.ranks:
             for slow in (False, True):
                 for sharding in ("queue", "plan"):
-                    ideal, measured = run(Path(folder), ranks, sharding, slow)
+                    ideal, measured = run(Path(folder), options.images, ranks, sharding, slow)
                     cells = (str(ranks), "yes" if slow else "", sharding, f"{ideal:.1f}", f"{measured:.1f}")
                     table.add_row(*cells, f"{100 * ideal / measured:.1f} %")
     Console(width=100).print(table)

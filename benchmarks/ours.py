@@ -64,6 +64,7 @@ class Evaluation:
             writer = LedgerWriter(Path(folder) / "ledger")
             module = EvaluationModule(
                 self.made,
+                self.dataset.classes,
                 writer,
                 Coordinator(),
                 Path(folder),
@@ -76,7 +77,7 @@ class Evaluation:
         assert not module.failures, module.failures
         self.stages = module.stages
         matrix = module.matrix
-        return np.stack([np.diag(matrix), matrix[:, :150].sum(0), matrix.sum(1)])
+        return np.stack([np.diag(matrix), matrix[:, :-1].sum(0), matrix.sum(1)])
 
 
 def loop(folder: Path, network: nn.Module, kernels: str = "auto", *overrides: str) -> Loop:

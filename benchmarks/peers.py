@@ -117,6 +117,14 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
+def have(package: str) -> bool:
+    """Whether a peer is installed; prints what is left out if it is not."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    print(f"{package} is not installed and left out: {_INSTALL[package]}")
+    return False
+
+
 def _need(package: str) -> Any:
     """Import a peer's package, or say how to install it."""
     try:

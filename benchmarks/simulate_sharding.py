@@ -8,6 +8,7 @@ network are left out: this is about sharing alone. "slow" makes one rank 1.5 tim
 
 from __future__ import annotations
 
+import argparse
 import heapq
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -88,15 +89,19 @@ def _queue(costs: Sequence[float], speeds: Sequence[float], look_ahead: int) -> 
 
 
 def main() -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=WORLD_SIZES)
+    sizes = parser.parse_args().sizes
     for name, costs in COSTS.items():
         table = Table(title=f"efficiency in percent, cost = {name}")
-        for column in ("rule", *map(str, WORLD_SIZES)):
+        for column in ("rule", *map(str, sizes)):
             table.add_column(column, justify="right")
         for rule in ("queue", "plan", "DistributedSampler"):
             for slow in (1.0, 1.5):
-                cells = [f"{100 * efficiency(costs(), size, rule, slow):.1f}" for size in WORLD_SIZES]
+                cells = [f"{100 * efficiency(costs(), size, rule, slow):.1f}" for size in sizes]
                 table.add_row(f"{rule}, one slow rank" if slow > 1 else rule, *cells)
-        limit = [f"{100 * min(1.0, sum(costs()) / size / max(costs())):.1f}" for size in WORLD_SIZES]
+        limit = [f"{100 * min(1.0, sum(costs()) / size / max(costs())):.1f}" for size in sizes]
         table.add_row("limit: the largest image", *limit)
         Console(width=150).print(table)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,13 @@ import pytest
 
 from ade_harness.runs.live import slow_ranks
 from ade_harness.runtime import watchdog as module
-from ade_harness.runtime.coordination import Coordinator, LocalStore, RankLostError, StopRequestedError
+from ade_harness.runtime.coordination import (
+    Coordinator,
+    LocalStore,
+    RankLostError,
+    StopRequestedError,
+    broken_connections,
+)
 from ade_harness.runtime.notes import NOTE_BYTES, Note
 from ade_harness.runtime.watchdog import Beat, Watchdog
 
@@ -147,3 +155,44 @@ def test_beats_carry_a_moving_number() -> None:
     watchdog.close()
     assert told == sorted(set(told))
     assert len(told) >= 2
+
+
+@pytest.mark.parametrize("text", ["[pair.cc:547] Connection closed by peer [127.0.0.1]:3", "Broken pipe"])
+def test_a_step_that_another_ranks_end_breaks_has_that_ranks_reason(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ade_harness.runtime.coordination._REASON_WITHIN_S", 0.3)
+    store = LocalStore()
+    here, there = Coordinator(store), Coordinator(store)
+    here.world_size = there.world_size = 2
+    with pytest.raises(RankLostError, match="the connection to another rank broke"), broken_connections(here):
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="out of range") as other, broken_connections(here):
+        raise RuntimeError("index out of range")
+    assert not isinstance(other.value, RankLostError | StopRequestedError)
+    there.stop("terminated")
+    with pytest.raises(StopRequestedError, match="terminated"), broken_connections(here):
+        raise RuntimeError(text)
+
+
+def test_metrics_that_are_put_off_are_there_when_asked_for() -> None:
+    """In a process of its own: this one has imported everything."""
+    code = """
+import sys
+from ade_harness.runtime.lean import put_off_metrics
+put_off_metrics()
+import lightning.pytorch
+assert not {"transformers", "scipy", "torchmetrics.classification"} & set(sys.modules), "not put off"
+import torchmetrics
+from torchmetrics.classification import MulticlassJaccardIndex
+assert issubclass(MulticlassJaccardIndex, torchmetrics.Metric)
+assert torchmetrics.JaccardIndex(task="multiclass", num_classes=3) is not None
+assert lightning.pytorch.core.module.Metric is torchmetrics.Metric
+put_off_metrics()  # too late, and harmless
+assert torchmetrics.JaccardIndex is not None
+try:
+    torchmetrics.Nonsense
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "has no attribute 'Nonsense'" in done.stdout

@@ -175,7 +175,7 @@ def test_an_image_without_valid_pixels_has_no_score() -> None:
         image_id="a", height=2, width=2, valid_pixels=0, ground_truth=nothing, prediction=nothing,
         pixels=nothing.astype(np.int64), seconds=0.1, rank=0, label_hash="",
     )  # fmt: skip
-    (made,) = wandb_content.per_image_rows([row])  # type: ignore[list-item]
+    (made,) = wandb_content.per_image_rows([row], 150)  # type: ignore[list-item]
     assert made["pixel_accuracy"] is made["mIoU"] is None
 
 

@@ -40,7 +40,7 @@ from ade_harness.runs.directory import (
 )
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.console import print_line
-from ade_harness.runtime.coordination import agreed, broadcast
+from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import Ranks, started_ranks
 from ade_harness.tracking.run import log_curve
@@ -291,7 +291,8 @@ def _fit(
         pin_memory=ranks.trainer.strategy.root_device.type == "cuda",
     )
     try:
-        ranks.trainer.fit(training, loader)
+        with broken_connections(ranks.coordinator):
+            ranks.trainer.fit(training, loader)
         if training.stopped:
             ranks.coordinator.raise_if_ended()
     finally:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,8 @@ from ade_harness.runtime.cluster import host_name
 T = TypeVar("T")
 
 _POLL_S = 0.05
+_REASON_WITHIN_S = 5.0
+"""For a signal that other ranks have had already."""
 
 
 class RankLostError(Exception):
@@ -225,6 +228,31 @@ def broadcast(value: Any) -> Any:
     values = [value]
     _collective(lambda: dist.broadcast_object_list(values, src=0))
     return values[0]
+
+
+@contextmanager
+def broken_connections(coordinator: Coordinator) -> Iterator[None]:
+    """Turn the broken collective of a training into the reason for it.
+
+    Ranks are asked to end one after another: one that has ended already breaks the step that another is in, before
+    that one's own signal has come.
+
+    Raises:
+        StopRequestedError: the run is to end; the reason is waited for.
+        RankLostError: no reason came.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        broken = isinstance(error, dist.DistError) or "onnection" in text or "Broken pipe" in text
+        if coordinator.world_size == 1 or not broken:
+            raise
+        end = time.monotonic() + _REASON_WITHIN_S
+        while time.monotonic() < end:
+            coordinator.raise_if_ended()
+            time.sleep(_POLL_S)
+        raise RankLostError(f"the connection to another rank broke ({text})") from error
 
 
 def _collective(call: Callable[[], Any]) -> None:

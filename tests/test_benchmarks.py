@@ -1,0 +1,50 @@
+"""Every benchmark still runs: a smoke run of seconds of each, small enough that its figures mean nothing."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PARTS = ("images", "measure", "ours", "peers")
+"""Modules of the benchmarks, not benchmarks themselves."""
+SMOKE: dict[str, tuple[list[str], str]] = {
+    "bench_kernels": (["--rounds", "1", "--no-largest"], "counting"),
+    "bench_loop": (["--images", "2", "--rounds", "1", "--peers", "torchmetrics", "detectron2"], "outside the forward"),
+    "bench_mask_systems": (["--systems", "maskformer_swin_t"], "maskformer_swin_t"),
+    "bench_models": (["--images", "2", "--models", "b0"], "SegFormer-B0"),
+    "bench_precision": (["dataset.images=2"], "fp16"),
+    "bench_protocols": (["--rounds", "1", "--only", "slide", "tta"], "slide 512/341"),
+    "bench_sharding": (["--images", "6", "--ranks", "2"], "efficiency"),
+    "bench_start": (["--rounds", "1", "--ranks", "1"], "start-up"),
+    "bench_statistics": (["--images", "20", "--resamples", "200"], "bootstrap"),
+    "bench_systems": (["--systems", "segformer_b0"], "segformer_b0"),
+    "interruptions": (["--images", "6", "--moments", "1", "--ranks", "2", "--victims", "0"], "runs of"),
+    "interval_coverage": (["--images", "20", "--sets", "2", "--resamples", "100"], "pixel_accuracy"),
+    "simulate_sharding": (["--sizes", "1", "8"], "limit: the largest image"),
+}  # fmt: skip
+
+
+def test_every_benchmark_has_a_smoke_run() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} - set(PARTS) == set(SMOKE)
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_a_benchmark_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments, expected = SMOKE[name]
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    for part in (*PARTS, "bench_systems"):
+        monkeypatch.delitem(sys.modules, part, raising=False)
+    with torch.inference_mode(torch.is_inference_mode_enabled()):
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert expected in capfd.readouterr().out
