@@ -19,12 +19,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.launch import launch
-from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, quote, with_recipe
+from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
 from ade_harness.config.compose import checked, compose_config, explain, register_schemas, stored_config
 from ade_harness.config.files import conf_dir
 from ade_harness.config.schema import Config
@@ -90,16 +90,19 @@ def run_resume(options: argparse.Namespace) -> Answer:
         raise HarnessError(f"{path / 'config.yaml'}: cannot be read ({error.strerror}).") from error
     config = stored_config(text, options.overrides)
     config.run.dir = str(path)
-    arguments = ["resume", options.run, *options.overrides]
     work = _train if manifest.get("kind") == PROBE else _evaluate
-    code, run_dir = launch(config, lambda _: arguments, options.in_this_process, lambda found: work(config, found))
+    code, run_dir = launch(
+        config, options.in_this_process, lambda found: work(config, found),
+        {"work": "probe" if work is _train else "evaluate", "logging": None, "verbose": False},
+    )  # fmt: skip
     return Answer(_result(run_dir), code)
 
 
 def _evaluate(config: Config, on_run_dir: Callable[[Path], None]) -> None:
+    from ade_harness.config.composed import Composed
     from ade_harness.evaluation.outcome import run_session
 
-    run_session(config, on_run_dir)
+    run_session(Composed.of(config), on_run_dir)
 
 
 def _train(config: Config, on_run_dir: Callable[[Path], None]) -> None:
@@ -134,18 +137,11 @@ def _run_hydra(
         given = list(HydraConfig.get().overrides.task)
         own = tree.inference.name in OWN_PROTOCOLS  # of a sweep: each job knows its model only now
         config = compose_config(given, _config_dir(options)) if own else checked(tree)
-        arguments = [command, *given, *_hydra_options(options)]
         if _hydras_directory(config):
             config.run.dir = str(HydraConfig.get().runtime.output_dir)
-            arguments.append(f"run.dir={quote(config.run.dir)}")
-        if options.verbose:
-            arguments.append("hydra.verbose=true")
-
-        def rank(run_dir: str | None) -> list[str]:
-            kept = [w for w in arguments if run_dir is None or not w.startswith("run.dir=")]
-            return [*kept, *([] if run_dir is None else [f"run.dir={run_dir}"])]
-
-        code, run_dir = launch(config, rank, options.in_this_process, lambda found: work(config, found))
+        mine = HydraConfig.get()
+        handed_over = {"work": command, "logging": OmegaConf.to_container(mine.job_logging), "verbose": mine.verbose}
+        code, run_dir = launch(config, options.in_this_process, lambda found: work(config, found), handed_over)
         ends.append((code, run_dir))
         if code and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise HarnessError(f"a job ended with exit code {code}: see its messages.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ade_harness.cli.failures import tell_failure, work_or_tell
+from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import (
     REQUEUED,
     find_node,
@@ -44,17 +45,17 @@ def say_how_to_continue(why: str) -> None:
 
 def launch(
     config: Config,
-    command: Callable[[str | None], list[str]],
     in_this_process: bool,
-    work: Callable[[Callable[[Path], None]], None],
+    work: Callable[[Callable[[Path], None]], Any],
+    handed_over: Mapping[str, Any],
 ) -> tuple[int, Path | None]:
     """Be a rank, or start and watch this node's ranks.
 
     Args:
         config: what to run.
-        command: for a run directory (None: not known yet), the arguments that make a rank of it.
         in_this_process: never start others.
         work: of a rank; it reports the run directory as soon as it is there.
+        handed_over: to :mod:`ade_harness.cli.rank`, beside the configuration.
 
     Returns:
         The exit code, and the run directory if there is one.
@@ -63,13 +64,18 @@ def launch(
     if in_this_process or is_rank() or not config.runtime.supervise:
         if not in_this_process:  # the process is ours alone: nobody else's metrics are put off
             put_off_metrics()
-        code = work_or_tell(config, _current_run, lambda: _be_rank(work), print_error)
+        code = be_rank(config, work)
     else:
-        code = _supervise(config, command)
+        code = _supervise(config, handed_over)
     return code, _current_run[-1] if len(_current_run) > known else None
 
 
-def _be_rank(work: Callable[[Callable[[Path], None]], None]) -> int:
+def be_rank(config: Config, work: Callable[[Callable[[Path], None]], Any]) -> int:
+    """Do a rank's work; what goes wrong is reported to the user, and to W&B."""
+    return work_or_tell(config, _current_run, lambda: _rank(work), print_error)
+
+
+def _rank(work: Callable[[Callable[[Path], None]], Any]) -> int:
     from ade_harness.runtime.coordination import RankLostError, StopRequestedError
 
     try:
@@ -83,17 +89,26 @@ def _be_rank(work: Callable[[Callable[[Path], None]], None]) -> int:
     return 0
 
 
-def _supervise(config: Config, command: Callable[[str | None], list[str]]) -> int:
+def _supervise(config: Config, handed_over: Mapping[str, Any]) -> int:
     _, ranks = resolve_devices(config.runtime)
     node = find_node(config.runtime)
-    start = [sys.executable, "-m", "ade_harness"]
+    composed: list[Composed] = []
+
+    def handover(run_dir: str | None) -> str:
+        """Return what ranks need; while it is made, they import."""
+        if not composed:
+            composed.append(Composed.of(config))
+        config.run.dir = run_dir or config.run.dir
+        return composed[0].as_json(**handed_over)
+
     said: list[str] = []
 
     def say(text: str) -> None:
         said.append(text)
         print_error(text)
 
-    supervisor = Supervisor(lambda run_dir: [*start, *command(run_dir)], ranks, node, config.runtime.max_restarts, say)
+    command = [sys.executable, "-m", "ade_harness.cli.rank"]
+    supervisor = Supervisor(command, handover, ranks, node, config.runtime.max_restarts, say)
     code = supervisor.run()
     if supervisor.run_dir is not None:
         _current_run.append(Path(supervisor.run_dir))

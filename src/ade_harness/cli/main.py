@@ -20,7 +20,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.cli.commands import find_command, overview, parser_of
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.console import OUTPUT, Output, print_error
-from ade_harness.runtime.notes import EXIT_MESSAGE
+from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE
 
 _TRACEBACK = "ADE_HARNESS_TRACEBACK"
 
@@ -32,13 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command; None takes those of this process. A command that is given here is evaluated in this
             very process, on one rank; otherwise ranks are processes of their own.
     """
+    if arguments is None:  # before Hydra writes its own arguments there; ranks inherit it
+        os.environ[COMMAND] = json.dumps(["python", "-m", "ade_harness", *sys.argv[1:]])
     return run_command(list(sys.argv[1:] if arguments is None else arguments), in_this_process=arguments is not None)
 
 
 def run_command(arguments: list[str], in_this_process: bool = False) -> int:
     """Run one command as :func:`main` does; evaluate it with ranks that are processes, unless `in_this_process`."""
+    return guarded(lambda: _dispatch(arguments, in_this_process))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do `work`; errors become messages and exit codes."""
     try:
-        return _dispatch(arguments, in_this_process)
+        return work()
     except HarnessError as error:
         if os.environ.get(_TRACEBACK):
             raise

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from enum import StrEnum
-from typing import Any
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum, StrEnum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,3 +29,31 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(below) for below in value]
     return str(value) if isinstance(value, StrEnum) else value
+
+
+def typed(kind: Any, value: Any) -> Any:
+    """Return what :func:`as_dict` made plain, as it was.
+
+    Args:
+        kind: a dataclass, or the type of one of its fields.
+        value: plain values of it; of a dataclass every field.
+    """
+    if value is None or kind is Any:
+        return value
+    if get_origin(kind) in (Union, UnionType):
+        [inner] = [k for k in get_args(kind) if k is not NoneType]
+        return typed(inner, value)
+    if get_origin(kind) is list:
+        return [typed(get_args(kind)[0], below) for below in value]
+    if is_dataclass(kind):
+        made: Any = kind
+        hints = _hints(made)
+        return made(**{f.name: typed(hints[f.name], value[f.name]) for f in fields(kind)})
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    return float(value) if kind is float else value
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)

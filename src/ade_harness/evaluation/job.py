@@ -11,8 +11,7 @@ import torch
 from rich.console import Console
 
 from ade_harness import kernels
-from ade_harness.config.compose import protocol_changes
-from ade_harness.config.overrides import overrides_of
+from ade_harness.config.composed import Composed
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
@@ -31,14 +30,15 @@ from ade_harness.runtime.queue import Loaders
 from ade_harness.runtime.ranks import Ranks, set_arithmetic
 
 
-def open_run(cfg: Config, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
+def open_run(composed: Composed, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
     """Open and lock the run directory, on rank 0; raises as :func:`ade_harness.runs.record.start_record`."""
     if ranks.coordinator.rank != 0:
         return None
+    cfg = composed.config
     config = as_dict(cfg)
     seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
     facts = describe_facts(job.dataset, job.ids_hash, job.facts, cfg, ranks.trainer.strategy.root_device.type)
-    facts["repeat"] = overrides_of(cfg)
+    facts["repeat"] = composed.repeat
     record = start_record(config, facts, job.marks, seeds, console.print)
     for line in (*record.manifest["marks"], f"run directory: {record.path}"):
         print_line(console, line)
@@ -68,12 +68,13 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def build_job(cfg: Config, coordinator: Coordinator) -> Job:
+def build_job(composed: Composed, coordinator: Coordinator) -> Job:
     """Open the data set and load the model on every rank, and compare what the ranks see.
 
     Raises:
         HarnessError: on every rank, if it fails on one; it names rank and host if they differ.
     """
+    cfg = composed.config
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
 
     def open_it() -> SegmentationDataset:
@@ -96,8 +97,9 @@ def build_job(cfg: Config, coordinator: Coordinator) -> Job:
     facts = predictor.facts()
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first)
     marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
-    changes = tuple(protocol_changes(cfg.inference))
-    return Job(dataset, sizes, wrong, ids_hash, predictor, facts, loaders, tuple(marks), changes, tuple(notes))
+    return Job(
+        dataset, sizes, wrong, ids_hash, predictor, facts, loaders, tuple(marks), tuple(composed.changes), tuple(notes)
+    )
 
 
 def _compare_ranks(

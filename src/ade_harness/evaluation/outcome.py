@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ade_harness.config.composed import Composed
 from ade_harness.config.plain import as_dict
-from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
 from ade_harness.report.terminal import print_result
@@ -19,12 +19,12 @@ from ade_harness.runtime.console import Output, make_console, output, percent, p
 
 
 def run_session(
-    cfg: Config, on_run_dir: Callable[[Path], None] = lambda _: None, console: Console | None = None
+    composed: Composed, on_run_dir: Callable[[Path], None] = lambda _: None, console: Console | None = None
 ) -> Result | None:
     """Evaluate, track, and print; returns the result on rank 0.
 
     Args:
-        cfg: a composed configuration.
+        composed: the configuration.
         on_run_dir: called with the run directory as soon as it exists.
         console: where to print; None is stdout.
 
@@ -32,7 +32,8 @@ def run_session(
         HarnessError: see :func:`ade_harness.evaluation.story.evaluate`.
     """
     console = console or make_console(result=False)
-    finished = evaluate(cfg, console, on_run_dir)
+    cfg = composed.config
+    finished = evaluate(composed, console, on_run_dir)
     if finished is None:
         return None
     result, record = finished

@@ -17,6 +17,7 @@ from pathlib import Path
 from lightning.pytorch import seed_everything
 from rich.console import Console
 
+from ade_harness.config.composed import Composed
 from ade_harness.config.schema import Config
 from ade_harness.evaluation.data import Failure, make_data
 from ade_harness.evaluation.job import Job, build_job, open_run
@@ -34,12 +35,12 @@ from ade_harness.runtime.ranks import RankCallback, Ranks, started_ranks
 
 
 def evaluate(
-    cfg: Config, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None
+    composed: Composed, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None
 ) -> tuple[Result, RunRecord] | None:
     """Evaluate one model on one data set.
 
     Args:
-        cfg: a configuration from :func:`ade_harness.config.compose.compose_config`.
+        composed: the configuration: ``Composed.of(compose_config([...]))``.
         console: for progress.
         on_run_dir: called with the run directory as soon as it exists.
 
@@ -50,11 +51,11 @@ def evaluate(
         HarnessError: nothing was scored; what was counted is in the ledger, and the message says how to go on.
         StopRequestedError, RankLostError: the same, after a signal or the death of another rank.
     """
-    start = time.monotonic()
+    start, cfg = time.monotonic(), composed.config
     seed_everything(cfg.runtime.seed, verbose=False)
     with started_ranks(cfg.runtime) as ranks:
-        job = build_job(cfg, ranks.coordinator)
-        record = agreed(ranks.coordinator, "record", lambda: open_run(cfg, job, ranks, console))
+        job = build_job(composed, ranks.coordinator)
+        record = agreed(ranks.coordinator, "record", lambda: open_run(composed, job, ranks, console))
         with held(record):
             run_dir, marks = broadcast((record.path, record.manifest["marks"]) if record else None)
             on_run_dir(run_dir)
@@ -68,7 +69,7 @@ def _work(
     cfg: Config, console: Console, ranks: Ranks, job: Job, record: RunRecord | None, run_dir: Path,
     marks: Sequence[str], start: float,
 ) -> Work:  # fmt: skip
-    """Evaluate what the ledger does not hold yet, on all ranks; return the sum of their work."""
+    """Evaluate what the ledger does not hold yet; return the work of all ranks."""
     coordinator, watchdog = ranks.coordinator, ranks.watchdog
     live = LiveStatus.of(record, len(job.dataset.ids), console, coordinator) if record else None
     watchdog.on_beats = live.on_beats if live else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 import ade_harness
+from ade_harness.runtime.notes import COMMAND
 
 _PACKAGES = (
     "torch", "lightning", "hydra-core", "omegaconf", "transformers", "huggingface-hub", "safetensors", "onnxruntime",
@@ -152,8 +154,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def command_line() -> list[str]:
-    """Return the command that started this process, as a user would type it."""
-    arguments = sys.argv[1:]
-    if Path(sys.argv[0]).name == "__main__.py":
-        return ["python", "-m", "ade_harness", *arguments]
-    return [Path(sys.argv[0]).name, *arguments]
+    """Return the command that started this process, or its supervisor, as a user would type it."""
+    given = os.environ.get(COMMAND)
+    return list(map(str, json.loads(given))) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]

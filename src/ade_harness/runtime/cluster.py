@@ -17,6 +17,8 @@ from pathlib import Path
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError, require
 
+HANDOVER = "ADE_HARNESS_HANDOVER"
+"""Environment variable: of a supervised rank, the file that says what to do; it may not be there yet."""
 SUPERVISED = "ADE_HARNESS_NOTE"
 """Set for ranks that our supervisor has started: the file of their note."""
 

@@ -1,10 +1,11 @@
 """Start a rank without what Lightning's import drags in and an evaluation never uses.
 
 ``import lightning`` needs two classes of torchmetrics. torchmetrics' own ``__init__`` imports all its metrics, and with
-them transformers' models, SciPy's signal processing and matplotlib: two thirds of the time that Lightning takes, for
-each of a node's ranks. Here the package stands in ``sys.modules`` before its ``__init__`` has run, and gives those
-names from its submodules; any other name runs the ``__init__`` at that moment, as if nothing had been put off
-(the lazy modules of PEP 562, applied from outside). `benchmarks/bench_start.py` measures it.
+them transformers' models and SciPy's signal processing: half of the time that Lightning takes, in each of a node's
+ranks. Here the package stands in ``sys.modules`` before its ``__init__`` has run, and gives those names from its
+submodules; any other name runs the ``__init__`` at that moment, as if nothing had been put off (the lazy modules of
+PEP 562, applied from outside). `benchmarks/bench_start.py` measures it. The compiler, torch._dynamo, is most of the
+rest of Lightning's import; Lightning uses it as a decorator, so that it cannot be put off.
 """
 
 from __future__ import annotations

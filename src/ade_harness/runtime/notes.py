@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ade_harness.runtime.cluster import SUPERVISED
 
+COMMAND = "ADE_HARNESS_COMMAND"
+"""Environment variable: the command that the user gave, as JSON; ranks have it from their supervisor."""
 EXIT_MESSAGE = 2
 """Something that the user can fix, or Ctrl-C; the rank has said what."""
 EXIT_STOPPED = 75

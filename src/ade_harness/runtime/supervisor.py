@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from ade_harness.runtime.cluster import SUPERVISED, Node, host_name
+from ade_harness.files.atomic import replaced
+from ade_harness.runtime.cluster import HANDOVER, SUPERVISED, Node, host_name
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED, NOTE_BYTES, SIBLING_DIED, Note
 
 _POLL_S = 0.05
@@ -129,7 +130,9 @@ class Supervisor:
     """Starts the ranks of this node, as often as allowed.
 
     Args:
-        command: for a run directory (None: not known yet), the arguments of one rank.
+        command: of one rank.
+        handover: for a run directory (None: not known yet), the text of the file that ranks wait for; made while they
+            start.
         ranks: of this node.
         node: this node among all.
         max_restarts: how often all ranks are started again after one has died.
@@ -138,13 +141,15 @@ class Supervisor:
 
     def __init__(
         self,
-        command: Callable[[str | None], Sequence[str]],
+        command: Sequence[str],
+        handover: Callable[[str | None], str],
         ranks: int,
         node: Node,
         max_restarts: int,
         say: Callable[[str], None],
     ) -> None:
         self.command = command
+        self.handover = handover
         self.ranks = ranks
         self.node = node
         self.max_restarts = max_restarts
@@ -201,6 +206,8 @@ class Supervisor:
     def _attempt(self, attempt: int, folder: Path) -> Ending:
         self._asked_at = None
         self._processes = [self._start(local, attempt, folder) for local in range(self.ranks)]
+        with replaced(folder / "handover.json", durable=False) as temporary:
+            temporary.write_text(self.handover(self.run_dir), encoding="utf-8")
         if self.received is not None:  # the signal came while they were being started
             self._signal_all(self.received)
         failed = warned = False
@@ -234,6 +241,7 @@ class Supervisor:
         environment = {
             **os.environ,
             SUPERVISED: str(note),
+            HANDOVER: str(folder / "handover.json"),
             "LOCAL_RANK": str(local),
             "RANK": str(rank),
             "NODE_RANK": str(self.node.rank),
@@ -247,7 +255,7 @@ class Supervisor:
         shell = sys.stdout.isatty()
         terminal = shell and rank == 0
         process = subprocess.Popen(
-            self.command(self.run_dir),
+            self.command,
             env=environment,
             stdin=None if rank == 0 else subprocess.DEVNULL,
             stdout=None if terminal else subprocess.PIPE,

@@ -1,0 +1,58 @@
+"""A rank that a supervisor starts: ``python -m ade_harness.cli.rank``.
+
+It imports what is slow while its supervisor is still at work on the configuration, then takes that from a file: ranks
+do not compose it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ade_harness.cli.launch import be_rank
+from ade_harness.cli.main import guarded
+from ade_harness.config.composed import Composed
+from ade_harness.runtime.cluster import HANDOVER
+from ade_harness.runtime.lean import put_off_metrics
+
+_POLL_S = 0.01
+
+
+def main() -> int:
+    """Do a rank's share of what the supervisor hands over; returns the exit code."""
+    return guarded(_run)
+
+
+def _run() -> int:
+    path, parent = Path(os.environ[HANDOVER]), os.getppid()
+    put_off_metrics()
+    # here, before anything is known: both kinds of work need it
+    import lightning.pytorch  # noqa: F401
+
+    while not path.exists():
+        if os.getppid() != parent:
+            return 1  # the supervisor is gone
+        time.sleep(_POLL_S)
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content["logging"] is not None:
+        from hydra.core.utils import configure_log
+        from omegaconf import OmegaConf
+
+        configure_log(OmegaConf.create(content["logging"]), content["verbose"])
+    composed = Composed.from_json(content)
+    if content["work"] == "probe":
+        from ade_harness.probe.training import train_probe
+        from ade_harness.runtime.console import make_console
+
+        return be_rank(composed.config, lambda found: train_probe(composed.config, make_console(result=False), found))
+    from ade_harness.evaluation.outcome import run_session
+
+    return be_rank(composed.config, lambda found: run_session(composed, found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
