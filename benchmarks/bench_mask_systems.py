@@ -64,7 +64,7 @@ def of_transformers(kind: str, fields: dict[str, Any]) -> nn.Module | None:
         )  # fmt: skip
         config = tf.Mask2FormerConfig(backbone_config=backbone, num_labels=150, num_queries=fields["queries"])
         return tf.Mask2FormerForUniversalSegmentation(config)
-    if kind == "maskformer" and not fields["fapn"]:
+    if kind == "maskformer" and not fields.get("fapn"):
         return tf.MaskFormerForInstanceSegmentation(tf.MaskFormerConfig(backbone_config=swin(fields), num_labels=150))
     if kind == "oneformer":
         config = tf.OneFormerConfig(
@@ -126,7 +126,7 @@ def plain_scores(queries: Queries, images: Tensor, resolution: str, crop: tuple[
 def measure(name: str, images: int) -> tuple[Any, ...]:
     """Return a row of the table."""
     cfg = compose_config([f"model={name}", "inference=ss", "dataset=ade20k", "dataset.root=."])
-    fields = cfg.model.architecture
+    fields = family_of(cfg.model.kind).flat(cfg.model.architecture)
     network, queries, peer = pair(name, cfg.model.kind, fields)
     mean, std = tuple(cfg.model.input.mean), tuple(cfg.model.input.std)
     predictor = NetworkPredictor(LoadedModel(network, "random", mean, std, channels=150), cfg.inference, cfg.model)

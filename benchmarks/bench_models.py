@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=16, help="of whole and slide; a quarter of it for multi-scale")
     parser.add_argument("--models", nargs="*", choices=["b0", "b5"], default=["b0", "b5"])
+    parser.add_argument("--protocols", nargs="*", default=list(PROTOCOLS))
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ade_harness_bench")
     options = parser.parse_args()
@@ -53,7 +54,7 @@ def main() -> None:
     for name in options.models:
         network = quietly_random(SEGFORMER, B0 if name == "b0" else B5, 0).eval().to(DEVICE)
         parameters = sum(p.numel() for p in network.parameters()) / 1e6
-        for protocol in PROTOCOLS:
+        for protocol in options.protocols:
             images = max(2, options.images // (4 if protocol.endswith("_ms") else 1) // (4 if name == "b5" else 1))
             folder = options.folder / f"images{images}"
             make_folder(folder, images)

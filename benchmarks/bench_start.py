@@ -41,11 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cold", action="store_true", help="count the first round too")
     options = parser.parse_args()
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for number in range(options.rounds + 1):  # the first fills caches and is not counted
+        for number in range(
+            0 if not options.cold else 1, options.rounds + 1
+        ):  # the first fills caches and is not counted
             found = {name: seconds([sys.executable, "-c", code], folder) for name, code in IMPORTS.items()}
             for ranks in options.ranks:
                 words = [

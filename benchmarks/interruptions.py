@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="synthetic images, if no words are given")
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--rules", nargs="+", default=["queue", "plan"])
     parser.add_argument("--victims", nargs="+", default=["0", "1", "all"])
     parser.add_argument("--seed", type=int, default=0)
     arguments, words = parser.parse_known_args()
@@ -124,12 +125,12 @@ def main() -> None:
         root = Path(folder)
         reference = root / "reference"
         finish([*words, f"run.dir={reference}"])
-        for sharding in ("queue", "plan"):
+        for sharding in arguments.rules:
             for ranks in arguments.ranks:
                 run = root / f"{sharding}{ranks}"
                 finish([*words, f"run.dir={run}", f"runtime.devices={ranks}", f"runtime.sharding={sharding}"])
                 outcomes.append(Outcome(f"{ranks} ranks, {sharding}", None, None, None, same(run, reference)))
-        timings = json.loads((root / f"queue{arguments.ranks[-1]}/manifest.json").read_text())["timings"]
+        timings = json.loads((root / f"{arguments.rules[0]}{arguments.ranks[-1]}/manifest.json").read_text())["timings"]
         duration = max(share["active_seconds"] for share in timings["ranks"])
         for victim in arguments.victims:
             for number in range(arguments.moments):

@@ -300,3 +300,29 @@ def test_the_comparison_notices_another_order_of_operations(monkeypatch: pytest.
 
     monkeypatch.setattr(made, "axis", shifted)
     assert not made.agrees_with_torch.__wrapped__()
+
+
+def test_a_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.selection("auto", "cpu")[1] is None
+    assert kernels.selection("torch", "cpu") == (reference, None)  # asked for: no fallback
+    real = importlib.import_module
+
+    def without_compiler(name: str) -> Any:
+        if name.endswith("triton_gpu"):
+            raise RuntimeError("Failed to find C compiler\nmore lines")
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", without_compiler)
+    assert kernels.selection("auto", "cuda") == (reference, "RuntimeError: Failed to find C compiler")
+    with pytest.raises(HarnessError, match=r"runtime\.kernels=triton: cannot be used \(RuntimeError: Failed to find C"):
+        kernels.select("triton", "cuda")
+    monkeypatch.undo()
+    monkeypatch.setattr(implementation("numba_cpu"), "agrees_with_torch", lambda: False)
+    assert kernels.selection("auto", "cpu") == (reference, "it rounds otherwise than torch on this machine")
+    assert kernels.name_of(reference) == "reference"
+
+
+def test_a_gpu_takes_all_channels_of_an_ordinary_image_at_once() -> None:
+    assert reference.channels_at_once("cpu", 512 * 683) == 4
+    assert reference.channels_at_once("cuda", 512 * 683) >= 150
+    assert 4 <= reference.channels_at_once("cuda", 4000 * 6000) < 150  # a budget of memory, not a number of channels

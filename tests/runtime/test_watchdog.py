@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +21,8 @@ from ade_harness.runtime.coordination import (
     StopRequestedError,
     broken_connections,
 )
-from ade_harness.runtime.notes import NOTE_BYTES, Note
+from ade_harness.runtime.notes import NOTE_BYTES, SIBLING_DIED, Note
+from ade_harness.runtime.signals import handled_signals, uninterrupted
 from ade_harness.runtime.watchdog import Beat, Watchdog
 
 
@@ -196,3 +199,24 @@ except AttributeError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "has no attribute 'Nonsense'" in done.stdout
+
+
+def test_a_signal_does_not_interrupt_what_is_being_saved() -> None:
+    coordinator = Coordinator(LocalStore())
+    done = []
+    with handled_signals(coordinator):
+        with pytest.raises(RankLostError, match="another rank of this node has died"), uninterrupted():
+            with uninterrupted():
+                os.kill(os.getpid(), SIBLING_DIED)
+                time.sleep(0.05)
+                done.append("inner")
+            done.append("outer")  # only the end of the outermost one raises
+        assert done == ["inner", "outer"]
+        os.kill(os.getpid(), signal.SIGTERM)  # the run is ending already: nothing more is raised
+        with uninterrupted():
+            pass
+    with handled_signals(Coordinator(LocalStore())), pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        done.append("saved")
+    assert done[-1] == "saved"

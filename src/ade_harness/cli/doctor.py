@@ -12,9 +12,11 @@ from urllib.parse import urlparse
 import psutil
 import torch
 
+from ade_harness import kernels
 from ade_harness.cli.answer import Answer
 from ade_harness.config.files import conf_dir
 from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
+from ade_harness.models.ops import deformable
 from ade_harness.runs.provenance import code_state, environment
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.tracking.upload import wandb_mode
@@ -51,6 +53,7 @@ def findings() -> list[tuple[str, str]]:
             "GPUs",
             ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none: evaluation runs on the CPU",
         ),
+        ("kernels", _kernels()),
         ("CPU", f"{facts['cpu_cores']} cores, {facts['cpu']}"),
         ("memory", f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free"),
         ("disk", f"{free:.1f} GiB free here; cache in {cache_dir()} ({_writable(cache_parent)})"),
@@ -67,6 +70,25 @@ def _cuda(version: str | None, driver: str | None) -> str:
     if not torch.cuda.is_available():
         return f"built for {version}, but no GPU can be used (no driver, or one that is too old)"
     return f"{version}, driver {driver}"
+
+
+def _kernels() -> str:
+    """Try the compiled kernels on the CPU and on every GPU."""
+    found = [f"CPU: {_tried('cpu')}"]
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            found.append(f"GPU {index}: {_tried('cuda')}")
+    return "; ".join(found)
+
+
+def _tried(device: str) -> str:
+    label, reason = kernels.selection("auto", device)
+    attention, why = deformable.compiled(device)
+    parts = [
+        f"labels by {kernels.name_of(label)}{f' ({reason})' if reason else ''}",
+        f"deformable attention by {attention.__name__.removeprefix('aggregate_')}{f' ({why})' if why else ''}",
+    ]
+    return ", ".join(parts)
 
 
 def _gpu(index: int) -> str:

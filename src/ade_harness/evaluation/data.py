@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Hashable, Sequence
@@ -21,7 +20,7 @@ from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
 from ade_harness.inference.predictor import Predictor, Prepared
-from ade_harness.runtime.cluster import local_ranks
+from ade_harness.runtime.cluster import local_ranks, usable_cores
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, quiet_worker
 
@@ -142,7 +141,7 @@ class EvaluationData(pl.LightningDataModule):
     ) -> None:  # fmt: skip
         super().__init__()
         self.items, self.costs, self.names = items, costs, names
-        spare = max(0, min(8, (os.cpu_count() or 1) // local_ranks() - 1))
+        spare = max(0, min(8, usable_cores() // local_ranks() - 1))
         self.workers = min(spare if loaders.workers is None else loaders.workers, len(costs))
         self.sampler = SharedItems(
             costs, sharding, coordinator, coordinator.rank, coordinator.world_size, loaders.ahead * self.workers,

@@ -68,8 +68,13 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def build_job(composed: Composed, coordinator: Coordinator) -> Job:
+def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     """Open the data set and load the model on every rank, and compare what the ranks see.
+
+    Args:
+        composed: the configuration.
+        coordinator: of the ranks.
+        device: "cpu" or "cuda".
 
     Raises:
         HarnessError: on every rank, if it fails on one; it names rank and host if they differ.
@@ -95,7 +100,10 @@ def build_job(composed: Composed, coordinator: Coordinator) -> Job:
     predictor = agreed(coordinator, "model", lambda: _checked_predictor(cfg, dataset.classes, sizes))
     loaders = predictor.loaders(cfg.runtime.workers, coordinator.rank, coordinator.world_size)
     facts = predictor.facts()
-    notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first)
+    chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
+    notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, kernels.name_of(chosen))
+    if reason is not None:
+        notes.append(f"runtime.kernels=auto took plain torch, which is slower: {reason}")
     marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
     return Job(
         dataset, sizes, wrong, ids_hash, predictor, facts, loaders, tuple(marks), tuple(composed.changes), tuple(notes)
@@ -103,7 +111,12 @@ def build_job(composed: Composed, coordinator: Coordinator) -> Job:
 
 
 def _compare_ranks(
-    coordinator: Coordinator, dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], is_first: bool
+    coordinator: Coordinator,
+    dataset: SegmentationDataset,
+    ids_hash: str,
+    facts: Mapping[str, Any],
+    is_first: bool,
+    kernels_name: str,
 ) -> list[str]:
     """Refuse ranks that would count something else than rank 0 does; returns notes.
 
@@ -120,6 +133,8 @@ def _compare_ranks(
         "the code's commit": code.get("commit"),
         "the code's uncommitted changes (sha256)": code.get("diff_sha256"),
         "torch": torch.__version__,
+        "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
+        "the implementation of the kernels": kernels_name,  # others may round otherwise
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     reported = gather((host_name(), is_first, seen, device))
@@ -177,10 +192,11 @@ def describe_facts(
         HarnessError: ``runtime.kernels`` cannot be used on this device.
     """
     ade20k = dataset.classes is ade20k_classes()
-    implementation: Any = kernels.select(cfg.runtime.kernels, device)
+    implementation, reason = kernels.selection(cfg.runtime.kernels, device)
     return {
         "device": device,
-        "kernels": implementation.__name__.rpartition(".")[2],
+        "kernels": kernels.name_of(implementation),
+        **({} if reason is None else {"kernels_reason": reason}),
         "arithmetic": set_arithmetic(cfg.runtime.deterministic),
         "model": {"name": cfg.model.name, **facts},
         "dataset": {

@@ -230,12 +230,14 @@ class EvaluationModule(pl.LightningModule):
 
     def close(self, rank: int) -> None:
         """Read what is still on the device and make the last rows durable; a full disk is a failure like any other."""
-        while self._launched:
-            self._finish(self._launched.pop(0), rank)
         try:
-            self.writer.flush()
-        except HarnessError as error:
-            self.failures.append(Failure(f"rank {rank}", str(error)))
+            while self._launched:
+                self._finish(self._launched.pop(0), rank)
+        finally:  # after an error of the device too: rows that were written stay
+            try:
+                self.writer.flush()
+            except HarnessError as error:
+                self.failures.append(Failure(f"rank {rank}", str(error)))
 
     def _spend(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds

@@ -30,6 +30,8 @@ class Work:
     stopped: bool
     """Whether a rank ended the work before its end."""
     warnings: Sequence[str]
+    notes: Sequence[str]
+    """What the predictors of all ranks remark: one may have run short of memory where the others did not."""
     start: float
     """``time.monotonic()`` when the command began."""
     images_per_second: float
@@ -63,7 +65,7 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
     advice = None if job.facts.get("weights") == "random" else diagnose(work.matrix, dataset.classes)
     result = summarise(
         cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes,
-        notes=(*job.predictor.notes(), *job.notes, *work.warnings, *([advice] if advice else [])),
+        notes=(*work.notes, *job.notes, *work.warnings, *([advice] if advice else [])),
         seconds=time.monotonic() - work.start,
         images_per_second=work.images_per_second,
         balance=work.balance,

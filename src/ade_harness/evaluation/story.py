@@ -54,7 +54,7 @@ def evaluate(
     start, cfg = time.monotonic(), composed.config
     seed_everything(cfg.runtime.seed, verbose=False)
     with started_ranks(cfg.runtime) as ranks:
-        job = build_job(composed, ranks.coordinator)
+        job = build_job(composed, ranks.coordinator, ranks.trainer.strategy.root_device.type)
         record = agreed(ranks.coordinator, "record", lambda: open_run(composed, job, ranks, console))
         with held(record):
             run_dir, marks = broadcast((record.path, record.manifest["marks"]) if record else None)
@@ -95,7 +95,7 @@ def _work(
     rate, stopped = (len(job.dataset.ids) - len(done)) / (time.monotonic() - begin), coordinator.stopped
     failures: list[Failure] = sum(gather(module.failures), [])
     total = all_reduce_sum(module.matrix, ranks.trainer.strategy.root_device) + matrix_of(before, len(module.matrix))
+    notes = tuple(dict.fromkeys(sum(gather(job.predictor.notes()), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     ranks.part()
-    warnings = live.close() if live is not None else ()
-    return Work(total, failures, stopped, warnings, start, rate, balance, stages)
+    return Work(total, failures, stopped, live.close() if live else (), notes, start, rate, balance, stages)

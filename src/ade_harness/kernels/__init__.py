@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from ade_harness.errors import HarnessError
 from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
-__all__ = ["CHOICES", "Kernels", "PixelStatistics", "Size", "View", "label_counts", "select", "whole"]
+__all__ = [
+    "CHOICES",
+    "Kernels",
+    "PixelStatistics",
+    "Size",
+    "View",
+    "label_counts",
+    "name_of",
+    "select",
+    "selection",
+    "whole",
+]
 
 CHOICES = ("auto", "torch", "numba", "triton")
 
@@ -46,6 +57,15 @@ def select(choice: str, device_type: str) -> Kernels:
     Raises:
         HarnessError: what was asked for is not installed, or not for this device, or not exact here.
     """
+    return selection(choice, device_type)[0]
+
+
+def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
+    """Return what :func:`select` returns, and why ``auto`` had to take plain torch; None where it had not.
+
+    Raises:
+        HarnessError: as :func:`select`.
+    """
     module, device = {"numba": ("numba_cpu", "cpu"), "triton": ("triton_gpu", "cuda")}.get(choice, (None, None))
     if choice == "auto":
         module = {"cpu": "numba_cpu", "cuda": "triton_gpu"}.get(device_type)
@@ -56,12 +76,19 @@ def select(choice: str, device_type: str) -> Kernels:
         try:
             found = importlib.import_module(f"ade_harness.kernels.{module}")
             if found.agrees_with_torch():
-                return cast(Kernels, found)
+                return cast(Kernels, found), None
         except Exception as error:  # a missing package, or a compiler that fails in any way
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if choice != "auto":
             raise HarnessError(f"runtime.kernels={choice}: cannot be used ({reason}). runtime.kernels=torch works.")
-    return cast(Kernels, importlib.import_module("ade_harness.kernels.reference"))
+    plain = cast(Kernels, importlib.import_module("ade_harness.kernels.reference"))
+    return plain, reason if module is not None else None
+
+
+def name_of(kernels: Kernels) -> str:
+    """Return the name of an implementation: ``reference``, ``numba_cpu`` or ``triton_gpu``."""
+    module: Any = kernels
+    return str(module.__name__.rpartition(".")[2])
 
 
 def label_counts(

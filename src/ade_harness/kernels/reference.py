@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from ade_harness.kernels.bilinear import axis
 from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 
 _CHANNELS_AT_ONCE = 4
+"""On a CPU: planes that stay in its caches."""
+_GPU_BYTES = 256 << 20
+"""Of float32 planes at a time on a GPU, where each pass is a launch: all channels of an ordinary image."""
 _SMALL_OUTPUT = 128
 _OTHER_CHANNELS = (1, 3)
 _ORDINARY = 1e37
@@ -38,8 +42,14 @@ def normalise_values(values: Tensor, statistics: PixelStatistics) -> Tensor:
     """Normalise float32 [3, H, W] on the 0..255 scale, in the network's channel order, in place."""
     if statistics.max_value != 255:
         values /= 255 / statistics.max_value
-    mean, std = (torch.tensor(v, device=values.device)[:, None, None] for v in (statistics.mean, statistics.std))
+    mean, std = (_constant(tuple(v), str(values.device)) for v in (statistics.mean, statistics.std))
     return values.sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: str) -> Tensor:
+    """Return values [C, 1, 1] on a device: made once, because each copy from the host waits for the GPU."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def label_map(scores: Tensor, size: Size) -> Tensor:
@@ -120,13 +130,21 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
         height, width = view.window
         for (top, left), window in zip(view.origins, scores, strict=True):
             canvas[:, top : top + height, left : left + width] += resize(window[None], view.window)[0]
-        rows, columns = (torch.from_numpy(n).to(scores.device) for n in view.overlaps())
+        rows, columns = _overlaps(view.origins, view.window, view.canvas, str(scores.device))
         canvas /= rows[:, None] * columns
     top, left, height, width = view.area
     planes = canvas[:, top : top + height, left : left + width]
     if (height, width) != tuple(size):
         planes = _resize(planes[None], size)[0]
     return planes.flip(-1) if view.flipped else planes
+
+
+@lru_cache(maxsize=256)
+def _overlaps(origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, device: str) -> tuple[Tensor, Tensor]:
+    """Return :meth:`View.overlaps` on a device."""
+    view = View(torch.empty(0), origins, window, canvas, None, False, False)
+    rows, columns = (torch.from_numpy(n).to(device) for n in view.overlaps())
+    return rows, columns
 
 
 def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
@@ -145,9 +163,12 @@ def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
 
 
 def _resize(scores: Tensor, size: Size) -> Tensor:
-    if tuple(scores.shape[2:]) == tuple(size) and bool(torch.isfinite(scores).all()):
+    same = tuple(scores.shape[2:]) == tuple(size)
+    if same and scores.device.type == "cpu" and bool(torch.isfinite(scores).all()):
         return scores
-    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
+    planes = F.interpolate(scores, size, mode="bilinear", align_corners=False)
+    # on a GPU the host does not look at the scores: that would wait for all work before
+    return torch.where(torch.isfinite(scores).all(), scores, planes) if same else planes
 
 
 def _chunks(views: Sequence[View], size: Size) -> list[tuple[int, int]]:
@@ -155,10 +176,16 @@ def _chunks(views: Sequence[View], size: Size) -> list[tuple[int, int]]:
     channels = views[0].scores.shape[1]
     if any(uses_other_kernel(view, size) for view in views):
         return [(0, channels)]
-    starts = list(range(0, channels, _CHANNELS_AT_ONCE))
+    at_once = channels_at_once(views[0].scores.device.type, max(view.canvas[0] * view.canvas[1] for view in views))
+    starts = list(range(0, channels, at_once))
     if channels - starts[-1] in _OTHER_CHANNELS and len(starts) > 1:
         starts.pop()
     return list(zip(starts, [*starts[1:], channels], strict=True))
+
+
+def channels_at_once(device_type: str, pixels: int) -> int:
+    """Return how many channels are interpolated at a time, for planes of so many pixels."""
+    return _CHANNELS_AT_ONCE if device_type == "cpu" else max(_CHANNELS_AT_ONCE, _GPU_BYTES // (4 * pixels))
 
 
 def uses_other_kernel(view: View, size: Size) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +38,7 @@ from ade_harness.runs.directory import (
     flatten,
 )
 from ade_harness.runs.record import RunRecord, start_record
+from ade_harness.runtime.cluster import usable_cores
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
 from ade_harness.runtime.progress import ProgressReporter
@@ -281,7 +281,7 @@ def _fit(
     if ranks.coordinator.rank == 0:
         _cut_log(training.run_dir / LOSS, training.first_step)
     workers = cfg.runtime.workers
-    spare = max(0, min(8, (os.cpu_count() or 1) // max(1, ranks.trainer.num_devices) - 1))
+    spare = max(0, min(8, usable_cores() // max(1, ranks.trainer.num_devices) - 1))
     workers = spare if workers is None else workers
     loader = DataLoader(
         Crops(dataset, recipe, model.mean, model.std),

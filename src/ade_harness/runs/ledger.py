@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced
 from ade_harness.metrics.counts import Row
+from ade_harness.runtime.signals import uninterrupted
 
 SCHEMA = pa.schema(
     [
@@ -81,7 +82,7 @@ class LedgerWriter:
 
     def flush(self) -> None:
         """Make all rows so far durable."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             self._write()
 
     def _write(self) -> None:

@@ -11,11 +11,15 @@ import re
 import shutil
 import socket
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError, require
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+"""The quota of this control group (version 2), as "QUOTA PERIOD" in microseconds."""
 
 HANDOVER = "ADE_HARNESS_HANDOVER"
 """Environment variable: of a supervised rank, the file that says what to do; it may not be there yet."""
@@ -48,6 +52,19 @@ def is_rank() -> bool:
     if in_slurm_step():
         return int(os.environ["SLURM_STEP_NUM_TASKS"]) > int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     return "LOCAL_RANK" in os.environ  # mpirun's and others' wrappers
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use: its affinity, and its control group's quota; at least 1.
+
+    A container or a SLURM task may have 2 of a node's 128, which ``os.cpu_count()`` does not see.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError, IndexError):
+        quota, period = _CPU_MAX.read_text().split()[:2]
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
 
 
 def has_last_word() -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -138,3 +139,4 @@ def quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # else each loader starts a pool of all cores at its first resize

@@ -242,3 +242,17 @@ def test_the_cuda_kernel_gives_the_sums_of_torch() -> None:
         values, points, weights = (t.cuda() for t in problem(shapes, taps, groups=8, channels=32))
         found = aggregate_triton(values, shapes, points, weights)
         assert torch.allclose(found, aggregate_torch(values, shapes, points, weights), atol=1e-5)
+
+
+def test_a_compiled_operation_that_does_not_work_here_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert deformable.compiled("cpu")[1] is None
+    assert deformable.compiled("mps") == (deformable.aggregate_torch, "there is none for mps")
+    for broken, expected in (
+        (lambda *_: (_ for _ in ()).throw(RuntimeError("no C compiler\nx")), "RuntimeError: no C compiler"),
+        (lambda *a: deformable.aggregate_torch(*a) * 1.001, "it gave other values than torch"),
+    ):
+        monkeypatch.setattr("ade_harness.models.ops.deformable_numba.aggregate_numba", broken)
+        deformable.compiled.cache_clear()
+        assert deformable.compiled("cpu") == (deformable.aggregate_torch, expected)
+    monkeypatch.undo()
+    deformable.compiled.cache_clear()

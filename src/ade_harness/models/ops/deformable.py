@@ -77,24 +77,41 @@ _Aggregate = Callable[[Tensor, Sequence[Shape], Tensor, Tensor], Tensor]
 @torch.compiler.disable
 def _implementation(values: Tensor, points: Tensor) -> _Aggregate:
     differentiable = torch.is_grad_enabled() and (values.requires_grad or points.requires_grad)
-    return aggregate_torch if differentiable or in_reference() else _compiled(values.device.type)
+    return aggregate_torch if differentiable or in_reference() else compiled(values.device.type)[0]
+
+
+_AGREES = 1e-5
+"""Largest difference to torch's result, over its largest value: sums of a dozen products in another order."""
 
 
 @cache
-def _compiled(device: str) -> _Aggregate:
-    """Return the compiled implementation for a device if it works here."""
+def compiled(device: str) -> tuple[_Aggregate, str | None]:
+    """Return the implementation for a device, and why it is plain torch if it is.
+
+    The compiled one is called once, on a few points, and compared: a compiler that is missing, a cache that cannot be
+    written and an architecture that is not known are found before the first image.
+    """
     try:
         if device == "cuda":
-            from ade_harness.models.ops.deformable_triton import aggregate_triton
+            from ade_harness.models.ops.deformable_triton import aggregate_triton as fast
+        elif device == "cpu":
+            from ade_harness.models.ops.deformable_numba import aggregate_numba as fast
+        else:
+            return aggregate_torch, f"there is none for {device}"
+        return (fast, None) if _agrees(fast, device) else (aggregate_torch, "it gave other values than torch")
+    except Exception as error:  # a missing package, or a compiler that fails in any way
+        return aggregate_torch, f"{type(error).__name__}: {error}".splitlines()[0]
 
-            return aggregate_triton
-        if device == "cpu":
-            from ade_harness.models.ops.deformable_numba import aggregate_numba
 
-            return aggregate_numba
-    except Exception:  # a missing package, or a compiler that fails in any way
-        pass
-    return aggregate_torch
+def _agrees(fast: _Aggregate, device: str) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 7), (3, 4)]
+    with torch.no_grad():
+        values = torch.randn(1, 5 * 7 + 3 * 4, 2, 8, generator=generator).to(device)
+        points = (torch.rand(1, 6, 2, 4, 2, generator=generator) * 1.4 - 0.2).to(device)  # some lie outside
+        weights = torch.rand(1, 6, 2, 4, generator=generator).to(device)
+        found, expected = (f(values, shapes, points, weights) for f in (fast, aggregate_torch))
+        return bool((found - expected).abs().max() <= _AGREES * expected.abs().max())
 
 
 def centres(shapes: Sequence[Shape], device: torch.device) -> Tensor:
