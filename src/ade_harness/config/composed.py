@@ -20,7 +20,7 @@ class Composed:
     repeat: list[str] | None
     """Overrides that compose it again: :func:`ade_harness.config.overrides.overrides_of`."""
     changes: list[str]
-    """Of its protocol: :func:`ade_harness.config.compose.protocol_changes`."""
+    """Fields of its protocol that were changed: :func:`ade_harness.config.compose.protocol_changes`."""
 
     @staticmethod
     def of(config: Config) -> Composed:

@@ -16,14 +16,14 @@ from ade_harness.config.fields import bounded
 
 
 class Schedule(StrEnum):
-    """Of the learning rate."""
+    """How the learning rate changes."""
 
     cosine = "cosine"  # DINOv3
     poly = "poly"  # mmsegmentation: linear to zero
 
 
 class Distortion(StrEnum):
-    """Of colours."""
+    """How colours are changed."""
 
     dinov3 = "dinov3"
     mmseg = "mmseg"

@@ -16,7 +16,7 @@ from ade_harness.kernels.views import PixelStatistics, Size, View, whole
 _CHANNELS_AT_ONCE = 4
 """On a CPU: planes that stay in its caches."""
 _GPU_BYTES = 256 << 20
-"""Of float32 planes at a time on a GPU, where each pass is a launch: all channels of an ordinary image."""
+"""Memory of the float32 planes at a time on a GPU, where each pass is a launch: all channels of an ordinary image."""
 _SMALL_OUTPUT = 128
 _OTHER_CHANNELS = (1, 3)
 _ORDINARY = 1e37
