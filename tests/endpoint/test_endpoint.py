@@ -40,6 +40,7 @@ from ade_harness.endpoint import client as endpoint_module
 from ade_harness.endpoint import http as exchange_module
 from ade_harness.endpoint.client import Endpoint, read_token
 from ade_harness.endpoint.predictor import EndpointPredictor, encode, open_endpoint, read_scores
+from ade_harness.endpoint.server import RefusedError
 from ade_harness.endpoint.service import ModelService, make_server, open_service
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.runtime.queue import most_held
@@ -773,6 +774,19 @@ def test_a_query_that_is_no_secret_is_sent_but_not_shown() -> None:
 
 
 # the reference server
+
+
+@pytest.mark.parametrize("class_map", ["[0,1,2]", "[2,1,0]", "[0,null,1]"])
+def test_scores_of_a_model_that_knows_some_of_the_classes_are_refused(class_map: str) -> None:
+    """Also where its channels are the first classes in order: a client expects one channel for each class."""
+    words = [
+        "model=custom", "model._target_=tests.inference.test_predictor.Fixed", "model.kwargs.channels=3",
+        f"model.class_map={class_map}", "inference=original_size", "runtime.accelerator=cpu",
+    ]  # fmt: skip
+    service = open_service(compose_config(words))
+    with pytest.raises(RefusedError, match="not the classes in order: ask for labels"):
+        service.answer(encode(IMAGE, "png"), scores=True)
+    assert service.answer(encode(IMAGE, "png"), scores=False)[1] == "image/png"
 
 
 @pytest.fixture(scope="module")

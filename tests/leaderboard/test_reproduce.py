@@ -17,7 +17,9 @@ import pytest
 
 import ade_harness
 from ade_harness.config.compose import compose_config
-from ade_harness.config.overrides import as_override_value, overrides_of
+from ade_harness.config.fields import place_keys
+from ade_harness.config.overrides import PATHS, as_override_value, overrides_of
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.reproduce import checkout
 from ade_harness.leaderboard.reproduce.checkout import code_of
@@ -53,6 +55,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["model=custom", "model._target_=a.b.C", "model.kwargs.n=3", "model.kwargs.text='a, b: {c} \\'d\\''", "model.kwargs.deep={a:{b:[1,2.5,null]}}"],
         ["model=onnx", "model.path=/x.onnx", "model.class_map=[null,0,1]", "model.class_names=['a b','null','c,d']", "model.input.mean=[0.1,1e-3,2]"],
         ["model=http", "model.url=http://h.example:8000/a?x=1", "metrics.level=0.9"],
+        ["model=hf", "model.id=x/y", "dataset=folder", "dataset.name=streets", "dataset.image_dir=/a b/i", "dataset.label_dir=/l", "dataset.classes=/c.yaml", "dataset.label_suffix=_x.png"],
         ["model=mask2former_swin_l", "inference=ms", "dataset=ade20k", "dataset.root=/d", "model.architecture.extra.deep=1"],
     ],
 )  # fmt: skip
@@ -63,6 +66,31 @@ def test_the_words_of_a_configuration_compose_it_again(words: list[str]) -> None
     again = compose_config(found)
     for group in ("model", "dataset", "inference", "metrics"):
         assert getattr(again, group) == getattr(cfg, group)
+
+
+def test_every_field_that_holds_a_path_is_known_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is repeated from another folder, so that its relative paths must not be kept as they were typed."""
+    others = {"model.id", "model.url", "run.dir", "run.root"}  # of the hub or the network; of the run itself
+    places = {
+        k
+        for k in place_keys(Config)
+        if not k.startswith("runtime.") and not k.endswith((".hub_id", ".filename", ".url"))
+    }
+    assert places - others == set(PATHS)
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "model=predictions", "model.path=maps", "dataset=folder", "dataset.image_dir=i", "dataset.label_dir=l/m",
+        "dataset.classes=../c.yaml",
+    ]  # fmt: skip
+    found = overrides_of(compose_config(words)) or []
+    expected = {
+        "model.path": "maps",
+        "dataset.image_dir": "i",
+        "dataset.label_dir": "l/m",
+        "dataset.classes": "../c.yaml",
+    }
+    for key, path in expected.items():
+        assert f"{key}={(tmp_path / path).resolve()}" in found
 
 
 def test_words_need_no_file_of_the_users(tmp_path: Path) -> None:

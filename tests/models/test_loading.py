@@ -21,6 +21,7 @@ from torch import nn
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.labels import Classes, default_colors
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.files import hub_checkpoint, load_strictly, read_state_dict
 from ade_harness.models.class_map import resolve_class_map
@@ -450,6 +451,16 @@ def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
 def test_maps_that_do_not_fit(channels: int, class_map: Any, names: Any, message: str) -> None:
     with pytest.raises(HarnessError, match=message):
         resolve_class_map(channels, class_map, names, ade20k_classes())
+
+
+@pytest.mark.parametrize(("channels", "is_identity"), [(3, True), (150, True), (255, True), (256, False), (847, False)])
+def test_a_map_of_any_number_of_channels(channels: int, is_identity: bool) -> None:
+    """Of more channels than a label has values, and of fewer than there are classes."""
+    classes = Classes("many", tuple(f"c{i}" for i in range(255)), default_colors(255))
+    found = resolve_class_map(channels, [i % 255 for i in range(channels)], None, classes)
+    assert found.is_identity == is_identity
+    last = torch.tensor([[channels - 1]], dtype=torch.int32)
+    assert found.classes_of(last).item() == (channels - 1) % 255
 
 
 def test_names_that_disagree_with_the_map_are_noted() -> None:

@@ -19,8 +19,11 @@ from ade_harness.errors import HarnessError
 GROUPS = ("model", "dataset", "inference", "metrics")
 RUNTIME = ("runtime.seed", "runtime.threads", "runtime.deterministic", "runtime.kernels")
 """Fields of ``runtime`` that can change a bit. The number of ranks cannot."""
-PATHS = ("dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path")
-"""Strictness that hold a path on this machine."""
+PATHS = (
+    "dataset.root", "dataset.image_dir", "dataset.label_dir", "dataset.classes", "model.checkpoint",
+    "model.backbone_checkpoint", "model.path",
+)  # fmt: skip
+"""Keys that hold a path on this machine."""
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
 """What Hydra's grammar takes for a string without quotes."""
 _FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"}

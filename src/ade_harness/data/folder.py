@@ -33,7 +33,6 @@ _KEYS = ("names", "ignore", "mapping", "colors")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LABEL_SUFFIX = ".png"
 _MAX_BYTES = 1_000_000
-_SHOWN = 5
 
 
 def read_classes(path: Path, dataset: str) -> tuple[Classes, LabelEncoding]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ade_harness.data.labels import Classes, usual_dataset
+from ade_harness.data.labels import MAX_CLASSES, Classes, usual_dataset
 from ade_harness.errors import HarnessError
 
 
@@ -35,9 +35,11 @@ class ClassMap:
 
     @property
     def is_identity(self) -> bool:
-        """Whether channel n is class n, of all channels."""
-        in_order = torch.arange(self.class_of.numel(), dtype=torch.uint8)
-        return self.kept is None and torch.equal(self.class_of, in_order)
+        """Whether channel n is class n, of all channels; of fewer channels than there are classes too."""
+        number = self.class_of.numel()
+        if self.kept is not None or number > MAX_CLASSES:
+            return False
+        return torch.equal(self.class_of, torch.arange(number, dtype=torch.uint8))
 
 
 def resolve_class_map(

@@ -330,6 +330,8 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
     print_line(console, f"head: {path}")
     print_line(console, f"evaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}")
     if cfg.tracking.kind == "wandb":
-        where = log_curve(cfg.tracking, training.run_dir, rows, as_dict(cfg))
+        where = log_curve(
+            cfg.tracking, training.run_dir, rows, {"identity": {**_decided(as_dict(cfg)), **manifest["identity"]}}
+        )
         print_line(console, f"W&B: {where or 'not logged'}")
     return path

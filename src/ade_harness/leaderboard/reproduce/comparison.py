@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ade_harness.config.overrides import PATHS
 from ade_harness.data.labels import MAX_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.counts import Row, matrix_of
@@ -16,8 +17,8 @@ from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.record import decided_counts
 
 _ELSEWHERE = (
-    "dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path", "model.id", "model.url",
-    "model.official", "model.hub", "model.backbone", "model.source", "model.http.token_env",
+    *PATHS, "model.id", "model.url", "model.official", "model.hub", "model.backbone", "model.source",
+    "model.http.token_env",
 )  # fmt: skip
 """Where things lie; their hashes are compared instead."""
 

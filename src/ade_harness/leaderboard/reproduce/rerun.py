@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ade_harness.config.kinds import KINDS, Source, kind_of
-from ade_harness.config.overrides import as_override_value, composed_values
+from ade_harness.config.overrides import PATHS, as_override_value, composed_values
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.files.fetch import cache_dir
@@ -34,10 +34,7 @@ from ade_harness.runtime.console import print_fact, print_line
 EXIT_DIFFERENT = 3
 """The run was repeated, and its labels are not the same."""
 VERDICT = "reproduction.json"
-_PLACES = (
-    "dataset.root", "model.checkpoint", "model.backbone_checkpoint", "model.path", "model.id", "model.url",
-    "model.source", "model.http.", "runtime.",
-)  # fmt: skip
+_PLACES = (*PATHS, "model.id", "model.url", "model.source", "model.http.", "runtime.")
 """What may be elsewhere than in the first run; another value for anything else is another evaluation."""
 _SHOWN = 12
 

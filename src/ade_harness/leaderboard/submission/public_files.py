@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from ade_harness.config.kinds import Source, kind_of
+from ade_harness.config.kinds import Gives, Source, kind_of
 from ade_harness.errors import HarnessError
 from ade_harness.files.address import check_url
 from ade_harness.files.fetch import OnBytes
@@ -83,10 +83,10 @@ def sources_of(run: FinishedRun, given: Mapping[str, str]) -> list[PublicSource]
         HarnessError: there are no weights, they are random, or nobody else can get them.
     """
     model, facts = run.config["model"], run.manifest["model"]
-    source = kind_of(model["kind"]).source
-    if source is Source.server:
+    kind = kind_of(model["kind"])
+    if kind.source is Source.server:
         return [PublicSource("endpoint", parse_address(model["url"], "model.url"), facts.get("sha256"))]
-    if source is Source.nowhere and model["path"] is not None:
+    if kind.gives is Gives.labels:
         raise HarnessError(
             "the run read label maps, so there is no checkpoint to name. Evaluate the model itself (model=custom,"
             " onnx, http, ...)."
