@@ -22,7 +22,8 @@ from ade_harness.runtime.coordination import (
     broken_connections,
 )
 from ade_harness.runtime.notes import NOTE_BYTES, SIBLING_DIED, Note
-from ade_harness.runtime.signals import handled_signals, uninterrupted
+from ade_harness.runtime.signals import handled_signals
+from ade_harness.runtime.uninterrupted import uninterrupted
 from ade_harness.runtime.watchdog import Beat, Watchdog
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced
 from ade_harness.metrics.counts import Row
-from ade_harness.runtime.signals import uninterrupted
+from ade_harness.runtime.uninterrupted import uninterrupted
 
 SCHEMA = pa.schema(
     [

@@ -10,42 +10,10 @@ from types import FrameType
 
 from ade_harness.runtime.coordination import Coordinator, RankLostError
 from ade_harness.runtime.notes import SIBLING_DIED
+from ade_harness.runtime.uninterrupted import interrupt
 
 END_NOW = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 END_SOON = {signal.SIGUSR1: "asked to stop before a time limit"}
-
-
-_held = 0
-"""How many `uninterrupted` contexts the main thread is in."""
-_pending: list[BaseException] = []
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off what a signal would raise in the main thread until the end of this context.
-
-    A rank that has noticed the loss of another one and saves its counts may be signalled by its supervisor in the same
-    moment; an exception in the middle of the write would cost the counts.
-    """
-    global _held  # noqa: PLW0603  (handlers have no other way to know where the main thread is)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _held += 1
-    try:
-        yield
-    finally:
-        _held -= 1
-        if _held == 0 and _pending:
-            error = _pending[0]
-            _pending.clear()
-            raise error
-
-
-def _interrupt(error: BaseException) -> None:
-    if not _held:
-        raise error
-    _pending.append(error)
 
 
 @contextmanager
@@ -67,7 +35,7 @@ def handled_signals(coordinator: Coordinator) -> Iterator[Callable[[], None]]:
             return
         ending = True
         coordinator.asked = END_NOW[signal.Signals(number)]
-        _interrupt(KeyboardInterrupt())
+        interrupt(KeyboardInterrupt())
 
     def end_soon(number: int, _: FrameType | None) -> None:
         coordinator.asked = coordinator.asked or END_SOON[signal.Signals(number)]
@@ -78,7 +46,7 @@ def handled_signals(coordinator: Coordinator) -> Iterator[Callable[[], None]]:
             return
         ending = True
         coordinator.lose("another rank of this node has died")
-        _interrupt(RankLostError(coordinator.lost))
+        interrupt(RankLostError(coordinator.lost))
 
     handlers = {**dict.fromkeys(END_NOW, end_now), **dict.fromkeys(END_SOON, end_soon), SIBLING_DIED: sibling_died}
 
