@@ -7,63 +7,109 @@ Usage: compile_ahead.py ARCH [ARCH ...], such as 80 90 100.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ade_harness.kernels import triton_gpu
+from ade_harness.kernels import triton_gpu, triton_jit
 from ade_harness.models.ops import deformable_triton
 
-_LABEL_POINTERS = (
-    "scores", "labels", "y_index", "y_weight", "x_index", "x_weight", "y2_index", "y2_weight", "x2_index", "x2_weight",
-)  # fmt: skip
-_SIZES = ("channels", "low_height", "low_width", "mid_height", "mid_width", "height", "width")
-# kernel -> (function, types of its arguments but scores and values, settings of compile-time constants)
-KERNELS: dict[str, tuple[Any, dict[str, str], list[dict[str, Any]]]] = {
-    "_label_tile": (
-        triton_gpu._label_tile,
-        {name: "*i32" if name.endswith("index") else "*fp32" for name in _LABEL_POINTERS}
-        | {"labels": "*u8"}
-        | dict.fromkeys(_SIZES, "i32"),
-        [{"TWO_STEPS": two, "ROWS": 4, "COLUMNS": 64} for two in (False, True)],
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel is launched."""
+
+    function: Any
+    types: dict[str, str]
+    """Of its arguments; ``*{dtype}`` stands for the dtypes in which scores and features come."""
+    constants: tuple[dict[str, Any], ...]
+    options: dict[str, Any]
+
+
+_SIZES = dict.fromkeys(("channels", "height", "width", "views"), "i32")
+_VIEWS = {"table": "*i64", "first": "*{dtype}", "norms": "*fp32", "labels": "*u8", "inverse": "fp32", **_SIZES}
+_ROWS, _COLUMNS = triton_gpu.TILES["cuda"]
+_TILE = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "CUDA": True}
+_RUN = {"SIZE": triton_gpu.RUN}
+_PLACES = ("canvas_height", "canvas_width", "top", "left", "height", "width")
+KERNELS = {
+    "label_tile": Kernel(
+        triton_jit.label_tile, _VIEWS,
+        tuple(
+            {**_TILE, "TWO_STEPS": two, "PROBABILITIES": soft, "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two]}
+            for two in (False, True) for soft in (False, True)
+        ), triton_gpu.OF_VIEWS,
     ),
-    "_aggregate": (
+    "view_norms": Kernel(
+        triton_jit.view_norms, _VIEWS, tuple({**_TILE, "TWO_STEPS": two} for two in (False, True)), triton_gpu.OF_VIEWS,
+    ),
+    "count_tile": Kernel(
+        triton_jit.count_tile,
+        {"labels": "*u8", "target": "*u8", "counts": "*i64", "pixels": "i32", "classes": "i32"}, (_RUN,), triton_gpu.EXACT,
+    ),
+    "normalise_tile": Kernel(
+        triton_jit.normalise_tile,
+        {"pixels": "*u8", "canvas": "*fp32", "means": "*fp32", "scale": "fp32", "pad": "fp32"}
+        | dict.fromkeys(_PLACES, "i32"),
+        tuple(
+            {**_RUN, "REVERSED": on, "FLIPPED": on, "SCALED": on, "PADDED": on, "CUDA": True} for on in (False, True)
+        ), triton_gpu.EXACT,
+    ),
+    "count_nan": Kernel(triton_jit.count_nan, {"table": "*i64", "first": "*{dtype}", "total": "*i64"}, (_RUN,), triton_gpu.EXACT),
+    "_aggregate": Kernel(
         deformable_triton._aggregate,
-        {"levels": "*i32", "points": "*fp32", "queries": "i32", "groups": "i32", "pixels": "i32"},
-        [
+        {"values": "*{dtype}", "weights": "*{dtype}", "out": "*{dtype}", "levels": "*i32", "points": "*fp32",
+         "queries": "i32", "groups": "i32", "pixels": "i32"},
+        tuple(
             {"TAPS": taps, "PER_LEVEL": per, "CHANNELS": width, "LANES": triton.next_power_of_2(width), "TILE": 16}
             for taps, per, width in ((12, 4, 32), (12, 4, 64), (9, 9, 16))
-        ],
+        ), deformable_triton.EXACT,
     ),
-}
-_OF_DTYPE = {"_label_tile": ("scores",), "_aggregate": ("values", "weights", "out")}
+}  # fmt: skip
 
 
-def compiled(name: str, constants: dict[str, Any], dtype: str, arch: int) -> Any:
+def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, arch: int) -> Any:
     """Compile one kernel as its launcher would: pointers are multiples of 16 bytes."""
-    function, types, _ = KERNELS[name]
-    types = types | dict.fromkeys(_OF_DTYPE[name], f"*{dtype}")
-    names = function.arg_names
-    signature = {argument: types.get(argument, "constexpr") for argument in names}
+    names = kernel.function.arg_names
+    signature = {n: kernel.types[n].format(dtype=dtype) if n in kernel.types else "constexpr" for n in names}
     values = {(names.index(key),): value for key, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    source = ASTSource(function, signature, constexprs=values, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    source = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Return registers, bytes of stack, of shared and of local memory (to which registers are spilled) of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [_TOOLS / "cuobjdump", "-res-usage", path]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out)
+    assert found is not None, out
+    return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
 
 
 def main(archs: list[int]) -> None:
     """Compile all; an error ends the program."""
     for arch in archs:
-        for name, (_, _, settings) in KERNELS.items():
-            for constants in settings:
-                for dtype in ("fp32", "fp16", "bf16"):
-                    kernel = compiled(name, constants, dtype, arch)
-                    local = [line.strip() for line in kernel.asm["ptx"].splitlines() if ".local" in line]
-                    found = {"kernel": name, "arch": arch, "dtype": dtype, "cubin": len(kernel.asm["cubin"])}
-                    print(json.dumps({**found, "constants": constants, "local": local}), flush=True)
+        for name, kernel in KERNELS.items():
+            dtypes = ("fp32", "fp16", "bf16") if "*{dtype}" in kernel.types.values() else ("fp32",)
+            for constants in kernel.constants:
+                for dtype in dtypes:
+                    made = compiled(kernel, constants, dtype, arch)
+                    found = {"kernel": name, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion}
+                    print(json.dumps({**found, "constants": constants, **usage(made.asm["cubin"])}), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def jitted() -> dict[str, set[str]]:
     return {name: calls & found.keys() for name, calls in found.items()}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 def test_every_kernel_compiles_for(arch: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to compile the GPU kernels")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -42,8 +42,15 @@ def test_every_kernel_compiles_for(arch: int, tmp_path: Path) -> None:
     functions = jitted()
     launched = functions.keys() - set().union(*functions.values())
     assert {f["kernel"] for f in found} == launched  # a new kernel belongs on compile_ahead.py's list
-    assert {(f["kernel"], f["dtype"]) for f in found} == {(k, d) for k in launched for d in ("fp32", "fp16", "bf16")}
-    assert all(f["cubin"] > 1000 and not f["local"] for f in found), found
+    of_scores = {"label_tile", "view_norms", "count_nan", "_aggregate"}  # in which no dtype is the only one
+    assert {(f["kernel"], f["dtype"]) for f in found if f["kernel"] in of_scores} == {
+        (kernel, dtype) for kernel in of_scores for dtype in ("fp32", "fp16", "bf16")
+    }
+    for kernel in found:
+        assert kernel["local"] == kernel["stack"] == 0, kernel  # nothing is spilled
+        # a quarter of the warps that a multiprocessor can hold, in programs of 4 warps
+        assert 16 <= kernel["registers"] <= 128, kernel
+        assert not kernel["fused"], kernel  # a product and a sum round twice, unless the code says fma
 
 
 def test_jitted_functions_have_no_annotations_that_the_compiler_would_evaluate() -> None:

@@ -103,7 +103,7 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, kernels.name_of(chosen))
     if reason is not None:
-        notes.append(f"runtime.kernels=auto took plain torch, which is slower: {reason}")
+        notes.append(f"runtime.kernels=auto: {reason}")
     marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
     return Job(
         dataset, sizes, wrong, ids_hash, predictor, facts, loaders, tuple(marks), tuple(composed.changes), tuple(notes)

@@ -22,7 +22,7 @@ from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views, uncovered
 from ade_harness.inference.resize import resize_image, resize_labels
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.kernels import Kernels, PixelStatistics, Size, View, whole
+from ade_harness.kernels import Kernels, PixelStatistics, Placement, Size, View, whole
 from ade_harness.kernels import reference as torch_kernels
 from ade_harness.models.class_map import ClassMap, resolve_class_map
 from ade_harness.models.loaded import LoadedModel
@@ -308,19 +308,8 @@ class NetworkPredictor:
     def _canvas(self, pixels: Tensor, plan: ViewPlan) -> Tensor:
         """Mirror, normalise, and pad: float32 [3, h, w]."""
         assert self._kernels is not None
-        if plan.flipped:
-            pixels = pixels.flip(1)
-        image = self._kernels.normalise(pixels, self.statistics)
-        if plan.size == plan.canvas:
-            return image
-        canvas = image.new_zeros((3, *plan.canvas))
-        if self.cfg.resize.pad_value is not None:
-            canvas += torch_kernels.normalise_values(
-                image.new_full((3, 1, 1), self.cfg.resize.pad_value), self.statistics
-            )
-        top, left, height, width = plan.valid
-        canvas[:, top : top + height, left : left + width] = image
-        return canvas
+        placement = Placement(plan.canvas, plan.offset, plan.flipped, self.cfg.resize.pad_value)
+        return self._kernels.normalise(pixels, self.statistics, placement)
 
     def _check_scores(self, image_id: str, outputs: Sequence[Tensor | MaskLogits]) -> Tensor:
         """Find out what the channels mean, once; return the share of NaN."""
@@ -332,10 +321,9 @@ class NetworkPredictor:
             raise HarnessError(
                 f"{image_id}: the model outputs {channels} channels, {self.model.channels} were expected."
             )
+        assert self._kernels is not None
         tensors = [t for o in outputs for t in ((o.classes, o.masks) if isinstance(o, MaskLogits) else (o,))]
-        if tensors[0].device.type == "cpu" and not any(t.sum().isnan() for t in tensors):
-            return torch.zeros(())  # one quick pass; NaN in the sum may also be two infinities
-        return torch.stack([t.isnan().float().mean() for t in tensors]).max()
+        return self._kernels.nan_share(tensors)
 
     def _labels(self, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]], original: Size) -> Tensor:
         """Merge, upsample and argmax, in the protocol's order of steps."""

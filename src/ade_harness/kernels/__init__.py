@@ -12,12 +12,13 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from ade_harness.errors import HarnessError
-from ade_harness.kernels.views import PixelStatistics, Size, View, whole
+from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
 
 __all__ = [
     "CHOICES",
     "Kernels",
     "PixelStatistics",
+    "Placement",
     "Size",
     "View",
     "label_counts",
@@ -33,8 +34,8 @@ CHOICES = ("auto", "torch", "numba", "triton")
 class Kernels(Protocol):
     """What an implementation offers; documented in :mod:`ade_harness.kernels.reference`."""
 
-    def normalise(self, pixels: Tensor, statistics: PixelStatistics) -> Tensor:
-        """Make float32 [3, H, W] of uint8 [H, W, 3]."""
+    def normalise(self, pixels: Tensor, statistics: PixelStatistics, placement: Placement | None = None) -> Tensor:
+        """Make float32 [3, H, W] of uint8 [h, w, 3]."""
 
     def label_map(self, scores: Tensor, size: Size) -> Tensor:
         """Upsample scores [C, h, w] and take the best channel: [H, W]."""
@@ -44,6 +45,9 @@ class Kernels(Protocol):
 
     def count(self, labels: Tensor, target: Tensor, classes: int) -> Tensor:
         """Count pixels: int64 [C, C + 1]."""
+
+    def nan_share(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the share of NaN."""
 
 
 def select(choice: str, device_type: str) -> Kernels:
@@ -61,7 +65,7 @@ def select(choice: str, device_type: str) -> Kernels:
 
 
 def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
-    """Return what :func:`select` returns, and why ``auto`` had to take plain torch; None where it had not.
+    """Return what :func:`select` returns, and what ``auto`` had to leave to plain torch, and why; None if nothing.
 
     Raises:
         HarnessError: as :func:`select`.
@@ -76,13 +80,13 @@ def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
         try:
             found = importlib.import_module(f"ade_harness.kernels.{module}")
             if found.agrees_with_torch():
-                return cast(Kernels, found), None
+                return cast(Kernels, found), found.shortcoming() if choice == "auto" else None
         except Exception as error:  # a missing package, or a compiler that fails in any way
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if choice != "auto":
             raise HarnessError(f"runtime.kernels={choice}: cannot be used ({reason}). runtime.kernels=torch works.")
     plain = cast(Kernels, importlib.import_module("ade_harness.kernels.reference"))
-    return plain, reason if module is not None else None
+    return plain, f"plain torch is used, which is slower: {reason}" if module is not None else None
 
 
 def name_of(kernels: Kernels) -> str:

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from ade_harness.kernels import loops, reference
 from ade_harness.kernels.bilinear import axis, part
-from ade_harness.kernels.views import PixelStatistics, Size, View, whole
+from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
 
 _CHUNK_BYTES = 4 << 20
 """Memory for the rows that are merged at a time."""
 _ROWS_OF_WINDOWS = 16
+
+
+nan_share = reference.nan_share
 
 
 @lru_cache(maxsize=8)
@@ -26,12 +29,13 @@ def _table(statistics: PixelStatistics) -> np.ndarray:
     return table
 
 
-def normalise(pixels: Tensor, statistics: PixelStatistics) -> Tensor:
+def normalise(pixels: Tensor, statistics: PixelStatistics, placement: Placement | None = None) -> Tensor:
     """See :func:`ade_harness.kernels.reference.normalise`."""
     out = np.empty((3, pixels.shape[0], pixels.shape[1]), np.float32)
     order = np.array([2, 1, 0] if statistics.reverse_channels else [0, 1, 2])
+    pixels = pixels.flip(1) if placement is not None and placement.flipped else pixels
     loops.look_up(pixels.contiguous().numpy(), _table(statistics), order, out)
-    return torch.from_numpy(out)
+    return reference.placed(torch.from_numpy(out), statistics, placement)
 
 
 def label_map(scores: Tensor, size: Size) -> Tensor:
@@ -143,3 +147,7 @@ def agrees_with_torch() -> bool:
     ties = torch.randint(0, 3, (12, 23, 31), generator=generator).float()
     cases = [[whole(scores, canvas)] for scores in (noise, ties) for canvas in ((92, 124), (70, 100))]
     return all(torch.equal(merge(views, (92, 124), False), reference.merge(views, (92, 124), False)) for views in cases)
+
+
+def shortcoming() -> None:
+    """Say what is left to plain torch: nothing that a user should know."""

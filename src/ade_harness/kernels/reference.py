@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ade_harness.kernels.bilinear import axis
-from ade_harness.kernels.views import PixelStatistics, Size, View, whole
+from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
 
 _CHANNELS_AT_ONCE = 4
 """On a CPU: planes that stay in its caches."""
@@ -22,20 +22,34 @@ _OTHER_CHANNELS = (1, 3)
 _ORDINARY = 1e37
 
 
-def normalise(pixels: Tensor, statistics: PixelStatistics) -> Tensor:
-    """Make a network's input of pixels.
+def normalise(pixels: Tensor, statistics: PixelStatistics, placement: Placement | None = None) -> Tensor:
+    """Make a network's input of pixels: mirror, normalise, pad.
 
     Args:
-        pixels: uint8 [H, W, 3], RGB.
+        pixels: uint8 [h, w, 3], RGB.
         statistics: mean, standard deviation, channel order, range.
+        placement: where they lie on the canvas of (H, W); None is all of it.
 
     Returns:
         float32 [3, H, W].
     """
-    planes = pixels.permute(2, 0, 1)
+    planes = (pixels.flip(1) if placement is not None and placement.flipped else pixels).permute(2, 0, 1)
     if statistics.reverse_channels:
         planes = planes.flip(0)
-    return normalise_values(planes.float(), statistics)
+    return placed(normalise_values(planes.float(), statistics), statistics, placement)
+
+
+def placed(planes: Tensor, statistics: PixelStatistics, placement: Placement | None) -> Tensor:
+    """Put normalised float32 [3, h, w] on their canvas [3, H, W]; they are returned as they are if they fill it."""
+    height, width = planes.shape[1:]
+    if placement is None or (height, width) == tuple(placement.canvas):
+        return planes
+    canvas = planes.new_zeros((3, *placement.canvas))
+    if placement.pad_value is not None:
+        canvas += normalise_values(planes.new_full((3, 1, 1), placement.pad_value), statistics)
+    top, left = placement.offset
+    canvas[:, top : top + height, left : left + width] = planes
+    return canvas
 
 
 def normalise_values(values: Tensor, statistics: PixelStatistics) -> Tensor:
@@ -201,6 +215,13 @@ def uses_other_kernel(view: View, size: Size) -> bool:
         steps.append(((view.scores.shape[2], view.scores.shape[3]), view.window))
     few = view.scores.shape[1] in _OTHER_CHANNELS
     return any(old != tuple(new) and (few or sum(new) <= _SMALL_OUTPUT or 1 in (*old, *new)) for old, new in steps)
+
+
+def nan_share(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the share of NaN among the values of some tensors, as a float32 tensor on their device."""
+    if tensors[0].device.type == "cpu" and not any(t.sum().isnan() for t in tensors):
+        return torch.zeros(())  # one quick pass; NaN in the sum may also be two infinities
+    return torch.stack([t.isnan().sum() for t in tensors]).sum() / sum(t.numel() for t in tensors)
 
 
 def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:

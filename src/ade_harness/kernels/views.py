@@ -68,3 +68,16 @@ class PixelStatistics:
     reverse_channels: bool = False
     """Whether the network wants BGR."""
     max_value: float = 255.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a view's pixels lie on the network's input."""
+
+    canvas: Size
+    offset: Size = (0, 0)
+    """(top, left) of the pixels."""
+    flipped: bool = False
+    """Whether they are mirrored first."""
+    pad_value: float | None = None
+    """What lies around them, as a pixel value that is normalised too; None leaves zeros in the normalised input."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 _TILE = 16
 """Queries per program."""
+EXACT = {"enable_fp_fusion": False}
+"""Launch option: the last bits do not depend on what a version of Triton fuses by default."""
 
 
 @triton.jit
@@ -83,6 +85,6 @@ def aggregate_triton(values: Tensor, shapes: Sequence[tuple[int, int]], points: 
     _aggregate[grid](
         values.contiguous(), levels, points.float().contiguous(), weights.contiguous(), out, queries, groups, pixels,
         TAPS=taps, PER_LEVEL=taps // len(shapes), CHANNELS=channels, LANES=triton.next_power_of_2(channels),
-        TILE=_TILE,
+        TILE=_TILE, **EXACT,
     )  # fmt: skip
     return out.flatten(2)
