@@ -92,7 +92,7 @@ class ModelService:
         if self.predictor.cfg.output.labels == "input":
             raise RefusedError(406, "this protocol resizes labels, so it has no scores of the image: ask for labels")
         views, class_map, nan_share = self.predictor.views(prepared, self.device)
-        if not class_map.is_identity or class_map.class_of.numel() != len(self.predictor.classes):
+        if not class_map.is_identity or len(class_map.class_of) != len(self.predictor.classes):
             raise RefusedError(406, "this model's channels are not the classes in order: ask for labels")
         _refuse_nan(nan_share)
         size, view = prepared.original_size, views[0]

@@ -19,11 +19,12 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
+from ade_harness.inference.memory import memory_warning
 from ade_harness.inference.opening import open_predictor
 from ade_harness.inference.predictor import Predictor
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.cluster import host_name
+from ade_harness.runtime.cluster import host_name, local_ranks, usable_cores
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.queue import Loaders
@@ -104,10 +105,25 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, kernels.name_of(chosen))
     if reason is not None:
         notes.append(f"runtime.kernels=auto: {reason}")
+    notes += _machine_notes(cfg, device)
     marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
     return Job(
         dataset, sizes, wrong, ids_hash, predictor, facts, loaders, tuple(marks), tuple(composed.changes), tuple(notes)
     )
+
+
+def _machine_notes(cfg: Config, device: str) -> list[str]:
+    """Say what this machine has too little of for a run on GPUs."""
+    if device != "cuda":
+        return []
+    notes = [memory_warning(cfg, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)]
+    cores, ranks = usable_cores(), local_ranks()
+    if cores < 2 * ranks:
+        notes.append(
+            f"{ranks} ranks share {cores} CPU cores, and their GPUs will wait: ask for two cores a rank at least"
+            " (sbatch --cpus-per-gpu=8)"
+        )
+    return [note for note in notes if note is not None]
 
 
 def _compare_ranks(

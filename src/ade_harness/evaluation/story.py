@@ -94,7 +94,7 @@ def _work(
         callback.wait_for_all()
     rate, stopped = (len(job.dataset.ids) - len(done)) / (time.monotonic() - begin), coordinator.stopped
     failures: list[Failure] = sum(gather(module.failures), [])
-    total = all_reduce_sum(module.matrix, ranks.trainer.strategy.root_device) + matrix_of(before, len(module.matrix))
+    total = all_reduce_sum(module.matrix) + matrix_of(before, len(module.matrix))
     notes = tuple(dict.fromkeys(sum(gather(job.predictor.notes()), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     ranks.part()

@@ -17,6 +17,12 @@ from ade_harness.models.outputs import MaskLogits, read_output
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_SHORTAGES = (
+    "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN, where no plan's workspace fits
+)  # fmt: skip
+
+
 class BatchedForward:
     """Runs a network on images of one size, several at a time.
 
@@ -52,8 +58,8 @@ class BatchedForward:
                 return outputs
             except torch.OutOfMemoryError as error:
                 short = error
-            except RuntimeError as error:  # on the CPU
-                if "can't allocate memory" not in str(error):
+            except RuntimeError as error:
+                if not is_shortage(error):
                     raise
                 short = error
             # outside of the except block, where the traceback would keep the failed batch's tensors
@@ -96,12 +102,12 @@ class BatchedForward:
         if self.cfg.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         try:
-            with _precision(self.cfg.precision, batch.device.type), torch.inference_mode():
+            with arithmetic_of(self.cfg.precision, batch.device.type), torch.inference_mode():
                 return self._callable(batch.device)(batch)
         except (HarnessError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the network may be anybody's code
-            if "can't allocate memory" in str(error) or "CUDA error" in str(error):
+            if is_shortage(error) or "CUDA error" in str(error):
                 raise  # the first is dealt with above; after the second this process cannot use its GPU any more
             reason = " ".join(str(error).split())[:300]
             raise HarnessError(
@@ -118,8 +124,13 @@ class BatchedForward:
         return self._module
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory is short: torch's own, the CPU's, cuBLAS's and cuDNN's ways to say it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _SHORTAGES)
+
+
 @contextmanager
-def _precision(name: str, device_type: str) -> Iterator[None]:
+def arithmetic_of(name: str, device_type: str) -> Iterator[None]:
     """Set the forward's precision: TF32 in matrix products and convolutions, or autocast."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ade_harness.config.inference import MaskConfig
 from ade_harness.inference.plan import ViewPlan
+from ade_harness.kernels.reference import overlaps
 from ade_harness.kernels.views import Size, View, whole
 from ade_harness.models.class_map import ClassMap
 from ade_harness.models.outputs import MaskLogits
@@ -35,7 +36,8 @@ def mask_view(
         Scores for the kernels: at the masks' resolution, or on the canvas, or at the original size.
     """
     if cfg.resolution == "scores":
-        scores = torch.cat([_scores(w.classes, w.masks, cfg, class_map) for w in windows])
+        of_windows = [_scores(w.classes, w.masks, cfg, class_map) for w in windows]
+        scores = of_windows[0] if len(of_windows) == 1 else torch.cat(of_windows)  # one is not copied
         return View(scores, plan.origins, plan.window, plan.canvas, plan.valid, plan.flipped)
     if cfg.resolution == "original":
         masks = _resize(windows[0].masks, plan.canvas)
@@ -54,8 +56,8 @@ def mask_view(
             canvas = torch.zeros((scores.shape[0], *plan.canvas), device=scores.device)
         canvas[:, top : top + height, left : left + width] += scores
     assert canvas is not None
-    rows, columns = View(canvas[None], plan.origins, plan.window, plan.canvas).overlaps()
-    canvas /= (torch.from_numpy(rows)[:, None] * torch.from_numpy(columns)).to(canvas.device)
+    rows, columns = overlaps(plan.origins, plan.window, plan.canvas, str(canvas.device))
+    canvas /= rows[:, None] * columns
     return whole(canvas, plan.canvas, plan.valid, plan.flipped)
 
 

@@ -17,7 +17,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
-from ade_harness.inference.forward import BatchedForward
+from ade_harness.inference.forward import BatchedForward, is_shortage
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views, uncovered
 from ade_harness.inference.resize import resize_image, resize_labels
@@ -236,11 +236,31 @@ class NetworkPredictor:
         predictions = []
         for prepared, views, output in zip(batch, plans, outputs, strict=True):
             with watch("labels"):
-                nan_share = self._check_scores(prepared.image_id, [o for window in output for o in window])
-                labels = self._labels(views, output, prepared.original_size)
-                confidence = self._confidence(views, output, prepared.original_size) if self.confident else None
-                predictions.append(Prediction(labels, nan_share, confidence))
+                predictions.append(self._prediction(prepared, views, output))
         return predictions
+
+    def _prediction(
+        self, prepared: Prepared, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]]
+    ) -> Prediction:
+        """Label one image; once more with an emptied cache if memory is short."""
+        nan_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
+        for again in (True, False):
+            try:
+                labels = self._labels(plans, outputs, prepared.original_size)
+                confidence = self._confidence(plans, outputs, prepared.original_size) if self.confident else None
+                return Prediction(labels, nan_share, confidence)
+            except RuntimeError as error:
+                if not is_shortage(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # outside of the except block, where the traceback would keep tensors
+            if again and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        height, width = prepared.original_size
+        raise HarnessError(
+            f"{prepared.image_id}: out of memory while labelling {width}x{height} ({reason}). Use a device with more"
+            " memory, metrics.calibration=false, or a protocol that averages scores."
+        )
 
     def views(self, prepared: Prepared, device: torch.device) -> tuple[list[View], ClassMap, Tensor]:
         """Run the network on one image.

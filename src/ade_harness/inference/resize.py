@@ -7,6 +7,7 @@ Pillow's BILINEAR has; on 33 halved validation images they differed by up to 85 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -123,12 +124,13 @@ def resize_image(image: Pixels, size: Size, backend: str, antialias: bool = Fals
 
 def resize_labels(labels: Tensor, size: Size) -> Tensor:
     """Resize an integer map [h, w] to `size`, nearest pixel centre: equal to Pillow's NEAREST."""
-    rows, columns = (_nearest(old, new).to(labels.device) for old, new in zip(labels.shape, size, strict=True))
+    rows, columns = (_nearest(old, new, labels.device) for old, new in zip(labels.shape, size, strict=True))
     return labels[rows[:, None], columns]
 
 
-def _nearest(old: int, new: int) -> Tensor:
+@lru_cache(maxsize=256)
+def _nearest(old: int, new: int, device: torch.device) -> Tensor:
     step = old / new
     # Pillow adds the step up in double precision, which decides between pixels at exact halves
     positions = np.cumsum(np.concatenate([[step * 0.5], np.full(new - 1, step)]))
-    return torch.from_numpy(positions.astype(np.int64)).clamp(max=old - 1)
+    return torch.from_numpy(positions.astype(np.int64)).clamp(max=old - 1).to(device)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ade_harness.kernels.bilinear import axis
+from ade_harness.kernels.constants import constant
 from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
 
 _CHANNELS_AT_ONCE = 4
@@ -56,14 +57,10 @@ def normalise_values(values: Tensor, statistics: PixelStatistics) -> Tensor:
     """Normalise float32 [3, H, W] on the 0..255 scale, in the network's channel order, in place."""
     if statistics.max_value != 255:
         values /= 255 / statistics.max_value
-    mean, std = (_constant(tuple(v), str(values.device)) for v in (statistics.mean, statistics.std))
+    mean, std = (
+        constant(tuple(v), values.device, torch.float32)[:, None, None] for v in (statistics.mean, statistics.std)
+    )
     return values.sub_(mean).div_(std)
-
-
-@lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], device: str) -> Tensor:
-    """Return values [C, 1, 1] on a device: made once, because each copy from the host waits for the GPU."""
-    return torch.tensor(values, device=device)[:, None, None]
 
 
 def label_map(scores: Tensor, size: Size) -> Tensor:
@@ -144,7 +141,7 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
         height, width = view.window
         for (top, left), window in zip(view.origins, scores, strict=True):
             canvas[:, top : top + height, left : left + width] += resize(window[None], view.window)[0]
-        rows, columns = _overlaps(view.origins, view.window, view.canvas, str(scores.device))
+        rows, columns = overlaps(view.origins, view.window, view.canvas, str(scores.device))
         canvas /= rows[:, None] * columns
     top, left, height, width = view.area
     planes = canvas[:, top : top + height, left : left + width]
@@ -154,7 +151,7 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _overlaps(origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, device: str) -> tuple[Tensor, Tensor]:
+def overlaps(origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, device: str) -> tuple[Tensor, Tensor]:
     """Return :meth:`View.overlaps` on a device."""
     view = View(torch.empty(0), origins, window, canvas, None, False, False)
     rows, columns = (torch.from_numpy(n).to(device) for n in view.overlaps())
@@ -178,11 +175,10 @@ def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
 
 def _resize(scores: Tensor, size: Size) -> Tensor:
     same = tuple(scores.shape[2:]) == tuple(size)
-    if same and scores.device.type == "cpu" and bool(torch.isfinite(scores).all()):
+    # torch's CUDA kernel copies in this case; its CPU kernel multiplies by 0, which turns infinities into NaN
+    if same and (scores.device.type != "cpu" or bool(torch.isfinite(scores).all())):
         return scores
-    planes = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-    # on a GPU the host does not look at the scores: that would wait for all work before
-    return torch.where(torch.isfinite(scores).all(), scores, planes) if same else planes
+    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
 def _chunks(views: Sequence[View], size: Size) -> list[tuple[int, int]]:

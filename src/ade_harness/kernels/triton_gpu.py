@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.kernels import reference, triton_jit
+from ade_harness.kernels.constants import constant
 from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
 
 TILES = {"cuda": (4, 32), "cpu": (64, 128)}
@@ -40,7 +41,7 @@ def normalise(pixels: Tensor, statistics: PixelStatistics, placement: Placement 
     padded = placement.pad_value is not None
     numbers = [height, width, *placement.offset, int(statistics.reverse_channels), int(placement.flipped), int(padded)]
     operator = _normalise if pixels.device.type == "cuda" else launch_normalise
-    means = _means(statistics.mean, statistics.std, str(pixels.device))
+    means = constant((tuple(statistics.mean), tuple(statistics.std)), pixels.device, torch.float32)
     canvas: Tensor = operator(pixels.contiguous(), means, numbers, 255 / statistics.max_value, pad)
     return canvas
 
@@ -92,11 +93,6 @@ def _geometry(views: tuple[tuple[Size, tuple[Size, ...], Size, tuple[int, ...], 
         fields += [0, *shape[2:], *window, *area, int(flipped), int(legacy), len(places), at]
         origins += [number for place in places for number in place]
     return [*fields, *origins]
-
-
-@lru_cache(maxsize=64)
-def _means(mean: tuple[float, ...], std: tuple[float, ...], device: str) -> Tensor:
-    return torch.tensor([mean, std], device=device)
 
 
 def _on_device(numbers: Sequence[int], like: Tensor) -> Tensor:

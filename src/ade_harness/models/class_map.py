@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ade_harness.data.labels import MAX_CLASSES, Classes, usual_dataset
 from ade_harness.errors import HarnessError
+from ade_harness.kernels.constants import constant
 
 
 @dataclass(frozen=True)
@@ -18,28 +19,28 @@ class ClassMap:
 
     kept: tuple[int, ...] | None
     """Channels in the argmax; None keeps all."""
-    class_of: Tensor
-    """uint8 [kept channels]: 0..C-1."""
+    class_of: tuple[int, ...]
+    """0..C-1, of each kept channel."""
     note: str | None = None
     """What the user should know about it."""
 
     def select(self, scores: Tensor) -> Tensor:
         """Drop the channels that are left out; scores [C, h, w]."""
-        return scores if self.kept is None else scores[list(self.kept)]
+        return scores if self.kept is None else scores[constant(self.kept, scores.device, torch.int64)]
 
     def classes_of(self, channels: Tensor) -> Tensor:
         """Map an integer map of kept channels [H, W] to classes uint8 [H, W]."""
         if self.is_identity:
             return channels
-        return self.class_of.to(channels.device)[channels.long()]
+        return constant(self.class_of, channels.device, torch.uint8)[channels.long()]
 
     @property
     def is_identity(self) -> bool:
         """Whether channel n is class n, of all channels; of fewer channels than there are classes too."""
-        number = self.class_of.numel()
+        number = len(self.class_of)
         if self.kept is not None or number > MAX_CLASSES:
             return False
-        return torch.equal(self.class_of, torch.arange(number, dtype=torch.uint8))
+        return self.class_of == tuple(range(number))
 
 
 def resolve_class_map(
@@ -62,7 +63,7 @@ def resolve_class_map(
             raise HarnessError(_wrong_number(channels, found, classes))
         if found is not None:
             _refuse_other_order(found, names or [], classes)
-        return ClassMap(None, torch.arange(channels, dtype=torch.uint8))
+        return ClassMap(None, tuple(range(channels)))
     if len(class_map) != channels:
         raise HarnessError(
             f"model.class_map has {len(class_map)} entries, but the model outputs {channels} channels:"
@@ -72,7 +73,7 @@ def resolve_class_map(
     if over is not None:
         raise HarnessError(f"model.class_map: {over}: {classes.dataset} has the classes {classes.span}.")
     kept = tuple(c for c, value in enumerate(class_map) if value is not None)
-    class_of = torch.tensor([class_map[c] for c in kept], dtype=torch.uint8)
+    class_of = tuple(value for value in class_map if value is not None)
     return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names, classes))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced, write_json, write_text
+from ade_harness.inference.forward import arithmetic_of
 from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loaded import LoadedModel
-from ade_harness.models.loading import DTYPES, load_for_probe
+from ade_harness.models.loading import load_for_probe
 from ade_harness.probe.crops import Crops, Share
 from ade_harness.probe.schedule import learning_rate
 from ade_harness.runs.directory import (
@@ -218,9 +219,7 @@ class _Training(pl.LightningModule):
         self.ranks.watchdog.working_on(f"iteration {self.step + 1}")
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self._precision in ("fp32", "tf32"):
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self._precision])
+        return arithmetic_of(self._precision, self.device.type)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean over all pixels of the crops, ignored ones as 0 (``avg_non_ignore=False``)."""

@@ -81,7 +81,8 @@ def node_count(cfg: RuntimeConfig) -> int:
 
 def gpu_count() -> int:
     """Return how many GPUs torch sees; torch is not imported where there can be none."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+    others = (Path("/dev/dxg"), Path("/dev/kfd"))  # of WSL, and of AMD's ROCm, whose GPUs torch calls cuda too
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not any(p.exists() for p in others):
         return 0
     import torch
 
@@ -99,6 +100,13 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
     if accelerator == "cuda" and not gpus:
         raise HarnessError(
             f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."
+        )
+    tasks = _step_tasks_per_node()
+    if accelerator == "cuda" and tasks > 1 and in_slurm_step() and not is_supervised() and gpus < tasks:
+        raise HarnessError(
+            f"srun started {tasks} tasks on {host_name()}, and this one sees {gpus} of its GPUs: ranks that see one GPU"
+            " each cannot be one evaluation. Start one task per node (--ntasks-per-node=1 --gpus-per-node=N), which"
+            " starts a rank on each GPU, or let every task see all (srun --gpu-bind=none, no --gpus-per-task)."
         )
     if cfg.devices == "auto":
         return accelerator, gpus if accelerator == "cuda" else _step_tasks_per_node()

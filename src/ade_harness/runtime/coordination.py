@@ -202,13 +202,13 @@ def agreed(coordinator: Coordinator, place: str, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def all_reduce_sum(matrix: npt.NDArray[np.int64], device: torch.device) -> npt.NDArray[np.int64]:
-    """Sum an int64 array over all ranks; exact."""
+def all_reduce_sum(matrix: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Sum an int64 array over all ranks; exact. On the CPU: the group of an evaluation is gloo's."""
     if not is_distributed():
         return matrix
-    tensor = torch.from_numpy(matrix.copy()).to(device)
+    tensor = torch.from_numpy(matrix.copy())
     _collective(lambda: dist.all_reduce(tensor))
-    summed: npt.NDArray[np.int64] = tensor.cpu().numpy()
+    summed: npt.NDArray[np.int64] = tensor.numpy()
     return summed
 
 

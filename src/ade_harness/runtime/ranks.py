@@ -161,6 +161,31 @@ def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     }
 
 
+class GlooStrategy(DDPStrategy):
+    """Lightning's DDP with a process group on the CPU, also for ranks on GPUs.
+
+    An evaluation adds up one matrix of 181 kB. NCCL, Lightning's choice, would make communicators on each GPU for it:
+    memory, start-up, and one more thing that can fail in a cluster. Training keeps NCCL. The group is made here because
+    Lightning binds it to the rank's GPU, which is meant for NCCL.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        super().__init__(timeout=timeout, process_group_backend="gloo")
+
+    def setup_distributed(self) -> None:
+        """Connect; Lightning then finds the ranks connected."""
+        self.set_world_ranks()
+        environment = self.cluster_environment
+        assert environment is not None
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        if not dist.is_initialized():  # `trainer.test` comes here again
+            dist.init_process_group(
+                "gloo", rank=environment.global_rank(), world_size=environment.world_size(), timeout=self._timeout
+            )
+        super().setup_distributed()
+
+
 def make_trainer(cfg: RuntimeConfig, training: bool = False, **options: Any) -> pl.Trainer:
     """Return a Lightning Trainer with everything off that would change counts or write files.
 
@@ -181,7 +206,8 @@ def make_trainer(cfg: RuntimeConfig, training: bool = False, **options: Any) -> 
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and hides nothing here
     strategy: Any = "auto"
     if devices * nodes > 1:
-        strategy = DDPStrategy(timeout=timedelta(minutes=cfg.timeout_min))
+        timeout = timedelta(minutes=cfg.timeout_min)
+        strategy = DDPStrategy(timeout=timeout) if training else GlooStrategy(timeout=timeout)
     return pl.Trainer(
         accelerator=accelerator,
         devices=devices,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ade_harness.kernels.constants import constant
 from ade_harness.models.ops.attention import in_reference
 
 Shape = tuple[int, int]
@@ -37,7 +38,10 @@ def aggregate(values: Tensor, shapes: Sequence[Shape], points: Tensor, weights: 
     Returns:
         [N, Q, G * D] in the dtype of `values`.
     """
-    return _implementation(values, points)(values, shapes, points, weights)
+    if in_reference() or (torch.is_grad_enabled() and (values.requires_grad or points.requires_grad)):
+        return aggregate_torch(values, shapes, points, weights)
+    sums: Tensor = _aggregate(values, [number for shape in shapes for number in shape], points, weights)
+    return sums
 
 
 def aggregate_torch(values: Tensor, shapes: Sequence[Shape], points: Tensor, weights: Tensor) -> Tensor:
@@ -74,10 +78,17 @@ def _sample_levels(planes: Tensor, shapes: Sequence[Shape], grids: Tensor, weigh
 _Aggregate = Callable[[Tensor, Sequence[Shape], Tensor, Tensor], Tensor]
 
 
-@torch.compiler.disable
-def _implementation(values: Tensor, points: Tensor) -> _Aggregate:
-    differentiable = torch.is_grad_enabled() and (values.requires_grad or points.requires_grad)
-    return aggregate_torch if differentiable or in_reference() else compiled(values.device.type)[0]
+@torch.library.custom_op("ade_harness::aggregate", mutates_args=())
+def _aggregate(values: Tensor, shapes: list[int], points: Tensor, weights: Tensor) -> Tensor:
+    """What is compiled, as an operator: torch.compile, torch.export and fake tensors know the shape of its result."""
+    levels = list(zip(shapes[::2], shapes[1::2], strict=True))
+    return compiled(values.device.type)[0](values, levels, points, weights)
+
+
+@_aggregate.register_fake
+def _(values: Tensor, shapes: list[int], points: Tensor, weights: Tensor) -> Tensor:
+    batch, _, groups, channels = values.shape
+    return values.new_empty((batch, points.shape[1], groups * channels))
 
 
 _AGREES = 1e-5
@@ -160,7 +171,7 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries).float()
         offsets = offsets.view(batch, number, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(queries).view(batch, number, self.heads, -1).softmax(-1)
-        sizes = torch.tensor([(width, height) for height, width in shapes], device=queries.device, dtype=torch.float32)
+        sizes = constant(tuple((width, height) for height, width in shapes), queries.device, torch.float32)
         points = (references[None, :, None, None, None] + offsets / sizes[:, None]).flatten(3, 4)
         projected = self.value_proj(values).unflatten(2, (self.heads, -1))
         output: Tensor = self.output_proj(aggregate(projected, shapes, points, weights))
@@ -186,7 +197,7 @@ def deformable_convolution_v3(values: Tensor, offsets: Tensor, weights: Tensor, 
     x = (torch.arange(values.shape[2], device=values.device, dtype=torch.float32) + 1.5) / width
     y = (torch.arange(values.shape[1], device=values.device, dtype=torch.float32) + 1.5) / height
     places = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)
-    size = torch.tensor([width, height], device=values.device, dtype=torch.float32)
+    size = constant((width, height), values.device, torch.float32)
     points = (places[:, :, None, None] + kernel * scale) + offsets.float() * scale / size
     sums = aggregate(padded.flatten(1, 2), [(height, width)], points.flatten(1, 2), weights.flatten(1, 2))
     return sums.unflatten(1, values.shape[1:3])
@@ -216,7 +227,7 @@ def modulated_deformable_convolution(
     places = torch.stack([y[:, None].expand(-1, width), x.expand(height, -1)], -1)
     moved = offsets.float().view(batch * groups, 9, 2, height, width).permute(0, 1, 3, 4, 2)
     points = (places + kernel[:, None, None] + moved).flip(-1)  # (x, y)
-    grid = (2 * points + 1) / points.new_tensor([width, height]) - 1
+    grid = (2 * points + 1) / constant((width, height), points.device, points.dtype) - 1
     planes = maps.float().reshape(batch * groups, channels // groups, height, width)
     total = maps.new_zeros((batch, weight.shape[0], height, width), dtype=torch.float32)
     modulation = modulation.float().view(batch * groups, 1, 9, height, width)

@@ -57,7 +57,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="deformable")
 
 
-@torch.compiler.disable
 def aggregate_numba(values: Tensor, shapes: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:
     """See :func:`ade_harness.models.ops.deformable.aggregate`; as many threads as torch has."""
     batch, _, groups, channels = values.shape

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ade_harness.kernels.constants import constant
+
 _TILE = 16
 """Queries per program."""
 EXACT = {"enable_fp_fusion": False}
@@ -70,7 +72,6 @@ def _aggregate(
     tl.store(out + place[:, None] * CHANNELS + channel[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@torch.compiler.disable
 def aggregate_triton(values: Tensor, shapes: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:
     """See :func:`ade_harness.models.ops.deformable.aggregate`."""
     batch, pixels, groups, channels = values.shape
@@ -79,7 +80,7 @@ def aggregate_triton(values: Tensor, shapes: Sequence[tuple[int, int]], points: 
     for height, width in shapes:
         rows.append((start, height, width))
         start += height * width
-    levels = torch.tensor(rows, dtype=torch.int32, device=values.device)
+    levels = constant(tuple(rows), values.device, torch.int32)
     out = torch.empty((batch, queries, groups, channels), dtype=values.dtype, device=values.device)
     grid = (triton.cdiv(queries, _TILE), groups, batch)
     _aggregate[grid](

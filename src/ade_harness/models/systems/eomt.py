@@ -78,7 +78,10 @@ class Eomt(nn.Module):
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
-        self.network.attn_mask_probs.zero_()
+        # numbers of the host in place of a buffer: transformers reads one in each layer, which would wait for the GPU
+        blocks = len(self.network.attn_mask_probs)
+        del self.network.attn_mask_probs
+        self.network.attn_mask_probs = [0.0] * blocks
         self.fixed_size: tuple[int, int] = (network.config.image_size, network.config.image_size)
         """(height, width) of the only input it takes."""
 

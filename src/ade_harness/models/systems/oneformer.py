@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ade_harness.kernels.constants import constant
 from ade_harness.models.backbones.swin import SWIN_FIELDS, build_swin, read_swin, swin_channels
 from ade_harness.models.checkpoint.family import Family, Strictness, count
 from ade_harness.models.checkpoint.key_tables import Table
@@ -53,8 +54,8 @@ class TaskDecoder(QueryDecoder):
 
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor]) -> MaskLogits:
         """Return the last layer's class and mask logits."""
-        ids = torch.zeros((1, ONEFORMER_TEXT_LENGTH), device=mask_features.device, dtype=self.query_positions.dtype)
-        ids[0, : len(self.task)] = torch.tensor(self.task, device=ids.device, dtype=ids.dtype)
+        padded = (*self.task, *[0] * (ONEFORMER_TEXT_LENGTH - len(self.task)))
+        ids = constant((padded,), mask_features.device, self.query_positions.dtype)
         task = self.norm(self.task_mlp(ids)).expand(mask_features.shape[0], 1, -1)
         start = task.expand(-1, self.query_positions.shape[0] - 1, -1)
         projected = self.class_projection(mask_features)

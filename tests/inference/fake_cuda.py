@@ -1,0 +1,215 @@
+"""Runs a system by its protocol on fake CUDA tensors: no GPU, no memory, every operator and every launch seen.
+
+A fake tensor has a shape, a dtype and a device, but no values. A value that the host reads raises an error (on a GPU
+the host would wait for all work before), and so does a CPU tensor that meets a CUDA one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import sys
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ade_harness import kernels
+from ade_harness.config.compose import compose_config
+from ade_harness.config.inference import Precision
+from ade_harness.config.schema import Config
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.inference.plan import plan_views
+from ade_harness.inference.predictor import NetworkPredictor
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.models.checkpoint.family import Strictness
+from ade_harness.models.loaded import LoadedModel, statistics
+from ade_harness.models.registry import family_of
+
+CUDA = torch.device("cuda:0")
+_META = 14
+"""c10::DeviceType::Meta."""
+
+
+def allow_fake_cuda() -> None:
+    """Give torch a device guard for CUDA that does nothing, where there is no GPU.
+
+    Views of fake CUDA tensors are made in C++, which sets the device before. Torch has a call for this, but it does
+    nothing in a build without CUDA, whose table of guards has no entry: it gets that of the meta device.
+    """
+    torch._C._ensureCUDADeviceGuardSet()
+    if torch.version.cuda is None:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+        guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+        assert guards[_META] is not None
+        guards[CUDA_TYPE] = guards[_META]
+
+
+_MODE = FakeTensorMode()  # one for the process, since networks keep tensors that depend on the input's size alone
+CUDA_TYPE = 1
+"""c10::DeviceType::CUDA."""
+# kernels of ours that are several launches: the table of views and the kernel; zeros and the kernel; all three
+OWN = {"label_views": 2, "count_pixels": 2, "count_nan": 3, "normalise_pixels": 1, "aggregate": 1}
+_ONE_KERNEL = ("upsample_", "scaled_dot_product_attention")
+"""Composite operators that are one kernel on a GPU (of attention, that which holds no matrix of all pairs)."""
+_COMPOSITE = "CompositeImplicitAutograd"
+_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh"}
+"""Operators that make no view and launch nothing either."""
+
+
+def launches(func: Any) -> int:
+    """Return how many kernels and copies an operator starts on a GPU, at least."""
+    name = func.__name__.split(".")[0]
+    return 0 if func.is_view or name in _NOTHING else OWN.get(name, 1)
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a pass did."""
+
+    operators: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Calls of each operator, by its name without a namespace, that launch something; ours by their launches."""
+    now: int = 0
+    peak: int = 0
+    """Bytes of CUDA tensors at a time, the network's included."""
+
+    @property
+    def launches(self) -> int:
+        """How many there were."""
+        return self.operators.total()
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators and bytes."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+        self._known: set[int] = set()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's memory until it is freed; the allocator rounds up to 512 bytes."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if tensor.device.type == "cuda" and key not in self._known:
+            size = -(-storage.nbytes() // 512) * 512
+            self._known.add(key)
+            self.seen.now += size
+            self.seen.peak = max(self.seen.peak, self.seen.now)
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.seen.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        whole = func.namespace != "aten" or func.__name__.startswith(_ONE_KERNEL)
+        if not whole and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            with self:  # it is made of others, which inference mode would hide
+                out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if any(t.device.type == "cuda" for t in tensors) and launches(func):
+            self.seen.operators[name] += launches(func)
+        for tensor in tensors:
+            self.hold(tensor)
+        return out
+
+
+def fake_network(cfg: Config, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
+    """Return a system's network at true size whose parameters are fake CUDA tensors."""
+    architecture: Any = OmegaConf.to_container(OmegaConf.structured(cfg.model)).get("architecture")
+    with torch.device("meta"):
+        network = family_of(cfg.model.kind).load(architecture or {}, None, Strictness("")).eval()
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                value = parameter.detach().to("meta", dtype if parameter.is_floating_point() else None)
+                module._parameters[name] = nn.Parameter(FakeTensor(mode, value, CUDA), requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                value = buffer.detach().to("meta", dtype if buffer.is_floating_point() else None)
+                module._buffers[name] = FakeTensor(mode, value, CUDA)
+    return network
+
+
+def run(words: list[str], size: tuple[int, int] = (512, 683), half: bool = False) -> tuple[Seen, Seen]:
+    """Predict and count one image; return what happened in the network, and what beside it.
+
+    Args:
+        words: of the command line, such as ``model=segformer_b0``.
+        size: (height, width) of the image.
+        half: weights in bfloat16, which is autocast's arithmetic and memory but for the casts.
+    """
+    allow_fake_cuda()
+    cfg = compose_config(words)
+    mode = _MODE
+    made = gpu_kernels()
+    network = fake_network(cfg, mode, torch.bfloat16 if half else torch.float32)
+    model = LoadedModel(network, "random", fixed_size=getattr(network, "fixed_size", None), **statistics(cfg.model))
+    cfg.inference.precision = Precision.fp32
+    predictor = NetworkPredictor(model, cfg.inference, cfg.model, "triton", False, ade20k_classes())
+    predictor._kernels = made
+    image = predictor.prepare("x", torch.zeros((*size, 3), dtype=torch.uint8).numpy())
+    inside, beside = Seen(), Seen()
+    with mode, torch.inference_mode():
+        outer = Watch(beside)
+        for tensor in (*network.parameters(), *network.buffers()):
+            outer.hold(tensor)
+        pixels = tuple(mode.from_tensor(p) for p in image.pixels)
+        forward = network.forward
+
+        def watched(images: Tensor) -> Any:
+            with Watch(inside):
+                return forward(images.to(torch.bfloat16) if half else images)
+
+        network.forward = watched  # type: ignore[method-assign]
+        target = torch.empty(size, dtype=torch.uint8, device=CUDA)
+        with outer:
+            [prediction] = predictor.predict(
+                [dataclasses.replace(image, pixels=pixels)], CUDA, Stopwatch(torch.device("cpu"))
+            )
+            made.count(prediction.labels, target, 150)
+        assert prediction.labels.device == CUDA
+        assert tuple(prediction.labels.shape) == size
+    beside.operators -= inside.operators
+    return inside, beside
+
+
+def gpu_kernels() -> kernels.Kernels:
+    """Return the kernels of a GPU, whatever this machine is."""
+    from ade_harness.kernels import triton_gpu
+
+    triton_gpu.softmax_agrees_with_torch = lambda: True
+    return triton_gpu  # type: ignore[return-value]
+
+
+def main(words: list[str]) -> None:
+    """Print one line of JSON for each model named, and for those after ``--half`` with weights in bfloat16."""
+    names, _, halves = " ".join(words).partition("--half")
+    for name, half in [*((n, False) for n in names.split()), *((n, True) for n in halves.split())]:
+        start = time.perf_counter()
+        inside, beside = run([f"model={name}"], half=half)
+        plans = plan_views((512, 683), compose_config([f"model={name}"]).inference)
+        found = {
+            "model": name, "half": half, "views": len(plans), "windows": sum(len(p.origins) for p in plans),
+            "forward": inside.operators, "beside": beside.operators, "peak_mib": round(beside.peak / 2**20),
+            "seconds": round(time.perf_counter() - start, 1),
+        }  # fmt: skip
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
