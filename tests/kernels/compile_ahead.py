@@ -46,8 +46,9 @@ KERNELS = {
     "label_tile": Kernel(
         triton_jit.label_tile, _VIEWS,
         tuple(
-            {**_TILE, "TWO_STEPS": two, "PROBABILITIES": soft, "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two]}
-            for two in (False, True) for soft in (False, True)
+            {**_TILE, "TWO_STEPS": two, "PROBABILITIES": soft, "WHOLE": whole,
+             "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two]}
+            for two in (False, True) for soft, whole in ((False, True), (False, False), (True, False))
         ), triton_gpu.OF_VIEWS,
     ),
     "view_norms": Kernel(

@@ -64,7 +64,8 @@ def _merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
     geometry = _geometry(tuple((v.scores.shape, v.origins, v.window, v.area, v.flipped, v.legacy) for v in views))
     operator = _label_views if scores[0].device.type == "cuda" else launch_labels
     two_steps = any(view.area[2:] != tuple(size) for view in views)
-    labels: Tensor = operator(scores, geometry, [*size], two_steps, probabilities)
+    whole_view = len(views) == 1 and views[0].is_whole
+    labels: Tensor = operator(scores, geometry, [*size], two_steps, probabilities, whole_view)
     return labels
 
 
@@ -102,8 +103,9 @@ def _on_device(numbers: Sequence[int], like: Tensor) -> Tensor:
 
 
 def launch_labels(
-    scores: Sequence[Tensor], geometry: Sequence[int], size: Sequence[int], two_steps: bool, probabilities: bool
-) -> Tensor:
+    scores: Sequence[Tensor], geometry: Sequence[int], size: Sequence[int], two_steps: bool, probabilities: bool,
+    whole_view: bool,
+) -> Tensor:  # fmt: skip
     """Launch the label kernel, after that of the softmax's norms where `probabilities` are averaged.
 
     Args:
@@ -112,6 +114,7 @@ def launch_labels(
         size: (H, W) of the label map.
         two_steps: whether any view's area is resized to that size.
         probabilities: average the views' softmax.
+        whole_view: whether there is one view of one window that is the canvas.
 
     Returns:
         [H, W], as :func:`merge`.
@@ -136,7 +139,8 @@ def launch_labels(
     labels = torch.empty((height, width), dtype=_dtype(channels), device=first.device)
     triton_jit.label_tile[grid](
         table, first, norms, labels, len(scores), channels, height, width, 1 / len(scores),
-        PROBABILITIES=probabilities, BLOCK=1 if probabilities else BLOCKS[device][two_steps], **options, **OF_VIEWS,
+        PROBABILITIES=probabilities, BLOCK=1 if probabilities else BLOCKS[device][two_steps], WHOLE=whole_view,
+        **options, **OF_VIEWS,
     )  # fmt: skip
     return labels
 
@@ -190,13 +194,15 @@ def _dtype(channels: int) -> torch.dtype:
 # Operators of torch, for CUDA. On the CPU, where only tests come, in Triton's interpreter, the launches are called.
 @torch.library.custom_op("ade_harness::label_views", mutates_args=(), device_types="cuda")
 def _label_views(
-    scores: list[Tensor], geometry: list[int], size: list[int], two_steps: bool, probabilities: bool
+    scores: list[Tensor], geometry: list[int], size: list[int], two_steps: bool, probabilities: bool, whole_view: bool
 ) -> Tensor:
-    return launch_labels(scores, geometry, size, two_steps, probabilities)
+    return launch_labels(scores, geometry, size, two_steps, probabilities, whole_view)
 
 
 @_label_views.register_fake
-def _(scores: list[Tensor], geometry: list[int], size: list[int], two_steps: bool, probabilities: bool) -> Tensor:
+def _(
+    scores: list[Tensor], geometry: list[int], size: list[int], two_steps: bool, probabilities: bool, whole_view: bool
+) -> Tensor:
     return scores[0].new_empty(size, dtype=_dtype(scores[0].shape[1]))
 
 

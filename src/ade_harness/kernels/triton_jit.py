@@ -127,6 +127,23 @@ def _view(
 
 
 @triton.jit
+def _whole(
+    planes, m0, m1, n0, n1, w_m0, w_m1, w_n0, w_n1, low_height, low_width, height, width, legacy, in_channels,
+    TWO_STEPS: tl.constexpr,
+):  # fmt: skip
+    """Return float32 [B, P] of a view of one window that is the canvas; see `_view`."""
+    a, _ = _window(planes, m0, n0, low_height, low_width, height, width, legacy, in_channels)
+    if TWO_STEPS:
+        b, _ = _window(planes, m0, n1, low_height, low_width, height, width, legacy, in_channels)
+        c, _ = _window(planes, m1, n0, low_height, low_width, height, width, legacy, in_channels)
+        d, _ = _window(planes, m1, n1, low_height, low_width, height, width, legacy, in_channels)
+        upper = _mix(a, b, w_n0[None, :], w_n1[None, :])
+        lower = _mix(c, d, w_n0[None, :], w_n1[None, :])
+        a = _mix(upper, lower, w_m0[None, :], w_m1[None, :])
+    return a
+
+
+@triton.jit
 def _exp(value, CUDA: tl.constexpr):
     """What torch's softmax calls on CUDA; Triton's own is an approximation, and all that its interpreter has."""
     if CUDA:
@@ -181,9 +198,13 @@ def _best(total, channel):
 def label_tile(
     table, first, norms, labels, views, channels, height, width, inverse,
     TWO_STEPS: tl.constexpr, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CUDA: tl.constexpr,
+    COLUMNS: tl.constexpr, CUDA: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Label one tile: average the views (their softmax, given `norms`) and take the best channel, a block at a time."""
+    """Label one tile: average the views (their softmax, given `norms`) and take the best channel, a block at a time.
+
+    `WHOLE` says that there is one view of one window that is the canvas: its indices and weights are computed once and
+    not for each block.
+    """
     PIXELS: tl.constexpr = ROWS * COLUMNS
     row, column = _tile(width, ROWS, COLUMNS)
     mask = (row < height) & (column < width)
@@ -192,10 +213,26 @@ def label_tile(
     best = tl.full((PIXELS,), float("-inf"), tl.float32)
     label = tl.zeros((PIXELS,), tl.int32)
     block = tl.arange(0, BLOCK)
+    if WHOLE:
+        pointer = tl.load(table).to(tl.pointer_type(first.dtype.element_ty))
+        low_height, low_width = tl.load(table + 1).to(tl.int32), tl.load(table + 2).to(tl.int32)
+        window_height, window_width = tl.load(table + 3).to(tl.int32), tl.load(table + 4).to(tl.int32)
+        area_top, area_left = tl.load(table + 5).to(tl.int32), tl.load(table + 6).to(tl.int32)
+        area_height, area_width = tl.load(table + 7).to(tl.int32), tl.load(table + 8).to(tl.int32)
+        flipped, legacy = tl.load(table + 9) != 0, tl.load(table + 10) != 0
+        plane = low_height.to(tl.int64) * low_width
+        m0, m1, w_m0, w_m1 = _axis(y, area_height, height, False)
+        n0, n1, w_n0, w_n1 = _axis(tl.where(flipped, width - 1 - x, x), area_width, width, False)
+        m0, m1, n0, n1 = m0 + area_top, m1 + area_top, n0 + area_left, n1 + area_left
     for start in range(0, channels, BLOCK):
         channel = start + block
         total = tl.zeros((BLOCK, PIXELS), tl.float32)
-        for view in range(views):
+        if WHOLE:
+            total = _whole(
+                pointer + channel.to(tl.int64)[:, None] * plane, m0, m1, n0, n1, w_m0, w_m1, w_n0, w_n1, low_height,
+                low_width, window_height, window_width, legacy, (channel < channels)[:, None], TWO_STEPS,
+            )  # fmt: skip
+        for view in range(0 if WHOLE else views):
             value = _view(table, view, first, channel, channels, y, x, height, width, TWO_STEPS, BLOCK, PIXELS)
             if PROBABILITIES:
                 norm = norms + height.to(tl.int64) * width * (2 * view) + at
@@ -203,7 +240,7 @@ def label_tile(
                 share = tl.load(norm + height.to(tl.int64) * width, mask=mask, other=1.0)[None, :]
                 value = tl.div_rn(_exp(value - largest, CUDA), tl.broadcast_to(share, value.shape))
             total += value
-        if views > 1:
+        if not WHOLE and views > 1:
             if CUDA:  # torch divides by a number of the host by multiplying by its inverse there, and only there
                 total *= inverse
             else:
