@@ -27,7 +27,7 @@ NONDETERMINISTIC = {
     "scatter_reduce", "scatter_reduce_", "_scatter_add", "ctc_loss", "_ctc_loss", "nll_loss2d", "nll_loss2d_forward",
     "_embedding_bag",
 }  # fmt: skip
-HALF = ("segformer_b0", "maskformer_swin_t", "eomt_l", "beit_l", "siglip2_so400m", "dinov3_7b_linear")
+HALF = ("segformer_b0", "maskformer_swin_t", "eomt_l", "dinov3_7b_linear")
 """Systems that are run with weights in bfloat16 too; all would take another minute."""
 OF_PIXELS = {"_to_copy", "normalise_pixels", "stack"}
 """Operators that bring pixels to the network."""

@@ -213,8 +213,8 @@ def test_triton_merges_windows_mirrors_and_scales_as_torch_does_in_every_bit(see
 
 @pytest.mark.slow
 def test_triton_averages_probabilities_but_for_ties() -> None:
-    views = of_triton([whole(scores_of("random", (5, 9, 13), 1), (70, 80)),
-                       whole(scores_of("random", (5, 12, 13), 2), (90, 100), flipped=True)])  # fmt: skip
+    views = of_triton([whole(scores_of("random", (3, 9, 13), 1), (70, 80)),
+                       whole(scores_of("random", (3, 12, 13), 2), (90, 100), flipped=True)])  # fmt: skip
     found = implementation("triton_gpu").merge(views, (80, 90), True)
     average = slow_merge(views, (80, 90), True)
     assert (average.max(0).values - average.gather(0, found[None].long())[0]).max() < 1e-6

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +22,7 @@ from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
 from ade_harness.inference.predictor import Predictor, Prepared
-from ade_harness.runtime.cluster import local_ranks, usable_cores
+from ade_harness.runtime.cluster import host_name, local_ranks, usable_cores
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, quiet_worker
 
@@ -76,6 +78,31 @@ def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, most: i
             groups.append(group)
         group.append(index)
     return groups
+
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def check_shared_memory(workers: int, ahead: int, item_bytes: float) -> None:
+    """Refuse more prefetched images than the shared memory holds, through which loader processes hand them over.
+
+    Args:
+        workers: loader processes of this rank.
+        ahead: items that each of them prefetches.
+        item_bytes: of an item, on average.
+
+    Raises:
+        HarnessError: how much there is, how much is needed, what to do. A process would die of a bus error instead.
+    """
+    if workers == 0 or not _SHARED_MEMORY.is_dir():
+        return
+    free, need = shutil.disk_usage(_SHARED_MEMORY).free, workers * ahead * local_ranks() * item_bytes
+    if need > free:
+        raise HarnessError(
+            f"{_SHARED_MEMORY} on {host_name()} has {free / 2**20:.0f} MiB free, and {workers} loaders for each of"
+            f" {local_ranks()} ranks need about {need / 2**20:.0f} to hand images over. Start the container with"
+            " --shm-size=8g (or --ipc=host), or use a smaller runtime.workers; 0 needs none."
+        )
 
 
 class ImageItems(Dataset[list[LoadedImage | Failure]]):
@@ -188,4 +215,8 @@ def make_data(cfg: Config, job: Job, done: set[str], coordinator: Coordinator) -
     items = ImageItems(job.dataset, todo, job.predictor, {ids[i] for i in drawn})
     costs = [sum(job.predictor.cost(sizes[i]) for i in group) for group in todo]
     names = [", ".join(ids[i] for i in group) for group in todo]
-    return EvaluationData(items, costs, names, cfg.runtime.sharding, job.loaders, coordinator)
+    data = EvaluationData(items, costs, names, cfg.runtime.sharding, job.loaders, coordinator)
+    if todo:  # pixels of one scale and the labels: one byte each
+        pixels = sum(height * width for height, width in sizes) / len(sizes) * len(ids) / len(groups)
+        check_shared_memory(data.workers, data.prefetch or 0, 4 * pixels)
+    return data

@@ -120,7 +120,9 @@ class BatchedForward:
             module: Any = self.model.module
             if self.cfg.channels_last:
                 module = module.to(memory_format=torch.channels_last)
-            self._module = torch.compile(module, backend=self.cfg.compile) if self.cfg.compile else module
+            # with sizes as variables from the first image on: otherwise what is compiled for an image, and so its last
+            # bits, would depend on the sizes that this rank has seen before
+            self._module = torch.compile(module, backend=self.cfg.compile, dynamic=True) if self.cfg.compile else module
         return self._module
 
 

@@ -1,0 +1,93 @@
+"""What a machine has too little of is said before the first image, or ends one image and not the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ade_harness.config.compose import compose_config
+from ade_harness.config.runtime import RuntimeConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.errors import HarnessError
+from ade_harness.evaluation import data, job
+from ade_harness.inference import predictor
+from ade_harness.inference.forward import is_shortage
+from ade_harness.inference.opening import open_network
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.runtime import cluster
+
+
+def test_a_small_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(data, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    data.check_shared_memory(8, 4, 1.4e6)
+    data.check_shared_memory(0, 0, 1e12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(
+        HarnessError, match=r"64 MiB free, and 8 loaders for each of 8 ranks need about 342.*--shm-size"
+    ):
+        data.check_shared_memory(8, 4, 1.4e6)
+    monkeypatch.setattr(data, "_SHARED_MEMORY", tmp_path / "none")  # not Linux
+    data.check_shared_memory(8, 4, 1e12)
+
+
+def test_slurm_tasks_that_see_one_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("JOB_ID", "1"), ("STEP_ID", "0"), ("PROCID", "0"), ("STEP_NUM_TASKS", "8"), ("NTASKS", "8"),
+                        ("STEP_NUM_NODES", "1")):  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 1)
+    with pytest.raises(HarnessError, match=r"srun started 8 tasks.*sees 1 of its GPUs.*--ntasks-per-node=1"):
+        cluster.resolve_devices(RuntimeConfig())
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 8)
+    assert cluster.resolve_devices(RuntimeConfig()) == ("cuda", 8)
+
+
+def test_few_cores_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose_config(["model=dinov3_7b_linear", "dataset=ade20k", "dataset.root=x"])
+    assert job._machine_notes(cfg, "cpu") == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 << 30))
+    monkeypatch.setattr(job, "usable_cores", lambda: 1)
+    notes = job._machine_notes(cfg, "cuda")
+    assert "this GPU has 16" in notes[0]
+    assert notes[1].startswith("1 ranks share 1 CPU cores")
+    monkeypatch.setattr(job, "usable_cores", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    assert job._machine_notes(cfg, "cuda") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation"],
+)  # fmt: skip
+def test_a_librarys_shortage_of_memory_is_one(text: str) -> None:
+    assert is_shortage(RuntimeError(text))
+    assert not is_shortage(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_short_memory_while_labelling_is_one_images_failure(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose_config([])
+    made = open_network(cfg, ade20k_classes())
+    image = made.prepare("ADE_val_1", torch.zeros(64, 80, 3, dtype=torch.uint8).numpy())
+    original, left = predictor.NetworkPredictor._labels, [times]
+
+    def short(*arguments: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return original(*arguments)
+
+    monkeypatch.setattr(predictor.NetworkPredictor, "_labels", short)
+    device = torch.device("cpu")
+    if times == 1:  # the second try has an emptied cache
+        assert made.predict([image], device, Stopwatch(device))[0].labels.shape == (64, 80)
+        return
+    with pytest.raises(HarnessError, match=r"ADE_val_1: out of memory while labelling 80x64 \(CUDA out of memory"):
+        made.predict([image], device, Stopwatch(device))
