@@ -40,6 +40,8 @@ _SIZES = dict.fromkeys(("channels", "height", "width", "views"), "i32")
 _VIEWS = {"table": "*i64", "first": "*{dtype}", "norms": "*fp32", "labels": "*u8", "inverse": "fp32", **_SIZES}
 _ROWS, _COLUMNS = triton_gpu.TILES["cuda"]
 _TILE = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "CUDA": True}
+_ONES = {"height": 1, "width": 1, "channels": 1}
+"""Arguments that are 1 are constants to Triton."""
 _RUN = {"SIZE": triton_gpu.RUN}
 _PLACES = ("canvas_height", "canvas_width", "top", "left", "height", "width")
 KERNELS = {
@@ -47,12 +49,13 @@ KERNELS = {
         triton_jit.label_tile, _VIEWS,
         tuple(
             {**_TILE, "TWO_STEPS": two, "PROBABILITIES": soft, "WHOLE": whole,
-             "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two]}
+             "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two], **ones}
             for two in (False, True) for soft, whole in ((False, True), (False, False), (True, False))
+            for ones in ({}, *([_ONES] if two else []))
         ), triton_gpu.OF_VIEWS,
     ),
     "view_norms": Kernel(
-        triton_jit.view_norms, _VIEWS, tuple({**_TILE, "TWO_STEPS": two} for two in (False, True)), triton_gpu.OF_VIEWS,
+        triton_jit.view_norms, _VIEWS, tuple({**_TILE, "TWO_STEPS": two, **ones} for two, ones in ((False, {}), (True, {}), (True, _ONES))), triton_gpu.OF_VIEWS,
     ),
     "count_tile": Kernel(
         triton_jit.count_tile,
@@ -82,7 +85,8 @@ KERNELS = {
 def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, arch: int) -> Any:
     """Compile one kernel as its launcher would: pointers are multiples of 16 bytes."""
     names = kernel.function.arg_names
-    signature = {n: kernel.types[n].format(dtype=dtype) if n in kernel.types else "constexpr" for n in names}
+    types = {n: t.format(dtype=dtype) for n, t in kernel.types.items() if n not in constants}
+    signature = {n: types.get(n, "constexpr") for n in names}
     values = {(names.index(key),): value for key, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)

@@ -26,6 +26,7 @@ from ade_harness.kernels import Kernels, PixelStatistics, Placement, Size, View,
 from ade_harness.kernels import reference as torch_kernels
 from ade_harness.models.class_map import ClassMap, resolve_class_map
 from ade_harness.models.loaded import LoadedModel
+from ade_harness.models.ops.deformable import FALLBACKS
 from ade_harness.models.outputs import MaskLogits
 from ade_harness.runtime.queue import Loaders
 
@@ -291,6 +292,9 @@ class NetworkPredictor:
                 f"inference={self.cfg.name} is no published protocol ({size}, pixels normalised with mean"
                 f" {_written(self.model.mean)} and std {_written(self.model.std)}): choose the model's own"
             )
+        notes += [
+            f"deformable attention: plain torch is used, which is slower: {reason}" for reason in FALLBACKS.values()
+        ]
         if self.forward.halved:
             notes.append(
                 f"memory was short {self.forward.halved} times: the image was redone in smaller batches, whose float"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.disable
 def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a tensor of (nested tuples of) numbers on a device; it is shared, not to be written."""
+    if torch.compiler.is_compiling():  # a compiled graph keeps its constants itself
+        return torch.tensor(values, device=device, dtype=dtype)
     return _constant(values, device, dtype)
 
 

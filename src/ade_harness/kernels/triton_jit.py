@@ -4,6 +4,8 @@ Triton compiles annotations too: none but `tl.constexpr` may stand at a function
 launched without the fusion of products and sums (``enable_fp_fusion=False``): each float32 operation that is written
 here rounds once, and where torch's own kernel fuses, :func:`triton.language.fma` is written.
 
+Triton makes constants of arguments that are 1 (an image of one row), which have no ``.to``: they are cast.
+
 A table of int64 describes the views of an image: `FIELDS` numbers for each (see `fields`), then the origins of all
 windows.
 """
@@ -28,7 +30,7 @@ def _mix(a, b, w_a, w_b):
 @triton.jit
 def _axis(target, old, new, legacy):
     """Return indices and weights of :func:`ade_harness.kernels.bilinear.axis` at `target`."""
-    scale = tl.div_rn(old.to(tl.float32), new.to(tl.float32))
+    scale = tl.div_rn(tl.cast(old, tl.float32), tl.cast(new, tl.float32))
     index = target.to(tl.float32)
     centred = tl.fma(index + 0.5, tl.zeros_like(index) + scale, tl.zeros_like(index) - 0.5)
     position = tl.where(legacy, index * scale, tl.maximum(centred, 0.0))
@@ -179,7 +181,7 @@ def view_norms(
         value = _view(table, view, first, one + number, channels, y, x, height, width, TWO_STEPS, 1, ROWS * COLUMNS)
         total += _exp(value - largest, CUDA)
     tl.store(norms + at[None, :], largest, mask=mask[None, :])
-    tl.store(norms + (at + height.to(tl.int64) * width)[None, :], total, mask=mask[None, :])
+    tl.store(norms + (at + tl.cast(height, tl.int64) * width)[None, :], total, mask=mask[None, :])
 
 
 @triton.jit
@@ -235,9 +237,9 @@ def label_tile(
         for view in range(0 if WHOLE else views):
             value = _view(table, view, first, channel, channels, y, x, height, width, TWO_STEPS, BLOCK, PIXELS)
             if PROBABILITIES:
-                norm = norms + height.to(tl.int64) * width * (2 * view) + at
+                norm = norms + tl.cast(height, tl.int64) * width * (2 * view) + at
                 largest = tl.load(norm, mask=mask, other=0.0)[None, :]
-                share = tl.load(norm + height.to(tl.int64) * width, mask=mask, other=1.0)[None, :]
+                share = tl.load(norm + tl.cast(height, tl.int64) * width, mask=mask, other=1.0)[None, :]
                 value = tl.div_rn(_exp(value - largest, CUDA), tl.broadcast_to(share, value.shape))
             total += value
         if not WHOLE and views > 1:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ade_harness.config.compose import compose_config
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.inference.opening import open_network
 from ade_harness.models.ops import deformable
 from ade_harness.models.ops.attention import attend, reference_operations
 from ade_harness.models.ops.deformable import (
@@ -245,7 +248,9 @@ def test_the_cuda_kernel_gives_the_sums_of_torch() -> None:
 
 
 def test_a_compiled_operation_that_does_not_work_here_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable, "FALLBACKS", {})
     assert deformable.compiled("cpu")[1] is None
+    assert deformable.FALLBACKS == {}
     assert deformable.compiled("mps") == (deformable.aggregate_torch, "there is none for mps")
     for broken, expected in (
         (lambda *_: (_ for _ in ()).throw(RuntimeError("no C compiler\nx")), "RuntimeError: no C compiler"),
@@ -254,5 +259,28 @@ def test_a_compiled_operation_that_does_not_work_here_is_not_used(monkeypatch: p
         monkeypatch.setattr("ade_harness.models.ops.deformable_numba.aggregate_numba", broken)
         deformable.compiled.cache_clear()
         assert deformable.compiled("cpu") == (deformable.aggregate_torch, expected)
+        assert deformable.FALLBACKS["cpu"] == expected
     monkeypatch.undo()
     deformable.compiled.cache_clear()
+
+
+def test_a_run_says_that_it_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = open_network(compose_config([]), ade20k_classes())
+    assert not any("deformable" in note for note in made.notes())
+    monkeypatch.setitem(deformable.FALLBACKS, "cuda", "RuntimeError: Failed to find C compiler")
+    assert made.notes()[-1].endswith("plain torch is used, which is slower: RuntimeError: Failed to find C compiler")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiling_a_network_goes_through_the_operation(backend: str) -> None:
+    """One graph: an operation that is no operator would break it."""
+    shapes = [(5, 7), (3, 4)]
+    values, weights = torch.randn(1, 47, 2, 8), torch.rand(1, 6, 2, 4)
+    points = torch.rand(1, 6, 2, 4, 2)
+
+    def network(values: Tensor) -> Tensor:
+        return aggregate(values * 2, shapes, points, weights) + 1
+
+    with torch.no_grad():
+        compiled = torch.compile(network, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(values), network(values))

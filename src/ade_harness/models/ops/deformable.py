@@ -95,6 +95,10 @@ _AGREES = 1e-5
 """Largest difference to torch's result, over its largest value: sums of a dozen products in another order."""
 
 
+FALLBACKS: dict[str, str] = {}
+"""Type of device -> why plain torch runs there, once something was computed on it."""
+
+
 @cache
 def compiled(device: str) -> tuple[_Aggregate, str | None]:
     """Return the implementation for a device, and why it is plain torch if it is.
@@ -102,6 +106,13 @@ def compiled(device: str) -> tuple[_Aggregate, str | None]:
     The compiled one is called once, on a few points, and compared: a compiler that is missing, a cache that cannot be
     written and an architecture that is not known are found before the first image.
     """
+    found, reason = _tried(device)
+    if reason is not None:
+        FALLBACKS[device] = reason
+    return found, reason
+
+
+def _tried(device: str) -> tuple[_Aggregate, str | None]:
     try:
         if device == "cuda":
             from ade_harness.models.ops.deformable_triton import aggregate_triton as fast
