@@ -1,0 +1,351 @@
+"""Acceptance on real GPUs, in a few minutes: `python benchmarks/gpu_acceptance.py [--parts exact waits ...] [--out FILE]`.
+
+Each line is PASS, FAIL, INFO or SKIP; the exit code is 1 after a FAIL. With several GPUs the last part uses all of them.
+Without a GPU the parts run small on the CPU, kernels in Triton's interpreter: that shows that this program works,
+and nothing of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+from torch import Tensor, nn  # noqa: E402
+
+from ade_harness import kernels  # noqa: E402
+from ade_harness.config.compose import compose_config  # noqa: E402
+from ade_harness.data.ade20k_labels import ade20k_classes  # noqa: E402
+from ade_harness.errors import HarnessError  # noqa: E402
+from ade_harness.inference.forward import BatchedForward  # noqa: E402
+from ade_harness.inference.opening import open_network  # noqa: E402
+from ade_harness.inference.predictor import NetworkPredictor, Prepared  # noqa: E402
+from ade_harness.inference.stopwatch import Stopwatch  # noqa: E402
+from ade_harness.kernels import View, reference, triton_gpu, whole  # noqa: E402
+from ade_harness.models.loaded import LoadedModel  # noqa: E402
+from ade_harness.models.ops import deformable  # noqa: E402
+from ade_harness.runs.ledger import read_rows  # noqa: E402
+from ade_harness.runtime.ranks import set_arithmetic  # noqa: E402
+
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+CLASSES = 150 if CUDA else 7
+SCORES = (128, 171) if CUDA else (16, 20)
+SIZE = (512, 683) if CUDA else (64, 80)
+MODELS = (
+    ("model=segformer_b0",), ("model=segformer_b0", "inference=mmseg_slide_512"), ("model=mask2former_swin_t",)
+) if CUDA else ((),)  # fmt: skip
+_lines: list[dict[str, Any]] = []
+
+
+def tell(verdict: str, what: str, **facts: Any) -> None:
+    """Print one line and keep it."""
+    _lines.append({"verdict": verdict, "what": what, **facts})
+    print(f"{verdict:5} {what}  " + "  ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
+
+
+def check(holds: bool, what: str, **facts: Any) -> None:
+    """Tell whether something holds."""
+    tell("PASS" if holds else "FAIL", what, **facts)
+
+
+def native(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Torch's own bilinear kernel: [N, C, H, W]."""
+    return torch.ops.aten.upsample_bilinear2d(scores, list(size), False)
+
+
+def scores_of(kind: str, seed: int = 0) -> Tensor:
+    """Return scores [C, h, w] as noise, in regions of one class, or with many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(CLASSES, *SCORES, generator=generator)
+    if kind == "regions":
+        owner = torch.randint(0, CLASSES, (1, SCORES[0] // 8, SCORES[1] // 8), generator=generator)
+        owner = nn.functional.interpolate(owner[None].float(), SCORES, mode="nearest")[0].long()
+        scores = (0.3 * scores).scatter_add_(0, owner, torch.full(owner.shape, 8.0))
+    return (scores.round() if kind == "ties" else scores).to(DEVICE)
+
+
+def milliseconds(function: Callable[[], Any], seconds: float = 0.4) -> float:
+    """Return the median time of a call, on the device."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        if CUDA:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            begin = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return float(np.median(times))
+
+
+def environment() -> None:
+    """Say what this is."""
+    import triton
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cudnn = torch.backends.cudnn.version() if CUDA else None
+    tell("INFO", "environment", torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda, cudnn=cudnn,
+         gpus=names or "none", cores=len(os.sched_getaffinity(0)))  # fmt: skip
+    chosen, reason = kernels.selection("auto", DEVICE.type)
+    check(reason is None, "the compiled kernels are chosen", kernels=kernels.name_of(chosen), reason=reason)
+    _, why = deformable.compiled(DEVICE.type)
+    check(why is None, "the compiled deformable attention is chosen", reason=why)
+
+
+def exact() -> None:
+    """Compare labels with torch's own kernels and argmax, every bit."""
+    size = (SIZE[0] * 3 // 4, SIZE[1] * 3 // 4) if CUDA else (70, 90)
+    for kind in ("noise", "regions", "ties"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            scores = scores_of(kind).to(dtype)
+            for name, canvas in (("one step", size), ("two steps", SIZE)):
+                planes = native(scores[None].float(), canvas)
+                planes = planes if canvas == size else native(planes, size)
+                found = triton_gpu.merge([whole(scores, canvas)], size, False)
+                differ = int((found != planes[0].argmax(0)).sum())
+                check(differ == 0, f"labels equal interpolate + argmax: {kind}, {dtype}, {name}", differ=differ)
+    windows = ((0, 0), (0, SIZE[1] - SIZE[0]))
+    parts = torch.stack([scores_of("noise", seed)[:, :, : SCORES[0]] for seed in (1, 2)])
+    slide = View(parts, windows, (SIZE[0], SIZE[0]), SIZE)
+    views = [slide, replace(slide, scores=parts.flip(0), flipped=True), whole(scores_of("regions", 3), SIZE)]
+    for name, case, soft in (("windows", [slide], False), ("views", views, False), ("softmax of views", views, True)):
+        if not CUDA and soft:
+            continue  # minutes in the interpreter
+        differ = int((triton_gpu._merge(case, size, soft) != reference.merge(case, size, soft)).sum())
+        verdict = "INFO" if soft and differ else "PASS" if differ == 0 else "FAIL"
+        tell(verdict, f"labels equal plain torch: {name}", differ=differ)  # softmax: plain torch runs if it differs
+    truth = torch.randint(0, CLASSES + 1, SIZE, generator=torch.Generator().manual_seed(1)).to(torch.uint8).to(DEVICE)
+    labels = truth.roll(3, 1)
+    counted, expected = triton_gpu.count(labels, truth, CLASSES), reference.count(labels, truth, CLASSES)
+    check(torch.equal(counted, expected), "counts equal plain torch")
+
+
+def large() -> None:
+    """Index more scores than 32 bits count."""
+    if not CUDA or torch.cuda.mem_get_info()[0] < 24 << 30:
+        tell("SKIP", "more than 2^31 scores", needs="24 GiB of free GPU memory")
+        return
+    height, width = 4000, 6000
+    expected = torch.randint(0, 150, (height, width), device=DEVICE)
+    scores = torch.zeros((150, height, width), dtype=torch.float16, device=DEVICE).scatter_(0, expected[None], 1.0)
+    found = triton_gpu.merge([whole(scores, (height, width))], (height, width), False)
+    check(torch.equal(found.long(), expected), "more than 2^31 scores", wrong=int((found != expected).sum()))
+
+
+def speed() -> None:
+    """Time the label step beside plain torch and the naive way, and beside a copy of as many bytes."""
+    scores = scores_of("regions")
+    size = (SIZE[0] * 3 // 4, SIZE[1] * 3 // 4)
+    moved = torch.empty(scores.numel() * 4 + size[0] * size[1], dtype=torch.uint8, device=DEVICE)
+    halves = moved[: len(moved) // 2], moved[len(moved) // 2 :][: len(moved) // 2]
+    rows: dict[str, Callable[[], Any]] = {
+        "naive": lambda: native(native(scores[None], SIZE), size)[0].argmax(0),
+        "plain torch": lambda: reference.merge([whole(scores, SIZE)], size, False),
+        "Triton, two steps": lambda: triton_gpu.merge([whole(scores, SIZE)], size, False),
+        "Triton, one step": lambda: triton_gpu.label_map(scores, SIZE),
+        "a copy of the bytes": lambda: halves[0].copy_(halves[1]),
+    }
+    times = {name: milliseconds(function, 0.4 if CUDA else 0) for name, function in rows.items()}
+    for name, spent in times.items():
+        tell("INFO", f"label step, {name}", ms=round(spent, 4), of_naive=round(spent / times["naive"], 3))
+
+
+def _ready(words: tuple[str, ...]) -> tuple[NetworkPredictor, Prepared, Tensor]:
+    weights = ["model.weights=random"] if words else []
+    predictor = open_network(compose_config([*words, *weights]), ade20k_classes())
+    predictor.network.to(DEVICE)
+    image = np.random.default_rng(0).integers(0, 255, (*SIZE, 3)).astype(np.uint8)
+    prepared = predictor.prepare("image", image)
+    if CUDA:
+        prepared = replace(prepared, pixels=tuple(p.pin_memory() for p in prepared.pixels))
+    return predictor, prepared, torch.zeros(SIZE, dtype=torch.uint8, device=DEVICE)
+
+
+def waits() -> None:
+    """Count what makes the host wait inside an image, and the launches, and time the host beside the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    chosen = kernels.select("auto", DEVICE.type)
+    for words in MODELS:
+        predictor, prepared, target = _ready(words)
+
+        def once(predictor: Any = predictor, prepared: Any = prepared, target: Any = target) -> Tensor:
+            [made] = predictor.predict([prepared], DEVICE, Stopwatch(DEVICE))
+            return chosen.count(made.labels, target, 150)
+
+        name = " ".join(words) or "the demo's network"
+        once()
+        if not CUDA:
+            tell("SKIP", f"waits of {name}", needs="a GPU")
+            continue
+        once()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            once()
+        torch.cuda.set_sync_debug_mode("default")
+        where = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            once()
+            torch.cuda.synchronize()
+        launches = sum(e.count for e in seen.key_averages() if "LaunchKernel" in e.key)
+        begin = time.perf_counter()
+        for _ in range(20):
+            once()
+        host = 50 * (time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        both = 50 * (time.perf_counter() - begin)
+        check(not where, f"nothing waits for the GPU: {name}", where=dict(where), launches=launches,
+              host_ms=round(host, 2), with_gpu_ms=round(both, 2),
+              peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2))  # fmt: skip
+        torch.cuda.reset_peak_memory_stats()
+
+
+def throughput() -> None:
+    """Time one image on the same network in the ways of mmsegmentation and transformers, and in ours."""
+    predictor, prepared, target = _ready(MODELS[0])
+    chosen, network = kernels.select("auto", DEVICE.type), predictor.network
+    mean, std = (torch.tensor(v, device=DEVICE)[:, None, None] for v in (predictor.model.mean, predictor.model.std))
+
+    def ours() -> Any:
+        [made] = predictor.predict([prepared], DEVICE, Stopwatch(DEVICE))
+        return chosen.count(made.labels, target, 150).cpu()
+
+    def peer(argmax_on_host: bool) -> Any:
+        with torch.inference_mode():
+            pixels = prepared.pixels[0].to(DEVICE).permute(2, 0, 1).float()
+            output = network(((pixels - mean) / std)[None])
+            scores = native(native(output, tuple(pixels.shape[1:])), SIZE)
+            labels = scores[0].argmax(0)
+            labels = labels.cpu() if argmax_on_host else labels
+            truth = target.cpu() if argmax_on_host else target
+            kept = truth != 255
+            return torch.bincount(150 * truth[kept].long() + labels[kept], minlength=150 * 150).cpu()
+
+    found = {"ade-harness": ours, "mmsegmentation's way": lambda: peer(False), "transformers' way": lambda: peer(True)}
+    times = {name: milliseconds(function, 2 if CUDA else 0) for name, function in found.items()}
+    for name, spent in times.items():
+        ratio = round(spent / times["mmsegmentation's way"], 3)
+        tell("INFO", f"one image after the other, {name}", images_per_s=round(1e3 / spent, 1), ratio=ratio)
+
+
+class _Greedy(nn.Module):
+    """Takes a share of the free memory for each image of a batch."""
+
+    def __init__(self, share: float, free: int) -> None:
+        super().__init__()
+        self.share, self.free = share, free
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores that tell the images apart."""
+        held = torch.empty(int(len(images) * self.share * self.free), dtype=torch.uint8, device=images.device)
+        return images.mean((1, 2, 3))[:, None, None, None].expand(-1, 150, 8, 8) + held[:1].float() * 0
+
+
+def short_memory() -> None:
+    """Halve a batch on a real shortage, with the same outputs; refuse what does not fit at all."""
+    if not CUDA:
+        tell("SKIP", "short memory", needs="a GPU")
+        return
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    cfg = compose_config([]).inference
+    forward = BatchedForward(LoadedModel(_Greedy(0.3, free), "random", (0.0,) * 3, (1.0,) * 3), cfg)
+    images = [torch.full((3, 8, 8), float(i), device=DEVICE) for i in range(8)]
+    found = [round(float(o.mean())) for o in forward(images, "test") if isinstance(o, Tensor)]
+    check(found == list(range(8)) and forward.fits == 2, "a batch is halved until it fits", fits=forward.fits)
+    torch.cuda.empty_cache()
+    check(torch.cuda.mem_get_info()[0] > 0.97 * free, "its memory is given back")
+    greedy = BatchedForward(LoadedModel(_Greedy(1.5, free), "random", (0.0,) * 3, (1.0,) * 3), cfg)
+    try:
+        greedy(images[:1], "test")
+        check(False, "one image that does not fit is refused")
+    except HarnessError as error:
+        check("out of memory" in str(error), "one image that does not fit is refused", message=str(error)[:90])
+
+
+def ranks() -> None:
+    """Run the command with plain torch, with our kernels, and on 1 to all GPUs: every label hash must be equal."""
+    counts = (
+        sorted({1, torch.cuda.device_count()} | ({2} if torch.cuda.device_count() > 1 else set())) if CUDA else [1, 2]
+    )
+    images = 200 if CUDA else 4
+    cases = [("plain torch", ["runtime.devices=1", "runtime.kernels=torch"])]
+    cases += [(f"{n} ranks", [f"runtime.devices={n}"]) for n in counts]
+    first: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, words in cases:
+            run = Path(folder, name.replace(" ", "-"))
+            begin = time.perf_counter()
+            command = [
+                sys.executable,
+                "-m",
+                "ade_harness",
+                *words,
+                f"dataset.images={images}",
+                "tracking=none",
+                f"run.dir={run}",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+            seconds = time.perf_counter() - begin
+            if done.returncode:
+                check(False, f"a run with {name}", error=done.stderr[-300:])
+                continue
+            hashes = {row.image_id: row.label_hash for row in read_rows(run / "ledger")[0]}
+            first = first or hashes
+            manifest = json.loads((run / "manifest.json").read_text())
+            check(hashes == first, f"label hashes of a run with {name}", images=len(hashes), seconds=round(seconds, 1),
+                  kernels=manifest["kernels"], reason=manifest.get("kernels_reason"))  # fmt: skip
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    part.__name__: part
+    for part in (environment, exact, large, speed, waits, throughput, short_memory, ranks)
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run the parts; one that breaks is a FAIL and costs the others nothing but what it did to the GPU."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--out", type=Path, help="write the lines there, as JSON")
+    options = parser.parse_args()
+    set_arithmetic(True)
+    for name in options.parts:
+        try:
+            PARTS[name]()
+        except Exception as error:
+            check(False, f"part {name} ran", error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    if options.out is not None:
+        options.out.write_text(json.dumps(_lines, indent=1, default=str))
+    failed = [line["what"] for line in _lines if line["verdict"] == "FAIL"]
+    print(f"{len(failed)} failed of {len(_lines)}{'' if CUDA else ' (no GPU: nothing of one was shown)'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
