@@ -300,8 +300,8 @@ def ranks() -> None:
         for name, words in cases:
             run = Path(folder, name.replace(" ", "-"))
             begin = time.perf_counter()
-            words = [*words, f"dataset.images={images}", "tracking=none", f"run.dir={run}"]
-            command = [sys.executable, "-m", "ade_harness", *words]
+            common = [f"dataset.images={images}", "tracking=none", f"run.dir={run}"]
+            command = [sys.executable, "-m", "ade_harness", *words, *common]
             done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
             seconds = time.perf_counter() - begin
             if done.returncode:
