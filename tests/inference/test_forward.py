@@ -13,6 +13,7 @@ from torch import nn
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import group_images
+from ade_harness.inference.forward import arithmetic_of
 from ade_harness.inference.plan import uncovered, window_grid
 from ade_harness.inference.predictor import NetworkPredictor, Prediction
 from ade_harness.inference.stopwatch import Stopwatch
@@ -250,3 +251,19 @@ def test_exported_files_keep_their_precision() -> None:
         compose_config(
             ["model=onnx", "model.path=x.onnx", "dataset=ade20k", "dataset.root=.", "inference.precision=bf16"]
         )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_the_precision_holds_after_a_model_used_the_newer_switches(precision: str) -> None:
+    """torch then refuses to read the old ones; what the forward computes with is the protocol's either way."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 or later has the newer switches: pip install -U torch")
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # as a model's module may do when it is imported
+        with pytest.raises(RuntimeError):
+            _ = torch.backends.cuda.matmul.allow_tf32
+        with arithmetic_of(precision, "cpu"):
+            assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

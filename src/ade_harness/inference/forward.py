@@ -134,7 +134,10 @@ def is_shortage(error: BaseException) -> bool:
 @contextmanager
 def arithmetic_of(name: str, device_type: str) -> Iterator[None]:
     """Set the forward's precision: TF32 in matrix products and convolutions, or autocast."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # a model's code has used torch's newer switches, after which the old ones can only be set
+        before = False, False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     try:
         with torch.autocast(device_type, dtype=_AUTOCAST.get(name), enabled=name in _AUTOCAST):
