@@ -32,7 +32,9 @@ signal.pthread_sigmask(signal.SIG_SETMASK, ())
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: at the end both workers have small ones left."""
     for item in items:
-        if "cli" in getattr(item, "fixturenames", ()):  # a command in a process of its own: seconds of imports
+        if {"cli", "demo"} & {
+            *getattr(item, "fixturenames", ())
+        }:  # a command in a process of its own: seconds of imports
             item.add_marker(pytest.mark.slow)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # stable: files stay together in their own order

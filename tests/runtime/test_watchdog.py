@@ -177,6 +177,7 @@ def test_a_step_that_another_ranks_end_breaks_has_that_ranks_reason(text: str, m
         raise RuntimeError(text)
 
 
+@pytest.mark.slow
 def test_metrics_that_are_put_off_are_there_when_asked_for() -> None:
     """In a process of its own: this one has imported everything."""
     code = """
