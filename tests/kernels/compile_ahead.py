@@ -1,7 +1,7 @@
 """Compile every Triton kernel for real GPUs, without one; prints one JSON object a kernel and target.
 
 Run as a program of its own: the tests' process has TRITON_INTERPRET=1, under which nothing is compiled.
-Usage: compile_ahead.py ARCH [ARCH ...], such as 80 90 100.
+Usage: compile_ahead.py [--loops] ARCH [ARCH ...], such as 80 90 100; with --loops also the instructions of each loop.
 """
 
 from __future__ import annotations
@@ -105,7 +105,24 @@ def usage(cubin: bytes) -> dict[str, int]:
     return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
 
 
-def main(archs: list[int]) -> None:
+def loops(cubin: bytes) -> list[int]:
+    """Return how many machine instructions each loop of a cubin has: what lies before a branch backwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        out = subprocess.run([_TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", out, flags=re.MULTILINE)
+    number = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    found = []
+    for i, (_, text) in enumerate(lines):
+        branch = re.search(r"BRA\b.*0x([0-9a-f]+)", text)
+        start = number.get(int(branch[1], 16)) if branch else None
+        if start is not None and start < i:
+            found.append(i + 1 - start)
+    return found
+
+
+def main(archs: list[int], with_loops: bool) -> None:
     """Compile all; an error ends the program."""
     for arch in archs:
         for name, kernel in KERNELS.items():
@@ -114,8 +131,19 @@ def main(archs: list[int]) -> None:
                 for dtype in dtypes:
                     made = compiled(kernel, constants, dtype, arch)
                     found = {"kernel": name, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion}
-                    print(json.dumps({**found, "constants": constants, **usage(made.asm["cubin"])}), flush=True)
+                    print(
+                        json.dumps(
+                            {
+                                **found,
+                                "constants": constants,
+                                **usage(made.asm["cubin"]),
+                                **({"loops": loops(made.asm["cubin"])} if with_loops else {}),
+                            }
+                        ),
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]])
+    words = sys.argv[1:]
+    main([int(word) for word in words if word != "--loops"], "--loops" in words)

@@ -57,6 +57,25 @@ def _window(planes, m, n, low_height, low_width, height, width, legacy, in_chann
 
 
 @triton.jit
+def _geometry(row):
+    """Return the fields of a view's row that are sizes and places, as int32, and whether it is flipped and legacy."""
+    low_height, low_width = tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
+    window_height, window_width = tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
+    top, left = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32)
+    height, width = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
+    flipped, legacy = tl.load(row + 9) != 0, tl.load(row + 10) != 0
+    return low_height, low_width, window_height, window_width, top, left, height, width, flipped, legacy
+
+
+@triton.jit
+def _places(y, x, top, left, area_height, area_width, height, width, flipped):
+    """Return rows and columns of the canvas that pixels y, x of the label map lie between, and their weights."""
+    m0, m1, w_m0, w_m1 = _axis(y, area_height, height, False)
+    n0, n1, w_n0, w_n1 = _axis(tl.where(flipped, width - 1 - x, x), area_width, width, False)
+    return m0 + top, m1 + top, n0 + left, n1 + left, w_m0, w_m1, w_n0, w_n1
+
+
+@triton.jit
 def _view(
     table, view, first, channel, channels, y, x, height, width,
     TWO_STEPS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
@@ -67,19 +86,25 @@ def _view(
     """
     row = table + view * FIELDS
     pointer = tl.load(row).to(tl.pointer_type(first.dtype.element_ty))
-    low_height, low_width = tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
-    window_height, window_width = tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
-    area_top, area_left = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32)
-    area_height, area_width = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
-    flipped, legacy = tl.load(row + 9) != 0, tl.load(row + 10) != 0
+    (
+        low_height,
+        low_width,
+        window_height,
+        window_width,
+        area_top,
+        area_left,
+        area_height,
+        area_width,
+        flipped,
+        legacy,
+    ) = _geometry(row)
     windows = tl.load(row + 11).to(tl.int32)
     origins = table + tl.load(row + 12)
     plane = low_height.to(tl.int64) * low_width  # [N, C, h, w] can have more elements than 32 bits count
     in_channels = (channel < channels)[:, None]
-    x = tl.where(flipped, width - 1 - x, x)
-    m0, m1, w_m0, w_m1 = _axis(y, area_height, height, False)
-    n0, n1, w_n0, w_n1 = _axis(x, area_width, width, False)
-    m0, m1, n0, n1 = m0 + area_top, m1 + area_top, n0 + area_left, n1 + area_left
+    m0, m1, n0, n1, w_m0, w_m1, w_n0, w_n1 = _places(
+        y, x, area_top, area_left, area_height, area_width, height, width, flipped
+    )
     first_m, last_m = tl.min(m0, 0), tl.max(m1, 0)
     first_n, last_n = tl.min(n0, 0), tl.max(n1, 0)
     a = tl.zeros((BLOCK, PIXELS), tl.float32)
@@ -217,15 +242,13 @@ def label_tile(
     block = tl.arange(0, BLOCK)
     if WHOLE:
         pointer = tl.load(table).to(tl.pointer_type(first.dtype.element_ty))
-        low_height, low_width = tl.load(table + 1).to(tl.int32), tl.load(table + 2).to(tl.int32)
-        window_height, window_width = tl.load(table + 3).to(tl.int32), tl.load(table + 4).to(tl.int32)
-        area_top, area_left = tl.load(table + 5).to(tl.int32), tl.load(table + 6).to(tl.int32)
-        area_height, area_width = tl.load(table + 7).to(tl.int32), tl.load(table + 8).to(tl.int32)
-        flipped, legacy = tl.load(table + 9) != 0, tl.load(table + 10) != 0
+        low_height, low_width, window_height, window_width, top, left, area_height, area_width, flipped, legacy = (
+            _geometry(table)
+        )
         plane = low_height.to(tl.int64) * low_width
-        m0, m1, w_m0, w_m1 = _axis(y, area_height, height, False)
-        n0, n1, w_n0, w_n1 = _axis(tl.where(flipped, width - 1 - x, x), area_width, width, False)
-        m0, m1, n0, n1 = m0 + area_top, m1 + area_top, n0 + area_left, n1 + area_left
+        m0, m1, n0, n1, w_m0, w_m1, w_n0, w_n1 = _places(
+            y, x, top, left, area_height, area_width, height, width, flipped
+        )
     for start in range(0, channels, BLOCK):
         channel = start + block
         total = tl.zeros((BLOCK, PIXELS), tl.float32)
