@@ -32,9 +32,8 @@ signal.pthread_sigmask(signal.SIG_SETMASK, ())
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: at the end both workers have small ones left."""
     for item in items:
-        if {"cli", "demo"} & {
-            *getattr(item, "fixturenames", ())
-        }:  # a command in a process of its own: seconds of imports
+        # a command in a process of its own takes seconds for its imports, a whole run of the demo takes more
+        if not {"cli", "demo"}.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # stable: files stay together in their own order
