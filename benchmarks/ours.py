@@ -16,6 +16,7 @@ from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
 from ade_harness.evaluation.data import ImageItems, group_images
 from ade_harness.evaluation.module import EvaluationModule
+from ade_harness.evaluation.recorder import Recorder
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.runs.label_maps import LabelMaps
@@ -62,21 +63,14 @@ class Evaluation:
         items = ImageItems(self.dataset, groups, self.made, set())
         with tempfile.TemporaryDirectory() as folder:
             writer = LedgerWriter(Path(folder) / "ledger")
-            module = EvaluationModule(
-                self.made,
-                self.dataset.classes,
-                writer,
-                Coordinator(),
-                Path(folder),
-                LabelMaps(Path(folder), "none"),
-                kernels_choice=self.kernels,
-            )
+            recorder = Recorder(Path(folder), self.dataset.classes, writer, LabelMaps(Path(folder), "none"))
+            module = EvaluationModule(self.made, recorder, Coordinator(), self.kernels)
             for item in range(len(items)):
                 module.process(items[item], self.device, 0)
             module.close(0)
         assert not module.failures, module.failures
         self.stages = module.stages
-        matrix = module.matrix
+        matrix = recorder.matrix
         return np.stack([np.diag(matrix), matrix[:, :-1].sum(0), matrix.sum(1)])
 
 

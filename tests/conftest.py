@@ -104,7 +104,7 @@ def write_pair(root: Path, name: str, image: np.ndarray, annotation: np.ndarray)
 
 @pytest.fixture
 def tiny_ade(tmp_path: Path) -> Path:
-    """Make ADEChallengeData2016 with 7 small images of different sizes, named unlike the official ones."""
+    """Make ADEChallengeData2016 with 7 small images of different sizes, under ids of the official set."""
     root = tmp_path / "ADEChallengeData2016"
     rng = np.random.default_rng(7)
     for index in range(7):
@@ -112,5 +112,5 @@ def tiny_ade(tmp_path: Path) -> Path:
         annotation = rng.integers(0, 151, (height // 4 + 1, width // 4 + 1)).astype(np.uint8)
         annotation = annotation.repeat(4, 0).repeat(4, 1)[:height, :width]
         image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-        write_pair(root, f"ADE_val_9999{index:04d}", image, annotation)
+        write_pair(root, f"ADE_val_{1000 + index:08d}", image, annotation)
     return root

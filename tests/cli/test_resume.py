@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ade_harness.evaluation.module import EvaluationModule
+from ade_harness.evaluation.recorder import Recorder
 from ade_harness.runs.ledger import LedgerWriter
 from tests.conftest import Done
 
@@ -151,7 +151,7 @@ def test_a_config_yaml_that_was_edited_is_one_message(call: Call, words: list[st
 
 
 def damage(tiny_ade: Path, number: int) -> bytes:
-    victim = tiny_ade / f"images/validation/ADE_val_9999000{number}.jpg"
+    victim = tiny_ade / f"images/validation/ADE_val_0000100{number}.jpg"
     content = victim.read_bytes()
     victim.write_bytes(content[:-300])
     return content
@@ -164,15 +164,15 @@ def test_a_failing_image_is_reported_with_all_others_counted(
         damage(tiny_ade, number)
     done = call(*words, "run.dir=run")
     assert done.code == 2
-    assert re.findall(r"ADE_val_\d+(?=\.jpg: this image cannot)", done.err) == ["ADE_val_99990001", "ADE_val_99990004"]
+    assert re.findall(r"ADE_val_\d+(?=\.jpg: this image cannot)", done.err) == ["ADE_val_00001001", "ADE_val_00001004"]
     assert "No score: 5 of 7 images are counted." in done.err
     assert not (tmp_path / "run/metrics.json").exists()
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["status"] == "incomplete"
-    assert sorted(manifest["failures"]) == ["ADE_val_99990001", "ADE_val_99990004"]
+    assert sorted(manifest["failures"]) == ["ADE_val_00001001", "ADE_val_00001004"]
     shown = call("status", "run").out
     assert "incomplete" in shown
-    assert "ADE_val_99990004" in shown
+    assert "ADE_val_00001004" in shown
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -188,8 +188,8 @@ def test_skip_leaves_failing_images_out_and_says_so(
         assert mark in (tmp_path / "run" / name).read_text()
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["images"], metrics["complete"], metrics["mIoU"]) == (6, False, 1.0)
-    assert list(json.loads((tmp_path / "run/manifest.json").read_text())["failures"]) == ["ADE_val_99990002"]
-    (tiny_ade / "images/validation/ADE_val_99990002.jpg").write_bytes(content)  # fixed: only that one is done
+    assert list(json.loads((tmp_path / "run/manifest.json").read_text())["failures"]) == ["ADE_val_00001002"]
+    (tiny_ade / "images/validation/ADE_val_00001002.jpg").write_bytes(content)  # fixed: only that one is done
     done = call("resume", "run")
     assert "continuing: 6 images are done" in done.out
     assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 7
@@ -197,7 +197,7 @@ def test_skip_leaves_failing_images_out_and_says_so(
 
 
 def test_skip_also_where_the_header_is_damaged(call: Call, words: list[str], tiny_ade: Path, tmp_path: Path) -> None:
-    (tiny_ade / "images/validation/ADE_val_99990002.jpg").write_bytes(b"no image")
+    (tiny_ade / "images/validation/ADE_val_00001002.jpg").write_bytes(b"no image")
     assert call(*words, "run.dir=run").code == 2
     done = call(*words, "run.dir=skipped", "run.on_error=skip")
     assert done.code == 0, done.err
@@ -216,12 +216,12 @@ def test_nothing_but_failures_is_no_score(call: Call, words: list[str], tiny_ade
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
-    record = EvaluationModule._record
+    record = Recorder.record
 
-    def wrong(self: EvaluationModule, *arguments: Any) -> None:
+    def wrong(self: Recorder, *arguments: Any) -> None:
         change(self, lambda: record(self, *arguments))
 
-    monkeypatch.setattr(EvaluationModule, "_record", wrong)
+    monkeypatch.setattr(Recorder, "record", wrong)
 
 
 def test_an_image_that_is_not_counted_is_noticed(
@@ -229,7 +229,7 @@ def test_an_image_that_is_not_counted_is_noticed(
 ) -> None:
     seen = []
 
-    def forget_one(_: EvaluationModule, record: Callable[[], None]) -> None:
+    def forget_one(_: Recorder, record: Callable[[], None]) -> None:
         seen.append(1)
         if len(seen) != 3:
             record()
@@ -237,7 +237,7 @@ def test_an_image_that_is_not_counted_is_noticed(
     broken(monkeypatch, forget_one)
     done = call(*words, "run.dir=run")
     assert done.code == 2
-    assert re.search(r"The ledger lacks 1 images \(ADE_val_9999000\d\): no score", done.err), done.err
+    assert re.search(r"The ledger lacks 1 images \(ADE_val_0000100\d\): no score", done.err), done.err
     assert not (tmp_path / "run/metrics.json").exists()
 
 
@@ -246,7 +246,7 @@ def test_an_image_that_is_counted_twice_is_noticed(
 ) -> None:
     seen = []
 
-    def twice(_: EvaluationModule, record: Callable[[], None]) -> None:
+    def twice(_: Recorder, record: Callable[[], None]) -> None:
         record()
         seen.append(1)
         if len(seen) == 2:
@@ -260,7 +260,7 @@ def test_an_image_that_is_counted_twice_is_noticed(
 
 
 def test_a_matrix_that_lost_a_pixel_is_noticed(call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose(self: EvaluationModule, record: Callable[[], None]) -> None:
+    def lose(self: Recorder, record: Callable[[], None]) -> None:
         record()
         self.matrix[tuple(np.argwhere(self.matrix)[0])] -= 1
 
@@ -279,7 +279,7 @@ def test_a_row_that_lost_pixels_is_noticed(call: Call, words: list[str], monkeyp
     done = call(*words)
     assert done.code == 2
     assert re.search(
-        r"ADE_val_99990000: \d+ pixels are counted, \d+ are valid and \d+ ignored, of 960: no score", done.err
+        r"ADE_val_00001000: \d+ pixels are counted, \d+ are valid and \d+ ignored, of 960: no score", done.err
     )
 
 

@@ -61,9 +61,28 @@ def test_a_pair_is_decoded_and_mapped(tiny_ade: Path) -> None:
 
 
 def test_images_of_another_size_than_the_official_ones_are_found(tiny_ade: Path) -> None:
-    write_pair(tiny_ade, "ADE_val_00000001", np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
+    size = validation_sizes()["ADE_val_00000001"]
+    write_pair(tiny_ade, "ADE_val_00000001", np.zeros((*size, 3), np.uint8), np.ones(size, np.uint8))
     dataset = open_ade20k(tiny_ade)
-    assert dataset.resized_images(list(dataset.read_headers()[0].values())) == ["ADE_val_00000001"]
+    assert dataset.resized_images(list(dataset.read_headers()[0].values())) == dataset.ids[1:]
+
+
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [("validation", "ADE_val_00002001"), ("validation", "frankfurt_000000_000294"), ("validation", "ADE_train_00000001"),
+     ("training", "ADE_train_00020211"), ("training", "ADE_val_00000001")],
+)  # fmt: skip
+def test_images_that_ade20k_does_not_have_are_refused(tmp_path: Path, split: str, name: str) -> None:
+    known = {"validation": "ADE_val_00000002", "training": "ADE_train_00000002"}[split]
+    for image_id in (known, name):
+        write_pair(tmp_path, image_id, np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
+    for kind in ("images", "annotations"):
+        if split != "validation":
+            (tmp_path / kind / "validation").rename(tmp_path / kind / split)
+    with pytest.raises(
+        HarnessError, match=rf"1 images in {split} are not of .* the first is {name}\..*dataset.kind=folder"
+    ):
+        open_ade20k(tmp_path, split)
 
 
 @pytest.mark.parametrize("place", ["folder", "parent", "zip"])
@@ -90,10 +109,10 @@ def test_links_are_followed_and_loops_end(tiny_ade: Path, tmp_path: Path) -> Non
 
 
 def test_limit_and_ids_make_a_partial_set(tiny_ade: Path) -> None:
-    assert open_ade20k(tiny_ade, limit=2).ids == ["ADE_val_99990000", "ADE_val_99990001"]
-    assert open_ade20k(tiny_ade, ids=["ADE_val_99990005"]).ids == ["ADE_val_99990005"]
-    with pytest.raises(HarnessError, match="Did you mean 'ADE_val_99990005'"):
-        open_ade20k(tiny_ade, ids=["ADE_val_9999005"])
+    assert open_ade20k(tiny_ade, limit=2).ids == ["ADE_val_00001000", "ADE_val_00001001"]
+    assert open_ade20k(tiny_ade, ids=["ADE_val_00001005"]).ids == ["ADE_val_00001005"]
+    with pytest.raises(HarnessError, match="Did you mean 'ADE_val_00001005'"):
+        open_ade20k(tiny_ade, ids=["ADE_val_0001005"])
 
 
 # decoding, as the official loaders do
@@ -166,26 +185,26 @@ def test_missing_partners_empty_folders_and_other_sizes(tiny_ade: Path, tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(HarnessError, match="is empty"):
         open_ade20k(tmp_path / "empty")
-    annotation = tiny_ade / "annotations/validation/ADE_val_99990002.png"
+    annotation = tiny_ade / "annotations/validation/ADE_val_00001002.png"
     content = annotation.read_bytes()
     annotation.unlink()
     with pytest.raises(
         HarnessError,
-        match=r"1 of 7 images .*ADE_val_99990002 .missing: annotation annotations/validation/ADE_val_99990002\.jpg|1 of 7 images",
+        match=r"1 of 7 images .*ADE_val_00001002 .missing: annotation annotations/validation/ADE_val_00001002\.jpg|1 of 7 images",
     ):
         open_ade20k(tiny_ade)
     annotation.write_bytes(content)
-    image = tiny_ade / "images/validation/ADE_val_99990002.jpg"
+    image = tiny_ade / "images/validation/ADE_val_00001002.jpg"
     image.rename(tmp_path / "away.jpg")
     with pytest.raises(
-        HarnessError, match=r"1 of 7 annotations .*missing: image images/validation/ADE_val_99990002\.jpg"
+        HarnessError, match=r"1 of 7 annotations .*missing: image images/validation/ADE_val_00001002\.jpg"
     ):
         open_ade20k(tiny_ade)
     Image.new("RGB", (9, 9)).save(image)
     sizes, wrong = open_ade20k(tiny_ade).read_headers()
     assert len(sizes) == 6
-    assert list(wrong) == ["ADE_val_99990002"]
-    assert re.search(r"ADE_val_99990002\.jpg is 9x9 .* but .*ADE_val_99990002\.png is 34x34", wrong["ADE_val_99990002"])
+    assert list(wrong) == ["ADE_val_00001002"]
+    assert re.search(r"ADE_val_00001002\.jpg is 9x9 .* but .*ADE_val_00001002\.png is 34x34", wrong["ADE_val_00001002"])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +241,7 @@ def test_damaged_members_and_leftovers_of_file_managers(tiny_ade: Path, tmp_path
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(tiny_ade.rglob("*.*")):
             archive.write(file, file.relative_to(tiny_ade.parent))
-        archive.writestr("__MACOSX/ADEChallengeData2016/images/validation/._ADE_val_99990000.jpg", "x")
+        archive.writestr("__MACOSX/ADEChallengeData2016/images/validation/._ADE_val_00001000.jpg", "x")
     dataset = open_ade20k(path)
     assert len(dataset.ids) == 7
     name = dataset.pairs[0].annotation
@@ -252,8 +271,8 @@ def test_one_folder_linked_twice(tiny_ade: Path, tmp_path: Path) -> None:
 def test_verify_lists_everything_that_is_wrong(tiny_ade: Path) -> None:
     images, annotations = tiny_ade / "images/validation", tiny_ade / "annotations/validation"
     for i in range(7):  # official names: their sizes are known
-        (images / f"ADE_val_9999{i:04d}.jpg").rename(images / f"ADE_val_{i + 1:08d}.jpg")
-        (annotations / f"ADE_val_9999{i:04d}.png").rename(annotations / f"ADE_val_{i + 1:08d}.png")
+        (images / f"ADE_val_{1000 + i:08d}.jpg").rename(images / f"ADE_val_{i + 1:08d}.jpg")
+        (annotations / f"ADE_val_{1000 + i:08d}.png").rename(annotations / f"ADE_val_{i + 1:08d}.png")
     height, width = validation_sizes()["ADE_val_00000001"]
     write_pair(
         tiny_ade,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ade_harness.data.ade20k import validation_sizes
 from ade_harness.leaderboard.table import (
     Entry,
     as_csv,
@@ -47,7 +48,10 @@ def complete(run: FinishedRun, **metrics: object) -> FinishedRun:
         "model": {**run.config["model"], "label": "Ours | <best>"},
         "dataset": {**run.config["dataset"], "kind": "ade20k"},
     }
-    rows = tuple(make_row(i) for i in range(2000))
+    rows = tuple(
+        replace(make_row(0), image_id=image_id, height=height, width=width)
+        for image_id, (height, width) in validation_sizes().items()
+    )
     return FinishedRun(run.path, manifest, config, {**run.metrics, **metrics}, rows, "")
 
 
@@ -87,6 +91,11 @@ def test_what_has_no_place(demo: Path) -> None:
     assert str(why_not_ranked(run)).startswith("DEMO")
     whole = complete(run)
     assert "not all images" in str(why_not_ranked(replace(whole, rows=whole.rows[:1999])))
+    for other in (replace(whole.rows[3], image_id="photo_4"), replace(whole.rows[3], width=641)):  # another image
+        rows = (*whole.rows[:3], other, *whole.rows[4:])
+        assert f"not the official images of ADE20K validation, such as {other.image_id}" == why_not_ranked(
+            replace(whole, rows=rows)
+        )
     random = {**whole.manifest, "model": {"weights": "random"}}
     assert why_not_ranked(replace(whole, manifest=random)) == "random weights"
 

@@ -61,9 +61,9 @@ def run_rank(command, job: dict, rank: int) -> int:  # type: ignore[no-untyped-d
 
 
 def kill_after(images: int) -> None:
-    from ade_harness.evaluation.module import EvaluationModule
+    from ade_harness.evaluation.recorder import Recorder
 
-    record, count = EvaluationModule._record, 0
+    record, count = Recorder.record, 0
 
     def counted(self, *arguments) -> None:  # type: ignore[no-untyped-def]
         nonlocal count
@@ -73,7 +73,7 @@ def kill_after(images: int) -> None:
             self.writer.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    EvaluationModule._record = counted  # type: ignore[method-assign]
+    Recorder.record = counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

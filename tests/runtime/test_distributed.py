@@ -63,7 +63,7 @@ def test_lightnings_own_launcher_works_too(cli: Callable[..., Done], tmp_path: P
 def test_a_bad_image_on_one_rank_ends_all_with_one_message(
     cli: Callable[..., Done], tiny_ade: Path, tmp_path: Path
 ) -> None:
-    victim = tiny_ade / "images/validation/ADE_val_99990002.jpg"
+    victim = tiny_ade / "images/validation/ADE_val_00001002.jpg"
     victim.write_bytes(victim.read_bytes()[:-300])
     folder = tiny_ade / "annotations/validation"
     done = cli(
@@ -72,7 +72,7 @@ def test_a_bad_image_on_one_rank_ends_all_with_one_message(
     )  # fmt: skip
     assert done.code == 2, done.out + done.err
     assert done.err.count("error: ") == 1
-    assert "ADE_val_99990002.jpg: this image cannot be read" in done.err
+    assert "ADE_val_00001002.jpg: this image cannot be read" in done.err
     assert "Traceback" not in done.err
 
 

@@ -133,7 +133,7 @@ def test_nodes_with_different_data_or_weights_are_refused(run: Run, tmp_path: Pa
     words = ("model=predictions", f"model.path={tiny_ade}/annotations/validation", "dataset=ade20k", "dataset.limit=7")
     roots = [[f"dataset.root={tiny_ade}"], [f"dataset.root={other}"]]
     assert run(tmp_path / "same", 2, *words, words_of=roots) == [0, 0], logs(tmp_path / "same")
-    image = other / "images/validation/ADE_val_99990003.jpg"
+    image = other / "images/validation/ADE_val_00001003.jpg"
     content = image.read_bytes()
     image.write_bytes(content + b"x")
     assert run(tmp_path / "size", 2, *words, words_of=roots) == [2, 2]
@@ -142,7 +142,7 @@ def test_nodes_with_different_data_or_weights_are_refused(run: Run, tmp_path: Pa
     assert " sees something else than rank 0 on " in text
     assert "the data set's names and sizes (sha256) is" in text
     image.unlink()
-    (other / "annotations/validation/ADE_val_99990003.png").unlink()
+    (other / "annotations/validation/ADE_val_00001003.png").unlink()
     assert run(tmp_path / "ids", 2, *words, words_of=roots) == [2, 2]
     assert "the image ids (sha256) is" in logs(tmp_path / "ids")
     shutil.rmtree(other)

@@ -206,7 +206,7 @@ def test_a_node_without_the_data_set_ends_the_job_with_its_name(cluster: Cluster
     )
     from tests.conftest import write_pair
 
-    write_pair(work / "data-of-n1", "ADE_val_99990000", np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
+    write_pair(work / "data-of-n1", "ADE_val_00001000", np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
     job = cluster.submit(work, "--nodes=2", "--ntasks-per-node=1", str(script))
     assert cluster.wait(job, timeout_s=60) == "FAILED", output(work)
     assert "error: rank 1 on n2: data-of-n2: no such folder or zip" in output(work)

@@ -58,12 +58,12 @@ def tracked(stub: StubServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for index in range(IMAGES):
         annotation = rng.integers(0, 151, (8, 9)).astype(np.uint8).repeat(5, 0).repeat(5, 1)
         image = rng.integers(0, 256, (40, 45, 3)).astype(np.uint8)
-        write_pair(root, f"ADE_val_9999{index:04d}", image, annotation)
+        write_pair(root, f"ADE_val_{1000 + index:08d}", image, annotation)
     shutil.copytree(root / "annotations/validation", work / "mine")
-    path = work / "mine/ADE_val_99990001.png"
+    path = work / "mine/ADE_val_00001001.png"
     right = np.array(Image.open(path))
     Image.fromarray(np.full_like(right, 7)).save(path)
-    bad = root / "images/validation/ADE_val_99990003.jpg"
+    bad = root / "images/validation/ADE_val_00001003.jpg"
     whole = bad.read_bytes()
     bad.write_bytes(whole[: len(whole) // 2])  # its header is still there
     words = [
@@ -252,7 +252,7 @@ def test_a_failed_run_is_marked_and_raises_an_alert(tracked: Tracked) -> None:
     assert tracked.failed_code == 2
     (alert,) = tracked.failed["alerts"]
     assert (alert["title"], alert["severity"], alert["runName"]) == ("run failed", "ERROR", tracked.id)
-    assert "ADE_val_99990003" in alert["text"]
+    assert "ADE_val_00001003" in alert["text"]
     assert "No score: 3 of 4 images are counted" in alert["text"]
     assert tracked.failed["exits"] == {tracked.id: 1}
     assert "failed" in tracked.failed["runs"][tracked.id]["tags"]

@@ -21,6 +21,7 @@ from ade_harness.data.source import FileSource, open_source
 from ade_harness.errors import HarnessError, did_you_mean
 
 _HEADER_BYTES = 1 << 16
+TRAINING_IMAGES = 20210
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,29 @@ def validation_sizes() -> dict[str, tuple[int, int]]:
         return {row["image_id"]: (int(row["height"]), int(row["width"])) for row in csv.DictReader(file)}
 
 
+@cache
+def official_ids(split: str) -> frozenset[str]:
+    """Return the ids of ADEChallengeData2016's images: 2,000 of "validation", 20,210 of "training"."""
+    if split == "validation":
+        return frozenset(validation_sizes())
+    return frozenset(f"ADE_train_{number:08d}" for number in range(1, TRAINING_IMAGES + 1))
+
+
+def refuse_foreign(ids: Iterable[str], split: str, root: Path) -> None:
+    """Refuse images that ADEChallengeData2016 does not have: their score would stand under its name.
+
+    Raises:
+        HarnessError: names the first of them.
+    """
+    foreign = sorted(set(ids) - official_ids(split))
+    if foreign:
+        raise HarnessError(
+            f"{root}: {len(foreign):,} images in {split} are not of ADE20K's official {split} set, the first is"
+            f" {foreign[0]}. Expected ids such as {min(official_ids(split))}. Take them out of images/ and"
+            " annotations/, or evaluate them as a data set of your own: dataset.kind=folder (docs/dataset.md)."
+        )
+
+
 def open_ade20k(
     root: Path,
     split: str = "validation",
@@ -183,7 +207,8 @@ def open_ade20k(
         ids: only these image ids.
 
     Raises:
-        HarnessError: nothing there, another data set, a pair that is not whole, or an unknown id.
+        HarnessError: nothing there, another data set, images that ADE20K does not have, a pair that is not whole, or
+            an unknown id.
     """
     source = open_source(root)
     names = source.names()
@@ -205,13 +230,13 @@ def open_ade20k(
                 f"{root}: {len(alone)} of {len(left)} {kind}s in {split} have no partner, the first is {alone[0]}"
                 f" (missing: {missing}/{alone[0]}{suffix}). Extract the archive again; `data verify` lists all."
             )
+    refuse_foreign(images, split, root)
     pairs = tuple(Pair(i, images[i], annotations[i]) for i in sorted(images))
-    official = {"validation": len(validation_sizes()), "training": 20210}
     return SegmentationDataset(
         name="ade20k",
         source=source,
         pairs=select(pairs, limit, ids, root),
-        expected_images=official.get(split, len(pairs)),
+        expected_images=len(official_ids(split)),
         split=split,
         is_official=True,
     )

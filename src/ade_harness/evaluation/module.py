@@ -11,30 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 
 from ade_harness import kernels
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
-from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job
+from ade_harness.evaluation.recorder import CountedImage, Recorder
 from ade_harness.inference.predictor import Prediction, Predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.confidence import count_confidence
-from ade_harness.metrics.areas import areas_of, split_areas
-from ade_harness.metrics.confusion import area_scores
-from ade_harness.metrics.counts import Row, label_hash, sparse_counts
-from ade_harness.report.overlays import save_overlay
+from ade_harness.metrics.counts import Row
 from ade_harness.runs.directory import LEDGER
 from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerError, LedgerWriter, read_rows
-from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
 
+_MAX_PENDING = 16
+"""Images that may wait for the recorder: enough for its slow moments (a segment made durable), little memory."""
 _MAX_FAILURES = 20
 """Failures of one rank: more than that is no single damaged file."""
 
@@ -55,41 +52,34 @@ class _Launched:
 class EvaluationModule(pl.LightningModule):
     """Predicts, counts, and writes the ledger, on one rank: the map of "map, then sum".
 
-    On a GPU the results of a batch are read after the next one has been launched, so that neither waits. The sum is an
-    int64 array on the host, not a ``torchmetrics.Metric``: counts come to the host for the ledger anyway, an image is
-    added only when its row is written (a NaN or a full disk is found there), and ranks that the queue gave nothing have
-    no batch in which a metric would synchronise.
+    On a GPU the results of a batch are read after the next one has been launched, so that neither waits, and a thread
+    writes them (:class:`~ade_harness.evaluation.recorder.Recorder`). The sum is its int64 array on the host, not a
+    ``torchmetrics.Metric``: counts come to the host for the ledger anyway, an image is added only when its row is
+    written (a NaN or a full disk is found there), and ranks that the queue gave nothing have no batch in which a metric
+    would synchronise.
 
     Args:
         predictor: images to labels.
-        classes: of the data set.
-        writer: of this rank's ledger files.
+        recorder: writes what was counted.
         coordinator: of the ranks.
-        run_dir: of the run.
-        label_maps: what is kept of them.
-        marks: what the run's numbers are not.
         kernels_choice: ``runtime.kernels``.
         skip_failures: ``run.on_error=skip``: go on without images that fail.
         counted: images that are in the ledger already: they only keep their batch whole.
     """
 
     def __init__(
-        self, predictor: Predictor, classes: Classes, writer: LedgerWriter, coordinator: Coordinator, run_dir: Path,
-        label_maps: LabelMaps, marks: Sequence[str] = (), kernels_choice: str = "auto", skip_failures: bool = False,
-        counted: AbstractSet[str] = frozenset(),
+        self, predictor: Predictor, recorder: Recorder, coordinator: Coordinator, kernels_choice: str = "auto",
+        skip_failures: bool = False, counted: AbstractSet[str] = frozenset(),
     ) -> None:  # fmt: skip
         super().__init__()
         self.network = predictor.network  # Lightning moves it to the device
-        self.predictor, self.writer, self.coordinator, self.run_dir = predictor, writer, coordinator, run_dir
-        self.label_maps, self.marks, self.kernels_choice = label_maps, marks, kernels_choice
-        self.skip_failures, self.counted = skip_failures, counted
-        self.classes = classes
-        self.matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
-        """Sum of this rank's images."""
+        self.predictor, self.recorder, self.coordinator = predictor, recorder, coordinator
+        self.kernels_choice, self.skip_failures, self.counted = kernels_choice, skip_failures, counted
         self.failures: list[Failure] = []
         self.stages: dict[str, float] = {}
-        """Seconds of this rank: wait (for loaders), copy (and normalise), forward, labels, counts, ledger; and decode
-        (and resize), which happens in loader processes beside the rest if there are any, and else is part of wait."""
+        """Seconds of this rank: wait (for loaders), copy (and normalise), forward, labels, counts, backlog (waiting for
+        the recorder); and beside them decode (and resize) of the loader processes, or part of wait if there are none,
+        and ledger, the recorder's own time."""
         self.progress: int | None = None
         """Images of the last batch that are new in the ledger, or soon will be; None if it was not evaluated."""
         self._launched: list[_Launched] = []
@@ -135,7 +125,7 @@ class EvaluationModule(pl.LightningModule):
                 self.coordinator.stop()
         try:
             if images:
-                with self._failing(images):
+                with self._failing([image.image_id for image in images]):
                     self._launched.append(self._launch(images, device))
             while len(self._launched) > (1 if device.type == "cuda" else 0):
                 self._finish(self._launched.pop(0), rank)
@@ -144,12 +134,12 @@ class EvaluationModule(pl.LightningModule):
         return sum(image.image_id not in self.counted for image in images)
 
     @contextmanager
-    def _failing(self, images: Sequence[LoadedImage]) -> Iterator[None]:
+    def _failing(self, ids: Sequence[str]) -> Iterator[None]:
         """Turn an error into failures of the images at hand."""
         try:
             yield
         except HarnessError as error:
-            self.failures += [Failure(image.image_id, str(error)) for image in images]
+            self.failures += [Failure(image_id, str(error)) for image_id in ids]
             if not self.skip_failures or isinstance(error, LedgerError):
                 self.coordinator.stop()
 
@@ -161,7 +151,7 @@ class EvaluationModule(pl.LightningModule):
         with watch("counts"):
             for image, prediction in zip(images, predictions, strict=True):
                 target = image.target.to(device, non_blocking=True)
-                counts.append(chosen.count(prediction.labels, target, len(self.classes)))
+                counts.append(chosen.count(prediction.labels, target, len(self.recorder.classes)))
                 confidence = prediction.confidence
                 calibrations.append(
                     None if confidence is None else count_confidence(confidence, prediction.labels, target)
@@ -182,51 +172,26 @@ class EvaluationModule(pl.LightningModule):
         seconds = batch.watch.seconds()
         for stage, spent in seconds.items():
             self._spend(stage, spent)
-        start = time.perf_counter()
         each = sum(seconds.values()) / len(batch.images)
-        for image, prediction, counted, confidence in zip(
+        for image, prediction, counts, confidence in zip(
             batch.images, batch.predictions, batch.counts, batch.calibrations, strict=True
         ):
             self._spend("decode", image.load_seconds)
             if image.image_id not in self.counted:
-                with self._failing([image]):
+                with self._failing([image.image_id]):
                     _refuse_nan(image.image_id, prediction.nan_share)
-                    self._record(image, prediction.labels, counted.numpy(), confidence.numpy(), each, rank)
-        self._spend("ledger", time.perf_counter() - start)
+                    self.recorder.put(
+                        CountedImage(image, prediction.labels, counts.numpy(), confidence.numpy(), each, rank)
+                    )
+        self._settle(_MAX_PENDING)
 
-    def _record(
-        self, image: LoadedImage, labels: Tensor, counts: np.ndarray, confidence: np.ndarray, seconds: float, rank: int
-    ) -> None:
-        ground_truth, prediction, pixels = sparse_counts(counts)
-        height, width = image.target.shape
-        valid = int(pixels.sum())
-        if image.overlay_image is not None:
-            path = self.run_dir / "overlays" / f"{image.image_id}.png"
-            save_overlay(
-                path, image.overlay_image.numpy(), image.target.numpy(), labels.numpy(), self.classes, self.marks
-            )
-        self.label_maps.add(
-            image.image_id, labels.numpy(), lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
-        )
-        self.writer.append(
-            Row(
-                image_id=image.image_id,
-                height=height,
-                width=width,
-                valid_pixels=valid,
-                ignored_pixels=height * width - valid,
-                ground_truth=ground_truth,
-                prediction=prediction,
-                pixels=pixels,
-                label_hash=label_hash(labels),
-                content_hash=image.content_hash,
-                seconds=seconds,
-                rank=rank,
-                host=host_name(),
-                calibration=confidence.reshape(-1),
-            )
-        )
-        self.matrix += counts
+    def _settle(self, most: int) -> None:
+        """Wait until at most `most` images are still to be written; take up the errors of those that were."""
+        start = time.perf_counter()
+        for image_id, future in self.recorder.settled(most):
+            with self._failing([image_id]):
+                self._spend("ledger", future.result())
+        self._spend("backlog", time.perf_counter() - start)
 
     def close(self, rank: int) -> None:
         """Read what is still on the device and make the last rows durable; a full disk is a failure like any other."""
@@ -235,9 +200,11 @@ class EvaluationModule(pl.LightningModule):
                 self._finish(self._launched.pop(0), rank)
         finally:  # after an error of the device too: rows that were written stay
             try:
-                self.writer.flush()
-            except HarnessError as error:
-                self.failures.append(Failure(f"rank {rank}", str(error)))
+                self._settle(0)
+            finally:
+                self.recorder.close()
+                with self._failing([f"rank {rank}"]):
+                    self.recorder.writer.flush()
 
     def _spend(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
@@ -300,7 +267,6 @@ def make_module(
     cfg: Config, job: Job, done: AbstractSet[str], coordinator: Coordinator, run_dir: Path, marks: Sequence[str]
 ) -> EvaluationModule:
     """Return the module of a rank: with its ledger's writer, and what it keeps of label maps."""
-    return EvaluationModule(
-        job.predictor, job.dataset.classes, LedgerWriter(run_dir / LEDGER, marks), coordinator, run_dir,
-        LabelMaps(run_dir, cfg.run.label_maps), marks, cfg.runtime.kernels, cfg.run.on_error == "skip", done,
-    )  # fmt: skip
+    writer, label_maps = LedgerWriter(run_dir / LEDGER, marks), LabelMaps(run_dir, cfg.run.label_maps)
+    recorder = Recorder(run_dir, job.dataset.classes, writer, label_maps, marks)
+    return EvaluationModule(job.predictor, recorder, coordinator, cfg.runtime.kernels, cfg.run.on_error == "skip", done)

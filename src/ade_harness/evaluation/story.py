@@ -82,7 +82,7 @@ def _work(
     reporter = reporter_for(coordinator.rank, console, len(job.dataset.ids), len(done))
     callback = RankCallback(ranks, data.costs, data.names, data.sampler, reporter)
     ranks.trainer.callbacks.append(callback)
-    watchdog.on_loss = module.writer.flush
+    watchdog.on_loss = module.recorder.writer.flush
     begin = live.begin(len(done)) if live is not None else time.monotonic()
     with closing(callback):
         try:
@@ -94,7 +94,8 @@ def _work(
         callback.wait_for_all()
     rate, stopped = (len(job.dataset.ids) - len(done)) / (time.monotonic() - begin), coordinator.stopped
     failures: list[Failure] = sum(gather(module.failures), [])
-    total = all_reduce_sum(module.matrix) + matrix_of(before, len(module.matrix))
+    counted = module.recorder.matrix
+    total = all_reduce_sum(counted) + matrix_of(before, len(counted))
     notes = tuple(dict.fromkeys(sum(gather(job.predictor.notes()), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     ranks.part()

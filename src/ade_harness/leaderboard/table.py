@@ -16,6 +16,7 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
+from ade_harness.data.ade20k import validation_sizes
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced, write_text
 from ade_harness.leaderboard.published import published_rows
@@ -71,6 +72,10 @@ def why_not_ranked(run: FinishedRun) -> str | None:
         return run.marks[0]
     if run.config["dataset"]["kind"] != "ade20k" or run.manifest["dataset"]["name"] != "ade20k" or not run.complete:
         return "not all images of ADE20K validation"
+    official = validation_sizes()
+    foreign = next((row.image_id for row in run.rows if official.get(row.image_id) != (row.height, row.width)), None)
+    if foreign is not None or len(run.rows) != len(official):
+        return f"not the official images of ADE20K validation, such as {foreign}"
     if run.manifest["model"].get("weights") == "random":
         return "random weights"
     return None

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ade_harness.runs.result import Result, per_class_rows
+from ade_harness.runs.result import BESIDE, Result, per_class_rows
 from ade_harness.runtime.balance import Balance
 from ade_harness.runtime.console import percent, print_fact
 from ade_harness.runtime.progress import format_seconds
@@ -56,8 +56,8 @@ def _balance(balance: Balance) -> str:
 
 
 def _stages(shares: Mapping[str, float]) -> str:
-    own = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "decode")
-    return f"{own}; loaders {shares.get('decode', 0):.0%}"
+    own = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name not in BESIDE)
+    return f"{own}; beside it loaders {shares.get('decode', 0):.0%}, recorder {shares.get('ledger', 0):.0%}"
 
 
 def _scores(result: Result) -> Table:

@@ -30,6 +30,10 @@ CONVENTION = (
 )
 
 
+BESIDE = ("decode", "ledger")
+"""Stages of loader processes and of the recorder's thread, which work beside the others."""
+
+
 @dataclass(frozen=True)
 class Published:
     """A score from a paper; never ours."""
@@ -147,9 +151,9 @@ class Result:
 
     @property
     def stage_shares(self) -> dict[str, float]:
-        """Time in each stage over the time of the ranks, largest first; decode, which is beside it, comes last."""
-        total = sum(spent for name, spent in self.stages.items() if name != "decode")
-        ordered = sorted(self.stages.items(), key=lambda item: (item[0] == "decode", -item[1]))
+        """Time in each stage over the time of the ranks, largest first; those of `BESIDE` come last."""
+        total = sum(spent for name, spent in self.stages.items() if name not in BESIDE)
+        ordered = sorted(self.stages.items(), key=lambda item: (item[0] in BESIDE, -item[1]))
         return {name: spent / total for name, spent in ordered} if total else {}
 
     def timings(self) -> dict[str, Any]:

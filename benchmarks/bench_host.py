@@ -1,0 +1,173 @@
+"""Does the host keep up with a GPU? `python benchmarks/bench_host.py` runs the loop with an instantaneous network.
+
+Labels and counts of each image are there at once, as a GPU's would be, so what is left is the host's work: images from
+loader processes, what the main thread does with each, and the recorder (ledger row, label hash, label map). Shown
+for 1, 2 and 4 ranks, with the recorder in the main thread (as it was once) and in its own: images/s per rank,
+milliseconds of processor time that the main thread spends on an image, and those of the recorder's thread.
+A network that launches 300 kernels needs about 1.5 ms of the main thread beside that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from images import make_folder
+from measure import machine_line, one_thread
+from ours import predictor
+from peers import TrivialNetwork
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from ade_harness import kernels
+from ade_harness.data.ade20k import open_ade20k
+from ade_harness.evaluation.data import ImageItems
+from ade_harness.evaluation.module import EvaluationModule
+from ade_harness.evaluation.recorder import Recorder
+from ade_harness.inference.predictor import Prediction
+from ade_harness.runs.label_maps import LabelMaps
+from ade_harness.runs.ledger import LedgerWriter
+from ade_harness.runtime.coordination import Coordinator
+from ade_harness.runtime.queue import quiet_worker
+
+CPU = torch.device("cpu")
+
+
+class MainThread(Executor):
+    """Records in the thread that asks for it."""
+
+    def submit(self, call: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        """Call at once."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments, **named))
+        except Exception as error:  # (the recorder's caller sees it, as from a thread)
+            future.set_exception(error)
+        return future
+
+
+def work(folder: Path, images: int, workers: int, label_maps: str, threaded: bool, barrier: Any) -> dict[str, float]:
+    """Do one rank's work `images` times; return its times.
+
+    Returns:
+        images_per_second, and of an image in milliseconds: main (processor time of the main thread) and recorder.
+    """
+    one_thread()
+    dataset = open_ade20k(folder, "validation")
+    made = predictor(TrivialNetwork(), "torch")
+    order = [[n % len(dataset.pairs)] for n in range(images)]
+    answers = []
+    for index in range(len(dataset.pairs)):
+        target = torch.from_numpy(dataset.load(index).target)
+        labels = torch.where(target == 255, torch.zeros_like(target), target).roll(7, 1)  # some pixels wrong
+        answers.append((labels, kernels.select("torch", "cpu").count(labels, target, len(dataset.classes))))
+    of_batches = iter([answers[group[0]] for group in order])
+    counts: list[torch.Tensor] = []
+
+    def answer(*_: Any) -> list[Prediction]:
+        labels, counted = next(of_batches)
+        counts.append(counted)
+        return [Prediction(labels)]
+
+    loader = DataLoader(
+        ImageItems(dataset, order, made, set()), batch_size=None, num_workers=workers, worker_init_fn=quiet_worker,
+        prefetch_factor=4 if workers else None, multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary)
+        recorder = Recorder(
+            run, dataset.classes, LedgerWriter(run / "ledger"), LabelMaps(run, label_maps),
+            executor=None if threaded else MainThread(),
+        )  # fmt: skip
+        module = EvaluationModule(made, recorder, Coordinator())
+        ready = SimpleNamespace(count=lambda *_: counts.pop())
+        main = 0.0
+        with mock.patch.object(made, "predict", answer), mock.patch("ade_harness.kernels.select", lambda *_: ready):
+            items = iter(loader)
+            barrier.wait()
+            begin = time.perf_counter()
+            for batch in items:
+                before = time.thread_time()
+                module.process(batch, CPU, 0)
+                main += time.thread_time() - before
+            before = time.thread_time()
+            module.close(0)
+            main += time.thread_time() - before
+        spent = time.perf_counter() - begin
+    assert not module.failures, module.failures
+    assert int(recorder.matrix.sum()) == sum(int(answers[group[0]][1].sum()) for group in order)
+    of_image = 1e3 / images
+    return {
+        "rate": images / spent, "main": main * of_image, "recorder": module.stages["ledger"] * of_image,
+        "backlog": module.stages["backlog"] * of_image,
+    }  # fmt: skip
+
+
+def _rank(pipe: Any, *arguments: Any) -> None:
+    pipe.send(work(*arguments))
+
+
+def ranks_at_once(ranks: int, *arguments: Any) -> dict[str, float]:
+    """Run ranks at the same time; return the mean of what they measured."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(ranks)
+    started = []
+    for _ in range(ranks):
+        mine, other = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(other, *arguments, barrier))
+        process.start()
+        other.close()
+        started.append((process, mine))
+    found = [mine.recv() for _, mine in started]
+    for process, _ in started:
+        process.join()
+    return {name: statistics.mean(one[name] for one in found) for name in found[0]}
+
+
+def main() -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=400, help="of each rank")
+    parser.add_argument("--files", type=int, default=16, help="different images")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="loader processes of each rank")
+    parser.add_argument("--label-maps", nargs="+", default=["few", "all"], choices=["none", "few", "all"])
+    options = parser.parse_args()
+    table = Table(title="the host's work on an image, medians; ms", title_justify="left")
+    for column in ("ranks", "label maps", "recorder", "images/s per rank", "main thread, CPU", "recorder", "backlog"):
+        table.add_column(column, justify="left" if column in ("label maps", "recorder") else "right")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "ADEChallengeData2016"
+        make_folder(folder, options.files)
+        for ranks in options.ranks:
+            for label_maps in options.label_maps:
+                found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+                for _ in range(options.rounds):
+                    for threaded, times in found.items():
+                        times.append(
+                            ranks_at_once(ranks, folder, options.images, options.workers, label_maps, threaded)
+                        )
+                for threaded, times in found.items():
+                    middle = {name: np.median([one[name] for one in times]) for name in times[0]}
+                    table.add_row(
+                        str(ranks), label_maps, "own thread" if threaded else "main thread", f"{middle['rate']:.0f}",
+                        *(f"{middle[name]:.2f}" for name in ("main", "recorder", "backlog")),
+                    )  # fmt: skip
+    Console(width=100).print(table)
+    print(machine_line())
+
+
+if __name__ == "__main__":
+    main()
