@@ -16,6 +16,7 @@ from torch import nn
 from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import InferenceConfig, ResizeConfig
 from ade_harness.config.schema import Config
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.inference.plan import plan_views
@@ -353,7 +354,7 @@ def write_labels(folder: Path, name: str, labels: np.ndarray) -> None:
 )
 def test_label_files(tmp_path: Path, encoding: str, stored: list[int], expected: list[int]) -> None:
     write_labels(tmp_path / "p", "a", np.array([stored], np.uint8))
-    made = FolderPredictor(tmp_path / "p", encoding, 150)
+    made = FolderPredictor(tmp_path / "p", encoding, ade20k_classes())
     prepared = made.prepare("a", np.zeros((1, 3, 3), np.uint8))
     assert labels_of(made, prepared).tolist() == [expected]
     made.check({"a": (1, 3)})
@@ -373,12 +374,12 @@ def test_label_files(tmp_path: Path, encoding: str, stored: list[int], expected:
 def test_bad_label_files(tmp_path: Path, encoding: str, labels: np.ndarray, message: str) -> None:
     write_labels(tmp_path / "p", "a", labels)
     with pytest.raises(HarnessError, match=message):
-        FolderPredictor(tmp_path / "p", encoding, 150).prepare("a", np.zeros((2, 2, 3), np.uint8))
+        FolderPredictor(tmp_path / "p", encoding, ade20k_classes()).prepare("a", np.zeros((2, 2, 3), np.uint8))
 
 
 def test_label_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="no such folder"):
-        FolderPredictor(tmp_path / "x", "official", 150)
+        FolderPredictor(tmp_path / "x", "official", ade20k_classes())
 
 
 def test_label_hash_tells_every_pixel() -> None:

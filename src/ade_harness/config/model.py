@@ -55,10 +55,23 @@ class Dtype(StrEnum):
 
 
 class Encoding(StrEnum):
-    """What the values of a label PNG mean."""
+    """What the values of label files mean, and how files store them.
 
-    official = "official"  # 0 unlabelled, 1..150
-    zero_based = "zero_based"  # 0..149, 255 unlabelled
+    `official`: 0 none of the classes, 1..C; `zero_based`: 0..C-1, 255 none. Both as 8-bit grey PNGs, or PNGs with a
+    palette that is known to show labels by their value; the others say what else the files are.
+    """
+
+    official = "official"
+    zero_based = "zero_based"
+    palette_index = "palette_index"  # official values, the indices of a palette PNG
+    palette_index_zero_based = "palette_index_zero_based"
+    palette_colour = "palette_colour"  # official values, the grey levels of a palette's entries
+    palette_colour_zero_based = "palette_colour_zero_based"
+    colour = "colour"  # the data set's colours; black is none
+    uint16 = "uint16"  # official values, 16-bit grey PNG
+    uint16_zero_based = "uint16_zero_based"
+    npy = "npy"  # official values, NumPy file of any integers
+    npy_zero_based = "npy_zero_based"
 
 
 @dataclass
@@ -170,7 +183,7 @@ class ModelConfig:
     dtype: Dtype = Dtype.fp32  # bf16 and fp16 need the same inference.precision
     class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
     class_names: list[str] | None = None  # per output channel, if the file carries none
-    encoding: Encoding = Encoding.official  # kind=predictions, http
+    encoding: Encoding = Encoding.official  # kind=predictions; kind=http: official or zero_based
     input: InputConfig = field(default_factory=InputConfig)
     allow_missing_keys: list[str] = field(default_factory=list)
     allow_unexpected_keys: list[str] = field(default_factory=list)

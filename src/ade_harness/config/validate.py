@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ade_harness.config.fields import check_ranges
 from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, ResizeConfig, ResizeRule, Rounding, Upsample
 from ade_harness.config.kinds import Gives, kind_of
-from ade_harness.config.model import Dtype, ModelConfig, Returns
+from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config, DatasetConfig, DatasetKind
 from ade_harness.errors import require
@@ -213,6 +213,10 @@ def _check_endpoint(model: ModelConfig) -> None:
     require(
         name is None or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None,
         "model.http.token_env: expected the name of an environment variable, such as MY_TOKEN, not the token.",
+    )
+    require(
+        model.encoding in (Encoding.official, Encoding.zero_based),
+        f"model.encoding={model.encoding}: an endpoint sends 8-bit grey PNGs: official or zero_based.",
     )
     require(
         model.class_map is None or model.http.returns == Returns.scores,

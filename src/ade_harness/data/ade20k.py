@@ -10,12 +10,20 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes
-from ade_harness.data.decode import check_label_mode, decode_image, decode_labels, read_header
+from ade_harness.data.decode import (
+    ImageHeader,
+    check_label_kind,
+    decode_image,
+    decode_labels,
+    is_surely_its_labels,
+    read_header,
+)
 from ade_harness.data.labels import Classes, LabelEncoding
 from ade_harness.data.source import FileSource, open_source
 from ade_harness.errors import HarnessError, did_you_mean
@@ -80,7 +88,9 @@ class SegmentationDataset:
 
     def labels_hash(self) -> str:
         """Return a sha256 of what the values of label files mean."""
-        meaning = [list(self.classes.names), list(self.encoding.target_of)]
+        meaning: list[Any] = [list(self.classes.names), list(self.encoding.target_of)]
+        if self.encoding.storage.kind != "grey":
+            meaning.append(self.encoding.storage.kind)
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
     def content_hash(self, index: int) -> str:
@@ -103,7 +113,7 @@ class SegmentationDataset:
         pair = self.pairs[index]
         image_bytes, annotation_bytes, content_hash = self._read(index)
         image = decode_image(image_bytes, pair.image, self.apply_exif)
-        annotation = decode_labels(annotation_bytes, pair.annotation)
+        annotation = decode_labels(annotation_bytes, pair.annotation, self.encoding.storage)
         check_sizes(image.shape[:2], annotation.shape, pair)
         return Sample(pair.image_id, image, self.encoding.targets(annotation, pair.annotation), content_hash)
 
@@ -129,17 +139,23 @@ class SegmentationDataset:
         sizes, wrong = {}, {}
         for pair in self.pairs:
             try:
-                height, width, _ = self._header(pair.image)
+                header = self._header(pair.image)
+                size = header.height, header.width
                 if annotations:
-                    label_height, label_width, label_mode = self._header(pair.annotation)
-                    check_label_mode(label_mode, pair.annotation)
-                    check_sizes((height, width), (label_height, label_width), pair)
-                sizes[pair.image_id] = (height, width)
+                    check_sizes(size, self._label_size(pair.annotation), pair)
+                sizes[pair.image_id] = size
             except HarnessError as error:
                 wrong[pair.image_id] = str(error)
         return sizes, wrong
 
-    def _header(self, name: str) -> tuple[int, int, str]:
+    def _label_size(self, name: str) -> tuple[int, int]:
+        """Return (height, width) of a label file, once it is sure how its values are stored."""
+        header = check_label_kind(self.source.read(name, limit=_HEADER_BYTES), name, self.encoding.storage)
+        if not is_surely_its_labels(header, self.encoding.storage):  # the pixels decide
+            decode_labels(self.source.read(name), name, self.encoding.storage)
+        return header.height, header.width
+
+    def _header(self, name: str) -> ImageHeader:
         try:
             return read_header(self.source.read(name, limit=_HEADER_BYTES), name, self.apply_exif)
         except HarnessError:  # a long EXIF block can push the size behind the first bytes

@@ -6,11 +6,13 @@ The YAML file (docs/dataset.md has an example)::
     ignore: [255]                    # label values that are not counted; this is the default
     mapping: {7: road, 8: sidewalk}  # label value -> class; without it, value n is class n
     colors: [[128, 64, 128], ...]    # RGB of each class; without it, PASCAL VOC's
+    storage: palette_index           # how label files store values; 8-bit grey without it
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,17 @@ from ade_harness.data.labels import (
     IGNORE_INDEX,
     MAX_CLASSES,
     Classes,
+    Color,
     LabelEncoding,
+    LabelStorage,
     default_colors,
     encode_targets,
 )
 from ade_harness.data.source import MountedSource, open_source
 from ade_harness.errors import HarnessError, did_you_mean, require
 
-_KEYS = ("names", "ignore", "mapping", "colors")
+_KEYS = ("names", "ignore", "mapping", "colors", "storage")
+_STORAGE = ("grey", "palette_index", "palette_colour", "uint16")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LABEL_SUFFIX = ".png"
 _MAX_BYTES = 1_000_000
@@ -53,7 +58,22 @@ def read_classes(path: Path, dataset: str) -> tuple[Classes, LabelEncoding]:
         )
     names = _names(content.get("names"), path)
     colors = _colors(content.get("colors"), len(names), path)
-    return Classes(dataset, names, colors), _encoding(content, names, path)
+    encoding = _encoding(content, names, path)
+    return Classes(dataset, names, colors), replace(encoding, storage=_storage(content, encoding, colors, path))
+
+
+def _storage(content: Mapping[Any, Any], encoding: LabelEncoding, colors: Sequence[Color], path: Path) -> LabelStorage:
+    kind = content.get("storage", "grey")
+    require(
+        isinstance(kind, str) and kind in _STORAGE,
+        f"{path}: storage: {kind!r}: expected one of {', '.join(_STORAGE)}.",
+    )
+    own = tuple(None if t is None or t == IGNORE_INDEX else colors[t] for t in encoding.target_of)
+    advice = (
+        f"If you know how the labels are stored, say so in {path}: `storage: palette_index` (the indices),"
+        " palette_colour (the grey levels of the palette) or uint16 (docs/dataset.md)."
+    )
+    return LabelStorage(kind, own, advice)
 
 
 def _read(path: Path) -> dict[Any, Any]:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from ade_harness.errors import HarnessError
 
+Color = tuple[int, int, int]
+"""RGB, 0..255."""
 MAX_CLASSES = 255
 """Labels are uint8, and one value is needed for pixels that belong to no class."""
 IGNORE_INDEX = 255
@@ -83,6 +85,20 @@ def default_colors(number: int) -> tuple[tuple[int, int, int], ...]:
 
 
 @dataclass(frozen=True)
+class LabelStorage:
+    """How the values of label files are stored in them."""
+
+    kind: str = "grey"
+    """"grey": 8-bit grey, or a palette whose indices are surely the values; "palette_index": a palette's indices,
+    whatever its entries; "palette_colour": the grey levels of a palette's entries; "colour": by `colors`; "uint16":
+    16-bit grey."""
+    colors: tuple[Color | None, ...] = ()
+    """RGB of each value, for "colour" and for palettes that show values so."""
+    advice: str = "Save it as 8-bit grey, or restore the official file."
+    """What a message proposes for a file that is stored otherwise."""
+
+
+@dataclass(frozen=True)
 class LabelEncoding:
     """What the values of label files mean."""
 
@@ -90,6 +106,7 @@ class LabelEncoding:
     """For each of the values 0..255: its class, `IGNORE_INDEX`, or None if no file may hold it."""
     refusal: str
     """What a message says of a value that no file may hold: what was expected, and what to do."""
+    storage: LabelStorage = LabelStorage()
 
     @cached_property
     def _table(self) -> npt.NDArray[np.uint8]:
@@ -126,9 +143,11 @@ class LabelEncoding:
         return targets
 
 
-def encode_targets(classes: Sequence[int | None], refusal: str) -> LabelEncoding:
+def encode_targets(
+    classes: Sequence[int | None], refusal: str, storage: LabelStorage = LabelStorage()
+) -> LabelEncoding:
     """Return the encoding in which value n means ``classes[n]``; values beyond are refused."""
-    return LabelEncoding((*classes, *[None] * (256 - len(classes))), refusal)
+    return LabelEncoding((*classes, *[None] * (256 - len(classes))), refusal, storage)
 
 
 _DATASET_OF = {

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from ade_harness.data.containers import MAX_FILE_BYTES
 from ade_harness.errors import HarnessError
 from ade_harness.files.archive import check_member_name
+from ade_harness.files.reading import read_regular
 
 
 class FileSource(Protocol):
@@ -72,11 +74,7 @@ class FolderSource:
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """Return a file's content, or its first `limit` bytes."""
-        try:
-            with (self.location / name).open("rb") as file:
-                return file.read() if limit is None else file.read(limit)
-        except OSError as error:
-            raise HarnessError(f"{self.location / name}: cannot be read ({error.strerror}).") from error
+        return read_regular(self.location / name, MAX_FILE_BYTES, limit)
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file."""
@@ -117,6 +115,9 @@ class ZipSource:
         """Return a member's content, or its first `limit` bytes; the zip's own checksum is verified."""
         try:
             with self._open().open(name) as member:
+                size = self._open().getinfo(name).file_size
+                if size > MAX_FILE_BYTES:  # a few bytes can unpack to anything
+                    raise HarnessError(f"{self.location}: {name} unpacks to {size:,} bytes; no image has so many.")
                 return member.read() if limit is None else member.read(limit)
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
             raise HarnessError(f"{self.location}: {name} is damaged ({error}). Download the archive again.") from error

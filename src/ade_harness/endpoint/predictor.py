@@ -15,7 +15,7 @@ from ade_harness import kernels
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_labels, read_header
-from ade_harness.data.labels import Classes
+from ade_harness.data.labels import Classes, LabelStorage
 from ade_harness.endpoint.client import Endpoint, read_token
 from ade_harness.endpoint.http import Reply
 from ade_harness.errors import HarnessError, require
@@ -33,6 +33,7 @@ _SPARE_BYTES = 1 << 16
 """For headers of files, and text in them."""
 _LEAST_SCORES = 512 * 512
 """Pixels of scores that any image may have, however small it is."""
+_STORAGE = LabelStorage(advice="The endpoint has to send 8-bit grey.")
 
 
 class EndpointPredictor:
@@ -136,13 +137,15 @@ class EndpointPredictor:
                 f"{name}: sends labels as {self.endpoint.hide(encoding)[:40]!r}, but model.encoding={self.encoding}."
                 " Set model.encoding."
             )
-        height, width, _ = read_header(reply.body, name)  # before anything of that size is allocated
-        if (height, width) != size:
+        header = read_header(reply.body, name)  # before anything of that size is allocated
+        if (header.height, header.width) != size:
             raise HarnessError(
-                f"{name}: the label map is {width}x{height} (width x height), the image is {size[1]}x{size[0]}:"
-                " label maps must have the size of the image that was sent."
+                f"{name}: the label map is {header.width}x{header.height} (width x height), the image is"
+                f" {size[1]}x{size[0]}: label maps must have the size of the image that was sent."
             )
-        return torch.from_numpy(classes_of_stored(decode_labels(reply.body, name), encoding, name, self.classes))
+        return torch.from_numpy(
+            classes_of_stored(decode_labels(reply.body, name, _STORAGE), encoding, name, self.classes)
+        )
 
     def _labels_of_scores(self, reply: Reply, size: Size, name: str) -> torch.Tensor:
         assert self._class_map is not None

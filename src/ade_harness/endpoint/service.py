@@ -57,7 +57,8 @@ class ModelService:
     def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
         """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
         try:
-            height, width, _ = read_header(data, "the image")
+            header = read_header(data, "the image")
+            height, width = header.height, header.width
             if height * width > _MAX_PIXELS:
                 raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are taken")
             image = decode_image(data, "the image", self.apply_exif)

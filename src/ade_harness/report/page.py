@@ -20,8 +20,11 @@ from markupsafe import Markup
 from PIL import Image
 
 import ade_harness
+from ade_harness.data.containers import MAX_FILE_BYTES
+from ade_harness.data.decode import decode_image
 from ade_harness.data.labels import Classes
 from ade_harness.files.atomic import write_text
+from ade_harness.files.reading import read_regular
 from ade_harness.metrics.regions import SIZE_EDGES
 from ade_harness.report import plots
 from ade_harness.report.contents import SCORE_NAMES, RunContents, configuration, provenance
@@ -146,8 +149,7 @@ def _overlays(run_dir: Path) -> list[tuple[str, str]]:
     found = []
     folder = run_dir / "overlays"
     for path in sorted(folder.rglob("*.png")):
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+        picture = Image.fromarray(decode_image(read_regular(path, MAX_FILE_BYTES), str(path)))
         picture.thumbnail((_OVERLAY_SIDE, _OVERLAY_SIDE))
         found.append((path.relative_to(folder).with_suffix("").as_posix(), data_url(picture, "JPEG")))
     return found

@@ -14,8 +14,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ade_harness.data.containers import MAX_FILE_BYTES
+from ade_harness.data.decode import decode_labels
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced
+from ade_harness.files.reading import read_regular
 from ade_harness.metrics.counts import Row, label_hash
 from ade_harness.runs.ledger import LedgerError
 
@@ -85,14 +88,13 @@ def read_label_map(run_dir: Path, row: Row) -> npt.NDArray[np.uint8] | None:
         HarnessError: the file is damaged, or not what was counted.
     """
     path = run_dir / FOLDER / f"{row.image_id}.png"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot be read ({error.strerror}).") from error
-    stored = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
-    if stored is None or stored.dtype != np.uint8 or stored.shape != (row.height, row.width):
+    try:
+        stored = decode_labels(read_regular(path, MAX_FILE_BYTES), str(path))
+    except HarnessError as error:
+        raise HarnessError(f"{path}: damaged. Delete it: the report works without it.") from error
+    if stored.shape != (row.height, row.width):
         raise HarnessError(f"{path}: damaged. Delete it: the report works without it.")
     labels = np.asarray(stored - np.uint8(1), np.uint8)
     if label_hash(labels) != row.label_hash:

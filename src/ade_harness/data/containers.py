@@ -1,0 +1,137 @@
+"""What an image or label file is, before anything of it is decoded: JPEG or PNG, how large, how its values are stored.
+
+Only these two formats are read, wherever a file comes from: Pillow alone would open some forty, one of which runs
+Ghostscript on the sender's program.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ade_harness.errors import HarnessError
+
+MAX_PIXELS = 2**27
+"""Pixels of an image that is decoded: five times the largest of public segmentation sets; one byte each and more."""
+MAX_FILE_BYTES = 2**28
+"""Bytes of an image or label file."""
+FORMATS = ("JPEG", "PNG")
+"""As Pillow calls them."""
+GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
+"""Colour types of PNG."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+_CHUNKS = 2**16
+"""Chunks of a PNG: encoders that write the most make one for each 8 KB."""
+_OTHERS = {
+    b"GIF8": "GIF", b"BM": "BMP", b"II*\x00": "TIFF", b"MM\x00*": "TIFF", b"RIFF": "WebP", b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "PDF", b"<svg": "SVG", b"\x93NUMPY": "NumPy", b"version https://git-lfs":
+    "a Git LFS pointer: `git lfs pull` fetches the file", b"<!DO": "HTML", b"<htm": "HTML",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PngHeader:
+    """What a PNG says before its pixels."""
+
+    height: int
+    width: int
+    depth: int
+    """Bits of a channel: 1, 2, 4, 8 or 16."""
+    colour_type: int
+    """`GREY`, `COLOUR`, `PALETTE`, `GREY_ALPHA` or `COLOUR_ALPHA`."""
+    palette: npt.NDArray[np.uint8] | None
+    """[entries, 3] RGB; None without a palette."""
+
+
+def unreadable(name: str, what: str, reason: object) -> HarnessError:
+    """Return the error of a file that cannot be decoded; `what` is "image" or "label map"."""
+    text = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+    return HarnessError(
+        f"{name}: this {what} cannot be read ({text}). Replace the file: `data verify` lists all damaged ones."
+    )
+
+
+def container_of(data: bytes, name: str, what: str) -> str:
+    """Return "JPEG" or "PNG" by a file's first bytes, whatever its name says; raises HarnessError for all else."""
+    if data.startswith(_PNG):
+        return "PNG"
+    if data.startswith(_JPEG):
+        return "JPEG"
+    if not data:
+        raise unreadable(name, what, "the file is empty")
+    other = next((kind for start, kind in _OTHERS.items() if data.startswith(start)), None)
+    raise unreadable(name, what, f"neither JPEG nor PNG{f' but {other}' if other else ''}")
+
+
+def check_pixels(height: int, width: int, name: str, what: str, most: int = MAX_PIXELS) -> None:
+    """Refuse an image with no pixel, or with more than can be meant."""
+    if not 0 < height * width <= most:
+        raise unreadable(name, what, f"it says {width}x{height} pixels (width x height); at most {most:,} are decoded")
+
+
+def read_png_header(data: bytes, name: str, what: str) -> PngHeader:
+    """Read what stands before a PNG's pixels.
+
+    Args:
+        data: the file, or so much of its start that the palette is in it.
+        name: how messages call the file.
+        what: "image" or "label map".
+
+    Raises:
+        HarnessError: damaged, or too large.
+    """
+    header, palette = None, None
+    for kind, content in _chunks(data, name, what, whole=False):
+        if kind == b"IHDR" and len(content) == 13:
+            width, height, depth, colour_type = struct.unpack(">IIBB", content[:10])
+            header = height, width, depth, colour_type
+        elif kind == b"PLTE":
+            palette = np.frombuffer(content[: len(content) // 3 * 3], np.uint8).reshape(-1, 3)
+        elif kind == b"IDAT":
+            break
+    if header is None:
+        raise unreadable(name, what, "no PNG header")
+    check_pixels(header[0], header[1], name, what)
+    return PngHeader(*header, palette)
+
+
+def check_png(data: bytes, name: str, what: str) -> PngHeader:
+    """Check that a PNG is whole: every chunk's checksum, and the end. Decoders skip some of them.
+
+    Raises:
+        HarnessError: damaged or cut off.
+    """
+    last = b""
+    for kind, _ in _chunks(data, name, what, whole=True):
+        last = kind
+        if kind == b"IEND":
+            break
+    if last != b"IEND":
+        raise unreadable(name, what, "it is cut off")
+    return read_png_header(data, name, what)
+
+
+def _chunks(data: bytes, name: str, what: str, whole: bool) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (kind, content) of chunks; of those that matter for pixels, and are whole, the checksum is verified."""
+    place = len(_PNG)
+    for _ in range(_CHUNKS):
+        if place + 8 > len(data):
+            return
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        if end > len(data) and (whole or kind != b"IDAT"):
+            raise unreadable(name, what, "it is cut off")
+        content = data[place + 8 : end - 4]
+        if end <= len(data) and not kind[0] & 0x20:  # critical: ancillary ones may be damaged
+            (expected,) = struct.unpack_from(">I", data, end - 4)
+            if zlib.crc32(content, zlib.crc32(kind)) != expected:
+                raise unreadable(name, what, f"damaged: a checksum is wrong, in the chunk {kind!r}")
+        yield kind, content
+        place = end
+    raise unreadable(name, what, f"it has more than {_CHUNKS:,} chunks")

@@ -1,0 +1,35 @@
+"""Read files that somebody else made: only regular ones, only so large."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ade_harness.errors import HarnessError
+
+
+def read_regular(path: Path, most: int, limit: int | None = None) -> bytes:
+    """Return a file's content.
+
+    Args:
+        path: of the file, or of a link to it.
+        most: bytes that such a file may have.
+        limit: return only its first bytes.
+
+    Raises:
+        HarnessError: it cannot be read, is larger, or is no regular file: a pipe would be waited for, a device read
+            for ever.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise HarnessError(f"{path}: is no regular file (a folder, pipe or device). Expected a file.")
+            if found.st_size > most:
+                raise HarnessError(f"{path}: has {found.st_size:,} bytes; at most {most:,} are read.")
+            return file.read() if limit is None else file.read(limit)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise HarnessError(f"{path}: cannot be read ({reason}).") from error

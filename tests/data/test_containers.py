@@ -1,0 +1,290 @@
+"""Files that are not what they seem: each is read as what it is, or refused with the reason."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from ade_harness.data.ade20k import open_ade20k
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.decode import decode_image, decode_labels
+from ade_harness.data.labels import LabelStorage, default_colors
+from ade_harness.errors import HarnessError
+from ade_harness.files.reading import read_regular
+from ade_harness.inference.folder import FolderPredictor
+
+Labels = npt.NDArray[np.uint8]
+LABELS: Labels = np.random.default_rng(5).integers(0, 151, (12, 17)).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def grey(labels: Labels = LABELS) -> bytes:
+    return encoded(Image.fromarray(labels))
+
+
+def palette_png(indices: Labels, palette: list[tuple[int, int, int]], bits: int | None = None) -> bytes:
+    image = Image.fromarray(indices).convert("L")
+    image.putpalette([v for color in palette for v in color])
+    return encoded(image, **({"bits": bits} if bits else {}))
+
+
+def optimised(labels: Labels = LABELS) -> bytes:
+    """What a lossless optimiser makes of a grey file: entries are the labels, in order of their first occurrence."""
+    values = list(dict.fromkeys(labels.reshape(-1).tolist()))
+    index = np.array([values.index(v) for v in labels.reshape(-1)], np.uint8).reshape(labels.shape)
+    return palette_png(index, [(v, v, v) for v in values])
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+# labels
+
+
+@pytest.mark.parametrize(
+    "palette",
+    [
+        [(v, v, v) for v in range(256)],
+        [(0, 0, 0), *ade20k_classes().colors],
+        [(0, 0, 0), *default_colors(255)],
+    ],
+    ids=["grey", "ade20k", "voc"],
+)
+def test_a_palette_that_shows_labels_by_their_value_is_read_by_index(palette: list[tuple[int, int, int]]) -> None:
+    assert np.array_equal(decode_labels(palette_png(LABELS, palette), "a.png"), LABELS)
+    assert np.array_equal(decode_labels(palette_png(LABELS % 4, palette[:4], bits=2), "a.png"), LABELS % 4)
+
+
+@pytest.mark.parametrize("change", ["optimised", "one entry", "too short", "quantised"])
+def test_a_palette_that_may_only_number_the_labels_is_refused(change: str) -> None:
+    identity = [(v, v, v) for v in range(256)]
+    data = {
+        "optimised": optimised(),
+        "one entry": palette_png(LABELS, [*identity[:7], (9, 9, 9), *identity[8:]]),
+        "too short": b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 8, 3, 0, 0, 0))
+        + chunk(b"PLTE", bytes([0, 0, 0, 1, 1, 1]))
+        + chunk(b"IDAT", zlib.compress(b"\0\0\1\2"))
+        + chunk(b"IEND", b""),
+        "quantised": encoded(Image.fromarray(np.stack([LABELS, LABELS, 255 - LABELS], 2)).quantize(64)),
+    }[change]
+    with pytest.raises(HarnessError, match=r"a\.png: a palette PNG whose indices need not be its labels: index \d+ "):
+        decode_labels(data, "a.png")
+
+
+def test_only_entries_in_use_count() -> None:
+    palette = [(v, v, v) for v in range(256)]
+    palette[200] = (1, 2, 3)
+    assert np.array_equal(decode_labels(palette_png(LABELS, palette), "a.png"), LABELS)
+
+
+def test_storage_that_is_named_is_read() -> None:
+    assert np.array_equal(decode_labels(optimised(), "a", LabelStorage("palette_colour")), LABELS)
+    odd = palette_png(LABELS, [(v, 255 - v, 7) for v in range(256)])
+    assert np.array_equal(decode_labels(odd, "a", LabelStorage("palette_index")), LABELS)
+    with pytest.raises(HarnessError, match=r"a: palette_colour takes grey entries, and index \d+ has \(\d+, \d+, 7\)"):
+        decode_labels(odd, "a", LabelStorage("palette_colour"))
+    wide = encoded(Image.fromarray(LABELS.astype(np.uint16)))
+    assert np.array_equal(decode_labels(wide, "a", LabelStorage("uint16")), LABELS)
+    with pytest.raises(HarnessError, match="a: holds the value 256; labels are at most 255"):
+        decode_labels(encoded(Image.fromarray(np.full((2, 2), 256, np.uint16))), "a", LabelStorage("uint16"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (encoded(Image.fromarray(LABELS), "JPEG", quality=100), "is a JPEG, whose compression changes labels"),
+        (encoded(Image.fromarray(LABELS), "TIFF"), "neither JPEG nor PNG but TIFF"),
+        (encoded(Image.fromarray(LABELS), "GIF"), "neither JPEG nor PNG but GIF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "neither JPEG nor PNG but PostScript"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: `git lfs pull`"),
+        (b"", "the file is empty"),
+        (encoded(Image.fromarray(LABELS).convert("1")), "grey with 1 bits a pixel, expected one 8-bit channel"),
+        (encoded(Image.fromarray(LABELS.astype(np.uint16))), "grey with 16 bits a pixel"),
+        (cv2.imencode(".png", np.stack([LABELS] * 3, 2).astype(np.uint16) * 257)[1].tobytes(), "a colour image"),
+        (grey()[:-12], "it is cut off"),
+        (grey()[:60], "it is cut off"),
+    ],
+)  # fmt: skip
+def test_other_label_files_are_refused_by_what_they_are(data: bytes, message: str) -> None:
+    with pytest.raises(HarnessError, match=rf"a\.png: .*{message}"):
+        decode_labels(data, "a.png")
+
+
+def test_every_flipped_bit_of_a_label_file_that_changes_labels_is_noticed() -> None:
+    data = grey()
+    for place in range(8, len(data)):
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << bit
+            try:
+                found = decode_labels(bytes(damaged), "a.png")
+            except HarnessError:
+                continue
+            assert np.array_equal(found, LABELS), (place, bit)  # a chunk's name became another ancillary one
+
+
+# images
+
+
+def photo(size: tuple[int, int] = (96, 128)) -> Image.Image:
+    rng = np.random.default_rng(1)
+    small = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3)).astype(np.uint8)
+    return Image.fromarray(cv2.resize(small, (size[1], size[0]), interpolation=cv2.INTER_CUBIC))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": "4:1:1"}])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpegs_are_decoded_as_by_pillow_in_every_bit(mode: str, options: dict[str, Any], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo().convert(mode), "JPEG", exif=exif, **(options if mode == "RGB" else {}))
+    with Image.open(io.BytesIO(data)) as opened:
+        plain = np.array(opened.convert("RGB"))
+        turn = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 3),
+                7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}.get(orientation, np.array)  # fmt: skip
+    assert np.array_equal(decode_image(data, "a.jpg", apply_exif=False), plain)
+    assert np.array_equal(decode_image(data, "a.jpg"), turn(plain))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_half_a_jpeg_is_refused_whatever_its_end(mode: str, progressive: bool) -> None:
+    data = encoded(photo().convert(mode), "JPEG", progressive=progressive)
+    for end in (b"", b"\xff\xd9", b"\0" * 50 + b"\xff\xd9"):
+        with pytest.raises(HarnessError, match=r"a\.jpg: this image cannot be read"):
+            decode_image(data[: len(data) // 2] + end, "a.jpg")
+
+
+def test_bytes_after_the_last_pixel_are_no_damage() -> None:
+    data = encoded(photo(), "JPEG")
+    expected = decode_image(data, "a.jpg")
+    for odd in (data + b"\0" * 100, data[:-2] + b"\0\0\0\0\xff\xd9"):
+        assert np.array_equal(decode_image(odd, "a.jpg"), expected)
+
+
+def test_images_that_take_too_much_are_refused_before_they_are_decoded() -> None:
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    bomb = start + chunk(b"IDAT", zlib.compress(b"\0" * 10_000_000)) + chunk(b"IEND", b"")
+    with pytest.raises(HarnessError, match=r"60000x60000 pixels .* at most 134,217,728 are decoded"):
+        decode_image(bomb, "a.png")
+    with pytest.raises(HarnessError, match="more than 65,536 chunks"):
+        decode_image(start + chunk(b"tEXt", b"a\0b") * 70_000, "a.png")
+    with pytest.raises(HarnessError, match="has 16 bits a channel, expected 8"):
+        decode_image(encoded(Image.fromarray(np.zeros((4, 4), np.uint16))), "a.png")
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path, tiny_ade: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", Path("/dev/zero"), tmp_path):
+        with pytest.raises(HarnessError, match=r"no regular file|Is a directory"):
+            read_regular(path, 100)
+    (tmp_path / "large").write_bytes(b"x" * 101)
+    with pytest.raises(HarnessError, match="has 101 bytes; at most 100"):
+        read_regular(tmp_path / "large", 100)
+    image = tiny_ade / "images/validation/ADE_val_00001003.jpg"
+    image.unlink()
+    os.mkfifo(image)
+    assert "no regular file" in open_ade20k(tiny_ade).read_headers()[1]["ADE_val_00001003"]
+
+
+def test_a_member_that_unpacks_to_gigabytes_is_refused(tiny_ade: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(tiny_ade.rglob("*.*")):
+            archive.write(path, path.relative_to(tiny_ade.parent))
+        with archive.open("ADEChallengeData2016/images/validation/ADE_val_00000001.jpg", "w") as member:
+            for _ in range(300):
+                member.write(bytes(1 << 20))
+        archive.write(next(tiny_ade.rglob("*.png")), "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png")
+    assert "unpacks to 314,572,800 bytes" in open_ade20k(tmp_path / "a.zip").read_headers()[1]["ADE_val_00000001"]
+
+
+# the two doors of labels
+
+
+def test_headers_find_annotations_that_are_not_what_they_seem(tiny_ade: Path) -> None:
+    folder = tiny_ade / "annotations/validation"
+    for number, change in enumerate((optimised, lambda a: encoded(Image.fromarray(a), "JPEG"), grey)):
+        path = folder / f"ADE_val_0000100{number}.png"
+        path.write_bytes(change(np.array(Image.open(path))))
+    wrong = open_ade20k(tiny_ade).read_headers()[1]
+    assert list(wrong) == ["ADE_val_00001000", "ADE_val_00001001"]
+    assert "indices need not be its labels" in wrong["ADE_val_00001000"]
+    assert "JPEG" in wrong["ADE_val_00001001"]
+
+
+@pytest.mark.parametrize("zero_based", [False, True])
+@pytest.mark.parametrize("encoding", ["official", "palette_index", "palette_colour", "colour", "uint16", "npy"])
+def test_predictions_in_each_encoding(tmp_path: Path, encoding: str, zero_based: bool) -> None:
+    classes = ade20k_classes()
+    expected = np.where(LABELS == 0, 255, LABELS - 1).astype(np.uint8)
+    if encoding == "colour":  # 6 and 48, road and skyscraper, have one colour
+        expected[expected == 48] = 6
+        expected[expected == 6] = 7
+    stored = expected if zero_based or encoding == "colour" else LABELS
+    path = tmp_path / f"a.{'npy' if encoding == 'npy' else 'png'}"
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes)] = classes.colors
+    data = {
+        "official": lambda: grey(stored), "palette_colour": lambda: optimised(stored),
+        "palette_index": lambda: palette_png(stored, [(255 - v, 3, v) for v in range(256)]),
+        "colour": lambda: encoded(Image.fromarray(palette[stored])), "npy": lambda: b"",
+        "uint16": lambda: encoded(Image.fromarray(stored.astype(np.uint16))),
+    }[encoding]()  # fmt: skip
+    path.write_bytes(data)
+    if encoding == "npy":
+        np.save(path, stored.astype(np.int64))
+    name = encoding if not zero_based or encoding == "colour" else f"{encoding}_zero_based".replace("official_", "")
+    predictor = FolderPredictor(tmp_path, name, classes)
+    predictor.check({"a": LABELS.shape})  # type: ignore[dict-item]
+    found = predictor.prepare("a", np.zeros((*LABELS.shape, 3), np.uint8))
+    assert np.array_equal(found.pixels[0].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4), np.float32), r"expected integers \[H, W\] of 0..255, it holds float32"),
+        (np.zeros((4, 4, 3), np.uint8), r"it holds uint8 \[4, 4, 3\]"),
+        (np.full((4, 4), -1), r"holds values of -1..-1; labels are 0..255"),
+        (np.full((4, 4), 256), r"holds values of 256..256"),
+        (np.array([[object()]]), "it holds object"),
+        (None, "is no NumPy array file"),
+    ],
+)
+def test_arrays_that_are_no_labels_are_refused(tmp_path: Path, array: Any, message: str) -> None:
+    if array is None:
+        (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00\xff\xff{")
+    else:
+        np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(HarnessError, match=message):
+        FolderPredictor(tmp_path, "npy", ade20k_classes()).prepare("a", np.zeros((4, 4, 3), np.uint8))
+
+
+def test_colours_that_are_none_of_the_data_sets_are_refused(tmp_path: Path) -> None:
+    for color, message in (
+        ((1, 2, 3), r"the colour \(1, 2, 3\) is none of the 150 of the data set"),
+        (ade20k_classes().colors[48], r"the colour \(140, 140, 140\) stands for 2 labels \(6, 48\)"),
+    ):
+        (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (4, 4), color)))
+        with pytest.raises(HarnessError, match=message):
+            FolderPredictor(tmp_path, "colour", ade20k_classes()).prepare("a", np.zeros((4, 4, 3), np.uint8))
