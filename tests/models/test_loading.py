@@ -444,13 +444,35 @@ def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
         (151, None, None, "usually 'other'"),
         (19, None, None, "usual for Cityscapes"),
         (3, None, ["sky", "wall", "other"], r"model\.class_map=\[2,0,null\]"),
-        (3, [0, 1], None, "has 2 entries, but the model outputs 3"),
+        (3, [0, 1], None, r"has 2 entries, but the model outputs 3 channels: one entry per channel \(0\.\.149"),
         (150, None, list(ade20k_classes().names)[::-1], "not in ADE20K's order: channel 0 is 'flag'"),
     ],
 )
 def test_maps_that_do_not_fit(channels: int, class_map: Any, names: Any, message: str) -> None:
     with pytest.raises(HarnessError, match=message):
         resolve_class_map(channels, class_map, names, ade20k_classes())
+
+
+def test_the_map_that_is_proposed_by_names_is_right_or_asks() -> None:
+    """A class's own name wins over others' synonyms (stool, pot, screen); what nobody has is for the user to say."""
+    names = ["background", *ade20k_classes().names]
+    with pytest.raises(HarnessError) as error:
+        resolve_class_map(151, None, names, ade20k_classes())
+    assert f"model.class_map=[null,{','.join(map(str, range(150)))}]." in str(error.value)
+    names[3], names[7] = "firmament", "stool"
+    with pytest.raises(HarnessError) as error:
+        resolve_class_map(151, None, names, ade20k_classes())
+    assert "=[null,0,1,?,3,4,5,110,7," in str(error.value)
+    assert "for each ?: no class, or more than one, has the name of channel 3 'firmament'." in str(error.value)
+
+
+def test_names_mean_their_own_class_or_the_only_one() -> None:
+    classes = Classes(
+        "d", ("a", "b", "c", "d"), default_colors(4), (("a", "x", "b"), ("b", "y"), ("c", "x"), ("d", "Z"))
+    )
+    assert [classes.find(name) for name in ("a", "B ", "c", "x", "y", "z", "none")] == [0, 1, 2, None, 1, 3, None]
+    twice = Classes("d", ("a", "a", "b"), default_colors(3))
+    assert [twice.find(name) for name in ("a", "b")] == [None, 2]
 
 
 @pytest.mark.parametrize(("channels", "is_identity"), [(3, True), (150, True), (255, True), (256, False), (847, False)])

@@ -48,11 +48,25 @@ class Classes:
         table[: len(self)] = self.colors
         return table
 
+    def find(self, name: str) -> int | None:
+        """Return the class that a name means: its own name, or a synonym that no other class has; None if neither."""
+        return self._index_of.get(name.strip().lower())
+
     @cached_property
-    def index_of(self) -> dict[str, int]:
-        """The class of each name and synonym, in lower case; the first class of a name that several have."""
-        names = self.synonyms or tuple((name,) for name in self.names)
-        return {name.lower(): index for index in reversed(range(len(names))) for name in names[index]}
+    def _index_of(self) -> dict[str, int]:
+        """The class of each name in lower case that means one class alone."""
+        all_names = self.synonyms or tuple((name,) for name in self.names)
+        found: dict[str, int] = {}
+        for rank in (slice(1, None), slice(1)):  # own names last: they win
+            level: dict[str, set[int]] = {}
+            for index, names in enumerate(all_names):
+                for name in names[rank]:
+                    level.setdefault(name.strip().lower(), set()).add(index)
+            for name, owners in level.items():
+                found.pop(name, None)
+                if len(owners) == 1:
+                    found[name] = owners.pop()
+        return found
 
     @property
     def span(self) -> str:

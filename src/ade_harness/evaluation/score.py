@@ -62,7 +62,7 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
     check_exact(rows, work.matrix, [i for i in dataset.ids if i not in lost])
     if lost:
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
-    advice = None if job.facts.get("weights") == "random" else diagnose(work.matrix, dataset.classes)
+    advice = None if job.facts.get("weights") == "random" else diagnose(rows, dataset.classes)
     result = summarise(
         cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes,
         notes=(*work.notes, *job.notes, *work.warnings, *([advice] if advice else [])),

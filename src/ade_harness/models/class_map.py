@@ -60,14 +60,14 @@ def resolve_class_map(
     found = _classes_by_name(names, classes) if names is not None and len(names) == channels else None
     if class_map is None:
         if channels != len(classes):
-            raise HarnessError(_wrong_number(channels, found, classes))
+            raise HarnessError(_wrong_number(channels, found, names, classes))
         if found is not None:
             _refuse_other_order(found, names or [], classes)
         return ClassMap(None, tuple(range(channels)))
     if len(class_map) != channels:
         raise HarnessError(
             f"model.class_map has {len(class_map)} entries, but the model outputs {channels} channels:"
-            " one entry per channel ({classes.span}, or null to leave it out)."
+            f" one entry per channel ({classes.span}, or null to leave it out)."
         )
     over = next((v for v in class_map if v is not None and v >= len(classes)), None)
     if over is not None:
@@ -77,9 +77,17 @@ def resolve_class_map(
     return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names, classes))
 
 
+_NO_CLASS_NAMES = ("background", "other", "others", "unlabeled", "unlabelled", "void", "ignore", "none", "no class")
+"""What models call a channel that is none of the classes."""
+
+
 def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None] | None:
-    """Return the class of each name, or None if fewer than half are the data set's."""
-    found = [classes.index_of.get(str(n).strip().lower().split(",")[0].strip()) for n in names]
+    """Return the class of each name, None where it is unknown; None if fewer than half are the data set's.
+
+    A class's own name wins over other classes' synonyms, and a synonym counts if one class alone has it: ADE20K calls
+    both a chair and a stool "stool" somewhere.
+    """
+    found = [classes.find(str(n).strip().lower().split(",")[0].strip()) for n in names]
     return found if sum(f is not None for f in found) * 2 > len(names) else None
 
 
@@ -90,18 +98,36 @@ def _refuse_other_order(found: list[int | None], names: Sequence[str], classes: 
         raise HarnessError(
             f"The model's own names are not in {classes.dataset}'s order: channel {channel} is {names[channel]!r},"
             f" which is class {actual}, not {channel} ({classes.names[channel]!r}); {len(wrong)} channels differ."
-            f" Set model.class_map=[{_written(found)}]."
+            f" {_proposal(found, names)}"
         )
 
 
-def _wrong_number(channels: int, found: list[int | None] | None, classes: Classes) -> str:
+def _proposal(found: Sequence[int | None], names: Sequence[str]) -> str:
+    """Return the class map that names speak for; what they leave open is the user's to say."""
+    written, open_ = [], []
+    for channel, (name, value) in enumerate(zip(names, found, strict=True)):
+        nothing = str(name).strip().lower() in _NO_CLASS_NAMES
+        written.append(str(value) if value is not None else "null" if nothing else "?")
+        if value is None and not nothing:
+            open_.append(f"{channel} {str(name)[:40]!r}")
+    text = f"By the model's own names: model.class_map=[{','.join(written)}]."
+    if open_:
+        more = f" and {len(open_) - 5} more" if len(open_) > 5 else ""
+        text += (
+            f" Put a class, or null, for each ?: no class, or more than one, has the name of channel"
+            f" {', '.join(open_[:5])}{more}."
+        )
+    return text
+
+
+def _wrong_number(channels: int, found: list[int | None] | None, names: Sequence[str] | None, classes: Classes) -> str:
     last = len(classes) - 1
     text = (
         f"The model outputs {channels} channels, {classes.dataset} has {len(classes)} classes: set model.class_map, one"
     )
     text += f" entry per channel ({classes.span}, or null for a channel that is left out of the argmax)."
-    if found is not None:
-        return f"{text} By the model's own names: model.class_map=[{_written(found)}]."
+    if found is not None and names is not None:
+        return f"{text} {_proposal(found, names)}"
     if channels == len(classes) + 1:
         text += f" One channel more is usually 'other': null,0,1,...,{last} if it is first, 0,...,{last},null if last."
     elif usual := usual_dataset(channels):
@@ -125,7 +151,3 @@ def _note(
                 f" {names[channel]!r} ({len(wrong)} channels disagree)"
             )
     return "; ".join(notes) or None
-
-
-def _written(values: Sequence[int | None]) -> str:
-    return ",".join("null" if v is None else str(v) for v in values)

@@ -1,0 +1,97 @@
+"""What a near-zero score may be due to: said where the predictions show it, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.metrics.counts import Row, sparse_counts
+from ade_harness.metrics.diagnosis import diagnose, sign_test
+
+Labels = npt.NDArray[np.intp]
+CLASSES = ade20k_classes()
+
+
+def row_of(number: int, truth: Labels, predicted: Labels) -> Row:
+    matrix = np.zeros((150, 151), np.int64)
+    np.add.at(matrix, (truth.reshape(-1), predicted.reshape(-1)), 1)
+    return Row(f"i{number}", *truth.shape, truth.size, 0, *sparse_counts(matrix), "", "", 0.0, 0, "")
+
+
+def rows_of(predict: Callable[[Labels, np.random.Generator], Labels], images: int = 24, classes: int = 40) -> list[Row]:
+    """Return rows of images with a few regions each; common classes are commoner, as in ADE20K."""
+    rows = []
+    for number in range(images):
+        rng = np.random.default_rng(number)
+        regions = np.minimum(rng.geometric(0.1, 12), classes)
+        truth = np.repeat(regions, 40).reshape(12, 40)
+        rows.append(row_of(number, truth, predict(truth, rng)))
+    return rows
+
+
+def noisy(share: float, change: Callable[[Labels], Labels]) -> Callable[[Labels, np.random.Generator], Labels]:
+    """Return predictions that are right in `share` of the pixels, then changed."""
+
+    def predict(truth: Labels, rng: np.random.Generator) -> Labels:
+        return change(np.where(rng.random(truth.shape) < share, truth, rng.integers(0, 150, truth.shape)))
+
+    return predict
+
+
+@pytest.mark.parametrize(("shift", "word"), [(1, "one too high: with 1 subtracted"), (-1, "one too low: with 1 added")])
+def test_shifted_labels_are_recognised(shift: int, word: str) -> None:
+    message = diagnose(rows_of(noisy(0.8, lambda p: np.clip(p + shift, 0, 149))), CLASSES)
+    assert message is not None
+    assert f"every predicted class may be {word}, 8" in message
+    assert "more than a constant prediction in 24 of 24 images (sign test, p = 6e-08)" in message
+
+
+def test_another_class_order_is_recognised() -> None:
+    order = np.random.default_rng(0).permutation(150)
+    message = diagnose(rows_of(noisy(0.8, lambda p: order[p])), CLASSES)
+    assert message is not None
+    assert "the class order may be another one" in message
+    assert "in the other half 7" in message or "in the other half 8" in message
+
+
+UNTRAINED = np.random.default_rng(3).integers(0, 150, 150)
+
+
+@pytest.mark.parametrize(
+    "predict",
+    [
+        lambda truth, rng: rng.integers(0, 150, truth.shape),
+        lambda truth, rng: np.zeros_like(truth),
+        lambda truth, rng: np.full_like(truth, 2),  # the class after the commonest
+        lambda truth, rng: np.where(rng.random(truth.shape) < 0.9, 2, rng.integers(0, 150, truth.shape)),  # collapsed
+        lambda truth, rng: np.full_like(truth, rng.integers(0, 150)),  # one class an image
+        lambda truth, rng: UNTRAINED[rng.integers(0, 12, (len(truth), 1))].repeat(truth.shape[1], 1),
+        noisy(1.0, lambda p: p),
+        noisy(0.05, lambda p: np.clip(p + 1, 0, 149)),  # hardly better than noise, whatever the shift
+    ],
+    ids=["noise", "zero", "constant", "collapsed", "one an image", "regions", "right", "weak"],
+)
+def test_no_advice_without_evidence(predict: Callable[[Labels, np.random.Generator], Labels]) -> None:
+    assert diagnose(rows_of(predict), CLASSES) is None
+
+
+def test_few_images_or_classes_are_no_evidence() -> None:
+    shifted = noisy(0.9, lambda p: np.clip(p + 1, 0, 149))
+    assert diagnose(rows_of(shifted, images=9), CLASSES) is None
+    assert diagnose(rows_of(shifted, images=10), CLASSES) is not None
+    few = rows_of(lambda truth, rng: truth + 1, classes=4)
+    assert len({int(v) for row in few for v in row.ground_truth}) == 4
+    assert diagnose(few, CLASSES) is None
+    assert diagnose(rows_of(lambda truth, rng: truth + 1, classes=5), CLASSES) is not None
+    assert diagnose([], CLASSES) is None
+
+
+@pytest.mark.parametrize(
+    ("wins", "trials", "expected"), [(0, 0, 1.0), (10, 10, 2**-10), (9, 10, 11 / 1024), (5, 9, 0.5)]
+)
+def test_the_sign_test(wins: int, trials: int, expected: float) -> None:
+    assert sign_test(wins, trials) == expected
