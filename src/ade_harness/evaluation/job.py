@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.inference.memory import memory_warning
 from ade_harness.inference.opening import open_predictor
 from ade_harness.inference.predictor import Predictor
+from ade_harness.models.identity import state_hash
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name, local_ranks, usable_cores
@@ -101,6 +103,10 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     predictor = agreed(coordinator, "model", lambda: _checked_predictor(cfg, dataset.classes, sizes))
     loaders = predictor.loaders(cfg.runtime.workers, coordinator.rank, coordinator.world_size)
     facts = predictor.facts()
+    if is_first and predictor.network is not None:  # once on each node: its ranks share the pages of the weights
+        begin = time.monotonic()
+        facts = {**facts, "state_sha256": state_hash(predictor.network)}
+        facts["state_sha256_seconds"] = round(time.monotonic() - begin, 2)
     chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, kernels.name_of(chosen))
     if reason is not None:
@@ -146,6 +152,8 @@ def _compare_ranks(
         "the image ids (sha256)": ids_hash,
         "the data set's names and sizes (sha256)": dataset.files_hash() if is_first else None,
         "the checkpoint (sha256)": facts.get("sha256"),
+        "the model's weights in memory (sha256)": facts.get("state_sha256"),
+        "the model's source": facts.get("source"),
         "the code's commit": code.get("commit"),
         "the code's uncommitted changes (sha256)": code.get("diff_sha256"),
         "torch": torch.__version__,
@@ -157,7 +165,7 @@ def _compare_ranks(
     host, _, expected, _ = reported[0]
     for rank, (other_host, first, other, _) in enumerate(reported):
         for what, value in other.items():
-            per_node = what.startswith(("the data set's", "the code's"))
+            per_node = what.startswith(("the data set's", "the code's", "the model's weights"))
             if value != expected[what] and (first or not per_node):
                 raise HarnessError(
                     f"rank {rank} on {other_host} sees something else than rank 0 on {host}: {what} is {value}, not"
@@ -183,6 +191,13 @@ def describe_marks(
         marks.append("DEMO: synthetic images, the score says nothing about scene parsing")
     if facts.get("weights") == "random":
         marks.append(f"RANDOM WEIGHTS: seed {cfg.model.seed}, the score says nothing about the model")
+    random = facts.get("random_keys", ())
+    if random:
+        named = ", ".join(random[:3]) + (", ..." if len(random) > 3 else "")
+        marks.append(
+            f"RANDOM LAYERS: {len(random)} weights are not in the checkpoint and stayed random ({named}), the score"
+            " says nothing about the model"
+        )
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
     resized = dataset.resized_images(sizes) if sizes else []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.backbones.vit import Beit3Trunk
 from ade_harness.models.checkpoint.family import Family, Strictness, add_delta, quietly_random
-from ade_harness.models.checkpoint.files import StateDict, read_state_dict
+from ade_harness.models.checkpoint.files import StateDict, noting_random_keys, read_state_dict
 from ade_harness.models.checkpoint.sources import backbone_checkpoint, chosen_checkpoint, facts_of
 from ade_harness.models.loaded import LoadedModel, statistics
 from ade_harness.models.registry import family_of, imported, systems
@@ -43,7 +45,14 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
         )
     is_system = kind.gives is Gives.family
     classes = classes or ade20k_classes()
-    model: LoadedModel = _load_system(family_of(cfg.kind), cfg, classes) if is_system else imported(kind)(cfg, threads)
+    with torch.random.fork_rng(devices=[]), noting_random_keys() as missing:
+        torch.manual_seed(cfg.seed)  # of layers that may be missing in the file
+        model: LoadedModel = (
+            _load_system(family_of(cfg.kind), cfg, classes) if is_system else imported(kind)(cfg, threads)
+        )
+    random = _still_random(missing, cfg)
+    if random:
+        model.facts["random_keys"] = random
     model.module.eval()
     if cfg.dtype != "fp32":
         _convert(model.module, DTYPES[cfg.dtype])
@@ -51,6 +60,15 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
         parameter.requires_grad_(False)
     model.facts.setdefault("parameters", sum(p.numel() for p in model.module.parameters()))
     return model
+
+
+def _still_random(missing: Sequence[str], cfg: ModelConfig) -> list[str]:
+    """Return the keys that are missing because the user allowed it, each once."""
+    return [
+        key
+        for key in dict.fromkeys(missing)
+        if not key.endswith("num_batches_tracked") and any(fnmatchcase(key, p) for p in cfg.allow_missing_keys)
+    ]
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
@@ -118,6 +136,8 @@ def load_for_probe(cfg: ModelConfig) -> LoadedModel:
     if cfg.weights == "random":
         module, facts = quietly_random(family, cfg.architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
         return LoadedModel(module.eval(), "random", **statistics(cfg), facts=facts)
+    if cfg.allow_missing_keys:
+        raise HarnessError("model.allow_missing_keys: a probe needs a whole backbone. Leave it out.")
     if cfg.checkpoint is not None:
         raise HarnessError("model.checkpoint: probe makes it. The backbone's file is model.backbone_checkpoint=PATH.")
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ade_harness.errors import HarnessError
@@ -29,11 +30,11 @@ def read_output(output: Any, what: str) -> Tensor | MaskLogits:
         HarnessError: nothing of that kind is there; `what` names the image.
     """
     if isinstance(output, MaskLogits):
-        return output
+        return MaskLogits(*(_checked(tensor, what) for tensor in output))
     if hasattr(output, "class_queries_logits") and hasattr(output, "masks_queries_logits"):
-        return MaskLogits(output.class_queries_logits, output.masks_queries_logits)
+        return MaskLogits(_checked(output.class_queries_logits, what), _checked(output.masks_queries_logits, what))
     if isinstance(output, dict) and "pred_logits" in output and "pred_masks" in output:
-        return MaskLogits(output["pred_logits"], output["pred_masks"])
+        return MaskLogits(_checked(output["pred_logits"], what), _checked(output["pred_masks"], what))
     found = output
     if isinstance(found, dict):
         found = found.get("logits", found.get("out", found.get("sem_seg")))
@@ -41,7 +42,22 @@ def read_output(output: Any, what: str) -> Tensor | MaskLogits:
         found = found.logits
     elif isinstance(found, list | tuple) and found:
         found = found[0]
+    if isinstance(found, Tensor):
+        _checked(found, what)
     if not isinstance(found, Tensor) or found.ndim != 4:
         got = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
         raise HarnessError(f"{what}: the model returned {got}, expected logits [N, C, h, w].")
     return found
+
+
+def _checked(tensor: Any, what: str) -> Tensor:
+    """Return scores; raises HarnessError for a tensor whose values are none."""
+    if not isinstance(tensor, Tensor):
+        raise HarnessError(f"{what}: the model returned a {type(tensor).__name__} where scores were expected.")
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided:
+        raise HarnessError(f"{what}: the model returned a sparse tensor ({tensor.layout}); expected dense scores.")
+    if tensor.is_quantized or not tensor.is_floating_point():
+        hint = " Labels go by model=predictions, as PNG files." if not tensor.is_complex() else ""
+        raise HarnessError(f"{what}: the model returned {kind} values, expected floating-point scores.{hint}")
+    return tensor

@@ -84,6 +84,10 @@ def short_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return short
 
 
+_LOADED = ("model.state_sha256", "model.files.", "model.config_sha256", "code.model_source")
+"""What an identity says of the model in memory; runs of earlier versions do not have it."""
+
+
 def start_record(
     config: dict[str, Any],
     facts: dict[str, Any],
@@ -126,6 +130,8 @@ def start_record(
             held = "a probe" if before.get("kind") == PROBE else "an evaluation"
             raise HarnessError(f"run.dir={path} holds {held}. Choose another run.dir.")
         then = run_identity(path, before, decides) if before else now
+        if "model.state_sha256" not in then:  # of an earlier version, which did not look at these
+            then = {**{key: value for key, value in now.items() if key.startswith(_LOADED)}, **then}
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
@@ -207,10 +213,18 @@ def _found(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
     """Return what else must be equal for counts of two sessions to be added up."""
     import torch
 
+    model = facts["model"]
+    loaded = {
+        "model.state_sha256": model.get("state_sha256"),
+        **{f"model.files.{name}": digest for name, digest in model.get("files", {}).items()},
+        "code.model_source": model.get("source"),
+        "model.config_sha256": model.get("config_sha256"),
+    }
     return {
+        **{key: value for key, value in loaded.items() if value is not None},
         "device": facts["device"],
-        "checkpoint.sha256": facts["model"].get("sha256"),
-        "checkpoint.origin": facts["model"].get("origin"),
+        "checkpoint.sha256": model.get("sha256"),
+        "checkpoint.origin": model.get("origin"),
         "environment.torch": torch.__version__,
         "dataset.ids_hash": facts["dataset"]["ids_hash"],
         "dataset.labels_hash": facts["dataset"].get("labels_hash"),

@@ -10,7 +10,9 @@ import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -328,9 +330,23 @@ def load_strictly(
         if key in state and state[key].shape != own[key].shape
     ]
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    require_all_keys(origin, missing, unexpected, shapes, allow_missing, allow_unexpected)
+    require_all_keys(origin, missing, unexpected, shapes, allow_missing, allow_unexpected, len(state))
     taken = {k: v.to(own[k].dtype) for k, v in state.items() if k in own}  # no copy where the dtype is the same
     module.load_state_dict(taken, strict=False, assign=True)
+
+
+_left_random: ContextVar[list[str] | None] = ContextVar("left_random", default=None)
+
+
+@contextmanager
+def noting_random_keys() -> Iterator[list[str]]:
+    """Collect the model's keys that no file has filled, from all that is loaded in this context."""
+    found: list[str] = []
+    token = _left_random.set(found)
+    try:
+        yield found
+    finally:
+        _left_random.reset(token)
 
 
 def require_all_keys(
@@ -340,25 +356,46 @@ def require_all_keys(
     shapes: Sequence[str],
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    of_file: int | None = None,
 ) -> None:
-    """Raise HarnessError unless every key was used; patterns are shell style (``auxiliary_head.*``)."""
-    missing = _not_allowed(missing, allow_missing)
-    unexpected = _not_allowed(unexpected, allow_unexpected)
-    if missing or unexpected or shapes:
+    """Raise HarnessError unless every key was used; patterns are shell style (``auxiliary_head.*``).
+
+    Args:
+        origin: how messages call the file.
+        missing: keys of the model that the file does not have.
+        unexpected: keys of the file that the model does not have.
+        shapes: keys of both that differ in shape.
+        allow_missing: patterns; what they allow is collected by :func:`noting_random_keys`.
+        allow_unexpected: patterns.
+        of_file: number of the file's keys, if it is known: of less than half a file nothing can be concluded,
+            whatever is allowed.
+    """
+    missing, unexpected = list(missing), list(unexpected)
+    unused = len(unexpected) + len(shapes)
+    wrong_missing, wrong_unexpected = _not_allowed(missing, allow_missing), _not_allowed(unexpected, allow_unexpected)
+    if wrong_missing or wrong_unexpected or shapes:
         parts = [
             f"{len(keys)} {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
             for what, keys in (
-                ("missing", missing),
-                ("unexpected", unexpected),
+                ("missing", wrong_missing),
+                ("unexpected", wrong_unexpected),
                 ("of another shape", list(shapes)),
             )
             if keys
         ]
+        advice = "Choose the model that the file was made for."
+        if not wrong_missing and not shapes:
+            advice += " Keys that take no part in the forward can be named in model.allow_unexpected_keys."
+        raise HarnessError(f"{origin}: these weights do not fit the model. {'; '.join(parts)}. {advice}")
+    if of_file is not None and 2 * (of_file - unused) < of_file:
         raise HarnessError(
-            f"{origin}: these weights do not fit the model. {'; '.join(parts)}."
-            " Choose the model that the file was made for, or list keys that may differ in"
-            " model.allow_missing_keys / model.allow_unexpected_keys."
+            f"{origin}: {of_file - unused} of the file's {of_file} keys are the model's, such as it has"
+            f" {', '.join(sorted(unexpected)[:3])}. That is another model's file, whatever model.allow_unexpected_keys"
+            " allows."
         )
+    collected = _left_random.get()
+    if collected is not None:
+        collected += sorted(missing)
 
 
 def _not_allowed(keys: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -15,11 +15,14 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.sources import model_file
+from ade_harness.models.identity import companion_hashes
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
+
+_SCORES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 class OnnxModel(nn.Module):
-    """Runs a file with one image input; the first output of four dimensions is taken as scores.
+    """Runs a file with one image input; the first floating-point output of four dimensions is taken as scores.
 
     Args:
         path: the .onnx file.
@@ -42,11 +45,11 @@ class OnnxModel(nn.Module):
             raise HarnessError(f"{path}: expected one input, float32 [N, 3, H, W]; the model has {described}.")
         self.input_name: str = inputs[0].name
         self.input_shape = tuple(inputs[0].shape)
-        outputs = [o for o in session.get_outputs() if len(o.shape) == 4]
+        outputs = [o for o in session.get_outputs() if len(o.shape) == 4 and o.type in _SCORES]
         if not outputs:
             described = ", ".join(f"{o.name} {o.type} {o.shape}" for o in session.get_outputs())
             raise HarnessError(
-                f"{path}: no output of four dimensions, scores [N, C, h, w]; the model has {described}."
+                f"{path}: no output of floating-point scores [N, C, h, w]; the model has {described}."
                 " If it gives labels, write them as PNGs and use model=predictions."
             )
         self.output_name: str = outputs[0].name
@@ -125,7 +128,10 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     """Load ``model.path``; raises as :class:`OnnxModel`."""
     path = model_file(cfg)
     module = OnnxModel(path, threads)
-    facts = {"origin": str(path), "sha256": file_hash(path, "sha256"), "parameters": None}
+    facts: dict[str, Any] = {"origin": str(path), "sha256": file_hash(path, "sha256"), "parameters": None}
+    beside = companion_hashes(path)
+    if beside:
+        facts["files"] = beside
     return LoadedModel(
         module,
         "pretrained",

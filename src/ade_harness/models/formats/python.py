@@ -15,6 +15,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.files import load_strictly, read_state_dict
 from ade_harness.models.checkpoint.sources import chosen_checkpoint, facts_of
+from ade_harness.models.identity import source_hash
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
 
@@ -36,6 +37,8 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         state = read_state_dict(checkpoint.path)
         load_strictly(module, state, checkpoint.origin, cfg.allow_missing_keys, cfg.allow_unexpected_keys)
         weights, facts = "pretrained", facts_of(checkpoint)
+    source = source_hash(type(module).__module__), source_hash(get_object(target).__module__)
+    facts["source"] = ", ".join(dict.fromkeys(s for s in source if s)) or None
     names = getattr(module, "class_names", None)
     return LoadedModel(module, weights, **statistics(cfg), class_names=names_of(cfg, names), facts=facts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,19 +67,21 @@ def load_into_transformers(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    _check_loading_info(info, origin, allow_missing, allow_unexpected)
+    _check_loading_info(info, origin, allow_missing, allow_unexpected, len(state))
     loaded: nn.Module = module.eval()
     return loaded
 
 
 def _check_loading_info(
-    info: Mapping[str, Any], origin: str, allow_missing: Sequence[str], allow_unexpected: Sequence[str]
-) -> None:
+    info: Mapping[str, Any], origin: str, allow_missing: Sequence[str], allow_unexpected: Sequence[str],
+    of_file: int | None = None,
+) -> None:  # fmt: skip
     shapes = [
         f"{k[0]} {list(k[1])} (the model has {list(k[2])})" if isinstance(k, tuple) else str(k)
         for k in info.get("mismatched_keys", ())
     ]
-    require_all_keys(origin, info["missing_keys"], info["unexpected_keys"], shapes, allow_missing, allow_unexpected)
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    require_all_keys(origin, missing, unexpected, shapes, allow_missing, allow_unexpected, of_file)
 
 
 class SemanticModel(nn.Module):
@@ -202,6 +205,10 @@ def _explained(where: str) -> Iterator[None]:
         ) from error
 
 
+_NOT_DECISIVE = ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
+"""Entries of a configuration that do not change what the network computes from the weights in memory."""
+
+
 def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     """Load ``model.id``; raises as :func:`load_transformers`."""
     module, names, pixels, facts = load_transformers(
@@ -213,5 +220,8 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     if files:  # one file, or the shards; transformers prefers safetensors
         digests = [file_hash(f, "sha256") for f in files]
         facts["sha256"] = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    network: Any = module.network
+    settings = {k: v for k, v in network.config.to_dict().items() if k not in _NOT_DECISIVE}
+    facts["config_sha256"] = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     channels = len(names) if names else None
     return LoadedModel(module, "pretrained", tuple(mean), tuple(std), names_of(cfg, names), channels, facts=dict(facts))

@@ -84,6 +84,9 @@ def load_own(make: Callable[[], nn.Module], state: Mapping[str, Tensor] | None, 
     with torch.device("meta"):  # no memory, no time for random numbers
         module = make().eval()
     load_strictly(module, dict(state), keys.origin, keys.allow_missing, keys.allow_unexpected)
+    if any(p.is_meta for p in module.parameters()) and not next(iter(state.values())).is_meta:
+        module = make().eval()  # keys that may be missing stay random
+        load_strictly(module, dict(state), keys.origin, keys.allow_missing, keys.allow_unexpected)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta and not next(iter(state.values())).is_meta:

@@ -1,0 +1,237 @@
+"""What was really loaded decides whether counts may be added up; layers that stay random are never silent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from safetensors.torch import save_file
+from torch import nn
+
+from ade_harness.config.compose import compose_config
+from ade_harness.errors import HarnessError
+from ade_harness.models.identity import companion_hashes, source_hash, state_hash
+from ade_harness.models.loading import load_model
+from ade_harness.models.outputs import MaskLogits, read_output
+from tests.cli.test_cli import FAST, Call, one_message
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(2, 2, bias=False))
+
+
+def test_the_hash_of_a_state_is_that_of_every_tensor() -> None:
+    first = state_hash(network())
+    assert first == state_hash(network())
+    changes: list[Callable[[Any], Any]] = [
+        lambda m: m[0].weight.data.view(torch.int32)[0, 0].bitwise_xor_(1),  # one bit
+        lambda m: m[0].bias.data.neg_(),
+        lambda m: m[1].running_var.mul_(2),
+        lambda m: m[1].num_batches_tracked.add_(1),
+        lambda m: m[2].to(torch.bfloat16),
+        lambda m: m.register_buffer("table", torch.zeros(3), persistent=False),
+        lambda m: setattr(m[2], "weight", nn.Parameter(m[2].weight.data.reshape(4, 1))),
+        lambda m: m.append(nn.Identity()),
+    ]
+    hashes = []
+    for change in changes:
+        changed = network()
+        change(changed)
+        hashes.append(state_hash(changed))
+    assert hashes[-1] == first  # no tensor of its own
+    assert len({first, *hashes[:-1]}) == len(changes)
+
+
+def test_tensors_of_every_kind_are_hashed() -> None:
+    kinds = nn.Module()
+    kinds.register_buffer("none", None)
+    for number, value in enumerate(
+        (torch.tensor(3), torch.zeros(0), torch.ones(2, 2).T[:1], torch.ones(2, dtype=torch.bool), torch.eye(2).to_sparse(),
+         torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.float8_e4m3fn))
+    ):  # fmt: skip
+        kinds.register_buffer(f"b{number}", value)
+    assert state_hash(kinds) == state_hash(kinds)
+    assert state_hash(torch.jit.script(network())) == state_hash(network())
+
+
+# what a run is continued with
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Any:
+    """Write a model in two files, which reads its weights in its constructor."""
+    (tmp_path / "my_net.py").write_text(
+        "import torch\nfrom my_parts import Layer\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = Layer()\n"
+        "        self.layer.load_state_dict(torch.load('own.pth'))\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(x)\n"
+    )
+    (tmp_path / "my_parts.py").write_text(
+        "import torch\n\nclass Layer(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, 150, 4, 4)\n"
+    )
+    torch.save(nn.Conv2d(3, 150, 4, 4).state_dict(), tmp_path / "own.pth")
+    yield tmp_path
+    for name in ("my_net", "my_parts"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("my_net.py", "code.model_source"),
+        ("my_parts.py", "code.model_source"),
+        ("own.pth", "model.state_sha256"),
+        ("nothing", None),
+    ],
+)
+def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, change: str, key: str | None) -> None:
+    words = (
+        "model=custom",
+        "model._target_=my_net.Net",
+        "dataset.images=2",
+        *FAST,
+        "run.dir=run",
+        "metrics.resamples=0",
+    )
+    assert call(*words).code == 0
+    path = project / change
+    if change.endswith(".py"):
+        path.write_text(path.read_text() + "# another line\n")
+    elif change.endswith(".pth"):
+        torch.save(nn.Conv2d(3, 150, 4, 4).state_dict(), path)
+    for name in ("my_net", "my_parts"):
+        sys.modules.pop(name, None)
+    done = call(*words)
+    if key is None:
+        assert done.code == 0, done.err
+    else:
+        one_message(done, f"Different: {key}: was ")
+
+
+def write_external(path: Path, seed: int = 0) -> None:
+    weights = np.random.default_rng(seed).standard_normal((150, 3, 1, 1)).astype(np.float32)
+    image, scores = (
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, "h", "w"]) for n, c in (("x", 3), ("y", 150))
+    )
+    tensor = onnx.numpy_helper.from_array(weights, "w")
+    model = helper.make_model(
+        helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", [image], [scores], [tensor]),
+        opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    (path.parent / "w.data").unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location="w.data", size_threshold=0)
+
+
+def test_external_data_of_a_graph_is_part_of_the_model(call: Call, tmp_path: Path) -> None:
+    write_external(tmp_path / "m.onnx")
+    (tmp_path / "other.data").write_bytes(b"nothing of the graph's")
+    words = ("model=onnx", "model.path=m.onnx", "dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0")
+    assert list(companion_hashes(tmp_path / "m.onnx")) == ["w.data"]
+    assert call(*words).code == 0
+    graph = (tmp_path / "m.onnx").read_bytes()
+    write_external(tmp_path / "m.onnx", seed=1)
+    assert (tmp_path / "m.onnx").read_bytes() == graph
+    one_message(call(*words), "Different: model.files.w.data: was ")
+
+
+def test_installed_packages_are_known_by_their_version() -> None:
+    assert source_hash("torch.nn.modules.conv") == f"torch=={torch.__version__}"
+    assert source_hash("builtins") is None
+
+
+def test_runs_of_before_can_be_continued(call: Call, tmp_path: Path) -> None:
+    words = ("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0")
+    assert call(*words).code == 0
+    manifest = tmp_path / "run/manifest.json"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(line for line in lines if "model.state_sha256" not in line))
+    assert manifest.read_text() != "".join(lines)
+    assert call(*words).code == 0
+
+
+# layers that stay random
+
+
+class Two(nn.Module):
+    """Three layers and their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 150, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return scores."""
+        scores: torch.Tensor = self.head(self.body(self.stem(images)))
+        return scores
+
+
+TWO = ("model=custom", "model._target_=tests.models.test_identity.Two")
+
+
+def test_layers_that_stay_random_are_listed_and_mark_the_run(call: Call, tmp_path: Path) -> None:
+    state = Two().state_dict()
+    save_file({k: v for k, v in state.items() if not k.startswith("body")}, tmp_path / "w.safetensors")
+    words = (*TWO, "model.checkpoint=w.safetensors", "dataset.images=2", *FAST, "metrics.resamples=0")
+    refused = call(*words)
+    one_message(refused, "2 missing: body.bias, body.weight. Choose the model that the file was made for.")
+    assert "allow_" not in refused.err
+    done = call(*words, "model.allow_missing_keys=[body.*]", "run.dir=run")
+    assert done.code == 0, done.err
+    assert "RANDOM LAYERS: 2 weights are not in the checkpoint and stayed random (body.bias, body.weight)" in done.out
+    manifest = (tmp_path / "run/manifest.json").read_text()
+    assert '"random_keys": [' in manifest
+    assert '"body.weight"' in manifest
+    assert "RANDOM LAYERS" in (tmp_path / "run/metrics.json").read_text()
+
+
+def test_random_layers_come_from_the_models_seed(tmp_path: Path) -> None:
+    save_file(Two().stem.state_dict(prefix="stem."), tmp_path / "w.safetensors")
+    words = (*TWO, f"model.checkpoint={tmp_path / 'w.safetensors'}", "model.allow_missing_keys=['*']", "dataset=demo")
+    hashes = []
+    for seed in (0, 0, 1):
+        torch.rand(3)
+        hashes.append(state_hash(load_model(compose_config([*words, f"model.seed={seed}"]).model).module))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("model", [("model=segformer_b0",), TWO], ids=["system", "custom"])
+def test_a_file_of_another_model_is_refused_whatever_is_allowed(tmp_path: Path, model: tuple[str, ...]) -> None:
+    save_file(
+        {f"other.{n}": torch.zeros(2) for n in range(9)} | Two().stem.state_dict(prefix="stem."),
+        tmp_path / "w.safetensors",
+    )
+    allowed = ("model.allow_missing_keys=['*']", "model.allow_unexpected_keys=['*']")
+    cfg = compose_config([*model, f"model.checkpoint={tmp_path / 'w.safetensors'}", *allowed, "dataset=demo"]).model
+    with pytest.raises(HarnessError, match=r"of the file's 11 keys are the model's|is missing; it has 11 others"):
+        load_model(cfg)
+
+
+# scores that are none
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.zeros(1, 5, 2, 2, dtype=torch.complex64), "returned complex64 values, expected floating-point scores.$"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.int64), "returned int64 values.*Labels go by model=predictions"),
+        (torch.zeros(1, 5, 2, 2, dtype=torch.bool), "returned bool values"),
+        (torch.zeros(1, 5, 2, 2).to_sparse(), "returned a sparse tensor"),
+        (MaskLogits(torch.zeros(1, 5, 3), torch.zeros(1, 5, 2, 2, dtype=torch.int32)), "returned int32 values"),
+        ({"pred_logits": torch.zeros(1, 5, 3), "pred_masks": [1]}, "returned a list where scores were expected"),
+    ],
+)
+def test_scores_that_are_no_numbers_are_refused_by_name(scores: Any, message: str) -> None:
+    with pytest.raises(HarnessError, match=f"a: the model {message}"):
+        read_output(scores, "a")
