@@ -251,3 +251,35 @@ def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started
     assert "another job is working on this run (process" in second.err
     started.process.send_signal(signal.SIGTERM)
     started.end()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("call", "code", "message"),
+    [
+        ("sys.exit(0)", 2, r"error: the model, or a library of its, called sys\.exit\(0\) at \S+slow_model\.py:\d+, in forward"),
+        ("os._exit(0)", 1, r"error: rank \d on \S+ .* left in the middle of its work, with exit code 0 .*os\._exit\) while processing"),
+    ],
+)  # fmt: skip
+def test_a_model_that_exits_is_a_fault(
+    start: Callable[..., Started], work: Path, ranks: int, call: str, code: int, message: str
+) -> None:
+    leave = f"        if os.environ['RANK'] == '{ranks - 1}':\n            import sys\n            {call}\n        n, _, h, w"
+    (work / "slow_model.py").write_text(SLOW_MODEL.replace("        n, _, h, w", leave))
+    begin = time.monotonic()
+    done = start(f"runtime.devices={ranks}", SLOW_MODEL_SECONDS="0.1").end()
+    assert done.code == code, done.err
+    assert time.monotonic() - begin < 60
+    assert re.search(message, done.err), done.err
+    assert not (work / "run/metrics.json").exists()
+
+
+@pytest.mark.parametrize("after_s", [0.5, 3.0, 6.0])
+def test_ranks_end_with_their_supervisor_also_while_they_start(start: Callable[..., Started], after_s: float) -> None:
+    started = start("runtime.devices=2", SLOW_MODEL_SECONDS="1")
+    time.sleep(after_s)
+    ranks = psutil.Process(started.process.pid).children()
+    os.kill(started.process.pid, signal.SIGKILL)
+    gone, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive, [p.cmdline() for p in alive]
+    assert len(gone) == len(ranks)

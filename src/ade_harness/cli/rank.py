@@ -18,24 +18,28 @@ from ade_harness.cli.main import guarded
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import HANDOVER
 from ade_harness.runtime.lean import put_off_metrics
+from ade_harness.runtime.notes import note_done
+from ade_harness.runtime.orphans import end_if_orphaned
 
 _POLL_S = 0.01
 
 
 def main() -> int:
     """Do a rank's share of what the supervisor hands over; returns the exit code."""
-    return guarded(_run)
+    end_if_orphaned()
+    code = guarded(_run)
+    if code == 0:
+        note_done()
+    return code
 
 
 def _run() -> int:
-    path, parent = Path(os.environ[HANDOVER]), os.getppid()
+    path = Path(os.environ[HANDOVER])
     put_off_metrics()
     # here, before anything is known: both kinds of work need it
     import lightning.pytorch  # noqa: F401
 
     while not path.exists():
-        if os.getppid() != parent:
-            return 1  # the supervisor is gone
         time.sleep(_POLL_S)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content["logging"] is not None:

@@ -23,6 +23,8 @@ _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 HANDOVER = "ADE_HARNESS_HANDOVER"
 """Environment variable: of a supervised rank, the file that says what to do; it may not be there yet."""
+SUPERVISOR = "ADE_HARNESS_SUPERVISOR"
+"""Environment variable: the process id of the supervisor."""
 SUPERVISED = "ADE_HARNESS_NOTE"
 """Set for ranks that our supervisor has started: the file of their note."""
 

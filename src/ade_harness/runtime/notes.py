@@ -22,6 +22,8 @@ SIBLING_DIED = signal.SIGUSR2
 """The supervisor's signal to the ranks of its node after one of them has died."""
 
 NOTE_BYTES = 2048
+DONE = "done"
+"""Field of a note: the rank has come to the end of its work."""
 
 
 class Note:
@@ -46,6 +48,14 @@ class Note:
         except (OSError, ValueError):
             return {}
         return content
+
+
+def note_done() -> None:
+    """Tell the supervisor, if there is one, that this rank has come to the end of its work."""
+    path = os.environ.get(SUPERVISED)
+    if path:
+        note = Note(Path(path))
+        note.write(**Note.read(Path(path)), **{DONE: "yes"})
 
 
 def open_note() -> Note | None:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -261,17 +262,34 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
     try:
         with handled_signals(coordinator) as install:
             yield Ranks(trainer, coordinator, watchdog, install)
-    except BaseException as error:
+    except BaseException as caught:
+        error = caught
+        # Lightning turns Ctrl-C into an exit, and calls a trainer interrupted after any error
+        interrupted = isinstance(caught, KeyboardInterrupt) or isinstance(caught.__context__, KeyboardInterrupt)
+        if isinstance(caught, SystemExit) and not interrupted:
+            error = HarnessError(_place_of_exit(caught))
         _leave(coordinator, launcher, error)
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and trainer.interrupted):
+        if isinstance(error, KeyboardInterrupt | SystemExit):
             if coordinator.lost is not None:
                 raise RankLostError(coordinator.lost) from error
             if coordinator.ended != "interrupted":
                 raise StopRequestedError(coordinator.ended) from error
             raise KeyboardInterrupt from error
+        if error is not caught:
+            raise error from caught
         raise
     finally:
         watchdog.close()
+
+
+def _place_of_exit(error: SystemExit) -> str:
+    """Say where a ``sys.exit`` was called: an evaluation that a model ends has no score, whatever its exit code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else ""
+    return (
+        f"the model, or a library of its, called sys.exit({error.code!r}){place}: the evaluation was not finished. A"
+        " model has to return scores or raise an exception."
+    )
 
 
 def _leave(coordinator: Coordinator, launcher: Any, error: BaseException) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from ade_harness.files.atomic import replaced
-from ade_harness.runtime.cluster import HANDOVER, SUPERVISED, Node, host_name
-from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED, NOTE_BYTES, SIBLING_DIED, Note
+from ade_harness.runtime.cluster import HANDOVER, SUPERVISED, SUPERVISOR, Node, host_name
+from ade_harness.runtime.notes import DONE, EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED, NOTE_BYTES, SIBLING_DIED, Note
 
 _POLL_S = 0.05
 _END_GRACE_S = 12.0
@@ -95,11 +95,17 @@ class RankProcess:
                 self._log.write(line)
 
     @property
+    def left_early(self) -> bool:
+        """Whether it ended as if all were well, without having come to the end of its work (``os._exit(0)``)."""
+        return self.process.returncode == 0 and DONE not in Note.read(self.note)
+
+    @property
     def severity(self) -> tuple[int, float]:
         """How much this rank's end tells about what went wrong; of equals the first."""
         code = self.process.returncode
         ranking = {0: -1, -SIBLING_DIED: 0, EXIT_RANK_LOST: 1, EXIT_STOPPED: 2, EXIT_MESSAGE: 3}
-        return 0 if self.killed_here else ranking.get(code, 4), -(self.ended_at or 0.0)
+        level = 0 if self.killed_here else 4 if self.left_early else ranking.get(code, 4)
+        return level, -(self.ended_at or 0.0)
 
     def finish(self) -> None:
         """Read what is left of the streams and close the log."""
@@ -216,8 +222,9 @@ class Supervisor:
             for rank in self._processes:
                 if rank.ended_at is None and rank.process.poll() is not None:
                     rank.ended_at = time.monotonic()
-                    failed = failed or rank.process.returncode != 0
-                    died = died or rank.process.returncode not in (0, *_ORDERLY)  # of those, all ranks know
+                    failed = failed or rank.process.returncode != 0 or rank.left_early
+                    # of an orderly end all ranks know
+                    died = died or rank.process.returncode not in (0, *_ORDERLY) or rank.left_early
             if failed:
                 self._asked_at = self._asked_at or time.monotonic()
             waited = 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
@@ -241,6 +248,7 @@ class Supervisor:
         environment = {
             **os.environ,
             SUPERVISED: str(note),
+            SUPERVISOR: str(os.getpid()),
             HANDOVER: str(folder / "handover.json"),
             "LOCAL_RANK": str(local),
             "RANK": str(rank),
@@ -272,7 +280,7 @@ class Supervisor:
     def _ending(self, notes: dict[int, dict[str, str]], run_dir: str | None) -> Ending:
         worst = max(self._processes, key=lambda rank: rank.severity)
         code = worst.process.returncode
-        if code == 0:
+        if code == 0 and not worst.left_early:
             return Ending(0, False, run_dir=run_dir)
         if self.received is not None:
             return Ending(EXIT_MESSAGE if self.received == signal.SIGINT else EXIT_STOPPED, False, run_dir=run_dir)
@@ -280,6 +288,8 @@ class Supervisor:
             shown = any(r.forwarded and r.process.returncode == code for r in self._processes)
             return Ending(code, code == EXIT_RANK_LOST, "" if shown else "\n".join(worst.tail), run_dir)
         message = _obituary(worst, notes.get(worst.rank, {}), run_dir)
+        if worst.left_early:
+            return Ending(1, False, message, run_dir)
         return Ending(code if code > 0 else 128 - code, True, message, run_dir)
 
 
@@ -289,6 +299,8 @@ def _obituary(rank: RankProcess, note: dict[str, str], run_dir: str | None) -> s
         name = signal.Signals(-code)
         cause = _SIGNAL_CAUSES.get(name)
         how = f"was killed by {name.name}{f' ({cause})' if cause else ''}"
+    elif rank.left_early:
+        how = "left in the middle of its work, with exit code 0 (the model, or a library of its, called os._exit)"
     else:
         how = f"ended with exit code {code}"
     work = f" while processing {note['item']}" if note.get("item") else ""

@@ -18,6 +18,7 @@ from typing import Any
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator, open_store, rank_and_world_size
 from ade_harness.runtime.notes import EXIT_RANK_LOST, open_note
+from ade_harness.runtime.orphans import hand_over_to_watchdog, is_orphan
 
 BEAT_EVERY_S = 1.0
 GRACE_S = 5.0
@@ -62,7 +63,6 @@ class Watchdog:
         self.rank, self.world_size = rank_and_world_size()
         self.beat = Beat(self.rank)
         self._note = open_note()
-        self._parent = os.getppid() if self._note is not None else None
         self._store: Any = open_store(own_connection=True)
         self._heard = time.monotonic()
         self._looked = self._heard
@@ -75,6 +75,7 @@ class Watchdog:
         self._publish()
         for thread in self._threads:
             thread.start()
+        hand_over_to_watchdog()
 
     def working_on(self, item: str) -> None:
         """Say what the main thread does now."""
@@ -145,7 +146,7 @@ class Watchdog:
             if now - before > self.silent_s / 2:  # stopped (Ctrl-Z) and continued
                 self._heard = now
             before = now
-            if self._parent is not None and os.getppid() != self._parent:
+            if is_orphan():
                 self._lose("the process that started this rank is gone")
             if now - self._heard > self.silent_s:
                 self._lose(f"rank 0's store does not answer for {self.silent_s:g} s")
