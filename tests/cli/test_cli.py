@@ -419,6 +419,15 @@ def test_a_resized_copy_of_the_data_set_is_marked(call: Call, tiny_ade: Path) ->
     assert "NOT THE OFFICIAL IMAGES: 7 of 7 have another size, such as ADE_val_00001000" in done.out
 
 
+def test_a_set_without_a_labelled_pixel_has_no_score(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
+    folder = tiny_ade / "annotations/validation"
+    for path in folder.iterdir():
+        Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
+    words = ("model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST)
+    one_message(call(*words, "run.dir=run"), "No score: none of the 7 images has a labelled pixel")
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
 def damaged_run(call: Call, tiny_ade: Path) -> Done:
     folder = tiny_ade / "annotations/validation"
     words = [

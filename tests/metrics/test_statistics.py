@@ -228,3 +228,17 @@ def test_verdicts(
     verdict = judge(measured, interval, published, marks)
     assert verdict.answer == answer
     assert words in verdict.sentence
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("near", [0, 1])
+def test_a_moved_interval_ends_where_values_end(bounds: tuple[float, float], near: int) -> None:
+    """Few images: the median of resamples is far from the value, and the interval would end below 0."""
+    ends = np.array(bounds)
+    inward = 0.1 if near == 0 else -0.1
+    draws = np.linspace(ends[near], ends[near] + 4 * inward, 1001)[:, None]
+    (moved,) = Resampled(ends[near : near + 1] + inward / 2, draws, np.zeros((3, 1)), bounds).centred()
+    assert moved is not None
+    assert (moved.low, moved.high)[near] == bounds[near]
+    assert not np.signbit(moved.low + 0.0) or bounds[0] < 0
+    assert bounds[0] <= moved.low < moved.high <= bounds[1]

@@ -112,7 +112,10 @@ class Recorder:
         if image.overlay_image is not None:
             path = self.run_dir / "overlays" / f"{image.image_id}.png"
             save_overlay(path, image.overlay_image.numpy(), image.target.numpy(), labels, self.classes, self.marks)
-        self.label_maps.add(image.image_id, labels, lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"]))
+        if valid or self.label_maps.choice != "few":  # an image without a labelled pixel is neither good nor bad
+            self.label_maps.add(
+                image.image_id, labels, lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
+            )
         self.writer.append(
             Row(
                 image_id=image.image_id,

@@ -60,6 +60,12 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
         raise HarnessError(incomplete(lost, len(rows), len(dataset.ids), record.path))
     check_rows(rows, job.sizes)
     check_exact(rows, work.matrix, [i for i in dataset.ids if i not in lost])
+    if not work.matrix.any():
+        record.leave("incomplete", lost)
+        raise HarnessError(
+            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to be right or wrong"
+            " about. Are these the annotations of this data set?"
+        )
     if lost:
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
     advice = None if job.facts.get("weights") == "random" else diagnose(rows, dataset.classes)

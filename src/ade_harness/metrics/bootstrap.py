@@ -54,6 +54,8 @@ class Resampled:
     """[B, C]; NaN where it is not defined."""
     without: Floats
     """[N, C], the jackknife."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """What values there can be: an interval that is moved ends there."""
 
     def percentile(self, level: float = LEVEL) -> list[Interval | None]:
         """Return each column's percentile interval; None where the statistic is too rarely defined."""
@@ -68,7 +70,8 @@ class Resampled:
                 moved.append(None)
                 continue
             shift = value - float(np.median(draws[np.isfinite(draws)]))
-            moved.append(Interval(interval.low + shift, interval.high + shift, level))
+            low, high = (min(max(self.bounds[0], end + shift), self.bounds[1]) for end in (interval.low, interval.high))
+            moved.append(Interval(low, high, level))
         return moved
 
     def bca(self, level: float = LEVEL) -> list[Interval | None]:

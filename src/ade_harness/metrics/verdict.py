@@ -37,11 +37,11 @@ def judge(measured: float, interval: Interval | None, published: float, marks: S
     if interval is not None:
         low, high = 100 * interval.low, 100 * interval.high
         inside = low - half <= published <= high + half
-        sentence = f"{shown} is {away:+.2f} from the published {published:.{digits}f}, which is"
+        sentence = f"{shown} is {away:+z.2f} from the published {published:.{digits}f}, which is"
         where = f"the {interval.level:.0%} interval {low:.2f} to {high:.2f}"
         if inside:
             return Verdict(
                 "within the interval", f"within the interval, not reproduced to its digits: {sentence} in {where}"
             )
         return Verdict("no", f"not reproduced: {sentence} outside of {where}")
-    return Verdict("no", f"not reproduced: {shown} is {away:+.2f} from the published {published:.{digits}f}")
+    return Verdict("no", f"not reproduced: {shown} is {away:+z.2f} from the published {published:.{digits}f}")

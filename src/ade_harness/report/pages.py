@@ -50,7 +50,8 @@ def write_report(
     contents = run_contents(run, _read_scenes(scenes, run), regions)
     values = contents.image_scores["mIoU"]
     kept = kept_images(run)
-    order = [i for i in np.argsort(values, kind="stable") if contents.areas.ids[i] in kept]
+    labelled = contents.areas.truth.sum(1) > 0  # an image without a labelled pixel is neither good nor bad
+    order = [i for i in np.argsort(values, kind="stable") if contents.areas.ids[i] in kept and labelled[i]]
     captions = [(contents.areas.ids[i], f"mIoU {100 * values[i]:.1f}") for i in order]
     number = min(_PICTURES, len(captions) // 2)
     worst, best = captions[:number], captions[::-1][:number]
@@ -66,7 +67,7 @@ def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
         named = [(ranking.runs[i].name, ranking.runs[i].run) for i in (pair.first, pair.second)]
         kept = set.intersection(*(kept_images(run) for _, run in named))
         moved = [
-            (i, f"contribution to ΔmIoU {100 * v:+.4f}")
+            (i, f"contribution to ΔmIoU {100 * v:+z.4f}")
             for i, v in pair.changed_images(len(pair.comparison.ids))
             if i in kept
         ]

@@ -111,8 +111,8 @@ def _names(runs: Sequence[FinishedRun]) -> list[str]:
 def difference_words(difference: Difference) -> str:
     """Return a difference in points with interval and p-value."""
     interval = difference.interval
-    within = f" [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]" if interval else ""
-    return f"{100 * difference.value:+.2f}{within}, p = {p_words(difference.p_corrected)}"
+    within = f" [{100 * interval.low:+z.2f}, {100 * interval.high:+z.2f}]" if interval else ""
+    return f"{100 * difference.value:+z.2f}{within}, p = {p_words(difference.p_corrected)}"
 
 
 def p_words(p: float) -> str:
@@ -157,9 +157,9 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     shown = claimed[:_SHOWN] or pair.changed_classes()[:_SHOWN]
     differ = "1 class differs" if len(claimed) == 1 else f"{len(claimed)} classes differ"
     what = f"{differ} (corrected for {len(pair.comparison.classes)} tests)"
-    words = ", ".join(f"{names[c]} {100 * d.value:+.1f}" for c, d in shown)
+    words = ", ".join(f"{names[c]} {100 * d.value:+z.1f}" for c, d in shown)
     print_line(console, f"  {what}; most: {words}")
-    images = ", ".join(f"{i} {100 * v:+.3f}" for i, v in pair.changed_images(_SHOWN))
+    images = ", ".join(f"{i} {100 * v:+z.3f}" for i, v in pair.changed_images(_SHOWN))
     print_line(console, f"  images that move mIoU most: {images or 'none'}")
     for remark in pair.remarks:
         print_line(console, f"  note: {remark}", style="yellow")

@@ -84,7 +84,7 @@ class LabelComparison:
         away = 100 * (self.second_mIoU - self.first_mIoU)
         return (
             f"not identical: {'; '.join(parts)}; mIoU {100 * self.second_mIoU:.4f} instead of"
-            f" {100 * self.first_mIoU:.4f} ({away:+.4f})"
+            f" {100 * self.first_mIoU:.4f} ({away:+z.4f})"
         )
 
     def as_dict(self) -> dict[str, Any]:
