@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from ade_harness.config.composed import Composed
 from ade_harness.config.plain import as_dict
+from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
 from ade_harness.report.terminal import print_result
 from ade_harness.runs.finished import load_run
+from ade_harness.runs.record import RunRecord
 from ade_harness.runs.result import Result
 from ade_harness.runtime.console import Output, make_console, output, percent, print_fact, print_line
 
@@ -43,28 +47,40 @@ def run_session(
         print_fact(shown, "mIoU", percent(result.scores.mIoU))
         print_fact(shown, "run directory", str(result.run_dir))
     if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
-        _write_page(console, result.run_dir)
+        with _only_remarked(console, "no page"):
+            _write_page(console, result.run_dir)
     if cfg.tracking.kind == "wandb":
-        from ade_harness.tracking.run import log_result
-
-        config = as_dict(cfg)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            tracking_path = log_result(cfg.tracking, result, config, record.summary())
-        for warning in caught:
-            if str(warning.message).startswith("W&B"):
-                print_line(console, str(warning.message), style="yellow")
-        print_fact(console, "W&B", tracking_path or "not logged")
+        with _only_remarked(console, "W&B: not logged"):
+            _track(console, cfg, result, record)
     return result
 
 
+@contextmanager
+def _only_remarked(console: Console, what: str) -> Iterator[None]:
+    """Turn what fails into a remark: the result is on disk already, and neither it nor the exit code depend on this."""
+    try:
+        yield
+    except Exception as error:  # whatever it is: a page's template, a full disk, a library that tracks
+        if os.environ.get("ADE_HARNESS_TRACEBACK"):
+            raise
+        reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+        print_line(console, f"{what}: {' '.join(reason.split())[:400]}", style="yellow")
+
+
+def _track(console: Console, cfg: Config, result: Result, record: RunRecord) -> None:
+    from ade_harness.tracking.run import log_result
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        tracking_path = log_result(cfg.tracking, result, as_dict(cfg), record.summary())
+    for warning in caught:
+        if str(warning.message).startswith("W&B"):
+            print_line(console, str(warning.message), style="yellow")
+    print_fact(console, "W&B", tracking_path or "not logged")
+
+
 def _write_page(console: Console, run_dir: Path) -> None:
-    """Write the run's page; the result is on disk already, so a failure is a remark."""
     from ade_harness.report.pages import PAGE, write_report
 
-    try:
-        write_report(console, load_run(run_dir), run_dir / PAGE, boundaries=False)
-    except HarnessError as error:
-        print_line(console, f"no page: {error}", style="yellow")
-        return
+    write_report(console, load_run(run_dir), run_dir / PAGE, boundaries=False)
     print_fact(console, "page", str(run_dir / PAGE))

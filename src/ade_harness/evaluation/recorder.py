@@ -68,6 +68,8 @@ class Recorder:
         self.marks = marks
         self.matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
         """Sum of this rank's images; the main thread may read it once everything is settled."""
+        self.remarks: list[str] = []
+        """What went wrong and costs no image: the first overlay that could not be drawn or written."""
         self._executor = executor
         self._pending: deque[tuple[str, Future[float]]] = deque()
 
@@ -110,8 +112,7 @@ class Recorder:
         height, width = image.target.shape
         valid = int(pixels.sum())
         if image.overlay_image is not None:
-            path = self.run_dir / "overlays" / f"{image.image_id}.png"
-            save_overlay(path, image.overlay_image.numpy(), image.target.numpy(), labels, self.classes, self.marks)
+            self._draw(image, image.overlay_image.numpy(), labels)
         if valid or self.label_maps.choice != "few":  # an image without a labelled pixel is neither good nor bad
             self.label_maps.add(
                 image.image_id, labels, lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
@@ -135,3 +136,11 @@ class Recorder:
             )
         )
         self.matrix += counts
+
+    def _draw(self, image: LoadedImage, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]) -> None:
+        path = self.run_dir / "overlays" / f"{image.image_id}.png"
+        try:
+            save_overlay(path, pixels, image.target.numpy(), labels, self.classes, self.marks)
+        except Exception as error:  # a picture is optional: a full disk, or a fault in drawing, costs no count
+            if not self.remarks:
+                self.remarks.append(f"overlays are missing: {' '.join(str(error).split())[:300]}")

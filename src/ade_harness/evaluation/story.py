@@ -96,7 +96,7 @@ def _work(
     failures: list[Failure] = sum(gather(module.failures), [])
     counted = module.recorder.matrix
     total = all_reduce_sum(counted) + matrix_of(before, len(counted))
-    notes = tuple(dict.fromkeys(sum(gather(job.predictor.notes()), [])))
+    notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.recorder.remarks]), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     ranks.part()
     return Work(total, failures, stopped, live.close() if live else (), notes, start, rate, balance, stages)
