@@ -148,7 +148,7 @@ def test_runs_can_be_grouped_and_filtered(tracked: Tracked, stub: StubServer, co
     assert (run["project"], run["groupName"], run["jobType"], run["displayName"]) == (
         "scenes", "predictions", "evaluate", "run",
     )  # fmt: skip
-    assert run["tags"] == ["mine", "ade20k", config["inference"]["name"], "partial"]
+    assert run["tags"] == ["mine", "ade20k", config["inference"]["name"], "partial", "not the official images"]
     assert config["dataset"]["split"] == "validation"
     assert config["provenance"]["ledger"]["images"] == IMAGES
     assert "distributions" not in config["provenance"]["environment"]  # 90 packages are no columns
@@ -392,6 +392,36 @@ def test_a_server_that_refuses_an_artifact_is_reported(
     assert done.problem
 
 
+def no_settings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder / "config"))
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize("word", ["offline", "disabled", "online"])
+@pytest.mark.parametrize("place", ["user", "directory"])
+def test_settings_files_are_obeyed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word: str, place: str) -> None:
+    """`wandb offline` and `wandb disabled` write them."""
+    no_settings(monkeypatch, tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    folder = tmp_path / ("config" if place == "user" else "wandb")
+    folder.mkdir()
+    (folder / "settings").write_text(f"[default]\nmode = {word}\n")
+    assert wandb_mode(None) == word
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode(None) == "offline"
+
+
+def test_a_mode_that_cannot_be_understood_keeps_results_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_settings(monkeypatch, tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.warns(UserWarning, match="W&B: offline, since its mode cannot be understood: 'of'"):
+        assert wandb_mode(None) == "offline"
+
+
 @pytest.mark.parametrize(
     ("configured", "variables", "expected"),
     [
@@ -400,14 +430,19 @@ def test_a_server_that_refuses_an_artifact_is_reported(
         (None, {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
         (None, {"WANDB_MODE": "disabled"}, "disabled"),
         ("online", {"WANDB_MODE": "disabled"}, "online"),
+        (None, {"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
+        (None, {"WANDB_API_KEY": "k", "WANDB_MODE": "OffLine "}, "offline"),
+        (None, {"WANDB_API_KEY": "k", "WANDB_MODE": "DISABLED"}, "disabled"),
+        (None, {"WANDB_API_KEY": "k", "WANDB_MODE": "run"}, "online"),
+        (None, {"WANDB_MODE": "online"}, "offline"),  # there is no key
+        (None, {"WANDB_API_KEY": "k", "WANDB_DISABLED": "True"}, "disabled"),
+        (None, {"WANDB_API_KEY": "k", "WANDB_DISABLED": "false"}, "online"),
     ],
 )
 def test_modes(
-    configured: str | None, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+    configured: str | None, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", "/nowhere")
+    no_settings(monkeypatch, tmp_path)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(configured) == expected

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,12 +28,16 @@ LIMITS = {
 def limits() -> Iterator[None]:
     """Let wandb in this process give up a server that does not answer, and print nothing."""
     added = {key: value for key, value in {**LIMITS, "WANDB_SILENT": "true"}.items() if key not in os.environ}
-    os.environ.update(added)
+    mode = os.environ.get("WANDB_MODE")
+    os.environ.update(added, WANDB_MODE="offline")  # what we pass: wandb refuses to start with other spellings
     try:
         yield
     finally:
         for key in added:
             os.environ.pop(key, None)
+        os.environ.pop("WANDB_MODE")
+        if mode is not None:
+            os.environ["WANDB_MODE"] = mode
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,43 @@ class Uploaded:
     problem: str = ""
 
 
+_MODES = {
+    "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
+    "disabled": "disabled",
+}  # fmt: skip
+"""What values of WANDB_MODE mean here."""
+
+
 def wandb_mode(configured: str | None) -> str:
-    """Return online, offline or disabled: as configured, by WANDB_MODE, else online only if a key is set."""
+    """Return online, offline or disabled.
+
+    ``tracking.mode`` decides; else WANDB_DISABLED, WANDB_MODE and W&B's settings files (``wandb offline``,
+    ``wandb disabled``), in any case of letters; else it is online only if a key is set. What cannot be understood keeps
+    results here: it is offline, with a warning.
+    """
     if configured is not None:
         return configured
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
-    return "online" if has_key() else "offline"
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off"):
+        return "disabled"
+    asked = os.environ.get("WANDB_MODE", "").strip().lower()
+    try:
+        found = _MODES[asked or _mode_of_files()]
+    except (KeyError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"W&B: offline, since its mode cannot be understood: {reason}", stacklevel=2)
+        return "offline"
+    return "offline" if found == "online" and not has_key() else found
+
+
+def _mode_of_files() -> str:
+    """Return the mode by W&B's own settings, of the machine's user and of the working directory."""
+    import wandb
+
+    # `wandb.setup()` would give them too, but once for all of this process, and it changes the environment
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = wandb.Settings(silent=True, settings_system=str(folder / "settings"))
+    settings.update_from_system_settings()
+    return str(settings.mode)
 
 
 def has_key() -> bool:
