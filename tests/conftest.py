@@ -114,3 +114,7 @@ def tiny_ade(tmp_path: Path) -> Path:
         image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
         write_pair(root, f"ADE_val_{1000 + index:08d}", image, annotation)
     return root
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hostile", type=int, default=40, help="attacks of each kind in tests/hostile")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ade_harness.cli.answer import Answer
+from ade_harness.errors import HarnessError
+from ade_harness.files.documents import MAX_TEXT_BYTES, checked, parse_json, read_json
+from ade_harness.files.reading import read_regular
 from ade_harness.runs.directory import LEDGER, LOSS, PROBE, PROGRESS, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
 from ade_harness.runs.record import read_config
+from ade_harness.runs.shapes import PROGRESS as PROGRESS_SHAPE
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
 from ade_harness.runtime.progress import format_seconds
 from ade_harness.runtime.supervisor import resume_command
@@ -56,7 +59,7 @@ def run_status(options: argparse.Namespace) -> Answer:
             print_line(console, f"warning: {warning}", style="yellow")
         console.print(_ranks(progress["ranks"]))
     elif state == "finished":
-        print_fact(console, "mIoU", percent(json.loads((path / "metrics.json").read_text())["mIoU"]))
+        print_fact(console, "mIoU", percent(read_json(path / "metrics.json", {"mIoU": float})["mIoU"]))
     else:
         print_fact(console, "continue", resume_command(path))
     content = {
@@ -70,8 +73,11 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     """Print the state of a training; the manifests of older ones have `finished` and no status."""
     status = manifest.get("status") or ("finished" if manifest.get("finished") else "running")
     state = run_state(status, read_lock(path / LOCK), None)
-    lines = (path / LOSS).read_text().splitlines() if (path / LOSS).exists() else []
-    last = json.loads(lines[-1]) if lines else {"step": 0, "loss": None}
+    lines = read_regular(path / LOSS, MAX_TEXT_BYTES).splitlines() if (path / LOSS).exists() else []
+    last = {"step": 0, "loss": None}
+    if lines:
+        text = lines[-1].decode("utf-8", "replace")
+        last = checked(parse_json(text, str(path / LOSS)), {"step": int, "loss?": float}, str(path / LOSS))
     for mark in manifest.get("marks", ()):
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
@@ -110,9 +116,10 @@ def run_state(status: str, holder: dict[str, Any], progress: dict[str, Any] | No
 
 def _read_progress(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads((path / PROGRESS).read_text())
-    except (OSError, ValueError):
-        return None
+        content: dict[str, Any] = read_json(path / PROGRESS, PROGRESS_SHAPE)
+        datetime.fromisoformat(content["updated"])
+    except (HarnessError, ValueError):
+        return None  # it is written often, and the ledger says what is saved
     return content
 
 

@@ -32,6 +32,8 @@ from ade_harness.data.labels import (
 )
 from ade_harness.data.source import MountedSource, open_source
 from ade_harness.errors import HarnessError, did_you_mean, require
+from ade_harness.files.documents import PlainLoader
+from ade_harness.files.reading import read_regular
 
 _KEYS = ("names", "ignore", "mapping", "colors", "storage")
 _STORAGE = ("grey", "palette_index", "palette_colour", "uint16")
@@ -78,12 +80,12 @@ def _storage(content: Mapping[Any, Any], encoding: LabelEncoding, colors: Sequen
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise HarnessError(f"{path}: too large for a list of classes ({path.stat().st_size:,} bytes).")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HarnessError(f"dataset.classes={path}: cannot be read ({error.strerror or error}).") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        text = read_regular(path, _MAX_BYTES).decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise HarnessError(f"{path}: is no UTF-8 text: save it as UTF-8.") from error
+    try:
+        content = yaml.load(text, PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise HarnessError(f"{path}: is no YAML ({' '.join(str(error).split())[:200]}).") from error
     if not isinstance(content, dict):
         raise HarnessError(f"{path}: expected a mapping with the key `names`, a list of class names.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import uuid
@@ -13,6 +14,8 @@ from typing import Any
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import json_safe
+from ade_harness.files.documents import checked, escaped, read_json
+from ade_harness.runs.shapes import MANIFEST as MANIFEST_SHAPE
 
 MANIFEST = "manifest.json"
 LEDGER = "ledger"
@@ -86,18 +89,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         HarnessError: there is none, or it is damaged, or of another version.
     """
     manifest = path / MANIFEST
-    try:
-        content: dict[str, Any] = json.loads(manifest.read_text())
-        version = content["schema"]
-    except FileNotFoundError:
-        raise HarnessError(f"{path}: holds no run (no {MANIFEST}).") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HarnessError(f"{manifest}: damaged, or of another version. Start a new run.") from error
+    if not os.path.lexists(manifest):
+        raise HarnessError(f"{escaped(str(path))}: holds no run (no {MANIFEST}).")
+    content: dict[str, Any] = read_json(manifest, {"schema": int})
+    version = content["schema"]
     if version != SCHEMA_VERSION:
         raise HarnessError(
             f"{path}: a run of another version of this package (schema {version}, this one reads {SCHEMA_VERSION})."
             " Continue it with the version that began it, or start a new run."
         )
+    checked(content, MANIFEST_SHAPE, str(manifest))
     return content
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ade_harness.data.ade20k_labels import ade20k_classes
-from ade_harness.data.labels import Classes, classes_from
+from ade_harness.data.labels import MAX_CLASSES, Classes, classes_from
 from ade_harness.errors import HarnessError
+from ade_harness.files.documents import checked, damaged, read_json, read_yaml
 from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
-from ade_harness.runs.directory import LEDGER, read_manifest
+from ade_harness.runs.directory import LEDGER, MANIFEST, read_manifest
 from ade_harness.runs.ledger import read_rows
+from ade_harness.runs.shapes import CONFIG, FINISHED, METRICS
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,11 @@ def load_run(path: Path) -> FinishedRun:
             f"{path}: the run is not finished ({manifest.get('status')})."
             f" `python -m ade_harness resume {path}` ends it."
         )
-    rows, damaged = read_rows(path / LEDGER)
-    if damaged:
+    checked(manifest, FINISHED, str(path / MANIFEST))
+    rows, broken = read_rows(path / LEDGER)
+    if broken:
         raise HarnessError(
-            f"{path / LEDGER / damaged[0]}: damaged ({len(damaged)} ledger files in all)."
+            f"{path / LEDGER / broken[0]}: damaged ({len(broken)} ledger files in all)."
             f" `python -m ade_harness resume {path}` counts their images again."
         )
     recorded = manifest.get("ledger", {})
@@ -106,19 +107,23 @@ def load_run(path: Path) -> FinishedRun:
             f" has {recorded.get('images')} with {str(recorded.get('sha256'))[:12]}. Files are missing, or were"
             " changed. Restore them, or evaluate again."
         )
-    return FinishedRun(
-        path, manifest, _read(path / "config.yaml", yaml.safe_load), _read(path / "metrics.json", json.loads),
-        tuple(rows), found,
+    run = FinishedRun(
+        path, manifest, read_yaml(path / "config.yaml", CONFIG), read_json(path / "metrics.json", METRICS), tuple(rows),
+        found,
     )  # fmt: skip
+    _check_classes(run)
+    return run
 
 
-def _read(path: Path, parse: Any) -> dict[str, Any]:
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise HarnessError(f"{path}: damaged ({str(error).splitlines()[0]}).") from error
-    if not isinstance(content, dict):
-        raise HarnessError(f"{path}: damaged: expected a mapping.")
-    return content
+def _check_classes(run: FinishedRun) -> None:
+    """Refuse a run whose ledger counts classes that its data set does not have."""
+    stored = run.manifest["dataset"].get("classes")
+    if stored and not (
+        len(stored["names"]) == len(stored["colors"]) <= MAX_CLASSES
+        and all(len(color) == 3 and all(0 <= v <= 255 for v in color) for color in stored["colors"])
+    ):
+        raise damaged(str(run.path / MANIFEST), "dataset.classes: expected a name and an RGB colour for each class")
+    number = len(run.classes)
+    for row in run.rows:
+        if row.ground_truth.max(initial=0) >= number or row.prediction.max(initial=0) > number:
+            raise damaged(str(run.path / LEDGER), f"{row.image_id}: a class beyond the {number} of the data set")

@@ -6,12 +6,14 @@ page checksums catch damage after that. ``pandas.read_parquet(run / "ledger")`` 
 
 from __future__ import annotations
 
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +51,14 @@ class LedgerError(HarnessError):
 
 _FLUSH_EVERY_S = 30.0
 """A slow model's images must not be lost either."""
+
+
+_MAX_ROWS = 2**20
+"""Images of a ledger."""
+_MAX_VALUES = 2**27
+"""Counts of a ledger: a thousand for each of a hundred thousand images."""
+_MAX_BYTES = 2**31
+"""Of one segment, unpacked."""
 
 
 class LedgerWriter:
@@ -127,18 +137,19 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
         HarnessError: an image is recorded twice with different results, or a segment of another version.
     """
     rows: dict[str, Row] = {}
-    damaged = []
+    damaged: list[str] = []
+    values = 0
     for path in sorted(folder.glob("*.parquet")):
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:  # read_table imports far more
-                table = file.read()
-        except (pa.ArrowException, OSError):
+            records = _read_segment(path)
+            found = [_row_from(record) for record in records]
+        except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError):
             damaged.append(path.name)
             continue
-        if not table.schema.equals(SCHEMA):
-            raise HarnessError(f"{path}: a ledger of another version of this package. Start a new run.")
-        for record in table.to_pylist():
-            row = _row_from(record)
+        values += sum(len(row.pixels) for row in found)
+        if len(rows) + len(found) > _MAX_ROWS or values > _MAX_VALUES:
+            raise HarnessError(f"{folder}: holds more images or counts than any data set has. It is no run's ledger.")
+        for row in found:
             other = rows.setdefault(row.image_id, row)
             if other.label_hash != row.label_hash or other.content_hash != row.content_hash:
                 raise HarnessError(
@@ -148,7 +159,29 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
     return [rows[i] for i in sorted(rows)], damaged
 
 
-def _row_from(record: dict[str, object]) -> Row:
+def _read_segment(path: Path) -> list[dict[str, Any]]:
+    """Return a segment's records, once its metadata say that they fit into memory.
+
+    Raises:
+        HarnessError: of another version, or no segment: a few bytes can stand for billions of equal values.
+        ArrowException, OSError: damaged.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise HarnessError(f"{path}: is no regular file.")
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # read_table imports far more
+        if not file.schema_arrow.equals(SCHEMA):
+            raise HarnessError(f"{path}: a ledger of another version of this package. Start a new run.")
+        groups = [file.metadata.row_group(index) for index in range(min(file.metadata.num_row_groups, _MAX_ROWS))]
+        values = sum(g.column(c).num_values for g in groups for c in range(g.num_columns))
+        size = sum(g.total_byte_size for g in groups)
+        if file.metadata.num_rows > _MAX_ROWS or values > _MAX_VALUES or size > _MAX_BYTES:
+            raise HarnessError(f"{path}: says that it holds {values:,} values; no ledger has so many.")
+        records: list[dict[str, Any]] = file.read().to_pylist()
+    return records
+
+
+def _row_from(record: dict[str, Any]) -> Row:
+    """Return a row; raises ValueError or TypeError if its parts do not fit each other."""
     values = {f.name: record[f.name] for f in fields(Row)}
     for name, dtype in (
         ("ground_truth", np.uint8),
@@ -157,4 +190,10 @@ def _row_from(record: dict[str, object]) -> Row:
         ("calibration", np.int64),
     ):
         values[name] = np.array(values[name], dtype)
-    return Row(**values)  # type: ignore[arg-type]
+    row = Row(**values)
+    if not len(row.ground_truth) == len(row.prediction) == len(row.pixels):
+        raise ValueError("columns of different lengths")
+    smallest = min(row.height, row.width, row.pixels.min(initial=0))
+    if any(value is None for value in values.values()) or smallest < 0:
+        raise ValueError("a value is missing or negative")
+    return row

@@ -19,6 +19,7 @@ import psutil
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_text
+from ade_harness.files.documents import read_json
 
 LOCK = ".lock"
 RENEW_EVERY_S = 5.0
@@ -109,13 +110,16 @@ class RunLock:
         write_text(self.path, json.dumps(self._content), durable=False)
 
 
+LOCK_SHAPE = {"token?": str, "renewed?": int, "pid?": int, "host?": str, "started?": (str, int, float)}
+
+
 def read_lock(path: Path) -> dict[str, Any]:
     """Return a lock's content; empty if there is none, or not a whole one."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content: dict[str, Any] = read_json(path, LOCK_SHAPE, 1 << 16)
+    except HarnessError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def owner_state(holder: dict[str, Any]) -> str:

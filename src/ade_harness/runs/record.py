@@ -14,6 +14,8 @@ import yaml
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
+from ade_harness.files.documents import MAX_TEXT_BYTES, damaged, parse_yaml
+from ade_harness.files.reading import read_regular
 from ade_harness.metrics.counts import Row, hash_rows
 from ade_harness.runs.directory import (
     MANIFEST,
@@ -145,6 +147,13 @@ def start_record(
         raise
 
 
+class _NoAliases(yaml.SafeDumper):
+    """Writes equal parts out: a reader of strangers' files takes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def _write_record(
     path: Path,
     lock: RunLock,
@@ -159,7 +168,7 @@ def _write_record(
     before: dict[str, Any] | None,
     changes: Sequence[str],
 ) -> RunRecord:
-    text = yaml.safe_dump(config, sort_keys=False)
+    text = yaml.dump(config, Dumper=_NoAliases, sort_keys=False)
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "status": "running",
@@ -257,10 +266,10 @@ def read_config(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a run's config.yaml, checked against its manifest; raises as :func:`run_identity`."""
     file = path / "config.yaml"
     try:
-        text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise HarnessError(f"{file}: cannot be read ({str(error).splitlines()[0]}). Start a new run.") from error
+        text = read_regular(file, MAX_TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(str(file), "expected UTF-8") from error
+    content = parse_yaml(text, str(file))
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
     # a session that was killed between its manifest and its config.yaml left the earlier one's
     known = {manifest["config_sha256"], *(e.get("config_sha256") for e in manifest.get("earlier", ())[-1:])}

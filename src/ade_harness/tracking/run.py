@@ -7,7 +7,6 @@ down, and whatever a server does, the offline run is whole and can be uploaded l
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ade_harness.config.schema import TrackingConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
+from ade_harness.files.documents import read_json, read_yaml
 from ade_harness.runs.directory import read_manifest
 from ade_harness.runs.record import short_manifest
 from ade_harness.runs.result import Result
@@ -78,8 +76,8 @@ def log_failure(cfg: TrackingConfig, folder: Path, why: str) -> str | None:
     """
     try:
         manifest = read_manifest(folder)
-        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
-    except (HarnessError, OSError, yaml.YAMLError):
+        config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    except HarnessError:
         return None  # the run directory itself is what failed
     manifest = short_manifest(manifest)
     job_type = "probe" if manifest.get("kind") == "probe" else "evaluate"
@@ -133,10 +131,10 @@ def run_id(folder: Path) -> str:
 def read_tracking(folder: Path) -> dict[str, Any]:
     """Return the content of tracking.json: ``id``, and once it was uploaded ``url``; empty if there is none."""
     try:
-        content = json.loads((folder / TRACKING).read_text())
-    except (OSError, ValueError):
+        content: dict[str, Any] = read_json(folder / TRACKING, {"id?": str, "url?": str})
+    except HarnessError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def _entry(

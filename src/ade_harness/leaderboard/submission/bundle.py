@@ -18,7 +18,9 @@ import yaml
 import ade_harness
 from ade_harness.data.ade20k import validation_sizes
 from ade_harness.errors import HarnessError
+from ade_harness.files.documents import PlainLoader
 from ade_harness.files.fetch import file_hash
+from ade_harness.files.reading import read_regular
 from ade_harness.leaderboard.submission.claim import CLAIM, claim_problems, is_safe_word
 from ade_harness.leaderboard.submission.scripts import script_files
 from ade_harness.leaderboard.table import why_not_ranked
@@ -82,15 +84,6 @@ def _printable(text: str) -> str:
     return shown if len(shown) <= 400 else f"{shown[:400]}..."
 
 
-class _NoAliases(yaml.SafeLoader):
-    """Plain values alone: a few aliases of aliases stand for billions of entries."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*) are not allowed")
-        return super().compose_node(parent, index)
-
-
 def read_claim(folder: Path) -> dict[str, Any]:
     """Read submission.yaml, which makes no objects.
 
@@ -98,11 +91,9 @@ def read_claim(folder: Path) -> dict[str, Any]:
         HarnessError: too large, or no mapping.
     """
     path = folder / CLAIM
-    if path.stat().st_size > _MAX_TEXT_BYTES:
-        raise HarnessError(f"{CLAIM}: too large.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = yaml.load(read_regular(path, _MAX_TEXT_BYTES).decode("utf-8"), PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise HarnessError(f"{CLAIM}: no YAML ({(str(error).splitlines() or ['damaged'])[0]}).") from error
     if not isinstance(content, dict):
         raise HarnessError(f"{CLAIM}: expected a mapping.")

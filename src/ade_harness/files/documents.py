@@ -1,0 +1,186 @@
+"""Read JSON and YAML that somebody else may have written: bounded in size and depth, of the shape that is expected.
+
+One way for every text file of a run directory and of a submission. What is wrong is one message: the file, the field,
+what was expected. Texts come back without control characters, which could change what a terminal shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ade_harness.errors import HarnessError
+from ade_harness.files.reading import read_regular
+
+MAX_TEXT_BYTES = 2**24
+_MAX_DEPTH = 40
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+Shape = Any
+"""What a value may be: a type, a tuple of types, ``[shape]`` for a list, or a mapping of keys to shapes. A key that
+ends with "?" may be missing, or null; the key "*" stands for all others. Other keys may have any value."""
+
+
+def escaped(text: str) -> str:
+    """Return a text in which control characters, and marks that turn the direction of writing, are shown as escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def read_json(path: Path, shape: Shape = dict, most: int = MAX_TEXT_BYTES) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: of the file.
+        shape: what is expected.
+        most: bytes that it may have.
+
+    Raises:
+        HarnessError: it cannot be read, or is damaged.
+    """
+    return checked(parse_json(_text(path, most), str(path)), shape, str(path))
+
+
+def read_yaml(path: Path, shape: Shape = dict, most: int = MAX_TEXT_BYTES) -> Any:
+    """Read a YAML file of plain values: no aliases, which can stand for billions of entries, and no objects.
+
+    Args and errors as :func:`read_json`.
+    """
+    return checked(parse_yaml(_text(path, most), str(path)), shape, str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return the content of a JSON text; raises HarnessError."""
+    try:
+        return _plain(json.loads(text), 0)
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, _reason(error)) from error
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the content of a YAML text of plain values; raises HarnessError."""
+    try:
+        return _plain(yaml.load(text, PlainLoader), 0)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, OverflowError) as error:
+        raise damaged(where, _reason(error)) from error
+
+
+def checked(content: Any, shape: Shape, where: str) -> Any:
+    """Return the content if it is of a shape; raises HarnessError that names the first field that is not."""
+    problem = _problem(content, shape, "")
+    if problem is not None:
+        field, expected = problem
+        raise damaged(where, f"{field or 'the whole file'}: expected {expected}")
+    return content
+
+
+def damaged(where: str, what: str) -> HarnessError:
+    """Return the error of a file of a run or a submission that is not what this package wrote."""
+    return HarnessError(f"{escaped(where)}: damaged: {escaped(what)}. Restore it, or do without this directory.")
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Loads plain values; refuses aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse an alias; compose anything else."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*) are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _text(path: Path, most: int) -> str:
+    try:
+        return read_regular(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(str(path), "expected UTF-8") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"nested more than {_MAX_DEPTH} deep"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """Return plain values with their texts escaped; raises ValueError for anything else, or nested too deep."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return escaped(value)
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value
+    if isinstance(value, list):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {
+            escaped(key) if isinstance(key, str) else _key(key): _plain(item, depth + 1) for key, item in value.items()
+        }
+    raise ValueError(f"a value of type {type(value).__name__}")
+
+
+def _key(key: Any) -> Any:
+    if key is None or isinstance(key, bool | int | float):
+        return key
+    raise ValueError(f"a key of type {type(key).__name__}")
+
+
+def _problem(content: Any, shape: Shape, field: str) -> tuple[str, str] | None:
+    """Return the first field that is not as expected, and what was expected."""
+    if isinstance(shape, list):
+        if not isinstance(content, list):
+            return field, "a list"
+        found = (_problem(item, shape[0], f"{field}[{index}]") for index, item in enumerate(content))
+        return next((problem for problem in found if problem), None)
+    if isinstance(shape, Mapping):
+        return _mapping_problem(content, shape, field)
+    return _scalar_problem(content, shape if isinstance(shape, tuple) else (shape,), field)
+
+
+def _scalar_problem(content: Any, types: tuple[type, ...], field: str) -> tuple[str, str] | None:
+    numbers = isinstance(content, int | float) and not isinstance(content, bool)
+    if numbers and not isinstance(content, int) and not math.isfinite(content):
+        return field, "a finite number"
+    if numbers and float in types:
+        return None
+    if isinstance(content, types) and (bool in types or not isinstance(content, bool)):
+        return None
+    return field, " or ".join(_NAMES.get(t, t.__name__) for t in types)
+
+
+def _mapping_problem(content: Any, shape: Mapping[str, Shape], field: str) -> tuple[str, str] | None:
+    if not isinstance(content, dict):
+        return field, "a mapping"
+    named = set()
+    for key, expected in shape.items():
+        if key == "*":
+            continue
+        name = key.removesuffix("?")
+        named.add(name)
+        value = content.get(name)
+        if value is None and key.endswith("?"):
+            continue
+        if name not in content:
+            return f"{field}.{name}".lstrip("."), "this field"
+        problem = _problem(value, expected, f"{field}.{name}".lstrip("."))
+        if problem:
+            return problem
+    if "*" in shape:
+        for key, value in content.items():
+            problem = None if key in named else _problem(value, shape["*"], f"{field}.{key}".lstrip("."))
+            if problem:
+                return problem
+    return None
+
+
+_NAMES = {
+    str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping",
+    type(None): "null",
+}  # fmt: skip

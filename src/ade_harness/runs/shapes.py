@@ -1,0 +1,85 @@
+"""What the files of a run directory hold, as far as anything is read from them.
+
+Shapes of :mod:`ade_harness.files.documents`: whoever adds a field to a file, and reads it, adds it here.
+"""
+
+from __future__ import annotations
+
+_TEXT_OR_NULL = (str, type(None))
+_SCORES = ("mIoU", "mIoU_csail", "mIoU_detectron2", "pixel_accuracy", "mean_accuracy", "fwIoU", "final_score")
+_INTERVAL = {"low": float, "high": float, "level": float}
+
+MANIFEST = {
+    "schema": int,
+    "status?": str,
+    "kind?": str,
+    "started?": str,
+    "finished?": (str, bool),
+    "command?": [str],
+    "marks": [str],
+    "code": {"version?": str, "commit?": str, "dirty?": bool, "origin?": str, "diff_sha256?": str},
+    "seeds?": {"*": int},
+    "environment?": {
+        "python?": str, "platform?": str, "cpu?": str, "gpus?": [str], "cuda?": str, "driver?": str,
+        "packages?": {"*": _TEXT_OR_NULL}, "distributions?": {"*": {"version?": str, "sha256?": str}},
+    },
+    "device?": str,
+    "kernels?": str,
+    "kernels_reason?": str,
+    "arithmetic?": {"*": (str, bool, int, float, type(None))},
+    "model?": {
+        "name?": str, "weights?": str, "origin?": (str, dict), "sha256?": str, "state_sha256?": str, "source?": str,
+        "files?": {"*": str}, "random_keys?": [str], "parameters?": int,
+    },
+    "dataset?": {
+        "name?": str, "root?": str, "images?": int, "expected_images?": int, "ids_hash?": str, "content_hash?": str,
+        "classes?": {"names": [str], "colors": [[int]]},
+    },
+    "repeat?": [str],
+    "identity": dict,
+    "config_sha256?": str,
+    "ledger?": {"images?": int, "sha256?": str},
+    "timings?": {
+        "seconds?": float, "images_per_second?": float, "world_size?": int, "stages?": {"*": float},
+        "balance?": float, "idle_seconds?": float,
+        "ranks?": [{"rank": int, "host": str, "done": int, "busy_seconds": float, "active_seconds": float}],
+    },
+    "failures?": {"*": str},
+    "changes?": [str],
+    "earlier?": [dict],
+}  # fmt: skip
+FINISHED = {
+    "finished": str,
+    "device": str,
+    "kernels": str,
+    "environment": dict,
+    "seeds": dict,
+    "command": list,
+    "model": {"name": str},
+    "dataset": {"name": str, "expected_images": int, "images": int},
+    "timings": {"seconds": float, "images_per_second": float, "world_size": int, "stages": dict, "ranks": list},
+}
+"""What a manifest has besides once the run is finished."""
+METRICS = {
+    **dict.fromkeys(_SCORES, float),
+    "images?": int, "pixels?": int, "complete?": bool,
+    "intervals": {"*": (dict, type(None)), **{f"{name}?": _INTERVAL for name in _SCORES}},
+    "other_intervals?": {"*": {f"{name}?": _INTERVAL for name in _SCORES}},
+    "level?": float, "resamples?": int, "seed?": int,
+    "convention?": str, "notes?": [str],
+    "published?": dict,
+    "reproduced?": {"sentence": str},
+}  # fmt: skip
+CONFIG = {
+    "model": {"name": str, "label?": str, "kind": str, "http?": dict},
+    "dataset": {"kind?": str, "split?": str, "root?": str},
+    "inference": {"name": str, "precision?": str, "exif?": bool},
+    "metrics?": {"calibration?": bool},
+    "run?": dict,
+    "runtime?": dict,
+    "tracking?": dict,
+}
+PROGRESS = {
+    "done": int, "images": int, "images_per_second": float, "seconds_left?": float, "updated": str, "warnings": [str],
+    "ranks": [{"rank": int, "host": str, "done": int, "images_per_second": float, "item": str}],
+}  # fmt: skip
