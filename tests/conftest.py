@@ -53,6 +53,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keep synthetic data and downloads out of the user's own cache."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["ADE_HARNESS_CACHE"] = str(folder)
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
     os.environ["HF_HOME"] = str(folder / "hub")
     return folder
 

@@ -110,7 +110,9 @@ def test_custom_model_with_arguments_and_checkpoint(tmp_path: Path) -> None:
         ("tests.models.test_loading.Missing", "cannot be imported"),
         ("Net", "cannot be imported .ImportError: Error loading 'Net'"),
         ("tests.models.test_loading.exploding", r"making it failed \(RuntimeError: no luck\)"),
-        ("builtins.dict", "expected a torch.nn.Module"),
+        ("builtins.dict", "is a type, expected an nn.Module class"),
+        ("os.system", "is a builtin_function_or_method, expected an nn.Module class"),
+        ("tests.models.test_loading.load_file", "is a builtin|is a function, expected an nn.Module class"),
     ],
 )
 def test_custom_model_that_is_none(target: str, message: str) -> None:

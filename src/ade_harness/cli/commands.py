@@ -34,6 +34,7 @@ class Command:
 
 _OVERRIDES = Argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the configuration")
 _RUN = Argument("run", metavar="RUN", help="a run directory")
+_TRUST = "run the code, and use the addresses and variables, that a run of somebody else's names"
 _CONFIG_DIR = Argument("-cd", "--config-dir", metavar="DIR", help="your own YAML files, such as DIR/model/mine.yaml")
 _HYDRA = (
     _CONFIG_DIR,
@@ -92,7 +93,7 @@ COMMANDS = (
     ),
     Command(
         "resume", "evaluate the remaining images of a run, on any number of ranks", "evaluate:run_resume",
-        (_RUN, _OVERRIDES),
+        (_RUN, _OVERRIDES, Argument("--trust", action="store_true", help=_TRUST)),
     ),
     Command("status", "how far a run is, from any shell", "status:run_status", (_RUN,)),
     Command(
@@ -150,7 +151,7 @@ COMMANDS = (
             Argument("source", metavar="RUN|SUBMISSION", help="a run directory, or the folder of a submission"),
             _OVERRIDES,
             Argument("--output", metavar="DIR", help="of the new run; one that was interrupted continues there"),
-            Argument("--trust", action="store_true", help="run a submission's own code, or send it a token"),
+            Argument("--trust", action="store_true", help=_TRUST),
         ),
     ),
     Command(

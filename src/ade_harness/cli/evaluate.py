@@ -29,7 +29,11 @@ from ade_harness.config.compose import checked, compose_config, explain, registe
 from ade_harness.config.files import conf_dir
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError, require
+from ade_harness.files.documents import read_yaml
 from ade_harness.runs.directory import PROBE, read_manifest
+from ade_harness.runs.record import is_own
+from ade_harness.runs.shapes import CONFIG
+from ade_harness.runs.trust import require_trust
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 """Options of Hydra's that print something instead of running."""
@@ -83,12 +87,13 @@ def run_resume(options: argparse.Namespace) -> Answer:
     wrong = next((word for word in options.overrides if "=" not in word), None)
     require(wrong is None, f"{wrong!r}: expected key=value; resume takes one run directory.")
     manifest = read_manifest(path)
-    try:
-        text = (path / "config.yaml").read_text()
-    except OSError as error:
+    file = path / "config.yaml"
+    if not file.exists():
         require(manifest.get("kind") != PROBE, _OLD_PROBE.format(path=path))
-        raise HarnessError(f"{path / 'config.yaml'}: cannot be read ({error.strerror}).") from error
-    config = stored_config(text, options.overrides)
+    content = read_yaml(file, CONFIG)
+    if not options.trust and not is_own(path, manifest):
+        require_trust(content, str(path))
+    config = stored_config(content, options.overrides)
     config.run.dir = str(path)
     work = _train if manifest.get("kind") == PROBE else _evaluate
     code, run_dir = launch(

@@ -107,7 +107,7 @@ def _supervise(config: Config, handed_over: Mapping[str, Any]) -> int:
         said.append(text)
         print_error(text)
 
-    command = [sys.executable, "-m", "ade_harness.cli.rank"]
+    command = [sys.executable, "-P", "-m", "ade_harness.cli.rank"]  # -P: nothing is imported from the directory
     supervisor = Supervisor(command, handover, ranks, node, config.runtime.max_restarts, say)
     code = supervisor.run()
     if supervisor.run_dir is not None:

@@ -20,6 +20,7 @@ from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.config.schema import DatasetConfig, MetricsConfig, RunConfig, TrackingConfig
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.files.escapes import shortened
 
 _FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
 NODES: dict[str, Any] = {
@@ -139,7 +140,8 @@ def _check(text: str, extra: Path | None) -> None:
     except HydraException as error:
         reason = str(error).splitlines()[0]
         raise HarnessError(
-            f'{text}: not in Hydra\'s grammar ({reason}). Quote the value: "{_with_quotes(text)}".'
+            f"{shortened(text)}: not in Hydra's grammar ({shortened(reason)}). Quote the value:"
+            f' "{shortened(_with_quotes(text))}".'
         ) from error
     key = override.key_or_group
     if key in GROUPS:

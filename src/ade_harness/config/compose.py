@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -96,10 +95,10 @@ def checked(tree: DictConfig) -> Config:
         HarnessError: a mandatory value that is missing, an interpolation that cannot be resolved, or a value out of
             range.
     """
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise HarnessError(f"{missing[0]} must be set: add {missing[0]}=... to the command.")
     try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise HarnessError(f"{missing[0]} must be set: add {missing[0]}=... to the command.")
         config = cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
         raise HarnessError(explain(error, ())) from error
@@ -125,11 +124,11 @@ def protocol_changes(inference: InferenceConfig) -> list[str]:
     return changed
 
 
-def stored_config(text: str, overrides: Sequence[str] = ()) -> Config:
+def stored_config(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Return the configuration that a run was made with, with some changes.
 
     Args:
-        text: of its config.yaml.
+        content: of its config.yaml, plain values: an interpolation in it stays a text.
         overrides: as of :func:`compose_config`.
 
     Raises:
@@ -137,8 +136,8 @@ def stored_config(text: str, overrides: Sequence[str] = ()) -> Config:
     """
     overrides = prepare(overrides)
     try:
-        tree = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        tree = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(_literal(content))))
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise HarnessError(
             f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}). Start a new run."
         ) from error
@@ -149,6 +148,15 @@ def stored_config(text: str, overrides: Sequence[str] = ()) -> Config:
             with open_dict(tree):
                 OmegaConf.update(tree, key, OmegaConf.select(composed, key), merge=False)
     return checked(tree)
+
+
+def _literal(value: Any) -> Any:
+    """Return plain values whose texts mean themselves to OmegaConf: what a run has stored is resolved already."""
+    if isinstance(value, Mapping):
+        return {key: _literal(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_literal(below) for below in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
@@ -162,7 +170,7 @@ def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
         HarnessError: it is no such node.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(content)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), _literal(content)))
     except (OmegaConfBaseException, ValueError) as error:
         raise HarnessError(f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}).") from error
 

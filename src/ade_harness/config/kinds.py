@@ -59,7 +59,7 @@ class Kind:
     is_code: bool = False
     """Whether it is code of the user's, which others need too."""
     trust: str | None = None
-    """Why somebody else's run of this kind is not repeated without --trust; fields of ``model`` in braces."""
+    """What somebody else's run of this kind would do, so that it is not repeated without --trust."""
 
 
 _SYSTEMS = "ade_harness.models.systems"
@@ -92,12 +92,11 @@ KINDS: dict[str, Kind] = {
     "custom": Kind(
         f"{_FORMATS}.python:load", Gives.network, "_target_",
         "the import path of your nn.Module, such as my_pkg.my_module.MyNet", is_code=True,
-        trust="this submission imports model._target_={_target_} from this machine and runs it. Read that code first;"
-        " then add --trust.",
+        trust="would import code of its own and run it",
     ),
     "torchscript": Kind(
         f"{_FORMATS}.torchscript:load", Gives.network, "path", "the TorchScript file", Source.file, as_exported=True,
-        trust="this submission runs a TorchScript file, which is a program. Agree with --trust.",
+        trust="would run a TorchScript file, which is a program",
     ),
     "onnx": Kind(
         f"{_FORMATS}.onnx:load", Gives.network, "path", "the .onnx file", Source.file, as_exported=True,

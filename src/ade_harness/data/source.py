@@ -5,7 +5,9 @@ Zip members are checked before use: a name that would leave the folder is refuse
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -81,6 +83,13 @@ class FolderSource:
         return {name: (self.location / name).stat().st_size for name in self.names()}
 
 
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, struct.error,
+    lzma.LZMAError,
+)  # fmt: skip
+"""What Python's reader of a damaged zip may raise; NotImplementedError, of odd versions, is a RuntimeError."""
+
+
 class ZipSource:
     """Members of a zip file. Each process opens it for itself (a file handle cannot be shared by workers)."""
 
@@ -100,7 +109,7 @@ class ZipSource:
         if self._archive is None or self._owner != os.getpid():
             try:
                 self._archive, self._owner = zipfile.ZipFile(self.location), os.getpid()
-            except (zipfile.BadZipFile, OSError) as error:
+            except _DAMAGED as error:
                 raise HarnessError(
                     f"{self.location}: not a whole zip file ({error}). Delete it and download it again:"
                     " `python -m ade_harness data download`."
@@ -119,7 +128,9 @@ class ZipSource:
                 if size > MAX_FILE_BYTES:  # a few bytes can unpack to anything
                     raise HarnessError(f"{self.location}: {name} unpacks to {size:,} bytes; no image has so many.")
                 return member.read() if limit is None else member.read(limit)
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+        except HarnessError:
+            raise
+        except _DAMAGED as error:
             raise HarnessError(f"{self.location}: {name} is damaged ({error}). Download the archive again.") from error
 
     def sizes(self) -> dict[str, int]:

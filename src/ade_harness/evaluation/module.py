@@ -187,11 +187,13 @@ class EvaluationModule(pl.LightningModule):
 
     def _settle(self, most: int) -> None:
         """Wait until at most `most` images are still to be written; take up the errors of those that were."""
-        start = time.perf_counter()
+        start, any_settled = time.perf_counter(), False
         for image_id, future in self.recorder.settled(most):
+            any_settled = True
             with self._failing([image_id]):
                 self._spend("ledger", future.result())
-        self._spend("backlog", time.perf_counter() - start)
+        if any_settled:
+            self._spend("backlog", time.perf_counter() - start)
 
     def close(self, rank: int) -> None:
         """Read what is still on the device and make the last rows durable; a full disk is a failure like any other."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,15 @@ from typing import Any
 import yaml
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.escapes import escaped
 from ade_harness.files.reading import read_regular
 
 MAX_TEXT_BYTES = 2**24
 _MAX_DEPTH = 40
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Shape = Any
 """What a value may be: a type, a tuple of types, ``[shape]`` for a list, or a mapping of keys to shapes. A key that
 ends with "?" may be missing, or null; the key "*" stands for all others. Other keys may have any value."""
-
-
-def escaped(text: str) -> str:
-    """Return a text in which control characters, and marks that turn the direction of writing, are shown as escapes."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def read_json(path: Path, shape: Shape = dict, most: int = MAX_TEXT_BYTES) -> Any:

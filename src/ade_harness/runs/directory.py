@@ -14,7 +14,8 @@ from typing import Any
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import json_safe
-from ade_harness.files.documents import checked, escaped, read_json
+from ade_harness.files.documents import checked, read_json
+from ade_harness.files.escapes import escaped
 from ade_harness.runs.shapes import MANIFEST as MANIFEST_SHAPE
 
 MANIFEST = "manifest.json"

@@ -29,6 +29,7 @@ from ade_harness.runs.directory import (
 )
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, distributions, environment
+from ade_harness.runs.trust import is_signed, signature
 
 _HOW_TO_ASK = ("timeout_s", "retries", "concurrency", "token_env")
 """Fields of ``model.http``: they change no label, so a run may be continued with others."""
@@ -181,6 +182,7 @@ def _write_record(
         **facts,
         "identity": dict(found),
         "config_sha256": _hash(text),
+        "signature": signature(_hash(text), facts.get("repeat")),
     }
     all_changes = list(changes)
     if before is not None:
@@ -200,6 +202,20 @@ def _write_record(
     header = "".join(f"# {mark}\n" for mark in manifest["marks"])
     write_text(path / "config.yaml", header + text)
     return RunRecord(path, manifest, lock, tuple(all_changes))
+
+
+def is_own(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether this user has made a run: its config.yaml, and the overrides that repeat it."""
+    try:
+        body = _body(read_regular(path / "config.yaml", MAX_TEXT_BYTES).decode("utf-8"))
+    except (HarnessError, UnicodeDecodeError):
+        return False
+    return is_signed(manifest.get("signature"), _hash(body), manifest.get("repeat"))
+
+
+def _body(text: str) -> str:
+    """Return a config.yaml without the marks above it."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
 
 
 def mixed_mark(changes: Sequence[str]) -> str:
@@ -270,7 +286,7 @@ def read_config(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise damaged(str(file), "expected UTF-8") from error
     content = parse_yaml(text, str(file))
-    body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+    body = _body(text)
     # a session that was killed between its manifest and its config.yaml left the earlier one's
     known = {manifest["config_sha256"], *(e.get("config_sha256") for e in manifest.get("earlier", ())[-1:])}
     if not isinstance(content, dict) or _hash(body) not in known:

@@ -38,6 +38,7 @@ MANIFEST = {
     "repeat?": [str],
     "identity": dict,
     "config_sha256?": str,
+    "signature?": str,
     "ledger?": {"images?": int, "sha256?": str},
     "timings?": {
         "seconds?": float, "images_per_second?": float, "world_size?": int, "stages?": {"*": float},

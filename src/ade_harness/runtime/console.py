@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from rich.console import Console
 
+from ade_harness.files.escapes import escaped, without_long_words
+
 OUTPUT = "ADE_HARNESS_OUTPUT"
 """Environment variable by which a command says to the ranks it starts how much to print, and where."""
 _LOG_WIDTH = 120
@@ -44,13 +46,13 @@ def print_fact(console: Console, name: str, value: str) -> None:
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print text as it is: no markup, no colours of its own, never wrapped."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Print text as it is: no markup, no colours of its own, never wrapped; control characters as escapes."""
+    console.print(escaped(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(text: str) -> None:
     """Print a line to stderr."""
-    print_line(Console(stderr=True), text)
+    print_line(Console(stderr=True), without_long_words(text))
 
 
 def percent(fraction: float | None) -> str:

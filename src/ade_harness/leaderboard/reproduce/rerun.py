@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ade_harness.config.kinds import KINDS, Source, kind_of
+from ade_harness.config.kinds import Source, kind_of
 from ade_harness.config.overrides import PATHS, as_override_value, composed_values
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
@@ -29,6 +29,8 @@ from ade_harness.runs.directory import new_run_name
 from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.matching import match_runs
 from ade_harness.runs.provenance import code_state
+from ade_harness.runs.record import is_own
+from ade_harness.runs.trust import require_trust
 from ade_harness.runtime.console import print_fact, print_line
 
 EXIT_DIFFERENT = 3
@@ -59,8 +61,8 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     repeat = first.manifest.get("repeat")
     if not repeat:
         raise HarnessError(f"{first.path}: its configuration cannot be written as overrides.")
-    if is_bundle(source) and not trust:
-        _check_trust(repeat)
+    if not trust and (is_bundle(source) or not is_own(first.path, first.manifest)):
+        _check_trust(repeat, source)
     if is_bundle(source):
         overrides = [*_fetched(source, first.config["model"]["kind"], overrides), *overrides]
     output = output or Path("runs") / new_run_name(f"{first.config['model']['name']}-again")
@@ -97,19 +99,19 @@ def _read(source: Path) -> FinishedRun:
     return load_run(source / RUN)
 
 
-def _check_trust(repeat: Sequence[str]) -> None:
-    """Refuse to run code, or to send a secret, because somebody's submission says so.
-
-    Args:
-        repeat: the overrides that will be run; a submission's config.yaml may say something else.
-    """
-    model = composed_values(repeat)
-    kind = KINDS["custom"] if model["model._target_"] is not None else kind_of(str(model["model.kind"]))
-    if kind.trust is not None:
-        raise HarnessError(kind.trust.format(_target_=model["model._target_"]))
-    if model["model.http.token_env"] is not None:
-        name = model["model.http.token_env"]
-        raise HarnessError(f"this submission sends your {name} to {model['model.url']}. Agree with --trust.")
+def _check_trust(repeat: Sequence[str], source: Path) -> None:
+    """Refuse what a stranger's overrides, which will be run, would do; config.yaml may say something else."""
+    for word in repeat:
+        if "${" in word:
+            raise HarnessError(f"{source}: was not made by you on this machine, and would read {word}. Add --trust.")
+    nested: dict[str, Any] = {}
+    for key, value in composed_values(repeat).items():
+        *groups, name = key.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    require_trust(nested, str(source))
 
 
 def _fetched(folder: Path, kind: str, overrides: Sequence[str]) -> list[str]:

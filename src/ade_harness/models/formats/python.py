@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,32 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     return LoadedModel(module, weights, **statistics(cfg), class_names=names_of(cfg, names), facts=facts)
 
 
+def _makes_a_module(found: Any, target: str) -> bool:
+    """Whether a target is of a kind that makes networks: os.system, and whatever a module has imported, is not."""
+    if inspect.isclass(found):
+        return issubclass(found, nn.Module)
+    package = target.partition(".")[0]
+    if inspect.ismethod(found):
+        return inspect.isclass(found.__self__) and found.__self__.__module__.partition(".")[0] == package
+    return inspect.isfunction(found) and found.__module__.partition(".")[0] == package
+
+
 def _make(target: str, cfg: ModelConfig) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the console script does not
     try:
-        get_object(target)
+        found = get_object(target)
     except Exception as error:  # importing runs the user's code, which may fail in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise HarnessError(
             f"model._target_={target}: cannot be imported ({reason}). Expected package.module.Name, importable from"
             f" {Path.cwd()} or installed."
         ) from error
+    if not _makes_a_module(found, target):
+        raise HarnessError(
+            f"model._target_={target}: is a {type(found).__name__}, expected an nn.Module class, one of its class"
+            " methods, or a function of the module that you name."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         try:

@@ -16,9 +16,10 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     path = model_file(cfg)
     try:
         module = torch.jit.load(str(path), map_location="cpu")
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # torch's reader of a damaged file fails in any way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HarnessError(
-            f"{path}: not a TorchScript file ({str(error).splitlines()[0]}). A state_dict goes with model=custom or a"
+            f"{path}: not a TorchScript file ({reason}). A state_dict goes with model=custom or a"
             " named model, as model.checkpoint=PATH."
         ) from error
     facts = {"origin": str(path), "sha256": file_hash(path, "sha256")}

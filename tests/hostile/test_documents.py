@@ -1,0 +1,191 @@
+"""Run directories of strangers, with values of any type and size in any field: one message, or a table; never more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from ade_harness.cli.main import main
+from ade_harness.config.compose import compose_config
+from ade_harness.leaderboard.submission.bundle import bundle_problems
+from ade_harness.runs.ledger import SCHEMA, read_rows
+from tests.cli.test_cli import FAST
+from tests.hostile.conftest import attack
+from tests.hostile.mutations import ODD, changed_document, damaged_bytes
+
+EXIT_CODES = (0, 2)
+
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    assert main([*FAST, "dataset.images=3", f"run.dir={folder / 'run'}", "metrics.resamples=1000"]) == 0
+    return folder / "run"
+
+
+def command(*words: object) -> None:
+    """Run a command of the command line; assert that it ended as documented."""
+    out, err = StringIO(), StringIO()
+    threads = threading.active_count()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(w) for w in words])
+    said = out.getvalue() + err.getvalue()
+    assert code in EXIT_CODES, (words, said)
+    assert "Traceback" not in said, said
+    assert "\x1b]" not in said, "a terminal's title was set"
+    assert "\x1b[2J" not in said, "the terminal was cleared"
+    assert "\u202e" not in said, "the direction of writing was turned"
+    if code:
+        assert err.getvalue().count("error:") >= 1, said
+        assert len(err.getvalue()) < 5000
+    assert threading.active_count() <= threads + 2
+
+
+def mutated(good: Path, folder: Path, seed: int) -> Path:
+    """Return a copy of a run with one of its files changed."""
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(good, run)
+    name = ("manifest.json", "metrics.json", "config.yaml")[seed % 3]
+    path = run / name
+    if seed % 7 == 0:
+        path.write_bytes(damaged_bytes(path.read_bytes(), seed))
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(changed_document(json.loads(path.read_text()), seed)), errors="surrogatepass")
+    else:
+        text = yaml.safe_dump(changed_document(yaml.safe_load(path.read_text()), seed), allow_unicode=True)
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    return run
+
+
+@pytest.mark.parametrize("door", ["status", "report", "leaderboard", "resume"])
+def test_run_directories(seeds: range, good: Path, tmp_path: Path, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seeds = seeds[:: 3 if door in ("report", "resume") else 1]  # a page takes half a second
+
+    def one(seed: int) -> None:
+        run = mutated(good, tmp_path, seed)
+        if door == "resume":
+            command("resume", run, "runtime.supervise=false")
+        else:
+            command(door, run, *(["--output", tmp_path / "page.html"] if door == "report" else []))
+
+    attack(seeds, one, f"{door} of a damaged run")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"run", "page.html"}, left
+
+
+def test_comparisons(seeds: range, good: Path, tmp_path: Path) -> None:
+    attack(
+        seeds[::3],
+        lambda seed: command("compare", good, mutated(good, tmp_path, seed), "--output", tmp_path / "page.html"),
+        "compare with a damaged run",
+    )
+
+
+def test_ledgers(seeds: range, good: Path, tmp_path: Path) -> None:
+    (segment,) = (good / "ledger").glob("*.parquet")
+    content = segment.read_bytes()
+
+    def door(seed: int) -> None:
+        path = tmp_path / f"{seed}" / "a.parquet"
+        path.parent.mkdir()
+        path.write_bytes(damaged_bytes(content, seed))
+        rows, broken = read_rows(path.parent)
+        assert len(rows) == 3 or broken
+
+    attack(seeds, door, "ledger")
+
+
+def test_submissions(seeds: range, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "submission"
+    folder.mkdir()
+    claim = {
+        "schema": 1, "system": "s", "contact": "a@b.c", "seeds": {"a": 0}, "command": ["model=demo"], "files": {"a": "b"},
+        "code": {"commit": "0" * 40, "repository": "https://example.org/a/b"}, "results": [{"metric": "mIoU", "value": 1.0}],
+        "references": [{"address": "https://example.org/w"}], "environment": {"python": "3.11", "gpus": [], "packages": {}},
+    }  # fmt: skip
+
+    def door(seed: int) -> None:
+        text = yaml.safe_dump(changed_document(claim, seed), allow_unicode=True)
+        (folder / "submission.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+        mutated(good, folder, seed)
+        assert bundle_problems(folder)
+
+    attack(seeds, door, "submission")
+
+
+def test_overrides(seeds: range) -> None:
+    """Any value for any key: taken, or refused by name."""
+    cfg = compose_config(["dataset=demo"])
+    keys = [
+        f"{group}.{name}" for group in ("model", "dataset", "inference", "runtime", "run", "metrics", "tracking")
+        for name in vars(getattr(cfg, group))
+    ]  # fmt: skip
+
+    def door(seed: int) -> None:
+        value = ODD[seed % len(ODD)]
+        word = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+        compose_config([f"{keys[(7 * seed) % len(keys)]}={word}"])
+
+    attack(seeds, door, "override")
+
+
+MERGE_BOMB = "a: &a {x: 1}\n" + "".join(
+    f"{c}: &{c} {{<<: [{', '.join(['*' + p] * 9)}]}}\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
+ALIAS_BOMB = "a: &a [x]\n" + "".join(
+    f"{c}: &{c} [{', '.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BOMBS = {
+    "merge": ("config.yaml", MERGE_BOMB),
+    "aliases": ("config.yaml", ALIAS_BOMB),
+    "deep yaml": ("config.yaml", "[" * 5000),
+    "deep json": ("manifest.json", '{"schema": 1, "a": ' + "[" * 100_000),
+    "deep metrics": ("metrics.json", '{"a":' * 3000 + "1" + "}" * 3000),
+    "long": ("metrics.json", " " * (2**24 + 1)),
+    "object": ("config.yaml", "model: !!python/object/apply:os.system ['touch owned']"),
+    "digits": ("metrics.json", '{"mIoU": ' + "9" * 5000 + "}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("door", ["status", "report", "leaderboard", "resume", "compare"])
+def test_bombs(good: Path, tmp_path: Path, name: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(good, run)
+    file, text = BOMBS[name]
+    (run / file).write_text(text)
+    attack(range(1), lambda _: command(door, run, *([good] if door == "compare" else [])), f"{door}: {name}")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_small_ledger_that_says_it_is_large_is_refused(tmp_path: Path) -> None:
+    row = {"image_id": "a", "height": 1, "width": 1, "valid_pixels": 1, "ignored_pixels": 0, "label_hash": "", "content_hash": "",
+           "seconds": 0.0, "rank": 0, "host": "", "prediction": [0], "pixels": [1], "calibration": []}  # fmt: skip
+    table = pa.table({f.name: pa.array([row[f.name]] * 3, f.type) for f in SCHEMA if f.name != "ground_truth"})
+    values = pa.repeat(pa.scalar(0, pa.uint8()), 180_000_000)
+    lists = pa.ListArray.from_arrays(pa.array([0, 60_000_000, 120_000_000, 180_000_000], pa.int32()), values)
+    table = table.append_column("ground_truth", lists).select(SCHEMA.names).cast(SCHEMA)
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 200_000
+    del table, values, lists
+
+    def door(_: int) -> None:
+        with pytest.raises(Exception, match="says that it holds 180,0"):
+            read_rows(tmp_path)
+
+    attack(range(1), door, "ledger bomb")
