@@ -25,9 +25,6 @@ from tests.hostile.mutations import ODD, changed_document, damaged_bytes
 EXIT_CODES = (0, 2)
 
 
-pytestmark = pytest.mark.timeout(120)
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
@@ -161,6 +158,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", BOMBS)
 @pytest.mark.parametrize("door", ["status", "report", "leaderboard", "resume", "compare"])
 def test_bombs(good: Path, tmp_path: Path, name: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:

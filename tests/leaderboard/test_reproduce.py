@@ -284,7 +284,8 @@ def test_a_repetition_that_fails_passes_its_code_on(demo: Path, cli: Callable[..
     manifest = json.loads((edited / "manifest.json").read_text())
     manifest["repeat"] = ["model=nothing"]
     (edited / "manifest.json").write_text(json.dumps(manifest))
-    done = cli("reproduce", edited, "--output", tmp_path / "again")
+    one_message(cli("reproduce", edited), "model=nothing: unknown value")  # not as signed: looked at before it is run
+    done = cli("reproduce", edited, "--trust", "--output", tmp_path / "again")
     assert done.code == 2
     assert "unknown value" in done.err
     assert f"--output {tmp_path / 'again'} goes on" in done.out
@@ -296,17 +297,20 @@ def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path:
     run = load_run(write_whole_run(tmp_path / "custom", *words, facts=facts))
     about = {"--contact": "me@example.org", "--model-code": "https://example.org/mine"}
     build(run, tmp_path / "theirs", *prepare(run, about, lambda reference: reference))
-    one_message(call("reproduce", tmp_path / "theirs"), "imports model._target_=os.system", "add --trust")
+    one_message(call("reproduce", tmp_path / "theirs"), "would import model._target_=os.system", "add --trust")
     for words, message in (
-        (["model=custom", "model._target_=os.system"], "imports model._target_=os.system"),
-        (["model=segformer_b0", "model.kind=custom", "++model._target_=os.system"], "imports model._target_=os.system"),
+        (["model=custom", "model._target_=os.system"], "would import model._target_=os.system"),
+        (
+            ["model=segformer_b0", "model.kind=custom", "++model._target_=os.system"],
+            "would import model._target_=os.system",
+        ),
         (["model=torchscript", "model.path=x.pt"], "is a program"),
         (
             ["model=http", "model.url='https://h.example'", "model.http.token_env=AWS_SECRET"],
-            "sends your AWS_SECRET to https://h.example",
+            "would send your environment variable AWS_SECRET to https://h.example",
         ),
         (["model=nothing"], "model=nothing: unknown value"),
     ):
         with pytest.raises(HarnessError, match=message):
-            _check_trust(words)  # whatever the submission's config.yaml says: these are what runs
-    _check_trust(["model=segformer_b0", "dataset=ade20k"])
+            _check_trust(words, tmp_path)  # whatever the submission's config.yaml says: these are what runs
+    _check_trust(["model=segformer_b0", "dataset=ade20k"], tmp_path)

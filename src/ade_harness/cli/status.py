@@ -40,7 +40,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     progress = _read_progress(path)
     total = manifest["dataset"]["images"]
     holder = read_lock(path / LOCK)
-    state = run_state(manifest["status"], holder, progress)
+    state = run_state(manifest.get("status") or "running", holder, progress)
     for mark in manifest["marks"]:
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)

@@ -8,6 +8,9 @@ from typing import Any, get_type_hints
 
 from ade_harness.errors import require
 
+MAX_SEED = 2**32 - 1
+"""Of numpy's and Lightning's generators."""
+
 
 def bounded(
     default: Any,

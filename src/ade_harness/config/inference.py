@@ -209,7 +209,7 @@ class InferenceConfig:
     masks: MaskConfig = field(default_factory=MaskConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     precision: Precision = Precision.fp32
-    batch: int | None = bounded(None, at_least=1)  # windows and views in one forward; null: 8, on CPUs 1
-    images: int = bounded(1, at_least=1)  # images of equal size that may share a forward
+    batch: int | None = bounded(None, at_least=1, at_most=4096)  # windows and views in one forward; null: 8, on CPUs 1
+    images: int = bounded(1, at_least=1, at_most=4096)  # images of equal size that may share a forward
     channels_last: bool = False
     compile: str | None = None  # torch.compile backend, such as inductor

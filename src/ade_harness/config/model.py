@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import bounded, place
+from ade_harness.config.fields import MAX_SEED, bounded, place
 
 
 class ChannelOrder(StrEnum):
@@ -179,7 +179,7 @@ class ModelConfig:
     delta: bool = False  # the file holds differences from the backbone's file, which is read too
     probe: str | None = None  # recipe of `probe` (conf/probe)
     weights: Weights = Weights.pretrained
-    seed: int = 0  # of random weights
+    seed: int = bounded(0, at_least=0, at_most=MAX_SEED)  # of random weights
     dtype: Dtype = Dtype.fp32  # bf16 and fp16 need the same inference.precision
     class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
     class_names: list[str] | None = None  # per output channel, if the file carries none

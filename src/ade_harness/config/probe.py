@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import bounded
+from ade_harness.config.fields import MAX_SEED, bounded
 
 
 class Schedule(StrEnum):
@@ -62,6 +62,6 @@ class ProbeConfig:
     distortion: Distortion = Distortion.dinov3
     backend: CropBackend = CropBackend.pillow
     # running
-    seed: int = bounded(0, at_least=0)
+    seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
     save_every: int = bounded(500, at_least=1)  # iterations
     log_every: int = bounded(50, at_least=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from ade_harness.config.fields import bounded, place
+from ade_harness.config.fields import MAX_SEED, bounded, place
 
 
 class Accelerator(StrEnum):
@@ -40,19 +40,21 @@ class SlurmConfig:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time_min: int = bounded(240, at_least=1)
-    nodes: int = bounded(1, at_least=1)
-    gpus_per_node: int | None = None  # null: none asked for
-    cpus_per_node: int | None = None
-    mem_gb: int | None = None  # of each node
+    time_min: int = bounded(240, at_least=1, at_most=525_600)
+    nodes: int = bounded(1, at_least=1, at_most=10_000)
+    gpus_per_node: int | None = bounded(None, at_least=1, at_most=64)  # null: none asked for
+    cpus_per_node: int | None = bounded(None, at_least=1, at_most=10_000)
+    mem_gb: int | None = bounded(None, at_least=1, at_most=1_000_000)  # of each node
     constraint: str | None = None
     container: str | None = place()  # image for srun's --container-image (pyxis)
     container_mounts: str | None = place()  # such as /data:/data
     python: str | None = place()  # in the container; null: the one that submits
     setup: list[str] = field(default_factory=list)  # shell lines before the run, such as "module load cuda"
     extra: dict[str, Any] = field(default_factory=dict)  # any other sbatch option, as sbatch calls it
-    signal_before_s: int = 120  # before the time limit: the run saves, is requeued and continues
-    most_requeues: int = 20
+    signal_before_s: int = bounded(
+        120, at_least=1, at_most=86_400
+    )  # before the time limit: the run saves, is requeued and continues
+    most_requeues: int = bounded(20, at_least=0, at_most=10_000)
     folder: str = place("slurm-jobs")  # submitit's scripts and logs
 
 
@@ -65,14 +67,20 @@ class RuntimeConfig:
     devices: Any = "auto"  # number of ranks on each node; auto: all GPUs, or one CPU rank
     num_nodes: Any = "auto"  # auto: as many as srun started this on, else one
     sharding: Sharding = Sharding.queue
-    max_restarts: int = bounded(0, at_least=0)  # how often all ranks are started again after one died
-    dead_after_s: float = bounded(30.0, at_least=5)  # a rank that is silent for so long is lost
+    max_restarts: int = bounded(0, at_least=0, at_most=1000)  # how often all ranks are started again after one died
+    dead_after_s: float = bounded(
+        30.0, at_least=5, at_most=86_400, unit="seconds"
+    )  # a rank that is silent for so long is lost
     requeue: bool = False  # in SLURM, after the signal before the time limit: scontrol requeue
     supervise: bool = True  # false: one rank, in this very process (debuggers, profilers)
-    threads: int = bounded(1, at_least=1)  # of each rank on CPU; fixed, because it can change float results
-    workers: int | None = bounded(None, at_least=0)  # loader processes per rank; null chooses
-    timeout_min: float = bounded(10.0, at_least=0.1)  # for ranks to find each other; nothing else has a time limit
-    seed: int = 0
+    threads: int = bounded(
+        1, at_least=1, at_most=1024
+    )  # of each rank on CPU; fixed, because it can change float results
+    workers: int | None = bounded(None, at_least=0, at_most=256)  # loader processes per rank; null chooses
+    timeout_min: float = bounded(
+        10.0, at_least=0.1, at_most=1440
+    )  # for ranks to find each other; nothing else has a time limit
+    seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
     deterministic: bool = True
     kernels: KernelChoice = KernelChoice.auto
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import bounded, place
+from ade_harness.config.fields import MAX_SEED, bounded, place
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig
@@ -88,7 +88,7 @@ class RunConfig:
 
     dir: str | None = place()  # null: runs/<date-time>_<model>_<short id>
     root: str = place("runs")
-    overlays: int = bounded(4, at_least=0)  # images drawn with truth, prediction and errors
+    overlays: int = bounded(4, at_least=0, at_most=100_000)  # images drawn with truth, prediction and errors
     report: bool | None = None  # write report.html at the end; null: if the run is tracked, which takes it along
     label_maps: LabelMapsKept = LabelMapsKept.few
     on_error: OnError = OnError.fail
@@ -99,8 +99,10 @@ class RunConfig:
 class MetricsConfig:
     """What is computed of the counts."""
 
-    resamples: int = bounded(10_000, at_least=0)  # of the bootstrap behind every interval; 0: no intervals
-    seed: int = bounded(0, at_least=0)  # of the bootstrap
+    resamples: int = bounded(
+        10_000, at_least=0, at_most=1_000_000
+    )  # of the bootstrap behind every interval; 0: no intervals
+    seed: int = bounded(0, at_least=0, at_most=MAX_SEED)  # of the bootstrap
     level: float = 0.95  # of the intervals
     calibration: bool = False  # count confidence and correctness of every pixel: one more pass over the scores
 

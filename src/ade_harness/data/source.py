@@ -97,7 +97,7 @@ class ZipSource:
         self.location = location
         self._archive: zipfile.ZipFile | None = None
         self._owner = -1
-        members = sorted(m.filename for m in self._open().infolist() if not m.is_dir())
+        members = sorted(m.filename for m in self._open().infolist() if m.filename and not m.is_dir())
         for name in members:
             check_member_name(name, location)
         self._names = [name for name in members if not _is_hidden(name)]

@@ -56,6 +56,7 @@ FINISHED = {
     "environment": dict,
     "seeds": dict,
     "command": list,
+    "code": {"version": str, "commit": _TEXT_OR_NULL, "dirty": (bool, type(None))},
     "model": {"name": str},
     "dataset": {"name": str, "expected_images": int, "images": int},
     "timings": {"seconds": float, "images_per_second": float, "world_size": int, "stages": dict, "ranks": list},

@@ -37,7 +37,11 @@ def signature(*parts: Any) -> str | None:
 def is_signed(found: Any, *parts: Any) -> bool:
     """Whether a signature is this user's, of these values."""
     key = _key(make=False)
-    return key is not None and isinstance(found, str) and hmac.compare_digest(found, _sign(key, parts))
+    return (
+        key is not None
+        and isinstance(found, str)
+        and hmac.compare_digest(found.encode("utf-8", "surrogatepass"), _sign(key, parts).encode())
+    )
 
 
 def _sign(key: bytes, parts: Sequence[Any]) -> str:

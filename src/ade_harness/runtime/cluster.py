@@ -91,6 +91,10 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+_RANK_BYTES = 2**29
+"""Memory of a process that has imported torch and Lightning, and little else."""
+
+
 def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
     """Return (accelerator, ranks per node) of a ``runtime`` node.
 
@@ -112,6 +116,13 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
         )
     if cfg.devices == "auto":
         return accelerator, gpus if accelerator == "cuda" else _step_tasks_per_node()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = max(1, memory // _RANK_BYTES)
+    if int(cfg.devices) > most:
+        raise HarnessError(
+            f"runtime.devices={cfg.devices}: {host_name()} has memory for {most} ranks at most, each of which needs"
+            f" {_RANK_BYTES / 2**30:g} GiB before it has a model."
+        )
     if accelerator == "cuda" and int(cfg.devices) > gpus:
         raise HarnessError(f"runtime.devices={cfg.devices}: {host_name()} has {gpus} GPUs.")
     return accelerator, int(cfg.devices)

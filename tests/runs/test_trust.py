@@ -1,0 +1,160 @@
+"""One's own run is continued as it is; a stranger's asks first before it imports, asks an address, or reads a secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ade_harness.runs.record import is_own
+from ade_harness.runs.trust import is_signed, key_path, signature, why_not_trusted
+from tests.cli.test_cli import FAST, Call, one_message
+from tests.conftest import REPOSITORY
+
+CUSTOM = ("model=custom", "model._target_=tests.models.test_identity.Two")
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return a function after which this process is another user, with another key."""
+    return lambda: monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other-state"))
+
+
+def test_a_signature_is_of_these_values_and_this_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert not is_signed("0" * 64, "a")  # no key yet, and none is made by looking
+    assert not key_path().exists()
+    made = signature("a", ["b"])
+    assert made == signature("a", ["b"])
+    assert key_path().stat().st_mode & 0o777 == 0o600
+    assert is_signed(made, "a", ["b"])
+    for other in (("a", ["c"]), ("a", "b"), ("a",), (["a"], ["b"])):
+        assert not is_signed(made, *other)
+    for other in (None, 7, "", "é"):
+        assert not is_signed(other, "a", ["b"]) or other == made
+    key_path().write_bytes(b"short")
+    assert not is_signed(made, "a", ["b"])
+    assert signature("a") is None
+
+
+def test_no_key_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert signature("a") is None
+
+
+def test_ones_own_run_goes_on_and_a_strangers_asks(call: Call, tmp_path: Path, stranger: Any) -> None:
+    assert call(*CUSTOM, "dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
+    assert call("resume", "run").code == 0
+    stranger()
+    for words in (("resume", "run"), ("reproduce", "run")):
+        one_message(
+            call(*words),
+            "run: was not made by you on this machine, and would import model._target_=tests.models",
+            "--trust",
+        )
+    assert call("resume", "run", "--trust").code == 0
+
+
+def test_a_changed_run_is_not_ones_own(call: Call, tmp_path: Path) -> None:
+    assert call("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
+    path = tmp_path / "run"
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert is_own(path, manifest)
+    assert not is_own(path, {**manifest, "repeat": ["model=custom", "model._target_=os.system"]})
+    config = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(
+        config.replace("_target_: null", "_target_: os.system").replace("kind: demo", "kind: custom", 1)
+    )
+    assert not is_own(path, manifest)
+    one_message(call("resume", "run"), "would import model._target_=os.system")
+    one_message(call("resume", "run", "--trust"), "os.system: is a builtin")
+
+
+def test_a_strangers_harmless_run_goes_on(call: Call, stranger: Any) -> None:
+    assert call("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
+    stranger()
+    assert call("resume", "run").code == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model": {"name": "x", "kind": "custom", "_target_": "os.system"}}, "would import model._target_=os.system"),
+        ({"model": {"name": "x", "kwargs": {"a": [{"_target_": "os.abort"}]}}}, "would import model.kwargs.a[0]._target_"),
+        ({"model": {"name": "x", "kind": "torchscript", "path": "a.pt"}}, "would run a TorchScript file"),
+        ({"model": {"kind": "http", "url": "http://h", "http": {"token_env": "AWS"}}}, "would send your environment variable AWS"),
+        ({"model": {"kind": "http", "url": "http://h"}}, "would use the address model.url=http://h"),
+        ({"model": {"name": "segformer_b0", "official": {"url": "http://evil/w.pth"}}}, "model.official.url=http://evil/w.pth"),
+        ({"model": {"kind": "hf", "id": "a/b"}}, "would load model.id=a/b"),
+        ({"model": {"name": "segformer_b0", "hub": {"hub_id": "evil/w"}}}, "would fetch model.hub.hub_id=evil/w"),
+        ({"dataset": {"root": "s3://bucket"}}, "would use the address dataset.root=s3://bucket"),
+        ({"model": "no mapping"}, None),
+        ({"model": {"name": "demo", "kind": "demo", "about": {"paper": "https://arxiv.org/abs/1"}}}, None),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_would_do(config: dict[str, Any], reason: str | None) -> None:
+    found = why_not_trusted(config)
+    assert (found is None) if reason is None else (reason in str(found))
+
+
+def test_every_packaged_model_needs_no_consent() -> None:
+    from omegaconf import OmegaConf
+
+    from ade_harness.config.compose import compose_tree
+    from ade_harness.config.files import choices
+
+    asking = {"custom", "torchscript", "hf", "http"}
+    for name in choices("model"):
+        tree: Any = OmegaConf.to_container(
+            compose_tree([f"model={name}", "dataset=demo"]), resolve=False, enum_to_str=True
+        )
+        if tree["model"].get("kind") not in asking and "mlperf" not in name:
+            assert why_not_trusted(tree) is None, name
+
+
+def test_a_secret_in_the_environment_stays_there(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: Any
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "hunter2")
+    assert call("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=1000").code == 0
+    config = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(
+        config.replace("root: null", "root: ${oc.env:MY_SECRET}").replace(
+            "label: demo network", "label: ${oc.env:MY_SECRET}"
+        )
+    )
+    stranger()
+    said = ""
+    for words in (
+        ("report", "run"),
+        ("compare", "run", "run"),
+        ("status", "run"),
+        ("leaderboard", "run"),
+        ("resume", "run"),
+    ):
+        done = call(*words)
+        said += done.out + done.err
+    pages = "".join(p.read_text() for p in tmp_path.rglob("*.html"))
+    assert "hunter2" not in said + pages
+    assert "${oc.env:MY_SECRET}" in pages
+
+
+def test_nothing_is_imported_from_a_strangers_folder(tmp_path: Path, call: Call) -> None:
+    assert call("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
+    for name in ("yaml", "numpy", "pyarrow", "torch", "rich"):
+        (tmp_path / f"{name}.py").write_text("open('owned', 'w')\nraise SystemExit(7)\n")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(REPOSITORY / "src")}
+    for words in (["status", "run"], ["submit", "--check", "."], ["dataset.images=2", *FAST, "run.dir=run2"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ade_harness", *words], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+        )  # fmt: skip
+        assert done.returncode in (0, 2), (words, done.stderr)
+        assert not (tmp_path / "owned").exists(), words
+    shutil.rmtree(tmp_path / "run2")
