@@ -235,7 +235,7 @@ def test_every_canvas_of_the_published_protocols_is_covered() -> None:
         (["inference=oneformer_640", "inference.mode=slide", "inference.window.crop=64", "inference.window.stride=64"], "masks.resolution: needs inference.mode=whole"),
         (["inference=mmseg_slide_512", "inference.output.upsample=one_step"], "windows are put together"),
         (["inference.precision=int8"], "expected one of fp32, tf32, bf16, fp16"),
-        (["inference.batch=0"], "inference.batch=0: expected 1 or more"),
+        (["inference.batch=0"], "inference.batch=0: expected 1 to 4,096"),
         (["inference.resize.antialias=true"], "antialias=true: is for backend=torch; pillow always has it"),
         (["inference=dinov3_slide_512", "inference.resize.max_side=900"], "has no cap"),
         (["inference.tta.flip=true"], "has one size only"),
