@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -417,6 +418,26 @@ def test_a_resized_copy_of_the_data_set_is_marked(call: Call, tiny_ade: Path) ->
     done = call("model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST)
     assert done.code == 0, done.err
     assert "NOT THE OFFICIAL IMAGES: 7 of 7 have another size, such as ADE_val_00001000" in done.out
+
+
+def test_doctor_finds_what_ends_every_run(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import importlib
+
+    from ade_harness.cli import doctor
+
+    def broken(name: str) -> object:
+        if name in ("torchvision", "lightning.pytorch"):
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return importlib.__import__(name)
+
+    monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=broken, util=importlib.util))
+    done = call("doctor")
+    assert done.code == 2
+    assert "STOPS EVERY RUN: lightning.pytorch (RuntimeError: operator torchvision::nms does not exist)" in done.out
+    assert "torchvision has to be of the same release as torch" in done.out
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (Not a directory)" in doctor._run_place(tmp_path / "file")
 
 
 def test_a_set_without_a_labelled_pixel_has_no_score(call: Call, tiny_ade: Path, tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from ade_harness.data.ade20k import open_ade20k
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.decode import decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage
+from ade_harness.endpoint.client import Endpoint
+from ade_harness.endpoint.http import Reply
+from ade_harness.endpoint.predictor import EndpointPredictor, read_scores
 from ade_harness.inference.folder import FolderPredictor
 from ade_harness.models.checkpoint.files import read_state_dict
 from ade_harness.models.loading import load_model
@@ -133,3 +136,26 @@ def test_zips(seeds: range, tiny_ade: Path, tmp_path: Path) -> None:
         dataset.load(0)
 
     attack(seeds, door, "zip")
+
+
+def test_replies_of_endpoints(seeds: range) -> None:
+    """A label PNG or scores that a server sends, damaged, of another size, or of another type."""
+    cfg = compose_config(["model=http", "model.url=http://127.0.0.1:1", "dataset=demo"])
+    predictor = EndpointPredictor(
+        cfg.model, ade20k_classes(), Endpoint("http://127.0.0.1:1", 1.0, 0, None), {}, "torch"
+    )
+    labels = encoded(Image.fromarray(LABELS), "PNG")
+    array = io.BytesIO()
+    np.save(array, RNG.standard_normal((150, 10, 15)).astype(np.float16))
+    scores = array.getvalue()
+
+    def door(seed: int) -> None:
+        if seed % 2:
+            body = damaged_bytes(labels, seed)
+            reply = Reply(200, "OK", {"content-type": "image/png"}, body)
+            found = predictor._labels(reply, (40, 60), "a")
+            assert found.shape == (40, 60)
+        else:
+            assert read_scores(damaged_bytes(scores, seed), 150, "a").shape[0] == 150
+
+    attack(seeds, door, "reply")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import os
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -15,8 +18,10 @@ import torch
 from ade_harness import kernels
 from ade_harness.cli.answer import Answer
 from ade_harness.config.files import conf_dir
+from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
 from ade_harness.models.ops import deformable
+from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, environment
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.tracking.upload import wandb_mode
@@ -25,12 +30,13 @@ _CONNECT_TIMEOUT_S = 2.0
 
 
 def run_doctor(options: argparse.Namespace) -> Answer:
-    """Print one line per finding; the exit code is 0, since nothing here stops the demo."""
+    """Print one line per finding; the exit code is 2 if one of them would end every run."""
     console = make_console()
     found = findings()
+    stops = [name for name, finding in found if _STOPS in finding]
     for name, finding in found:
-        print_line(console, f"{name + ':':12}{finding}")
-    return Answer(dict(found))
+        print_line(console, f"{name + ':':12}{finding}", style="bold red" if name in stops else None)
+    return Answer(dict(found), 2 if stops else 0)
 
 
 def findings() -> list[tuple[str, str]]:
@@ -53,15 +59,62 @@ def findings() -> list[tuple[str, str]]:
             "GPUs",
             ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none: evaluation runs on the CPU",
         ),
+        ("imports", _imports()),
         ("kernels", _kernels()),
         ("CPU", f"{facts['cpu_cores']} cores, {facts['cpu']}"),
-        ("memory", f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free"),
+        ("memory", f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free; {_shared()}"),
+        ("runs", _run_place(Path.cwd())),
         ("disk", f"{free:.1f} GiB free here; cache in {cache_dir()} ({_writable(cache_parent)})"),
         ("dataset", _dataset()),
         ("W&B", f"{packages.get('wandb', 'not installed')}, mode {wandb_mode(None)}"),
         ("network", _network()),
         ("SLURM", f"job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else _slurm()),
     ]
+
+
+_STOPS = "STOPS EVERY RUN"
+"""In a finding: nothing can be evaluated until this is mended."""
+_IMPORTED = (
+    "lightning.pytorch", "transformers", "safetensors", "huggingface_hub", "onnxruntime", "cv2", "simplejpeg", "PIL",
+    "pyarrow.parquet", "numba", "scipy.special", "hydra", "wandb",
+)  # fmt: skip
+_TORCHVISION = "torchvision"
+
+
+def _imports() -> str:
+    """Import what runs import, each in this process: an unfitting build fails in any way."""
+    wrong = []
+    names = [*_IMPORTED, *([_TORCHVISION] if importlib.util.find_spec(_TORCHVISION) else [])]
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            wrong.append(f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+    if not wrong:
+        return f"all {len(names)} libraries of a run"
+    fitting = " torchvision has to be of the same release as torch." if _TORCHVISION in " ".join(wrong) else ""
+    return f"{_STOPS}: {'; '.join(wrong)}.{fitting}"
+
+
+def _run_place(folder: Path) -> str:
+    """Write and lock a file where runs go."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".ade-harness-") as made:
+            lock = RunLock(Path(made))
+            lock.acquire()
+            lock.release()
+    except (HarnessError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return f"{_STOPS} that begins here: {folder} cannot be written ({reason}). run.root=PATH chooses another place"
+    return f"below {folder}, which can be written and locked"
+
+
+def _shared() -> str:
+    try:
+        free = shutil.disk_usage("/dev/shm").free / 2**20
+    except OSError:
+        return "no /dev/shm"
+    return f"/dev/shm {free:.0f} MiB free{'' if free > 256 else ': too little for loaders, see --shm-size'}"
 
 
 def _cuda(version: str | None, driver: str | None) -> str:

@@ -1,0 +1,203 @@
+"""Do the tests notice? Change the core one operator, constant or condition at a time, and run each file's own tests.
+
+    python scripts/mutation_run.py --sample 300 --seed 0
+
+Every mutant runs in a process that is forked from one which has imported the libraries but nothing of this package: the
+changed source is compiled in place of the file, so nothing on disk changes. A mutant that no test notices is printed
+with its line: either a test is missing, or no user could tell, and then the reason belongs into docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "ade_harness"
+TARGETS: dict[str, tuple[str, ...]] = {
+    "metrics/confusion.py": ("tests/metrics/test_confusion.py",),
+    "metrics/bootstrap.py": ("tests/metrics/test_statistics.py",),
+    "metrics/comparison.py": ("tests/metrics/test_statistics.py",),
+    "metrics/verdict.py": ("tests/metrics/test_statistics.py",),
+    "metrics/diagnosis.py": ("tests/metrics/test_diagnosis.py",),
+    "metrics/areas.py": ("tests/metrics/test_confusion.py", "tests/metrics/test_statistics.py"),
+    "models/class_map.py": ("tests/models/test_loading.py",),
+    "inference/plan.py": ("tests/inference/test_predictor.py", "tests/inference/test_forward.py"),
+    "inference/resize.py": ("tests/inference/test_predictor.py",),
+    "runs/ledger.py": ("tests/runs/test_runs.py", "tests/hostile/test_documents.py"),
+    "runs/exactness.py": ("tests/runs/test_runs.py", "tests/cli/test_resume.py"),
+    "runs/trust.py": ("tests/runs/test_trust.py",),
+    "kernels/reference.py": ("tests/kernels/test_kernels.py",),
+    "data/decode.py": ("tests/data/test_containers.py", "tests/data/test_ade20k.py"),
+    "data/containers.py": ("tests/data/test_containers.py",),
+    "data/palettes.py": ("tests/data/test_containers.py",),
+}
+_COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+_BINARY: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.Pow: ast.Mult,
+}  # fmt: skip
+_SKIPPED = ("annotation", "returns", "decorator_list", "bases", "keywords_of_class")
+
+
+def change(node: ast.AST) -> Callable[[Any], None] | None:
+    """Return how a node is changed in place; None for one that is left alone."""
+    done: Callable[[Any], None] | None = None
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in _COMPARE:
+        done = lambda n: n.ops.__setitem__(0, _COMPARE[type(n.ops[0])]())  # noqa: E731
+    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in _BINARY:
+        done = lambda n: setattr(n, "op", _BINARY[type(n.op)]())  # noqa: E731
+    elif isinstance(node, ast.BoolOp):
+        done = lambda n: setattr(n, "op", ast.Or() if isinstance(n.op, ast.And) else ast.And())  # noqa: E731
+    elif isinstance(node, ast.If | ast.IfExp | ast.While):
+        done = lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))  # noqa: E731
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        done = lambda n: setattr(n, "value", not n.value)  # noqa: E731
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        done = lambda n: setattr(n, "value", n.value + 1)  # noqa: E731
+    return done
+
+
+def places(tree: ast.AST) -> Iterator[list[tuple[str, int | None]]]:
+    """Yield the way to each node that can be changed, as fields and indices; annotations and texts are left out."""
+
+    def walk(node: ast.AST, way: list[tuple[str, int | None]]) -> Iterator[list[tuple[str, int | None]]]:
+        if change(node) is not None:
+            yield way
+        if isinstance(node, ast.JoinedStr | ast.Raise):
+            return
+        for name, value in ast.iter_fields(node):
+            if name in _SKIPPED:
+                continue
+            for index, below in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if isinstance(below, ast.AST):
+                    yield from walk(below, [*way, (name, index)])
+
+    yield from walk(tree, [])
+
+
+def mutated(source: str, way: list[tuple[str, int | None]]) -> tuple[CodeType | ast.Module, int, str]:
+    """Return the changed tree, the line, and the changed expression."""
+    tree = copy.deepcopy(ast.parse(source))
+    node: Any = tree
+    for name, index in way:
+        node = getattr(node, name) if index is None else getattr(node, name)[index]
+    line = node.lineno
+    done = change(node)
+    assert done is not None
+    done(node)
+    shown = node.test if isinstance(node, ast.If | ast.While) else node
+    return ast.fix_missing_locations(tree), line, ast.unparse(shown).splitlines()[0][:90]
+
+
+class _Loader(SourceFileLoader):
+    """Compiles a changed tree in place of a file."""
+
+    tree: Any = None
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = compile(self.tree, self.path, "exec")
+        return code
+
+
+class _Finder:
+    def __init__(self, name: str, path: Path, tree: Any) -> None:
+        self.name, self.path, self.tree = name, path, tree
+
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        """Find the changed module."""
+        if name != self.name:
+            return None
+        loader = _Loader(name, str(self.path))
+        loader.tree = self.tree
+        return importlib.util.spec_from_file_location(name, self.path, loader=loader)
+
+
+def noticed(file: str, tree: Any, limit_s: float) -> bool:
+    """Whether the tests of a file fail with a changed tree, or do not end."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        with open(os.devnull, "w") as nothing:  # noqa: PTH123
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        module = "ade_harness." + file.removesuffix(".py").replace("/", ".")
+        sys.meta_path.insert(0, _Finder(module, PACKAGE / file, tree))  # type: ignore[arg-type]
+        import pytest
+
+        code = 1
+        try:
+            code = int(
+                pytest.main(["-x", "-n0", "-p", "no:cacheprovider", "--hostile=8", "--no-header", *TARGETS[file]])
+            )
+        finally:
+            os._exit(0 if code == 0 else 1)
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status) != 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def main() -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--sample", type=int, default=300, help="mutants, drawn from all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds of one mutant")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    import cv2  # noqa: F401
+    import lightning.pytorch  # noqa: F401
+    import pandas  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.special  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    sources = {file: (PACKAGE / file).read_text() for file in options.files}
+    everything = [(file, way) for file, source in sources.items() for way in places(ast.parse(source))]
+    drawn = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
+    for file in options.files:
+        if noticed(file, ast.parse(sources[file]), options.timeout):
+            raise SystemExit(f"{file}: its tests fail as it is: {' '.join(TARGETS[file])}")
+    counts: dict[str, list[int]] = {file: [0, 0] for file in options.files}
+    begin = time.monotonic()
+    for number, (file, way) in enumerate(sorted(drawn, key=lambda item: item[0]), start=1):
+        tree, line, shown = mutated(sources[file], way)
+        found = noticed(file, tree, options.timeout)
+        counts[file][0] += 1
+        counts[file][1] += found
+        if not found:
+            left = (time.monotonic() - begin) / number * (len(drawn) - number)
+            print(
+                f"survived: {file}:{line}: {shown}   [{number} of {len(drawn)}, {left / 60:.0f} min left]", flush=True
+            )
+    total, seen = (sum(c[i] for c in counts.values()) for i in (0, 1))
+    for file, (tried, right) in counts.items():
+        print(f"{file:28} {right:4} of {tried:4} noticed")
+    print(f"{seen} of {total} mutants noticed ({seen / max(total, 1):.1%}), of {len(everything)} possible")
+
+
+if __name__ == "__main__":
+    main()
