@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -808,7 +809,7 @@ JPEG = {"Content-Type": "image/jpeg"}
         ("POST", "/predict", {**JPEG, "Transfer-Encoding": "chunked"}, b"0\r\n\r\n", 411, "Content-Length"),
         ("POST", "/predict", {**JPEG, "Content-Length": "99999999999"}, b"x", 413, "67,108,864 bytes"),
         ("POST", "/predict", {**JPEG, "Content-Length": "9" * 40}, b"x", 413, "67,108,864 bytes"),
-        ("POST", "/predict", JPEG, b"hello", 400, "not an image file"),
+        ("POST", "/predict", JPEG, b"hello", 400, "neither JPEG nor PNG"),
         ("POST", "/predict", JPEG, encode(IMAGE, "jpeg")[:-40], 400, "cannot be read"),
         ("POST", "/predict", {"Content-Type": "image/png"}, huge_png(9000, 8000), 413, "64,000,000"),
         ("POST", "/predict", {**JPEG, "Accept": "text/html"}, encode(IMAGE, "jpeg"), 406, "application/x-npy (scores)"),
@@ -842,6 +843,56 @@ def test_the_reference_server_answers_on_one_connection(server_address: str) -> 
     scores = np.load(io.BytesIO(connection.getresponse().read()), allow_pickle=False)
     assert (scores.shape, scores.dtype) == ((150, 5, 8), np.float32)
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /info HTTP/9.9\r\n\r\n", 505),
+        (b"PUT /predict HTTP/1.1\r\nHost: x\r\n\r\n", 501),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /info HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),  # TLS, to a server without it
+    ],
+)
+def test_what_is_no_request_is_refused_in_json(server_address: str, sent: bytes, code: int) -> None:
+    host, port = server_address.split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == code
+        assert response.getheader("Content-Type") == "application/json"
+        assert json.loads(response.read())["error"]
+
+
+def test_connections_and_the_time_of_a_request_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ade_harness.endpoint.server._MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("ade_harness.endpoint.server._REQUEST_S", 1.0)
+    with reference_server() as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+        begin = time.monotonic()
+        dripping = [socket.create_connection((host, int(port)), timeout=10) for _ in range(2)]
+        for connection in dripping:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nA: ")
+        time.sleep(0.2)
+        third = http.client.HTTPConnection(host, int(port), timeout=10)
+        third.request("GET", "/info")
+        response = third.getresponse()
+        assert (response.status, response.getheader("Retry-After")) == (503, "1")
+        assert "2 connections are open already" in json.loads(response.read())["error"]
+        for connection in dripping:  # a byte now and then would keep a timeout of single bytes away for ever
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+            connection.close()
+        assert time.monotonic() - begin < 9
+        again = http.client.HTTPConnection(host, int(port), timeout=10)
+        again.request("GET", "/info")
+        assert again.getresponse().status == 200
+        again.close()
 
 
 def test_serve_says_what_is_wrong(call: Call, tmp_path: Path) -> None:

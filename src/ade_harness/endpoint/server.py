@@ -6,8 +6,10 @@ import hmac
 import json
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -18,6 +20,11 @@ from ade_harness.endpoint.predictor import ENCODING_HEADER, LABELS_TYPE, SCORES_
 
 _MAX_BYTES = 64 << 20
 _SLOW_CLIENT_S = 60
+"""From one byte to the next."""
+_REQUEST_S = 120.0
+"""For a whole request to arrive: 64 MiB at 0.6 MB/s."""
+_MAX_CONNECTIONS = 128
+"""At once; each has a thread."""
 _IMAGE_TYPES = ("image/png", "image/jpeg")
 
 
@@ -52,6 +59,30 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self.service = service
         self.token = token
+        self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection a thread, or the answer that there are too many."""
+        if self._connections.acquire(blocking=False):
+            try:
+                super().process_request(request, client_address)
+            except BaseException:
+                self._connections.release()
+                raise
+            return
+        body = json.dumps({"error": f"{_MAX_CONNECTIONS} connections are open already"}).encode()
+        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        with suppress(OSError):
+            request.settimeout(1)
+            request.sendall(f"{head}Retry-After: 1\r\nConnection: close\r\n\r\n".encode() + body)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection; then there is room for another."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Be silent about clients that go away."""
@@ -69,6 +100,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Print nothing: a request's line may hold what nobody should read."""
+
+    def handle_one_request(self) -> None:
+        """Read and answer a request, which has to arrive in bounded time, however slowly its bytes come."""
+        self._arrival = threading.Timer(_REQUEST_S, self._hang_up)
+        self._arrival.daemon = True
+        self._arrival.start()
+        try:
+            super().handle_one_request()
+        finally:
+            self._arrival.cancel()
+
+    def _hang_up(self) -> None:
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what is no HTTP, or no method of ours, as any other error: in JSON."""
+        self.request_version = "HTTP/1.1"  # of what could not be read it would be 0.9, which has no headers
+        self.requestline = getattr(self, "requestline", "")
+        self._refuse(RefusedError(int(code), message or self.responses.get(code, ("refused", ""))[0]))
+        self.close_connection = True
 
     def do_GET(self) -> None:
         self._answer("GET")
@@ -89,7 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(200, json.dumps(self.server.service.info()).encode(), "application/json", {})
                 return
             scores = self._asks_for_scores()
-            body, kind = self.server.service.answer(self._read(), scores)
+            data = self._read()
+            self._arrival.cancel()  # the network may take its time
+            body, kind = self.server.service.answer(data, scores)
             self._reply(200, body, kind, {} if scores else {ENCODING_HEADER: "official"})
         except RefusedError as error:
             self._refuse(error)
