@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -283,3 +284,21 @@ def test_ranks_end_with_their_supervisor_also_while_they_start(start: Callable[.
     gone, alive = psutil.wait_procs(ranks, timeout=20)
     assert not alive, [p.cmdline() for p in alive]
     assert len(gone) == len(ranks)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ("0", r"error: not all of the 2 ranks came to 127\.0\.0\.1:\d+ within runtime\.timeout_min=0\.1 minutes"),
+        ("1", r"error: rank 1 on \S+ cannot reach rank 0 at 127\.0\.0\.1:\d+ within runtime\.timeout_min=0\.1 minutes"),
+    ],
+)
+def test_a_node_that_never_comes_is_one_message(start: Callable[..., Started], rank: str, message: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    node = {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = start("runtime.num_nodes=2", "runtime.timeout_min=0.1", **node).end()
+    assert done.code == 2, done.err
+    assert re.search(message, done.err), done.err
+    assert "Traceback" not in done.err
