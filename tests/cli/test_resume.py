@@ -96,8 +96,8 @@ def test_resume_refuses_what_changed_and_shows_it(call: Call, words: list[str], 
         (["status"], "status: the following arguments are required: RUN"),
         (["status", "nowhere"], "nowhere: holds no run"),
         (["runtime.sharding=random"], "runtime.sharding=random: unknown value, expected one of queue, plan"),
-        (["runtime.max_restarts=-1"], "runtime.max_restarts=-1: expected 0 or more"),
-        (["runtime.dead_after_s=1"], "runtime.dead_after_s=1: expected 5 or more"),
+        (["runtime.max_restarts=-1"], "runtime.max_restarts=-1: expected 0 to 1,000"),
+        (["runtime.dead_after_s=1"], "runtime.dead_after_s=1: expected 5 to 86,400 seconds"),
         (["runtime.num_nodes=0"], "runtime.num_nodes=0: expected a number of nodes"),
         (["runtime.supervise=false", "runtime.max_restarts=1"], "runtime.max_restarts needs runtime.supervise=true"),
         (["run.on_error=maybe"], "run.on_error=maybe: unknown value, expected one of fail, skip"),
@@ -144,7 +144,7 @@ def test_a_config_yaml_that_was_edited_is_one_message(call: Call, words: list[st
         config.write_text(broken)
         done = call("resume", "run")
         assert done.code == 2
-        assert "config.yaml is damaged, or of another version" in done.err
+        assert "run/config.yaml: damaged: " in done.err
 
 
 # images that fail

@@ -303,7 +303,7 @@ class Pickled:
         ("application/json", b'{"detail": "model is \\u001b[31m warming up"}', {}, "expected image/png: 'model is [31m warming up'"),
         ("image/png", b"", {}, "answers 200 and sends nothing"),
         ("image/png", png(LABELS)[:-30], {}, "cannot be read"),
-        ("image/png", b"GIF89a", {}, "not an image file that Pillow knows"),
+        ("image/png", b"GIF89a", {}, "neither JPEG nor PNG but GIF"),
         ("image/png", png(LABELS + 150), {}, "holds the value 151; expected 0 (none) and 1..150"),
         ("image/png", png(IMAGE), {}, "a colour image, expected one 8-bit channel"),
         ("image/png", png(LABELS), {"Label_Encoding": "zero_based"}, "sends labels as 'zero_based', but model.encoding=official"),

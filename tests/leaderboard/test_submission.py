@@ -530,7 +530,7 @@ def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
         ("deep", "no YAML"),
         ("not yaml", "no YAML"),
         ("empty", "expected a mapping"),
-        ("deep json", "run: damaged"),
+        ("deep json", "run/metrics.json: damaged: nested more than 40 deep"),
         ("word", "'hydra.run.dir=/tmp' is not allowed"),
         ("newline", "is not allowed"),
         ("secret", "is not allowed"),

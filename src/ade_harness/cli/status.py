@@ -41,7 +41,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     total = manifest["dataset"]["images"]
     holder = read_lock(path / LOCK)
     state = run_state(manifest.get("status") or "running", holder, progress)
-    for mark in manifest["marks"]:
+    for mark in manifest.get("marks") or ():
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
     print_fact(console, "saved", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged)))

@@ -16,7 +16,7 @@ MANIFEST = {
     "started?": str,
     "finished?": (str, bool),
     "command?": [str],
-    "marks": [str],
+    "marks?": [str],
     "code": {"version?": str, "commit?": str, "dirty?": bool, "origin?": str, "diff_sha256?": str},
     "seeds?": {"*": int},
     "environment?": {
@@ -51,6 +51,7 @@ MANIFEST = {
 }  # fmt: skip
 FINISHED = {
     "finished": str,
+    "marks": list,
     "device": str,
     "kernels": str,
     "environment": dict,
