@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ade_harness.config.compose import compose_config
+from ade_harness.config.composed import Composed
 from ade_harness.evaluation.outcome import run_session
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
@@ -29,9 +30,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         with Path(os.devnull).open("w") as nowhere:
-            console = Console(record=True, force_terminal=False, width=96, file=nowhere)
+            console = Console(record=True, force_terminal=False, width=118, file=nowhere)
             console.print("[bold green]$[/] python -m ade_harness")
-            run_session(compose_config([]), console=console)
+            run_session(Composed.of(compose_config([])), console=console)
         page = Path(folder) / "page.html"
         svg = console.export_svg(title="ade-harness")
         drawn = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
