@@ -144,7 +144,9 @@ def test_a_config_yaml_that_was_edited_is_one_message(call: Call, words: list[st
         config.write_text(broken)
         done = call("resume", "run")
         assert done.code == 2
-        assert re.search(r"error: (run/)?config\.yaml(: damaged: | is damaged, or of another version)", done.err), done.err
+        assert re.search(r"error: (run/)?config\.yaml(: damaged: | is damaged, or of another version)", done.err), (
+            done.err
+        )
 
 
 # images that fail

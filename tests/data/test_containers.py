@@ -18,7 +18,7 @@ from PIL import Image
 
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.data.ade20k_labels import ade20k_classes
-from ade_harness.data.decode import decode_image, decode_labels
+from ade_harness.data.decode import decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage, default_colors
 from ade_harness.errors import HarnessError
 from ade_harness.files.reading import read_regular
@@ -70,6 +70,54 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def test_a_palette_that_shows_labels_by_their_value_is_read_by_index(palette: list[tuple[int, int, int]]) -> None:
     assert np.array_equal(decode_labels(palette_png(LABELS, palette), "a.png"), LABELS)
     assert np.array_equal(decode_labels(palette_png(LABELS % 4, palette[:4], bits=2), "a.png"), LABELS % 4)
+
+
+def test_palettes_of_fewer_classes_are_known_too() -> None:
+    """Cityscapes' train ids, as hexadecimal colours in order, and ADE20K's zero-based values."""
+    cityscapes = [
+        (int(c[:2], 16), int(c[2:4], 16), int(c[4:], 16))
+        for c in [
+            "804080",
+            "f423e8",
+            "464646",
+            "66669c",
+            "be9999",
+            "999999",
+            "faaa1e",
+            "dcdc00",
+            "6b8e23",
+            "98fb98",
+            "4682b4",
+            "dc143c",
+            "ff0000",
+            "00008e",
+            "000046",
+            "003c64",
+            "005064",
+            "0000e6",
+            "770b20",
+        ]
+    ]
+    assert len(cityscapes) == 19
+    for colors in (cityscapes, list(ade20k_classes().colors)):
+        labels = LABELS % len(colors)
+        every = np.arange(len(colors), dtype=np.uint8)[None]
+        for stored in (labels, every):
+            assert np.array_equal(decode_labels(palette_png(stored, colors), "a.png"), stored)
+        for index in range(len(colors)):
+            wrong = [*colors[:index], (1, 2, 3), *colors[index + 1 :]]
+            with pytest.raises(
+                HarnessError, match=rf"index {index} has the colour \(1, 2, 3\)|index \d+ has the colour"
+            ):
+                decode_labels(palette_png(every, wrong), "a.png")
+    unlabelled = np.array([[0, 5, 255]], np.uint8)
+    for color, fits in (((0, 0, 0), True), ((255, 255, 255), True), ((9, 9, 9), False)):
+        palette = [*cityscapes, *[(3, 3, 3)] * 236, color]
+        if fits:
+            assert np.array_equal(decode_labels(palette_png(unlabelled, palette), "a.png"), unlabelled)
+        else:
+            with pytest.raises(HarnessError, match="indices need not be its labels"):
+                decode_labels(palette_png(unlabelled, palette), "a.png")
 
 
 @pytest.mark.parametrize("change", ["optimised", "one entry", "too short", "quantised"])
@@ -128,6 +176,36 @@ def test_other_label_files_are_refused_by_what_they_are(data: bytes, message: st
         decode_labels(data, "a.png")
 
 
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [("grey", {"L", "P"}), ("palette_index", {"P"}), ("palette_colour", {"P"}), ("colour", {"P", "RGB", "RGBA"}), ("uint16", {"I;16"})],
+)  # fmt: skip
+def test_each_storage_takes_its_own_files_alone(kind: str, taken: set[str]) -> None:
+    grey_palette = Image.fromarray(LABELS)
+    grey_palette.putpalette([v for value in range(256) for v in (value, value, value)])
+    files = {
+        "L": Image.fromarray(LABELS), "P": grey_palette, "RGB": Image.fromarray(np.stack([LABELS] * 3, 2)),
+        "RGBA": Image.fromarray(np.stack([LABELS, LABELS, LABELS, np.full_like(LABELS, 255)], 2)), "LA": Image.new("LA", (4, 4)),
+        "1": Image.new("1", (4, 4)), "I;16": Image.fromarray(LABELS.astype(np.uint16)),
+    }  # fmt: skip
+    storage = LabelStorage(kind, tuple((v, v, v) for v in range(256)))
+    for mode, image in files.items():
+        if mode in taken:
+            assert np.array_equal(decode_labels(encoded(image), "a.png", storage), LABELS), mode
+        else:
+            with pytest.raises(HarnessError, match=r"a\.png: the label file is .*, expected"):
+                decode_labels(encoded(image), "a.png", storage)
+
+
+def test_a_long_text_before_the_palette_is_no_damage(tiny_ade: Path) -> None:
+    path = tiny_ade / "annotations/validation/ADE_val_00001002.png"
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + chunk(b"tEXt", b"a\0" + b"b" * 100_000) + data[33:])
+    sizes, wrong = open_ade20k(tiny_ade).read_headers()
+    assert wrong == {}
+    assert np.array_equal(open_ade20k(tiny_ade).load(2).target.shape, sizes["ADE_val_00001002"])
+
+
 def test_every_flipped_bit_of_a_label_file_that_changes_labels_is_noticed() -> None:
     data = grey()
     for place in range(8, len(data)):
@@ -163,6 +241,18 @@ def test_jpegs_are_decoded_as_by_pillow_in_every_bit(mode: str, options: dict[st
                 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: np.rot90}.get(orientation, np.array)  # fmt: skip
     assert np.array_equal(decode_image(data, "a.jpg", apply_exif=False), plain)
     assert np.array_equal(decode_image(data, "a.jpg"), turn(plain))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_header_says_the_size_that_the_decoder_gives(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("JPEG", "PNG"):
+        data = encoded(photo((96, 128)), kind, exif=exif)
+        for apply_exif in (True, False):
+            header = read_header(data, "a", apply_exif)
+            assert (header.height, header.width) == decode_image(data, "a", apply_exif).shape[:2]
+        assert (read_header(data, "a").height == 128) == (orientation >= 5)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

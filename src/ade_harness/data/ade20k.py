@@ -150,7 +150,10 @@ class SegmentationDataset:
 
     def _label_size(self, name: str) -> tuple[int, int]:
         """Return (height, width) of a label file, once it is sure how its values are stored."""
-        header = check_label_kind(self.source.read(name, limit=_HEADER_BYTES), name, self.encoding.storage)
+        try:
+            header = check_label_kind(self.source.read(name, limit=_HEADER_BYTES), name, self.encoding.storage)
+        except HarnessError:  # what other tools write can push the palette behind the first bytes
+            header = check_label_kind(self.source.read(name), name, self.encoding.storage)
         if not is_surely_its_labels(header, self.encoding.storage):  # the pixels decide
             decode_labels(self.source.read(name), name, self.encoding.storage)
         return header.height, header.width
