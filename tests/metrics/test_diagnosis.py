@@ -95,3 +95,16 @@ def test_few_images_or_classes_are_no_evidence() -> None:
 )
 def test_the_sign_test(wins: int, trials: int, expected: float) -> None:
     assert sign_test(wins, trials) == expected
+
+
+def test_few_classes_on_either_side_are_no_evidence() -> None:
+    """Four in the truth and many predicted, and the other way round."""
+    scattered = rows_of(
+        lambda truth, rng: np.where(rng.random(truth.shape) < 0.6, truth + 1, rng.integers(5, 150, truth.shape)),
+        classes=4,
+    )
+    assert len({int(v) for row in scattered for v in row.prediction}) > 50
+    assert diagnose(scattered, CLASSES) is None
+    collapsed = rows_of(lambda truth, rng: np.minimum(truth, 4) + 1)
+    assert len({int(v) for row in collapsed for v in row.prediction}) <= 4
+    assert diagnose(collapsed, CLASSES) is None

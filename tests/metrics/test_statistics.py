@@ -242,3 +242,26 @@ def test_a_moved_interval_ends_where_values_end(bounds: tuple[float, float], nea
     assert (moved.low, moved.high)[near] == bounds[near]
     assert not np.signbit(moved.low + 0.0) or bounds[0] < 0
     assert bounds[0] <= moved.low < moved.high <= bounds[1]
+
+
+def test_an_interval_holds_its_ends() -> None:
+    interval = Interval(0.25, 0.5)
+    assert [interval.holds(v) for v in (0.2499, 0.25, 0.4, 0.5, 0.5001)] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(("defined", "expected"), [(99, False), (100, True)])
+@pytest.mark.parametrize("kind", ["percentile", "centred", "bca"])
+def test_a_hundred_resamples_have_to_be_defined(kind: str, defined: int, expected: bool) -> None:
+    draws = np.full((500, 1), np.nan)
+    draws[:defined, 0] = np.linspace(0.2, 0.4, defined)
+    resampled = Resampled(np.array([0.3]), draws, np.linspace(0.29, 0.31, 20)[:, None])
+    (interval,) = getattr(resampled, kind)()
+    assert (interval is not None) == expected
+
+
+def test_ties_with_the_value_count_half_in_bca() -> None:
+    """Of a statistic with few values: with no spread beside the ties, the interval is the percentile interval."""
+    draws = np.repeat([0.1, 0.2, 0.3], [100, 300, 100])[:, None]
+    symmetric = Resampled(np.array([0.2]), draws, np.array([[0.19], [0.2], [0.21]]))
+    (bca,), (percentile,) = symmetric.bca(), symmetric.percentile()
+    assert bca == percentile
