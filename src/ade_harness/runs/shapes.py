@@ -50,17 +50,26 @@ MANIFEST = {
     "earlier?": [dict],
 }  # fmt: skip
 FINISHED = {
+    "started": str,
     "finished": str,
     "marks": list,
     "device": str,
     "kernels": str,
-    "environment": dict,
+    "environment": {"python": str, "cpu": _TEXT_OR_NULL, "gpus": [str], "packages": dict},
     "seeds": dict,
     "command": list,
     "code": {"version": str, "commit": _TEXT_OR_NULL, "dirty": (bool, type(None))},
     "model": {"name": str},
     "dataset": {"name": str, "expected_images": int, "images": int},
-    "timings": {"seconds": float, "images_per_second": float, "world_size": int, "stages": dict, "ranks": list},
+    "timings": {
+        "seconds": float,
+        "images_per_second": float,
+        "world_size": int,
+        "stages": dict,
+        "ranks": list,
+        "balance": float,
+        "idle_seconds": float,
+    },
 }
 """What a manifest has besides once the run is finished."""
 METRICS = {
