@@ -51,9 +51,8 @@ class SlurmConfig:
     python: str | None = place()  # in the container; null: the one that submits
     setup: list[str] = field(default_factory=list)  # shell lines before the run, such as "module load cuda"
     extra: dict[str, Any] = field(default_factory=dict)  # any other sbatch option, as sbatch calls it
-    signal_before_s: int = bounded(
-        120, at_least=1, at_most=86_400
-    )  # before the time limit: the run saves, is requeued and continues
+    # before the time limit: the run saves, is requeued and continues
+    signal_before_s: int = bounded(120, at_least=1, at_most=86_400)
     most_requeues: int = bounded(20, at_least=0, at_most=10_000)
     folder: str = place("slurm-jobs")  # submitit's scripts and logs
 
@@ -68,18 +67,15 @@ class RuntimeConfig:
     num_nodes: Any = "auto"  # auto: as many as srun started this on, else one
     sharding: Sharding = Sharding.queue
     max_restarts: int = bounded(0, at_least=0, at_most=1000)  # how often all ranks are started again after one died
-    dead_after_s: float = bounded(
-        30.0, at_least=5, at_most=86_400, unit="seconds"
-    )  # a rank that is silent for so long is lost
+    # a rank that is silent for so long is lost
+    dead_after_s: float = bounded(30.0, at_least=5, at_most=86_400, unit="seconds")
     requeue: bool = False  # in SLURM, after the signal before the time limit: scontrol requeue
     supervise: bool = True  # false: one rank, in this very process (debuggers, profilers)
-    threads: int = bounded(
-        1, at_least=1, at_most=1024
-    )  # of each rank on CPU; fixed, because it can change float results
+    # of each rank on CPU; fixed, because it can change float results
+    threads: int = bounded(1, at_least=1, at_most=1024)
     workers: int | None = bounded(None, at_least=0, at_most=256)  # loader processes per rank; null chooses
-    timeout_min: float = bounded(
-        10.0, at_least=0.1, at_most=1440
-    )  # for ranks to find each other; nothing else has a time limit
+    # for ranks to find each other; nothing else has a time limit
+    timeout_min: float = bounded(10.0, at_least=0.1, at_most=1440)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
     deterministic: bool = True
     kernels: KernelChoice = KernelChoice.auto

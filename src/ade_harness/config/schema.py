@@ -99,9 +99,8 @@ class RunConfig:
 class MetricsConfig:
     """What is computed of the counts."""
 
-    resamples: int = bounded(
-        10_000, at_least=0, at_most=1_000_000
-    )  # of the bootstrap behind every interval; 0: no intervals
+    # of the bootstrap behind every interval; 0: no intervals
+    resamples: int = bounded(10_000, at_least=0, at_most=1_000_000)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)  # of the bootstrap
     level: float = 0.95  # of the intervals
     calibration: bool = False  # count confidence and correctness of every pixel: one more pass over the scores
