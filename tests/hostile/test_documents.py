@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import threading
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +19,7 @@ import yaml
 
 from ade_harness.cli.main import main
 from ade_harness.config.compose import compose_config
+from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.submission.bundle import bundle_problems
 from ade_harness.runs.ledger import SCHEMA, read_rows
 from tests.cli.test_cli import FAST
@@ -84,6 +88,43 @@ def test_run_directories(seeds: range, good: Path, tmp_path: Path, door: str, mo
     assert left <= {"run", "page.html"}, left
 
 
+def keys_of(document: Any, way: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the way to every key of a document that does not stand for any name."""
+    found = []
+    for key, value in document.items() if isinstance(document, dict) else ():
+        if way[-1:] not in (("distributions",), ("packages",), ("identity",)):
+            found += [(*way, key), *keys_of(value, (*way, key))]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["removed", "null", "a list"])
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "config.yaml"])
+def test_every_field_may_be_missing_or_wrong(good: Path, tmp_path: Path, name: str, change: str) -> None:
+    """One after another, so that none is left to chance."""
+    run = Path(shutil.copytree(good, tmp_path / "run"))
+    text = (run / name).read_text()
+    whole = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
+    ways = keys_of(whole) if name == "manifest.json" else [way for way in keys_of(whole) if len(way) <= 2]
+    for way in ways if name != "config.yaml" else [w for w in ways if w[0] in ("model", "dataset", "inference")]:
+        broken = json.loads(json.dumps(whole))
+        place = broken
+        for key in way[:-1]:
+            place = place[key]
+        if change == "removed":
+            del place[way[-1]]
+        else:
+            place[way[-1]] = None if change == "null" else [[1]]
+        (run / name).write_text(json.dumps(broken))
+        for words in (("status", run), ("report", run, "--output", tmp_path / "page.html"), ("leaderboard", run)):
+            try:
+                command(*words)
+            except Exception as error:
+                raise AssertionError(
+                    f"{words[0]}, {'.'.join(way)} {change}: {type(error).__name__}: {error}"
+                ) from error
+
+
 def test_comparisons(seeds: range, good: Path, tmp_path: Path) -> None:
     attack(
         seeds[::3],
@@ -138,6 +179,27 @@ def test_overrides(seeds: range) -> None:
         compose_config([f"{keys[(7 * seed) % len(keys)]}={word}"])
 
     attack(seeds, door, "override")
+
+
+def lists_of(config: Any, prefix: str = "") -> list[str]:
+    """Return the keys of all lists of a configuration, or what may be one."""
+    found = []
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            found += lists_of(value, f"{prefix}{name}.")
+        elif "list[" in str(kind):
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def test_lists_hold_what_they_say() -> None:
+    keys = lists_of(compose_config(["dataset=demo"]))
+    assert {"dataset.ids", "model.class_map", "inference.tta.scales", "runtime.slurm.setup"} <= set(keys)
+    for key in keys:
+        for element in ("[1]", "{a: 1}"):
+            with pytest.raises(HarnessError, match=rf"{re.escape(key)}\[0\]: .* is a (list|dict), expected "):
+                compose_config([f"{key}=[{element}]"])
 
 
 MERGE_BOMB = "a: &a {x: 1}\n" + "".join(

@@ -15,7 +15,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError
 from ade_harness.files.documents import MAX_TEXT_BYTES, checked, parse_json, read_json
 from ade_harness.files.reading import read_regular
-from ade_harness.runs.directory import LEDGER, LOSS, PROBE, PROGRESS, read_manifest
+from ade_harness.runs.directory import LEDGER, LOSS, MANIFEST, PROBE, PROGRESS, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
 from ade_harness.runs.record import read_config
@@ -36,6 +36,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     manifest = read_manifest(path)
     if manifest.get("kind") == PROBE:
         return _probe_status(console, path, manifest)
+    checked(manifest, {"dataset": {"images": int}}, str(path / MANIFEST))
     rows, damaged = read_rows(path / LEDGER)
     progress = _read_progress(path)
     total = manifest["dataset"]["images"]
@@ -45,7 +46,7 @@ def run_status(options: argparse.Namespace) -> Answer:
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
     print_fact(console, "saved", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged)))
-    for image_id, why in list(manifest.get("failures", {}).items())[:5]:
+    for image_id, why in list((manifest.get("failures") or {}).items())[:5]:
         print_fact(console, "failed", why if image_id in why else f"{image_id}: {why}")
     if state.startswith("running") and progress:
         left = progress["seconds_left"]
@@ -78,7 +79,7 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     if lines:
         text = lines[-1].decode("utf-8", "replace")
         last = checked(parse_json(text, str(path / LOSS)), {"step": int, "loss?": float}, str(path / LOSS))
-    for mark in manifest.get("marks", ()):
+    for mark in manifest.get("marks") or ():
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
     old = manifest["identity"].get("probe.iterations")  # of a version that kept the configuration there too

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import NODES, nearest, prepare, with_recipe
+from ade_harness.config.fields import check_lists
 from ade_harness.config.files import choices, conf_dir
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.plain import as_dict
@@ -170,9 +171,11 @@ def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
         HarnessError: it is no such node.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), _literal(content)))
+        node = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), _literal(content)))
     except (OmegaConfBaseException, ValueError) as error:
         raise HarnessError(f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}).") from error
+    check_lists(node)
+    return node
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:

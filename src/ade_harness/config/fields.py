@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ade_harness.errors import require
 
@@ -58,6 +59,33 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             (least is None or value >= least) and (most is None or value <= most) and (above is None or value > above)
         )
         require(inside, f"{key}={value:{'g' if isinstance(value, float) else ''}}: expected {_range_text(limits)}.")
+
+
+def check_lists(config: Any, prefix: str = "") -> None:
+    """Check the elements of every list of a configuration: OmegaConf takes a list or a mapping for any element.
+
+    Raises:
+        HarnessError: names the dotted key and the place in the list.
+    """
+    hints = get_type_hints(type(config))
+    for one in fields(config):
+        key, value = f"{prefix}{one.name}", getattr(config, one.name)
+        if is_dataclass(value):
+            check_lists(value, f"{key}.")
+        elif isinstance(value, list):
+            _check_elements(hints[one.name], value, key)
+
+
+def _check_elements(hint: Any, values: list[Any], key: str) -> None:
+    lists = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is list]
+    [element] = get_args(lists[0]) if lists else [Any]
+    if element is Any:
+        return
+    allowed = tuple(get_args(element)) or (element,)
+    for index, value in enumerate(values):
+        fits = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+        names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
+        require(fits, f"{key}[{index}]: {str(value)[:80]!r} is a {type(value).__name__}, expected {names}.")
 
 
 def _bounded_values(config: Any, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from ade_harness.config.fields import check_ranges
+from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, ResizeConfig, ResizeRule, Rounding, Upsample
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns
@@ -34,6 +34,7 @@ def validate(config: Config) -> None:
     Raises:
         HarnessError: names the key, what it is, and what was expected.
     """
+    check_lists(config)
     check_ranges(config)
     _check_runtime(config)
     _check_metrics(config)

@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes
 from ade_harness.data.decode import (
-    ImageHeader,
     check_label_kind,
     decode_image,
     decode_labels,
@@ -139,8 +138,7 @@ class SegmentationDataset:
         sizes, wrong = {}, {}
         for pair in self.pairs:
             try:
-                header = self._header(pair.image)
-                size = header.height, header.width
+                size = self._size(pair.image)
                 if annotations:
                     check_sizes(size, self._label_size(pair.annotation), pair)
                 sizes[pair.image_id] = size
@@ -158,7 +156,7 @@ class SegmentationDataset:
             decode_labels(self.source.read(name), name, self.encoding.storage)
         return header.height, header.width
 
-    def _header(self, name: str) -> ImageHeader:
+    def _size(self, name: str) -> tuple[int, int]:
         try:
             return read_header(self.source.read(name, limit=_HEADER_BYTES), name, self.apply_exif)
         except HarnessError:  # a long EXIF block can push the size behind the first bytes

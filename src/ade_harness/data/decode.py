@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -43,19 +42,12 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """How an image of each EXIF orientation is turned to be shown."""
-_HARMLESS = re.compile(r"extraneous bytes before marker 0xd9|Adobe color transform|JFIF major revision", re.IGNORECASE)
-"""Warnings of libjpeg after which every pixel is there: bytes too many before the end, odd metadata."""
-
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """What a file says of itself before its pixels."""
-
-    height: int
-    """As shown: after the EXIF orientation, if that is applied."""
-    width: int
-    png: PngHeader | None
-    """None of a JPEG."""
+_AT_THE_END = re.compile(r"extraneous bytes before marker 0xd9")
+"""A warning of libjpeg after which every pixel is there."""
+_METADATA = re.compile(r"unknown JFIF revision|Unknown Adobe color transform", re.IGNORECASE)
+"""Warnings that say nothing of the pixels; libjpeg tells the first warning alone, so others may follow."""
+_APP0, _APP14, _SCAN = 0xE0, 0xEE, 0xDA
+"""Markers of a JPEG: JFIF's and Adobe's segments, and the start of the pixels."""
 
 
 def decode_image(data: bytes, name: str, apply_exif: bool = True) -> npt.NDArray[np.uint8]:
@@ -95,15 +87,32 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode_jpeg(data: bytes, name: str, mode: str) -> npt.NDArray[np.uint8] | None:
-    """Return RGB pixels; None for CMYK, which is left to Pillow once it is known to be whole."""
+    """Return RGB pixels; None for a file that is whole, but whose colours are left to Pillow."""
     space = "CMYK" if mode == "CMYK" else "RGB"
+    odd_metadata = False
     try:
         pixels = simplejpeg.decode_jpeg(data, space, fastdct=False, fastupsample=False)
     except ValueError as error:
-        if not _HARMLESS.search(str(error)):
+        plain = _without_metadata(data)
+        odd_metadata = plain != data and _METADATA.search(str(error)) is not None
+        if odd_metadata:  # without it, is there anything wrong with the pixels?
+            _decode_jpeg(plain, name, mode)
+        elif _AT_THE_END.search(str(error)):
+            pixels = simplejpeg.decode_jpeg(data, space, fastdct=False, fastupsample=False, strict=False)
+        else:
             raise unreadable(name, "image", error) from error
-        pixels = simplejpeg.decode_jpeg(data, space, fastdct=False, fastupsample=False, strict=False)
-    return None if space == "CMYK" else np.asarray(pixels, np.uint8)
+    return None if odd_metadata or space == "CMYK" else np.asarray(pixels, np.uint8)
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """Return a JPEG without JFIF's and Adobe's segments, which say how colours are meant, not where they are."""
+    kept, place = [data[:2]], 2
+    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != _SCAN:
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if data[place + 1] not in (_APP0, _APP14):
+            kept.append(data[place:end])
+        place = end
+    return b"".join([*kept, data[place:]])
 
 
 def decode_labels(data: bytes, name: str, storage: LabelStorage = LabelStorage()) -> npt.NDArray[np.uint8]:  # noqa: B008  (frozen)
@@ -232,15 +241,15 @@ def is_surely_its_labels(header: PngHeader, storage: LabelStorage) -> bool:
     return misleading_entry(header.palette, np.arange(len(header.palette)), storage.colors) is None
 
 
-def read_header(data: bytes, name: str, apply_exif: bool = True) -> ImageHeader:
-    """Read an image file's size without decoding its pixels; raises HarnessError."""
-    png = read_png_header(data, name, "image") if container_of(data, name, "image") == "PNG" else None
+def read_header(data: bytes, name: str, apply_exif: bool = True) -> tuple[int, int]:
+    """Return (height, width) of an image file, as shown, without decoding its pixels; raises HarnessError."""
+    container_of(data, name, "image")
     with _opened(data, name, "image") as image:
         width, height = image.size
         check_pixels(height, width, name, "image")
         if apply_exif and _orientation(image) >= 5:
             width, height = height, width
-    return ImageHeader(height, width, png)
+    return height, width
 
 
 @contextmanager

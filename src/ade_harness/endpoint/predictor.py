@@ -137,10 +137,10 @@ class EndpointPredictor:
                 f"{name}: sends labels as {self.endpoint.hide(encoding)[:40]!r}, but model.encoding={self.encoding}."
                 " Set model.encoding."
             )
-        header = read_header(reply.body, name)  # before anything of that size is allocated
-        if (header.height, header.width) != size:
+        height, width = read_header(reply.body, name)  # before anything of that size is allocated
+        if (height, width) != size:
             raise HarnessError(
-                f"{name}: the label map is {header.width}x{header.height} (width x height), the image is"
+                f"{name}: the label map is {width}x{height} (width x height), the image is"
                 f" {size[1]}x{size[0]}: label maps must have the size of the image that was sent."
             )
         return torch.from_numpy(

@@ -57,8 +57,7 @@ class ModelService:
     def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
         """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
         try:
-            header = read_header(data, "the image")
-            height, width = header.height, header.width
+            height, width = read_header(data, "the image")
             if height * width > _MAX_PIXELS:
                 raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are taken")
             image = decode_image(data, "the image", self.apply_exif)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,16 @@ MAX_TEXT_BYTES = 2**24
 _MAX_DEPTH = 40
 
 Shape = Any
-"""What a value may be: a type, a tuple of types, ``[shape]`` for a list, or a mapping of keys to shapes. A key that
-ends with "?" may be missing, or null; the key "*" stands for all others. Other keys may have any value."""
+"""What a value may be: a type, a tuple of types, ``[shape]`` for a list, a mapping of keys to shapes, or an
+:class:`OrNull` of one of these. A key that ends with "?" may be missing, and null if it is no list or mapping; the
+key "*" stands for all others. Other keys may have any value."""
+
+
+@dataclass(frozen=True)
+class OrNull:
+    """A shape, or null."""
+
+    shape: Shape
 
 
 def read_json(path: Path, shape: Shape = dict, most: int = MAX_TEXT_BYTES) -> Any:
@@ -128,6 +137,8 @@ def _key(key: Any) -> Any:
 
 def _problem(content: Any, shape: Shape, field: str) -> tuple[str, str] | None:
     """Return the first field that is not as expected, and what was expected."""
+    if isinstance(shape, OrNull):
+        return None if content is None else _problem(content, shape.shape, field)
     if isinstance(shape, list):
         if not isinstance(content, list):
             return field, "a list"
@@ -159,7 +170,7 @@ def _mapping_problem(content: Any, shape: Mapping[str, Shape], field: str) -> tu
         name = key.removesuffix("?")
         named.add(name)
         value = content.get(name)
-        if value is None and key.endswith("?"):
+        if key.endswith("?") and value is None and (name not in content or not isinstance(expected, list | Mapping)):
             continue
         if name not in content:
             return f"{field}.{name}".lstrip("."), "this field"

@@ -5,6 +5,8 @@ Shapes of :mod:`ade_harness.files.documents`: whoever adds a field to a file, an
 
 from __future__ import annotations
 
+from ade_harness.files.documents import OrNull
+
 _TEXT_OR_NULL = (str, type(None))
 _SCORES = ("mIoU", "mIoU_csail", "mIoU_detectron2", "pixel_accuracy", "mean_accuracy", "fwIoU", "final_score")
 _INTERVAL = {"low": float, "high": float, "level": float}
@@ -35,7 +37,7 @@ MANIFEST = {
         "name?": str, "root?": str, "images?": int, "expected_images?": int, "ids_hash?": str, "content_hash?": str,
         "classes?": {"names": [str], "colors": [[int]]},
     },
-    "repeat?": [str],
+    "repeat?": OrNull([str]),
     "identity": dict,
     "config_sha256?": str,
     "signature?": str,
@@ -60,7 +62,7 @@ FINISHED = {
     "command": list,
     "code": {"version": str, "commit": _TEXT_OR_NULL, "dirty": (bool, type(None))},
     "model": {"name": str},
-    "dataset": {"name": str, "expected_images": int, "images": int},
+    "dataset": {"name": str, "root": str, "expected_images": int, "images": int},
     "timings": {
         "seconds": float,
         "images_per_second": float,
@@ -75,15 +77,15 @@ FINISHED = {
 METRICS = {
     **dict.fromkeys(_SCORES, float),
     "images?": int, "pixels?": int, "complete?": bool,
-    "intervals": {"*": (dict, type(None)), **{f"{name}?": _INTERVAL for name in _SCORES}},
-    "other_intervals?": {"*": {f"{name}?": _INTERVAL for name in _SCORES}},
-    "level?": float, "resamples?": int, "seed?": int,
-    "convention?": str, "notes?": [str],
-    "published?": dict,
-    "reproduced?": {"sentence": str},
+    "intervals": {"*": (dict, type(None)), **{f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
+    "other_intervals": {"*": {f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
+    "level": float, "resamples": int, "seed": int,
+    "convention": str, "notes": [str],
+    "published?": OrNull(dict),
+    "reproduced?": OrNull({"sentence": str}),
 }  # fmt: skip
 CONFIG = {
-    "model": {"name": str, "label?": str, "kind": str, "http?": dict},
+    "model": {"name": str, "label": _TEXT_OR_NULL, "kind": str, "http?": dict},
     "dataset": {"kind?": str, "split?": str, "root?": str},
     "inference": {"name": str, "precision?": str, "exif?": bool},
     "metrics?": {"calibration?": bool},
