@@ -265,7 +265,7 @@ def test_half_a_jpeg_is_refused_whatever_its_end(mode: str, progressive: bool) -
 
 @pytest.mark.parametrize("kind", ["JFIF", "Adobe"])
 def test_odd_metadata_is_no_damage_and_hides_none(kind: str) -> None:
-    """libjpeg tells the first warning alone: behind a harmless one there may be half an image."""
+    """libjpeg reports only the first warning: behind a harmless one there may be half an image."""
     data = encoded(photo(), "JPEG") if kind == "JFIF" else encoded(photo().convert("CMYK"), "JPEG")
     place = data.index(b"JFIF\0") + 5 if kind == "JFIF" else data.index(b"Adobe") + 11
     odd = data[:place] + b"\x09" + data[place + 1 :]

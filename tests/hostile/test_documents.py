@@ -1,4 +1,4 @@
-"""Run directories of strangers, with values of any type and size in any field: one message, or a table; never more."""
+"""Untrusted run directories, with values of any type and size in any field: one message, or a table; never more."""
 
 from __future__ import annotations
 
@@ -98,15 +98,19 @@ def keys_of(document: Any, way: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["removed", "null", "a list"])
-@pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "config.yaml"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(n, c) for n in ("manifest.json", "metrics.json", "config.yaml") for c in ("removed", "null", "a list") if (n, c) != ("config.yaml", "null")],
+)  # fmt: skip
 def test_every_field_may_be_missing_or_wrong(good: Path, tmp_path: Path, name: str, change: str) -> None:
     """One after another, so that none is left to chance."""
     run = Path(shutil.copytree(good, tmp_path / "run"))
     text = (run / name).read_text()
     whole = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
     ways = keys_of(whole) if name == "manifest.json" else [way for way in keys_of(whole) if len(way) <= 2]
-    for way in ways if name != "config.yaml" else [w for w in ways if w[0] in ("model", "dataset", "inference")]:
+    for way in (
+        ways if name != "config.yaml" else [w for w in ways if w[0] in ("model", "dataset", "inference", "metrics")]
+    ):
         broken = json.loads(json.dumps(whole))
         place = broken
         for key in way[:-1]:
@@ -116,7 +120,10 @@ def test_every_field_may_be_missing_or_wrong(good: Path, tmp_path: Path, name: s
         else:
             place[way[-1]] = None if change == "null" else [[1]]
         (run / name).write_text(json.dumps(broken))
-        for words in (("status", run), ("report", run, "--output", tmp_path / "page.html"), ("leaderboard", run)):
+        doors: list[tuple[Any, ...]] = [("report", run, "--output", tmp_path / "page.html")]
+        if name != "config.yaml":  # which the others do not read
+            doors += [("status", run), ("leaderboard", run)]
+        for words in doors:
             try:
                 command(*words)
             except Exception as error:

@@ -1,4 +1,4 @@
-"""One's own run is continued as it is; a stranger's asks first before it imports, asks an address, or reads a secret."""
+"""One's own run is continued as it is; an untrusted one needs --trust before it imports, uses an address, or reads a secret."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def findings() -> list[tuple[str, str]]:
 
 
 _STOPS = "STOPS EVERY RUN"
-"""In a finding: nothing can be evaluated until this is mended."""
+"""In a finding: nothing can be evaluated until this is fixed."""
 _IMPORTED = (
     "lightning.pytorch", "transformers", "safetensors", "huggingface_hub", "onnxruntime", "cv2", "simplejpeg", "PIL",
     "pyarrow.parquet", "numba", "scipy.special", "hydra", "wandb",

@@ -57,7 +57,7 @@ class Dtype(StrEnum):
 class Encoding(StrEnum):
     """What the values of label files mean, and how files store them.
 
-    `official`: 0 none of the classes, 1..C; `zero_based`: 0..C-1, 255 none. Both as 8-bit grey PNGs, or PNGs with a
+    `official`: 0 unlabelled, 1..C; `zero_based`: 0..C-1, 255 unlabelled. Both as 8-bit grey PNGs, or PNGs with a
     palette that is known to show labels by their value; the others say what else the files are.
     """
 
@@ -67,7 +67,7 @@ class Encoding(StrEnum):
     palette_index_zero_based = "palette_index_zero_based"
     palette_colour = "palette_colour"  # official values, the grey levels of a palette's entries
     palette_colour_zero_based = "palette_colour_zero_based"
-    colour = "colour"  # the data set's colours; black is none
+    colour = "colour"  # the data set's colours; black is unlabelled
     uint16 = "uint16"  # official values, 16-bit grey PNG
     uint16_zero_based = "uint16_zero_based"
     npy = "npy"  # official values, NumPy file of any integers

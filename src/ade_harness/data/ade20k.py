@@ -20,7 +20,7 @@ from ade_harness.data.decode import (
     check_label_kind,
     decode_image,
     decode_labels,
-    is_surely_its_labels,
+    has_known_palette,
     read_header,
 )
 from ade_harness.data.labels import Classes, LabelEncoding
@@ -147,12 +147,12 @@ class SegmentationDataset:
         return sizes, wrong
 
     def _label_size(self, name: str) -> tuple[int, int]:
-        """Return (height, width) of a label file, once it is sure how its values are stored."""
+        """Return (height, width) of a label file, once it is known how its values are stored."""
         try:
             header = check_label_kind(self.source.read(name, limit=_HEADER_BYTES), name, self.encoding.storage)
         except HarnessError:  # what other tools write can push the palette behind the first bytes
             header = check_label_kind(self.source.read(name), name, self.encoding.storage)
-        if not is_surely_its_labels(header, self.encoding.storage):  # the pixels decide
+        if not has_known_palette(header, self.encoding.storage):  # the pixels decide
             decode_labels(self.source.read(name), name, self.encoding.storage)
         return header.height, header.width
 

@@ -102,7 +102,7 @@ def read_png_header(data: bytes, name: str, what: str) -> PngHeader:
 
 
 def check_png(data: bytes, name: str, what: str) -> PngHeader:
-    """Check that a PNG is whole: every chunk's checksum, and the end. Decoders skip some of them.
+    """Check that a PNG is intact: every chunk's checksum, and the end. Decoders skip some of them.
 
     Raises:
         HarnessError: damaged or cut off.
@@ -118,7 +118,7 @@ def check_png(data: bytes, name: str, what: str) -> PngHeader:
 
 
 def _chunks(data: bytes, name: str, what: str, whole: bool) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (kind, content) of chunks; of those that matter for pixels, and are whole, the checksum is verified."""
+    """Yield (kind, content) of chunks; of those that matter for pixels, and are complete, the checksum is verified."""
     place = len(_PNG)
     for _ in range(_CHUNKS):
         if place + 8 > len(data):

@@ -45,7 +45,7 @@ _TURNS = {
 _AT_THE_END = re.compile(r"extraneous bytes before marker 0xd9")
 """A warning of libjpeg after which every pixel is there."""
 _METADATA = re.compile(r"unknown JFIF revision|Unknown Adobe color transform", re.IGNORECASE)
-"""Warnings that say nothing of the pixels; libjpeg tells the first warning alone, so others may follow."""
+"""Warnings that say nothing of the pixels; libjpeg reports only the first warning, so others may follow."""
 _APP0, _APP14, _SCAN = 0xE0, 0xEE, 0xDA
 """Markers of a JPEG: JFIF's and Adobe's segments, and the start of the pixels."""
 
@@ -87,7 +87,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode_jpeg(data: bytes, name: str, mode: str) -> npt.NDArray[np.uint8] | None:
-    """Return RGB pixels; None for a file that is whole, but whose colours are left to Pillow."""
+    """Return RGB pixels; None for a file that is intact, but whose colours are left to Pillow."""
     space = "CMYK" if mode == "CMYK" else "RGB"
     odd_metadata = False
     try:
@@ -234,7 +234,7 @@ def check_label_kind(data: bytes, name: str, storage: LabelStorage) -> PngHeader
     raise HarnessError(f"{name}: the label file is {what}, expected {expected}.{hint} {storage.advice}".rstrip())
 
 
-def is_surely_its_labels(header: PngHeader, storage: LabelStorage) -> bool:
+def has_known_palette(header: PngHeader, storage: LabelStorage) -> bool:
     """Whether no pixel of a file can make :func:`decode_labels` refuse its palette."""
     if storage.kind != "grey" or header.palette is None:
         return storage.kind in ("grey", "palette_index")

@@ -103,9 +103,9 @@ class LabelStorage:
     """How the values of label files are stored in them."""
 
     kind: str = "grey"
-    """"grey": 8-bit grey, or a palette whose indices are surely the values; "palette_index": a palette's indices,
-    whatever its entries; "palette_colour": the grey levels of a palette's entries; "colour": by `colors`; "uint16":
-    16-bit grey."""
+    """"grey": 8-bit grey, or a palette that is known to show values by their index; "palette_index": a palette's
+    indices, whatever its entries; "palette_colour": the grey levels of a palette's entries; "colour": by `colors`;
+    "uint16": 16-bit grey."""
     colors: tuple[Color | None, ...] = ()
     """RGB of each value, for "colour" and for palettes that show values so."""
     advice: str = "Save it as 8-bit grey, or restore the official file."

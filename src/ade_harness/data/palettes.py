@@ -2,7 +2,7 @@
 
 Label files are often saved with a palette, so that people see colours; then the index is the label. But a lossless
 optimiser makes a palette from a grey file as well, in which entries are the labels and indices only number them. The
-palette tells: it is the identity, or one that is known to colour labels by their value, or nobody can know.
+palette shows which: it is the identity, or one that is known to colour labels by their value, or nobody can know.
 """
 
 from __future__ import annotations

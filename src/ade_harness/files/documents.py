@@ -116,9 +116,7 @@ def _plain(value: Any, depth: int) -> Any:
         raise ValueError(f"nested more than {_MAX_DEPTH} deep")
     if isinstance(value, str):
         return escaped(value)
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list):
         return [_plain(item, depth + 1) for item in value]

@@ -1,4 +1,4 @@
-"""Strangers' texts as they may be shown: on one's own terminal, in one's own messages."""
+"""Texts from untrusted files, made safe for terminals and messages."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ _ADVICE = (
 
 
 def _colors(classes: Classes, zero_based: bool) -> tuple[Color | None, ...]:
-    """Return the colour of each stored value: of none of the classes, black."""
+    """Return the colour of each stored value; unlabelled is black."""
     colors: list[Color | None] = [None] * 256
     first = 0 if zero_based else 1
     colors[first : first + len(classes)] = classes.colors

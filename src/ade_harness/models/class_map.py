@@ -78,7 +78,7 @@ def resolve_class_map(
 
 
 _NO_CLASS_NAMES = ("background", "other", "others", "unlabeled", "unlabelled", "void", "ignore", "none", "no class")
-"""What models call a channel that is none of the classes."""
+"""What models call a channel for unlabelled pixels or background."""
 
 
 def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None] | None:

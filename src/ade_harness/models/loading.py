@@ -137,7 +137,7 @@ def load_for_probe(cfg: ModelConfig) -> LoadedModel:
         module, facts = quietly_random(family, cfg.architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
         return LoadedModel(module.eval(), "random", **statistics(cfg), facts=facts)
     if cfg.allow_missing_keys:
-        raise HarnessError("model.allow_missing_keys: a probe needs a whole backbone. Leave it out.")
+        raise HarnessError("model.allow_missing_keys: a probe needs a complete backbone. Leave it out.")
     if cfg.checkpoint is not None:
         raise HarnessError("model.checkpoint: probe makes it. The backbone's file is model.backbone_checkpoint=PATH.")
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")

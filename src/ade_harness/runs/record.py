@@ -149,7 +149,7 @@ def start_record(
 
 
 class _NoAliases(yaml.SafeDumper):
-    """Writes equal parts out: a reader of strangers' files takes no aliases."""
+    """Writes repeated values out: readers of run directories accept no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -79,7 +79,6 @@ METRICS = {
     "images?": int, "pixels?": int, "complete?": bool,
     "intervals": {"*": (dict, type(None)), **{f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
     "other_intervals": {"*": {f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
-    "level": float, "resamples": int, "seed": int,
     "convention": str, "notes": [str],
     "published?": OrNull(dict),
     "reproduced?": OrNull({"sentence": str}),
@@ -87,8 +86,8 @@ METRICS = {
 CONFIG = {
     "model": {"name": str, "label": _TEXT_OR_NULL, "kind": str, "http?": dict},
     "dataset": {"kind?": str, "split?": str, "root?": str},
-    "inference": {"name": str, "precision?": str, "exif?": bool},
-    "metrics?": {"calibration?": bool},
+    "inference": {"name": str, "precision?": str, "source?": str, "exif": bool},
+    "metrics": {"resamples": int, "seed": int, "level": float, "calibration?": bool},
     "run?": dict,
     "runtime?": dict,
     "tracking?": dict,

@@ -1,8 +1,8 @@
-"""Whether a run directory was made by this user, or is a stranger's.
+"""Whether a run directory was made by this user, or is untrusted.
 
-A run's configuration names code that is imported, addresses that are asked, and environment variables that are sent. To
-continue or repeat one's own run is to do again what one has typed; to do it with somebody else's directory is to let
-him type. So a run carries a signature by a key that only this user has, and any other needs ``--trust`` first.
+A run's configuration names code that is imported, addresses that are contacted, and environment variables that are
+sent. To continue or reproduce one's own run repeats what one has typed; somebody else's directory was typed by them. So
+a run carries a signature by a key that only this user has, and any other needs ``--trust`` first.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _key(make: bool) -> bytes | None:
 
 
 def require_trust(config: Mapping[str, Any], what: str) -> None:
-    """Refuse a stranger's configuration that would run code, ask an address, or send a secret.
+    """Refuse an untrusted configuration that would run code, ask an address, or send a secret.
 
     Args:
-        config: plain values, of the whole configuration.
+        config: plain values, of the complete configuration.
         what: how the message calls where it is from.
 
     Raises:

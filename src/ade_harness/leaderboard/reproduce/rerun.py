@@ -100,7 +100,7 @@ def _read(source: Path) -> FinishedRun:
 
 
 def _check_trust(repeat: Sequence[str], source: Path) -> None:
-    """Refuse what a stranger's overrides, which will be run, would do; config.yaml may say something else."""
+    """Refuse what the overrides of an untrusted run would do: they are used, and config.yaml may say something else."""
     for word in repeat:
         if "${" in word:
             raise HarnessError(f"{source}: was not made by you on this machine, and would read {word}. Add --trust.")

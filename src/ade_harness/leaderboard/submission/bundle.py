@@ -11,8 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 import ade_harness
@@ -39,8 +37,6 @@ _MAX_TEXT_BYTES = 16 << 20
 _MAX_FILES = 64
 _MAX_DEPTH = 3
 _MAX_RESAMPLES = 100_000
-_MAX_LEDGER_ROWS = 100_000
-_MAX_LEDGER_BYTES = 4 << 30
 
 
 def is_bundle(folder: Path) -> bool:
@@ -169,14 +165,6 @@ def _script_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
 
 def _run_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
     """Compare the run's record with the official images and with the claim."""
-    for path in sorted((folder / RUN / LEDGER).glob("*.parquet")):
-        try:
-            about = pq.read_metadata(path)
-        except (pa.ArrowException, OSError):
-            return [f"{RUN}/{LEDGER}/{path.name}: damaged"]
-        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if about.num_rows > _MAX_LEDGER_ROWS or size > _MAX_LEDGER_BYTES:
-            return [f"{RUN}/{LEDGER}/{path.name}: is too large for a ledger"]
     try:
         run = load_run(folder / RUN)
         check_rows(run.rows, validation_sizes())
