@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ade_harness.errors import HarnessError, require
 
 if TYPE_CHECKING:
-    from ade_harness.cli.sweep import SweepJob
+    from ade_harness.cli.sweep import Sweep, SweepJob
     from ade_harness.config.schema import Config
 
 
@@ -82,16 +82,22 @@ class _CheckedLauncher(Launcher):
 class ProcessLauncher(_CheckedLauncher):
     """One job after another, each a process of its own: no failure and no model's memory reaches the next."""
 
-    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
-        """Run all, whatever fails, and end with one table."""
-        from ade_harness.cli.sweep import finish_sweep
+    _sweep: Sweep | None = None
 
+    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
+        """Run all, whatever fails, and add them to the table that the command ends with."""
+        from ade_harness.cli.sweep import Sweep, sweeps
+
+        if self._sweep is None:
+            self._sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
+            sweeps.append(self._sweep)
         codes = []
         for place, job in enumerate(jobs, start=1):
-            print(f"[{place} of {len(jobs)}] {' '.join(job.overrides)}", flush=True)
+            batch = f"{place} of {len(jobs)}" if job.number < len(jobs) else f"job {job.number}"
+            print(f"[{batch}] {' '.join(job.overrides)}", flush=True)
             words = [*job.arguments, *flags]
             codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode)
-        rows = finish_sweep(jobs, codes, Path(str(self.config.hydra.sweep.dir)))
+        rows = self._sweep.add(jobs, codes)
         return [_returned(job, code, row.mIoU) for job, code, row in zip(jobs, codes, rows, strict=True)]
 
 

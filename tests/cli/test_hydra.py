@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ade_harness.cli.sweep import Sweep, SweepJob
 from ade_harness.config.arguments import prepare
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
@@ -229,3 +230,36 @@ def test_a_primary_configuration_that_jobs_would_not_see_is_refused(call: Call) 
         done = call("-m", *flag, "dataset.limit=1,2")
         assert done.code == 2
         assert "these would have no effect" in done.err
+
+
+def test_a_sweeper_that_launches_in_batches_gets_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep, config = Sweep(tmp_path), compose_config([])
+    for number, score in enumerate((0.25, None, 0.5)):
+        run = tmp_path / f"{number}_demo"
+        run.mkdir()
+        if score is not None:
+            (run / "metrics.json").write_text(json.dumps({"mIoU": score, "images": 3, "marks": ["DEMO"]}))
+        job = SweepJob(number, (f"metrics.seed={number}",), run, config)
+        [row] = sweep.add([job], [0 if score is not None else 2])
+        assert row.mIoU == score
+    sweep.show()
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [(r["job"], r["mIoU"], r["state"]) for r in csv.DictReader(file)] == [
+            ("0", "0.25", "finished"), ("1", "", "failed (2)"), ("2", "0.5", "finished"),
+        ]  # fmt: skip
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 3
+    shown = capsys.readouterr().out
+    assert shown.count("runs of this sweep") == 1
+    assert "metrics.seed=0" in shown
+    assert "metrics.seed=2" in shown
+
+
+@pytest.mark.parametrize("fault", ["x = = 1", "raise ValueError('mutable default')"])
+def test_a_plugin_that_cannot_be_imported_is_named(cli: Cli, tmp_path: Path, fault: str) -> None:
+    (tmp_path / "more" / "hydra_plugins").mkdir(parents=True)
+    (tmp_path / "more" / "hydra_plugins" / "of_others.py").write_text(fault)
+    done = cli("--cfg", "job", PYTHONPATH=os.pathsep.join(["more", os.environ.get("PYTHONPATH", "")]))
+    assert done.code == 2
+    assert "a Hydra plugin that is installed cannot be imported (" in done.err
+    assert "of_others.py" in done.err
+    assert "Traceback" not in done.err

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ade_harness.cli.main import main
 from ade_harness.evaluation.recorder import Recorder
 from ade_harness.runs.ledger import LedgerWriter
 from tests.conftest import Done
@@ -61,6 +62,39 @@ def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, words:
     assert "continuing: 7 images are done" in again.out
     assert (tmp_path / "run/metrics.json").read_bytes() == metrics
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("there", ["kept", "gone"])
+def test_relative_paths_belong_to_where_the_run_was_started(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], there: str
+) -> None:
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    start.mkdir()
+    elsewhere.mkdir()
+    for name in ("labels", "ADEChallengeData2016"):
+        shutil.move(tmp_path / name, start / name)
+    relative = [word.replace(f"{tmp_path}/", "") for word in words]
+    monkeypatch.chdir(start)
+    assert main([*relative, "run.dir=run"]) == 0
+    expected = hashes(start / "run")
+    lose_some(start / "run")
+    monkeypatch.chdir(elsewhere)
+    shutil.move(start / "run", elsewhere / "moved")
+    if there == "gone":
+        start.rename(tmp_path / "start of another machine")
+        shutil.move(tmp_path / "start of another machine/labels", elsewhere)
+    capfd.readouterr()
+    code = main(["resume", "moved"])
+    err = capfd.readouterr().err
+    assert Path.cwd() == elsewhere
+    if there == "kept":
+        assert code == 0, err
+        assert f"relative paths of this run belong to {start}" in err
+        assert hashes(elsewhere / "moved") == expected
+    else:
+        assert code == 2
+        assert f"was started in {start}, which is not here: its relative paths are taken from {elsewhere}." in err
+        assert "ADEChallengeData2016" in err.splitlines()[-1]
 
 
 def test_resume_takes_options_of_this_session_and_refuses_unknown_ones(call: Call, words: list[str]) -> None:

@@ -177,30 +177,98 @@ def test_a_step_that_another_ranks_end_breaks_has_that_ranks_reason(text: str, m
         raise RuntimeError(text)
 
 
-@pytest.mark.slow
-def test_metrics_that_are_put_off_are_there_when_asked_for() -> None:
-    """In a process of its own: this one has imported everything."""
-    code = """
+_LEAN = """
 import sys
-from ade_harness.runtime.lean import put_off_metrics
-put_off_metrics()
+import torch
+from ade_harness.runtime.lean import import_lightning
+disable = torch.compiler.disable
+import_lightning()
+unused = {"torch._dynamo", "sympy", "matplotlib", "transformers", "scipy", "torchmetrics.classification"}
+assert not unused & set(sys.modules), unused & set(sys.modules)
+assert torch.compiler.disable is disable
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [
+        """
 import lightning.pytorch
-assert not {"transformers", "scipy", "torchmetrics.classification"} & set(sys.modules), "not put off"
 import torchmetrics
 from torchmetrics.classification import MulticlassJaccardIndex
 assert issubclass(MulticlassJaccardIndex, torchmetrics.Metric)
 assert torchmetrics.JaccardIndex(task="multiclass", num_classes=3) is not None
 assert lightning.pytorch.core.module.Metric is torchmetrics.Metric
-put_off_metrics()  # too late, and harmless
+import_lightning()  # too late, and harmless
 assert torchmetrics.JaccardIndex is not None
+metric = torchmetrics.MeanMetric()
+metric.update(1.0)
+figure, _ = metric.plot()
+assert type(figure).__module__ == "matplotlib.figure"
 try:
     torchmetrics.Nonsense
 except AttributeError as error:
     print(error)
+""",
+        """
+from lightning.pytorch.utilities.compile import OptimizedModule
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+network = torch.nn.Linear(2, 2)
+assert not isinstance(network, OptimizedModule)
+compiled = torch.compile(network, backend="eager")
+assert "torch._dynamo" in sys.modules
+assert isinstance(compiled, OptimizedModule)
+assert compiled(torch.ones(1, 2)).equal(network(torch.ones(1, 2)))
+results = _ResultCollection(training=False)  # a method of it is kept from the compiler
+results.log("step", "score", torch.tensor(2.0), on_step=True, on_epoch=True, batch_size=1)
+assert results.metrics(on_step=True)["log"] == {"score_step": 2.0}
+import torch._dynamo as real
+assert real.OptimizedModule is not OptimizedModule
+print("has no attribute 'Nonsense'")
+""",
+        """
+import lightning.pytorch as pl
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+    def training_step(self, batch, index):
+        loss = self.layer(batch).mean()
+        self.log("loss", loss, on_epoch=True)
+        return loss
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer.fit(Net(), torch.utils.data.DataLoader(torch.ones(4, 2)))
+assert "loss_epoch" in trainer.callback_metrics
+print("has no attribute 'Nonsense'")
+""",
+    ],
+    ids=["metrics", "compiler", "training"],
+)
+def test_what_is_put_off_is_there_when_asked_for(code: str) -> None:
+    """In a process of its own: this one has imported everything."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LEAN + code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "has no attribute 'Nonsense'" in done.stdout
+
+
+def test_a_lightning_that_asks_for_more_is_imported_as_it_is() -> None:
+    code = """
+import sys, torch
+from ade_harness.runtime import lean
+lean._Plots.__getattr__ = lambda self, name: (_ for _ in ()).throw(AttributeError(name))  # as if plots had other names
+lean.import_lightning()
+import lightning.pytorch as pl
+assert "matplotlib" in sys.modules and "torch._dynamo" in sys.modules
+print(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).world_size)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "has no attribute 'Nonsense'" in done.stdout
+    assert done.stdout.splitlines()[-1] == "1"
 
 
 def test_a_signal_does_not_interrupt_what_is_being_saved() -> None:

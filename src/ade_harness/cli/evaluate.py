@@ -10,13 +10,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.launch import launch
+from ade_harness.cli.sweep import sweeps
 from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
 from ade_harness.config.compose import checked, compose_config, explain, register_schemas, stored_config
+from ade_harness.config.fields import place_keys
 from ade_harness.config.files import conf_dir
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError, require
@@ -34,6 +39,7 @@ from ade_harness.runs.directory import PROBE, read_manifest
 from ade_harness.runs.record import is_own
 from ade_harness.runs.shapes import CONFIG
 from ade_harness.runs.trust import require_trust
+from ade_harness.runtime.console import print_error
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 """Options of Hydra's that print something instead of running."""
@@ -94,13 +100,41 @@ def run_resume(options: argparse.Namespace) -> Answer:
     if not options.trust and not is_own(path, manifest):
         require_trust(content, str(path))
     config = stored_config(content, options.overrides)
-    config.run.dir = str(path)
     work = _train if manifest.get("kind") == PROBE else _evaluate
-    code, run_dir = launch(
-        config, options.in_this_process, lambda found: work(config, found),
-        {"work": "probe" if work is _train else "evaluate", "logging": None, "verbose": False},
-    )  # fmt: skip
-    return Answer(_result(run_dir), code)
+    with _where_it_was_started(manifest, config, path, options.overrides):
+        code, run_dir = launch(
+            config, options.in_this_process, lambda found: work(config, found),
+            {"work": "probe" if work is _train else "evaluate", "logging": None, "verbose": False},
+        )  # fmt: skip
+        return Answer(_result(run_dir), code)
+
+
+@contextmanager
+def _where_it_was_started(
+    manifest: Mapping[str, Any], config: Config, path: Path, overrides: Sequence[str]
+) -> Iterator[None]:
+    """Be in the directory where a run was started: its relative paths, and modules of its own, belong there.
+
+    What is given now belongs to the present directory. A run that was moved to a machine without that directory is
+    continued in the present one.
+    """
+    here, there = Path.cwd(), Path(manifest.get("directory") or Path.cwd())
+    config.run.dir = str(path)
+    if there == here or not there.is_dir():
+        if there != here:
+            print_error(f"{path} was started in {there}, which is not here: its relative paths are taken from {here}.")
+        yield
+        return
+    for key in {word.partition("=")[0] for word in overrides} & set(place_keys(Config)):
+        node, _, name = key.rpartition(".")
+        owner = attrgetter(node)(config)
+        given = getattr(owner, name)
+        if given is not None and Path(given).expanduser().exists():
+            setattr(owner, name, str(Path(given).expanduser().absolute()))
+    config.run.dir = str(path.absolute())
+    print_error(f"relative paths of this run belong to {there}, where it was started.")
+    with chdir(there):
+        yield
 
 
 def _evaluate(config: Config, on_run_dir: Callable[[Path], None]) -> None:
@@ -145,7 +179,11 @@ def _run_hydra(
         if _hydras_directory(config):
             config.run.dir = str(HydraConfig.get().runtime.output_dir)
         mine = HydraConfig.get()
-        handed_over = {"work": command, "logging": OmegaConf.to_container(mine.job_logging), "verbose": mine.verbose}
+        handed_over = {
+            "work": command,
+            "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
+            "verbose": mine.verbose if isinstance(mine.verbose, bool | str) else list(mine.verbose),
+        }
         code, run_dir = launch(config, options.in_this_process, lambda found: work(config, found), handed_over)
         ends.append((code, run_dir))
         if code and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -153,15 +191,40 @@ def _run_hydra(
         found = _result(run_dir) if code == 0 and command == "evaluate" else None
         return float(found["mIoU"]) if found else None  # what a sweeper that optimises looks at
 
+    known = len(sweeps)
+    check_plugins()
     try:
         with _arguments(options, overrides):
             job()
     except (HydraException, OmegaConfBaseException) as error:
         raise HarnessError(explain(error, options.overrides)) from error
+    except AttributeError as error:
+        if "full_key:" not in str(error):  # OmegaConf's, of an override that gives a mapping where there is none
+            raise
+        raise HarnessError(explain(error, options.overrides)) from error
+    finally:  # also after jobs that failed
+        for sweep in sweeps[known:]:
+            sweep.show()
     if errors:
         raise errors[0]
     code, run_dir = ends[-1] if ends else (0, None)
     return Answer(_result(run_dir) if command == "evaluate" else None, code)
+
+
+def check_plugins() -> None:
+    """Let Hydra import the plugins that are installed, which it would do with the first command line.
+
+    Raises:
+        HarnessError: one of them cannot be imported: it names the file.
+    """
+    try:
+        Plugins.instance()
+    except Exception as error:  # whatever another package raises
+        file = traceback.extract_tb(error.__traceback__)[-1].filename
+        raise HarnessError(
+            f"a Hydra plugin that is installed cannot be imported ({file}: {' '.join(str(error).split())}). Hydra"
+            " imports every plugin it finds: update that package, or uninstall it."
+        ) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ade_harness.runtime.cluster import (
     resolve_devices,
 )
 from ade_harness.runtime.console import print_error
-from ade_harness.runtime.lean import put_off_metrics
+from ade_harness.runtime.lean import import_lightning
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import Supervisor, resume_command
 
@@ -62,8 +62,8 @@ def launch(
     """
     known = len(_current_run)
     if in_this_process or is_rank() or not config.runtime.supervise:
-        if not in_this_process:  # the process is ours alone: nobody else's metrics are put off
-            put_off_metrics()
+        if not in_this_process:  # the process is ours alone: nobody else's imports are changed
+            import_lightning()
         code = be_rank(config, work)
     else:
         code = _supervise(config, handed_over)

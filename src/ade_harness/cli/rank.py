@@ -7,6 +7,8 @@ do not compose it again.
 from __future__ import annotations
 
 import json
+import logging
+import logging.config
 import os
 import sys
 import time
@@ -17,7 +19,7 @@ from ade_harness.cli.launch import be_rank
 from ade_harness.cli.main import guarded
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import HANDOVER
-from ade_harness.runtime.lean import put_off_metrics
+from ade_harness.runtime.lean import import_lightning
 from ade_harness.runtime.notes import note_done
 from ade_harness.runtime.orphans import end_if_orphaned
 
@@ -35,18 +37,12 @@ def main() -> int:
 
 def _run() -> int:
     path = Path(os.environ[HANDOVER])
-    put_off_metrics()
-    # here, before anything is known: both kinds of work need it
-    import lightning.pytorch  # noqa: F401
-
+    import_lightning()  # here, before anything is known: both kinds of work need it
     while not path.exists():
         time.sleep(_POLL_S)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content["logging"] is not None:
-        from hydra.core.utils import configure_log
-        from omegaconf import OmegaConf
-
-        configure_log(OmegaConf.create(content["logging"]), content["verbose"])
+        _configure_log(content["logging"], content["verbose"])
     composed = Composed.from_json(content)
     if content["work"] == "probe":
         from ade_harness.probe.training import train_probe
@@ -56,6 +52,14 @@ def _run() -> int:
     from ade_harness.evaluation.outcome import run_session
 
     return be_rank(composed.config, lambda found: run_session(composed, found))
+
+
+def _configure_log(settings: dict[str, Any], verbose: bool | str | list[str]) -> None:
+    """Do what Hydra does with its ``job_logging`` and ``verbose``, without importing Hydra."""
+    logging.config.dictConfig(settings)
+    names = {False: [], True: [None]}[verbose] if isinstance(verbose, bool) else verbose
+    for name in [names] if isinstance(names, str) else names:
+        logging.getLogger(name).setLevel(logging.DEBUG)
 
 
 if __name__ == "__main__":

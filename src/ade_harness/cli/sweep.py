@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,32 +63,46 @@ class SweepRow:
     """Its directory."""
 
 
-def finish_sweep(jobs: Sequence[SweepJob], codes: Sequence[int], folder: Path) -> list[SweepRow]:
-    """Print the table of a sweep, and write sweep.csv and sweep.json; returns its rows.
+@dataclass
+class Sweep:
+    """What a sweep has run so far: a sweeper that optimises launches its jobs in batches."""
 
-    Args:
-        jobs: in their order.
-        codes: exit code of each.
-        folder: of the sweep.
+    folder: Path
+    rows: list[SweepRow] = field(default_factory=list)
 
-    Raises:
-        HarnessError: the files cannot be written.
-    """
-    rows = [_row(job, code) for job, code in zip(jobs, codes, strict=True)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HarnessError(f"{folder}: cannot be written ({error.strerror or error}).") from error
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(SweepRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_text(folder / f"{TABLE}.csv", text.getvalue())
-    write_json(folder / f"{TABLE}.json", [asdict(row) for row in rows])
-    console = make_console()
-    console.print(_table(rows))
-    print_fact(console, "written", f"{folder / TABLE}.csv, {TABLE}.json")
-    return rows
+    def add(self, jobs: Sequence[SweepJob], codes: Sequence[int]) -> list[SweepRow]:
+        """Add jobs that have ended, and write sweep.csv and sweep.json; returns their rows.
+
+        Args:
+            jobs: in their order.
+            codes: exit code of each.
+
+        Raises:
+            HarnessError: the files cannot be written.
+        """
+        added = [_row(job, code) for job, code in zip(jobs, codes, strict=True)]
+        self.rows += added
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HarnessError(f"{self.folder}: cannot be written ({error.strerror or error}).") from error
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [column.name for column in fields(SweepRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        write_text(self.folder / f"{TABLE}.csv", text.getvalue())
+        write_json(self.folder / f"{TABLE}.json", [asdict(row) for row in self.rows])
+        return added
+
+    def show(self) -> None:
+        """Print the table of all."""
+        console = make_console()
+        console.print(_table(self.rows))
+        print_fact(console, "written", f"{self.folder / TABLE}.csv, {TABLE}.json")
+
+
+sweeps: list[Sweep] = []
+"""Of this process, the newest last: a launcher begins one, and the command shows it when its sweeper has ended."""
 
 
 def _row(job: SweepJob, code: int) -> SweepRow:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,7 +115,7 @@ def protocol_changes(inference: InferenceConfig) -> list[str]:
     """
     if inference.name not in choices("inference"):
         return []
-    written, used = as_dict(compose_config([f"inference={inference.name}"]).inference), as_dict(inference)
+    written, used = _written(inference.name), as_dict(inference)
     changed = []
     for group in ("exif", "resize", "mode", "window", "tta", "masks", "output"):
         one, two = written[group], used[group]
@@ -123,6 +124,12 @@ def protocol_changes(inference: InferenceConfig) -> list[str]:
         elif one != two:
             changed.append(group)
     return changed
+
+
+@cache
+def _written(name: str) -> dict[str, Any]:
+    """Return a packaged protocol; files of the package do not change while a process runs."""
+    return as_dict(compose_config([f"inference={name}"]).inference)
 
 
 def stored_config(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

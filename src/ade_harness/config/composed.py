@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ade_harness.config.compose import protocol_changes
-from ade_harness.config.overrides import overrides_of
 from ade_harness.config.plain import as_dict, typed
 from ade_harness.config.schema import Config
 
@@ -25,6 +23,10 @@ class Composed:
     @staticmethod
     def of(config: Config) -> Composed:
         """Return a configuration with all that; composes it twice, which takes most of a second."""
+        # here: ranks take what is composed, and need not import Hydra
+        from ade_harness.config.compose import protocol_changes
+        from ade_harness.config.overrides import overrides_of
+
         return Composed(config, overrides_of(config), protocol_changes(config.inference))
 
     def as_json(self, **more: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,19 @@ def overrides_of(cfg: Config) -> list[str] | None:
     overrides = [f"{group}={_base(group, getattr(cfg, group).name)}" for group in _FALLBACKS]
     try:
         wanted = _decisive(as_dict(cfg))
-        changes = _changes(composed_values(overrides), wanted)
+        changes = _changes(_base_values(tuple(overrides)), wanted)
         overrides += changes
         if changes and _decisive(as_dict(compose_config(overrides))) != wanted:
             return None
     except HarnessError:
         return None
     return [_absolute(word, wanted) for word in overrides]
+
+
+@cache
+def _base_values(overrides: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return what choices of packaged files compose; these do not change while a process runs."""
+    return composed_values(overrides)
 
 
 def _base(group: str, name: str) -> str:

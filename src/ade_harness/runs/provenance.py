@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
 def distributions() -> dict[str, dict[str, str | None]]:
-    """Return this package's dependencies, and theirs, as they are installed.
+    """Return this package's dependencies, and theirs, as they were installed when this process first asked.
 
     Returns:
         By name: ``version``, and ``sha256`` of the content: of the paths and hashes of all installed files, so two

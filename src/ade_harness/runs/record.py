@@ -182,7 +182,8 @@ def _write_record(
         **facts,
         "identity": dict(found),
         "config_sha256": _hash(text),
-        "signature": signature(_hash(text), facts.get("repeat")),
+        "directory": str(Path.cwd()),
+        "signature": signature(_hash(text), facts.get("repeat"), str(Path.cwd())),
     }
     all_changes = list(changes)
     if before is not None:
@@ -205,12 +206,13 @@ def _write_record(
 
 
 def is_own(path: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether this user has made a run: its config.yaml, and the overrides that repeat it."""
+    """Whether this user has made a run: its config.yaml, the overrides that repeat it, and where it was started."""
     try:
         body = _body(read_regular(path / "config.yaml", MAX_TEXT_BYTES).decode("utf-8"))
     except (HarnessError, UnicodeDecodeError):
         return False
-    return is_signed(manifest.get("signature"), _hash(body), manifest.get("repeat"))
+    started = [manifest["directory"]] if "directory" in manifest else []  # earlier versions did not keep it
+    return is_signed(manifest.get("signature"), _hash(body), manifest.get("repeat"), *started)
 
 
 def _body(text: str) -> str:

@@ -40,6 +40,7 @@ MANIFEST = {
     "repeat?": OrNull([str]),
     "identity": dict,
     "config_sha256?": str,
+    "directory?": str,
     "signature?": str,
     "ledger?": {"images?": int, "sha256?": str},
     "timings?": {

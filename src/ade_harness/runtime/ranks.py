@@ -149,6 +149,8 @@ def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    if torch.are_deterministic_algorithms_enabled():  # to set it imports torch's compiler
+        torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
@@ -216,7 +218,7 @@ def make_trainer(cfg: RuntimeConfig, training: bool = False, **options: Any) -> 
         strategy=strategy,
         plugins=[_environment()],
         use_distributed_sampler=False,
-        deterministic="warn" if training and cfg.deterministic else False,
+        deterministic="warn" if training and cfg.deterministic else None,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
