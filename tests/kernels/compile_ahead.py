@@ -126,8 +126,10 @@ def main(archs: list[int], with_loops: bool) -> None:
     """Compile all; an error ends the program."""
     for arch in archs:
         for name, kernel in KERNELS.items():
-            dtypes = ("fp32", "fp16", "bf16") if "*{dtype}" in kernel.types.values() else ("fp32",)
             for constants in kernel.constants:
+                # what is 1 is the same constant whatever the scores' type, which only their loads know
+                several = "*{dtype}" in kernel.types.values() and not constants.keys() & _ONES.keys()
+                dtypes = ("fp32", "fp16", "bf16") if several else ("fp32",)
                 for dtype in dtypes:
                     made = compiled(kernel, constants, dtype, arch)
                     found = {"kernel": name, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion}

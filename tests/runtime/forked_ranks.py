@@ -12,35 +12,51 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
 def main() -> None:
     import ade_harness.evaluation.outcome
-    import ade_harness.evaluation.story
-    from ade_harness.cli.main import main as command
+    import ade_harness.kernels.numba_cpu  # imported, not called: its threads would not outlive a fork
 
     del ade_harness
     for line in sys.stdin:
         job = json.loads(line)
+        size = job["ranks"]
+        if job["words_of"] is None:  # as a supervisor does: ranks do not compose what is the same for all
+            work = [rank_of([*job["words"], f"runtime.devices={size}"])] * size
+        else:
+            nodes = ["runtime.devices=1", f"runtime.num_nodes={size}"]
+            work = [rank_of([*job["words"], *nodes, *own]) for own in job["words_of"]]
         children = []
-        for rank in range(job["ranks"]):
+        for rank in range(size):
             pid = os.fork()
             if pid == 0:
-                os._exit(run_rank(command, job, rank))
+                os._exit(run_rank(work[rank], job, rank))
             children.append(pid)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
         print(json.dumps(codes), flush=True)
 
 
-def run_rank(command, job: dict, rank: int) -> int:  # type: ignore[no-untyped-def]
+def rank_of(words: list[str]) -> Callable[[], int]:
+    """Return the work of a rank; a mistake in its configuration is said when it is called."""
+    from ade_harness.cli.launch import be_rank
+    from ade_harness.config.compose import compose_config
+    from ade_harness.config.composed import Composed
+    from ade_harness.evaluation.outcome import run_session
+
+    composed = Composed.of(compose_config(words))
+    return lambda: be_rank(composed.config, lambda found: run_session(composed, found))
+
+
+def run_rank(work: Callable[[], int], job: dict, rank: int) -> int:
+    from ade_harness.cli.main import guarded
+
     size = str(job["ranks"])
-    own = job["words_of"]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    devices = [f"runtime.devices={size}"]
-    if own is not None:
+    if job["words_of"] is not None:
         os.environ |= {"LOCAL_RANK": "0", "NODE_RANK": str(rank), "LOCAL_WORLD_SIZE": "1"}
-        devices = ["runtime.devices=1", f"runtime.num_nodes={size}", *own[rank]]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     os.chdir(job["cwd"])
     log = os.open(f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -49,7 +65,7 @@ def run_rank(command, job: dict, rank: int) -> int:  # type: ignore[no-untyped-d
     if job["kill"] is not None and job["kill"][0] == rank:
         kill_after(job["kill"][1])
     try:
-        return command([*job["words"], *devices])
+        return guarded(work)
     except BaseException:
         import traceback
 

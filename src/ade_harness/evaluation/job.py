@@ -215,9 +215,10 @@ def skipped_marks(marks: Sequence[str], counted: int, expected: int, skipped: in
 
 
 def describe_facts(
-    dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], cfg: Config, device: str
-) -> dict[str, Any]:
-    """Return origins and hashes for the manifest.
+    dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], cfg: Config, device: str,
+    arithmetic: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return origins and hashes for the manifest; `arithmetic` as :func:`set_arithmetic` returned it, None sets it.
 
     Raises:
         HarnessError: ``runtime.kernels`` cannot be used on this device.
@@ -228,7 +229,7 @@ def describe_facts(
         "device": device,
         "kernels": kernels.name_of(implementation),
         **({} if reason is None else {"kernels_reason": reason}),
-        "arithmetic": set_arithmetic(cfg.runtime.deterministic),
+        "arithmetic": dict(arithmetic or set_arithmetic(cfg.runtime.deterministic)),
         "model": {"name": cfg.model.name, **facts},
         "dataset": {
             "name": dataset.name,

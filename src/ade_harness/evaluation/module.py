@@ -179,7 +179,7 @@ class EvaluationModule(pl.LightningModule):
             self._spend("decode", image.load_seconds)
             if image.image_id not in self.counted:
                 with self._failing([image.image_id]):
-                    _refuse_nan(image.image_id, prediction.nan_share)
+                    refuse_nan(image.image_id, prediction.nan_share)
                     self.recorder.put(
                         CountedImage(image, prediction.labels, counts.numpy(), confidence.numpy(), each, rank)
                     )
@@ -212,7 +212,8 @@ class EvaluationModule(pl.LightningModule):
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
-def _refuse_nan(image_id: str, share: Tensor | None) -> None:
+def refuse_nan(image_id: str, share: Tensor | None) -> None:
+    """Raise HarnessError if some of an image's scores are NaN."""
     if share is not None and share > 0:
         raise HarnessError(
             f"{image_id}: {share.item():.1%} of the model's scores are NaN. Check the checkpoint, the pixel statistics"

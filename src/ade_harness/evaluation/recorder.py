@@ -45,6 +45,32 @@ class CountedImage:
     rank: int
 
 
+def row_of(
+    image: LoadedImage, labels: Tensor, counts: npt.NDArray[np.int64], confidence: npt.NDArray[np.int64],
+    seconds: float, rank: int,
+) -> Row:  # fmt: skip
+    """Return the ledger row of an image; arguments as the fields of :class:`CountedImage`."""
+    ground_truth, prediction, pixels = sparse_counts(counts)
+    height, width = image.target.shape
+    valid = int(pixels.sum())
+    return Row(
+        image_id=image.image_id,
+        height=height,
+        width=width,
+        valid_pixels=valid,
+        ignored_pixels=height * width - valid,
+        ground_truth=ground_truth,
+        prediction=prediction,
+        pixels=pixels,
+        label_hash=label_hash(labels),
+        content_hash=image.content_hash,
+        seconds=seconds,
+        rank=rank,
+        host=host_name(),
+        calibration=confidence.reshape(-1),
+    )
+
+
 class Recorder:
     """Writes what a rank has counted: the reduction of "map, then sum" on one rank.
 
@@ -108,33 +134,16 @@ class Recorder:
             LedgerError: a file cannot be written.
         """
         image, labels, counts = counted.image, counted.labels.numpy(), counted.counts
-        ground_truth, prediction, pixels = sparse_counts(counts)
-        height, width = image.target.shape
-        valid = int(pixels.sum())
+        row = row_of(image, counted.labels, counts, counted.confidence, counted.seconds, counted.rank)
         if image.overlay_image is not None:
             self._draw(image, image.overlay_image.numpy(), labels)
-        if valid or self.label_maps.choice != "few":  # an image without a labelled pixel is neither good nor bad
+        if (
+            row.valid_pixels or self.label_maps.choice != "few"
+        ):  # an image without a labelled pixel is neither good nor bad
             self.label_maps.add(
                 image.image_id, labels, lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
             )
-        self.writer.append(
-            Row(
-                image_id=image.image_id,
-                height=height,
-                width=width,
-                valid_pixels=valid,
-                ignored_pixels=height * width - valid,
-                ground_truth=ground_truth,
-                prediction=prediction,
-                pixels=pixels,
-                label_hash=label_hash(counted.labels),
-                content_hash=image.content_hash,
-                seconds=counted.seconds,
-                rank=counted.rank,
-                host=host_name(),
-                calibration=counted.confidence.reshape(-1),
-            )
-        )
+        self.writer.append(row)
         self.matrix += counts
 
     def _draw(self, image: LoadedImage, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]) -> None:

@@ -102,7 +102,8 @@ class BatchedForward:
         if self.cfg.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         try:
-            with arithmetic_of(self.cfg.precision, batch.device.type), torch.inference_mode():
+            without_gradients = torch.no_grad if self.model.of_caller else torch.inference_mode
+            with arithmetic_of(self.cfg.precision, batch.device.type), without_gradients():
                 return self._callable(batch.device)(batch)
         except (HarnessError, torch.OutOfMemoryError):
             raise

@@ -27,6 +27,8 @@ class LoadedModel:
     """(height, width) of the only input it takes."""
     fixed_batch: int | None = None
     """Images per call if it takes no other number."""
+    of_caller: bool = False
+    """Whether somebody goes on with it, perhaps trains it: then nothing that it keeps may be an inference tensor."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the manifest: origin and sha256 of the weights, parameters."""
 

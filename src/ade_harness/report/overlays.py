@@ -15,6 +15,7 @@ from ade_harness.files.atomic import replaced
 _GAP = 6
 _CAPTION = 22
 _MIN_PANEL_HEIGHT = 240
+_LEGEND_WIDTH = 190
 _WRONG = (214, 39, 40)
 _RIGHT = (225, 225, 225)
 _IGNORED = (60, 60, 60)
@@ -64,6 +65,40 @@ def draw_overlay(
         draw.text((left + 2, 3), text, fill="black", font=font)
     if marks:
         draw.text((2, height + _CAPTION + 3), "; ".join(marks), fill=_WRONG, font=font)
+    return canvas
+
+
+def draw_prediction(
+    image: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], classes: Classes, most: int = 12
+) -> Image.Image:
+    """Draw an image beside its labels in the data set's colours, above a legend of the largest classes.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        labels: uint8 [H, W]: 0..C-1, 255 for none of the classes.
+        classes: of the data set.
+        most: classes in the legend.
+    """
+    scale = max(1, -(-_MIN_PANEL_HEIGHT // image.shape[0]))
+    size = image.shape[1] * scale, image.shape[0] * scale
+    colors = classes.palette
+    pictures = image, image // 3 + colors[labels] // 3 * 2
+    panels = [Image.fromarray(picture).resize(size, Image.Resampling.NEAREST) for picture in pictures]
+    font = ImageFont.load_default(13)
+    counts = np.bincount(labels[labels != NO_CLASS].reshape(-1), minlength=len(classes))
+    shown = [int(c) for c in np.argsort(-counts, kind="stable")[:most] if counts[c]]
+    width = 2 * size[0] + _GAP
+    columns = max(1, min(len(shown), width // _LEGEND_WIDTH))
+    canvas = Image.new("RGB", (width, size[1] + _CAPTION * max(1, -(-len(shown) // columns))), "white")
+    for column, panel in enumerate(panels):
+        canvas.paste(panel, (column * (size[0] + _GAP), 0))
+    draw = ImageDraw.Draw(canvas)
+    for place, number in enumerate(shown):
+        left, top = place % columns * _LEGEND_WIDTH, size[1] + place // columns * _CAPTION
+        colour = tuple(int(value) for value in colors[number])
+        draw.rectangle((left + 4, top + 5, left + 16, top + 17), fill=colour, outline="black")
+        text = f"{classes.names[number]} {counts[number] / labels.size:.1%}"
+        draw.text((left + 21, top + 4), text, fill="black", font=font)
     return canvas
 
 

@@ -155,11 +155,16 @@ def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    return arithmetic_as_set()
+
+
+def arithmetic_as_set() -> dict[str, Any]:
+    """Return torch's switches as they are."""
     return {
-        "use_deterministic_algorithms": False,
-        "cudnn_deterministic": deterministic,
-        "cudnn_benchmark": False,
-        "allow_tf32": False,
+        "use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "allow_tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }
 

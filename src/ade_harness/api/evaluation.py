@@ -1,0 +1,298 @@
+"""``ade_harness.evaluate``: a network in memory, a system by its name, a file or a function, to scores."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ade_harness.api.predictors import FunctionPredictor, network_predictor
+from ade_harness.api.result import Evaluation
+from ade_harness.api.state import callers_hydra, callers_network, callers_process, device_of
+from ade_harness.config.compose import compose_config, protocol_changes
+from ade_harness.config.composed import Composed
+from ade_harness.config.files import choices
+from ade_harness.config.overrides import as_override_value, overrides_of
+from ade_harness.config.plain import as_dict
+from ade_harness.config.schema import Config
+from ade_harness.data.labels import Classes
+from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
+from ade_harness.evaluation.job import describe_facts
+from ade_harness.inference.opening import open_predictor
+from ade_harness.inference.predictor import Predictor
+from ade_harness.runs.directory import LEDGER, MANIFEST
+from ade_harness.runs.finished import load_run
+from ade_harness.runs.ledger import LedgerWriter
+from ade_harness.runs.record import held, start_record
+from ade_harness.runs.result import write_result
+from ade_harness.runtime.cluster import usable_cores
+from ade_harness.runtime.console import make_console
+from ade_harness.runtime.progress import ProgressReporter
+from ade_harness.runtime.ranks import arithmetic_as_set
+
+Labels = npt.NDArray[np.uint8]
+Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
+
+_FILES = {".onnx": "onnx", ".pt": "torchscript", ".ts": "torchscript", ".torchscript": "torchscript"}
+
+
+def evaluate(
+    model: Model,
+    *,
+    root: str | Path | None = None,
+    dataset: str = "ade20k",
+    protocol: str | None = None,
+    limit: int | None = None,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device | None = None,
+    devices: int = 1,
+    workers: int | None = None,
+    run_dir: str | Path | None = None,
+    progress: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Evaluate a model, and leave this process and the model as they were.
+
+    ::
+
+        result = ade.evaluate(net, root="data/ADEChallengeData2016", protocol="mmseg_slide_512")
+        result = ade.evaluate("segformer_b0", root="data/ADEChallengeData2016")
+        result = ade.evaluate(lambda image: my_labels(image), root="data/ADEChallengeData2016")
+
+    Args:
+        model: an ``nn.Module`` (normalised images float32 [N, 3, H, W] to scores [N, C, h, w], or mask classification);
+            the name of a system (``python -m ade_harness models``); a file (ONNX, TorchScript) or a folder of
+            transformers; or a function from an image, uint8 [H, W, 3] RGB, to labels [H, W] of integers, 0..C-1, and
+            255 for none of the classes.
+        root: folder or zip of ADEChallengeData2016; None takes ADE20K_ROOT.
+        dataset: ``ade20k``, ``demo`` (synthetic images), or ``folder`` with its ``options``.
+        protocol: how the image is resized, windowed and mirrored (``conf/inference``); None takes the system's own, and
+            for a network in memory the image as it is. A function sees the image as it is in any case.
+        limit: only the first images; the result is marked as partial.
+        checkpoint: weights of a system, in place of the public ones.
+        device: such as ``"cuda:1"``; None: where the network is, or the first GPU, or the CPU.
+        devices: ranks, each a process with its device. More than one needs a model with a name, a file, or a network
+            that can be pickled and whose class can be imported.
+        workers: threads that prepare images (of ranks: processes); None: as many as there are spare cores, at most 8.
+        run_dir: also write a run directory here, for `report`, `compare`, `leaderboard` and W&B. With `devices` over 1
+            it can be continued.
+        progress: show a bar with rate and time left.
+        options: any option of the command line by its dotted key: ``{"model.input.channel_order": "bgr"}``.
+
+    Returns:
+        Scores with intervals, and the counts of each image.
+
+    Raises:
+        HarnessError: nothing was scored; the message names the file, key or image, and what to do.
+    """
+    words = _overrides(model, root, dataset, protocol, limit, checkpoint, options)
+    if devices > 1:
+        return _in_ranks(model, words, devices, workers, run_dir, progress, device)
+    with callers_hydra():
+        config = compose_config(words)
+        repeat = None if _in_memory(model) else overrides_of(config)
+        composed = Composed(config, repeat, protocol_changes(config.inference))
+    cfg = composed.config
+    with callers_process(str(cfg.inference.precision), cfg.runtime.seed):
+        opened = open_here(cfg, lambda classes: _predictor(model, cfg, classes))
+        place = _device(device, opened.predictor)
+        with callers_network(opened.predictor.network, place):
+            return _evaluate(composed, opened, place, workers, run_dir, progress)
+
+
+def _evaluate(
+    composed: Composed, opened: Opened, device: torch.device, workers: int | None, run_dir: str | Path | None,
+    progress: bool,
+) -> Evaluation:  # fmt: skip
+    threads = max(0, min(8, usable_cores() - 1)) if workers is None else workers
+    choice = str(composed.config.runtime.kernels)
+    numbers = list(range(len(opened.groups)))
+    with _shown(progress, len(opened.dataset.ids)) as on_images:
+        if run_dir is None:
+            counted = count_here(opened, numbers, device, choice, threads, on_images)
+            result, rows = conclude(composed, opened, [counted])
+            return Evaluation.of_result(result, tuple(rows), None)
+        cfg, path = composed.config, Path(run_dir)
+        if (path / MANIFEST).exists():
+            raise HarnessError(f"run_dir={path}: holds a run already. Choose another folder, or read it: load_run.")
+        cfg.run.dir = str(path)
+        facts = describe_facts(
+            opened.dataset, opened.dataset.ids_hash(), opened.predictor.facts(), cfg, device.type, arithmetic_as_set()
+        )
+        facts["repeat"] = composed.repeat
+        seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
+        record = start_record(as_dict(cfg), facts, opened.marks, seeds)
+        with held(record):
+            writer = LedgerWriter(path / LEDGER, opened.marks)
+            try:
+                counted = count_here(opened, numbers, device, choice, threads, on_images, keep=writer.append)
+            finally:
+                writer.flush()
+            result, rows = conclude(composed, opened, [counted], path)
+            write_result(result)
+            record.finish(rows, result.timings(), result.marks, {})
+    return Evaluation.of_result(result, tuple(rows), path)
+
+
+def _in_memory(model: Model) -> bool:
+    return not isinstance(model, str | Path)
+
+
+def _overrides(
+    model: Model, root: str | Path | None, dataset: str, protocol: str | None, limit: int | None,
+    checkpoint: str | Path | None, options: Mapping[str, Any] | None,
+) -> list[str]:  # fmt: skip
+    """Return the configuration that was asked for, as overrides of the command line."""
+    words = [*model_words(model, checkpoint), f"dataset={dataset}", "tracking=none"]
+    if protocol is not None:
+        words.append(f"inference={protocol}")
+    given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": limit}
+    words += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
+    return words + option_words(options)
+
+
+def option_words(options: Mapping[str, Any] | None) -> list[str]:
+    """Return options by dotted keys as overrides."""
+    return [f"{key}={as_override_value(str(v) if isinstance(v, Path) else v)}" for key, v in (options or {}).items()]
+
+
+def model_words(model: Model, checkpoint: str | Path | None) -> list[str]:
+    """Return the overrides that choose a model.
+
+    Raises:
+        HarnessError: a text that is neither a system nor a file, or something that is no model.
+    """
+    words = []
+    if isinstance(model, str | Path):
+        text, path = str(model), Path(model).expanduser()
+        names = choices("model")
+        if text in names:
+            words = [f"model={text}"]
+        elif path.is_dir():
+            words = ["model=hf", f"model.id={as_override_value(str(path))}"]
+        elif path.suffix in _FILES and path.is_file():
+            words = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
+        else:
+            raise HarnessError(
+                f"{text!r}: no such system, file or folder.{did_you_mean(text, names)} Expected a name that"
+                " `python -m ade_harness models` lists, an .onnx or TorchScript file, or a folder of transformers. A"
+                " checkpoint goes with its system: model='segformer_b0', checkpoint=PATH."
+            )
+    elif isinstance(model, type) or not callable(model):
+        raise HarnessError(
+            f"model is a {type(model).__name__}"
+            f"{f' ({model.__name__}): pass an object of it' if isinstance(model, type) else ''}; expected an nn.Module,"
+            " the name of a system, a path, or a function from an image to labels."
+        )
+    else:
+        kind = type(model)
+        named = getattr(model, "__qualname__", kind.__qualname__)
+        words = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
+                 f"model.label={as_override_value(str(named))}"]  # fmt: skip
+    if checkpoint is not None:
+        if _in_memory(model):
+            raise HarnessError("checkpoint: load it into the network before: net.load_state_dict(...).")
+        words.append(f"model.checkpoint={as_override_value(str(checkpoint))}")
+    return words
+
+
+def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:
+    if isinstance(model, nn.Module):
+        return network_predictor(model, cfg, classes)
+    if isinstance(model, str | Path):
+        return open_predictor(cfg, classes)
+    return FunctionPredictor(model, classes)
+
+
+def _device(asked: str | torch.device | None, predictor: Predictor) -> torch.device:
+    """Return where to compute."""
+    network = predictor.network
+    if asked is not None:
+        try:
+            return torch.device(asked)
+        except RuntimeError as error:
+            raise HarnessError(f"device={asked!r}: {str(error).splitlines()[0]}") from error
+    home = device_of(network) if network is not None else None
+    mine = isinstance(predictor, FunctionPredictor) or getattr(getattr(predictor, "model", None), "of_caller", False)
+    if home is not None and (mine or home.type != "cpu"):
+        return home
+    return torch.device("cuda" if torch.cuda.is_available() and network is not None and not mine else "cpu")
+
+
+@contextmanager
+def _shown(progress: bool, images: int) -> Iterator[Callable[[int], None]]:
+    if not progress:
+        yield lambda _: None
+        return
+    reporter = ProgressReporter(make_console(), images)
+    reporter.start()
+    try:
+        yield reporter.update
+    finally:
+        reporter.close()
+
+
+def _in_ranks(
+    model: Model, words: Sequence[str], devices: int, workers: int | None, run_dir: str | Path | None, progress: bool,
+    device: str | torch.device | None,
+) -> Evaluation:  # fmt: skip
+    """Evaluate by the command line's own ranks; a network in memory travels as a pickle."""
+    with tempfile.TemporaryDirectory(prefix="ade-harness-") as folder:
+        words = [*words, f"runtime.devices={devices}", "run.overlays=0"]
+        words.append(f"run.dir={as_override_value(str(run_dir or Path(folder, 'run')))}")
+        if workers is not None:
+            words.append(f"runtime.workers={workers}")
+        if device is not None:
+            kind = torch.device(device)
+            if ":" in str(kind):
+                raise HarnessError(f"device={device}: with devices={devices} each rank has its own; give cpu or cuda.")
+            words.append(f"runtime.accelerator={'gpu' if kind.type == 'cuda' else kind.type}")
+        if _in_memory(model):
+            words += _pickled(model, Path(folder, "network.pt"), devices)
+        command = [sys.executable, "-m", "ade_harness", "evaluate", *words]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)}
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)  # of a training that this process is a rank of
+        done = subprocess.run(
+            command, env=environment, text=True, check=False, stdin=subprocess.DEVNULL,
+            stdout=None if progress else subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if done.returncode:
+            raise HarnessError(done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}")
+        found = Evaluation.of_run(load_run(Path(run_dir or Path(folder, "run"))))
+    return (
+        found
+        if run_dir is not None
+        else Evaluation(found.label, found.dataset, found.classes, found.metrics, found.rows)
+    )
+
+
+def _pickled(model: Model, path: Path, devices: int) -> list[str]:
+    """Write a network for ranks; returns the overrides with which they read it."""
+    kind = type(model)
+    if not isinstance(model, nn.Module) or kind.__module__ == "__main__":
+        what = f"{kind.__name__} of __main__" if isinstance(model, nn.Module) else "function"
+        raise HarnessError(
+            f"devices={devices}: ranks are other processes, which cannot import this {what}. Put the class into a"
+            " module, give the model by name, or use devices=1."
+        )
+    try:
+        torch.save(model, path)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise HarnessError(
+            f"devices={devices}: ranks are other processes, and this {kind.__name__} cannot be pickled"
+            f" ({' '.join(str(error).split())[:200]}). Give the model by name, or use devices=1."
+        ) from error
+    return ["model._target_=ade_harness.api.predictors.unpickled", f"model.kwargs.path={as_override_value(str(path))}"]

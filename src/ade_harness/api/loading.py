@@ -1,0 +1,52 @@
+"""``ade_harness.load_model``: a system by its name, ready for any image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ade_harness.api.evaluation import model_words, option_words
+from ade_harness.api.predictors import Segmenter
+from ade_harness.api.state import callers_hydra
+from ade_harness.config.compose import compose_config
+from ade_harness.data.opening import open_classes
+from ade_harness.errors import HarnessError
+from ade_harness.inference.opening import open_network
+
+
+def load_model(
+    name: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    protocol: str | None = None,
+    device: str | torch.device | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Segmenter:
+    """Load a system by its name, or a file, with its own protocol.
+
+    Args:
+        name: of a system (``python -m ade_harness models``), an ONNX or TorchScript file, or a folder of transformers.
+        checkpoint: weights in place of the public ones.
+        protocol: another one than its own.
+        device: None takes the first GPU, or the CPU.
+        options: any option of the command line by its dotted key.
+
+    Raises:
+        HarnessError: no such system, weights that are missing or do not fit, a model that has no network.
+    """
+    if not isinstance(name, str | Path):
+        raise HarnessError(f"load_model takes a name or a path, not a {type(name).__name__}.")
+    words = [*model_words(name, checkpoint), "tracking=none", "dataset=demo"]
+    if protocol is not None:
+        words.append(f"inference={protocol}")
+    with callers_hydra():
+        cfg = compose_config(words + option_words(options))
+    predictor = open_network(cfg, open_classes(cfg.dataset))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise HarnessError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    return Segmenter(predictor, cfg, place)

@@ -1,0 +1,189 @@
+"""The caller's process and network stay as they were: an evaluation in a training loop or a notebook leaves no trace.
+
+What belongs to the whole process (torch's switches, generators of random numbers) is set by the first evaluation that
+begins and given back by the last one that ends, so that evaluations in several threads do not undo each other's. A
+network is evaluated by one thread at a time: the next one waits.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from torch import nn
+
+from ade_harness.errors import HarnessError
+
+_composing = threading.RLock()
+_process = threading.Lock()
+_networks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What the process was like before the first evaluation."""
+
+    python: Any
+    numpy: Any
+    torch: Any
+    cuda: list[Any]
+    switches: tuple[bool, ...]
+    strict: bool
+    warns: bool
+
+
+@dataclass
+class _Under:
+    """Evaluations under way in this process."""
+
+    number: int = 0
+    precision: str = ""
+    before: _Before | None = None
+
+
+_under = _Under()
+
+
+@contextmanager
+def callers_hydra() -> Iterator[None]:
+    """Compose configurations without touching those of a caller that is a Hydra application itself."""
+    with _composing:
+        Plugins.instance()  # they register what they offer once in a process, so before the copy is made
+        instance, store = GlobalHydra.instance(), ConfigStore.instance()
+        hydra, repository = instance.hydra, store.repo
+        store.repo = copy.deepcopy(repository)  # Hydra's own entries are in it too
+        instance.hydra = None
+        try:
+            yield
+        finally:
+            GlobalHydra.set_instance(instance)  # Hydra's own contexts leave a copy
+            instance.hydra, store.repo = hydra, repository
+
+
+@contextmanager
+def callers_process(precision: str, seed: int) -> Iterator[None]:
+    """Set torch's switches as every evaluation does, and give everything back.
+
+    Args:
+        precision: ``inference.precision``.
+        seed: ``runtime.seed``, for networks that draw random numbers.
+
+    Raises:
+        HarnessError: another evaluation in this process needs other switches.
+    """
+    with _process:
+        if _under.number and (precision == "tf32") != (_under.precision == "tf32"):
+            raise HarnessError(
+                f"another evaluation is under way in this process with inference.precision={_under.precision}, and"
+                f" torch has one switch of TF32 for all threads: wait for it, or evaluate {precision} in a process of"
+                " its own."
+            )
+        if not _under.number:
+            _under.before, _under.precision = _remember(), precision
+            _set(seed)
+        _under.number += 1
+    try:
+        yield
+    finally:
+        with _process:
+            _under.number -= 1
+            if not _under.number and _under.before is not None:
+                _give_back(_under.before)
+                _under.before = None
+
+
+@contextmanager
+def callers_network(network: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Have a network in evaluation mode on a device; each of its modules gets its own mode back, and it its device."""
+    if network is None:
+        yield
+        return
+    with _process:
+        lock = _networks.setdefault(network, threading.RLock())
+    with lock:
+        modes = [(module, module.training) for module in network.modules()]
+        home = device_of(network)
+        try:
+            network.eval()
+            if home is not None and home != device:
+                network.to(device)
+            yield
+        finally:
+            if home is not None and home != device:
+                network.to(home)
+            for module, mode in modes:
+                module.training = mode
+
+
+def device_of(network: nn.Module) -> torch.device | None:
+    """Return where a network's weights are; None if it has none.
+
+    Raises:
+        HarnessError: they are on several devices, or on none.
+    """
+    devices = {tensor.device for tensor in [*network.parameters(), *network.buffers()]}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        raise HarnessError(
+            f"the network's weights are on {', '.join(sorted(map(str, devices)))}: expected one device. Move it to one,"
+            " or evaluate it by name with devices=1."
+        )
+    return next(iter(devices), None)
+
+
+def _remember() -> _Before:
+    backends = torch.backends
+    return _Before(
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if _uses_cuda() else [],
+        (
+            backends.cudnn.deterministic, backends.cudnn.benchmark, backends.cudnn.allow_tf32,
+            backends.cuda.matmul.allow_tf32,
+        ),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )  # fmt: skip
+
+
+def _set(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also decide what CUDA begins with later
+    if _uses_cuda():
+        torch.cuda.manual_seed_all(seed)
+    backends = torch.backends
+    backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
+    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+    if torch.are_deterministic_algorithms_enabled():  # it would give every bilinear upsampling other bits on CUDA
+        torch.use_deterministic_algorithms(False)
+
+
+def _give_back(before: _Before) -> None:
+    random.setstate(before.python)
+    np.random.set_state(before.numpy)
+    torch.set_rng_state(before.torch)
+    if before.cuda:
+        torch.cuda.set_rng_state_all(before.cuda)
+    backends = torch.backends
+    (
+        backends.cudnn.deterministic, backends.cudnn.benchmark, backends.cudnn.allow_tf32,
+        backends.cuda.matmul.allow_tf32,
+    ) = before.switches  # fmt: skip
+    if before.strict:
+        torch.use_deterministic_algorithms(True, warn_only=before.warns)
+
+
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

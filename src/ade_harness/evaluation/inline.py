@@ -1,0 +1,212 @@
+"""Evaluate inside somebody else's process: no ranks, signals, seeds or run directory of its own.
+
+The same parts as :mod:`ade_harness.evaluation.story` (data set, predictor, kernels, rows, end checks) without what a
+process that is the caller's does not want: loader processes (threads prepare images here: decoding and resizing leave
+Python's lock), a supervisor, a ledger on disk. Images that are lost with the process are the price.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ade_harness import kernels
+from ade_harness.config.composed import Composed
+from ade_harness.config.schema import Config
+from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.labels import Classes
+from ade_harness.data.opening import open_dataset
+from ade_harness.errors import HarnessError
+from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_images
+from ade_harness.evaluation.job import describe_marks
+from ade_harness.evaluation.module import refuse_nan
+from ade_harness.evaluation.recorder import row_of
+from ade_harness.inference.predictor import Predictor
+from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels.confidence import count_confidence
+from ade_harness.metrics.confusion import Matrix
+from ade_harness.metrics.counts import Row
+from ade_harness.metrics.diagnosis import diagnose
+from ade_harness.runs.exactness import check_exact, check_rows
+from ade_harness.runs.result import Result, summarise
+from ade_harness.runtime.balance import Balance, RankShare
+from ade_harness.runtime.cluster import host_name
+
+_AHEAD = 2
+"""Batches that each thread prepares ahead."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data set and a predictor that fit each other; equal in every process that opens them."""
+
+    dataset: SegmentationDataset
+    sizes: dict[str, tuple[int, int]]
+    predictor: Predictor
+    marks: tuple[str, ...]
+    """What the numbers are not."""
+    groups: list[list[int]]
+    """Indices of the images of each batch."""
+    costs: list[float]
+    """Expected, of each batch."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one process has counted."""
+
+    rows: list[Row]
+    matrix: Matrix
+    """Their sum, added up image by image: it is compared with the rows in the end."""
+    seconds: float
+
+
+def open_here(cfg: Config, open_predictor: Callable[[Classes], Predictor]) -> Opened:
+    """Open the data set and the model, with every check that can be made before the first image.
+
+    Args:
+        cfg: the whole configuration.
+        open_predictor: called with the data set's classes.
+
+    Raises:
+        HarnessError: a file that cannot be read, or a protocol that the model or an image does not fit.
+    """
+    dataset = open_dataset(cfg.dataset, cfg.inference.exif)
+    sizes, wrong = dataset.read_headers(cfg.dataset.check_headers)
+    if wrong:
+        more = f" {len(wrong) - 1} more images fail." if len(wrong) > 1 else ""
+        raise HarnessError(next(iter(wrong.values())) + more)
+    predictor = open_predictor(dataset.classes)
+    predictor.check(sizes)
+    in_order = [sizes[image_id] for image_id in dataset.ids]
+    groups = group_images(in_order, predictor, cfg.inference.images)
+    costs = [sum(predictor.cost(in_order[i]) for i in group) for group in groups]
+    marks = describe_marks(cfg, dataset, predictor.facts(), list(sizes.values()))
+    return Opened(dataset, sizes, predictor, tuple(marks), groups, costs)
+
+
+def share_of(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
+    """Return a rank's batches: dearest first, dealt out in turn, so that ranks end at about the same time."""
+    order = sorted(range(len(costs)), key=lambda number: -costs[number])
+    return order[rank::world_size]
+
+
+def count_here(
+    opened: Opened,
+    numbers: Sequence[int],
+    device: torch.device,
+    kernels_choice: str = "auto",
+    threads: int = 1,
+    on_images: Callable[[int], None] = lambda _: None,
+    rank: int = 0,
+    keep: Callable[[Row], None] = lambda _: None,
+) -> Counted:
+    """Predict and count batches of images, in their order.
+
+    Args:
+        opened: data set and predictor; its network is on `device`.
+        numbers: of the batches in ``opened.groups``.
+        device: where the network is.
+        kernels_choice: ``runtime.kernels``.
+        threads: that prepare images beside the computation; 0 prepares them in between.
+        on_images: called with the number of images counted so far.
+        rank: that the rows name.
+        keep: called with each row, for a ledger.
+
+    Raises:
+        HarnessError: names the first image that cannot be read or predicted.
+    """
+    begin = time.perf_counter()
+    chosen = kernels.select(kernels_choice, device.type)
+    classes = len(opened.dataset.classes)
+    matrix, rows = np.zeros((classes, classes + 1), np.int64), []
+    items = ImageItems(opened.dataset, opened.groups, opened.predictor, set())
+    for batch in _prepared(items, numbers, threads):
+        for item in batch:
+            if isinstance(item, Failure):
+                raise HarnessError(item.message)
+        images = [item for item in batch if isinstance(item, LoadedImage)]
+        start = time.perf_counter()
+        predictions = opened.predictor.predict([image.prepared for image in images], device, Stopwatch(device))
+        for image, prediction in zip(images, predictions, strict=True):
+            refuse_nan(image.image_id, prediction.nan_share)
+            target = image.target.to(device)
+            counts = chosen.count(prediction.labels, target, classes).cpu().numpy()
+            confidence = np.zeros(0, np.int64)
+            if prediction.confidence is not None:
+                confidence = count_confidence(prediction.confidence, prediction.labels, target).cpu().numpy()
+            seconds = (time.perf_counter() - start) / len(images)
+            rows.append(row_of(image, prediction.labels.cpu(), counts, confidence, seconds, rank))
+            matrix += counts
+            keep(rows[-1])
+        on_images(len(rows))
+    return Counted(rows, matrix, time.perf_counter() - begin)
+
+
+def _prepared(items: ImageItems, numbers: Sequence[int], threads: int) -> Iterator[list[LoadedImage | Failure]]:
+    """Yield prepared batches in order; threads work ahead, and are ended with the generator."""
+    if threads == 0:
+        for number in numbers:
+            yield items[number]
+        return
+    todo, pending = iter(numbers), deque[Future[list[LoadedImage | Failure]]]()
+    pool = ThreadPoolExecutor(threads, "ade_harness")
+    try:
+        for number in todo:
+            pending.append(pool.submit(items.__getitem__, number))
+            if len(pending) > _AHEAD * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def conclude(
+    composed: Composed, opened: Opened, counted: Sequence[Counted], run_dir: Path = Path()
+) -> tuple[Result, list[Row]]:
+    """Make the result of what all processes have counted, after the end checks of every run.
+
+    Args:
+        composed: the configuration.
+        opened: data set and predictor.
+        counted: of each process.
+        run_dir: of the result, if it has one.
+
+    Returns:
+        The result, and the rows in the order of image ids.
+
+    Raises:
+        HarnessError: images are missing or counted twice, or no pixel is labelled: there is no score.
+    """
+    dataset = opened.dataset
+    rows = sorted((row for part in counted for row in part.rows), key=lambda row: row.image_id)
+    matrix: Matrix = np.sum([part.matrix for part in counted], axis=0)
+    check_rows(rows, opened.sizes)
+    check_exact(rows, matrix, dataset.ids)
+    if not matrix.any():
+        raise HarnessError(
+            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to be right or wrong"
+            " about. Are these the annotations of this data set?"
+        )
+    advice = None if opened.predictor.facts().get("weights") == "random" else diagnose(rows, dataset.classes)
+    seconds = max(part.seconds for part in counted)
+    shares = [
+        RankShare(rank, host_name(), len(part.rows), part.seconds, part.seconds) for rank, part in enumerate(counted)
+    ]
+    result = summarise(
+        composed.config, run_dir, dataset, rows, matrix, opened.marks, composed.changes,
+        notes=(*opened.predictor.notes(), *([advice] if advice else [])),
+        seconds=seconds,
+        images_per_second=len(rows) / seconds if seconds else 0.0,
+        balance=Balance(tuple(shares)),
+        stages={},
+    )  # fmt: skip
+    return result, rows

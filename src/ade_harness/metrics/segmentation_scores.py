@@ -1,0 +1,147 @@
+"""The scores as a torchmetrics metric, for training loops: exact counts on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from ade_harness import kernels
+from ade_harness.data.labels import IGNORE_INDEX, MAX_CLASSES
+from ade_harness.metrics.confusion import area_scores, class_iou
+
+
+class SegmentationScores(Metric):
+    """mIoU and the other scores from one int64 confusion matrix, summed exactly over batches and ranks.
+
+    ::
+
+        scores = SegmentationScores(num_classes=150)
+        scores.update(logits, target)  # float [N, 150, h, w] and integers [N, H, W]
+        self.log_dict(scores.compute())  # mIoU, mIoU_csail, ..., final_score
+
+    Scores that are smaller than the target are upsampled and counted in one pass, with the labels that
+    ``F.interpolate(logits, target.shape[-2:], mode="bilinear").argmax(1)`` gives, and without its memory.
+
+    Args:
+        num_classes: C.
+        ignore_index: value of the target where nothing is counted; None counts every pixel.
+        validate_args: look for targets that are neither a class nor `ignore_index`; on a GPU it waits for the device.
+        kernels_choice: ``auto``, ``torch``, ``numba`` or ``triton``: which implementation counts.
+        options: of ``torchmetrics.Metric``, such as ``dist_sync_on_step``.
+
+    Raises:
+        ValueError: `num_classes` or `ignore_index` that make no sense.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound: float = 0.0
+    plot_upper_bound: float = 1.0
+    plot_legend_name = "Score"
+
+    matrix: Tensor
+    """int64 [C, C + 1]: annotated class, predicted class; the last column is none of them."""
+
+    def __init__(
+        self, num_classes: int = 150, ignore_index: int | None = IGNORE_INDEX, validate_args: bool = True,
+        kernels_choice: str = "auto", **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**options)
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: expected 1 or more.")
+        self.num_classes, self.ignore_index, self.validate_args = num_classes, ignore_index, validate_args
+        self.kernels_choice = kernels_choice
+        self.add_state("matrix", torch.zeros(num_classes, num_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, target: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            predictions: scores float [N, C, h, w] of any size, or labels, integers [N, H, W], where values outside of
+                0..C-1 are none of the classes. Without N for one image.
+            target: integers [N, H, W]: 0..C-1, or `ignore_index`.
+
+        Raises:
+            ValueError: other shapes or types; or, with `validate_args`, a target that is no class.
+        """
+        predictions, target = self._batched(predictions, target)
+        for one, truth in zip(predictions, target, strict=True):
+            self.matrix += self._counts(one, truth)
+
+    def _batched(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
+            raise ValueError(f"target is {target.dtype}, expected integers.")
+        scores = predictions.is_floating_point()
+        if target.ndim == 2:
+            predictions, target = predictions[None], target[None]
+        expected = [len(target), self.num_classes, "h", "w"] if scores else list(target.shape)
+        fits = (
+            predictions.ndim == 4 and list(predictions.shape[:2]) == expected[:2]
+            if scores
+            else predictions.shape == target.shape
+        )
+        if target.ndim != 3 or not fits or not predictions.numel():
+            raise ValueError(
+                f"predictions are {predictions.dtype} {list(predictions.shape)} for a target of {list(target.shape)};"
+                f" expected scores {expected if scores else [len(target), self.num_classes, 'h', 'w']} or integer"
+                f" labels {list(target.shape)}."
+            )
+        if predictions.device != target.device:
+            raise ValueError(f"predictions are on {predictions.device}, the target on {target.device}.")
+        return predictions, target
+
+    def _counts(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return int64 [C, C + 1] of one image."""
+        classes = self.num_classes
+        ignored = target == self.ignore_index if self.ignore_index is not None else torch.zeros_like(target).bool()
+        known = (target >= 0) & (target < classes)
+        if self.validate_args:
+            wrong = ~known & ~ignored
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"the target holds {int(target[wrong][0])}, expected 0 to {classes - 1}"
+                    f"{'' if self.ignore_index is None else f', or ignore_index={self.ignore_index}'}."
+                )
+        counted = known & ~ignored
+        compact = classes <= MAX_CLASSES
+        if prediction.is_floating_point():
+            prediction = self._labels(prediction, target)
+        if compact:  # the kernels count labels of one byte
+            none = torch.full_like(target, IGNORE_INDEX)
+            labels = torch.where((prediction >= 0) & (prediction < classes), prediction.to(target.dtype), none)
+            chosen = kernels.select(self.kernels_choice, target.device.type)
+            truth = torch.where(counted, target, none).to(torch.uint8)
+            return chosen.count(labels.to(torch.uint8).contiguous(), truth.contiguous(), classes)
+        labels = torch.where((prediction >= 0) & (prediction < classes), prediction, classes)[counted].long()
+        pairs = target[counted].long() * (classes + 1) + labels
+        return torch.bincount(pairs, minlength=classes * (classes + 1)).view(classes, classes + 1)
+
+    def _labels(self, scores: Tensor, target: Tensor) -> Tensor:
+        chosen = kernels.select(self.kernels_choice, target.device.type)
+        size = (target.shape[0], target.shape[1])
+        return chosen.label_map(scores.detach().float().contiguous(), size).long()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return every score by name, float64, 0..1: see :class:`ade_harness.metrics.confusion.Scores`."""
+        matrix = self._on_host()
+        found = area_scores(np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :-1].sum(0))
+        return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in found.items()}
+
+    def class_iou(self) -> Tensor:
+        """Return IoU per class, float64 [C], 0..1; NaN for a class in neither truth nor predictions (of this rank)."""
+        return torch.from_numpy(class_iou(self._on_host()))
+
+    def _on_host(self) -> npt.NDArray[np.int64]:
+        found: npt.NDArray[np.int64] = self.matrix.cpu().numpy()
+        return found
+
+    def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:
+        """Plot one or several results of `compute`; returns matplotlib's figure and axis."""
+        return self._plot(val, ax)
