@@ -36,16 +36,17 @@ def naive(scores: Tensor, *sizes: tuple[int, int]) -> Tensor:
     return planes.argmax(1)[0]
 
 
-def cpu(rounds: int, largest: bool = True) -> None:
+def cpu(rounds: int, largest: bool = True, size: tuple[int, int] = INPUT) -> None:
     """Label maps, counts and the pair on one thread."""
     one_thread()
+    original = (size[0] * ORIGINAL[0] // INPUT[0], size[1] * ORIGINAL[1] // INPUT[1])
     mmseg = mmseg_counts() if have("mmseg") else None
     compiled, plain = select("numba", "cpu"), select("torch", "cpu")
-    target = torch.from_numpy(np.random.default_rng(0).integers(0, 150, INPUT).astype(np.uint8))
+    target = torch.from_numpy(np.random.default_rng(0).integers(0, 150, size).astype(np.uint8))
     for kind in ("peaky", "white"):
-        scores = stride4_logits(INPUT, kind)
-        cases = [("one step", (INPUT,)), ("two steps", (INPUT, ORIGINAL))]
-        for title, sizes in cases + ([("the largest image", (INPUT, LARGEST))] if kind == "peaky" and largest else []):
+        scores = stride4_logits(size, kind)
+        cases = [("one step", (size,)), ("two steps", (size, original))]
+        for title, sizes in cases + ([("the largest image", (size, LARGEST))] if kind == "peaky" and largest else []):
             views = [whole(scores, sizes[0])]
             expected = naive(scores, *sizes)
             variants: dict[str, Callable[[], Any]] = {
@@ -65,7 +66,7 @@ def cpu(rounds: int, largest: bool = True) -> None:
         if mmseg is not None:
             variants["F.interpolate, argmax, mmseg IoUMetric"] = partial(_naive_counts, mmseg, scores, target)
         show(f"label map and count, {kind}", add_peaks(interleave(variants, rounds), variants))
-    labels = naive(stride4_logits(INPUT, "peaky"), INPUT)
+    labels = naive(stride4_logits(size, "peaky"), size)
     small = labels.to(torch.uint8)
     metrics = torchmetrics_counts()
     variants = {
@@ -74,11 +75,11 @@ def cpu(rounds: int, largest: bool = True) -> None:
         "ade-harness, plain torch": lambda: plain.count(small, target, 150),
         "ade-harness, numba": lambda: compiled.count(small, target, 150),
     }
-    show(f"counting {INPUT}", add_peaks(interleave(variants, rounds), variants))
+    show(f"counting {size}", add_peaks(interleave(variants, rounds), variants))
 
 
 def _naive_counts(counts: Callable[[Tensor, Tensor], Any], scores: Tensor, target: Tensor) -> Any:
-    return counts(naive(scores, INPUT), target.long())
+    return counts(naive(scores, (target.shape[0], target.shape[1])), target.long())
 
 
 def _megabytes(scores: Tensor, labels: Tensor) -> float:
@@ -130,5 +131,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-largest", action="store_true", help="leave out the largest image: seconds, 2 GB")
+    parser.add_argument("--size", type=int, nargs=2, default=INPUT, help="of the input on a CPU (height, width)")
     options = parser.parse_args()
-    (gpu if torch.cuda.is_available() else cpu)(options.rounds, not options.no_largest)
+    if torch.cuda.is_available():
+        gpu(options.rounds, not options.no_largest)
+    else:
+        cpu(options.rounds, not options.no_largest, tuple(options.size))

@@ -16,9 +16,10 @@ PARTS = ("images", "measure", "ours", "peers")
 """Modules of the benchmarks, not benchmarks themselves."""
 SMOKE: dict[str, tuple[list[str], str]] = {
     "bench_host": (["--images", "4", "--files", "2", "--ranks", "1", "--rounds", "1", "--label-maps", "all"], "own thread"),
-    "bench_kernels": (["--rounds", "1", "--no-largest"], "counting"),
+    "bench_kernels": (["--rounds", "1", "--no-largest", "--size", "96", "128"], "counting"),
     "bench_loop": (["--images", "2", "--rounds", "1", "--peers", "torchmetrics", "detectron2"], "outside the forward"),
     "bench_mask_systems": (["--systems", "maskformer_swin_t"], "maskformer_swin_t"),
+    "bench_metric": (["--rounds", "1", "--size", "96", "128"], "2^24"),
     "bench_models": (["--images", "2", "--models", "b0", "--protocols", "mmseg_slide_512"], "SegFormer-B0"),
     "bench_precision": (["dataset.images=2"], "fp16"),
     "bench_protocols": (["--rounds", "1", "--only", "slide"], "slide 512/341"),
@@ -27,7 +28,7 @@ SMOKE: dict[str, tuple[list[str], str]] = {
     "bench_statistics": (["--images", "20", "--resamples", "200"], "bootstrap"),
     "bench_systems": (["--systems", "segformer_b0"], "segformer_b0"),
     "gpu_acceptance": (["--parts", "environment", "exact", "speed", "waits", "throughput", "short_memory"], "0 failed of"),
-    "interruptions": (["--images", "6", "--moments", "1", "--ranks", "2", "--rules", "queue", "--victims", "0"], "runs of"),
+    "interruptions": (["--images", "4", "--moments", "1", "--ranks", "2", "--rules", "queue", "--victims", "0"], "runs of"),
     "interval_coverage": (["--images", "20", "--sets", "2", "--resamples", "100"], "pixel_accuracy"),
     "simulate_sharding": (["--sizes", "1", "8"], "limit: the largest image"),
 }  # fmt: skip

@@ -83,7 +83,8 @@ def test_runtime_knows_nothing_of_segmentation() -> None:
 
 def test_metrics_know_neither_files_nor_ranks() -> None:
     for path in (SOURCE / "metrics").glob("*.py"):
-        assert {package_of(m) for m in imports_of(path)} <= {"errors", "data", "metrics"}
+        kernels = {"kernels"} if path.stem == "segmentation_scores" else set()  # counts what a training loop predicts
+        assert {package_of(m) for m in imports_of(path)} <= {"errors", "data", "metrics"} | kernels
         assert not re.search(r"\bopen\(|import torch\.distributed|Path\(", path.read_text()), path.name
 
 

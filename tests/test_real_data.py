@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import ade_harness as ade
 from tests.conftest import REPOSITORY, Done
 
 DATA = Path(os.environ.get("ADE_HARNESS_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -46,6 +48,15 @@ def test_a_trained_model_on_real_images(cli: Callable[..., Done], tmp_path: Path
     hashes = [pd.read_parquet(tmp_path / f"run{n}/ledger").sort_values("image_id").label_hash.tolist() for n in (1, 2)]
     assert hashes[0] == hashes[1]
     assert len(hashes[0]) == 33
+    before = torch.get_num_threads()  # in memory too: the same labels, counts and scores
+    result = ade.evaluate(
+        "deeplabv3plus_mnv2_mlperf", root=DATA / "ADEChallengeData2016", options={"model.path": str(MODEL)}
+    )
+    assert [row.label_hash for row in result.rows] == hashes[0]
+    assert np.array_equal(result.matrix, first)
+    run = ade.load_run(tmp_path / "run1")
+    assert (result.scores, result.interval, result.marks) == (run.scores, run.interval, run.marks)
+    assert torch.get_num_threads() == before
 
 
 SHIM = """

@@ -12,6 +12,7 @@ Everything is imported when it is asked for; ``docs/python.md`` has the rest.
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,9 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     if name in _FROM:
+        drawn = random.getstate()  # some libraries draw random numbers when they are imported
         found = getattr(import_module(f"{__name__}.{_FROM[name]}"), name)
+        random.setstate(drawn)
         globals()[name] = found
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

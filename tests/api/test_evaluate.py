@@ -27,6 +27,10 @@ from ade_harness.errors import HarnessError
 from tests.api.networks import Breaks, Colours, Remembers
 from tests.conftest import Done
 
+OF_IMPORTS = (
+    "PYTEST_CURRENT_TEST", "LD_LIBRARY_PATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR",
+)  # fmt: skip
+"""Variables that OpenCV, Lightning and torch set when they are imported."""
 SMALL = {"dataset.images": 5, "metrics.resamples": 1000}
 
 
@@ -51,7 +55,7 @@ def state_of(network: torch.nn.Module | None = None) -> dict[str, Any]:
         "cwd": Path.cwd(),
         "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "logging": (logging.getLogger().level, list(logging.getLogger().handlers)),
-        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "environment": {k: v for k, v in os.environ.items() if k not in OF_IMPORTS},
         "hydra": (GlobalHydra.instance().hydra, ConfigStore.instance().repo),
         "alive": threading.active_count(),
     }  # fmt: skip
@@ -201,9 +205,7 @@ def test_evaluations_in_threads_do_not_disturb_each_other() -> None:
     expected = [ade.evaluate(n, dataset="demo", options=SMALL).to_dict() for n in (network, other)]
     before = state_of(network)
     with ThreadPoolExecutor(4) as pool:
-        jobs = [
-            pool.submit(ade.evaluate, n, dataset="demo", options=SMALL) for n in (network, other, network, other)
-        ]
+        jobs = [pool.submit(ade.evaluate, n, dataset="demo", options=SMALL) for n in (network, other, network, other)]
         found = [job.result().to_dict() for job in jobs]
     assert found == [*expected, *expected]
     assert state_of(network) == before

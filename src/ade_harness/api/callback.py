@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from ade_harness.api.evaluation import option_words
 from ade_harness.api.predictors import network_predictor
 from ade_harness.api.result import Evaluation
-from ade_harness.api.state import callers_hydra, callers_network, callers_process
+from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process
 from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.overrides import as_override_value
@@ -110,14 +110,11 @@ class ADE20KEvaluation(pl.Callback):
         opened: Opened | None = None
         failure = ""
         with ExitStack() as stack:
-            contexts: list[AbstractContextManager[None]] = [
-                callers_process(str(cfg.inference.precision), cfg.runtime.seed),
-                callers_network(network, device),
-            ]
-            for context in contexts:
-                stack.enter_context(context)
+            stack.enter_context(callers_process())
+            stack.enter_context(callers_network(network, device))
             counted: Counted | None = None
             try:
+                begin(str(cfg.inference.precision), cfg.runtime.seed)
                 opened = open_here(cfg, lambda classes: network_predictor(network, cfg, classes))
                 numbers = share_of(opened.costs, rank, world_size)
                 counted = count_here(opened, numbers, device, str(cfg.runtime.kernels), self.workers, rank=rank)

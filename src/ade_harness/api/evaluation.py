@@ -19,7 +19,7 @@ from torch import nn
 
 from ade_harness.api.predictors import FunctionPredictor, network_predictor
 from ade_harness.api.result import Evaluation
-from ade_harness.api.state import callers_hydra, callers_network, callers_process, device_of
+from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process, device_of
 from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import choices
@@ -100,12 +100,13 @@ def evaluate(
     words = _overrides(model, root, dataset, protocol, limit, checkpoint, options)
     if devices > 1:
         return _in_ranks(model, words, devices, workers, run_dir, progress, device)
-    with callers_hydra():
-        config = compose_config(words)
-        repeat = None if _in_memory(model) else overrides_of(config)
-        composed = Composed(config, repeat, protocol_changes(config.inference))
-    cfg = composed.config
-    with callers_process(str(cfg.inference.precision), cfg.runtime.seed):
+    with callers_process():
+        with callers_hydra():
+            config = compose_config(words)
+            repeat = None if _in_memory(model) else overrides_of(config)
+            composed = Composed(config, repeat, protocol_changes(config.inference))
+        cfg = composed.config
+        begin(str(cfg.inference.precision), cfg.runtime.seed)
         opened = open_here(cfg, lambda classes: _predictor(model, cfg, classes))
         place = _device(device, opened.predictor)
         with callers_network(opened.predictor.network, place):

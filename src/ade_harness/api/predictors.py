@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ade_harness.api.state import callers_network, callers_process, device_of
+from ade_harness.api.state import begin, callers_network, callers_process, device_of
 from ade_harness.config.schema import Config
 from ade_harness.data.containers import MAX_FILE_BYTES
 from ade_harness.data.decode import decode_image
@@ -194,10 +194,8 @@ class Segmenter:
         pixels, name = read_image(image, self._cfg.inference.exif)
         size = (pixels.shape[0], pixels.shape[1])
         self._predictor.check({name: size})
-        with (
-            callers_process(str(self._cfg.inference.precision), self._cfg.runtime.seed),
-            callers_network(self.network, self.device),
-        ):
+        with callers_process(), callers_network(self.network, self.device):
+            begin(str(self._cfg.inference.precision), self._cfg.runtime.seed)
             prepared = self._predictor.prepare(name, pixels)
             [prediction] = self._predictor.predict([prepared], self.device, Stopwatch(self.device))
             if prediction.nan_share is not None and prediction.nan_share > 0:

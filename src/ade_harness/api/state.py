@@ -48,7 +48,7 @@ class _Under:
     """Evaluations under way in this process."""
 
     number: int = 0
-    precision: str = ""
+    precision: str | None = None
     before: _Before | None = None
 
 
@@ -72,26 +72,15 @@ def callers_hydra() -> Iterator[None]:
 
 
 @contextmanager
-def callers_process(precision: str, seed: int) -> Iterator[None]:
-    """Set torch's switches as every evaluation does, and give everything back.
+def callers_process() -> Iterator[None]:
+    """Set torch's switches as every evaluation does, and give everything back, random numbers too.
 
-    Args:
-        precision: ``inference.precision``.
-        seed: ``runtime.seed``, for networks that draw random numbers.
-
-    Raises:
-        HarnessError: another evaluation in this process needs other switches.
+    Imports belong inside: some libraries draw random numbers when they are imported.
     """
     with _process:
-        if _under.number and (precision == "tf32") != (_under.precision == "tf32"):
-            raise HarnessError(
-                f"another evaluation is under way in this process with inference.precision={_under.precision}, and"
-                f" torch has one switch of TF32 for all threads: wait for it, or evaluate {precision} in a process of"
-                " its own."
-            )
         if not _under.number:
-            _under.before, _under.precision = _remember(), precision
-            _set(seed)
+            _under.before, _under.precision = _remember(), None
+            _set_switches()
         _under.number += 1
     try:
         yield
@@ -101,6 +90,28 @@ def callers_process(precision: str, seed: int) -> Iterator[None]:
             if not _under.number and _under.before is not None:
                 _give_back(_under.before)
                 _under.before = None
+
+
+def begin(precision: str, seed: int) -> None:
+    """Say how an evaluation computes, before it does; the first one seeds the generators, for networks that draw.
+
+    Args:
+        precision: ``inference.precision``.
+        seed: ``runtime.seed``.
+
+    Raises:
+        HarnessError: another evaluation in this process needs other switches.
+    """
+    with _process:
+        if _under.precision is None:
+            _under.precision = precision
+            _seed(seed)
+        if (precision == "tf32") != (_under.precision == "tf32"):
+            raise HarnessError(
+                f"another evaluation is under way in this process with inference.precision={_under.precision}, and"
+                f" torch has one switch of TF32 for all threads: wait for it, or evaluate {precision} in a process of"
+                " its own."
+            )
 
 
 @contextmanager
@@ -157,12 +168,15 @@ def _remember() -> _Before:
     )  # fmt: skip
 
 
-def _set(seed: int) -> None:
+def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would also decide what CUDA begins with later
     if _uses_cuda():
         torch.cuda.manual_seed_all(seed)
+
+
+def _set_switches() -> None:
     backends = torch.backends
     backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
     backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False

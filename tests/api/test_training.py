@@ -1,0 +1,236 @@
+"""The metric and the callback, in training loops."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ade_harness as ade
+from ade_harness.errors import HarnessError
+from ade_harness.metrics import SegmentationScores, scores
+from tests.api.networks import Colours
+from tests.conftest import REPOSITORY
+
+SMALL = {"dataset.images": 5, "metrics.resamples": 0}
+
+
+def slow_matrix(labels: torch.Tensor, target: torch.Tensor, classes: int, ignore: int | None) -> np.ndarray:
+    matrix = np.zeros((classes, classes + 1), np.int64)
+    for predicted, truth in zip(labels.flatten().tolist(), target.flatten().tolist(), strict=True):
+        if truth != ignore:
+            matrix[truth, predicted if 0 <= predicted < classes else classes] += 1
+    return matrix
+
+
+@given(
+    st.sampled_from([2, 5, 150, 254, 255, 256, 300]), st.integers(0, 2**31), st.sampled_from(["labels", "same", "small"]),
+    st.sampled_from([255, -1, 0, None, 1000]), st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_metric_counts_every_pixel(
+    classes: int, seed: int, kind: str, ignore: int | None, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    if classes > torch.iinfo(dtype).max or (
+        ignore is not None and not torch.iinfo(dtype).min <= ignore <= torch.iinfo(dtype).max
+    ):
+        dtype = torch.int64
+    target = torch.randint(0, classes, (2, 9, 7), generator=draw)
+    if ignore is not None:
+        target[torch.rand(target.shape, generator=draw) < 0.3] = ignore
+    if kind == "labels":
+        given_ = torch.randint(-2, classes + 3, target.shape, generator=draw)
+        labels = given_
+    else:
+        given_ = torch.randn(2, classes, *((9, 7) if kind == "same" else (4, 3)), generator=draw)
+        labels = F.interpolate(given_, (9, 7), mode="bilinear").argmax(1)
+    metric = SegmentationScores(classes, ignore_index=ignore)
+    metric.update(given_, target.to(dtype))
+    expected = slow_matrix(labels, target, classes, ignore)
+    assert np.array_equal(metric.matrix.numpy(), expected)
+    assert {k: float(v) for k, v in metric.compute().items()} == scores(expected).as_dict()
+    one = SegmentationScores(classes, ignore_index=ignore)
+    for number in range(2):
+        one.update(given_[number], target[number].to(dtype))  # without N
+    assert torch.equal(one.matrix, metric.matrix)
+
+
+def test_counts_are_exact_beyond_the_integers_of_float32() -> None:
+    metric = SegmentationScores(2)
+    metric.matrix += 2**24
+    metric.update(torch.zeros(1, 1, 1).long(), torch.zeros(1, 1, 1).long())
+    assert metric.matrix.tolist() == [[2**24 + 1, 2**24, 2**24], [2**24] * 3]
+    again = pickle.loads(pickle.dumps(metric))
+    assert torch.equal(again.matrix, metric.matrix)
+    metric.persistent(True)
+    fresh = SegmentationScores(2)
+    fresh.persistent(True)
+    fresh.load_state_dict(metric.state_dict())
+    assert torch.equal(fresh.matrix, metric.matrix)
+    assert metric.class_iou().shape == (2,)
+    figure, _ = metric.plot()
+    assert type(figure).__module__ == "matplotlib.figure"
+    metric.reset()
+    assert not metric.matrix.any()
+
+
+@pytest.mark.parametrize(
+    ("predictions", "target", "message"),
+    [
+        (torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), "target is torch.float32, expected integers"),
+        (torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4).long(), r"expected scores \[1, 3, 'h', 'w'\]"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(1, 4, 4).long(), r"\[2, 3, 4, 4\] for a target of \[1, 4, 4\]"),
+        (torch.zeros(1, 5, 4).long(), torch.zeros(1, 4, 4).long(), "or integer labels"),
+        (torch.zeros(1, 4, 4).long(), torch.full((1, 4, 4), 7), "the target holds 7, expected 0 to 2, or ignore_index=255"),
+        (torch.zeros(1, 4, 4).long(), torch.full((1, 4, 4), -1), "the target holds -1"),
+    ],
+)  # fmt: skip
+def test_what_the_metric_refuses(predictions: torch.Tensor, target: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentationScores(3).update(predictions, target)
+    with pytest.raises(ValueError, match="num_classes=0"):
+        SegmentationScores(0)
+
+
+def test_without_validation_a_wrong_target_is_not_counted() -> None:
+    metric = SegmentationScores(3, validate_args=False)
+    metric.update(torch.zeros(1, 1, 2).long(), torch.tensor([[[1, 7]]]))
+    assert metric.matrix.sum() == 1
+
+
+class Trained(pl.LightningModule):
+    """A network that is trained on noise, with dropout and batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = Colours()
+        self.losses: list[float] = []
+        self.metric = SegmentationScores(150)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        scores = self(batch + torch.randn(1))
+        loss = scores.square().mean() + scores.mean()
+        self.losses.append(float(loss))
+        return loss
+
+    def validation_step(self, batch: torch.Tensor, index: int) -> None:
+        target = (batch[:, 0].abs() * 40).long() % 150
+        self.metric.update(self(batch), target)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.metric.compute())
+        self.metric.reset()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def fit(callbacks: list[pl.Callback], **options: Any) -> tuple[Trained, pl.Trainer]:
+    module = Trained()
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=callbacks, **options,
+    )  # fmt: skip
+    pl.seed_everything(5, verbose=False)
+    images = torch.randn(8, 3, 16, 16)
+    loaders = (torch.utils.data.DataLoader(images, batch_size=2, shuffle=True) for _ in range(2))
+    trainer.fit(module, *loaders)
+    return module, trainer
+
+
+def test_training_is_the_same_with_and_without_the_callback() -> None:
+    callback = ade.ADE20KEvaluation(dataset="demo", protocol="original_size", network="net", options=SMALL)
+    plain, _ = fit([])
+    watched, trainer = fit([callback])
+    assert watched.losses == plain.losses
+    assert len(plain.losses) == 8
+    for one, two in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert watched.training
+    assert callback.result is not None
+    expected = ade.evaluate(watched.net, dataset="demo", protocol="original_size", options=SMALL)
+    assert callback.result.scores == expected.scores
+    assert np.array_equal(callback.result.matrix, expected.matrix)
+    assert float(trainer.callback_metrics["ade20k/mIoU"]) == pytest.approx(expected.mIoU, abs=1e-7)  # kept as float32
+    assert 0 <= float(trainer.callback_metrics["mIoU"]) <= 1  # of the metric
+
+
+def test_the_callback_as_seldom_as_asked() -> None:
+    begun: list[int] = []
+
+    class Counted(ade.ADE20KEvaluation):
+        def _evaluate(self, trainer: pl.Trainer, *arguments: Any) -> Any:
+            begun.append(trainer.current_epoch)
+            return super()._evaluate(trainer, *arguments)
+
+    fit([Counted(dataset="demo", protocol="original_size", every_n_epochs=5, limit=2, options=SMALL)])
+    assert begun == [1]  # the last one
+
+
+def test_mistakes_of_the_callback() -> None:
+    with pytest.raises(HarnessError, match="every_n_epochs=0"):
+        ade.ADE20KEvaluation(dataset="demo", every_n_epochs=0)
+    with pytest.raises(HarnessError, match="inference=nothing: unknown value"):
+        ade.ADE20KEvaluation(dataset="demo", protocol="nothing")
+    with pytest.raises(HarnessError, match="network='decoder' gives a NoneType, expected an nn.Module of Trained"):
+        fit([ade.ADE20KEvaluation(dataset="demo", network="decoder", options=SMALL)])
+
+    class FSDPStrategy(pl.strategies.SingleDeviceStrategy):
+        """Named as one that shards."""
+
+    with pytest.raises(HarnessError, match="FSDPStrategy shards the network"):
+        fit([ade.ADE20KEvaluation(dataset="demo", options=SMALL)], strategy=FSDPStrategy("cpu"))
+
+
+_TWO = """
+import json, os, sys
+import torch
+import ade_harness as ade
+from tests.api.test_training import SMALL, fit
+torch.set_num_threads(1)
+watch = json.loads(sys.argv[1])
+callback = ade.ADE20KEvaluation(dataset="demo", protocol="original_size", network="net", options=SMALL, workers=1)
+module, trainer = fit([callback] if watch else [], strategy="ddp", devices=2)
+found = {"losses": module.losses, "metric": float(trainer.callback_metrics["mIoU"])}
+if watch:
+    again = ade.evaluate(module.net, dataset="demo", protocol="original_size", options=SMALL)  # alone, within DDP
+    found |= {"scores": callback.result.scores, "ranks": sorted({r.rank for r in callback.result.rows}),
+              "images": callback.result.images, "alone": again.scores}
+with open(f"rank{trainer.global_rank}-{watch}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_count_each_image_once(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(_TWO)
+    for watch in ("true", "false"):
+        done = subprocess.run(
+            [sys.executable, "two.py", watch], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+            env={**__import__("os").environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}-True.json").read_text()) for rank in range(2))
+    for rank, watched in enumerate((first, second)):
+        plain = json.loads((tmp_path / f"rank{rank}-False.json").read_text())
+        assert watched["losses"] == plain["losses"]
+        assert watched["metric"] == plain["metric"]  # of torchmetrics' sum over ranks
+    assert first["scores"] == second["scores"] == first["alone"] == second["alone"]
+    assert first["images"] == 5
+    assert first["ranks"] == [0, 1]
