@@ -149,6 +149,9 @@ def check_files(config: Config) -> None:
     Raises:
         HarnessError: names the first key whose file is not.
     """
+    from ade_harness.config.validate import require_data
+
+    require_data(config)
     model = config.model
     for key in ("checkpoint", "backbone_checkpoint", "path"):
         value = getattr(model, key)

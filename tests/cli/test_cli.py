@@ -162,7 +162,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["model=onnx"], ["model.path must be set"]),
         (["model=custom"], ["model._target_ must be set"]),
         (["model=hf"], ["model.id must be set"]),
-        (["dataset=ade20k", "model=segformer_b0"], ["dataset.root must be set", "data download"]),
+        (["model=segformer_b0"], ["dataset.root must be set", "data download --root data", "dataset=demo tries", "data/ADEChallengeData2016"]),
         (["dataset=ade20k", "dataset.root=x"], ["model=demo knows only the synthetic demo images"]),
         (["inference.resize.pad_to=[1]"], ["inference.resize.pad_to=[1]: expected [height, width]"]),
         (["inference=fit_input", "inference.output.upsample=one_step"], ["does not go with padding"]),
@@ -170,7 +170,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["dataset.images=1000000000000"], ["1 to 20,000 synthetic images"]),
         (["--cfg", "jobs"], ["invalid choice: 'jobs'"]),
         (["--config-dir"], ["expected one argument"]),
-        (["model=segformer_b0", "model.weights=random", "model.architecture.backbone.depths=[1]", "dataset.limit=1"], ["makes no network"]),
+        (["model=segformer_b0", "model.weights=random", "model.architecture.backbone.depths=[1]", "dataset=demo", "dataset.limit=1"], ["makes no network"]),
         (["a=[b"], ["not in Hydra\'s grammar"]),
         (["dataset=ade20k", "dataset.root=nowhere", "model=segformer_b0"], ["nowhere: no such folder or zip"]),
         (["models", "x"], ["models: unrecognized arguments: x"]),
@@ -579,3 +579,18 @@ def test_commands_that_read_import_little(words: list[str], at_most: int, tmp_pa
     assert code == "0", done.stderr
     assert not _HEAVY & set(names)
     assert int(modules) < at_most
+
+
+def test_a_system_by_its_name_means_ade20k(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
+    words = ("model=segformer_b0", "model.weights=random", "inference.resize.side=64", *FAST)
+    (tmp_path / "data").mkdir()
+    tiny_ade.rename(tmp_path / "data/ADEChallengeData2016")
+    done = call(*words, "run.dir=run")
+    assert done.code == 0, done.err
+    assert "PARTIAL: 7 of 2,000 images" in done.out
+    assert "DEMO" not in done.out
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["dataset"]["root"] == "data/ADEChallengeData2016"
+    assert yaml.safe_load(call(*words, "dataset=demo", "--cfg", "job").out)["dataset"]["kind"] == "demo"
+    done = call("data", "verify")  # of what is found here
+    assert "data/ADEChallengeData2016: 7 of 2000 validation pairs" in done.out

@@ -19,6 +19,7 @@ from ade_harness.api.state import begin, callers_hydra, callers_network, callers
 from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.overrides import as_override_value
+from ade_harness.config.validate import require_data
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
 
@@ -67,6 +68,8 @@ class ADE20KEvaluation(pl.Callback):
         words += [f"inference={protocol}"] if protocol is not None else []
         with callers_hydra():
             config = compose_config(words + option_words(options))
+        require_data(config)
+        with callers_hydra():
             self._composed = Composed(config, None, protocol_changes(config.inference))
         self._composed.config.model.label = "network in training"
         self.result: Evaluation | None = None

@@ -26,6 +26,7 @@ from ade_harness.config.files import choices
 from ade_harness.config.overrides import as_override_value, overrides_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
+from ade_harness.config.validate import require_data
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
@@ -106,6 +107,7 @@ def evaluate(
             repeat = None if _in_memory(model) else overrides_of(config)
             composed = Composed(config, repeat, protocol_changes(config.inference))
         cfg = composed.config
+        require_data(cfg)
         begin(str(cfg.inference.precision), cfg.runtime.seed)
         opened = open_here(cfg, lambda classes: _predictor(model, cfg, classes))
         place = _device(device, opened.predictor)

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from ade_harness.cli.answer import Answer
+from ade_harness.config.files import data_places
 from ade_harness.data.verify import VerifyReport, verify
 from ade_harness.files.fetch import OFFICIAL_SHA1, OFFICIAL_URL, cache_dir, extract, fetch
 from ade_harness.runtime.console import make_console, print_line
@@ -66,7 +67,8 @@ def run_verify(options: argparse.Namespace) -> Answer:
     """
     console = make_console()
     given = options.root or os.environ.get("ADE20K_ROOT")
-    root = Path(given).expanduser() if given else cache_dir() / "data" / "ADEChallengeData2016"
+    places = data_places()
+    root = Path(given).expanduser() if given else next((p for p in places if p.exists()), places[0])
     reporter: ProgressReporter | None = None
 
     def on_pair(done: int, total: int) -> None:

@@ -33,6 +33,7 @@ from ade_harness.config.compose import checked, compose_config, explain, registe
 from ade_harness.config.fields import place_keys
 from ade_harness.config.files import conf_dir
 from ade_harness.config.schema import Config
+from ade_harness.config.validate import require_data
 from ade_harness.errors import HarnessError, require
 from ade_harness.files.documents import read_yaml
 from ade_harness.runs.directory import PROBE, read_manifest
@@ -178,6 +179,7 @@ def _run_hydra(
         config = compose_config(given, _config_dir(options)) if own else checked(tree)
         if _hydras_directory(config):
             config.run.dir = str(HydraConfig.get().runtime.output_dir)
+        require_data(config)
         mine = HydraConfig.get()
         handed_over = {
             "work": command,

@@ -22,11 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import NODES, nearest, prepare, with_recipe
 from ade_harness.config.fields import check_lists
-from ade_harness.config.files import choices, conf_dir
+from ade_harness.config.files import choices, conf_dir, data_places
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.plain import as_dict
 from ade_harness.config.runtime import SlurmConfig
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, DatasetKind
 from ade_harness.config.validate import validate
 from ade_harness.errors import HarnessError, did_you_mean
 
@@ -104,6 +104,8 @@ def checked(tree: DictConfig) -> Config:
         config = cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
         raise HarnessError(explain(error, ())) from error
+    if config.dataset.kind == DatasetKind.ade20k and not config.dataset.root:
+        config.dataset.root = next((str(place) for place in data_places() if place.exists()), None)
     validate(config)
     return config
 

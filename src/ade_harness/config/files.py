@@ -17,6 +17,16 @@ def conf_dir() -> Path:
     return packaged if packaged.is_dir() else package.parents[1] / "conf"
 
 
+_ADE20K = "ADEChallengeData2016"
+
+
+def data_places() -> list[Path]:
+    """Return where ADE20K is looked for if nothing says where it is: here, and where `data download` puts it."""
+    from ade_harness.files.fetch import cache_dir  # here: reading a choice needs no HTTP
+
+    return [Path("data", _ADE20K), Path("data", f"{_ADE20K}.zip"), Path(_ADE20K), cache_dir() / "data" / _ADE20K]
+
+
 def choices(group: str, extra: Path | None = None) -> list[str]:
     """Return the names that a config group offers.
 

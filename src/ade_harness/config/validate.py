@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from ade_harness.config.fields import check_lists, check_ranges
+from ade_harness.config.files import data_places
 from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, ResizeConfig, ResizeRule, Rounding, Upsample
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns
@@ -235,10 +236,19 @@ def _check_dataset(config: Config) -> None:
     if dataset.kind == DatasetKind.folder:
         _check_own_data(dataset)
         require(config.probe is None, "probe: trains on ADE20K's training images; dataset=folder has no such split.")
+
+
+def require_data(config: Config) -> None:
+    """Refuse to begin without ADE20K: a configuration alone, to be shown or loaded, needs no data.
+
+    Raises:
+        HarnessError: says where it was looked for, and how to get it.
+    """
     require(
-        dataset.kind != DatasetKind.ade20k or bool(dataset.root),
-        "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT)."
-        " `python -m ade_harness data download` fetches it.",
+        config.dataset.kind != DatasetKind.ade20k or bool(config.dataset.root),
+        "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT). It is not in"
+        f" {', '.join(map(str, data_places()))}. `python -m ade_harness data download --root data` fetches it;"
+        " dataset=demo tries this command on synthetic images.",
     )
 
 

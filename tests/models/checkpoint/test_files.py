@@ -123,7 +123,7 @@ def test_one_file_may_hold_both(tmp_path: Path) -> None:
     ],
 )
 def test_what_was_never_published_is_said(call: Callable[..., Done], name: str, text: str) -> None:
-    done = call(f"model={name}")
+    done = call(f"model={name}", "dataset=demo")
     assert done.code == 2
     assert f"error: model={name}: {text}" in done.err
     assert "model.checkpoint=PATH" in done.err
@@ -139,6 +139,7 @@ def test_a_head_without_its_backbone(
         "model.checkpoint=head.pth",
         "model.backbone.url=null",
         "model.backbone.hub_id=null",
+        "dataset=demo",
     )
     done = call(*words)
     assert done.code == 2

@@ -615,7 +615,7 @@ SMALL = (
 @pytest.mark.parametrize("scales", ["ss", "ms"])
 def test_a_run_from_one_line(call: Callable[..., Done], tmp_path: Path, scales: str) -> None:
     done = call(
-        "model=mask2former_swin_t", "model.weights=random", f"inference={scales}", "dataset.limit=3", "tracking=none",
+        "model=mask2former_swin_t", "model.weights=random", "dataset=demo", f"inference={scales}", "dataset.limit=3", "tracking=none",
         "run.overlays=0", "runtime.workers=0", "run.dir=run", *(f"model.architecture.{field}" for field in SMALL),
         "inference.resize.side=64", *(["inference.tta.sides=[64,96]"] if scales == "ms" else []),
     )  # fmt: skip
@@ -626,7 +626,7 @@ def test_a_run_from_one_line(call: Callable[..., Done], tmp_path: Path, scales: 
 
 
 def test_beit3_without_a_checkpoint_stops_with_advice(call: Callable[..., Done]) -> None:
-    done = call("model=beit3", "dataset.limit=1", "tracking=none")
+    done = call("model=beit3", "dataset=demo", "dataset.limit=1", "tracking=none")
     assert done.code == 2
     assert "No ADE20K weights of BEiT-3 were ever published" in done.err
     assert "Traceback" not in done.err
