@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ade_harness.runs.provenance import code_state, describe_code
 from tests.conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "ade_harness"
@@ -104,6 +105,18 @@ def test_the_wheel_holds_configuration_weights_and_data(tmp_path: Path) -> None:
     assert "ade_harness/data/ade20k_validation_sizes.csv" in names
     assert "ade_harness/leaderboard/published.yaml" in names
     assert not [n for n in names if n.startswith("tests")]
+    with zipfile.ZipFile(wheel) as archive:  # the commit is frozen into what is installed
+        archive.extractall(tmp_path / "installed")
+    found = code_state(tmp_path / "installed/ade_harness")
+    here = code_state()
+    assert found["built"]
+    for key in ("commit", "dirty", "origin", "diff_sha256"):
+        assert found[key] == here[key]
+    assert here["commit"] is not None
+    assert here["commit"][:10] in describe_code(found)
+    assert ("with uncommitted changes" in describe_code(found)) == here["dirty"]
+    (tmp_path / "installed/ade_harness/built_from.json").write_text("{")
+    assert code_state(tmp_path / "installed/ade_harness")["commit"] is None
 
 
 def test_malicious_and_unfitting_versions_are_excluded() -> None:

@@ -134,7 +134,15 @@ def test_jobs_of_a_sweep(call: Call) -> None:
 
 
 def test_every_job_is_checked_before_the_first_starts(call: Call, tmp_path: Path) -> None:
-    done = call("-m", *QUICK, "dataset=demo", "model=segformer_b0,demo", "model.checkpoint=no.pt", "dataset.limit=0,1", "run.root=none")
+    done = call(
+        "-m",
+        *QUICK,
+        "dataset=demo",
+        "model=segformer_b0,demo",
+        "model.checkpoint=no.pt",
+        "dataset.limit=0,1",
+        "run.root=none",
+    )
     assert done.code == 2
     assert "of 4 jobs cannot run, so none was started" in done.err
     assert "job 1 (" in done.err

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from ade_harness import __version__
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.commands import find_command, overview, parser_of
 from ade_harness.errors import HarnessError
@@ -63,7 +62,9 @@ def guarded(work: Callable[[], int]) -> int:
 
 def _dispatch(arguments: list[str], in_this_process: bool) -> int:
     if "--version" in arguments:
-        print(f"ade-harness {__version__}")
+        from ade_harness.runs.provenance import code_state, describe_code
+
+        print(describe_code(code_state()))
         return 0
     if arguments[:1] in (["help"], ["-h"], ["--help"]):
         print(overview())

@@ -114,20 +114,21 @@ def _driver() -> str | None:
 
 
 def code_state(package: Path | None = None) -> dict[str, Any]:
-    """Return version, commit and uncommitted changes of this package's own checkout.
+    """Return version, commit and uncommitted changes of this package's own checkout, or of the one it was built from.
 
     Args:
         package: the package's folder (tests give another).
 
     Returns:
         ``version``; in a git checkout also ``commit``, ``origin`` (without credentials), ``dirty``, ``diff``
-        (text, also of new files below src/ and conf/), and ``diff_sha256``.
+        (text, also of new files below src/ and conf/), and ``diff_sha256``. An installed package has what its build
+        wrote down (hatch_build.py): the same without ``diff``, and ``built`` is true.
     """
     folder = package or Path(ade_harness.__file__).parent
     state: dict[str, Any] = {"version": ade_harness.__version__, "commit": None, "dirty": None}
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None or not folder.resolve().is_relative_to(Path(top.strip()).resolve() / "src"):
-        return state  # an installed wheel, perhaps inside somebody else's repository
+        return state | _built_from(folder)  # an installed wheel, perhaps inside somebody else's repository
     root = Path(top.strip())
     commit = _git(root, "rev-parse", "HEAD")
     diff = _git(root, "diff", "HEAD", "--no-ext-diff") or ""
@@ -143,6 +144,23 @@ def code_state(package: Path | None = None) -> dict[str, Any]:
         diff_sha256=hashlib.sha256(diff.encode()).hexdigest() if diff else None,
     )
     return state
+
+
+def _built_from(folder: Path) -> dict[str, Any]:
+    """Return what the build wrote; nothing if it had no git."""
+    try:
+        found = json.loads((folder / "built_from.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {**{key: found.get(key) for key in ("commit", "origin", "dirty", "diff_sha256")}, "built": True}
+
+
+def describe_code(state: dict[str, Any]) -> str:
+    """Return version and commit in one line."""
+    if not state["commit"]:
+        return f"ade-harness {state['version']} (of no known commit)"
+    changed = ", with uncommitted changes" if state["dirty"] else ""
+    return f"ade-harness {state['version']} (commit {state['commit'][:10]}{changed})"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -54,8 +54,9 @@ def code_of(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator
         yield Code({}, tuple(remarks))
         return
     root = Path(ade_harness.__file__).parents[2]
-    if current["commit"] is None or not _has(root, commit):
-        where = "this is no git checkout" if current["commit"] is None else f"{root} has no such commit: git fetch"
+    installed = current["commit"] is None or current.get("built", False)
+    if installed or not _has(root, commit):
+        where = "this is no git checkout" if installed else f"{root} has no such commit: git fetch"
         remarks.append(f"the run's commit {commit[:12]} is not here ({where}), so this code repeats it")
         yield Code({}, tuple(remarks))
         return
