@@ -560,7 +560,7 @@ _HEAVY = {"torch", "lightning", "scipy", "transformers", "pandas", "wandb", "num
 @pytest.mark.parametrize(
     ("words", "at_most"),
     [
-        (["--help"], 260), (["evaluate", "--help"], 300), (["models"], 300), (["status", "run"], 600),
+        (["--help"], 260), (["evaluate", "--help"], 300), (["models"], 300), (["status", "run"], 600), (["runs", "run"], 600),
         (["report", "run"], 1200), (["compare", "run", "run", "--resamples", "100"], 1200), (["leaderboard"], 1200),
     ],
 )  # fmt: skip

@@ -74,7 +74,7 @@ def write_whole_run(
         writer.append(row)
     writer.flush()
     result = summarise(
-        cfg, path, dataset, rows, matrix_of(rows, 150), marks, (), notes=(), seconds=1.0, images_per_second=2000.0,
+        cfg, path, dataset, rows, matrix_of(rows, 150), marks, (), about["model"], CODE["commit"], notes=(), seconds=1.0, images_per_second=2000.0,
         balance=Balance((RankShare(0, "secret-host0", len(rows), 1.0, 1.0),)), stages={},
     )  # fmt: skip
     write_result(result)

@@ -261,7 +261,7 @@ def _in_ranks(
             kind = torch.device(device)
             if ":" in str(kind):
                 raise HarnessError(f"device={device}: with devices={devices} each rank has its own; give cpu or cuda.")
-            words.append(f"runtime.accelerator={'gpu' if kind.type == 'cuda' else kind.type}")
+            words.append(f"runtime.accelerator={kind.type}")
         if _in_memory(model):
             words += _pickled(model, Path(folder, "network.pt"), devices)
         command = [sys.executable, "-m", "ade_harness", "evaluate", *words]

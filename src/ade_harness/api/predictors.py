@@ -192,6 +192,15 @@ class Segmenter:
             HarnessError: it is no such image, or does not fit the protocol.
         """
         pixels, name = read_image(image, self._cfg.inference.exif)
+        return self.predict(pixels, name)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Where the weights come from."""
+        return self._predictor.facts()
+
+    def predict(self, pixels: npt.NDArray[np.uint8], name: str) -> npt.NDArray[np.uint8]:
+        """Return the labels of uint8 [H, W, 3] RGB; `name` is how messages call the image."""
         size = (pixels.shape[0], pixels.shape[1])
         self._predictor.check({name: size})
         with callers_process(), callers_network(self.network, self.device):
@@ -200,12 +209,13 @@ class Segmenter:
             [prediction] = self._predictor.predict([prepared], self.device, Stopwatch(self.device))
             if prediction.nan_share is not None and prediction.nan_share > 0:
                 raise HarnessError(f"{name}: {prediction.nan_share.item():.1%} of the model's scores are NaN.")
-            return prediction.labels.cpu().numpy()
+            labels: npt.NDArray[np.uint8] = prediction.labels.cpu().numpy()
+            return labels
 
     def show(self, image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:
         """Return the image beside its prediction in the data set's colours, with the names of the classes."""
-        pixels, _ = read_image(image, self._cfg.inference.exif)
-        return draw_prediction(pixels, self(image), self.classes)
+        pixels, name = read_image(image, self._cfg.inference.exif)
+        return draw_prediction(pixels, self.predict(pixels, name), self.classes)
 
     def __repr__(self) -> str:
         """Return one line."""

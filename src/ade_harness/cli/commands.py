@@ -95,6 +95,33 @@ COMMANDS = (
         "resume", "evaluate the remaining images of a run, on any number of ranks", "evaluate:run_resume",
         (_RUN, _OVERRIDES, Argument("--trust", action="store_true", help=_TRUST)),
     ),
+    Command(
+        "predict", "label maps and pictures of images without annotations", "predict:run_predict",
+        (
+            Argument(
+                "words", nargs="+", metavar="KEY=VALUE|IMAGE|FOLDER",
+                help="the model and its options as for `evaluate`, and JPEG or PNG images, or folders of them",
+            ),
+            Argument("--output", default="predictions", metavar="DIR", help="default: predictions"),
+            _CONFIG_DIR,
+        ),
+    ),
+    Command(
+        "runs", "any number of runs as one table", "runs:run_runs",
+        (
+            Argument("folders", nargs="*", metavar="DIR", help="runs, or folders of runs; default: runs"),
+            Argument("--sort", metavar="COLUMN", help="such as mIoU; default: by date"),
+            Argument("--reverse", action="store_true", help="the largest first"),
+            Argument(
+                "--where", action="append", default=[], metavar="COLUMN=VALUE",
+                help="only these; VALUE may hold *; COLUMN!=VALUE: only the others; may be given several times",
+            ),
+            Argument(
+                "--output", action="append", default=[], metavar="FILE",
+                help=".csv, .json or .md; may be given several times",
+            ),
+        ),
+    ),
     Command("status", "how far a run is, from any shell", "status:run_status", (_RUN,)),
     Command(
         "report", "write one HTML page that explains a run, for any browser", "report:run_report",

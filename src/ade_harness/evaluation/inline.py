@@ -35,6 +35,7 @@ from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.counts import Row
 from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.runs.exactness import check_exact, check_rows
+from ade_harness.runs.provenance import code_state
 from ade_harness.runs.result import Result, summarise
 from ade_harness.runtime.balance import Balance, RankShare
 from ade_harness.runtime.cluster import host_name
@@ -202,7 +203,8 @@ def conclude(
         RankShare(rank, host_name(), len(part.rows), part.seconds, part.seconds) for rank, part in enumerate(counted)
     ]
     result = summarise(
-        composed.config, run_dir, dataset, rows, matrix, opened.marks, composed.changes,
+        composed.config, run_dir, dataset, rows, matrix, opened.marks, composed.changes, opened.predictor.facts(),
+        code_state()["commit"],
         notes=(*opened.predictor.notes(), *([advice] if advice else [])),
         seconds=seconds,
         images_per_second=len(rows) / seconds if seconds else 0.0,

@@ -70,7 +70,8 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
     advice = None if job.facts.get("weights") == "random" else diagnose(rows, dataset.classes)
     result = summarise(
-        cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes,
+        cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes, job.facts,
+        record.manifest["code"]["commit"],
         notes=(*work.notes, *job.notes, *work.warnings, *([advice] if advice else [])),
         seconds=time.monotonic() - work.start,
         images_per_second=work.images_per_second,

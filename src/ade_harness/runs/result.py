@@ -111,6 +111,8 @@ class Result:
     """A finished run."""
 
     run_dir: Path
+    origin: Mapping[str, Any]
+    """Model, checkpoint's hash, data set, protocol, commit: what a script that reads metrics.json alone must know."""
     label: str
     """The model, as tables call it."""
     dataset: str
@@ -182,6 +184,7 @@ class Result:
     def metrics(self) -> dict[str, Any]:
         """Return the content of metrics.json: fractions 0..1 and integers."""
         return {
+            **self.origin,
             **self.scores.as_dict(),
             "images": self.images,
             "expected_images": self.expected_images,
@@ -216,6 +219,8 @@ def summarise(
     matrix: Matrix,
     marks: Sequence[str],
     changed: Sequence[str],
+    facts: Mapping[str, Any],
+    commit: str | None,
     **rest: Any,
 ) -> Result:
     """Make the result of checked counts: every score with its interval, and what it says of the published one.
@@ -228,6 +233,8 @@ def summarise(
         matrix: its sum.
         marks: what the run's numbers are not.
         changed: fields of the protocol that are not as its YAML file says.
+        facts: of the predictor: where its weights come from.
+        commit: of this package.
         rest: the other fields of :class:`Result`.
     """
     found, published = scores(matrix), published_score(cfg)
@@ -235,6 +242,13 @@ def summarise(
     intervals = resampled.intervals(level) if resampled else {}
     return Result(
         run_dir=run_dir,
+        origin={
+            "model": cfg.model.name,
+            "checkpoint_sha256": facts.get("sha256"),
+            "dataset": dataset.name,
+            "protocol": cfg.inference.name,
+            "commit": commit,
+        },
         label=cfg.model.label or cfg.model.name,
         dataset=dataset.name,
         classes=dataset.classes,

@@ -76,6 +76,7 @@ FINISHED = {
 }
 """What a manifest has besides once the run is finished."""
 METRICS = {
+    "model?": str, "checkpoint_sha256?": str, "dataset?": str, "protocol?": str, "commit?": str,
     **dict.fromkeys(_SCORES, float),
     "images?": int, "pixels?": int, "complete?": bool,
     "intervals": {"*": (dict, type(None)), **{f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},

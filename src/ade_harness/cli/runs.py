@@ -1,0 +1,132 @@
+"""The command `runs`: any number of runs as one table."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.box import HORIZONTALS
+from rich.table import Table
+from rich.text import Text
+
+from ade_harness.cli.answer import Answer
+from ade_harness.errors import HarnessError, did_you_mean, require
+from ade_harness.files.atomic import write_text
+from ade_harness.files.escapes import escaped
+from ade_harness.runs.overview import COLUMNS, RunRow, list_runs
+from ade_harness.runtime.console import make_console, print_fact, print_line
+
+_ALIASES = {
+    "model.name": "model", "model.label": "label", "inference.name": "protocol", "inference": "protocol",
+    "dataset.name": "dataset", "dir": "run", "date": "started", "score": "mIoU",
+}  # fmt: skip
+_SHOWN = ("run", "label", "protocol", "dataset", "images", "mIoU", "interval", "status")
+_PERCENT = ("mIoU", "low", "high", "pixel_accuracy", "mean_accuracy")
+
+
+def run_runs(options: argparse.Namespace) -> Answer:
+    """Print the runs in and below some folders, and write them as CSV, JSON or Markdown.
+
+    Raises:
+        HarnessError: no run, an unknown column, or a file that cannot be written.
+    """
+    rows = list_runs([Path(folder).expanduser() for folder in options.folders or ["runs"]])
+    for condition in options.where:
+        rows = [row for row in rows if _matches(row, condition)]
+    if options.sort is not None:
+        column = _column(options.sort)
+        known = [row for row in rows if getattr(row, column) is not None]
+        known.sort(key=lambda row: getattr(row, column), reverse=options.reverse)
+        rows = known + [row for row in rows if getattr(row, column) is None]
+    console = make_console()
+    if rows:
+        console.print(_table(rows))
+    else:
+        print_line(console, "no run fits --where")
+    for name in options.output:
+        path = Path(name).expanduser()
+        write = _WRITERS.get(path.suffix.lower())
+        require(write is not None, f"--output {name}: expected a name that ends in {', '.join(_WRITERS)}.")
+        assert write is not None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, write(rows))
+        except OSError as error:
+            raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
+        print_fact(console, "written", str(path))
+    return Answer({"runs": [asdict(row) for row in rows]})
+
+
+def _column(name: str) -> str:
+    found = _ALIASES.get(name, {column.lower(): column for column in COLUMNS}.get(name.lower(), name))
+    require(
+        found in COLUMNS,
+        f"{name}: no such column.{did_you_mean(name, COLUMNS)} Columns: {', '.join(COLUMNS)}.",
+    )
+    return found
+
+
+def _matches(row: RunRow, condition: str) -> bool:
+    """Whether a run fits ``column=value`` or ``column!=value``; a value may hold ``*``."""
+    from fnmatch import fnmatchcase
+
+    name, equals, value = condition.partition("=")
+    require(bool(equals), f"--where {condition}: expected COLUMN=VALUE, such as model=segformer_b0.")
+    other = name.endswith("!")
+    found = getattr(row, _column(name.removesuffix("!")))
+    return fnmatchcase("" if found is None else str(found), value) != other
+
+
+def _cells(row: RunRow) -> dict[str, str]:
+    interval = "" if row.low is None or row.high is None else f"{100 * row.low:.2f} to {100 * row.high:.2f}"
+    images = "" if row.images is None else f"{row.images:,} of {row.expected_images:,}"
+    return {
+        "run": row.run,
+        "label": row.label or "",
+        "protocol": row.protocol or "",
+        "dataset": row.dataset or "",
+        "images": images,
+        "mIoU": "" if row.mIoU is None else f"{100 * row.mIoU:.2f}",
+        "interval": interval,
+        "status": "; ".join(filter(None, (row.status, row.marks))),
+    }
+
+
+def _table(rows: Sequence[RunRow]) -> Table:
+    table = Table(title="runs (percent)", box=HORIZONTALS, pad_edge=False, title_justify="left")
+    for name in _SHOWN:
+        table.add_column(name, justify="right" if name in ("images", "mIoU") else "left", overflow="fold")
+    for row in rows:
+        cells = _cells(row)
+        style = "" if row.status == "finished" and not row.marks else "yellow"
+        table.add_row(*(Text(escaped(cells[name]), style=style if name == "status" else "") for name in _SHOWN))
+    return table
+
+
+def _csv(rows: Sequence[RunRow]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def _json(rows: Sequence[RunRow]) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+
+
+def _markdown(rows: Sequence[RunRow]) -> str:
+    lines = [f"| {' | '.join(_SHOWN)} |", "|" + "---|" * len(_SHOWN)]
+    for row in rows:
+        cells = _cells(row)
+        lines.append(f"| {' | '.join(escaped(cells[name]).replace('|', chr(92) + '|') for name in _SHOWN)} |")
+    return "\n".join(lines) + "\n"
+
+
+_WRITERS: dict[str, Callable[[Sequence[RunRow]], str]] = {".csv": _csv, ".json": _json, ".md": _markdown}
+"""By the ending of a file."""

@@ -1,0 +1,121 @@
+"""The commands `predict` and `runs`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ade_harness as ade
+from ade_harness.data.ade20k_labels import ade20k_classes
+from tests.cli.test_cli import Call
+
+SMALL = {"dataset.images": 4, "metrics.resamples": 0}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    draw = np.random.default_rng(1)
+    for name in ("street.jpg", "more/kitchen.png", "more/garden.JPEG"):
+        picture = draw.integers(0, 256, (50, 70, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(folder / name, "PNG" if name.endswith("png") else "JPEG")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) -> None:
+    done = call("predict", "model=demo", photos, "--output", "out")
+    assert done.code == 0, done.err
+    assert "3 of 3 images" in done.out
+    segmenter, classes = ade.load_model("demo"), ade20k_classes()
+    for source, name in (
+        ("street.jpg", "street"),
+        ("more/kitchen.png", "more/kitchen"),
+        ("more/garden.JPEG", "more/garden"),
+    ):
+        labels = segmenter(photos / source)
+        with Image.open(tmp_path / "out/labels" / f"{name}.png") as written:
+            assert written.mode == "P"
+            assert np.array_equal(np.asarray(written), labels + 1)  # ADE20K's own values
+            colour = np.asarray(written.convert("RGB"))
+        assert np.array_equal(colour, np.array(classes.colors, np.uint8)[labels])
+        assert Image.open(tmp_path / "out/pictures" / f"{name}.png").size[0] > 140
+    done = call("predict", "model=demo", photos / "street.jpg", "--json")
+    assert json.loads(done.out)["images"] == [str(photos / "street.jpg")]
+    assert (tmp_path / "predictions/labels/street.png").exists()
+    # what `predict` has written is what `model=predictions` reads
+    labels = Image.open(tmp_path / "predictions/labels/street.png")
+    assert labels.getpixel((0, 0)) == segmenter(photos / "street.jpg")[0, 0] + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("model=demo",), "name an image or a folder of images"),
+        (("model=demo", "nowhere"), "nowhere: no such image or folder"),
+        (("model=demo", "empty"), "empty: no image is in there"),
+        (("model=demo", "photos/street.jpg", "photos"), "would be written to the same files as photos/street.jpg"),
+        (("model=predictions", "model.path=empty", "photos"), "model=predictions: gives label maps"),
+        (("model=nothing", "photos"), "model=nothing: unknown value"),
+    ],
+)  # fmt: skip
+def test_mistakes(call: Call, photos: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    done = call("predict", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_an_image_that_fails_costs_itself(call: Call, photos: Path, tmp_path: Path) -> None:
+    (photos / "broken.jpg").write_bytes((photos / "street.jpg").read_bytes()[:300])
+    done = call("predict", "model=demo", photos, "--output", "out")
+    assert done.code == 2
+    assert "1 of 4 images failed" in done.err
+    assert "broken.jpg" in done.err
+    assert len(list((tmp_path / "out/labels").rglob("*.png"))) == 3
+    done = call("predict", "model=segformer_b0", "model.weights=random", photos / "street.jpg")
+    assert done.code == 0, done.err
+    assert "RANDOM WEIGHTS" in done.out
+
+
+def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
+    for name, limit in (("first", None), ("sweep/second", 3)):
+        ade.evaluate("demo", dataset="demo", options=SMALL, limit=limit, run_dir=tmp_path / "runs" / name)
+    (tmp_path / "runs/odd").mkdir()
+    (tmp_path / "runs/odd/manifest.json").write_text('{"schema": 99, "x": "\x1b[31m"}')
+    done = call(
+        "runs", "--sort", "miou", "--reverse", "--output", "all.csv", "--output", "all.json", "--output", "all.md"
+    )
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out
+    with (tmp_path / "all.csv").open() as file:
+        found = list(csv.DictReader(file))
+    scores = [float(row["mIoU"]) for row in found if row["mIoU"]]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == 2
+    assert found[-1]["status"].startswith("damaged: ")
+    assert (
+        json.loads((tmp_path / "all.json").read_text())
+        == json.loads(call("runs", "--sort", "mIoU", "--reverse", "--json").out)["runs"]
+    )
+    assert (tmp_path / "all.md").read_text().count("\n") == 5
+    one = json.loads(call("runs", "--json", "--where", "model.name=demo", "--where", "marks!=*PARTIAL*").out)["runs"]
+    assert [Path(row["run"]).name for row in one] == ["first"]
+    assert one[0]["images"] == 4
+    assert "no run fits --where" in call("runs", "--where", "model=beit3").out
+    for words, message in (
+        (("--where", "model"), "expected COLUMN=VALUE"),
+        (("--sort", "mIoUs"), "mIoUs: no such column. Did you mean 'mIoU'"),
+        (("--output", "all.xlsx"), "expected a name that ends in .csv, .json, .md"),
+        (("nowhere",), "nowhere: no such folder"),
+    ):
+        done = call("runs", *words)
+        assert done.code == 2
+        assert message in done.err
