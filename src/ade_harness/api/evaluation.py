@@ -46,7 +46,13 @@ from ade_harness.runtime.ranks import arithmetic_as_set
 Labels = npt.NDArray[np.uint8]
 Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
 
-_FILES = {".onnx": "onnx", ".pt": "torchscript", ".ts": "torchscript", ".torchscript": "torchscript"}
+_FILES = {
+    ".onnx": "onnx",
+    ".pt2": "exported",
+    ".pt": "torchscript",
+    ".ts": "torchscript",
+    ".torchscript": "torchscript",
+}
 
 
 def evaluate(

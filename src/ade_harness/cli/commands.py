@@ -62,7 +62,7 @@ _SWEEP = (
 _EVALUATE_DETAILS = """\
 most used overrides:
   model=NAME                    {model}
-  model.path=PATH               the file (onnx, torchscript) or the folder of label PNGs (predictions)
+  model.path=PATH               the file (onnx, torchscript, exported) or the folder of label PNGs (predictions)
   model.url=URL                 an endpoint that answers with label maps or scores (model=http)
   model.id=ID                   hub id or folder (model=hf)
   model._target_=pkg.mod.Net    your own nn.Module (model=custom), model.kwargs.NAME=VALUE its arguments

@@ -98,6 +98,10 @@ KINDS: dict[str, Kind] = {
         f"{_FORMATS}.torchscript:load", Gives.network, "path", "the TorchScript file", Source.file, as_exported=True,
         trust="would run a TorchScript file, which is a program",
     ),
+    "exported": Kind(
+        f"{_FORMATS}.exported:load", Gives.network, "path", "the .pt2 file of torch.export", Source.file,
+        as_exported=True, trust="would run an exported program",
+    ),
     "onnx": Kind(
         f"{_FORMATS}.onnx:load", Gives.network, "path", "the .onnx file", Source.file, as_exported=True,
     ),

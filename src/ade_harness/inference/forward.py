@@ -12,7 +12,7 @@ from torch import Tensor
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.errors import HarnessError
 from ade_harness.models.loaded import LoadedModel
-from ade_harness.models.outputs import MaskLogits, read_output
+from ade_harness.models.outputs import LabelMap, MaskLogits, read_output
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,14 +26,20 @@ _SHORTAGES = (
 class BatchedForward:
     """Runs a network on images of one size, several at a time.
 
+    Args:
+        model: the network.
+        cfg: ``inference`` node.
+        channels: of a network that returns labels.
+
     Attributes:
         halved: how often a batch was halved because memory was short.
         fits: the smallest batch that it was halved to, None if it never was.
     """
 
-    def __init__(self, model: LoadedModel, cfg: InferenceConfig) -> None:
+    def __init__(self, model: LoadedModel, cfg: InferenceConfig, channels: int = 150) -> None:
         self.model = model
         self.cfg = cfg
+        self.channels = channels
         self.halved = 0
         self.fits: int | None = None
         self._module: Any = None
@@ -86,6 +92,8 @@ class BatchedForward:
         filled = [*images, *[images[-1]] * max(0, fill)]
         batch = filled[0][None] if len(filled) == 1 else torch.stack(filled)  # one image is not copied
         output = read_output(self._run(batch, what), what)
+        if isinstance(output, LabelMap):
+            output = output.as_scores(self.channels, what)
         tensors = (output.classes, output.masks) if isinstance(output, MaskLogits) else (output,)
         for tensor in tensors:
             if tensor.shape[0] != batch.shape[0] or tensor.numel() == 0:
@@ -110,7 +118,7 @@ class BatchedForward:
         except Exception as error:  # the network may be anybody's code
             if is_shortage(error) or "CUDA error" in str(error):
                 raise  # the first is dealt with above; after the second this process cannot use its GPU any more
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
                 f" ({type(error).__name__}: {reason}). ADE_HARNESS_TRACEBACK=1 shows where."
@@ -125,6 +133,14 @@ class BatchedForward:
             # bits, would depend on the sizes that this rank has seen before
             self._module = torch.compile(module, backend=self.cfg.compile, dynamic=True) if self.cfg.compile else module
         return self._module
+
+
+def _said(error: BaseException) -> str:
+    """Return an error's message: of TorchScript's, which begin with a traceback of its interpreter, the last line."""
+    text = str(error)
+    if "TorchScript interpreter" in text:
+        text = next((line for line in reversed(text.splitlines()) if line.strip()), text)
+    return text.removeprefix(f"{type(error).__name__}: ")
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -139,7 +139,8 @@ class NetworkPredictor:
         pixels = model_cfg.input
         self.statistics = PixelStatistics(model.mean, model.std, pixels.channel_order == "bgr", pixels.max_value)
         self.stride: int = pixels.stride
-        self.forward = BatchedForward(model, self.cfg)
+        named = self.class_map_cfg or model.class_names or self.classes.names
+        self.forward = BatchedForward(model, self.cfg, len(named))
         self._kernels_choice = kernels_choice
         self._kernels: Kernels | None = None
         self._class_map: ClassMap | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError
 
@@ -19,12 +19,37 @@ class MaskLogits(NamedTuple):
     """float [N, Q, h, w], before the sigmoid."""
 
 
-def read_output(output: Any, what: str) -> Tensor | MaskLogits:
+class LabelMap(NamedTuple):
+    """Labels, of a network that ends in an argmax."""
+
+    labels: Tensor
+    """integers [N, h, w]."""
+
+    def as_scores(self, channels: int, what: str) -> Tensor:
+        """Return 1 for the label's channel and 0 for the others, float32 [N, channels, h, w].
+
+        Their argmax is the labels, so that a protocol goes on with them as with any scores; where it enlarges or
+        averages them, pixels vote.
+
+        Raises:
+            HarnessError: a label that is no channel.
+        """
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= channels:
+            raise HarnessError(
+                f"{what}: the model returned the label {low if low < 0 else high}, expected 0 to {channels - 1}, one of"
+                " its channels for every pixel. Labels that mean other classes, or none, go by model.class_map; what"
+                " numbers classes otherwise goes by model=predictions, as PNG files."
+            )
+        return nn.functional.one_hot(self.labels.long(), channels).permute(0, 3, 1, 2).float()
+
+
+def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:
     """Find the scores in what a network returned.
 
     A :class:`MaskLogits`, or ``.class_queries_logits`` with ``.masks_queries_logits`` (transformers), or
     ``pred_logits`` with ``pred_masks`` in a dict (detectron2); else a tensor, ``.logits``, a dict's "logits", "out"
-    or "sem_seg", or a first item.
+    or "sem_seg", or a first item. Integers [N, h, w] or [N, 1, h, w] are labels.
 
     Raises:
         HarnessError: nothing of that kind is there; `what` names the image.
@@ -42,12 +67,22 @@ def read_output(output: Any, what: str) -> Tensor | MaskLogits:
         found = found.logits
     elif isinstance(found, list | tuple) and found:
         found = found[0]
+    if _is_labels(found):
+        return LabelMap(found[:, 0] if found.ndim == 4 else found)
     if isinstance(found, Tensor):
         _checked(found, what)
     if not isinstance(found, Tensor) or found.ndim != 4:
         got = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
         raise HarnessError(f"{what}: the model returned {got}, expected logits [N, C, h, w].")
     return found
+
+
+def _is_labels(found: Any) -> bool:
+    """Whether something is a map of integers rather than scores."""
+    if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_quantized:
+        return False
+    integers = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    return integers and (found.ndim == 3 or (found.ndim == 4 and found.shape[1] == 1)) and found.numel() > 0
 
 
 def _checked(tensor: Any, what: str) -> Tensor:

@@ -18,11 +18,14 @@ from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.identity import companion_hashes
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
+_LABELS = ("tensor(int64)", "tensor(int32)", "tensor(int16)", "tensor(int8)", "tensor(uint8)")
 _SCORES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 class OnnxModel(nn.Module):
     """Runs a file with one image input; the first floating-point output of four dimensions is taken as scores.
+
+    Without one, an output of integers [N, h, w] or [N, 1, h, w] is taken as labels: a file that ends in an argmax.
 
     Args:
         path: the .onnx file.
@@ -46,14 +49,18 @@ class OnnxModel(nn.Module):
         self.input_name: str = inputs[0].name
         self.input_shape = tuple(inputs[0].shape)
         outputs = [o for o in session.get_outputs() if len(o.shape) == 4 and o.type in _SCORES]
+        outputs = outputs or [o for o in session.get_outputs() if _gives_labels(o)]
         if not outputs:
             described = ", ".join(f"{o.name} {o.type} {o.shape}" for o in session.get_outputs())
             raise HarnessError(
-                f"{path}: no output of floating-point scores [N, C, h, w]; the model has {described}."
-                " If it gives labels, write them as PNGs and use model=predictions."
+                f"{path}: no output of floating-point scores [N, C, h, w] or of integer labels [N, h, w]; the model"
+                f" has {described}."
             )
         self.output_name: str = outputs[0].name
-        self.output_shape = tuple(outputs[0].shape)
+        self.channels: int | None = None
+        """Of the scores, if the file says so."""
+        if outputs[0].type in _SCORES and isinstance(outputs[0].shape[1], int):
+            self.channels = outputs[0].shape[1]
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -103,11 +110,17 @@ class OnnxModel(nn.Module):
         return self._session
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images float32 [N, 3, H, W] to scores [N, C, h, w]."""
+        """Map images float32 [N, 3, H, W] to scores [N, C, h, w], or to labels [N, h, w]."""
         session = self._session_on(images.device)
         array = np.ascontiguousarray(images.detach().cpu().numpy())
         scores = session.run([self.output_name], {self.input_name: array})[0]
         return torch.from_numpy(scores).to(images.device)
+
+
+def _gives_labels(output: Any) -> bool:
+    """Whether an output is a map of integers."""
+    shape = output.shape
+    return output.type in _LABELS and (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
 
 
 def _parse_names(text: str) -> list[str] | None:
@@ -137,7 +150,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         "pretrained",
         **statistics(cfg),
         class_names=names_of(cfg, module.class_names),
-        channels=module.output_shape[1] if isinstance(module.output_shape[1], int) else None,
+        channels=module.channels,
         fixed_size=module.fixed_size,
         fixed_batch=module.fixed_batch,
         facts=facts,

@@ -1,0 +1,81 @@
+"""Programs of torch.export (.pt2 files)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+
+from ade_harness.config.model import ModelConfig
+from ade_harness.errors import HarnessError
+from ade_harness.files.fetch import file_hash
+from ade_harness.models.checkpoint.sources import model_file
+from ade_harness.models.loaded import LoadedModel, names_of, statistics
+
+
+class ExportedModel(nn.Module):
+    """Runs a program, on any device: constants in its graph move with it.
+
+    Args:
+        program: with one input, float32 [N, 3, H, W].
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        super().__init__()
+        self.graph = program.module()
+        self._program = program
+        self._device = torch.device("cpu")
+
+    def train(self, mode: bool = True) -> ExportedModel:
+        """Do nothing: a program was exported in one mode, and refuses to be put into another."""
+        self.training = mode
+        return self
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the program returns."""
+        if images.device != self._device:
+            self.graph = move_to_device_pass(self._program, str(images.device)).module()
+            self._device = images.device
+        return self.graph(images)
+
+
+def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+    """Load ``model.path``.
+
+    Raises:
+        HarnessError: it is no exported program, or takes something else than float32 images.
+    """
+    path = model_file(cfg)
+    try:
+        program = torch.export.load(str(path))
+    except Exception as error:  # torch's reader of a damaged file fails in any way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise HarnessError(
+            f"{path}: not a program of torch.export ({reason}). TorchScript goes with model=torchscript, a state_dict"
+            " with model=custom or a named model, as model.checkpoint=PATH."
+        ) from error
+    shape = _image_shape(program, str(path))
+    fixed = [size if isinstance(size, int) else None for size in shape]
+    height, width = fixed[2:]
+    facts = {"origin": str(path), "sha256": file_hash(path, "sha256")}
+    return LoadedModel(
+        ExportedModel(program), "pretrained", **statistics(cfg), class_names=names_of(cfg),
+        fixed_size=(height, width) if height is not None and width is not None else None, fixed_batch=fixed[0],
+        facts=facts,
+    )  # fmt: skip
+
+
+def _image_shape(program: torch.export.ExportedProgram, name: str) -> tuple[Any, ...]:
+    """Return the shape of a program's only input; sizes that may vary are no integers."""
+    names = program.graph_signature.user_inputs
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    described = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {[str(size) for size in t.shape]}" for t in tensors)
+    if len(inputs) != 1 or len(tensors) != 1 or tensors[0].ndim != 4 or tensors[0].dtype != torch.float32:
+        raise HarnessError(
+            f"{name}: expected one input, float32 [N, 3, H, W]; the program has {described or 'no tensor'}. Export the"
+            " network in float32, alone, without its preprocessing."
+        )
+    return tuple(tensors[0].shape)

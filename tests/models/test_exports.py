@@ -1,0 +1,140 @@
+"""Exported programs, and networks that return labels."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+import ade_harness as ade
+from ade_harness.errors import HarnessError
+from tests.api.networks import Colours
+
+SMALL = {"dataset.images": 4, "metrics.resamples": 0}
+
+
+def evaluated(model: Any, **options: Any) -> ade.Evaluation:
+    return ade.evaluate(
+        model, dataset="demo", protocol=options.pop("protocol", "original_size"), options={**SMALL, **options}
+    )
+
+
+def hashes(result: ade.Evaluation) -> list[str]:
+    return [row.label_hash for row in result.rows]
+
+
+def network() -> Colours:
+    return Colours().eval()
+
+
+class Labels(nn.Module):
+    """Ends in an argmax at the input's size."""
+
+    def __init__(self, keep: bool, shift: int = 0) -> None:
+        super().__init__()
+        self.below, self.keep, self.shift = network(), keep, shift
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = F.interpolate(self.below(images), images.shape[-2:], mode="bilinear", align_corners=False)
+        return scores.argmax(1, keepdim=self.keep) + self.shift
+
+
+@pytest.mark.parametrize("shapes", ["dynamic", "fixed"])
+def test_an_exported_program_is_its_network(tmp_path: Path, shapes: str) -> None:
+    path, net = tmp_path / "net.pt2", network()
+    auto = torch.export.Dim.AUTO
+    free = {"images": {0: auto, 2: auto, 3: auto}} if shapes == "dynamic" else None
+    torch.export.save(
+        torch.export.export(net, (torch.zeros(1 if free is None else 2, 3, 64, 96),), dynamic_shapes=free), path
+    )
+    if shapes == "dynamic":
+        assert hashes(evaluated(path)) == hashes(evaluated(net))
+    else:
+        fitted = {"inference.resize.height": 64, "inference.resize.width": 96}
+        assert hashes(evaluated(path, protocol="fit_input")) == hashes(evaluated(net, protocol="fit_input", **fitted))
+        with pytest.raises(HarnessError, match="the model takes 96x64 .width x height. only"):
+            evaluated(path)
+    with pytest.raises(HarnessError, match="a model of kind exported runs as it was exported"):
+        evaluated(path, **{"model.dtype": "bf16", "inference.precision": "bf16"})
+
+
+class Two(nn.Module):
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return one + two
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.export.export(nn.Conv2d(3, 150, 1).half(), (torch.zeros(1, 3, 8, 8).half(),)), r"has float16 \['1', '3', '8', '8'\]. Export the network in float32"),
+        (lambda: torch.export.export(Two(), (torch.zeros(1, 3, 8, 8),) * 2), r"the program has float32 .*, float32"),
+    ],
+)  # fmt: skip
+def test_programs_that_do_not_take_images(tmp_path: Path, make: Any, message: str) -> None:
+    torch.export.save(make(), tmp_path / "net.pt2")
+    with pytest.raises(HarnessError, match=message):
+        evaluated(tmp_path / "net.pt2")
+
+
+def test_what_is_no_program(tmp_path: Path) -> None:
+    (tmp_path / "net.pt2").write_bytes(b"no zip")
+    with pytest.raises(HarnessError, match=r"net.pt2: not a program of torch.export"):
+        evaluated(tmp_path / "net.pt2")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_network_that_returns_labels(keep: bool) -> None:
+    assert hashes(evaluated(Labels(keep))) == hashes(evaluated(network()))
+    # one class further by the class map, and one channel for none of the classes
+    names = {"model.class_map": [None, *range(150)]}
+    moved = evaluated(Labels(keep, shift=1), **names)
+    assert hashes(moved) == hashes(evaluated(network()))
+    at_input = {"inference.output.labels": "input", "inference.tta.average": "scores"}
+    assert hashes(evaluated(Labels(keep), protocol="fit_512", **at_input)) == hashes(
+        evaluated(network(), protocol="fit_512", **at_input)
+    )
+    with pytest.raises(HarnessError, match=r"ADE_val_00000001: the model returned the label \d+, expected 0 to 149"):
+        evaluated(Labels(keep, shift=100))
+    with pytest.raises(HarnessError, match="the model returned the label -"):
+        evaluated(Labels(keep, shift=-150))
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_an_onnx_file_that_ends_in_an_argmax(tmp_path: Path, keepdims: int) -> None:
+    weights = np.random.default_rng(0).normal(size=(150, 3, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["images", "weights"], ["scores"]),
+        helper.make_node("ArgMax", ["scores"], ["labels"], axis=1, keepdims=keepdims),
+    ]
+    sizes = ["n", 1, "h", "w"] if keepdims else ["n", "h", "w"]
+    graph = helper.make_graph(
+        nodes, "net",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+        [helper.make_tensor_value_info("labels", TensorProto.INT64, sizes)],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "net.onnx")
+    layer = nn.Conv2d(3, 150, 1, bias=False)
+    layer.weight.data = torch.from_numpy(weights)
+    one, two = evaluated(tmp_path / "net.onnx"), evaluated(layer)
+    assert (one.matrix != two.matrix).sum() <= 4  # two convolutions: a tie may fall otherwise
+
+
+def test_torchscript_says_its_reason(tmp_path: Path) -> None:
+    torch.jit.script(nn.Sequential(nn.Conv2d(3, 150, 1).half())).save(tmp_path / "net.ts")
+    with pytest.raises(HarnessError) as found:
+        evaluated(tmp_path / "net.ts")
+    assert re.search(
+        r"the model failed on an input of \[1, 3, \d+, \d+\] \(RuntimeError: .*(Half|half|type)", str(found.value)
+    )
+    assert "interpreter" not in str(found.value)
+    assert len(str(found.value)) < 300
