@@ -912,6 +912,28 @@ def test_serve_says_what_is_wrong(call: Call, tmp_path: Path) -> None:
             assert "Traceback" not in done.err
 
 
+def test_ctrl_c_while_a_connection_gets_its_thread_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread may be at its end before the signal's exception is: its place must not be given back twice."""
+    begun = ThreadingHTTPServer.process_request
+
+    def interrupted(self: Any, request: Any, address: Any) -> None:
+        begun(self, request, address)
+        for _ in range(500):
+            if threading.active_count() == before:
+                break
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    service = open_service(compose_config([]))
+    with make_server(service, "127.0.0.1", 0, None) as server:
+        monkeypatch.setattr(ThreadingHTTPServer, "process_request", interrupted)
+        client = socket.create_connection(server.server_address[:2])
+        client.close()
+        before = threading.active_count()
+        with pytest.raises(KeyboardInterrupt):
+            server.serve_forever()
+
+
 @pytest.mark.slow
 def test_serve_runs_until_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ade_harness", "serve", "--port", "0"]

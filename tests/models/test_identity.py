@@ -225,7 +225,7 @@ def test_a_file_of_another_model_is_refused_whatever_is_allowed(tmp_path: Path, 
     ("scores", "message"),
     [
         (torch.zeros(1, 5, 2, 2, dtype=torch.complex64), "returned complex64 values, expected floating-point scores.$"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.int64), "returned int64 values.*Labels go by model=predictions"),
+        (torch.zeros(1, 5, 2, 2, dtype=torch.int64), r"returned int64 values.*Labels are integers \[N, h, w\]"),
         (torch.zeros(1, 5, 2, 2, dtype=torch.bool), "returned bool values"),
         (torch.zeros(1, 5, 2, 2).to_sparse(), "returned a sparse tensor"),
         (MaskLogits(torch.zeros(1, 5, 3), torch.zeros(1, 5, 2, 2, dtype=torch.int32)), "returned int32 values"),

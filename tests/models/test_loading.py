@@ -68,6 +68,9 @@ def write_onnx(
     if rank != 4:
         nodes.append(helper.make_node("ArgMax", ["logits"], ["labels"], axis=1, keepdims=0))
         output = helper.make_tensor_value_info("labels", TensorProto.INT64, ["n", "oh", "ow"])
+    if rank == 2:
+        nodes.append(helper.make_node("ReduceMax", ["labels"], ["largest"], axes=[2], keepdims=0))
+        output = helper.make_tensor_value_info("largest", TensorProto.INT64, ["n", "oh"])
     graph = helper.make_graph(
         nodes,
         "g",
@@ -157,7 +160,9 @@ def test_onnx_that_gives_labels_or_is_none(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="onnxruntime cannot load this file"):
         load_model(model_cfg("model=onnx", f"model.path={path}"))
     write_onnx(path, rank=3)
-    with pytest.raises(HarnessError, match="use model=predictions"):
+    assert load_model(model_cfg("model=onnx", f"model.path={path}")).channels is None
+    write_onnx(path, rank=2)
+    with pytest.raises(HarnessError, match=r"no output of floating-point scores .* or of integer labels \[N, h, w\]"):
         load_model(model_cfg("model=onnx", f"model.path={path}"))
 
 

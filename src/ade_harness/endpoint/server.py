@@ -66,7 +66,7 @@ class Server(ThreadingHTTPServer):
         if self._connections.acquire(blocking=False):
             try:
                 super().process_request(request, client_address)
-            except BaseException:
+            except RuntimeError:  # no thread could be started; after Ctrl-C one may have been, and gives its place back
                 self._connections.release()
                 raise
             return

@@ -93,6 +93,6 @@ def _checked(tensor: Any, what: str) -> Tensor:
     if tensor.layout != torch.strided:
         raise HarnessError(f"{what}: the model returned a sparse tensor ({tensor.layout}); expected dense scores.")
     if tensor.is_quantized or not tensor.is_floating_point():
-        hint = " Labels go by model=predictions, as PNG files." if not tensor.is_complex() else ""
+        hint = " Labels are integers [N, h, w]." if not tensor.is_complex() else ""
         raise HarnessError(f"{what}: the model returned {kind} values, expected floating-point scores.{hint}")
     return tensor
