@@ -446,3 +446,51 @@ def test_modes(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(configured) == expected
+
+
+def run_record(folder: Path) -> Any:
+    [file] = (folder / "wandb").glob("offline-run-*/*.wandb")
+    end = time.monotonic() + 20
+    while time.monotonic() < end:  # wandb's service may still be writing
+        records: list[Any] = read_wandb(file)
+        for record in records:
+            if record.HasField("run"):
+                return record.run
+        time.sleep(0.2)
+    raise AssertionError(f"{file} ({file.stat().st_size} bytes) holds no run")
+
+
+def test_wandbs_own_variables_and_files_are_honoured(
+    call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "dataset.images=2",
+        "metrics.resamples=0",
+        "runtime.workers=0",
+        "run.overlays=0",
+        "run.report=false",
+        "tracking.mode=offline",
+    )
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "settings").write_text("[default]\nproject = of-the-file\n")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(config))
+    assert call(*words, "run.dir=file").code == 0
+    found = run_record(tmp_path / "file")
+    assert (found.project, found.display_name, found.run_group) == ("of-the-file", "file", "demo")
+    for name, value in {
+        "PROJECT": "mine", "NAME": "a name", "RUN_GROUP": "night", "TAGS": "first,second", "NOTES": "some words",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert call(*words, "run.dir=one", "tracking.tags=[own]").code == 0
+    found = run_record(tmp_path / "one")
+    assert (found.project, found.display_name, found.run_group) == ("mine", "a name", "night")
+    assert found.notes == "some words"
+    assert {"own", "first", "second", "demo"} <= set(found.tags)
+    assert call(*words, "run.dir=two", "tracking.project=ours", "tracking.group=day").code == 0
+    found = run_record(tmp_path / "two")
+    assert (found.project, found.run_group) == ("ours", "day")  # what is configured goes first
+    (config / "settings").write_text("[default\nproject")
+    done = call(*words, "run.dir=three")
+    assert done.code == 0
+    assert run_record(tmp_path / "three").project in ("mine", "ade20k")

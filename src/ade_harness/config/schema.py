@@ -112,9 +112,9 @@ class TrackingConfig:
 
     name: str = MISSING
     kind: TrackingKind = MISSING
-    project: str = "ade20k"
+    project: str | None = None  # null: WANDB_PROJECT, W&B's settings files, or ade20k
     entity: str | None = None
-    group: str | None = None  # null: the model's name
+    group: str | None = None  # null: WANDB_RUN_GROUP, or the model's name
     tags: list[str] = field(default_factory=list)
     mode: TrackingMode | None = None  # null: online if a key is set, else offline
     timeout_s: float = bounded(60.0, above=0, unit="seconds")  # for the upload, after the result is on disk and shown

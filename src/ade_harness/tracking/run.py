@@ -26,10 +26,12 @@ from ade_harness.runs.directory import read_manifest
 from ade_harness.runs.record import short_manifest
 from ade_harness.runs.result import Result
 from ade_harness.tracking.content import log_content
-from ade_harness.tracking.upload import limits, upload, wandb_mode
+from ade_harness.tracking.upload import limits, upload, user_settings, wandb_mode
 
 TRACKING = "tracking.json"
 """In the run directory: which W&B run it is."""
+PROJECT = "ade20k"
+"""Unless the configuration, WANDB_PROJECT or a settings file of W&B names another."""
 _TAG_LENGTH = 64
 _TITLE_LENGTH = 63
 
@@ -145,7 +147,7 @@ def _entry(
     manifest: Mapping[str, Any],
     tags: Sequence[str],
 ) -> Entry:
-    group = cfg.group or config.get("model", {}).get("name") or manifest.get("model", {}).get("name")
+    group = config.get("model", {}).get("name") or manifest.get("model", {}).get("name")
     return Entry(folder, job_type, group, (*cfg.tags, *tags), {**config, "provenance": dict(manifest)})
 
 
@@ -186,17 +188,19 @@ def _write(cfg: TrackingConfig, entry: Entry, fill: Callable[[Any], None], exit_
     import wandb
 
     root = entry.folder.resolve()  # wandb's service process may have another working directory
+    mine = user_settings()
     identifier = run_id(root)
     earlier = list((root / "wandb").glob(f"offline-run-*-{identifier}"))
     with limits(), _staging(root / "wandb"):
         run = wandb.init(
-            project=cfg.project,
-            entity=cfg.entity,
+            project=cfg.project or mine.project or PROJECT,
+            entity=cfg.entity or mine.entity,
             id=identifier,
-            group=entry.group,
+            group=cfg.group or mine.group or entry.group,
             job_type=entry.job_type,
-            name=root.name,
-            tags=[tag[:_TAG_LENGTH] for tag in dict.fromkeys(entry.tags) if tag],
+            name=mine.name or root.name,
+            notes=mine.notes,
+            tags=[tag[:_TAG_LENGTH] for tag in dict.fromkeys((*entry.tags, *mine.tags)) if tag],
             config=dict(entry.config),
             dir=str(root),
             mode="offline",

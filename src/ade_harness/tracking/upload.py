@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LIMITS = {
     "WANDB_HTTP_TIMEOUT": "8",  # seconds, of one request
@@ -79,13 +80,46 @@ def wandb_mode(configured: str | None) -> str:
 
 def _mode_of_files() -> str:
     """Return the mode by W&B's own settings, of the machine's user and of the working directory."""
+    return str(_settings_of_files().mode)
+
+
+def _settings_of_files() -> Any:
     import wandb
 
     # `wandb.setup()` would give them too, but once for all of this process, and it changes the environment
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     settings = wandb.Settings(silent=True, settings_system=str(folder / "settings"))
     settings.update_from_system_settings()
-    return str(settings.mode)
+    return settings
+
+
+@dataclass(frozen=True)
+class UserSettings:
+    """How the user's environment and W&B's settings files call runs; None where they do not say."""
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    notes: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def user_settings() -> UserSettings:
+    """Read WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_NAME, WANDB_NOTES, WANDB_TAGS and W&B's settings files.
+
+    What cannot be understood is left out, with a warning: the run is logged all the same.
+    """
+    names = ("PROJECT", "ENTITY", "RUN_GROUP", "NAME", "NOTES", "TAGS")
+    given = {f"WANDB_{name}": os.environ[f"WANDB_{name}"] for name in names if os.environ.get(f"WANDB_{name}")}
+    try:
+        found = _settings_of_files()
+        found.update_from_env_vars(given)
+    except ValueError as error:  # pydantic's ValidationError is one
+        warnings.warn(f"W&B: settings cannot be understood: {' '.join(str(error).split())[:200]}", stacklevel=2)
+        return UserSettings()
+    tags = tuple(found.run_tags or ())
+    return UserSettings(found.project, found.entity, found.run_group, found.run_name, found.run_notes, tags)
 
 
 def has_key() -> bool:
