@@ -71,7 +71,7 @@ def wandb_mode(configured: str | None) -> str:
     asked = os.environ.get("WANDB_MODE", "").strip().lower()
     try:
         found = _MODES[asked or _mode_of_files()]
-    except (KeyError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+    except Exception as error:  # pydantic's ValidationError, wandb's UsageError, KeyError, ...
         reason = " ".join(str(error).split())[:200]
         warnings.warn(f"W&B: offline, since its mode cannot be understood: {reason}", stacklevel=2)
         return "offline"
@@ -115,7 +115,7 @@ def user_settings() -> UserSettings:
     try:
         found = _settings_of_files()
         found.update_from_env_vars(given)
-    except ValueError as error:  # pydantic's ValidationError is one
+    except Exception as error:  # pydantic's ValidationError, wandb's UsageError, ...
         warnings.warn(f"W&B: settings cannot be understood: {' '.join(str(error).split())[:200]}", stacklevel=2)
         return UserSettings()
     tags = tuple(found.run_tags or ())
