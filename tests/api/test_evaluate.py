@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -42,6 +43,7 @@ def state_of(network: torch.nn.Module | None = None) -> dict[str, Any]:
         "modes": [module.training for module in modules],
         "gradients": [p.requires_grad for p in parameters],
         "values": [p.detach().clone().numpy().tobytes() for p in parameters],
+        "layout": [p.stride() for p in parameters],
         "device": [p.device for p in parameters],
         "torch": torch.get_rng_state().numpy().tobytes(),
         "numpy": repr(np.random.get_state()),
@@ -85,7 +87,7 @@ def test_the_process_and_the_network_are_as_before(capfd: pytest.CaptureFixture[
     network.layer.bias.requires_grad_(False)
     torch.rand(3), np.random.rand(3), random.random()
     before = state_of(network)
-    result = ade.evaluate(network, dataset="demo", options=SMALL)
+    result = ade.evaluate(network, dataset="demo", options={**SMALL, "inference.channels_last": True})
     assert state_of(network) == before
     assert capfd.readouterr() == ("", "")  # quiet unless asked
     assert result.images == 5
@@ -239,6 +241,10 @@ def test_a_run_directory_where_it_is_asked_for(call: Callable[..., Done], tmp_pa
     assert "finished" in call("status", "mine").out
     with pytest.raises(HarnessError, match="holds a run already"):
         ade.evaluate(network, dataset="demo", options=SMALL, run_dir=tmp_path / "mine")
+    with pytest.raises(HarnessError, match="no such layer"):
+        ade.evaluate(Breaks(), dataset="demo", options=SMALL, run_dir=tmp_path / "broken")
+    assert json.loads((tmp_path / "broken/manifest.json").read_text())["status"] == "incomplete"
+    assert "incomplete" in call("status", "broken").out
     done = call("resume", "mine")
     assert done.code == 2
     assert "Traceback" not in done.err

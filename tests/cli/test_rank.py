@@ -14,7 +14,7 @@ from ade_harness.config.schema import Config
 
 NEEDED = {
     "custom": ["model._target_=a.b"], "hf": ["model.id=x"], "http": ["model.url=http://x"],
-    "onnx": ["model.path=x"], "deeplabv3plus_mnv2_mlperf": ["model.path=x"], "torchscript": ["model.path=x"], "predictions": ["model.path=x"],
+    "onnx": ["model.path=x"], "deeplabv3plus_mnv2_mlperf": ["model.path=x"], "torchscript": ["model.path=x"], "exported": ["model.path=x"], "predictions": ["model.path=x"],
 }  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def test_every_packaged_model_needs_no_consent() -> None:
     from ade_harness.config.compose import compose_tree
     from ade_harness.config.files import choices
 
-    asking = {"custom", "torchscript", "hf", "http"}
+    asking = {"custom", "torchscript", "exported", "hf", "http"}
     for name in choices("model"):
         tree: Any = OmegaConf.to_container(
             compose_tree([f"model={name}", "dataset=demo"]), resolve=False, enum_to_str=True

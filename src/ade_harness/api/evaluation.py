@@ -146,10 +146,14 @@ def _evaluate(
         with held(record):
             writer = LedgerWriter(path / LEDGER, opened.marks)
             try:
-                counted = count_here(opened, numbers, device, choice, threads, on_images, keep=writer.append)
-            finally:
-                writer.flush()
-            result, rows = conclude(composed, opened, [counted], path)
+                try:
+                    counted = count_here(opened, numbers, device, choice, threads, on_images, keep=writer.append)
+                finally:
+                    writer.flush()
+                result, rows = conclude(composed, opened, [counted], path)
+            except HarnessError as error:
+                record.leave("incomplete", {"evaluate": str(error)})
+                raise
             write_result(result)
             record.finish(rows, result.timings(), result.marks, {})
     return Evaluation.of_result(result, tuple(rows), path)

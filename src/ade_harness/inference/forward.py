@@ -127,7 +127,7 @@ class BatchedForward:
     def _callable(self, device: torch.device) -> Any:
         if self._module is None:
             module: Any = self.model.module
-            if self.cfg.channels_last:
+            if self.cfg.channels_last and not self.model.of_caller:  # the layout of its weights is the caller's
                 module = module.to(memory_format=torch.channels_last)
             # with sizes as variables from the first image on: otherwise what is compiled for an image, and so its last
             # bits, would depend on the sizes that this rank has seen before
