@@ -93,7 +93,7 @@ def _cells(row: RunRow) -> dict[str, str]:
         "images": images,
         "mIoU": "" if row.mIoU is None else f"{100 * row.mIoU:.2f}",
         "interval": interval,
-        "status": "; ".join(filter(None, (row.status, row.marks))),
+        "status": ", ".join([row.status, *(mark.partition(":")[0] for mark in row.marks.split("; ") if mark)]),
     }
 
 
