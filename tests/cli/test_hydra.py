@@ -233,6 +233,22 @@ def test_what_is_not_hydras_grammar_is_one_message_with_the_quoted_form() -> Non
         prepare(["model.label=a: b ("])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("-m", "hydra.sweeper.params={dataset.images:1}"), ("-m", "hydra.launcher=3"), ("hydra.job_logging={root:3}",),
+        ("hydra.verbose={a:1}",), ("hydra.run=3",), ("-m", "hydra.sweeper=[1]"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_hydras_own_options_of_a_wrong_type_are_one_message(call: Call, given: tuple[str, ...]) -> None:
+    done = call(*given, *QUICK, "dataset.images=1")
+    assert done.code == 2
+    assert "The configuration is not valid" in done.err
+    assert given[-1] in done.err
+    assert "Traceback" not in done.err
+
+
 def test_a_primary_configuration_that_jobs_would_not_see_is_refused(call: Call) -> None:
     for flag in (["-cn", "nightly"], ["-cp", "elsewhere"]):
         done = call("-m", *flag, "dataset.limit=1,2")

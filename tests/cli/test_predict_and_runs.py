@@ -80,6 +80,10 @@ def test_an_image_that_fails_costs_itself(call: Call, photos: Path, tmp_path: Pa
     assert "1 of 4 images failed" in done.err
     assert "broken.jpg" in done.err
     assert len(list((tmp_path / "out/labels").rglob("*.png"))) == 3
+    (photos / "street.jpg").rename(photos / "a=b, c.jpg")
+    assert call("predict", "model=demo", photos / "a=b, c.jpg", "--output", "odd").code == 0
+    assert (tmp_path / "odd/labels/a=b, c.png").exists()
+    (photos / "a=b, c.jpg").rename(photos / "street.jpg")
     done = call("predict", "model=segformer_b0", "model.weights=random", photos / "street.jpg")
     assert done.code == 0, done.err
     assert "RANDOM WEIGHTS" in done.out

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ade_harness.api.evaluation import option_words
+from ade_harness.api.evaluation import option_overrides
 from ade_harness.api.predictors import network_predictor
 from ade_harness.api.result import Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process
@@ -62,12 +62,12 @@ class ADE20KEvaluation(pl.Callback):
         if every_n_epochs < 1:
             raise HarnessError(f"every_n_epochs={every_n_epochs}: expected 1 or more.")
         self.every_n_epochs, self.prefix, self.workers, self._network = every_n_epochs, prefix, workers, network
-        words = ["model=custom", "model._target_=torch.nn.Module", f"dataset={dataset}", "tracking=none"]
+        overrides = ["model=custom", "model._target_=torch.nn.Module", f"dataset={dataset}", "tracking=none"]
         given = {"dataset.root": None if root is None else str(root), "dataset.limit": limit}
-        words += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
-        words += [f"inference={protocol}"] if protocol is not None else []
+        overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
+        overrides += [f"inference={protocol}"] if protocol is not None else []
         with callers_hydra():
-            config = compose_config(words + option_words(options))
+            config = compose_config(overrides + option_overrides(options))
         require_data(config)
         with callers_hydra():
             self._composed = Composed(config, None, protocol_changes(config.inference))

@@ -104,12 +104,12 @@ def evaluate(
     Raises:
         HarnessError: nothing was scored; the message names the file, key or image, and what to do.
     """
-    words = _overrides(model, root, dataset, protocol, limit, checkpoint, options)
+    overrides = _overrides(model, root, dataset, protocol, limit, checkpoint, options)
     if devices > 1:
-        return _in_ranks(model, words, devices, workers, run_dir, progress, device)
+        return _in_ranks(model, overrides, devices, workers, run_dir, progress, device)
     with callers_process():
         with callers_hydra():
-            config = compose_config(words)
+            config = compose_config(overrides)
             repeat = None if _in_memory(model) else overrides_of(config)
             composed = Composed(config, repeat, protocol_changes(config.inference))
         cfg = composed.config
@@ -168,35 +168,35 @@ def _overrides(
     checkpoint: str | Path | None, options: Mapping[str, Any] | None,
 ) -> list[str]:  # fmt: skip
     """Return the configuration that was asked for, as overrides of the command line."""
-    words = [*model_words(model, checkpoint), f"dataset={dataset}", "tracking=none"]
+    overrides = [*model_overrides(model, checkpoint), f"dataset={dataset}", "tracking=none"]
     if protocol is not None:
-        words.append(f"inference={protocol}")
+        overrides.append(f"inference={protocol}")
     given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": limit}
-    words += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
-    return words + option_words(options)
+    overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
+    return overrides + option_overrides(options)
 
 
-def option_words(options: Mapping[str, Any] | None) -> list[str]:
+def option_overrides(options: Mapping[str, Any] | None) -> list[str]:
     """Return options by dotted keys as overrides."""
     return [f"{key}={as_override_value(str(v) if isinstance(v, Path) else v)}" for key, v in (options or {}).items()]
 
 
-def model_words(model: Model, checkpoint: str | Path | None) -> list[str]:
+def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
     """Return the overrides that choose a model.
 
     Raises:
         HarnessError: a text that is neither a system nor a file, or something that is no model.
     """
-    words = []
+    overrides = []
     if isinstance(model, str | Path):
         text, path = str(model), Path(model).expanduser()
         names = choices("model")
         if text in names:
-            words = [f"model={text}"]
+            overrides = [f"model={text}"]
         elif path.is_dir():
-            words = ["model=hf", f"model.id={as_override_value(str(path))}"]
+            overrides = ["model=hf", f"model.id={as_override_value(str(path))}"]
         elif path.suffix in _FILES and path.is_file():
-            words = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
+            overrides = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
         else:
             raise HarnessError(
                 f"{text!r}: no such system, file or folder.{did_you_mean(text, names)} Expected a name that"
@@ -212,13 +212,13 @@ def model_words(model: Model, checkpoint: str | Path | None) -> list[str]:
     else:
         kind = type(model)
         named = getattr(model, "__qualname__", kind.__qualname__)
-        words = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
+        overrides = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
                  f"model.label={as_override_value(str(named))}"]  # fmt: skip
     if checkpoint is not None:
         if _in_memory(model):
             raise HarnessError("checkpoint: load it into the network before: net.load_state_dict(...).")
-        words.append(f"model.checkpoint={as_override_value(str(checkpoint))}")
-    return words
+        overrides.append(f"model.checkpoint={as_override_value(str(checkpoint))}")
+    return overrides
 
 
 def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:
@@ -258,23 +258,23 @@ def _shown(progress: bool, images: int) -> Iterator[Callable[[int], None]]:
 
 
 def _in_ranks(
-    model: Model, words: Sequence[str], devices: int, workers: int | None, run_dir: str | Path | None, progress: bool,
-    device: str | torch.device | None,
+    model: Model, overrides: Sequence[str], devices: int, workers: int | None, run_dir: str | Path | None,
+    progress: bool, device: str | torch.device | None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate by the command line's own ranks; a network in memory travels as a pickle."""
     with tempfile.TemporaryDirectory(prefix="ade-harness-") as folder:
-        words = [*words, f"runtime.devices={devices}", "run.overlays=0"]
-        words.append(f"run.dir={as_override_value(str(run_dir or Path(folder, 'run')))}")
+        overrides = [*overrides, f"runtime.devices={devices}", "run.overlays=0"]
+        overrides.append(f"run.dir={as_override_value(str(run_dir or Path(folder, 'run')))}")
         if workers is not None:
-            words.append(f"runtime.workers={workers}")
+            overrides.append(f"runtime.workers={workers}")
         if device is not None:
             kind = torch.device(device)
             if ":" in str(kind):
                 raise HarnessError(f"device={device}: with devices={devices} each rank has its own; give cpu or cuda.")
-            words.append(f"runtime.accelerator={kind.type}")
+            overrides.append(f"runtime.accelerator={kind.type}")
         if _in_memory(model):
-            words += _pickled(model, Path(folder, "network.pt"), devices)
-        command = [sys.executable, "-m", "ade_harness", "evaluate", *words]
+            overrides += _pickled(model, Path(folder, "network.pt"), devices)
+        command = [sys.executable, "-m", "ade_harness", "evaluate", *overrides]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)}
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)  # of a training that this process is a rank of

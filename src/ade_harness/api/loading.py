@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ade_harness.api.evaluation import model_words, option_words
+from ade_harness.api.evaluation import model_overrides, option_overrides
 from ade_harness.api.predictors import Segmenter
 from ade_harness.api.state import callers_hydra
 from ade_harness.config.compose import compose_config
@@ -39,11 +39,11 @@ def load_model(
     """
     if not isinstance(name, str | Path):
         raise HarnessError(f"load_model takes a name or a path, not a {type(name).__name__}.")
-    words = [*model_words(name, checkpoint), "tracking=none", "dataset=demo"]
+    overrides = [*model_overrides(name, checkpoint), "tracking=none", "dataset=demo"]
     if protocol is not None:
-        words.append(f"inference={protocol}")
+        overrides.append(f"inference={protocol}")
     with callers_hydra():
-        cfg = compose_config(words + option_words(options))
+        cfg = compose_config(overrides + option_overrides(options))
     predictor = open_network(cfg, open_classes(cfg.dataset))
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -16,8 +16,9 @@ from ade_harness.data.labels import Classes
 from ade_harness.metrics.areas import ImageAreas, image_areas, split_areas
 from ade_harness.metrics.confusion import area_scores
 from ade_harness.metrics.counts import Row, matrix_of
+from ade_harness.report.contents import SCORE_NAMES
 from ade_harness.runs.finished import FinishedRun
-from ade_harness.runs.result import SCORE_NAMES, Result, per_class_rows
+from ade_harness.runs.result import Result, per_class_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,7 +149,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Return a table."""
-        lines = [f"  {text:34s} {value:>6s}  {between}".rstrip() for text, value, between in self._lines()]
+        lines = [f"  {text:45s} {value:>6s}  {between}".rstrip() for text, value, between in self._lines()]
         said = [f"  {mark}" for mark in self.marks] + [f"  Note: {note}." for note in self.notes]
         return "\n".join([self._title() + " (percent, with interval)", *lines, *said])
 

@@ -44,7 +44,7 @@ class _Before:
 
 
 @dataclass
-class _Under:
+class _Active:
     """Evaluations under way in this process."""
 
     number: int = 0
@@ -52,7 +52,7 @@ class _Under:
     before: _Before | None = None
 
 
-_under = _Under()
+_active = _Active()
 
 
 @contextmanager
@@ -78,18 +78,18 @@ def callers_process() -> Iterator[None]:
     Imports belong inside: some libraries draw random numbers when they are imported.
     """
     with _process:
-        if not _under.number:
-            _under.before, _under.precision = _remember(), None
+        if not _active.number:
+            _active.before, _active.precision = _remember(), None
             _set_switches()
-        _under.number += 1
+        _active.number += 1
     try:
         yield
     finally:
         with _process:
-            _under.number -= 1
-            if not _under.number and _under.before is not None:
-                _give_back(_under.before)
-                _under.before = None
+            _active.number -= 1
+            if not _active.number and _active.before is not None:
+                _give_back(_active.before)
+                _active.before = None
 
 
 def begin(precision: str, seed: int) -> None:
@@ -103,12 +103,12 @@ def begin(precision: str, seed: int) -> None:
         HarnessError: another evaluation in this process needs other switches.
     """
     with _process:
-        if _under.precision is None:
-            _under.precision = precision
+        if _active.precision is None:
+            _active.precision = precision
             _seed(seed)
-        if (precision == "tf32") != (_under.precision == "tf32"):
+        if (precision == "tf32") != (_active.precision == "tf32"):
             raise HarnessError(
-                f"another evaluation is under way in this process with inference.precision={_under.precision}, and"
+                f"another evaluation is under way in this process with inference.precision={_active.precision}, and"
                 f" torch has one switch of TF32 for all threads: wait for it, or evaluate {precision} in a process of"
                 " its own."
             )

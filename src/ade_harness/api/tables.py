@@ -57,10 +57,10 @@ def compare(
         row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p"), np.nan)
         if one is not found[0]:
             _check_comparable(found[0], one)
-            told = comparison.compare(found[0].areas, one.areas, resamples, seed, level).scores["mIoU"]
-            row |= {"difference": told.value, "p": told.p_permutation}
-            if told.interval is not None:
-                row |= {"difference_low": told.interval.low, "difference_high": told.interval.high}
+            difference = comparison.compare(found[0].areas, one.areas, resamples, seed, level).scores["mIoU"]
+            row |= {"difference": difference.value, "p": difference.p_permutation}
+            if difference.interval is not None:
+                row |= {"difference_low": difference.interval.low, "difference_high": difference.interval.high}
         rows.append({**row, "marks": "; ".join(one.marks), "run": None if one.run_dir is None else str(one.run_dir)})
     return pd.DataFrame(rows)
 

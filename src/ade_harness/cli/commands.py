@@ -99,7 +99,7 @@ COMMANDS = (
         "predict", "label maps and pictures of images without annotations", "predict:run_predict",
         (
             Argument(
-                "words", nargs="+", metavar="KEY=VALUE|IMAGE|FOLDER",
+                "arguments", nargs="+", metavar="KEY=VALUE|IMAGE|FOLDER",
                 help="the model and its options as for `evaluate`, and JPEG or PNG images, or folders of them",
             ),
             Argument("--output", default="predictions", metavar="DIR", help="default: predictions"),

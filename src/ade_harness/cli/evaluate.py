@@ -200,8 +200,8 @@ def _run_hydra(
             job()
     except (HydraException, OmegaConfBaseException) as error:
         raise HarnessError(explain(error, options.overrides)) from error
-    except AttributeError as error:
-        if "full_key:" not in str(error):  # OmegaConf's, of an override that gives a mapping where there is none
+    except Exception as error:
+        if not _is_hydras(error):
             raise
         raise HarnessError(explain(error, options.overrides)) from error
     finally:  # also after jobs that failed
@@ -227,6 +227,15 @@ def check_plugins() -> None:
             f"a Hydra plugin that is installed cannot be imported ({file}: {' '.join(str(error).split())}). Hydra"
             " imports every plugin it finds: update that package, or uninstall it."
         ) from error
+
+
+def _is_hydras(error: Exception) -> bool:
+    """Whether an error was raised by Hydra, OmegaConf or the logging that Hydra configures, of what it was given.
+
+    They check few types of their own options: ``hydra.launcher=3`` is a TypeError, ``hydra.verbose={a:1}`` asserts.
+    """
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return bool({"hydra", "omegaconf", "logging"} & set(raised_in.parts)) and not isinstance(error, HarnessError)
 
 
 @contextmanager

@@ -38,8 +38,9 @@ def run_predict(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: no image, or a mistake in the configuration; or images that failed.
     """
-    overrides = [word for word in options.words if "=" in word]
-    files = list(_images([Path(word).expanduser() for word in options.words if "=" not in word]))
+    paths = [given for given in options.arguments if "=" not in given or Path(given).expanduser().exists()]
+    overrides = [given for given in options.arguments if given not in paths]
+    files = list(_images([Path(path).expanduser() for path in paths]))
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
     extra = Path(options.config_dir) if options.config_dir else None
     cfg = compose_config([*overrides, "tracking=none"], extra)

@@ -94,7 +94,7 @@ def open_here(cfg: Config, open_predictor: Callable[[Classes], Predictor]) -> Op
 
 
 def share_of(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
-    """Return a rank's batches: dearest first, dealt out in turn, so that ranks end at about the same time."""
+    """Return a rank's batches: the most expensive first, in turn, so that ranks end at about the same time."""
     order = sorted(range(len(costs)), key=lambda number: -costs[number])
     return order[rank::world_size]
 

@@ -30,17 +30,6 @@ CONVENTION = (
 )
 
 
-SCORE_NAMES = {
-    "mIoU": "mIoU",
-    "mIoU_csail": "mIoU (CSAIL: absent classes are 0)",
-    "mIoU_detectron2": "mIoU (detectron2: classes in truth)",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_accuracy": "mean accuracy",
-    "fwIoU": "frequency-weighted IoU",
-    "final_score": "final score",
-}
-"""The scores of a run, and how people call them."""
-
 BESIDE = ("decode", "ledger")
 """Stages of loader processes and of the recorder's thread, which work beside the others."""
 
