@@ -318,7 +318,7 @@ def test_wandb_offline_run_holds_the_result(demo: tuple[Path, str]) -> None:
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert str(file.parent.name) in shown
     records = read_wandb(file)
-    (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]  # type: ignore[attr-defined]
+    (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
     assert (started.project, started.run_group, started.job_type) == ("ade20k", "demo", "evaluate")
     assert "demo" in started.tags
     config = {u.key: json.loads(u.value_json) for u in started.config.update}
@@ -326,9 +326,9 @@ def test_wandb_offline_run_holds_the_result(demo: tuple[Path, str]) -> None:
     assert config["provenance"]["marks"]
     summary: dict[str, object] = {}
     for record in records:
-        updates = record.summary.update if record.WhichOneof("record_type") == "summary" else ()  # type: ignore[attr-defined]
+        updates = record.summary.update if record.WhichOneof("record_type") == "summary" else ()
         summary |= {(u.key or ".".join(u.nested_key)): json.loads(u.value_json) for u in updates}
-        history = record.history.item if record.WhichOneof("record_type") == "history" else ()  # type: ignore[attr-defined]
+        history = record.history.item if record.WhichOneof("record_type") == "history" else ()
         summary |= {(u.key or ".".join(u.nested_key)): json.loads(u.value_json) for u in history}
     metrics = json.loads((run / "metrics.json").read_text())
     assert summary["mIoU"] == metrics["mIoU"]
