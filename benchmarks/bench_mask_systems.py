@@ -34,8 +34,9 @@ from ade_harness.data.ade20k import open_ade20k
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.checkpoint.family import Strictness, quietly_random
-from ade_harness.models.checkpoint.files import read_state_dict
+from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.checkpoint.parts import read_state_dict
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.ops.attention import reference_operations
 from ade_harness.models.registry import family_of, systems

@@ -22,7 +22,7 @@ from ade_harness.endpoint.client import Endpoint
 from ade_harness.endpoint.http import Reply
 from ade_harness.endpoint.predictor import EndpointPredictor, read_scores
 from ade_harness.inference.folder import FolderPredictor
-from ade_harness.models.checkpoint.files import read_state_dict
+from ade_harness.models.checkpoint.parts import read_state_dict
 from ade_harness.models.loading import load_model
 from tests.hostile.conftest import attack
 from tests.hostile.mutations import damaged_bytes

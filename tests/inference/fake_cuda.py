@@ -31,7 +31,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.checkpoint.family import Strictness
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.loaded import LoadedModel, statistics
 from ade_harness.models.registry import family_of
 

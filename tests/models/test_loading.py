@@ -23,7 +23,9 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes, default_colors
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.files import hub_checkpoint, load_strictly, read_state_dict
+from ade_harness.models.checkpoint.parts import read_state_dict
+from ade_harness.models.checkpoint.public import hub_checkpoint
+from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.formats.demo import WEIGHTS
 from ade_harness.models.loading import load_model
@@ -292,11 +294,11 @@ def test_wrappers_and_strict_loading(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "meta": {"epoch": 3}}, tmp_path / "w.pth")
     read = read_state_dict(tmp_path / "w.pth")
     model = Tiny()
-    load_strictly(model, read, "w", (), ())
+    load_strictly(model, read, Strictness("w"))
     assert torch.equal(model.conv.weight, state["conv.weight"])
     with pytest.raises(HarnessError, match=r"1 missing: conv\.bias; 1 unexpected: head"):
-        load_strictly(model, {"conv.weight": read["conv.weight"], "head": read["conv.bias"]}, "w", (), ())
-    load_strictly(model, {"conv.weight": read["conv.weight"]}, "w", ("conv.bias",), ())
+        load_strictly(model, {"conv.weight": read["conv.weight"], "head": read["conv.bias"]}, Strictness("w"))
+    load_strictly(model, {"conv.weight": read["conv.weight"]}, Strictness("w", ("conv.bias",)))
 
 
 def test_checkpoint_missing_or_with_another_hash(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_ranks_end_with_their_supervisor_also_while_they_start(start: Callable[.
     time.sleep(after_s)
     ranks = psutil.Process(started.process.pid).children()
     os.kill(started.process.pid, signal.SIGKILL)
-    gone, alive = psutil.wait_procs(ranks, timeout=20)
+    gone, alive = psutil.wait_procs(ranks, timeout=60)  # they look once they have imported what they need
     assert not alive, [p.cmdline() for p in alive]
     assert len(gone) == len(ranks)
 

@@ -149,7 +149,7 @@ def test_requeued_jobs_continue(
 def test_scancel_keeps_what_was_counted(
     cluster: Cluster, work: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLOW_MODEL_SECONDS", "0.3")
+    monkeypatch.setenv("SLOW_MODEL_SECONDS", "1")
     job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *WORDS, "run.dir=run")
     cluster.wait(job, "RUNNING")
     until_rows(work / "run")

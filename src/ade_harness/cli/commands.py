@@ -207,6 +207,16 @@ COMMANDS = (
             _CONFIG_DIR,
         ),
     ),
+    Command(
+        "convert", "take the tensors out of a file that holds pickled objects; runs no code of it",
+        "convert:run_convert",
+        (
+            Argument("file", metavar="FILE", help="a torch file or pickle, as trainers write them"),
+            Argument("output", metavar="OUT.safetensors", help="to write"),
+            Argument("--weights", choices=("ema", "model"), help="where it holds averaged weights and those trained"),
+            Argument("--prefix", metavar="PREFIX", help="only weights whose names begin so, such as student."),
+        ),
+    ),
     Command("doctor", "what this machine can run", "doctor:run_doctor"),
 )  # fmt: skip
 EVERYWHERE = (

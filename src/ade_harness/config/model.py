@@ -46,6 +46,13 @@ class Weights(StrEnum):
     random = "random"
 
 
+class CheckpointWeights(StrEnum):
+    """Which weights of a file that holds both those that were trained and their average."""
+
+    ema = "ema"
+    model = "model"
+
+
 class Dtype(StrEnum):
     """Type of the weights in memory."""
 
@@ -175,6 +182,8 @@ class ModelConfig:
     missing: str | None = None  # what was never published, and what to do
     checkpoint: str | None = place()  # a weight file of your own, in place of the public one
     checkpoint_sha256: str | None = None
+    checkpoint_prefix: str | None = None  # names of its weights begin so; null: found out where one alone fits
+    checkpoint_weights: CheckpointWeights | None = None  # where it holds both; null: those its trainer would load
     backbone_checkpoint: str | None = place()  # likewise, if model.checkpoint holds the head alone
     delta: bool = False  # the file holds differences from the backbone's file, which is read too
     probe: str | None = None  # recipe of `probe` (conf/probe)

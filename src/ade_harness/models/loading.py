@@ -16,9 +16,11 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.backbones.vit import Beit3Trunk
-from ade_harness.models.checkpoint.family import Family, Strictness, add_delta, quietly_random
-from ade_harness.models.checkpoint.files import StateDict, noting_random_keys, read_state_dict
-from ade_harness.models.checkpoint.sources import backbone_checkpoint, chosen_checkpoint, facts_of
+from ade_harness.models.checkpoint.family import Family, add_delta, quietly_random
+from ade_harness.models.checkpoint.files import StateDict
+from ade_harness.models.checkpoint.parts import read_part
+from ade_harness.models.checkpoint.sources import backbone_checkpoint, choice_of, chosen_checkpoint, facts_of
+from ade_harness.models.checkpoint.strict import Strictness, noting_random_keys
 from ade_harness.models.loaded import LoadedModel, statistics
 from ade_harness.models.registry import family_of, imported, systems
 
@@ -54,7 +56,7 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
     if random:
         model.facts["random_keys"] = random
     model.module.eval()
-    if cfg.dtype != "fp32":
+    if cfg.dtype != "fp32" or not (kind.as_exported or kind.is_code):  # modules of the user's have their own types
         _convert(model.module, DTYPES[cfg.dtype])
     for parameter in model.module.parameters():  # ScriptModules have no requires_grad_ of their own
         parameter.requires_grad_(False)
@@ -72,14 +74,17 @@ def _still_random(missing: Sequence[str], cfg: ModelConfig) -> list[str]:
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert weights one after another: the peak is the converted model and one tensor, whatever the file's size."""
+    """Convert weights one after another: the peak is the converted model and one tensor, whatever the file's size.
+
+    Files of halves or doubles too are what ``model.dtype`` says.
+    """
     for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            continue  # its running statistics need the precision, and autocast takes them as they are
+        # running statistics need the precision, and autocast takes them as they are
+        wanted = torch.float32 if isinstance(part, nn.modules.batchnorm._BatchNorm) else dtype
         for tensors in (part._parameters, part._buffers):
             for tensor in tensors.values():
-                if tensor is not None and tensor.is_floating_point():
-                    tensor.data = tensor.data.to(dtype)
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != wanted:
+                    tensor.data = tensor.data.to(wanted)
 
 
 def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedModel:
@@ -94,19 +99,22 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
             f"model={cfg.name}: {cfg.missing or 'no public weights are known: give model.checkpoint=PATH.'}"
             " To try it without weights: model.weights=random."
         )
-    state, facts = read_state_dict(checkpoint.path), facts_of(checkpoint)
+    part = read_part(checkpoint.path, choice_of(cfg), family.known)
+    state, facts = part.state, facts_of(checkpoint, part)
     alone = _is_head_alone(family, state)
     if alone or cfg.delta:
         why = (
             "the head alone" if alone else "differences from its backbone (a file of whole weights: model.delta=false)"
         )
         backbone = backbone_checkpoint(cfg, f"{checkpoint.origin}: this file holds {why}")
-        below = read_state_dict(backbone.path)
+        below = read_part(backbone.path, known=family.known).state
         state = {**below, **state} if alone else add_delta(family, state, below)
         facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
     keys = Strictness(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
+    if _is_backbone_alone(family, state, keys):
+        raise HarnessError(f"{facts['origin']}: {_without_head(family, cfg)}")
     module = family.load(cfg.architecture, state, keys, classes)
     if isinstance(module, Beit3Trunk):
         raise HarnessError(
@@ -142,12 +150,28 @@ def load_for_probe(cfg: ModelConfig) -> LoadedModel:
         raise HarnessError("model.checkpoint: probe makes it. The backbone's file is model.backbone_checkpoint=PATH.")
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
     keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
-    module = family.load(cfg.architecture, read_state_dict(backbone.path), keys).eval()
-    if cfg.dtype != "fp32":
-        _convert(module, DTYPES[cfg.dtype])
+    module = family.load(cfg.architecture, read_part(backbone.path, known=family.known).state, keys).eval()
+    _convert(module, DTYPES[cfg.dtype])
     return LoadedModel(module, "pretrained", **statistics(cfg), facts=facts_of(backbone))
 
 
 def _is_head_alone(family: Family, state: StateDict) -> bool:
     """Return whether a file holds a head and not the frozen backbone below it."""
     return bool(family.head) and all(k.startswith(family.head) for k in family.hub_names(state))
+
+
+def _is_backbone_alone(family: Family, state: StateDict, keys: Strictness) -> bool:
+    """Return whether a file holds nothing of the head, and nobody allowed that."""
+    hub = family.hub_names(state)
+    allowed = any(fnmatchcase(family.classifier, pattern) for pattern in keys.allow_missing)
+    return family.classifier not in hub and not allowed and 2 * family.known(state) >= len(state) > 0
+
+
+def _without_head(family: Family, cfg: ModelConfig) -> str:
+    """Return what to do with the file of a backbone."""
+    frozen = (
+        "Give it as model.backbone_checkpoint=PATH, beside the head's file as model.checkpoint=PATH."
+        if family.head
+        else "Give the file of the whole system."
+    )
+    return f"a backbone alone, without a head ({family.classifier} is missing). {cfg.missing or frozen}"

@@ -14,7 +14,8 @@ from ade_harness.config.files import choices, read_choice
 from ade_harness.config.kinds import KINDS, Gives, Kind
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.models.backbones.vit import Beit3Trunk
-from ade_harness.models.checkpoint.family import Family, Strictness
+from ade_harness.models.checkpoint.family import Family
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.mask_classifier import SemanticScores
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.files import hub_checkpoint, read_state_dict
+from ade_harness.models.checkpoint.parts import read_state_dict
+from ade_harness.models.checkpoint.public import hub_checkpoint
 from ade_harness.models.loading import load_model
 from ade_harness.models.systems.siglip2 import SIGLIP2
 from tests.conftest import Done

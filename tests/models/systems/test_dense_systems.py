@@ -18,8 +18,8 @@ from torch import Tensor
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.models import from_official
-from ade_harness.models.checkpoint.family import Strictness
 from ade_harness.models.checkpoint.key_tables import known_keys, rename
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.registry import family_of, systems
 from ade_harness.models.systems.upernet import unfold_to_blocks
 from tests.models.golden_weights import draw, fill

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from ade_harness.errors import HarnessError
 from ade_harness.kernels import select, whole
-from ade_harness.models.checkpoint.family import Strictness, quietly_random
+from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.systems.segformer import SEGFORMER
 from tests.models.golden_weights import draw, fill
 

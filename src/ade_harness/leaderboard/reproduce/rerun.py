@@ -24,7 +24,7 @@ from ade_harness.files.fetch import cache_dir
 from ade_harness.leaderboard.reproduce.checkout import code_of
 from ade_harness.leaderboard.reproduce.comparison import LabelComparison, compare_runs, what_differs
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_claim
-from ade_harness.models.checkpoint.files import hub_checkpoint, url_checkpoint
+from ade_harness.models.checkpoint.public import hub_checkpoint, url_checkpoint
 from ade_harness.runs.directory import new_run_name
 from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.matching import match_runs

@@ -16,7 +16,7 @@ from ade_harness.config.kinds import Gives, Source, kind_of
 from ade_harness.errors import HarnessError
 from ade_harness.files.address import check_url
 from ade_harness.files.fetch import OnBytes
-from ade_harness.models.checkpoint.files import INDEX
+from ade_harness.models.checkpoint.public import INDEX
 from ade_harness.runs.finished import FinishedRun
 
 _TIMEOUT_S = 30

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ade_harness.models.backbones.pyramid import STAGES, Pyramid
-from ade_harness.models.checkpoint.family import Strictness, count, load_hub_names
+from ade_harness.models.checkpoint.family import count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 
 
 def build_resnet(fields: Mapping[str, Any], state: Mapping[str, Tensor] | None, keys: Strictness) -> Pyramid:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ade_harness.models.backbones.pyramid import STAGES, Pyramid
-from ade_harness.models.checkpoint.family import Strictness, count, load_hub_names
+from ade_harness.models.checkpoint.family import count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.ops.attention import register_with_transformers
 
 SWIN_FIELDS = ("embed_dim", "depths", "num_heads", "window_size")

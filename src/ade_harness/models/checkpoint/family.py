@@ -16,22 +16,12 @@ from torch import Tensor, nn
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes, usual_dataset
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.key_tables import Table, to_hub_names
+from ade_harness.models.checkpoint.key_tables import Table, known_keys, name_there, named_here, to_hub_names
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.formats.transformers import load_into_transformers
 
 SECTIONS = ("backbone", "adapter", "head")
 """Sections of ``model.architecture``."""
-
-
-@dataclass(frozen=True)
-class Strictness:
-    """How strictly weights are loaded, and how messages call them."""
-
-    origin: str = "state_dict"
-    allow_missing: tuple[str, ...] = ()
-    allow_unexpected: tuple[str, ...] = ()
-    headless: bool = False
-    """A linear head may be missing: it is to be trained."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +63,16 @@ class Family:
         """Rename a state_dict of any known code base."""
         return to_hub_names(self.prepare(state), self.layouts)[0]
 
+    def known(self, state: Mapping[str, Tensor]) -> int:
+        """Return how many names of a state_dict the code base has that knows most of them."""
+        names = self.prepare(state)
+        return max(max(known_keys(names, table), named_here(names, table)) for table in self.layouts.values())
+
+    def file_names(self, state: Mapping[str, Tensor]) -> Callable[[str], str] | None:
+        """Return what names weights from the hub's names as this state_dict does; None if it has the hub's own."""
+        layout = to_hub_names(self.prepare(state), self.layouts)[1]
+        return None if layout == "hub" else lambda key: name_there(key, self.layouts[layout])
+
     def used(self, hub: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Leave out what takes no part in the forward."""
         return {k: v for k, v in hub.items() if not any(fnmatch.fnmatchcase(k, p) for p in self.unused)}
@@ -98,7 +98,11 @@ class Family:
         """
         architecture, classes = self.flat(architecture), classes or ade20k_classes()
         hub = None if state is None else self.hub_names(state)
-        keys = replace(keys, allow_missing=(*keys.allow_missing, "*num_batches_tracked"))  # evaluation never reads it
+        keys = replace(
+            keys,
+            allow_missing=(*keys.allow_missing, "*num_batches_tracked"),  # evaluation never reads it
+            of_file=None if state is None else self.file_names(state),
+        )
         read: dict[str, Any] = {}
         if hub is not None:
             self._check_classes(hub, keys, classes)
@@ -202,7 +206,7 @@ def add_delta(family: Family, delta: Mapping[str, Tensor], backbone: Mapping[str
                 f"model.backbone_checkpoint: {key} is {list(value.shape)}, the model's {list(whole[key].shape)}."
                 " Is it the backbone that the model was made from?"
             )
-        whole[key] = whole[key] + value
+        whole[key] = whole[key].float() + value.float()  # halves are summed as what they stand for
     return whole
 
 
@@ -217,7 +221,7 @@ def load_hub_names(cls: Any, config: Any, state: Mapping[str, Tensor] | None, ke
     if state is None:
         network: nn.Module = cls(config).eval()
         return network
-    return load_into_transformers(cls, config, state, keys.origin, keys.allow_missing, keys.allow_unexpected)
+    return load_into_transformers(cls, config, state, keys)
 
 
 def quietly_random(

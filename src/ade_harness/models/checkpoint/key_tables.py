@@ -14,7 +14,7 @@ Names that no row knows are kept as they are, so that strict loading refuses the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -63,10 +63,46 @@ def _match(rules: Sequence[_Rule], key: str) -> tuple[_Rule, re.Match[str]] | No
     return None
 
 
-def known_keys(state: Mapping[str, Tensor], table: Table) -> int:
-    """Return how many keys some row of the table knows."""
+def known_keys(state: Iterable[str], table: Table) -> int:
+    """Return how many keys some row of the table knows on its left."""
     rules = _rules(table)
     return sum(_match(rules, key) is not None for key in state)
+
+
+@cache
+def _named_here(target: str) -> re.Pattern[str]:
+    """Return what the names on the right of a row look like; the numbers of the left are groups."""
+    pattern, seen = "", set()
+    for part in re.split(r"(\{\w(?:[+-]\d)?\}|\{[\w|]+\}|\*)", target):
+        number = re.fullmatch(r"\{(\w)([+-]\d)?\}", part)
+        if number is not None:
+            pattern += f"(?P={number[1]})" if number[1] in seen else f"(?P<{number[1]}>\\d+)"
+            seen.add(number[1])
+        elif part == "*":
+            pattern += "(?P<rest>.*)"
+        elif part.startswith("{"):
+            pattern += f"(?:{part[1:-1]})"
+        else:
+            pattern += re.escape(part)
+    return re.compile(pattern + r"\Z")
+
+
+def named_here(state: Iterable[str], table: Table) -> int:
+    """Return how many keys have a name of the table's right."""
+    patterns = [_named_here(row[1]) for row in table if row[1] is not None]
+    return sum(any(p.match(key) for p in patterns) for key in state)
+
+
+def name_there(key: str, table: Table) -> str:
+    """Return the name that a weight has on the table's left, from its name here; as it is if no row has it."""
+    for row in table:
+        found = None if row[1] is None else _named_here(row[1]).match(key)
+        if found is not None:
+            name = row[0]
+            for number, more in re.findall(r"\{(\w)([+-]\d)?\}", row[1] or ""):
+                name = name.replace(f"{{{number}}}", str(int(found[number]) - int(more or 0)))
+            return name.replace("*", found.groupdict().get("rest", ""))
+    return key
 
 
 def rename(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:

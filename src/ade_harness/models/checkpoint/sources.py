@@ -8,7 +8,8 @@ from typing import Any
 from ade_harness.config.model import CheckpointConfig, ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import cache_dir, file_hash
-from ade_harness.models.checkpoint.files import Checkpoint, hub_checkpoint, local_checkpoint, url_checkpoint
+from ade_harness.models.checkpoint.parts import Choice, Part
+from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint, url_checkpoint
 
 
 def chosen_checkpoint(cfg: ModelConfig) -> Checkpoint | None:
@@ -41,9 +42,15 @@ def _public_file(cfg: ModelConfig, official: CheckpointConfig, hub: CheckpointCo
     return None
 
 
-def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the manifest keeps of a weight file."""
-    return {"origin": checkpoint.origin, "sha256": checkpoint.sha256}
+def choice_of(cfg: ModelConfig) -> Choice:
+    """Return what the configuration says about the parts of a weight file."""
+    return Choice(cfg.checkpoint_prefix, cfg.checkpoint_weights)
+
+
+def facts_of(checkpoint: Checkpoint, part: Part | None = None) -> dict[str, Any]:
+    """Return what the manifest keeps of a weight file, and of the part of it that was taken."""
+    taken = str(part) if part is not None else ""
+    return {"origin": checkpoint.origin, "sha256": checkpoint.sha256, **({"part": taken} if taken else {})}
 
 
 def model_file(cfg: ModelConfig) -> Path:

@@ -14,8 +14,9 @@ from torch import nn
 
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.files import load_strictly, read_state_dict
-from ade_harness.models.checkpoint.sources import chosen_checkpoint, facts_of
+from ade_harness.models.checkpoint.parts import read_part
+from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
+from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.identity import source_hash
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
@@ -35,9 +36,11 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         weights = "random" if cfg.weights == "random" else "constructed"
         facts: dict[str, Any] = {"origin": f"{target}, as constructed (seed {cfg.seed})"}
     else:
-        state = read_state_dict(checkpoint.path)
-        load_strictly(module, state, checkpoint.origin, cfg.allow_missing_keys, cfg.allow_unexpected_keys)
-        weights, facts = "pretrained", facts_of(checkpoint)
+        own = module.state_dict()
+        part = read_part(checkpoint.path, choice_of(cfg), lambda state: len(state.keys() & own.keys()))
+        allowed = tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys)
+        load_strictly(module, part.state, Strictness(checkpoint.origin, *allowed))
+        weights, facts = "pretrained", facts_of(checkpoint, part)
     source = source_hash(type(module).__module__), source_hash(get_object(target).__module__)
     facts["source"] = ", ".join(dict.fromkeys(s for s in source if s)) or None
     names = getattr(module, "class_names", None)

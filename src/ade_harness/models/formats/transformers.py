@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
-from ade_harness.models.checkpoint.files import require_all_keys
+from ade_harness.models.checkpoint.strict import Strictness, require_all_keys
 from ade_harness.models.loaded import LoadedModel, names_of
 from ade_harness.models.outputs import MaskLogits
 
@@ -47,14 +48,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_into_transformers(
-    cls: Any,
-    config: Any,
-    state: Mapping[str, Tensor],
-    origin: str,
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
-) -> nn.Module:
+def load_into_transformers(cls: Any, config: Any, state: Mapping[str, Tensor], keys: Strictness) -> nn.Module:
     """Build `cls` from `config` with the weights of `state`, in the names of the hub's files, strictly.
 
     transformers 5 renamed its modules and translates older names only inside ``from_pretrained``.
@@ -67,21 +61,31 @@ def load_into_transformers(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    _check_loading_info(info, origin, allow_missing, allow_unexpected, len(state))
+    _check_loading_info(info, replace(keys, of_file=_hub_names(module, keys)), len(state))
     loaded: nn.Module = module.eval()
     return loaded
 
 
-def _check_loading_info(
-    info: Mapping[str, Any], origin: str, allow_missing: Sequence[str], allow_unexpected: Sequence[str],
-    of_file: int | None = None,
-) -> None:  # fmt: skip
+def _hub_names(module: nn.Module, keys: Strictness) -> Callable[[str], str]:
+    """Return what turns names of transformers' modules into the hub's, as its files have them, and those into `keys`'."""
+    own = module.state_dict()
+
+    def in_the_file(key: str) -> str:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        with suppress(Exception):  # of names alone: a message is no place to fail in
+            key = next(iter(revert_weight_conversion(cast(Any, module), {key: own[key]})))
+        return key if keys.of_file is None else keys.of_file(key)
+
+    return in_the_file
+
+
+def _check_loading_info(info: Mapping[str, Any], keys: Strictness, of_file: int | None = None) -> None:
     shapes = [
-        f"{k[0]} {list(k[1])} (the model has {list(k[2])})" if isinstance(k, tuple) else str(k)
+        f"{keys.both_names(k[0])} {list(k[1])} (the model has {list(k[2])})" if isinstance(k, tuple) else str(k)
         for k in info.get("mismatched_keys", ())
     ]
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    require_all_keys(origin, missing, unexpected, shapes, allow_missing, allow_unexpected, of_file)
+    require_all_keys(keys, info["missing_keys"], info["unexpected_keys"], shapes, of_file)
 
 
 class SemanticModel(nn.Module):
@@ -161,7 +165,7 @@ def load_transformers(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    _check_loading_info(info, where, allow_missing, allow_unexpected)
+    _check_loading_info(info, Strictness(where, tuple(allow_missing), tuple(allow_unexpected)))
     names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else None
     if names and all(n == f"LABEL_{i}" for i, n in enumerate(names)):
         names = None  # transformers' placeholder

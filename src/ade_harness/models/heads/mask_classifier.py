@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Strictness
-from ade_harness.models.checkpoint.files import load_strictly
+from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.ops.attention import reference_operations
 from ade_harness.models.outputs import MaskLogits
 
@@ -83,10 +82,10 @@ def load_own(make: Callable[[], nn.Module], state: Mapping[str, Tensor] | None, 
         return make().eval()
     with torch.device("meta"):  # no memory, no time for random numbers
         module = make().eval()
-    load_strictly(module, dict(state), keys.origin, keys.allow_missing, keys.allow_unexpected)
+    load_strictly(module, state, keys)
     if any(p.is_meta for p in module.parameters()) and not next(iter(state.values())).is_meta:
         module = make().eval()  # keys that may be missing stay random
-        load_strictly(module, dict(state), keys.origin, keys.allow_missing, keys.allow_unexpected)
+        load_strictly(module, state, keys)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta and not next(iter(state.values())).is_meta:

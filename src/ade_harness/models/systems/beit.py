@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 
 _BLOCK = "beit.encoder.layer.{B}."
 _ATTENTION = _BLOCK + "attention.attention."

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
-from ade_harness.models.checkpoint.files import load_strictly
+from ade_harness.models.checkpoint.family import Family, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.heads.linear import LINEAR_HEAD, LinearSegmenter
 
 _BLOCK = "encoder.layer.{B}."
@@ -114,7 +114,7 @@ def segmenter(
     network = load_hub_names(cls, config, parts[0], keys)
     whole = LinearSegmenter(wrap(network), pad, config.num_labels)
     if parts[1] or (state is not None and not keys.headless):
-        load_strictly(whole.head, parts[1], keys.origin, keys.allow_missing, keys.allow_unexpected)
+        load_strictly(whole.head, parts[1], keys)
     return whole
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ade_harness.models.checkpoint.family import Family, Strictness, count
+from ade_harness.models.checkpoint.family import Family, count
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.linear import LINEAR_HEAD, LinearSegmenter
 from ade_harness.models.systems.dinov2 import segmenter
 

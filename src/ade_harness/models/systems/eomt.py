@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.outputs import MaskLogits
 
 _BODY = "network.encoder.backbone."

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ade_harness.models.backbones.internimage import InternImage, published_post_norms
-from ade_harness.models.checkpoint.family import Family, Strictness, count
+from ade_harness.models.checkpoint.family import Family, count
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.mask2former import HEAD_FIELDS, HEAD_MMDETECTION, build_head, read_head
 from ade_harness.models.heads.mask_classifier import MaskClassifier, load_own
 

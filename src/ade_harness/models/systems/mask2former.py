@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ade_harness.models.backbones.resnet import RESNET_DETECTRON2, RESNET_FIELDS, build_resnet, read_resnet
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_FIELDS, build_swin, read_swin, swin_channels
-from ade_harness.models.checkpoint.family import Family, Strictness, count
+from ade_harness.models.checkpoint.family import Family, count
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.fapn import FAPN, FapnDecoder
 from ade_harness.models.heads.mask2former import (
     HEAD_DETECTRON2,

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_FIELDS, build_swin, read_swin, swin_channels
-from ade_harness.models.checkpoint.family import Family, Strictness, count
+from ade_harness.models.checkpoint.family import Family, count
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.fapn import FAPN, FapnDecoder
 from ade_harness.models.heads.mask2former import Attention, NormedConv, dot_masks, mask_embed, sine_positions
 from ade_harness.models.heads.mask_classifier import MaskClassifier, load_own, split

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ade_harness.kernels.constants import constant
 from ade_harness.models.backbones.swin import SWIN_FIELDS, build_swin, read_swin, swin_channels
-from ade_harness.models.checkpoint.family import Family, Strictness, count
+from ade_harness.models.checkpoint.family import Family, count
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.formats.transformers import ONEFORMER_TASKS, ONEFORMER_TEXT_LENGTH
 from ade_harness.models.heads.mask2former import HEAD_FIELDS, QueryDecoder, build_head, read_head, sine_positions
 from ade_harness.models.heads.mask_classifier import assemble, split

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ade_harness.models.backbones.pyramid import STAGES
 from ade_harness.models.backbones.swin import SWIN_BACKBONE, SWIN_BLOCK
-from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 
 UPERNET_HEAD: Table = (
     ("decode_head.conv_seg.*", "decode_head.classifier.*"),

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ade_harness.models.backbones.vit import Beit3Trunk, BeitTrunk, Dinov2Trunk, Dinov3Trunk
 from ade_harness.models.backbones.vit_adapter import ADAPTER_FIELDS, build_adapter, read_adapter
-from ade_harness.models.checkpoint.family import Family, Strictness, count, load_hub_names
+from ade_harness.models.checkpoint.family import Family, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
+from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.linear import LINEAR_HEAD
 from ade_harness.models.heads.mask2former import HEAD_DINOV3, HEAD_FIELDS, HEAD_MMDETECTION, build_head, read_head
 from ade_harness.models.heads.mask_classifier import MaskClassifier, load_own, split

@@ -1,0 +1,181 @@
+"""Take the tensors out of a file that holds pickled objects, without running any code of it."""
+
+from __future__ import annotations
+
+import pickle
+import types
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ade_harness.errors import HarnessError, require
+from ade_harness.files.atomic import replaced
+from ade_harness.files.fetch import file_hash
+from ade_harness.models.checkpoint.files import ARRAYS_ONLY, StateDict, from_numpy
+from ade_harness.models.checkpoint.parts import Choice, Part, take_part
+
+
+class _Left:
+    """Stands for an object of a class that is not read; keeps what it would have been made of."""
+
+    content: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> _Left:
+        """Take any arguments."""
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the attributes that the object had: a module's parameters are among them."""
+        self.content = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keep the items of a class that was made from dict."""
+        if not isinstance(self.content, dict):
+            self.content = {}
+        self.content[key] = value
+
+    def append(self, value: Any) -> None:
+        """Drop the items of a class that was made from list."""
+
+    def extend(self, values: Any) -> None:
+        """Likewise."""
+
+
+_MAKERS = {
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    *(
+        (module, name)
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset", "complex", "bytearray")
+    ),
+    ("collections", "defaultdict"),
+    *ARRAYS_ONLY,
+}
+"""What tensors, arrays and containers are made of."""
+_SAFE = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Makes tensors, arrays and containers; puts :class:`_Left` in the place of every other class and function."""
+
+    left: set[str]
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the few functions that tensors need, or the class that stands for all others."""
+        if (module, name) in _MAKERS or (module == "torch" and _is_type(name)):
+            return _SAFE.get(name) or super().find_class(module, name)
+        self.left.add(f"{module}.{name}")
+        return _Left
+
+
+def _is_type(name: str) -> bool:
+    return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def convert(file: Path, output: Path, choice: Choice) -> tuple[Part, list[str], str]:
+    """Write the weights of a torch or pickle file as safetensors.
+
+    Args:
+        file: that holds more than tensors: arguments, optimisers, a whole module.
+        output: to write; a file that is there is not replaced.
+        choice: which weights, where it holds several.
+
+    Returns:
+        The part that was written; the classes that were left out; the sha256 of the output.
+
+    Raises:
+        HarnessError: the file is damaged or no such file; it holds no weights, or several that could be meant; the
+            output exists or cannot be written.
+    """
+    require(file.is_file(), f"{file}: no such file.")
+    require(output.suffix == ".safetensors", f"{output}: expected a name that ends in .safetensors.")
+    require(not output.exists(), f"{output}: is there already. Give another name, or delete it.")
+    content, left = _read(file)
+    part = take_part(_opened(content), file, choice)
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in part.state.items()}  # none share memory
+    try:
+        with replaced(output) as unfinished:
+            save_file(tensors, unfinished, {"format": "pt"})
+    except OSError as error:
+        raise HarnessError(f"{output}: cannot be written ({error.strerror or error}).") from error
+    return part, left, file_hash(output, "sha256")
+
+
+def _read(file: Path) -> tuple[Any, list[str]]:
+    """Return what a file holds, with stand-ins for foreign objects, and the names of their classes."""
+    left: set[str] = set()
+    unpickler = type("Unpickler", (_TensorUnpickler,), {"left": left})
+
+    def load(stream: Any, **settings: Any) -> Any:
+        return unpickler(stream, **settings).load()
+
+    try:
+        if file.suffix == ".pkl" and not zipfile.is_zipfile(file):
+            with file.open("rb") as stream:
+                return load(stream, encoding="latin1"), sorted(left)
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise HarnessError(
+                        f"{file}: a TorchScript program. Evaluate it: model=torchscript model.path={file}"
+                    )
+        ours: Any = types.ModuleType("restricted")  # with all that torch.load uses of a pickle module
+        ours.Unpickler, ours.load = unpickler, load
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=ours), sorted(left)
+    except HarnessError:
+        raise
+    except Exception as error:  # a damaged file fails in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HarnessError(f"{file}: not a readable torch file or pickle ({reason}). Fetch it again.") from error
+
+
+def _opened(value: Any, depth: int = 0) -> Any:
+    """Return containers with modules as their state_dicts, and arrays as tensors."""
+    if isinstance(value, _Left):
+        content = value.content
+        if isinstance(content, tuple) and content and isinstance(content[0], dict):
+            content = content[0]  # (attributes, slots)
+        if isinstance(content, Mapping) and "_modules" in content and "_parameters" in content:
+            return _state_of(content)
+        return _opened(dict(content), depth + 1) if isinstance(content, Mapping) and depth < _MAX_DEPTH else None
+    if isinstance(value, Mapping) and depth < _MAX_DEPTH:
+        return {str(key): _opened(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        return from_numpy(np.asarray(value))
+    return value
+
+
+_MAX_DEPTH = 8
+
+
+def _state_of(module: Mapping[str, Any], prefix: str = "", depth: int = 0) -> StateDict:
+    """Return what ``state_dict`` of a pickled module would have: parameters and persistent buffers by name."""
+    state: StateDict = {}
+    passing = module.get("_non_persistent_buffers_set") or ()
+    for tensors, without in ((module.get("_parameters"), ()), (module.get("_buffers"), passing)):
+        for name, tensor in (tensors or {}).items():
+            if isinstance(tensor, Tensor) and name not in without:
+                state[prefix + name] = tensor
+    for name, child in (module.get("_modules") or {}).items():
+        content = child.content if isinstance(child, _Left) else None
+        if isinstance(content, Mapping) and depth < _MAX_NESTED:
+            state |= _state_of(content, f"{prefix}{name}.", depth + 1)
+    return state
+
+
+_MAX_NESTED = 100

@@ -1,0 +1,248 @@
+"""Which part of a trainer's file is the network: wrappers, averaged weights, prefixes of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ade_harness.config.model import CheckpointWeights
+from ade_harness.errors import HarnessError
+from ade_harness.models.checkpoint.files import StateDict, read_content
+
+Known = Callable[[StateDict], int]
+"""How many names of a state_dict are a network's."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user says about a file; nothing said is found out, or asked."""
+
+    prefix: str | None = None
+    """``model.checkpoint_prefix``."""
+    weights: CheckpointWeights | None = None
+    """``model.checkpoint_weights``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A state_dict, and which part of its file it is."""
+
+    state: StateDict
+    where: tuple[str, ...] = ()
+    """Such as ``state_dict``, ``names that begin with 'module.'``; empty if it is the whole file."""
+    beside: tuple[str, ...] = ()
+    """What else the file holds, and how it is chosen."""
+    averaged: bool = False
+    """Whether its names say that the weights are an average over the training."""
+
+    def __str__(self) -> str:
+        """Return what a run's notes and manifest say of it; empty for a whole file."""
+        return "; ".join([", ".join(self.where), *self.beside] if self.where else self.beside)
+
+
+_PLAIN = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params", "weights")
+"""Where trainers put the weights, the usual first."""
+_AVERAGED = re.compile(r"(^|_)(ema|swa|averaged)(_|$)")
+"""Words in the names of averaged weights: ``ema_state_dict``, ``model_ema``, ``state_dict_ema``, ``params_ema``."""
+_SIDES = ("student", "teacher")
+"""Networks of one training, beside each other; only the user can say which is meant, unless one alone fits."""
+_STEPS = ("n_averaged", "steps")
+"""Counters among averaged weights: torch's AveragedModel, mmengine."""
+_PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "student.", "teacher.")
+_AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_module.")
+_MAX_NESTED = 3
+
+
+def read_part(path: Path, choice: Choice | None = None, known: Known | None = None) -> Part:
+    """Read the weights of a file.
+
+    Args:
+        path: of the file.
+        choice: what the user says.
+        known: how many names of a state_dict are the network's; None takes names as they are, or without the
+            ``module.`` that all have.
+
+    Raises:
+        HarnessError: the file is damaged or holds pickled code; it holds no state_dict, or several that could be meant;
+            or not what `choice` names.
+    """
+    choice = choice or Choice()
+    return take_part(read_content(path), path, choice, known)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Read the weights of a file as :func:`read_part` does without a choice; raises the same."""
+    return read_part(path).state
+
+
+def take_part(content: Any, path: Path, choice: Choice, known: Known | None = None) -> Part:
+    """Return the network's weights in what a file holds; as :func:`read_part`, whose errors it raises."""
+    part = _unwrapped(content, path, choice)
+    if choice.prefix is not None:
+        part = _below(part, choice.prefix, path)
+    elif known is not None:
+        part = _recognised(part, path, choice, known)
+    elif _all_begin(part.state, "module."):
+        part = _below(part, "module.", path)
+    if choice.weights == "ema" and not part.averaged:
+        found = f", only {part.where[0]}" if part.where else ""
+        raise HarnessError(f"model.checkpoint_weights=ema: {path} holds no averaged weights{found}. Leave it out.")
+    return part
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
+    """Open the mappings that trainers put around a state_dict."""
+    where: list[str] = []
+    beside: list[str] = []
+    is_averaged = False
+    while not _is_state(content):
+        if not isinstance(content, Mapping):
+            raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
+        inside = {str(k): v for k, v in content.items() if isinstance(v, Mapping) and _has_state(v)}
+        sides = {f"{side}.": inside.pop(side) for side in _SIDES if side in inside}
+        averaged = [name for name in inside if _AVERAGED.search(name)]
+        plain = sorted((name for name in inside if name not in averaged), key=_usual_first)
+        swapped = _is_mmengines(content) and bool(averaged) and bool(plain)
+        if swapped:
+            averaged, plain = plain[:1], averaged
+        if sides and not plain and not averaged:
+            content = {prefix + k: v for prefix, state in sides.items() for k, v in _flat(state).items()}
+            break
+        taken, others = _which(plain, averaged, swapped, path, choice)
+        is_averaged = is_averaged or taken in averaged
+        where.append(taken)
+        beside += others
+        content = inside[taken]
+    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor) and not _counts_steps(k, v)}
+    return Part(state, tuple(where), tuple(beside), is_averaged)
+
+
+def _has_state(value: Mapping[str, Any]) -> bool:
+    return _is_state(value) or any(isinstance(v, Mapping) and _is_state(v) for v in value.values())
+
+
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Open the one wrapper that may be around a side's state_dict."""
+    if _is_state(value):
+        return dict(value)
+    return next(dict(v) for v in value.values() if _is_state(v))
+
+
+def _usual_first(name: str) -> tuple[int, str]:
+    return (_PLAIN.index(name) if name in _PLAIN else len(_PLAIN), name)
+
+
+def _is_mmengines(content: Mapping[str, Any]) -> bool:
+    """Whether mmengine wrote it, whose EMAHook puts the averaged weights in ``state_dict`` and the others beside."""
+    meta = content.get("meta")
+    return "message_hub" in content or (isinstance(meta, Mapping) and "mmengine_version" in meta)
+
+
+def _counts_steps(name: str, value: Tensor) -> bool:
+    return name in _STEPS and value.numel() == 1
+
+
+def _which(plain: list[str], averaged: list[str], swapped: bool, path: Path, choice: Choice) -> tuple[str, list[str]]:
+    """Return the entry to take, and a word on what is left beside it."""
+    if not plain and not averaged:
+        raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
+    if len(plain) > 1 and plain[0] not in _PLAIN:
+        raise HarnessError(
+            f"{path}: holds several networks ({', '.join(plain)}). Write the one that is meant to a file of its own."
+        )
+    asked = choice.weights
+    if asked == "model" and not plain:
+        raise HarnessError(f"model.checkpoint_weights=model: {path} holds averaged weights alone: {averaged[0]}.")
+    # mmengine's own loader, and everybody's after it, takes state_dict: the averaged ones
+    takes_averaged = not plain or (bool(averaged) and (asked == "ema" or (asked is None and swapped)))
+    taken = averaged[0] if takes_averaged else plain[0]
+    if not (plain and averaged):
+        return taken, []
+    other, name = ("model", plain[0]) if takes_averaged else ("ema", averaged[0])
+    what = "the averaged weights" if takes_averaged else "the weights that were trained"
+    kind = "the averaged ones" if other == "ema" else "those that were trained"
+    return taken, [f"{what}; {kind} are in {name}: model.checkpoint_weights={other}"]
+
+
+def _all_begin(state: StateDict, prefix: str) -> bool:
+    return bool(state) and all(name.startswith(prefix) for name in state)
+
+
+def _stripped(state: StateDict, prefix: str) -> StateDict:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and not _counts_steps(name.removeprefix(prefix), value)
+    }
+
+
+def _below(part: Part, prefix: str, path: Path) -> Part:
+    """Return the weights whose names begin with `prefix`, without it."""
+    if not prefix.endswith(".") and any(name.startswith(f"{prefix}.") for name in part.state):
+        prefix = f"{prefix}."
+    state = _stripped(part.state, prefix)
+    if not state:
+        raise HarnessError(
+            f"model.checkpoint_prefix={prefix}: no name in {path} begins with it; they are such as"
+            f" {', '.join(list(part.state)[:3])}."
+        )
+    rest = len(part.state) - len(state)
+    others = (f"{rest} of {len(part.state)} weights have other names and were not read",) if rest else ()
+    where = (*part.where, f"names that begin with {prefix!r}")
+    averaged = part.averaged or prefix.startswith(_AVERAGED_PREFIXES)
+    return replace(part, state=state, where=where, beside=(*part.beside, *others), averaged=averaged)
+
+
+def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:
+    """Return the weights below the one prefix that makes them the network's; as they are if none does.
+
+    Raises:
+        HarnessError: several prefixes do.
+    """
+    fitting = [prefix for prefix in _prefixes(part.state) if _mostly(_stripped(part.state, prefix), known)]
+    fitting = [p for p in fitting if not any(p != above and p.startswith(above) for above in fitting)]  # the outermost
+    averaged = [prefix for prefix in fitting if prefix.startswith(_AVERAGED_PREFIXES)]
+    plain = [prefix for prefix in fitting if prefix not in averaged]
+    unprefixed = {k: v for k, v in part.state.items() if not k.startswith(tuple(averaged))} if averaged else part.state
+    if _mostly(unprefixed, known) and not (averaged and choice.weights == "ema"):
+        beside = [f"the averaged weights begin with {p!r}: model.checkpoint_weights=ema" for p in averaged[:1]]
+        return replace(part, state=unprefixed, beside=(*part.beside, *beside))
+    plain += [""] if averaged and _mostly(unprefixed, known) else []
+    chosen = (averaged or plain) if choice.weights == "ema" else (plain or averaged)
+    if len(chosen) > 1:
+        counts = ", ".join(f"{prefix} ({len(_stripped(part.state, prefix))})" for prefix in chosen)
+        raise HarnessError(
+            f"{path}: holds several networks that fit, by how their names begin: {counts}. Choose one with"
+            f" model.checkpoint_prefix={chosen[0]}"
+        )
+    if not chosen:
+        return part
+    found = _below(part, chosen[0], path)
+    if averaged and plain:
+        other = "those that were trained: " if chosen[0] in averaged else "the averaged ones: "
+        switch = "model.checkpoint_weights=" + ("model" if chosen[0] in averaged else "ema")
+        found = replace(found, beside=(*found.beside, other + switch))
+    return found
+
+
+def _mostly(state: StateDict, known: Known) -> bool:
+    return bool(state) and 2 * known(state) >= len(state)
+
+
+def _prefixes(state: Iterable[str], above: str = "", depth: int = _MAX_NESTED) -> list[str]:
+    """Return the prefixes that names have, and those below each: ``module.``, ``module.student.``."""
+    names = list(state)
+    found = [p for p in chain(_PREFIXES, _AVERAGED_PREFIXES) if any(name.startswith(p) for name in names)]
+    below = {p: [name.removeprefix(p) for name in names if name.startswith(p)] for p in found}
+    deeper = [prefix for p in found if depth > 1 for prefix in _prefixes(below[p], above + p, depth - 1)]
+    return [above + p for p in found] + deeper

@@ -1,0 +1,153 @@
+"""Find and fetch weight files: on this machine, at an address, on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from ade_harness.errors import HarnessError
+from ade_harness.files.fetch import OnBytes, fetch, file_hash
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A weight file on this machine, and where it came from."""
+
+    path: Path
+    sha256: str
+    origin: str
+    """The file's path as given, or ``hub id @ revision / file name``."""
+
+
+def local_checkpoint(path: str, sha256: str | None, key: str = "model.checkpoint") -> Checkpoint:
+    """Check a weight file given by the user.
+
+    Raises:
+        HarnessError: it is not there, or its hash is not the expected one.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise HarnessError(f"{key}={path}: no such file.")
+    return _checked(file, sha256, str(file), f"{key}_sha256")
+
+
+def url_checkpoint(url: str, folder: Path, sha256: str | None, on_bytes: OnBytes | None = None) -> Checkpoint:
+    """Fetch a weight file into `folder`, once for all ranks of a node; continued after an interruption.
+
+    Raises:
+        HarnessError: no network, no such file, or a wrong hash.
+    """
+    file = folder / url.rpartition("/")[2]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(file) + ".lock"):
+            if not file.exists():
+                fetch(url, file, on_bytes=on_bytes)
+    except HarnessError as error:
+        raise HarnessError(f"{error} {_ADVICE}") from error
+    except OSError as error:
+        raise HarnessError(
+            f"{folder}: cannot be written ({error.strerror or error}). Set ADE_HARNESS_CACHE to a folder of yours."
+        ) from error
+    return _checked(file, sha256, url, "the configuration")
+
+
+def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str | None) -> Checkpoint:
+    """Fetch a weight file from the hub into its cache (resumed, and reused without network once it is there).
+
+    Large models are there in several shards with an index: all of them are fetched, and the index is the file. Where
+    ``model.safetensors`` is asked for, an older ``pytorch_model.bin`` will do.
+
+    Raises:
+        HarnessError: no network, no such file, a gated repository, or a wrong hash.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    names = _HUB_FILES if filename == _HUB_FILES[0] else (filename,)
+    for name in names:
+        try:
+            path = _hub_file(hub_id, name, revision)
+            break
+        except EntryNotFoundError as error:
+            if name == names[-1]:
+                raise HarnessError(
+                    f"{_hub_name(hub_id, filename, revision)}: not found on the hub. {_ADVICE}"
+                ) from error
+    parts = path.parts  # the cache's snapshot folder is named by the commit
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
+    origin = f"{hub_id}@{commit}/{path.name}"
+    if not path.name.endswith(INDEX):
+        return _checked(path, sha256, origin, "model.hub.sha256")
+    digests = [file_hash(_hub_file(hub_id, shard, commit), "sha256") for shard in shards(path)]
+    return Checkpoint(path, hashlib.sha256("".join(digests).encode()).hexdigest(), origin)
+
+
+_HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+INDEX = ".index.json"
+_ADVICE = "Download it elsewhere and give model.checkpoint=PATH, or try without weights: model.weights=random."
+
+
+def shards(index: Path) -> list[str]:
+    """Return the files that an index names.
+
+    Raises:
+        HarnessError: it is no index, or names files elsewhere.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it names no files, or files elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HarnessError(f"{index}: not an index of weight files ({error}). Fetch it again.") from error
+    return names
+
+
+def _hub_name(hub_id: str, filename: str, revision: str | None) -> str:
+    return f"{hub_id}{'@' + revision if revision else ''}/{filename}"
+
+
+def _hub_file(hub_id: str, filename: str, revision: str | None) -> Path:
+    """Fetch one file; raises EntryNotFoundError if the repository has none of that name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = _hub_name(hub_id, filename, revision)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
+    try:
+        return Path(hf_hub_download(hub_id, filename, revision=revision))
+    except GatedRepoError as error:
+        raise HarnessError(
+            f"{where}: this repository is gated. Accept its licence on its page, then log in: `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HarnessError(f"{where}: this revision is not on the hub any more. {_ADVICE}") from error
+    except LocalEntryNotFoundError as error:
+        raise HarnessError(f"{where}: not in the cache, and the hub cannot be reached. {_ADVICE}") from error
+    except RepositoryNotFoundError as error:
+        raise HarnessError(f"{where}: not found on the hub. {_ADVICE}") from error
+    except EntryNotFoundError:
+        raise
+    except (HfHubHTTPError, OSError) as error:
+        raise HarnessError(f"{where}: the download failed ({str(error).splitlines()[0]}). {_ADVICE}") from error
+
+
+def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpoint:
+    found = file_hash(path, "sha256")
+    if expected is not None and not (len(expected) >= 6 and found.startswith(expected.lower())):
+        raise HarnessError(
+            f"{path}: the sha256 is {found}, {key} expects {expected}."
+            " The file is damaged or another version: delete it and fetch it again."
+        )
+    return Checkpoint(path, found, origin)

@@ -1,0 +1,322 @@
+"""Checkpoints as trainers write them: wrappers, averaged weights, prefixes, halves, pickled objects."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ade_harness.config.compose import compose_config
+from ade_harness.config.model import CheckpointWeights, ModelConfig
+from ade_harness.errors import HarnessError
+from ade_harness.models.checkpoint.convert import convert
+from ade_harness.models.checkpoint.key_tables import name_there, rename
+from ade_harness.models.checkpoint.parts import Choice, Part, read_part, take_part
+from ade_harness.models.loading import load_model
+from ade_harness.models.registry import family_of, systems
+from tests.conftest import Done
+from tests.models.systems.test_dense_systems import packed
+
+EMA, MODEL = CheckpointWeights.ema, CheckpointWeights.model
+SMALL = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.bias": torch.ones(2)}
+OTHER = {name: tensor + 100 for name, tensor in SMALL.items()}
+FILE = Path("w.pth")
+
+
+def known(state: Mapping[str, Any]) -> int:
+    return len(state.keys() & SMALL.keys())
+
+
+def below(prefix: str, state: Mapping[str, torch.Tensor] = SMALL) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def is_small(part: Part) -> bool:
+    return part.state.keys() == SMALL.keys() and torch.equal(part.state["layer.weight"], SMALL["layer.weight"])
+
+
+def is_other(part: Part) -> bool:
+    return part.state.keys() == SMALL.keys() and torch.equal(part.state["layer.weight"], OTHER["layer.weight"])
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "model.", "net.", "_orig_mod.", "student.", "teacher.", "module._orig_mod.", "model.net.module."],
+)
+def test_the_one_prefix_that_fits_is_taken(prefix: str) -> None:
+    part = take_part({"state_dict": {**below(prefix), "criterion.weight": torch.ones(3)}}, FILE, Choice(), known)
+    assert is_small(part)
+    assert str(part) == (
+        f"state_dict, names that begin with {prefix!r}; 1 of 3 weights have other names and were not read"
+    )
+
+
+def test_names_that_fit_as_they_are_stay() -> None:
+    part = take_part(dict(SMALL), FILE, Choice(), known)
+    assert is_small(part)
+    assert str(part) == ""
+    own = below("model.")  # a network whose own names begin so
+    part = take_part(own, FILE, Choice(), lambda state: len(state.keys() & own.keys()))
+    assert part.state.keys() == own.keys()
+    assert str(part) == ""
+
+
+def test_names_that_fit_nothing_stay_and_are_named_by_the_strict_loading() -> None:
+    part = take_part({"encoder.layer.weight": torch.ones(1)}, FILE, Choice(), known)
+    assert list(part.state) == ["encoder.layer.weight"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {**below("student."), **below("teacher.", OTHER)},
+        {"student": SMALL, "teacher": OTHER},
+        {"student": {"state_dict": SMALL}, "teacher": {"state_dict": OTHER}, "epoch": 3},
+    ],
+)
+def test_two_networks_that_fit_are_asked_about(content: dict[str, Any]) -> None:
+    with pytest.raises(
+        HarnessError, match=r"holds several networks that fit.*: student\. \(2\), teacher\. \(2\).*checkpoint_prefix="
+    ):
+        take_part(content, FILE, Choice(), known)
+    assert is_small(take_part(content, FILE, Choice("student."), known))
+    assert is_other(take_part(content, FILE, Choice("teacher"), known))  # the point may be left out
+    with pytest.raises(HarnessError, match=r"checkpoint_prefix=tutor: no name in w\.pth begins with it; .* student\."):
+        take_part(content, FILE, Choice("tutor"), known)
+
+
+AVERAGED: dict[str, dict[str, Any]] = {
+    "timm": {"state_dict": SMALL, "state_dict_ema": OTHER, "arch": "x"},
+    "mmpretrain's EMA under its name": {"state_dict": SMALL, "ema_state_dict": {**below("module.", OTHER), "steps": torch.tensor(3)}},
+    "torch's AveragedModel": {"model": SMALL, "swa_model": {**below("module.", OTHER), "n_averaged": torch.tensor(3)}},
+    "DeiT": {"model": SMALL, "model_ema": OTHER, "optimizer": {"state": {}, "param_groups": []}},
+    "BasicSR": {"params": SMALL, "params_ema": OTHER},
+    "prefixes": {"state_dict": {**below("model."), **below("ema_model.module.", OTHER)}},
+    "one prefix": {"state_dict": {**SMALL, **below("ema.", OTHER)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_averaged_weights_are_chosen(name: str) -> None:
+    content = AVERAGED[name]
+    plain = take_part(content, FILE, Choice(), known)
+    assert is_small(plain)
+    assert "model.checkpoint_weights=ema" in str(plain)  # said, so that nobody takes the wrong ones unknowingly
+    assert is_small(take_part(content, FILE, Choice(weights=MODEL), known))
+    averaged = take_part(content, FILE, Choice(weights=EMA), known)
+    assert is_other(averaged)
+    assert "model.checkpoint_weights=model" in str(averaged)
+
+
+def test_mmengine_swaps_them() -> None:
+    """Its EMAHook saves the averaged weights as state_dict, and what was trained as ema_state_dict."""
+    content = {"meta": {"mmengine_version": "0.10"}, "state_dict": OTHER, "ema_state_dict": below("module.")}
+    assert is_other(take_part(content, FILE, Choice(), known))
+    assert is_other(take_part(content, FILE, Choice(weights=EMA), known))
+    part = take_part(content, FILE, Choice(weights=MODEL), known)
+    assert is_small(part)
+    assert str(part).startswith("ema_state_dict, names that begin with 'module.'; the weights that were trained")
+
+
+def test_averaged_weights_that_are_not_there() -> None:
+    for content in (dict(SMALL), {"state_dict": SMALL}, {"state_dict": below("model.")}):
+        with pytest.raises(HarnessError, match=r"checkpoint_weights=ema: w\.pth holds no"):
+            take_part(content, FILE, Choice(weights=EMA), known)
+    assert is_small(take_part({"state_dict": SMALL}, FILE, Choice(weights=MODEL), known))
+    with pytest.raises(HarnessError, match=r"checkpoint_weights=model: w\.pth holds averaged weights alone: model_ema"):
+        take_part({"model_ema": SMALL}, FILE, Choice(weights=MODEL), known)
+
+
+def test_several_unknown_networks_are_named() -> None:
+    with pytest.raises(HarnessError, match=r"holds several networks \(actor, critic\)"):
+        take_part({"actor": SMALL, "critic": OTHER}, FILE, Choice(), known)
+    assert is_small(take_part({"segmentor": SMALL, "epoch": 3, "optimizer": {"state": {0: {}}}}, FILE, Choice(), known))
+
+
+# the systems' own names
+
+
+@pytest.mark.parametrize("file", sorted(packed("true_keys.json.gz")))
+def test_names_of_published_files_are_known_below_any_prefix(file: str, tmp_path: Path) -> None:
+    shapes = packed("true_keys.json.gz")[file]
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    families = {kind: family_of(kind) for kind in systems().values()}
+    best = max(families.values(), key=lambda family: family.known(state))
+    assert best.known(state) == len(state)
+    as_hub = best.hub_names(state)
+    assert 2 * best.known(as_hub) >= len(as_hub)  # the hub's names too
+    for names in (state, as_hub):
+        part = take_part({f"module.model.{k}": v for k, v in names.items()}, FILE, Choice(), best.known)
+        inner = {name.removeprefix("model.") for name in part.state}  # which DINOv3's hub files have themselves
+        assert inner == names.keys() or part.state.keys() == names.keys()
+        assert take_part(dict(names), FILE, Choice(), best.known).where == ()
+
+
+def test_a_files_own_name_of_a_weight() -> None:
+    table = (
+        ("backbone.block{S}.{B}.kv.*", "encoder.{S-1}.{B}.{key|value}.*"),
+        ("head.conv.*", "decoder.fuse.*"),
+        ("unused.*", None),
+    )
+    assert name_there("encoder.0.2.value.weight", table) == "backbone.block1.2.kv.weight"
+    assert name_there("decoder.fuse.bias", table) == "head.conv.bias"
+    assert name_there("other.bias", table) == "other.bias"
+    state = {"backbone.block3.1.kv.weight": torch.zeros(4), "head.conv.bias": torch.zeros(1)}
+    assert {name_there(name, table) for name in rename(state, table)} == state.keys()
+
+
+def test_messages_name_the_files_own_keys(tmp_path: Path) -> None:
+    shapes = packed("true_keys.json.gz")["segformer_b0_official"]
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    del state["backbone.block1.0.attn.q.weight"]
+    torch.save({"state_dict": {**state, "backbone.extra": torch.zeros(1)}}, tmp_path / "w.pth")
+    with pytest.raises(HarnessError) as caught:
+        load_model(model_cfg("model=segformer_b0", f"model.checkpoint={tmp_path}/w.pth"))
+    assert "attention.q_proj.weight (in the file backbone.block1.0.attn.q.weight)" in str(caught.value)
+    assert "1 unexpected: backbone.extra" in str(caught.value)
+    state["backbone.block1.0.attn.q.weight"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        HarnessError, match=r"q_proj\.weight \(in the file backbone\.block1\.0\.attn\.q\.weight\) \[2, 2\]"
+    ):
+        load_model(model_cfg("model=segformer_b0", f"model.checkpoint={tmp_path}/w.pth"))
+
+
+def model_cfg(*words: str) -> ModelConfig:
+    return compose_config(list(words)).model
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "advice"),
+    [
+        ("segformer_b0", "segformer_b0_official", "Give the file of the whole system"),
+        ("dinov2_g_linear", "dinov2_g_backbone", "Give it as model.backbone_checkpoint=PATH, beside the head's file"),
+    ],
+)
+def test_a_backbone_as_the_whole_checkpoint(
+    model: str, file: str, advice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shapes = packed("true_keys.json.gz")[file]
+    state = {k: torch.zeros(1).expand(s) for k, s in shapes.items() if not k.startswith("decode_head")}
+    monkeypatch.setattr("ade_harness.models.loading.read_part", lambda *_, **__: Part(state))
+    (tmp_path / "w.pth").write_bytes(b"x")
+    with pytest.raises(HarnessError, match=rf"w\.pth: a backbone alone, without a head \(.*is missing\)\. {advice}"):
+        load_model(model_cfg(f"model={model}", f"model.checkpoint={tmp_path}/w.pth"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_other_types_load_as_configured(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A half-precision file used to load as half, and died at the first image."""
+    torch.manual_seed(0)
+    shapes = packed("true_keys.json.gz")["segformer_b0_official"]
+    state = {name: torch.rand(shape).mul(0.05).to(dtype) for name, shape in shapes.items()}
+    save_file(state, tmp_path / "w.safetensors")
+    words = ("model=segformer_b0", f"model.checkpoint={tmp_path}/w.safetensors")
+    network = load_model(model_cfg(*words)).module
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert {b.dtype for b in network.buffers() if b.is_floating_point()} <= {torch.float32}
+    own = dict(network.named_parameters())["network.decode_head.classifier.weight"]
+    assert torch.equal(own, state["decode_head.linear_pred.weight"].float())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        scores = network(images)
+    save_file({name: tensor.float() for name, tensor in state.items()}, tmp_path / "w.safetensors")
+    with torch.inference_mode():
+        assert torch.equal(scores, load_model(model_cfg(*words)).module(images))
+    half = load_model(model_cfg(*words, "model.dtype=bf16", "inference.precision=bf16")).module
+    assert dict(half.named_parameters())["network.decode_head.classifier.weight"].dtype == torch.bfloat16
+
+
+def test_the_part_stands_in_the_run(call: Callable[..., Done], tmp_path: Path) -> None:
+    shapes = packed("true_keys.json.gz")["segformer_b0_official"]
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    torch.save({"state_dict": below("model.", state), "model_ema": state}, tmp_path / "w.pth")
+    words = ("model=segformer_b0", "dataset=demo", "dataset.images=1", f"model.checkpoint={tmp_path}/w.pth")
+    done = call(*words, "tracking=none", "runtime.workers=0", "metrics.resamples=0", f"run.dir={tmp_path}/run")
+    assert done.code == 0, done.err
+    facts = json.loads((tmp_path / "run/manifest.json").read_text())["model"]
+    assert facts["part"] == (
+        "state_dict, names that begin with 'model.'; the weights that were trained; the averaged ones are in"
+        " model_ema: model.checkpoint_weights=ema"
+    )
+    assert "names that begin with 'model.'" in " ".join(done.out.split())
+
+
+# convert
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/ade_harness_was_converted",)
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.register_buffer("passing", torch.ones(1), persistent=False)
+
+
+class Settings(dict):  # type: ignore[type-arg]
+    """As configuration classes of trainers are."""
+
+
+def test_tensors_beside_pickled_objects_are_converted(tmp_path: Path) -> None:
+    content = {
+        "args": argparse.Namespace(lr=0.1), "evil": Evil(), "settings": Settings(a=Settings(b=1)), "when": Path("/x"),
+        "state_dict": OrderedDict(SMALL), "shape": torch.Size([2]), "dtype": torch.float16, "numbers": np.arange(3),
+    }  # fmt: skip
+    for name, save in (("zip", {}), ("old", {"_use_new_zipfile_serialization": False})):
+        torch.save(content, tmp_path / f"{name}.pth", **save)  # type: ignore[arg-type]
+        with pytest.raises(HarnessError, match=r"holds more than tensors \(objects of .*\).* convert "):
+            read_part(tmp_path / f"{name}.pth")
+        part, left, _ = convert(tmp_path / f"{name}.pth", tmp_path / f"{name}.safetensors", Choice())
+        assert part.where == ("state_dict",)
+        assert {"argparse.Namespace", "posix.system"} <= set(left)
+        assert is_small(read_part(tmp_path / f"{name}.safetensors"))
+    assert not Path("/tmp/ade_harness_was_converted").exists()
+
+
+def test_a_whole_module_becomes_its_state_dict(tmp_path: Path) -> None:
+    module = Whole().half()
+    torch.save({"model": module, "epoch": 3}, tmp_path / "m.pt")
+    convert(tmp_path / "m.pt", tmp_path / "m.safetensors", Choice())
+    found, expected = load_file(tmp_path / "m.safetensors"), module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_convert_refuses(cli: Callable[..., Done], tmp_path: Path) -> None:
+    torch.save({"state_dict": SMALL, "state_dict_ema": OTHER, "args": argparse.Namespace()}, tmp_path / "w.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:300])
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
+    for file, text in (
+        ("missing.pth", "no such file"), ("script.pt", "a TorchScript program"), ("cut.pth", "not a readable"),
+        ("evil.pkl", "holds no state_dict"),
+    ):  # fmt: skip
+        with pytest.raises(HarnessError, match=rf"{file}: {text}"):
+            convert(tmp_path / file, tmp_path / "out.safetensors", Choice())
+    with pytest.raises(HarnessError, match=r"ends in \.safetensors"):
+        convert(tmp_path / "w.pth", tmp_path / "out.pth", Choice())
+    done = cli("convert", "w.pth", "out.safetensors", "--weights", "ema", "--json")
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
+    assert (answer["tensors"], answer["left_out"]) == (2, ["argparse.Namespace"])
+    assert is_other(read_part(tmp_path / "out.safetensors"))
+    done = cli("convert", "w.pth", "out.safetensors")
+    assert done.code == 2
+    assert "out.safetensors: is there already" in done.err
+    assert not Path("/tmp/ade_harness_was_converted").exists()
