@@ -331,7 +331,9 @@ def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: P
 
 def test_a_backbone_alone_is_not_evaluated(backbone: Path) -> None:
     """A head that nobody trained would be random numbers without a mark."""
-    with pytest.raises(HarnessError, match=r"backbone\.pth: a backbone alone, without a head \(head\.classifier\.weight is missing\)"):
+    with pytest.raises(
+        HarnessError, match=r"backbone\.pth: a backbone alone, without a head \(head\.classifier\.weight is missing\)"
+    ):
         load_model(compose_config([*SMALL, f"model.checkpoint={backbone}"]).model)
 
 

@@ -564,7 +564,8 @@ def test_a_panoptic_model_differs_in_its_queries(tmp_path: Path) -> None:
         state[f"sem_seg_head.predictor.{key}.weight"] = torch.zeros(200, 256)
     file = save(tmp_path / "panoptic.pth", state)
     with pytest.raises(
-        HarnessError, match=r"2 of another shape: decoder\.query_features \(in the file sem_seg_head\.predictor\.query_feat\.weight\) \[200, 256\] \(the model has \[100, 256\]\)"
+        HarnessError,
+        match=r"2 of another shape: decoder\.query_features \(in the file sem_seg_head\.predictor\.query_feat\.weight\) \[200, 256\] \(the model has \[100, 256\]\)",
     ):
         load_model(configured("model=mask2former_swin_t", f"model.checkpoint={file}"))
 

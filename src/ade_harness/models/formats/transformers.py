@@ -67,7 +67,7 @@ def load_into_transformers(cls: Any, config: Any, state: Mapping[str, Tensor], k
 
 
 def _hub_names(module: nn.Module, keys: Strictness) -> Callable[[str], str]:
-    """Return what turns names of transformers' modules into the hub's, as its files have them, and those into `keys`'."""
+    """Return what turns names of transformers' modules into the hub's, and those into the file's own."""
     own = module.state_dict()
 
     def in_the_file(key: str) -> str:
