@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from ade_harness import kernels
 from ade_harness.errors import HarnessError
 from ade_harness.kernels import Kernels, PixelStatistics, Placement, View, reference, whole
 from ade_harness.kernels.bilinear import axis
+from tests.kernels.conftest import fused
 
 GPU = torch.cuda.is_available()
 TRITON = pytest.param("triton_gpu", marks=pytest.mark.slow)  # its interpreter takes seconds
@@ -386,3 +388,19 @@ def test_a_gpu_takes_all_channels_of_an_ordinary_image_at_once() -> None:
     assert reference.channels_at_once("cpu", 512 * 683) == 4
     assert reference.channels_at_once("cuda", 512 * 683) >= 150
     assert 4 <= reference.channels_at_once("cuda", 4000 * 6000) < 150  # a budget of memory, not a number of channels
+
+
+def test_the_interpreters_fma_rounds_once() -> None:
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal(20_000).astype(np.float32) for _ in range(2))
+    z = (-x * y * (1 + rng.integers(-3, 4, 20_000) * np.float32(2**-23))).astype(np.float32)  # near cancellation
+    z[::3] = rng.standard_normal(len(z[::3])).astype(np.float32) * np.float32(2.0) ** rng.integers(-40, 40, len(z[::3]))
+    exact = [Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)) for a, b, c in zip(x, y, z, strict=True)]
+    found = fused(x, y, z)
+    for value, result in zip(exact, found, strict=True):
+        below, above = (np.nextafter(result, np.float32(side)) for side in (-np.inf, np.inf))
+        distance = abs(Fraction(float(result)) - value)
+        assert distance <= min(abs(Fraction(float(below)) - value), abs(Fraction(float(above)) - value))
+    assert not np.array_equal(found, (x * y + z))  # two roundings would differ
+    infinite = np.array([np.inf, -np.inf, np.nan], np.float32)
+    assert np.array_equal(fused(infinite, np.ones(3), np.zeros(3)), infinite, equal_nan=True)

@@ -76,23 +76,21 @@ _STOPS = "STOPS EVERY RUN"
 """In a finding: nothing can be evaluated until this is fixed."""
 _IMPORTED = (
     "lightning.pytorch", "transformers", "safetensors", "huggingface_hub", "onnxruntime", "cv2", "simplejpeg", "PIL",
-    "pyarrow.parquet", "numba", "scipy.special", "hydra", "wandb",
+    "pyarrow.parquet", "numba", "scipy.special", "hydra", "wandb", "torchvision", "timm",
 )  # fmt: skip
-_TORCHVISION = "torchvision"
 
 
 def _imports() -> str:
     """Import what runs import, each in this process: an unfitting build fails in any way."""
     wrong = []
-    names = [*_IMPORTED, *([_TORCHVISION] if importlib.util.find_spec(_TORCHVISION) else [])]
-    for name in names:
+    for name in _IMPORTED:
         try:
             importlib.import_module(name)
         except Exception as error:
             wrong.append(f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
     if not wrong:
-        return f"all {len(names)} libraries of a run"
-    fitting = " torchvision has to be of the same release as torch." if _TORCHVISION in " ".join(wrong) else ""
+        return f"all {len(_IMPORTED)} libraries of a run"
+    fitting = " torchvision has to be of the same release as torch." if "torchvision" in " ".join(wrong) else ""
     return f"{_STOPS}: {'; '.join(wrong)}.{fitting}"
 
 

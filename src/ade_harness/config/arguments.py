@@ -47,7 +47,7 @@ def prepare(overrides: Sequence[str], extra: Path | None = None, multirun: bool 
     Raises:
         HarnessError: an unknown key or choice, with the nearest known ones; or no override.
     """
-    ready = [_quoted(text, multirun) for text in overrides]
+    ready = [_quoted(_timms(text), multirun) for text in overrides]
     for text in ready:
         _check(text, extra)
     return [_opened(text) for text in _with_own_protocol(ready, extra, multirun)]
@@ -70,6 +70,12 @@ def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str
             raise HarnessError(f"model={name}: no recipe was published for it. Choose one: probe=NAME ({known}).")
         own.insert(0, f"+probe={recipe}")
     return own
+
+
+def _timms(text: str) -> str:
+    """Write ``model.backbone=NAME``, a timm backbone by its name, as the field it is."""
+    key, equals, name = text.partition("=")
+    return f"model.architecture.backbone.name={name}" if equals and key == "model.backbone" else text
 
 
 def quote(value: str) -> str:

@@ -58,6 +58,8 @@ class Kind:
     """Whether it knows nothing but the synthetic images."""
     is_code: bool = False
     """Whether it is code of the user's, which others need too."""
+    probe: str | None = None
+    """``module:NAME`` of the function of (``model`` node) that loads it with a linear head still to be trained."""
     trust: str | None = None
     """What somebody else's run of this kind would do, so that it is not repeated without --trust."""
 
@@ -89,6 +91,8 @@ KINDS: dict[str, Kind] = {
     "hf": Kind(
         f"{_FORMATS}.transformers:load", Gives.network, "id", "a hub id or a local folder", Source.repository,
     ),
+    "timm": Kind(f"{_FORMATS}.timm:load", Gives.network, probe=f"{_FORMATS}.timm:load_headless"),
+    "smp": Kind(f"{_FORMATS}.smp:load", Gives.network),
     "custom": Kind(
         f"{_FORMATS}.python:load", Gives.network, "_target_",
         "the import path of your nn.Module, such as my_pkg.my_module.MyNet", is_code=True,

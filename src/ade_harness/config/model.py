@@ -39,6 +39,13 @@ class WeightSource(StrEnum):
     hub = "hub"
 
 
+class BackboneSource(StrEnum):
+    """Which public files of a frozen backbone."""
+
+    official = "official"  # the authors' own, or the hub's
+    timm = "timm"  # timm's, on the hub
+
+
 class Weights(StrEnum):
     """Where a network's weights come from."""
 
@@ -104,6 +111,14 @@ class CheckpointConfig:
     sha256: str | None = None  # or its first 6 digits or more, as many files have them in their names
     license: str | None = None
     gated: bool = False  # asks for a registration
+
+
+@dataclass
+class BackboneConfig(CheckpointConfig):
+    """The public weight file of a frozen backbone."""
+
+    timm: str | None = None  # timm's name of the same weights, such as vit_7b_patch16_dinov3.lvd1689m
+    source: BackboneSource = BackboneSource.official
 
 
 @dataclass
@@ -177,7 +192,7 @@ class ModelConfig:
     protocols: ProtocolsConfig = field(default_factory=ProtocolsConfig)
     official: CheckpointConfig = field(default_factory=CheckpointConfig)  # the authors' file
     hub: CheckpointConfig = field(default_factory=CheckpointConfig)  # the hub's
-    backbone: CheckpointConfig = field(default_factory=CheckpointConfig)  # if the other file holds the head alone
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # if the other file holds the head alone
     source: WeightSource | None = None  # null takes the official file, if there is one
     missing: str | None = None  # what was never published, and what to do
     checkpoint: str | None = place()  # a weight file of your own, in place of the public one

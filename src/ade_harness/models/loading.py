@@ -22,7 +22,7 @@ from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import backbone_checkpoint, choice_of, chosen_checkpoint, facts_of
 from ade_harness.models.checkpoint.strict import Strictness, noting_random_keys
 from ade_harness.models.loaded import LoadedModel, statistics
-from ade_harness.models.registry import family_of, imported, systems
+from ade_harness.models.registry import family_of, imported, named, systems
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -115,7 +115,7 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
     keys = Strictness(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
     if _is_backbone_alone(family, state, keys):
         raise HarnessError(f"{facts['origin']}: {_without_head(family, cfg)}")
-    module = family.load(cfg.architecture, state, keys, classes)
+    module = family.load(cfg.architecture, state, keys, classes, published=True)
     if isinstance(module, Beit3Trunk):
         raise HarnessError(
             f"{facts['origin']}: BEiT-3's encoder alone, without adapter and head. {cfg.missing or ''}"
@@ -135,24 +135,38 @@ def load_for_probe(cfg: ModelConfig) -> LoadedModel:
     Raises:
         HarnessError: the model has no linear head, or there are no weights for its backbone.
     """
-    family = family_of(cfg.kind) if kind_of(cfg.kind).gives is Gives.family else None
-    if family is None or not family.classifier.startswith("head."):
-        names = [name for name, kind in systems().items() if family_of(kind).classifier.startswith("head.")]
+    kind = kind_of(cfg.kind)
+    family = family_of(cfg.kind) if kind.gives is Gives.family else None
+    if kind.probe is None and (family is None or not family.classifier.startswith("head.")):
+        names = [name for name, kind in systems().items() if family_of(kind).classifier.startswith("head.")] + ["timm"]
         raise HarnessError(
             f"model={cfg.name}: has no linear head on a frozen backbone. Models to probe: {', '.join(names)}."
         )
+    if cfg.weights != "random":
+        _check_probed(cfg)
+    if kind.probe is not None:
+        headless: LoadedModel = named(kind.probe)(cfg)
+        headless.module.eval()
+        _convert(headless.module, DTYPES[cfg.dtype])
+        return headless
+    assert family is not None
     if cfg.weights == "random":
         module, facts = quietly_random(family, cfg.architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
         return LoadedModel(module.eval(), "random", **statistics(cfg), facts=facts)
+    backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
+    keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
+    module = family.load(
+        cfg.architecture, read_part(backbone.path, known=family.known).state, keys, published=True
+    ).eval()
+    _convert(module, DTYPES[cfg.dtype])
+    return LoadedModel(module, "pretrained", **statistics(cfg), facts=facts_of(backbone))
+
+
+def _check_probed(cfg: ModelConfig) -> None:
     if cfg.allow_missing_keys:
         raise HarnessError("model.allow_missing_keys: a probe needs a complete backbone. Leave it out.")
     if cfg.checkpoint is not None:
         raise HarnessError("model.checkpoint: probe makes it. The backbone's file is model.backbone_checkpoint=PATH.")
-    backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
-    keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
-    module = family.load(cfg.architecture, read_part(backbone.path, known=family.known).state, keys).eval()
-    _convert(module, DTYPES[cfg.dtype])
-    return LoadedModel(module, "pretrained", **statistics(cfg), facts=facts_of(backbone))
 
 
 def _is_head_alone(family: Family, state: StateDict) -> bool:

@@ -21,7 +21,12 @@ from ade_harness.models.heads.mask_classifier import SemanticScores
 
 def imported(kind: Kind) -> Any:
     """Return the object behind a kind's line."""
-    module, _, name = kind.where.partition(":")
+    return named(kind.where)
+
+
+def named(where: str) -> Any:
+    """Return the object that ``module:NAME`` names."""
+    module, _, name = where.partition(":")
     return getattr(import_module(module), name)
 
 

@@ -22,12 +22,13 @@ from ade_harness.runtime.notes import COMMAND
 
 _PACKAGES = (
     "torch", "lightning", "hydra-core", "omegaconf", "transformers", "huggingface-hub", "safetensors", "onnxruntime",
-    "numpy", "pillow", "opencv-python-headless", "pyarrow", "matplotlib", "wandb", "timm", "triton", "numba",
+    "numpy", "pillow", "opencv-python-headless", "pyarrow", "matplotlib", "wandb", "timm", "torchvision",
+    "triton", "numba",
 )  # fmt: skip
 
 
-_OPTIONAL = ("timm", "triton", "torchvision")
-"""Used if they are there."""
+_OPTIONAL = ("triton",)
+"""Used if it is there."""
 
 
 def environment() -> dict[str, Any]:

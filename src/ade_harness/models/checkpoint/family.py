@@ -58,6 +58,8 @@ class Family:
     """What shapes say goes before a configuration, whose values are not certain."""
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """Applied to a state_dict before its names are looked up."""
+    published: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    """Applied to weights of a file, in the hub's names: adds constants that some of the public files lack."""
 
     def hub_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename a state_dict of any known code base."""
@@ -83,6 +85,7 @@ class Family:
         state: Mapping[str, Tensor] | None,
         keys: Strictness,
         classes: Classes | None = None,
+        published: bool = False,
     ) -> nn.Module:
         """Build the system; `architecture` goes before what the shapes of `state` say.
 
@@ -92,12 +95,15 @@ class Family:
             state: weights in the names of any known code base; None draws random ones.
             keys: origin and allowed differences.
             classes: that it predicts; None are ADE20K's.
+            published: whether `state` is of a file, whose constants are then those of the published one.
 
         Raises:
             HarnessError: keys or shapes do not fit, another number of classes, or an impossible architecture.
         """
         architecture, classes = self.flat(architecture), classes or ade20k_classes()
         hub = None if state is None else self.hub_names(state)
+        if hub is not None and published:
+            hub = dict(self.published(hub))
         keys = replace(
             keys,
             allow_missing=(*keys.allow_missing, "*num_batches_tracked"),  # evaluation never reads it

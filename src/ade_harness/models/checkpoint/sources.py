@@ -25,10 +25,35 @@ def backbone_checkpoint(cfg: ModelConfig, why: str) -> Checkpoint:
     """Return the file of the frozen backbone below a head; `why` leads the message if there is none."""
     if cfg.backbone_checkpoint is not None:
         return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
+    if cfg.backbone.source == "timm":
+        if cfg.backbone.timm is None:
+            raise HarnessError(
+                f"model.backbone.source=timm: timm has no such backbone for model={cfg.name}. Leave it out."
+            )
+        return hub_checkpoint(*timm_repository(cfg.backbone.timm), cfg.backbone.revision, None)
     found = _public_file(cfg, cfg.backbone, cfg.backbone)
     if found is None:
         raise HarnessError(f"{why}. Give the backbone's file as model.backbone_checkpoint=PATH.")
     return found
+
+
+def timm_repository(name: str) -> tuple[str, str]:
+    """Return the hub's id and file of a timm model's weights.
+
+    Args:
+        name: with its tag, such as ``vit_large_patch14_dinov2.lvd142m``.
+
+    Raises:
+        HarnessError: timm does not know it, or knows no weights for it.
+    """
+    from timm.models import get_pretrained_cfg
+
+    known = get_pretrained_cfg(name, allow_unregistered=False)
+    if known is None or not known.hf_hub_id:
+        raise HarnessError(
+            f"{name}: timm knows no public weights of this name. Give a file as model.backbone_checkpoint=PATH."
+        )
+    return known.hf_hub_id, known.hf_hub_filename or "model.safetensors"
 
 
 def _public_file(cfg: ModelConfig, official: CheckpointConfig, hub: CheckpointConfig) -> Checkpoint | None:

@@ -63,6 +63,40 @@ DINOV3_HUB: Table = (
     ("norm.*", "norm.*"),
     *LINEAR_HEAD,
 )
+DINOV3_TIMM: Table = (
+    ("cls_token", "embeddings.cls_token"),
+    ("reg_token", "embeddings.register_tokens"),
+    ("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
+    ("blocks.{B}.norm1.*", _BLOCK + "norm1.*"),
+    ("blocks.{B}.attn.qkv.weight", _BLOCK + "attention.{q_proj|k_proj|v_proj}.weight"),
+    ("blocks.{B}.attn.q_bias", _BLOCK + "attention.q_proj.bias"),
+    ("blocks.{B}.attn.v_bias", _BLOCK + "attention.v_proj.bias"),
+    ("blocks.{B}.attn.proj.*", _BLOCK + "attention.o_proj.*"),
+    ("blocks.{B}.gamma_1", _BLOCK + "layer_scale1.lambda1"),
+    ("blocks.{B}.norm2.*", _BLOCK + "norm2.*"),
+    ("blocks.{B}.mlp.fc1_g.*", _BLOCK + "mlp.gate_proj.*"),
+    ("blocks.{B}.mlp.fc1_x.*", _BLOCK + "mlp.up_proj.*"),
+    ("blocks.{B}.mlp.fc1.*", _BLOCK + "mlp.up_proj.*"),
+    ("blocks.{B}.mlp.fc2.*", _BLOCK + "mlp.down_proj.*"),
+    ("blocks.{B}.gamma_2", _BLOCK + "layer_scale2.lambda1"),
+    ("norm.*", "norm.*"),
+    ("embeddings.mask_token", "embeddings.mask_token"),
+    *LINEAR_HEAD,
+)
+"""timm's names (timm/models/eva.py, 1.0.31), under which the weights are on the hub without a registration.
+
+timm leaves out the biases of query, key and value where the official ones are zeros (the 7B's), the mask token, and the
+periods of the rotary positions.
+"""
+MASK_TOKEN = "embeddings.mask_token"
+"""Of pre-training alone; transformers' class has it."""
+
+
+def with_mask_token(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the mask token that timm's files lack to a state_dict in its names: it takes no part in a forward."""
+    if "reg_token" not in state or "blocks.0.gamma_1" not in state or MASK_TOKEN in state:
+        return dict(state)
+    return {**state, MASK_TOKEN: torch.zeros_like(state["cls_token"])}
 
 
 class Dinov3Features(nn.Module):
@@ -90,11 +124,30 @@ def dinov3_config(architecture: Mapping[str, Any]) -> Any:
     return DINOv3ViTConfig(layer_norm_eps=1e-5, rope_theta=100.0, **architecture)
 
 
+def _periods(width: int) -> Tensor:
+    """Return the periods of a head of `width` channels, float32 [width / 4]."""
+    return 100.0 ** (2 * torch.arange(width // 4, dtype=torch.float32) / (width // 2))
+
+
+def with_periods(hub: Mapping[str, Tensor], trunk: str = "") -> dict[str, Tensor]:
+    """Add the periods that the hub's and timm's files lack, rounded to bfloat16 as the published files have them.
+
+    Args:
+        hub: published weights in the hub's names.
+        trunk: what the backbone's names begin with.
+    """
+    if trunk + PERIODS in hub or not any(key.startswith(f"{trunk}layer.0.") for key in hub):
+        return dict(hub)
+    heads = read_dinov3({k.removeprefix(trunk): v for k, v in hub.items()})["num_attention_heads"]
+    width = hub[f"{trunk}embeddings.patch_embeddings.weight"].shape[0] // heads
+    return {**hub, trunk + PERIODS: _periods(width).bfloat16().float()}
+
+
 class RotaryPositions(nn.Module):
     """Rotary positions in the official order of operations, with the periods of an official file if there are any.
 
-    Those are rounded to bfloat16 in the published files; transformers computes them anew, and multiplies by their
-    inverse.
+    Those are rounded to bfloat16 in the published files (see :func:`with_periods`); transformers computes them anew,
+    and multiplies by their inverse.
 
     Args:
         config: transformers' configuration.
@@ -107,8 +160,7 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.patch_size: int = config.patch_size
         if periods is None or periods.is_meta or not bool(periods.any()):
-            width = config.hidden_size // config.num_attention_heads
-            periods = 100.0 ** (2 * torch.arange(width // 4, dtype=torch.float32) / (width // 2))
+            periods = _periods(config.hidden_size // config.num_attention_heads)
         self.register_buffer("periods", periods.float(), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +207,9 @@ def read_dinov3(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 DINOV3 = Family(
-    layouts={"official": DINOV3_OFFICIAL, "hub": DINOV3_HUB},
+    layouts={"official": DINOV3_OFFICIAL, "hub": DINOV3_HUB, "timm": DINOV3_TIMM},
+    prepare=with_mask_token,
+    published=with_periods,
     read=read_dinov3,
     build=_build,
     config="DINOv3ViTConfig",

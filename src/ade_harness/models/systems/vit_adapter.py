@@ -23,10 +23,13 @@ from ade_harness.models.heads.mask_classifier import MaskClassifier, load_own, s
 from ade_harness.models.systems.dinov3 import (
     DINOV3_HUB,
     DINOV3_OFFICIAL,
+    DINOV3_TIMM,
     PERIODS,
     RotaryPositions,
     dinov3_config,
     read_dinov3,
+    with_mask_token,
+    with_periods,
 )
 
 _TRUNK = "backbone.trunk."
@@ -268,6 +271,7 @@ DINOV3_M2F: Table = (
     *_D3_TRUNK,
 )
 DINOV3_M2F_HUB: Table = (*DINOV3_M2F[: -len(_D3_TRUNK)], *_trunk_rows(DINOV3_HUB))
+DINOV3_M2F_TIMM: Table = (*DINOV3_M2F[: -len(_D3_TRUNK)], *_trunk_rows(DINOV3_TIMM))
 
 
 def _read_dinov3(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -298,7 +302,9 @@ def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, ke
 
 
 VIT_ADAPTER_DINOV3 = Family(
-    layouts={"official": DINOV3_M2F, "hub": DINOV3_M2F_HUB},
+    layouts={"official": DINOV3_M2F, "hub": DINOV3_M2F_HUB, "timm": DINOV3_M2F_TIMM},
+    prepare=with_mask_token,
+    published=lambda hub: with_periods(hub, _TRUNK),
     read=_read_dinov3,
     build=_build_dinov3,
     config="DINOv3ViTConfig",

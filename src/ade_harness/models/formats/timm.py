@@ -1,0 +1,107 @@
+"""A frozen timm backbone with a linear head: ``model=timm model.backbone=NAME``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ade_harness.config.model import ModelConfig
+from ade_harness.errors import require
+from ade_harness.models.backbones.timm import TimmFeatures, build_timm, pretrained_cfg, statistics_of
+from ade_harness.models.checkpoint.parts import read_part
+from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint
+from ade_harness.models.checkpoint.sources import choice_of, facts_of, timm_repository
+from ade_harness.models.checkpoint.strict import Strictness, load_strictly
+from ade_harness.models.heads.linear import LinearSegmenter
+from ade_harness.models.loaded import LoadedModel
+
+_HEAD = "head."
+
+
+def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+    """Load a head that ``probe model=timm`` trained, above its backbone's weights.
+
+    Raises:
+        HarnessError: no backbone or no head is named, timm does not know the backbone, or weights do not fit.
+    """
+    name = _name(cfg)
+    if cfg.weights == "random":
+        return _loaded(cfg, name, _segmenter(cfg, name, None), "random", {"origin": f"random, seed {cfg.seed}"})
+    require(
+        cfg.checkpoint is not None,
+        f"model=timm: has a linear head, which is trained first: `python -m ade_harness probe model=timm"
+        f" model.backbone={name} dataset.root=PATH`. Give its file as model.checkpoint=PATH, or try without weights:"
+        " model.weights=random.",
+    )
+    checkpoint = local_checkpoint(cfg.checkpoint or "", cfg.checkpoint_sha256)
+    part = read_part(checkpoint.path, choice_of(cfg))
+    head = {key.removeprefix(_HEAD): value for key, value in part.state.items() if key.startswith(_HEAD)}
+    require(
+        len(head) == len(part.state),
+        f"{checkpoint.origin}: expected a linear head alone (head.norm.*, head.classifier.*), as probe writes it; it"
+        f" has {', '.join(sorted(k for k in part.state if not k.startswith(_HEAD))[:3])}.",
+    )
+    below = _backbone_file(cfg, name)
+    network = _segmenter(cfg, name, read_part(below.path).state)
+    keys = Strictness(checkpoint.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
+    load_strictly(network.head, head, keys)
+    facts = facts_of(checkpoint, part) | {"backbone_origin": below.origin, "backbone_sha256": below.sha256}
+    facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{below.sha256}".encode()).hexdigest()
+    facts["head_sha256"] = checkpoint.sha256
+    return _loaded(cfg, name, network, "pretrained", facts)
+
+
+def load_headless(cfg: ModelConfig) -> LoadedModel:
+    """Load a backbone with a head that is still to be trained; raises as :func:`load`."""
+    name = _name(cfg)
+    if cfg.weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            network = _segmenter(cfg, name, None)
+        return _loaded(cfg, name, network, "random", {"origin": f"random, seed {cfg.seed}"})
+    below = _backbone_file(cfg, name)
+    network = _segmenter(cfg, name, read_part(below.path).state)
+    return _loaded(cfg, name, network, "pretrained", facts_of(below))
+
+
+def _name(cfg: ModelConfig) -> str:
+    name = cfg.architecture.get("backbone", {}).get("name")
+    require(
+        isinstance(name, str) and bool(name),
+        "model=timm: name the backbone: model.backbone=NAME, such as vit_large_patch14_dinov2.lvd142m.",
+    )
+    return str(name)
+
+
+def _segmenter(cfg: ModelConfig, name: str, state: Mapping[str, Tensor] | None) -> LinearSegmenter:
+    backbone, head = cfg.architecture.get("backbone", {}), cfg.architecture.get("head", {})
+    for section, given, known in (("backbone", backbone, ("name", "img_size")), ("head", head, ("maps",))):
+        unknown = sorted(set(given) - set(known))
+        require(not unknown, f"model.architecture.{section}: no such field: {unknown}. Known: {', '.join(known)}.")
+    if state is not None:
+        width = next((v for k, v in state.items() if k.startswith("head.norm.")), None)
+        require(width is None, f"model.backbone_checkpoint: holds a head of ours (head.norm.*), not {name}.")
+    features = build_timm(name, state, head.get("maps"), backbone.get("img_size"))
+    return LinearSegmenter(features, pad=True, classes=150)
+
+
+def _backbone_file(cfg: ModelConfig, name: str) -> Checkpoint:
+    """Return the backbone's weights: the user's file, or timm's on the hub."""
+    if cfg.backbone_checkpoint is not None:
+        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
+    return hub_checkpoint(*timm_repository(name), cfg.backbone.revision, cfg.backbone.sha256)
+
+
+def _loaded(cfg: ModelConfig, name: str, network: LinearSegmenter, weights: str, facts: dict[str, Any]) -> LoadedModel:
+    backbone = network.backbone
+    assert isinstance(backbone, TimmFeatures)
+    mean, std = statistics_of(name)
+    known = pretrained_cfg(name)
+    if known is not None and known.license and weights != "random":
+        facts = {**facts, "backbone_license": known.license}
+    fixed = None if backbone.side is None else (backbone.side, backbone.side)
+    return LoadedModel(network, weights, tuple(mean), tuple(std), channels=150, fixed_size=fixed, facts=facts)
