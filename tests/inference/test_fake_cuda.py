@@ -69,7 +69,10 @@ def test_labels_and_counts_take_few_launches(passes: dict[tuple[str, bool], dict
         if OF_MASKS & operators.keys():  # upsampled masks, softmax, sigmoid, product: 7 for a window or view at most
             assert after <= 7 * max(views, windows) + 10, (name, operators)
         else:
-            assert after == 8, (name, operators)
+            # of a convolution that gives channels last (torch 2.14's fake tensors say so): each view is laid out anew
+            copies = operators.get("clone", 0)
+            assert copies <= views, (name, operators)
+            assert after - copies == 8, (name, operators)
             assert after + operators.get("stack", 0) <= 3 * max(views, windows) + 6, (name, operators)
         assert operators["normalise_pixels"] == views
 

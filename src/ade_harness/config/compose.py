@@ -26,6 +26,7 @@ from ade_harness.config.files import choices, conf_dir, data_places
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.plain import as_dict
 from ade_harness.config.runtime import SlurmConfig
+from ade_harness.config.saved import AS_SAVED, apply_saved
 from ade_harness.config.schema import Config, DatasetKind
 from ade_harness.config.validate import validate
 from ade_harness.errors import HarnessError, did_you_mean
@@ -106,6 +107,8 @@ def checked(tree: DictConfig) -> Config:
         raise HarnessError(explain(error, ())) from error
     if config.dataset.kind == DatasetKind.ade20k and not config.dataset.root:
         config.dataset.root = next((str(place) for place in data_places() if place.exists()), None)
+    if config.inference.name == AS_SAVED and config.model.kind == "hf":
+        apply_saved(config.inference, config.model)
     validate(config)
     return config
 

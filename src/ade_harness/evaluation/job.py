@@ -111,8 +111,6 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, kernels.name_of(chosen))
     if reason is not None:
         notes.append(f"runtime.kernels=auto: {reason}")
-    if facts.get("part"):
-        notes.append(f"of {facts['origin']}: {facts['part']}")
     notes += _machine_notes(cfg, device)
     marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
     return Job(

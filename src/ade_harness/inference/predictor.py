@@ -286,7 +286,10 @@ class NetworkPredictor:
 
     def notes(self) -> list[str]:
         """Return the class map's remarks, and what the run had to do otherwise than asked."""
-        notes = [self._class_map.note] if self._class_map is not None and self._class_map.note else []
+        notes = list(self.model.notes)
+        if self.model.facts.get("part"):
+            notes.append(f"of {self.model.facts['origin']}: {self.model.facts['part']}")
+        notes += [self._class_map.note] if self._class_map is not None and self._class_map.note else []
         if self.cfg.resize.rule == "fit":
             size = "images as they are" if self.cfg.resize.height is None else "images fitted into the model's input"
             notes.append(

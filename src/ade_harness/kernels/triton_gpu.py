@@ -79,8 +79,15 @@ def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
 def nan_share(tensors: Sequence[Tensor]) -> Tensor:
     """See :func:`ade_harness.kernels.reference.nan_share`."""
     operator = _count_nan if tensors[0].device.type == "cuda" else launch_count_nan
-    nans: Tensor = operator([t.contiguous() for t in tensors])
+    nans: Tensor = operator([_in_order_of_memory(t) for t in tensors])
     return nans / sum(t.numel() for t in tensors)
+
+
+def _in_order_of_memory(tensor: Tensor) -> Tensor:
+    """Return all elements contiguously, in any order: a convolution's channels-last output is not copied."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor.contiguous()
 
 
 @lru_cache(maxsize=1024)

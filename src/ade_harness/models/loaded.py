@@ -29,6 +29,8 @@ class LoadedModel:
     """Images per call if it takes no other number."""
     of_caller: bool = False
     """Whether somebody goes on with it, perhaps trains it: then nothing that it keeps may be an inference tensor."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the network."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the manifest: origin and sha256 of the weights, parameters."""
 

@@ -115,28 +115,37 @@ def pretrained_cfg(name: str) -> Any:
 def _size_settings(name: str, side: int | None) -> tuple[dict[str, Any], int | None]:
     """Return how the model is told its input's size, and the only size that it takes then; tried without memory."""
     known = pretrained_cfg(name)
+    wanted = side or DEFAULT_SIDE
     if side is None:
         for settings in _SIZES:
-            if _makes(name, settings):
+            if _takes(name, settings, 224) and _takes(name, settings, 448):
                 return settings, None
-    wanted = side or DEFAULT_SIDE
     for step in (1, 14, 16, 32, 7):  # of patches and windows, which sides must be multiples of
         padded = wanted + -wanted % step
-        if _makes(name, {"img_size": padded}):
+        if _takes(name, {"img_size": padded}, padded):
             return {"img_size": padded}, wanted
-    native = known.input_size[-1] if known is not None and known.fixed_input_size else None
-    if side is not None and native is None:
-        raise HarnessError(f"model.backbone={name}: takes any size. Leave architecture.backbone.img_size out.")
-    return {}, native
+    if not (known is not None and known.fixed_input_size) and _takes(name, {}, wanted):
+        if side is not None:
+            raise HarnessError(f"model.backbone={name}: takes any size. Leave architecture.backbone.img_size out.")
+        return {}, None
+    return {}, known.input_size[-1] if known is not None and known.input_size else None
 
 
-def _makes(name: str, settings: Mapping[str, Any]) -> bool:
+def _takes(name: str, settings: Mapping[str, Any], side: int) -> bool:
+    """Whether a model can be made with `settings` and takes squares of `side`, as far as shapes alone say it."""
     import timm
 
     try:
-        with torch.device("meta"), _quiet():
-            timm.create_model(name, **settings)
-    except Exception:  # of the many kinds that a model's constructor raises
+        with torch.device("meta"), _quiet(), torch.inference_mode():
+            network: Any = timm.create_model(name, **settings).eval()
+            images = torch.empty(1, 3, side, side)
+            if hasattr(network, "forward_intermediates"):
+                network.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
+            else:
+                network(images)
+    except NotImplementedError:  # an operator that needs values: nothing is known
+        return True
+    except Exception:  # of the many kinds that constructors and shapes raise
         return False
     return True
 

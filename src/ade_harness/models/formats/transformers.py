@@ -31,6 +31,20 @@ ONEFORMER_TEXT_LENGTH = 77
 """Length of the ids, padded with zeros."""
 
 
+UNSUPPORTED = {
+    "videomt": "labels clips of frames; an image has no frames",
+}
+"""Kinds of transformers' segmentation models that cannot be evaluated here, and why."""
+_DIFFERENT = {
+    "beit": (
+        "transformers takes the features of other blocks than the official BEiT code: model=beit_l is the published"
+        " network"
+    ),
+    "segformer": "its layer norms use another eps than the official code: model=segformer_b0 to b5 are published ones",
+}
+"""Where transformers computes something else than the official code."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' own report of keys: ours is stricter and stops."""
@@ -101,6 +115,19 @@ class SemanticModel(nn.Module):
         return logits
 
 
+class DetrModel(nn.Module):
+    """A ``DetrForSegmentation``, whose queries have other names."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> MaskLogits:
+        """Return class logits [N, Q, C + 1] and mask logits [N, Q, h, w]."""
+        output = self.network(pixel_values=images)
+        return MaskLogits(output.logits, output.pred_masks)
+
+
 class UniversalModel(nn.Module):
     """A ``...ForUniversalSegmentation``: images [N, 3, H, W] to class and mask logits.
 
@@ -146,11 +173,13 @@ def load_transformers(
 
     where = f"model.id={model_id}"
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
-    wrap: type[UniversalModel] | type[SemanticModel]
+    wrap: type[UniversalModel] | type[SemanticModel] | type[DetrModel]
     with _quiet(), _explained(where):
         config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+        if config.model_type in UNSUPPORTED:
+            raise HarnessError(f"{where}: {config.model_type} {UNSUPPORTED[config.model_type]}.")
         if type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING:
-            auto, wrap = AutoModelForUniversalSegmentation, UniversalModel
+            auto, wrap = AutoModelForUniversalSegmentation, DetrModel if config.model_type == "detr" else UniversalModel
         elif type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
             auto, wrap = AutoModelForSemanticSegmentation, SemanticModel
         else:
@@ -171,6 +200,8 @@ def load_transformers(
         names = None  # transformers' placeholder
     commit = getattr(config, "_commit_hash", None)
     origin = {"origin": f"{model_id}@{commit}" if commit else model_id}
+    if "attn_mask_probs" in dict(network.named_buffers()):
+        network.attn_mask_probs.zero_()  # EoMT's official evaluation is without masks; files do not always say so
     return wrap(network.eval()), names, _pixel_statistics(model_id, revision), origin
 
 
@@ -219,6 +250,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         cfg.id or "", cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
     )
     mean, std = pixels or (list(cfg.input.mean), list(cfg.input.std))
+    notes = [] if pixels else [_assumed(cfg)]
     folder = Path(cfg.id or "")
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
     if files:  # one file, or the shards; transformers prefers safetensors
@@ -228,4 +260,17 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     settings = {k: v for k, v in network.config.to_dict().items() if k not in _NOT_DECISIVE}
     facts["config_sha256"] = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     channels = len(names) if names else None
-    return LoadedModel(module, "pretrained", tuple(mean), tuple(std), names_of(cfg, names), channels, facts=dict(facts))
+    if network.config.model_type in _DIFFERENT:
+        notes.append(f"model=hf: {_DIFFERENT[network.config.model_type]}")
+    return LoadedModel(
+        module, "pretrained", tuple(mean), tuple(std), names_of(cfg, names), channels, notes=tuple(notes), facts=facts
+    )
+
+
+def _assumed(cfg: ModelConfig) -> str:
+    """Say which statistics stand in for those of a preprocessor that is not there."""
+    mean, std = ("/".join(f"{v:g}" for v in values) for values in (cfg.input.mean, cfg.input.std))
+    return (
+        f"model.id={cfg.id}: has no preprocessor_config.json, so pixels were normalised with model.input's mean {mean}"
+        f" and std {std}: set those that it was trained with"
+    )

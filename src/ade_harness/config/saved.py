@@ -1,0 +1,116 @@
+"""``inference=as_saved``: the protocol that a transformers folder speaks of, by its two configuration files.
+
+A folder says which sizes its network was made for (``image_size``), how its image processor resizes (``size``,
+``crop_size``), and whether label 0 was taken away (``do_reduce_labels``); it does not say by which protocol its
+published score was measured. What is derived here is therefore named so in every result:
+
+- a network that takes one size only: windows of that size over an image whose short side is that size; along the long
+  side for EoMT (as tue-mps/eomt does), every two thirds of a window for the others (as mmsegmentation does);
+- any other: the whole image, its short side as the processor's; for mask classification resized and padded as
+  detectron2 does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ade_harness.config.files import read_choice
+from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.model import ModelConfig
+
+AS_SAVED = "as_saved"
+ONE_SIZE = ("eomt", "eomt_dinov3", "dpt", "data2vec-vision")
+"""Kinds of networks whose forward takes squares of ``image_size`` alone."""
+_ALONG = ("eomt", "eomt_dinov3")
+_QUERIES = ("mask2former", "maskformer", "oneformer", "detr")
+_WINDOWED = ("beit",)
+"""They take any size, but were trained and published with windows of ``image_size``."""
+_USUAL_SIDE = 512
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+def read_saved(model: ModelConfig, name: str) -> dict[str, Any] | None:
+    """Return one of the JSON files of ``model.id``, a folder or a repository of the hub; None if it cannot be read."""
+    folder = Path(model.id or "").expanduser()
+    try:
+        if folder.is_dir():
+            path = folder / name
+        else:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(model.id or "", name, revision=model.revision))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except Exception:  # not there, or not reachable: the loader of the weights says why, in its own message
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
+    """Fill in what the user left open of ``inference=as_saved``; its name then says what it became.
+
+    A network of 151 channels whose processor does not reduce labels has the background as its channel 0, which is
+    left out (``model.class_map``).
+    """
+    config, processor = read_saved(model, CONFIG) or {}, read_saved(model, PREPROCESSOR) or {}
+    kind = str(config.get("model_type", ""))
+    native, (side, cap) = _number(config.get("image_size")), _sides(processor)
+    windows = kind in (*ONE_SIZE, *_WINDOWED) and native is not None
+    wanted: dict[str, Any]
+    if windows and kind in _ALONG:
+        wanted = {
+            "resize": {"rule": "cover", "height": native, "width": native, "backend": "pillow"},
+            "mode": "long_side", "window": {"crop": native},
+        }  # fmt: skip
+        name = f"long_side_{native}"
+    elif windows:
+        assert native is not None
+        wanted = {
+            "resize": {"rule": "short_side", "side": native, "max_side": 4 * native},
+            "mode": "slide", "window": {"crop": native, "stride": native * 2 // 3},
+        }  # fmt: skip
+        name = f"slide_{native}"
+    else:
+        side = side or native or _USUAL_SIDE
+        wanted = {"resize": {"rule": "short_side", "side": side, "max_side": cap or 4 * side}}
+        if kind in _QUERIES:
+            wanted["resize"] |= {"rounding": "detectron2", "backend": "pillow", "pad_multiple": 32}
+        name = f"whole_{side}"
+    _fill(inference, wanted, read_choice("inference", AS_SAVED))
+    inference.name = f"{AS_SAVED}_{name}"
+    labels = config.get("id2label")
+    if model.class_map is None and isinstance(labels, dict) and len(labels) == 151 and kind not in (*_ALONG, *_QUERIES):
+        reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
+        model.class_map = model.class_map if reduced else [None, *range(150)]
+
+
+def _fill(node: Any, wanted: dict[str, Any], default: dict[str, Any]) -> None:
+    """Set fields that still are what the packaged choice says, or the schema: what the user set stays."""
+    made = type(node)()
+    for field in fields(node):
+        if field.name not in wanted:
+            continue
+        value, own = wanted[field.name], getattr(node, field.name)
+        below = default.get(field.name, getattr(made, field.name))
+        if is_dataclass(own):
+            _fill(own, value, below if isinstance(below, dict) else {})
+        elif own == below:
+            setattr(node, field.name, type(own)(value) if isinstance(own, str) and type(own) is not str else value)
+
+
+def _sides(processor: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return the short side that a processor resizes to, and its cap of the long side."""
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    if isinstance(size, dict):
+        sides = [n for n in map(_number, (size.get("height"), size.get("width"))) if n is not None]
+        short = _number(size.get("shortest_edge")) or (min(sides) if sides else None)
+        return short, _number(size.get("longest_edge")) or _number(processor.get("max_size"))
+    return _number(size), _number(processor.get("max_size"))
+
+
+def _number(value: Any) -> int | None:
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -1,0 +1,194 @@
+"""Every segmentation class of transformers, small and random, through the whole evaluation by the protocol of its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as SEMANTIC,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL,
+)
+
+from ade_harness.api import evaluate
+from ade_harness.config.compose import compose_config
+from ade_harness.config.inference import InferenceConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.errors import HarnessError
+from ade_harness.models.formats.transformers import UNSUPPORTED
+from ade_harness.models.loading import load_model
+
+pytestmark = pytest.mark.slow  # the file takes more than a few seconds
+
+NAMES = dict(enumerate(ade20k_classes().names))
+LABELS = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
+VIT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def _swin() -> Any:
+    return transformers.SwinConfig(
+        embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_features=STAGES
+    )
+
+
+def _detr(**more: Any) -> Any:
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    return transformers.DetrConfig(
+        d_model=64, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=8, use_timm_backbone=False, use_pretrained_backbone=False,
+        backbone_config=transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, out_features=STAGES),
+        **small, **more,
+    )  # fmt: skip
+
+
+MASKS = {
+    "hidden_dim": 32, "encoder_feedforward_dim": 32, "dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 2,
+    "num_attention_heads": 2, "num_queries": 8,
+}  # fmt: skip
+MAKE: dict[str, Callable[[], Any]] = {
+    "beit": lambda: transformers.BeitConfig(
+        **VIT, intermediate_size=64, out_indices=[1, 2, 3, 4], use_relative_position_bias=True, use_auxiliary_head=False, **LABELS
+    ),
+    "data2vec-vision": lambda: transformers.Data2VecVisionConfig(
+        **VIT, intermediate_size=64, out_indices=[1, 2, 3, 4], use_relative_position_bias=True, use_auxiliary_head=False, **LABELS
+    ),
+    "dpt": lambda: transformers.DPTConfig(
+        **VIT, intermediate_size=64, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[16, 16, 32, 32], fusion_hidden_size=16,
+        is_hybrid=False, use_auxiliary_head=False, **LABELS,
+    ),
+    "mobilenet_v2": lambda: transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=64, **LABELS),
+    "mobilevit": lambda: transformers.MobileViTConfig(
+        image_size=64, hidden_sizes=[32, 48, 64], neck_hidden_sizes=[8, 16, 24, 32, 48, 64, 96], aspp_out_channels=32, **LABELS
+    ),
+    "mobilevitv2": lambda: transformers.MobileViTV2Config(image_size=64, width_multiplier=0.5, aspp_out_channels=32, **LABELS),
+    "sapiens2": lambda: transformers.Sapiens2Config(
+        **VIT, intermediate_size=64, num_key_value_heads_per_layer=[2] * 4, num_key_value_attention_heads=2,
+        head_config={"upsample_out_channels": [16, 16], "conv_out_channels": [16], "upsample_kernel_sizes": [4, 4], "conv_kernel_sizes": [1]}, **LABELS,
+    ),
+    "segformer": lambda: transformers.SegformerConfig(hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, decoder_hidden_size=16, **LABELS),
+    "tipsv2_dpt": lambda: transformers.Tipsv2DptConfig(neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, **LABELS),
+    "upernet": lambda: transformers.UperNetConfig(
+        backbone_config=transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, out_features=STAGES),
+        hidden_size=16, auxiliary_channels=8, auxiliary_in_channels=24, use_auxiliary_head=False, **LABELS,
+    ),
+    "detr": lambda: _detr(**LABELS),
+    "eomt": lambda: transformers.EomtConfig(**VIT, num_queries=8, num_blocks=2, num_upscale_blocks=1, **LABELS),
+    "eomt_dinov3": lambda: transformers.EomtDinov3Config(
+        **VIT, intermediate_size=64, num_queries=8, num_blocks=2, num_upscale_blocks=1, **LABELS
+    ),
+    "mask2former": lambda: transformers.Mask2FormerConfig(backbone_config=_swin(), feature_size=32, mask_feature_size=32, **MASKS, **LABELS),
+    "maskformer": lambda: transformers.MaskFormerConfig(
+        fpn_feature_size=32, mask_feature_size=32, backbone_config=_swin(), decoder_config=_detr(), **LABELS
+    ),
+    "oneformer": lambda: transformers.OneFormerConfig(
+        backbone_config=_swin(), conv_dim=32, mask_dim=32, text_encoder_width=16, text_encoder_num_layers=1, is_training=False, **MASKS, **LABELS
+    ),
+}  # fmt: skip
+PROTOCOLS = {
+    "eomt": "as_saved_long_side_64", "eomt_dinov3": "as_saved_long_side_64", "dpt": "as_saved_slide_64",
+    "beit": "as_saved_slide_64", "data2vec-vision": "as_saved_slide_64",
+}  # fmt: skip
+
+
+def saved(kind: str, folder: Path, processor: dict[str, Any] | None = None) -> Path:
+    torch.manual_seed(0)
+    network = getattr(transformers, {**SEMANTIC, **UNIVERSAL}[kind])(MAKE[kind]())
+    network.save_pretrained(folder)
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def test_every_class_is_supported_or_its_reason_written() -> None:
+    assert {*SEMANTIC, *UNIVERSAL} == {*MAKE, *UNSUPPORTED}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_folder_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
+    folder = saved(
+        kind, tmp_path, {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    )
+    result = evaluate("hf", dataset="demo", options={"model.id": str(folder), "dataset.images": 1})
+    assert result.images == 1
+    assert result.metrics["protocol"] == PROTOCOLS.get(kind, "as_saved_whole_64")
+    assert int(result.matrix.sum()) > 0
+    differs = [note for note in result.notes if "model=hf:" in note]
+    assert bool(differs) == (kind in ("beit", "segformer"))
+    assert all("is the published network" in note or "are published ones" in note for note in differs)
+
+
+def test_what_cannot_be_evaluated_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "videomt"}))
+    with pytest.raises(HarnessError, match="a videomt|videomt labels clips of frames; an image has no frames"):
+        load_model(compose_config(["model=hf", f"model.id={tmp_path}"]).model)
+
+
+def test_eomt_is_evaluated_without_masks(tmp_path: Path) -> None:
+    """Early converters dropped the buffer, and transformers' default is ones: masked attention, other scores."""
+    folder = saved("eomt", tmp_path)
+    network: Any = load_model(compose_config(["model=hf", f"model.id={folder}"]).model).module.network
+    assert not network.attn_mask_probs.any()
+
+
+def test_a_folder_without_a_processor_says_what_was_assumed(tmp_path: Path) -> None:
+    model = load_model(compose_config(["model=hf", f"model.id={saved('segformer', tmp_path)}"]).model)
+    assert any("has no preprocessor_config.json" in note and "123.675/116.28/103.53" in note for note in model.notes)
+
+
+def composed(folder: Path, *words: str) -> InferenceConfig:
+    return compose_config(["model=hf", f"model.id={folder}", *words]).inference
+
+
+def write(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "name", "fields"),
+    [
+        ({"model_type": "segformer"}, {"size": {"height": 512, "width": 512}}, "as_saved_whole_512", {"side": 512, "max_side": 2048}),
+        ({"model_type": "segformer"}, {"size": 640}, "as_saved_whole_640", {"side": 640, "max_side": 2560}),
+        ({"model_type": "mobilevit"}, {"size": {"shortest_edge": 544}, "crop_size": {"height": 512, "width": 512}, "do_center_crop": True}, "as_saved_whole_512", {"side": 512}),
+        ({"model_type": "mask2former"}, {"size": {"shortest_edge": 512, "longest_edge": 2048}}, "as_saved_whole_512", {"side": 512, "max_side": 2048, "pad_multiple": 32, "rounding": "detectron2", "backend": "pillow"}),
+        ({"model_type": "maskformer"}, {"size": 512, "max_size": 1024}, "as_saved_whole_512", {"max_side": 1024}),
+        ({"model_type": "dpt", "image_size": 480}, {}, "as_saved_slide_480", {"side": 480}),
+        ({"model_type": "beit", "image_size": [640, 640]}, {}, "as_saved_slide_640", {"side": 640}),
+        ({"model_type": "eomt", "image_size": 512}, {}, "as_saved_long_side_512", {"rule": "cover", "height": 512, "width": 512}),
+        ({}, {}, "as_saved_whole_512", {"side": 512}),
+    ],
+)  # fmt: skip
+def test_sizes_become_a_protocol(
+    config: dict[str, Any], processor: dict[str, Any], name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    inference = composed(write(tmp_path, config, processor))
+    assert inference.name == name
+    assert {key: getattr(inference.resize, key) for key in fields} == fields
+    assert inference.mode == ("slide" if "slide" in name else "long_side" if "long" in name else "whole")
+    if "slide" in name:
+        assert (inference.window.crop, inference.window.stride) == (fields["side"], fields["side"] * 2 // 3)
+
+
+def test_what_is_set_stays(tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": "dpt", "image_size": 480}, {})
+    inference = composed(
+        tmp_path, "inference.window.stride=240", "inference.resize.backend=pillow", "inference.batch=2"
+    )
+    assert (inference.window.crop, inference.window.stride, inference.resize.backend) == (480, 240, "pillow")
+    assert composed(tmp_path, "inference=mmseg_slide_512").name == "mmseg_slide_512"
+
+
+def test_a_background_channel_is_left_out(tmp_path: Path) -> None:
+    config = {"model_type": "segformer", "id2label": {str(i): str(i) for i in range(151)}}
+    write(tmp_path, config, {"do_reduce_labels": False})
+    assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map == [None, *range(150)]
+    write(tmp_path, config, {"do_reduce_labels": True})
+    assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map is None
