@@ -69,10 +69,15 @@ def test_models_lists_the_catalogue(call: Call) -> None:
     assert sum(r.metric == "mIoU" for r in published_rows()) == 6
     for row in published_rows():
         assert row.system.split(" ")[0] in done.out
-    assert "never published" in done.out
+    assert "never" in done.out
     assert {row.config for row in published_rows()} <= set(choices("model"))  # every row can be run
-    assert "bit-identical" in done.out
-    assert "published by others" in done.out
+    assert "others published" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert len(done.out.splitlines()) < 80
+    told = call("models", "mask2former_swin_l", "segformer_b0")
+    assert "bit-identical" in told.out
+    assert "inference=ss: mmseg_whole_512_align32" in told.out
+    assert "no such model. Did you mean 'segformer_b0'" in call("models", "segformer_b").err
     assert published_rows()[0].score == 62.9
     for metric in ("mIoU", "miou"):  # ranked by score, ties by date, as the site does
         rows = [r for r in published_rows() if r.metric == metric]
@@ -173,7 +178,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["model=segformer_b0", "model.weights=random", "model.architecture.backbone.depths=[1]", "dataset=demo", "dataset.limit=1"], ["makes no network"]),
         (["a=[b"], ["not in Hydra\'s grammar"]),
         (["dataset=ade20k", "dataset.root=nowhere", "model=segformer_b0"], ["nowhere: no such folder or zip"]),
-        (["models", "x"], ["models: unrecognized arguments: x"]),
+        (["models", "--x"], ["models: unrecognized arguments: --x"]),
         (["data"], ["data download"]),
         (["data", "verify", "nowhere"], ["nowhere: no such folder or zip"]),
         (["data", "download", "--colour"], ["unrecognized arguments: --colour"]),

@@ -79,7 +79,7 @@ def browser() -> Iterator[object]:
 
 
 def visit(browser, path: Path, **options) -> Opened:  # type: ignore[no-untyped-def]
-    page = browser.new_page(viewport={"width": 1200, "height": 900}, **options)
+    page = browser.new_page(**{"viewport": {"width": 1200, "height": 900}, **options})
     opened = Opened(page)
     page.on(
         "console",
@@ -140,6 +140,7 @@ def test_the_report_works_in_a_browser(runs, browser) -> None:  # type: ignore[n
     assert example.locator(".layer:visible").evaluate("l => l.style.clipPath") == "inset(0px 0px 0px 0%)"
     assert page.locator(".example").count() == 24
     # the matrix: three normalisations, zoom by dragging
+    page.select_option("#matrix-classes", "all")
     cells = "document.getElementById('matrix').data[0].z.flat().filter(v => v !== null)"
     assert page.evaluate(f"{cells}.length") == int((run.matrix > 0).sum())
     rows = page.evaluate(
@@ -265,3 +266,48 @@ def test_runs_without_intervals_have_a_page(words: list[str], tmp_path: Path, ca
         assert re.search(r"<h2 id=\"h-score\">\d+\.\d\d", page)
     done = call("compare", "a", "b", "--resamples", "100")
     assert done.code == 0, done.err
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [375, 768, 1280])
+@pytest.mark.parametrize("name", ["demo", "compared"])
+def test_pages_fit_a_phone_a_tablet_and_a_desk(runs, browser, name: str, width: int) -> None:  # type: ignore[no-untyped-def]
+    opened = visit(browser, runs[name], viewport={"width": width, "height": 800})
+    page = opened.page
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width  # nothing to scroll sideways
+    outside = """[...document.querySelectorAll("body *")].filter((element) =>
+        element.getBoundingClientRect().right > innerWidth + 1 && !element.closest(".scroll, .box, pre, .plot, .skip"))
+        .map((element) => element.outerHTML.slice(0, 80))"""
+    assert page.evaluate(outside) == []
+    cards = """[...document.querySelectorAll(".example select, .example input")].filter((element) =>
+        element.getBoundingClientRect().right > element.closest("figure").getBoundingClientRect().right + 0.5).length"""
+    assert page.evaluate(cards) == 0
+    assert opened.problems == []
+
+
+@needs_browser
+def test_confusions_and_pictures_can_be_narrowed(runs, browser) -> None:  # type: ignore[no-untyped-def]
+    page = visit(browser, runs["demo"]).page
+    shape = """(() => { const d = document.getElementById("matrix").data[0]; return [d.z.length, d.z[0].length]; })()"""
+    assert page.evaluate(shape) == [25, 27]  # others, and none
+    page.select_option("#matrix-mode", "pixels")
+    few = page.evaluate(
+        """document.getElementById("matrix").data[0].z.flat().filter((v) => v !== null).map((v) => 10 ** v)"""
+    )
+    page.select_option("#matrix-classes", "all")
+    assert page.evaluate(shape) == [150, 151]
+    every = page.evaluate(
+        """document.getElementById("matrix").data[0].z.flat().filter((v) => v !== null).map((v) => 10 ** v)"""
+    )
+    expected = load_run(runs["run"]).matrix
+    assert round(sum(every)) == int(expected.sum())
+    wrong = expected[:, :150] - np.diag(np.diag(expected[:, :150]))
+    totals = wrong.sum(0) + expected.sum(1) - np.diag(expected[:, :150])
+    chosen = sorted(sorted(range(150), key=lambda c: (-totals[c], c))[:25])
+    assert round(sum(few)) == int(expected[chosen].sum())
+    figures = page.locator(".example")
+    first = json.loads(figures.first.get_attribute("data-classes"))[0]
+    page.select_option("#image-class", first)
+    with_it = [first in json.loads(f.get_attribute("data-classes")) for f in figures.all()]
+    assert [f.is_visible() for f in figures.all()] == with_it
+    assert page.inner_text("#image-count") == f"{sum(with_it)} of {len(with_it)} pictures"

@@ -142,7 +142,10 @@ COMMANDS = (
     Command(
         "probe", "train a linear head on a frozen backbone", "evaluate:run_probe", (_OVERRIDES, *_HYDRA), _PROBE_DETAILS
     ),
-    Command("models", "the leaderboard's systems, and which can be run", "models:run_models"),
+    Command(
+        "models", "the leaderboard's systems, and which can be run", "models:run_models",
+        (Argument("names", nargs="*", metavar="NAME", help="say more of these: source, protocols, how it was checked"),),
+    ),
     Command(
         "leaderboard", "published rows with your complete runs merged in; chart", "leaderboard:run_leaderboard",
         (
@@ -208,7 +211,8 @@ COMMANDS = (
         ),
     ),
     Command(
-        "convert", "take the tensors out of a file that holds pickled objects; runs no code of it",
+        "convert",
+        "take the tensors out of a file that holds pickled objects; runs no code of it",
         "convert:run_convert",
         (
             Argument("file", metavar="FILE", help="a torch file or pickle, as trainers write them"),

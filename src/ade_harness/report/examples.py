@@ -51,6 +51,8 @@ class Example:
     layers: tuple[Layer, ...]
     legend: tuple[tuple[str, str], ...]
     """(class name, CSS colour) of the classes that cover most."""
+    class_names: tuple[str, ...]
+    """Of the classes that are in the truth, in the order of the data set."""
 
 
 def kept_images(run: FinishedRun) -> set[str]:
@@ -140,7 +142,8 @@ def _draw(
     largest = [int(c) for c in np.argsort(-counts, kind="stable")[:_LEGEND] if counts[c]]
     legend = tuple((names[c], "#" + "".join(f"{v:02x}" for v in colors[c])) for c in largest)
     picture = Image.fromarray(sample.image).resize(size, Image.Resampling.LANCZOS)
-    return Example(image_id, caption, *size, data_url(picture, "JPEG"), tuple(layers), legend)
+    present = tuple(names[c] for c in np.unique(sample.target) if c < len(names))
+    return Example(image_id, caption, *size, data_url(picture, "JPEG"), tuple(layers), legend, present)
 
 
 def _indexed(values: npt.NDArray[np.uint8], size: tuple[int, int], colors: npt.NDArray[np.uint8]) -> str:

@@ -133,6 +133,7 @@ def write_run_page(
         convention=run.metrics["convention"],
         notes=[*run.metrics["notes"], *contents.notes, *notes],
         worst=worst,
+        image_classes=[n for n in contents.run.classes.names if any(n in e.class_names for e in (*worst, *best))],
         best=best,
         overlays=[] if worst else _overlays(run.path),
         boundary_miou=boundary_miou,

@@ -105,21 +105,64 @@
     show();
   });
 
+  // ---- pictures of one class ----
+  const imageClass = document.getElementById("image-class");
+  if (imageClass) {
+    const figures = [...document.querySelectorAll(".example[data-classes]")];
+    imageClass.addEventListener("change", () => {
+      let shown = 0;
+      figures.forEach((figure) => {
+        figure.hidden = imageClass.value !== "" && !JSON.parse(figure.dataset.classes).includes(imageClass.value);
+        shown += !figure.hidden;
+      });
+      document.getElementById("image-count").textContent = imageClass.value ? `${shown} of ${figures.length} pictures` : "";
+    });
+  }
+
   // ---- the confusion matrix ----
-  function matrixFigure(mode) {
+  // the classes of the largest confusions, in the order of the data set; pixels of the others are one column
+  function mostConfused(number) {
     const { names, truth, prediction, pixels } = data.confusion;
-    const columns = [...names, "none"];
-    const [ofTruth, ofPrediction] = [new Float64Array(names.length), new Float64Array(columns.length)];
-    truth.forEach((t, i) => { ofTruth[t] += pixels[i]; ofPrediction[prediction[i]] += pixels[i]; });
-    const z = names.map(() => new Array(columns.length).fill(null));
-    const text = names.map(() => new Array(columns.length).fill(""));
+    const wrong = new Float64Array(names.length);
     truth.forEach((t, i) => {
       const p = prediction[i];
-      const value = mode === "pixels" ? pixels[i] : pixels[i] / (mode === "truth" ? ofTruth[t] : ofPrediction[p]);
-      z[t][p] = Math.log10(value);
-      const shown = mode === "pixels" ? `${pixels[i].toLocaleString("en")} pixels` : `${percent(value)} %`;
-      text[t][p] = `truth ${names[t]}<br>predicted ${columns[p]}<br>${shown}`;
+      if (p === t) return;
+      wrong[t] += pixels[i];
+      if (p < names.length) wrong[p] += pixels[i];
     });
+    const order = names.map((_, index) => index).sort((a, b) => wrong[b] - wrong[a] || a - b);
+    return order.slice(0, number).sort((a, b) => a - b);
+  }
+  function matrixFigure(mode, number) {
+    const { names: every, truth, prediction, pixels } = data.confusion;
+    const few = number !== "all" && Number(number) < every.length;
+    const shownClasses = few ? mostConfused(Number(number)) : every.map((_, index) => index);
+    const place = new Map(shownClasses.map((c, index) => [c, index]));
+    const names = shownClasses.map((c) => every[c]);
+    const columns = few ? [...names, "others", "none"] : [...names, "none"];
+    const [ofTruth, ofPrediction] = [new Float64Array(every.length), new Float64Array(every.length + 1)];
+    const cells = names.map(() => new Array(columns.length).fill(0));
+    truth.forEach((t, i) => {
+      const p = prediction[i];
+      ofTruth[t] += pixels[i];
+      ofPrediction[p] += pixels[i];
+      if (!place.has(t)) return;
+      const column = p === every.length ? columns.length - 1 : place.has(p) ? place.get(p) : names.length;
+      cells[place.get(t)][column] += pixels[i];
+    });
+    const ofColumn = columns.map((_, c) => (c < names.length ? ofPrediction[shownClasses[c]] : c === columns.length - 1 ? ofPrediction[every.length] : 0));
+    if (few) ofPrediction.forEach((count, c) => { if (c < every.length && !place.has(c)) ofColumn[names.length] += count; });
+    const z = names.map(() => new Array(columns.length).fill(null));
+    const text = names.map(() => new Array(columns.length).fill(""));
+    cells.forEach((row, t) => row.forEach((count, p) => {
+      if (!count) return;
+      const value = mode === "pixels" ? count : count / (mode === "truth" ? ofTruth[shownClasses[t]] : ofColumn[p]);
+      z[t][p] = Math.log10(value);
+      const shown = mode === "pixels" ? `${count.toLocaleString("en")} pixels` : `${percent(value)} %`;
+      text[t][p] = `truth ${names[t]}<br>predicted ${columns[p]}<br>${shown}`;
+    }));
+    const narrow = innerWidth < 600;
+    const size = few ? (narrow ? 8 : 11) : 8;
     const ticks = mode === "pixels" ? [0, 2, 4, 6, 8] : [-4, -3, -2, -1, 0];
     const label = (tick) => (mode === "pixels" ? (10 ** tick).toLocaleString("en") : `${(100 * 10 ** tick).toLocaleString("en")} %`);
     const numbers = columns.map((_, index) => index);
@@ -127,19 +170,21 @@
       data: [{
         type: "heatmap", z, text, hoverinfo: "text", colorscale: "Cividis", x: numbers, y: numbers.slice(0, names.length),
         ...(mode === "pixels" ? {} : { zmin: -4, zmax: 0 }),
-        colorbar: { tickvals: ticks, ticktext: ticks.map(label), len: 0.8 },
+        ...(narrow ? { showscale: false } : { colorbar: { tickvals: ticks, ticktext: ticks.map(label), len: 0.8 } }),
       }],
       layout: {
-        margin: { l: 110, r: 20, t: 20, b: 110 },
-        xaxis: { title: { text: "prediction" }, tickvals: numbers, ticktext: columns, tickangle: -90, tickfont: { size: 8 }, showgrid: false, constrain: "domain" },
-        yaxis: { title: { text: "truth" }, tickvals: numbers.slice(0, names.length), ticktext: names, tickfont: { size: 8 }, showgrid: false, autorange: "reversed", constrain: "domain" },
+        margin: narrow ? { l: 80, r: 5, t: 10, b: 90 } : { l: 120, r: 20, t: 20, b: 120 },
+        xaxis: { title: { text: "prediction" }, tickvals: numbers, ticktext: columns, tickangle: -90, tickfont: { size }, showgrid: false, constrain: "domain" },
+        yaxis: { title: { text: "truth" }, tickvals: numbers.slice(0, names.length), ticktext: names, tickfont: { size }, showgrid: false, autorange: "reversed", constrain: "domain" },
       },
     };
   }
   const mode = document.getElementById("matrix-mode");
   if (mode) {
-    mode.addEventListener("change", () => draw("matrix", matrixFigure(mode.value)));
-    draw("matrix", matrixFigure(mode.value));
+    const number = document.getElementById("matrix-classes");
+    const show = () => draw("matrix", matrixFigure(mode.value, number.value));
+    [mode, number].forEach((choice) => choice.addEventListener("change", show));
+    show();
   }
 
   // ---- two runs of several ----
@@ -172,7 +217,7 @@
         marker: { color: ends.map(marker) },
         hovertemplate: "%{y}: %{x:+.2f}<extra></extra>",
       }],
-      layout: { margin: { l: 150, r: 20, t: 20, b: 50 }, xaxis: { title: { text: "IoU, second minus first, points" } }, yaxis: { automargin: true, tickfont: { size: 10 } } },
+      layout: { margin: { l: innerWidth < 600 ? 90 : 150, r: 20, t: 20, b: 50 }, xaxis: { title: { text: "IoU, second minus first, points" } }, yaxis: { automargin: true, tickfont: { size: 10 } } },
     });
     document.querySelectorAll("[data-pair]").forEach((part) => { part.hidden = part.dataset.pair !== pairChoice.value; });
   }
