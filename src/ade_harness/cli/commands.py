@@ -144,7 +144,7 @@ COMMANDS = (
     ),
     Command(
         "models", "the leaderboard's systems, and which can be run", "models:run_models",
-        (Argument("names", nargs="*", metavar="NAME", help="say more of these: source, protocols, how it was checked"),),
+        (Argument("names", nargs="*", metavar="NAME", help="say more of these: source, protocols, how checked"),),
     ),
     Command(
         "leaderboard", "published rows with your complete runs merged in; chart", "leaderboard:run_leaderboard",

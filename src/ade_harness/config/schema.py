@@ -103,6 +103,7 @@ class MetricsConfig:
     resamples: int = bounded(10_000, at_least=0, at_most=1_000_000)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)  # of the bootstrap
     level: float = 0.95  # of the intervals
+    flops: bool | None = None  # count the operations of one image; null: unless the images are synthetic
     calibration: bool = False  # count confidence and correctness of every pixel: one more pass over the scores
 
 

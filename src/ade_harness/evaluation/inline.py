@@ -28,6 +28,7 @@ from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_
 from ade_harness.evaluation.job import describe_marks
 from ade_harness.evaluation.module import refuse_nan
 from ade_harness.evaluation.recorder import row_of
+from ade_harness.evaluation.score import describe_costs
 from ade_harness.inference.predictor import Predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.confidence import count_confidence
@@ -210,5 +211,6 @@ def conclude(
         images_per_second=len(rows) / seconds if seconds else 0.0,
         balance=Balance(tuple(shares)),
         stages={},
+        costs=describe_costs(composed.config, opened.predictor, opened.predictor.facts(), opened.sizes, None),
     )  # fmt: skip
     return result, rows

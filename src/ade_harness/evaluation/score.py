@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure
 from ade_harness.evaluation.job import Job, skipped_marks
+from ade_harness.inference.flops import flops_of_image
+from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.runs.directory import LEDGER
@@ -37,6 +40,27 @@ class Work:
     images_per_second: float
     balance: Balance
     stages: Mapping[str, float]
+    gpu_peak: int | None = None
+    """Bytes of GPU memory that torch held at once, on the rank that needed most."""
+
+
+def describe_costs(
+    cfg: Config,
+    predictor: Predictor,
+    facts: Mapping[str, Any],
+    sizes: Mapping[str, tuple[int, int]],
+    gpu_peak: int | None,
+) -> dict[str, Any]:
+    """Return what a network costs, for metrics.json: parameters, operations of the first image, GPU memory."""
+    wanted = cfg.dataset.kind != "demo" if cfg.metrics.flops is None else cfg.metrics.flops
+    size = next(iter(sizes.values()), None) if wanted else None
+    flops = None if size is None else flops_of_image(predictor.network, cfg.inference, size)
+    return {
+        "parameters": facts.get("parameters"),
+        "flops": flops,
+        "flops_image": None if size is None or flops is None else list(size),
+        "gpu_peak_bytes": gpu_peak,
+    }
 
 
 def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: Work) -> Result:
@@ -77,6 +101,7 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
         images_per_second=work.images_per_second,
         balance=work.balance,
         stages=work.stages,
+        costs=describe_costs(cfg, job.predictor, job.facts, job.sizes, work.gpu_peak),
     )  # fmt: skip
     write_result(result)
     record.finish(rows, result.timings(), marks, lost)

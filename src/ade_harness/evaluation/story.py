@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import torch
 from lightning.pytorch import seed_everything
 from rich.console import Console
 
@@ -98,5 +99,7 @@ def _work(
     total = all_reduce_sum(counted) + matrix_of(before, len(counted))
     notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.recorder.remarks]), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
+    on_gpu = torch.cuda.is_available() and ranks.trainer.strategy.root_device.type == "cuda"
+    peak = max(gather(torch.cuda.max_memory_allocated() if on_gpu else 0)) or None
     ranks.part()
-    return Work(total, failures, stopped, live.close() if live else (), notes, start, rate, balance, stages)
+    return Work(total, failures, stopped, live.close() if live else (), notes, start, rate, balance, stages, peak)

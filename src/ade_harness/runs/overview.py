@@ -47,6 +47,10 @@ class RunRow:
     """Ends of its interval."""
     pixel_accuracy: float | None = None
     mean_accuracy: float | None = None
+    mean_dice: float | None = None
+    parameters: int | None = None
+    flops: int | None = None
+    """Of the run's first image."""
     seconds: float | None = None
     marks: str = ""
     """What the score is not: demo, partial, random weights."""
@@ -127,6 +131,9 @@ def _row(path: Path) -> RunRow:
         high=interval.get("high"),
         pixel_accuracy=metrics.get("pixel_accuracy"),
         mean_accuracy=metrics.get("mean_accuracy"),
+        mean_dice=metrics.get("mean_dice"),
+        parameters=metrics.get("parameters"),
+        flops=metrics.get("flops"),
         seconds=manifest.get("timings", {}).get("seconds"),
         marks="; ".join(manifest.get("marks", ())),
     )

@@ -128,6 +128,8 @@ class Result:
     """Speed of the evaluation alone; 0 if nothing was left to do."""
     balance: Balance
     """What each rank did."""
+    costs: Mapping[str, Any]
+    """Of the network: parameters, flops of the image of `flops_image`, gpu_peak_bytes; None where it is not known."""
     stages: Mapping[str, float]
     """Seconds in each stage, added up over ranks; decode happens in loader processes, beside the rest."""
 
@@ -175,6 +177,8 @@ class Result:
         return {
             **self.origin,
             **self.scores.as_dict(),
+            "mean_dice": _mean([row["Dice"] for row in per_class_rows(self.matrix, self.classes)]),
+            **self.costs,
             "images": self.images,
             "expected_images": self.expected_images,
             "pixels": self.pixels,
@@ -255,16 +259,30 @@ def summarise(
     )
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def per_class_rows(matrix: Matrix, classes: Classes) -> list[dict[str, Any]]:
-    """Return one row per class; None where a ratio is not defined."""
+    """Return one row per class; None where a ratio is not defined.
+
+    Dice is the F-score too: the harmonic mean of accuracy (recall) and precision, twice the intersection over the sum
+    of both areas.
+    """
     iou, accuracy = class_iou(matrix), class_accuracy(matrix)
     truth, predicted = matrix.sum(1), matrix[:, :-1].sum(0)
+    both = np.diagonal(matrix)
+    with np.errstate(invalid="ignore"):
+        precision, dice = both / predicted, 2 * both / (truth + predicted)
     return [
         {
             "class": c,
             "name": name,
             "IoU": None if np.isnan(iou[c]) else float(iou[c]),
             "accuracy": None if np.isnan(accuracy[c]) else float(accuracy[c]),
+            "precision": None if np.isnan(precision[c]) else float(precision[c]),
+            "Dice": None if np.isnan(dice[c]) else float(dice[c]),
             "ground_truth_pixels": int(truth[c]),
             "predicted_pixels": int(predicted[c]),
             "intersection_pixels": int(matrix[c, c]),

@@ -78,7 +78,8 @@ FINISHED = {
 METRICS = {
     "model?": str, "checkpoint_sha256?": str, "dataset?": str, "protocol?": str, "commit?": str,
     **dict.fromkeys(_SCORES, float),
-    "images?": int, "pixels?": int, "complete?": bool,
+    "images?": int, "pixels?": int, "complete?": bool, "mean_dice?": OrNull(float),
+    "parameters?": OrNull(int), "flops?": OrNull(int), "flops_image?": OrNull([int]), "gpu_peak_bytes?": OrNull(int),
     "intervals": {"*": (dict, type(None)), **{f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
     "other_intervals": {"*": {f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
     "convention": str, "notes": [str],
