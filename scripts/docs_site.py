@@ -45,6 +45,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown.replace("](../slurm/README.md)", "](slurm.md)")
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leave out the sign that begins an example in a docstring."""
+    return html.replace("<p>::</p>", "")
+
+
 def _without_links_to_code(markdown: str) -> str:
     """Return a page of another folder with its links to docs/, and names of files in place of links to them."""
     return re.sub(r"\[([^\]]+)\]\(\.\./(?!docs/)[^)]+\)", r"\1", markdown).replace("](../docs/", "](")

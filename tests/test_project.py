@@ -143,7 +143,7 @@ _DISTRIBUTION = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyya
 _OPTIONAL = {
     "submitit",
     "triton",
-    "timm",
+    "segmentation_models_pytorch",
     "wandb_workspaces",
 }  # imported where they are used, with a message that names them
 
