@@ -76,7 +76,9 @@ def test_every_option_in_the_readme_exists() -> None:
                 continue  # an argument of a function, as its examples show, which tests/api/test_docs.py runs
             if page.name == "coming-from.md" and "." not in key and key not in keys:
                 continue  # an option of the other framework
-            assert key in keys or key.startswith(("model.kwargs", "model.architecture.", "hydra.")), f"{page.name}: {key}"
+            assert key in keys or key.startswith(("model.kwargs", "model.architecture.", "hydra.")), (
+                f"{page.name}: {key}"
+            )
             if key in ("model", "inference", "probe") and re.fullmatch(r"[a-z0-9_]+", value):
                 assert value in [*choices(key), "colour_net", "ss", "ms"], f"{page.name}: {key}={value}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from ade_harness.inference.flops import flops_of_image
 from ade_harness.inference.opening import open_network
 from ade_harness.inference.plan import plan_views
 from ade_harness.runs.result import per_class_rows
+from ade_harness.tracking.content import summary_of
 from tests.conftest import Done
 
 CONVOLUTION = nn.Conv2d(3, 150, 4, stride=4)
@@ -82,6 +85,16 @@ def test_the_result_says_what_it_costs(call: Callable[..., Done], tmp_path: Path
     assert rows[0].startswith("class,name,IoU,accuracy,precision,Dice,")
     assert call(*words, "run.dir=other").code == 0
     assert json.loads((tmp_path / "other/metrics.json").read_text())["flops"] is None  # synthetic images
+
+
+def test_trackers_get_the_size_as_text() -> None:
+    """W&B's summary takes no lists of numbers in columns."""
+    metrics = {"flops_image": [512, 683], "marks": ["a", "b"], "other_intervals": {}, "model": "x"}
+    result = SimpleNamespace(
+        metrics=lambda: dict(metrics), origin={"model": "x"}, seconds=1.0, images_per_second=2.0, world_size=1
+    )
+    summary = summary_of(cast(Any, result), {})
+    assert (summary["flops_image"], summary["marks"]) == ("512; 683", "a; b")
 
 
 def test_dice_is_the_f_score() -> None:

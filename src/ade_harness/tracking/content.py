@@ -75,7 +75,7 @@ def log_content(run: Any, result: Result, config: Mapping[str, Any], manifest: M
 
 def summary_of(result: Result, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what stands in the columns of W&B's table of runs: metrics.json, lists as text, and speed."""
-    metrics = {k: "; ".join(v) if isinstance(v, list) else v for k, v in result.metrics().items()}
+    metrics = {k: "; ".join(map(str, v)) if isinstance(v, list) else v for k, v in result.metrics().items()}
     for name in ("other_intervals", *result.origin):  # columns of their own would hide the rest; the config has origins
         del metrics[name]
     return {
