@@ -189,6 +189,11 @@ COMMANDS = (
         (
             Argument("--root", metavar="DIR", help="default: the cache"),
             Argument("--url", metavar="URL", help="a mirror of the official archive"),
+            Argument(
+                "--source", choices=("archive", "hub"), default="archive",
+                help="hub: the Parquet copy of the validation split on the hub, where the official host is down",
+            ),
+            Argument("--repository", metavar="ID", help="with --source hub: another copy than the authors'"),
             Argument("--sha1", metavar="HEX", help="of the archive"),
             Argument("--zip-only", action="store_true", help="do not extract it"),
         ),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -19,12 +21,15 @@ from rich.progress import (
 
 from ade_harness.cli.answer import Answer
 from ade_harness.config.files import data_places
+from ade_harness.data.hub_copy import REPOSITORY, write_copy
 from ade_harness.data.verify import VerifyReport, verify
+from ade_harness.errors import require
 from ade_harness.files.fetch import OFFICIAL_SHA1, OFFICIAL_URL, cache_dir, extract, fetch
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.progress import ProgressReporter
 
 _PROBLEMS_SHOWN = 50
+_T = TypeVar("_T")
 
 
 def run_download(options: argparse.Namespace) -> Answer:
@@ -35,6 +40,9 @@ def run_download(options: argparse.Namespace) -> Answer:
     """
     console = make_console()
     folder = Path(options.root).expanduser() if options.root else cache_dir() / "data"
+    if options.source == "hub":
+        return _download_copy(console, folder, options)
+    require(options.repository is None, "--repository: goes with --source hub.")
     url, sha1 = options.url or OFFICIAL_URL, options.sha1 or OFFICIAL_SHA1
     archive = folder / "ADEChallengeData2016.zip"
     columns = (
@@ -59,6 +67,37 @@ def run_download(options: argparse.Namespace) -> Answer:
     return Answer({"root": str(root), "archive": str(archive), "sha1": sha1})
 
 
+def _download_copy(console: Console, folder: Path, options: argparse.Namespace) -> Answer:
+    """Write the hub's copy of the validation split out, and check it as `data verify` does."""
+    given = [name for name in ("url", "sha1", "zip_only") if getattr(options, name)]
+    require(not given, f"--{', --'.join(given).replace('_', '-')}: of the archive; leave it out with --source hub.")
+    repository = options.repository or REPOSITORY
+    root = _watched(console, "writing", lambda on_pair: write_copy(folder, repository=repository, on_pair=on_pair))
+    report = _watched(console, "checking", lambda on_pair: verify(root, "validation", on_pair))
+    _print_report(console, report)
+    print_line(console, f"use it with: dataset=ade20k dataset.root={root}")
+    content = {"root": str(root), "repository": repository, "intact": report.is_whole}
+    return Answer(content, 0 if report.is_whole else 2)
+
+
+def _watched(console: Console, title: str, work: Callable[[Callable[[int, int], None]], _T]) -> _T:
+    """Do something that reports pairs, under a progress bar."""
+    reporter: ProgressReporter | None = None
+
+    def on_pair(done: int, total: int) -> None:
+        nonlocal reporter
+        if reporter is None:
+            reporter = ProgressReporter(console, total, unit="pairs", title=title)
+            reporter.start()
+        reporter.update(done)
+
+    try:
+        return work(on_pair)
+    finally:
+        if reporter is not None:
+            reporter.close()
+
+
 def run_verify(options: argparse.Namespace) -> Answer:
     """Check a copy of the data set; exit code 2 if it is not complete and intact.
 
@@ -69,18 +108,7 @@ def run_verify(options: argparse.Namespace) -> Answer:
     given = options.root or os.environ.get("ADE20K_ROOT")
     places = data_places()
     root = Path(given).expanduser() if given else next((p for p in places if p.exists()), places[0])
-    reporter: ProgressReporter | None = None
-
-    def on_pair(done: int, total: int) -> None:
-        nonlocal reporter
-        if reporter is None:
-            reporter = ProgressReporter(console, total, unit="pairs", title="checking")
-            reporter.start()
-        reporter.update(done)
-
-    report = verify(root, options.split, on_pair)
-    if reporter is not None:
-        reporter.close()
+    report = _watched(console, "checking", lambda on_pair: verify(root, options.split, on_pair))
     _print_report(console, report)
     content = {
         "root": str(report.root), "split": report.split, "pairs": report.pairs, "expected": report.expected,
