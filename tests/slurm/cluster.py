@@ -9,11 +9,13 @@ import getpass
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sacct")
@@ -175,6 +177,12 @@ class Cluster:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        mine = f"SLURM_CONF={self.own['SLURM_CONF']}".encode()
+        for process in Path("/proc").glob("[0-9]*"):  # what keeps a job's steps outlives the daemons that began it
+            with suppress(OSError):
+                steps = (process / "comm").read_text().startswith("slurmstepd")
+                if steps and mine in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
 
 
 def _free_port() -> int:
