@@ -22,10 +22,12 @@ from ade_harness.config.files import choices
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.data.demo import open_demo
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import write_json
 from ade_harness.models.loading import load_model
 from ade_harness.probe import training
 from ade_harness.probe.crops import Crops, Share, distort, make_crop
 from ade_harness.probe.schedule import learning_rate
+from ade_harness.runs.lock import RunLock
 from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
 
@@ -369,3 +371,34 @@ def test_a_training_has_the_run_directory_of_an_evaluation(
     (tmp_path / "run/config.yaml").unlink()
     assert "state:         interrupted" in cli("status", "run").out
     assert "give its `probe` command again" in cli("resume", "run").err
+
+
+def test_a_running_training_says_its_rate(
+    call: Callable[..., Done], backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ade_harness.probe.training._TELL_EVERY_S", 0.0)
+    seen: list[dict[str, Any]] = []
+    unlink = Path.unlink
+
+    def keep(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "progress.json":
+            seen.append(json.loads(path.read_text()))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", keep)
+    assert call("probe", *PROBE, "run.dir=run", "probe.iterations=8", "probe.save_every=2").code == 0
+    (last,) = seen  # taken away at the end
+    assert (last["done"], last["images"], last["seconds_left"]) == (8, 8, 0)
+    assert last["images_per_second"] > 0
+    assert not (tmp_path / "run/progress.json").exists()
+    # the same half way, as another shell sees it
+    write_json(tmp_path / "run/progress.json", {**last, "done": 4, "images_per_second": 2.5, "seconds_left": 90.0})
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    try:
+        shown = call("status", "run")
+    finally:
+        lock.release()
+    assert "4 iterations, 2.50 iterations/s, 1:30 left" in shown.out, shown.out

@@ -85,11 +85,27 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     old = manifest["identity"].get("probe.iterations")  # of a version that kept the configuration there too
     total = old if old is not None else read_config(path, manifest)["probe"]["iterations"]
     print_fact(console, "trained", f"{last['step']:,} of {total:,} iterations")
+    progress = _read_progress(path) if state.startswith("running") else None
+    if progress is not None:
+        left = progress["seconds_left"]
+        print_fact(
+            console,
+            "progress",
+            f"{progress['done']:,} iterations, {progress['images_per_second']:.2f} iterations/s,"
+            f" {'unknown' if left is None else format_seconds(left)} left",
+        )
     if last["loss"] is not None:
         print_fact(console, "loss", f"{last['loss']:.4f}")
     if not state.startswith(("running", "finished")):
         print_fact(console, "continue", resume_command(path))
-    content = {"run": str(path), "state": state, "iterations": last["step"], "of": total, "loss": last["loss"]}
+    content = {
+        "run": str(path),
+        "state": state,
+        "iterations": last["step"],
+        "of": total,
+        "loss": last["loss"],
+        "progress": progress,
+    }
     return Answer(content)
 
 

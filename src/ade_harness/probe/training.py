@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from ade_harness.runs.directory import (
     LOSS,
     MANIFEST,
     PROBE,
+    PROGRESS,
     flatten,
 )
 from ade_harness.runs.record import RunRecord, start_record
@@ -47,6 +49,7 @@ from ade_harness.runtime.ranks import Ranks, started_ranks
 from ade_harness.tracking.run import log_curve
 
 HEAD, STATE = "head.safetensors", "state.pt"
+_TELL_EVERY_S = 2.0
 _LOCAL_KEYS = ("save_every", "log_every")
 """Fields of a recipe that change no weight."""
 
@@ -168,6 +171,7 @@ class _Training(pl.LightningModule):
         self.step = self.first_step
         """Optimiser steps done."""
         self.stopped = False
+        self._begun = self._told = time.monotonic()
         self._losses: list[Tensor] = []
         is_first = ranks.coordinator.rank == 0
         self._reporter = (
@@ -207,6 +211,7 @@ class _Training(pl.LightningModule):
         """Bring the backbone to the device."""
         self.ranks.install_signals()
         self._frozen[0].backbone.to(self.device).eval()
+        self._begun = time.monotonic()
         if self._reporter is not None:
             self._reporter.start()
 
@@ -240,11 +245,32 @@ class _Training(pl.LightningModule):
         self.ranks.watchdog.finished(1, 1.0, 0.0)
         if self._reporter is not None:
             self._reporter.update(self.step - self.first_step)
+            self._tell()
         if self.step % self.recipe.save_every == 0 or stop or done:
             self._save()
         if stop and not done:
             self.stopped = True
             self.trainer.should_stop = True
+
+    def _tell(self) -> None:
+        """Write progress.json for `status` in other shells, every few seconds; an iteration counts as an image."""
+        now = time.monotonic()
+        if now - self._told < _TELL_EVERY_S:
+            return
+        self._told = now
+        done = self.step - self.first_step
+        rate = done / max(now - self._begun, 1e-9)
+        content: dict[str, Any] = {
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "images": self.recipe.iterations,
+            "done": self.step,
+            "images_per_second": rate,
+            "seconds_left": (self.recipe.iterations - self.step) / rate,
+            "warnings": [],
+            "ranks": [],
+        }
+        with suppress(HarnessError):  # the state's own error says that the disk is full
+            write_text(self.run_dir / PROGRESS, json.dumps(content), durable=False)  # a sign of life, not a record
 
     def _log(self) -> None:
         loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
@@ -266,6 +292,7 @@ class _Training(pl.LightningModule):
         """Take the progress display away."""
         if self._reporter is not None:
             self._reporter.close()
+            (self.run_dir / PROGRESS).unlink(missing_ok=True)
 
 
 def _fit(
