@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,10 @@ class Result:
     """Speed of the evaluation alone; 0 if nothing was left to do."""
     balance: Balance
     """What each rank did."""
-    costs: Mapping[str, Any]
-    """Of the network: parameters, flops of the image of `flops_image`, gpu_peak_bytes; None where it is not known."""
     stages: Mapping[str, float]
     """Seconds in each stage, added up over ranks; decode happens in loader processes, beside the rest."""
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    """Of the network: parameters, flops of the image of `flops_image`, gpu_peak_bytes; None where it is not known."""
 
     @property
     def convention(self) -> str:

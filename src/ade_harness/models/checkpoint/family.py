@@ -58,8 +58,9 @@ class Family:
     """What shapes say goes before a configuration, whose values are not certain."""
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """Applied to a state_dict before its names are looked up."""
-    published: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
-    """Applied to weights of a file, in the hub's names: adds constants that some of the public files lack."""
+    published: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = lambda hub, _: hub
+    """Applied to weights of a file that is not the authors' own, in the hub's names, and to the architecture that is
+    given: adds constants that such files lack."""
 
     def hub_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename a state_dict of any known code base."""
@@ -70,9 +71,13 @@ class Family:
         names = self.prepare(state)
         return max(max(known_keys(names, table), named_here(names, table)) for table in self.layouts.values())
 
+    def _layout(self, state: Mapping[str, Tensor]) -> str:
+        """Return which code base's names a state_dict has."""
+        return to_hub_names(self.prepare(state), self.layouts)[1]
+
     def file_names(self, state: Mapping[str, Tensor]) -> Callable[[str], str] | None:
         """Return what names weights from the hub's names as this state_dict does; None if it has the hub's own."""
-        layout = to_hub_names(self.prepare(state), self.layouts)[1]
+        layout = self._layout(state)
         return None if layout == "hub" else lambda key: name_there(key, self.layouts[layout])
 
     def used(self, hub: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,8 +107,8 @@ class Family:
         """
         architecture, classes = self.flat(architecture), classes or ade20k_classes()
         hub = None if state is None else self.hub_names(state)
-        if hub is not None and published:
-            hub = dict(self.published(hub))
+        if state is not None and hub is not None and published and self._layout(state) != "official":
+            hub = dict(self.published(hub, architecture))
         keys = replace(
             keys,
             allow_missing=(*keys.allow_missing, "*num_batches_tracked"),  # evaluation never reads it

@@ -129,16 +129,18 @@ def _periods(width: int) -> Tensor:
     return 100.0 ** (2 * torch.arange(width // 4, dtype=torch.float32) / (width // 2))
 
 
-def with_periods(hub: Mapping[str, Tensor], trunk: str = "") -> dict[str, Tensor]:
+def with_periods(hub: Mapping[str, Tensor], architecture: Mapping[str, Any], trunk: str = "") -> dict[str, Tensor]:
     """Add the periods that the hub's and timm's files lack, rounded to bfloat16 as the published files have them.
 
     Args:
         hub: published weights in the hub's names.
+        architecture: what is given of it; the number of heads goes before what the width says.
         trunk: what the backbone's names begin with.
     """
     if trunk + PERIODS in hub or not any(key.startswith(f"{trunk}layer.0.") for key in hub):
         return dict(hub)
-    heads = read_dinov3({k.removeprefix(trunk): v for k, v in hub.items()})["num_attention_heads"]
+    read = read_dinov3({k.removeprefix(trunk): v for k, v in hub.items()})
+    heads = architecture.get("num_attention_heads", read["num_attention_heads"])
     width = hub[f"{trunk}embeddings.patch_embeddings.weight"].shape[0] // heads
     return {**hub, trunk + PERIODS: _periods(width).bfloat16().float()}
 

@@ -304,7 +304,7 @@ def _build_dinov3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, ke
 VIT_ADAPTER_DINOV3 = Family(
     layouts={"official": DINOV3_M2F, "hub": DINOV3_M2F_HUB, "timm": DINOV3_M2F_TIMM},
     prepare=with_mask_token,
-    published=lambda hub: with_periods(hub, _TRUNK),
+    published=lambda hub, given: with_periods(hub, given, _TRUNK),
     read=_read_dinov3,
     build=_build_dinov3,
     config="DINOv3ViTConfig",
