@@ -144,6 +144,13 @@ def test_several_unknown_networks_are_named() -> None:
     assert is_small(take_part({"segmentor": SMALL, "epoch": 3, "optimizer": {"state": {0: {}}}}, FILE, Choice(), known))
 
 
+def test_a_file_that_holds_itself_is_refused() -> None:
+    content: dict[str, Any] = {"x": SMALL}
+    content["model"] = content
+    with pytest.raises(HarnessError, match="holds no state_dict"):
+        take_part(content, FILE, Choice(), known)
+
+
 # the systems' own names
 
 

@@ -57,6 +57,7 @@ _STEPS = ("n_averaged", "steps")
 _PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "student.", "teacher.")
 _AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_module.")
 _MAX_NESTED = 3
+_MAX_WRAPPERS = 8
 
 
 def read_part(path: Path, choice: Choice | None = None, known: Known | None = None) -> Part:
@@ -106,7 +107,7 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
     beside: list[str] = []
     is_averaged = False
     while not _is_state(content):
-        if not isinstance(content, Mapping):
+        if not isinstance(content, Mapping) or len(where) == _MAX_WRAPPERS:  # a pickle may hold itself
             raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
         inside = {str(k): v for k, v in content.items() if isinstance(v, Mapping) and _has_state(v)}
         sides = {f"{side}.": inside.pop(side) for side in _SIDES if side in inside}
