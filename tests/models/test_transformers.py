@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -175,6 +177,50 @@ def test_sizes_become_a_protocol(
     assert inference.mode == ("slide" if "slide" in name else "long_side" if "long" in name else "whole")
     if "slide" in name:
         assert (inference.window.crop, inference.window.stride) == (fields["side"], fields["side"] * 2 // 3)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that has the two files of one repository, or fails."""
+
+    files: ClassVar[dict[str, Any]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        if "resolve" in self.path:  # the library asks for something of its own too
+            self.asked.append(self.path)
+        content = json.dumps(self.files.get(name)).encode()
+        self.send_response(200 if name in self.files else 503)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_repository_of_the_hub_is_asked_once_and_never_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    words = ["model=hf", "model.id=some/where", "model.revision=abc"]
+    try:
+        Hub.files, Hub.asked[:] = {"config.json": {"model_type": "dpt", "image_size": 480}}, []
+        assert compose_config(words).inference.name == "as_saved_slide_480"
+        assert Hub.asked == [f"/some/where/resolve/abc/{name}" for name in ("config.json", "preprocessor_config.json")]
+        Hub.files, Hub.asked[:] = {}, []
+        assert compose_config(words).inference.name == "as_saved_whole_512"
+        assert Hub.asked == ["/some/where/resolve/abc/config.json"]  # no second try, no second file
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert compose_config(words).inference.name == "as_saved_whole_512"  # nobody listens: the loader will say so
 
 
 def test_what_is_set_stays(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ _QUERIES = ("mask2former", "maskformer", "oneformer", "detr")
 _WINDOWED = ("beit",)
 """They take any size, but were trained and published with windows of ``image_size``."""
 _USUAL_SIDE = 512
+_TIMEOUT_S = 10
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
@@ -37,15 +38,26 @@ def read_saved(model: ModelConfig, name: str) -> dict[str, Any] | None:
     folder = Path(model.id or "").expanduser()
     try:
         if folder.is_dir():
-            path = folder / name
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
         else:
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(model.id or "", name, revision=model.revision))
-        content = json.loads(path.read_text(encoding="utf-8"))
+            content = _of_hub(model.id or "", name, model.revision)
     except Exception:  # not there, or not reachable: the loader of the weights says why, in its own message
         return None
     return content if isinstance(content, dict) else None
+
+
+def _of_hub(repository: str, name: str, revision: str | None) -> Any:
+    """Return a JSON file of the hub: of its cache, else asked for once; its own download tries for half a minute."""
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    cached = try_to_load_from_cache(repository, name, revision=revision)
+    if isinstance(cached, str):
+        return json.loads(Path(cached).read_text(encoding="utf-8"))
+    address = hf_hub_url(repository, name, revision=revision)
+    answer = get_session().get(address, headers=build_hf_headers(), timeout=_TIMEOUT_S)
+    answer.raise_for_status()
+    return answer.json()
 
 
 def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
@@ -54,7 +66,8 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
     A network of 151 channels whose processor does not reduce labels has the background as its channel 0, which is
     left out (``model.class_map``).
     """
-    config, processor = read_saved(model, CONFIG) or {}, read_saved(model, PREPROCESSOR) or {}
+    config = read_saved(model, CONFIG) or {}
+    processor = (read_saved(model, PREPROCESSOR) or {}) if config else {}
     kind = str(config.get("model_type", ""))
     native, (side, cap) = _number(config.get("image_size")), _sides(processor)
     windows = kind in (*ONE_SIZE, *_WINDOWED) and native is not None
