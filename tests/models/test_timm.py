@@ -20,6 +20,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.models import from_official
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, statistics_of
+from ade_harness.models.checkpoint.public import Checkpoint
 from ade_harness.models.heads.linear import LinearSegmenter
 from ade_harness.models.loading import load_for_probe, load_model
 from tests.conftest import Done
@@ -85,6 +86,29 @@ def test_published_files_have_rounded_periods(tmp_path: Path) -> None:
 
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 256}
+
+
+def test_the_licence_is_said_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = official_weights("dinov3_vit7b_linear")
+    prefix = "segmentation_model.0.feature_model."
+    backbone = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+    save_file(timms_names(backbone, depth=4, embed_dim=128, num_heads=2, mlp_ratio=2), tmp_path / "timm.safetensors")
+    save_file({k: v for k, v in whole.items() if not k.startswith(prefix)}, tmp_path / "head.safetensors")
+    found = Checkpoint(
+        tmp_path / "timm.safetensors", "0" * 64, "timm/vit_7b_patch16_dinov3.lvd1689m@abc/model.safetensors"
+    )
+    monkeypatch.setattr("ade_harness.models.checkpoint.sources.hub_checkpoint", lambda *_: found)
+    small = [f"model.architecture.backbone.{k}={v}" for k, v in SMALL.items()]
+    words = (
+        "model=dinov3_7b_linear",
+        *small,
+        f"model.checkpoint={tmp_path}/head.safetensors",
+        "model.backbone.source=timm",
+    )
+    model = load_model(model_cfg(*words))
+    assert model.facts["backbone_origin"] == found.origin
+    (note,) = model.notes
+    assert note.endswith("from timm's repository, are under the DINOv3 License")
 
 
 def test_dinov3s_files_are_asked_of_timms_repository(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,13 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
 
 def _system(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, Any], classes: Classes) -> LoadedModel:
     size: Any = getattr(module, "fixed_size", None)
-    return LoadedModel(module, weights, **statistics(cfg), channels=len(classes), fixed_size=size, facts=facts)
+    of_timm = weights == "pretrained" and cfg.backbone.source == "timm" and cfg.backbone_checkpoint is None
+    notes = (
+        (f"the backbone's weights, from timm's repository, are under the {cfg.backbone.license}",) if of_timm else ()
+    )
+    return LoadedModel(
+        module, weights, **statistics(cfg), channels=len(classes), fixed_size=size, notes=notes, facts=facts
+    )
 
 
 def load_for_probe(cfg: ModelConfig) -> LoadedModel:

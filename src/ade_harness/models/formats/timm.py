@@ -101,7 +101,11 @@ def _loaded(cfg: ModelConfig, name: str, network: LinearSegmenter, weights: str,
     assert isinstance(backbone, TimmFeatures)
     mean, std = statistics_of(name)
     known = pretrained_cfg(name)
+    notes: tuple[str, ...] = ()
     if known is not None and known.license and weights != "random":
         facts = {**facts, "backbone_license": known.license}
+        notes = (f"the backbone's weights are under the licence {known.license}",)
     fixed = None if backbone.side is None else (backbone.side, backbone.side)
-    return LoadedModel(network, weights, tuple(mean), tuple(std), channels=150, fixed_size=fixed, facts=facts)
+    return LoadedModel(
+        network, weights, tuple(mean), tuple(std), channels=150, fixed_size=fixed, notes=notes, facts=facts
+    )
