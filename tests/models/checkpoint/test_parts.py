@@ -305,6 +305,23 @@ def test_a_whole_module_becomes_its_state_dict(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_files_that_hold_themselves_end(tmp_path: Path) -> None:
+    """Each level twice in the next: a reader that walks every way would never come back."""
+    content: dict[str, Any] = {"state_dict": dict(SMALL), "args": argparse.Namespace()}
+    content["again"] = {str(n): content for n in range(50)}
+    torch.save(content, tmp_path / "self.pth")
+    part, _, _ = convert(tmp_path / "self.pth", tmp_path / "self.safetensors", Choice())
+    assert is_small(part)
+    module: nn.Module = nn.Linear(1, 1)
+    for _ in range(60):
+        level = Whole()
+        level._modules.update(one=module, two=module)
+        module = level
+    torch.save({"model": module}, tmp_path / "deep.pth")
+    with pytest.raises(HarnessError, match=r"over 100,000 modules, perhaps in each other"):
+        convert(tmp_path / "deep.pth", tmp_path / "deep.safetensors", Choice())
+
+
 def test_what_convert_refuses(cli: Callable[..., Done], tmp_path: Path) -> None:
     torch.save({"state_dict": SMALL, "state_dict_ema": OTHER, "args": argparse.Namespace()}, tmp_path / "w.pth")
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")

@@ -144,27 +144,45 @@ def _read(file: Path) -> tuple[Any, list[str]]:
         raise HarnessError(f"{file}: not a readable torch file or pickle ({reason}). Fetch it again.") from error
 
 
-def _opened(value: Any, depth: int = 0) -> Any:
-    """Return containers with modules as their state_dicts, and arrays as tensors."""
-    if isinstance(value, _Left):
-        content = value.content
-        if isinstance(content, tuple) and content and isinstance(content[0], dict):
-            content = content[0]  # (attributes, slots)
-        if isinstance(content, Mapping) and "_modules" in content and "_parameters" in content:
-            return _state_of(content)
-        return _opened(dict(content), depth + 1) if isinstance(content, Mapping) and depth < _MAX_DEPTH else None
-    if isinstance(value, Mapping) and depth < _MAX_DEPTH:
-        return {str(key): _opened(item, depth + 1) for key, item in value.items()}
+def _opened(value: Any, depth: int = 0, done: dict[int, Any] | None = None) -> Any:
+    """Return containers with modules as their state_dicts, and arrays as tensors; what is shared is opened once."""
+    done = {} if done is None else done
+    if isinstance(value, _Left | Mapping):
+        if id(value) not in done:
+            done[id(value)] = None  # a pickle may hold itself
+            done[id(value)] = _opened_once(value, depth, done)
+        return done[id(value)]
     if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
         return from_numpy(np.asarray(value))
     return value
 
 
+def _opened_once(value: Any, depth: int, done: dict[int, Any]) -> Any:
+    """Return one container, as :func:`_opened`."""
+    if isinstance(value, _Left):
+        content = value.content
+        if isinstance(content, tuple) and content and isinstance(content[0], dict):
+            content = content[0]  # (attributes, slots)
+        if isinstance(content, Mapping) and "_modules" in content and "_parameters" in content:
+            return _state_of(content, [0])
+        return _opened(content, depth + 1, done) if isinstance(content, Mapping) and depth < _MAX_DEPTH else None
+    if depth >= _MAX_DEPTH:
+        return None
+    return {str(key): _opened(item, depth + 1, done) for key, item in value.items()}
+
+
 _MAX_DEPTH = 8
 
 
-def _state_of(module: Mapping[str, Any], prefix: str = "", depth: int = 0) -> StateDict:
-    """Return what ``state_dict`` of a pickled module would have: parameters and persistent buffers by name."""
+def _state_of(module: Mapping[str, Any], met: list[int], prefix: str = "", depth: int = 0) -> StateDict:
+    """Return what ``state_dict`` of a pickled module would have: parameters and persistent buffers by name.
+
+    Raises:
+        HarnessError: more modules than any network has: a file that holds modules in each other.
+    """
+    met[0] += 1
+    if met[0] > _MAX_MODULES:
+        raise HarnessError(f"the file holds over {_MAX_MODULES:,} modules, perhaps in each other: that is no network.")
     state: StateDict = {}
     passing = module.get("_non_persistent_buffers_set") or ()
     for tensors, without in ((module.get("_parameters"), ()), (module.get("_buffers"), passing)):
@@ -174,8 +192,9 @@ def _state_of(module: Mapping[str, Any], prefix: str = "", depth: int = 0) -> St
     for name, child in (module.get("_modules") or {}).items():
         content = child.content if isinstance(child, _Left) else None
         if isinstance(content, Mapping) and depth < _MAX_NESTED:
-            state |= _state_of(content, f"{prefix}{name}.", depth + 1)
+            state |= _state_of(content, met, f"{prefix}{name}.", depth + 1)
     return state
 
 
 _MAX_NESTED = 100
+_MAX_MODULES = 100_000
