@@ -238,6 +238,13 @@ def test_a_probe_is_trained_and_evaluated(call: Callable[..., Done], tmp_path: P
     assert model.mean == (127.5,) * 3
 
 
+def test_crops_that_a_backbone_does_not_take_are_refused(call: Callable[..., Done]) -> None:
+    words = [word for word in PROBE if not word.startswith(("model.backbone", "probe.crop", "probe.side"))]
+    done = call(*words, "model.backbone=efficientformer_l1", "model.weights=random", "probe.crop=96", "probe.side=96")
+    assert done.code == 2
+    assert "probe.crop=96: the backbone takes 224x224 (width x height) only. Choose probe.crop=224" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -245,6 +252,18 @@ def test_a_probe_is_trained_and_evaluated(call: Callable[..., Done], tmp_path: P
         ([f"model.backbone={TINY}"], "has a linear head, which is trained first"),
         (["model.backbone=nothing_of_the_sort", "model.weights=random"], "has no such model"),
         ([f"model.backbone={TINY}", "model.weights=random", "model.architecture.head.map=3"], "no such field"),
+        (
+            [f"model.backbone={TINY}", "model.weights=random", "model.architecture.head.maps=many"],
+            "maps=many: expected a whole number",
+        ),
+        (
+            [f"model.backbone={TINY}", "model.weights=random", "model.architecture.backbone.img_size=0"],
+            "img_size=0: expected a whole number",
+        ),
+        (
+            ["model.architecture.backbone=vit"],
+            "model.architecture.backbone=vit: expected fields: model.architecture.backbone.name=",
+        ),
     ],
 )
 def test_mistakes_are_one_message(words: list[str], text: str) -> None:

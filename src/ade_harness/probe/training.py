@@ -80,7 +80,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
     with started_ranks(cfg.runtime, training=True, **options) as ranks:
         first = ranks.coordinator.rank == 0
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
-        model = agreed(ranks.coordinator, "model", lambda: load_for_probe(cfg.model))
+        model = agreed(ranks.coordinator, "model", lambda: _loaded(cfg, recipe))
         device = ranks.trainer.strategy.root_device.type
         record = agreed(
             ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, device, console) if first else None
@@ -98,6 +98,18 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
                 record.lock.release()
         ranks.part()
         return _finish(cfg, training, record.manifest, console) if record is not None else None
+
+
+def _loaded(cfg: Config, recipe: ProbeConfig) -> LoadedModel:
+    """Load the backbone, and check that it takes the crops; raises HarnessError as :func:`load_for_probe`."""
+    model = load_for_probe(cfg.model)
+    size = model.fixed_size
+    if size is not None and size != (recipe.crop, recipe.crop):
+        raise HarnessError(
+            f"probe.crop={recipe.crop}: the backbone takes {size[1]}x{size[0]} (width x height) only. Choose"
+            f" probe.crop={size[0]} probe.side={size[0]}, and windows of that size when it is evaluated."
+        )
+    return model
 
 
 def _on_gpus(cfg: Config) -> bool:

@@ -22,7 +22,7 @@ DEFAULT_SIDE = 512
 """Input of backbones that take one size: the windows of the linear protocols."""
 _STRIDES = (4, 8, 16, 32)
 _SIZES: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
-"""How timm's families are told to take inputs of any size, the first that a model knows."""
+"""Arguments by which timm's families take inputs of any size; the first that a model knows is used."""
 
 
 class TimmFeatures(nn.Module):
@@ -113,7 +113,7 @@ def pretrained_cfg(name: str) -> Any:
 
 
 def _size_settings(name: str, side: int | None) -> tuple[dict[str, Any], int | None]:
-    """Return how the model is told its input's size, and the only size that it takes then; tried without memory."""
+    """Return the arguments that set the input's size, and the only size then taken; tried on the meta device."""
     known = pretrained_cfg(name)
     wanted = side or DEFAULT_SIDE
     if side is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import require
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, pretrained_cfg, statistics_of
 from ade_harness.models.checkpoint.parts import read_part
@@ -68,8 +69,25 @@ def load_headless(cfg: ModelConfig) -> LoadedModel:
     return _loaded(cfg, name, network, "pretrained", facts_of(below))
 
 
+def _sections(cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ``architecture.backbone`` and ``.head``, checked."""
+    found = []
+    for section, known in (("backbone", ("name", "img_size")), ("head", ("maps",))):
+        given = cfg.architecture.get(section, {})
+        where = f"model.architecture.{section}"
+        require(isinstance(given, dict), f"{where}={given}: expected fields: {where}.{known[0]}=...")
+        unknown = sorted(set(given) - set(known))
+        require(not unknown, f"{where}: no such field: {unknown}. Known: {', '.join(known)}.")
+        for field in ("img_size", "maps"):
+            value = given.get(field)
+            number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            require(value is None or number, f"{where}.{field}={value}: expected a whole number from 1 up.")
+        found.append(given)
+    return found[0], found[1]
+
+
 def _name(cfg: ModelConfig) -> str:
-    name = cfg.architecture.get("backbone", {}).get("name")
+    name = _sections(cfg)[0].get("name")
     require(
         isinstance(name, str) and bool(name),
         "model=timm: name the backbone: model.backbone=NAME, such as vit_large_patch14_dinov2.lvd142m.",
@@ -78,15 +96,12 @@ def _name(cfg: ModelConfig) -> str:
 
 
 def _segmenter(cfg: ModelConfig, name: str, state: Mapping[str, Tensor] | None) -> LinearSegmenter:
-    backbone, head = cfg.architecture.get("backbone", {}), cfg.architecture.get("head", {})
-    for section, given, known in (("backbone", backbone, ("name", "img_size")), ("head", head, ("maps",))):
-        unknown = sorted(set(given) - set(known))
-        require(not unknown, f"model.architecture.{section}: no such field: {unknown}. Known: {', '.join(known)}.")
+    backbone, head = _sections(cfg)
     if state is not None:
         width = next((v for k, v in state.items() if k.startswith("head.norm.")), None)
         require(width is None, f"model.backbone_checkpoint: holds a head of ours (head.norm.*), not {name}.")
     features = build_timm(name, state, head.get("maps"), backbone.get("img_size"))
-    return LinearSegmenter(features, pad=True, classes=150)
+    return LinearSegmenter(features, pad=True, classes=len(ade20k_classes()))
 
 
 def _backbone_file(cfg: ModelConfig, name: str) -> Checkpoint:
@@ -107,5 +122,12 @@ def _loaded(cfg: ModelConfig, name: str, network: LinearSegmenter, weights: str,
         notes = (f"the backbone's weights are under the licence {known.license}",)
     fixed = None if backbone.side is None else (backbone.side, backbone.side)
     return LoadedModel(
-        network, weights, tuple(mean), tuple(std), channels=150, fixed_size=fixed, notes=notes, facts=facts
+        network,
+        weights,
+        tuple(mean),
+        tuple(std),
+        channels=len(ade20k_classes()),
+        fixed_size=fixed,
+        notes=notes,
+        facts=facts,
     )
