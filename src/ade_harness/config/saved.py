@@ -94,9 +94,10 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
     _fill(inference, wanted, read_choice("inference", AS_SAVED))
     inference.name = f"{AS_SAVED}_{name}"
     labels = config.get("id2label")
-    if model.class_map is None and isinstance(labels, dict) and len(labels) == 151 and kind not in (*_ALONG, *_QUERIES):
-        reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
-        model.class_map = model.class_map if reduced else [None, *range(150)]
+    reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
+    of_pixels = kind not in (*_ALONG, *_QUERIES)
+    if model.class_map is None and of_pixels and not reduced and isinstance(labels, dict) and len(labels) == 151:
+        model.class_map = [None, *range(150)]
 
 
 def _fill(node: Any, wanted: dict[str, Any], default: dict[str, Any]) -> None:

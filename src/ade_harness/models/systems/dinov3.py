@@ -134,7 +134,7 @@ def with_periods(hub: Mapping[str, Tensor], architecture: Mapping[str, Any], tru
 
     Args:
         hub: published weights in the hub's names.
-        architecture: what is given of it; the number of heads goes before what the width says.
+        architecture: what is given of it; its number of heads takes precedence over what the width says.
         trunk: what the backbone's names begin with.
     """
     if trunk + PERIODS in hub or not any(key.startswith(f"{trunk}layer.0.") for key in hub):
