@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.files import data_places
 from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, ResizeConfig, ResizeRule, Rounding, Upsample
-from ade_harness.config.kinds import Gives, kind_of
+from ade_harness.config.kinds import Gives, Kind, Source, kind_of
 from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config, DatasetConfig, DatasetKind
@@ -192,8 +192,22 @@ def _check_model(config: Config) -> None:
     require(
         kind.needs is None or getattr(model, kind.needs) is not None, f"model.{kind.needs} must be set: {kind.what}."
     )
+    _check_weight_fields(model, kind)
     if model.url is not None:
         _check_endpoint(model)
+
+
+def _check_weight_fields(model: ModelConfig, kind: Kind) -> None:
+    """Refuse fields of a weight file where no weight file is read: the run would say that they were taken."""
+    fields = ("checkpoint", "checkpoint_prefix", "checkpoint_weights", "backbone_checkpoint")
+    given = next((name for name in fields if getattr(model, name) is not None), None)
+    own = "id" if model.kind == "smp" else kind.needs
+    instead = f"it is what model.{own} names" if own else "its weights are part of the package"
+    reads = kind.source == Source.weights and not (model.kind == "smp" and model.id is not None)
+    require(
+        given is None or reads,
+        f"model.{given}: model.kind={model.kind} reads no weight file: {instead}. Leave it out.",
+    )
 
 
 def _check_class_map(class_map: Sequence[int | None] | None, classes: int) -> None:
