@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from scripts import timm_table
 from torch import Tensor
 
 from ade_harness.config.compose import compose_config
@@ -23,7 +24,7 @@ from ade_harness.models.backbones.timm import TimmFeatures, build_timm, statisti
 from ade_harness.models.checkpoint.public import Checkpoint
 from ade_harness.models.heads.linear import LinearSegmenter
 from ade_harness.models.loading import load_for_probe, load_model
-from tests.conftest import Done
+from tests.conftest import REPOSITORY, Done
 from tests.models.systems.test_dense_systems import GOLDEN, golden_input, official_weights
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
@@ -166,6 +167,14 @@ def test_families_give_maps_for_a_head(name: str) -> None:
             padded = [s + -s % stride for s in (height, width)]
             assert found.shape == (1, 150, padded[0] // finest, padded[1] // finest)
             assert torch.isfinite(found).all()
+
+
+def test_the_table_of_the_docs_is_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    timm_table.main(["resnet", "efficientformer"])
+    lines = capsys.readouterr().out.splitlines()
+    page = (REPOSITORY / "docs/timm.md").read_text()
+    assert len(lines) == 4
+    assert all(line in page for line in lines)
 
 
 def test_the_features_are_timms_own() -> None:
