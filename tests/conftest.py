@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,18 @@ for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, signal.default_int_handler if _signal == signal.SIGINT else signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def pytest_configure() -> None:
+    """Let a test worker that ends itself say where: pytest only sees that it is gone, and has captured its words."""
+    worker, stderr, leave = os.getpid(), os.dup(2), os._exit  # pytest captures the file descriptor later
+
+    def exit_aloud(code: int) -> None:
+        if os.getpid() == worker:  # forked children end so as a rule
+            os.write(stderr, f"os._exit({code}) in a test worker:\n{''.join(traceback.format_stack())}".encode())
+        leave(code)
+
+    os._exit = exit_aloud  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +52,6 @@ class Clock:
 
 
 def tell(store: LocalStore, number: int, item: str = "") -> None:
-    import json
-    from dataclasses import asdict
-
     store.set("beat/1", json.dumps(asdict(Beat(1, "n2", 77, item, number=number))))
 
 
@@ -149,6 +150,28 @@ def test_a_note_outlives_its_writer_and_a_half_one_is_empty(tmp_path: Path) -> N
     assert Note.read(tmp_path / "none") == {}
 
 
+@pytest.mark.parametrize("error", [ValueError("a closed file"), RuntimeError("no new thread")])
+def test_a_console_that_fails_ends_no_run(watched: Any, capfd: pytest.CaptureFixture[str], error: Exception) -> None:
+    """Its thread goes on: without its beats this rank would be taken for dead, and end itself."""
+    watchdog, store, coordinator = watched
+    watchdog.world_size, watchdog._ended = 1, threading.Event()
+    calls: list[int] = []
+
+    def shown(beats: Sequence[Beat]) -> None:
+        calls.append(beats[0].number)
+        raise error
+
+    watchdog.on_beats = shown
+    store.set("beat/0", json.dumps(asdict(watchdog.beat)))
+    for _ in range(3):
+        watchdog._publish()
+        watchdog._look_at_all()
+    assert calls == [1, 2, 3]
+    assert coordinator.lost is None
+    said = capfd.readouterr().err
+    assert said.count(f"warning: progress is not shown: {type(error).__name__}: {error}") == 1
+
+
 def test_beats_carry_a_moving_number() -> None:
     watchdog = Watchdog(Coordinator(LocalStore()), 10.0)
     told: list[int] = []
@@ -179,6 +202,7 @@ def test_a_step_that_another_ranks_end_breaks_has_that_ranks_reason(text: str, m
 
 _LEAN = """
 import sys
+import threading
 import torch
 from ade_harness.runtime.lean import import_lightning
 disable = torch.compiler.disable

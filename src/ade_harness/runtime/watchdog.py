@@ -68,6 +68,7 @@ class Watchdog:
         self._looked = self._heard
         self._last: dict[int, tuple[int, float]] = {}
         self._ended = threading.Event()
+        self._said = False
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._tell, self._listen)]
 
     def start(self) -> None:
@@ -137,7 +138,16 @@ class Watchdog:
                 self._store.set("lost", text)
                 self._lose(text)
         if self.on_beats is not None:
-            self.on_beats(beats)
+            self._show(self.on_beats, beats)
+
+    def _show(self, on_beats: Callable[[Sequence[Beat]], None], beats: Sequence[Beat]) -> None:
+        """Call `on_beats`: what fails in showing how far the run is (a console that is closed) ends no run."""
+        try:
+            on_beats(beats)
+        except Exception as error:
+            if not self._said:
+                self._said = True
+                print(f"warning: progress is not shown: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     def _listen(self) -> None:
         before = time.monotonic()
