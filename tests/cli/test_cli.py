@@ -344,7 +344,7 @@ def test_wandb_offline_run_holds_the_result(demo: tuple[Path, str]) -> None:
     assert summary["per_class.nrows"] == 150
     assert summary["confusion_matrix._type"] == "image-file"
     pictures = [key for key in summary if key.startswith("overlays/") and key.endswith(".path")]
-    assert len(pictures) == 4
+    assert len(pictures) == 4 * 3  # with the masks of prediction and truth
     for key in (*pictures, "confusion_matrix.path", "per_class.path"):
         assert (file.parent / "files" / str(summary[key])).is_file()
 

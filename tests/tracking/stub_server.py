@@ -86,6 +86,35 @@ class StubServer:
         }  # fmt: skip
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
+    def _on_artifact_type(self, v: dict[str, Any]) -> dict[str, Any]:
+        name = v["name"].partition(":")[0]
+        found = [a for a in self.artifacts.values() if a["name"] == name]
+        return {"project": {"artifact": {"artifactType": {"name": found[0]["type"]}} if found else None}}
+
+    def _on_organization_core_weave_organization_i_d(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
+
+    def _on_run_resume_status(self, v: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(v["name"])
+        if run is None:
+            return {"model": {"bucket": None}}
+
+        def lines(file: str) -> dict[int, str]:
+            return self.stream.get((v["name"], file), {})
+
+        def tail(file: str) -> str:
+            return json.dumps([text for _, text in sorted(lines(file).items())][-1:])
+
+        summary = self.uploads.get(f"/upload/run/{v['name']}/wandb-summary.json", b"{}").decode()
+        bucket = {
+            "id": v["name"], "name": v["name"], "displayName": run.get("displayName"), "sweepName": None,
+            "summaryMetrics": summary, "config": run.get("config") or "{}", "tags": run.get("tags") or [],
+            "historyLineCount": len(lines("wandb-history.jsonl")), "historyTail": tail("wandb-history.jsonl"),
+            "eventsLineCount": len(lines("wandb-events.jsonl")), "eventsTail": tail("wandb-events.jsonl"),
+            "logLineCount": len(lines("output.log")), "wandbConfig": '{"t": {}}',  # a run that has begun
+        }  # fmt: skip
+        return {"model": {"bucket": bucket}}
+
     def _on_notify_scriptable_run_alert(self, v: dict[str, Any]) -> dict[str, Any]:
         self.alerts.append(v)
         return {"notifyScriptableRunAlert": {"success": True}}
@@ -188,7 +217,7 @@ class StubServer:
             return {"project": {"run": None}}
         node = {
             "id": "R", "projectId": 1, "tags": run.get("tags", []), "name": v["name"], "displayName": v["name"],
-            "sweepName": None, "state": "finished", "config": "{}", "group": None, "jobType": None, "commit": None,
+            "sweepName": None, "state": run.get("state") or "finished", "config": "{}", "group": None, "jobType": None, "commit": None,
             "readOnly": False, "createdAt": "2026-01-02T03:04:05", "heartbeatAt": None, "description": None,
             "notes": None, "systemMetrics": "{}", "summaryMetrics": "{}", "historyLineCount": 0,
             "user": {"name": "me", "username": "me"}, "historyKeys": None,
@@ -232,8 +261,10 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
                     reply = {"data": data} if data is not None else {"errors": [{"message": "unknown"}]}
                     self._reply(json.dumps(reply).encode(), status or (200 if data is not None else 400))
                 elif self.path.endswith("/file_stream"):
-                    self._stream(self.path.split("/")[-2], json.loads(body))
-                    self._reply(b"{}")
+                    status = stub.refuse(self.path)
+                    if not status:
+                        self._stream(self.path.split("/")[-2], json.loads(body))
+                    self._reply(b"{}", status or 200)
                 else:
                     stub.unknown.append(f"POST {self.path}")
                     self._reply(b"{}", 404)

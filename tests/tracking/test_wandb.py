@@ -68,7 +68,7 @@ def tracked(stub: StubServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     bad.write_bytes(whole[: len(whole) // 2])  # its header is still there
     words = [
         "model=predictions", f"model.path={work / 'mine'}", "dataset=ade20k", f"dataset.root={root}",
-        "runtime.workers=0", "run.overlays=2", "tracking.tags=[mine]", "tracking.project=scenes",
+        "runtime.workers=0", "run.overlays=2", "tracking.tags=[mine]", "tracking.project=scenes", "tracking.live=false",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
@@ -326,7 +326,7 @@ def test_a_tracking_failure_loses_nothing(
         raise RuntimeError("the disk is on fire")
 
     monkeypatch.setattr(wandb, "init", broken)
-    done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
+    done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run", "tracking.live=false")
     assert done.code == 0
     assert "W&B logging failed (RuntimeError: the disk is on fire)" in done.out.replace("\n", " ")
     assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 2
@@ -338,6 +338,7 @@ def test_a_server_that_is_down_leaves_an_offline_run(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr("ade_harness.tracking.live._OPEN_S", 1.0)
     done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
     assert done.code == 0, done.err
     said = re.sub(r"\s+", "", done.out)  # a long path is broken over lines

@@ -23,6 +23,7 @@ from ade_harness.runtime.console import print_error
 from ade_harness.runtime.lean import import_lightning
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import Supervisor, resume_command
+from ade_harness.tracking.upload import require_online
 
 if TYPE_CHECKING:
     from ade_harness.config.schema import Config
@@ -59,8 +60,12 @@ def launch(
 
     Returns:
         The exit code, and the run directory if there is one.
+
+    Raises:
+        HarnessError: a score that is to be added to a run of W&B's cannot be.
     """
     known = len(_current_run)
+    require_online(config.tracking)
     if in_this_process or is_rank() or not config.runtime.supervise:
         if not in_this_process:  # the process is ours alone: nobody else's imports are changed
             import_lightning()

@@ -12,14 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ade_harness.cli.answer import Answer
-from ade_harness.errors import HarnessError
-from ade_harness.files.documents import MAX_TEXT_BYTES, checked, parse_json, read_json
-from ade_harness.files.reading import read_regular
-from ade_harness.runs.directory import LEDGER, LOSS, MANIFEST, PROBE, PROGRESS, read_manifest
+from ade_harness.files.documents import checked, read_json
+from ade_harness.runs.directory import LEDGER, MANIFEST, PROBE, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
+from ade_harness.runs.progress import read_losses, read_progress
 from ade_harness.runs.record import read_config
-from ade_harness.runs.shapes import PROGRESS as PROGRESS_SHAPE
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
 from ade_harness.runtime.progress import format_seconds
 from ade_harness.runtime.supervisor import resume_command
@@ -38,7 +36,7 @@ def run_status(options: argparse.Namespace) -> Answer:
         return _probe_status(console, path, manifest)
     checked(manifest, {"dataset": {"images": int}}, str(path / MANIFEST))
     rows, damaged = read_rows(path / LEDGER)
-    progress = _read_progress(path)
+    progress = read_progress(path)
     total = manifest["dataset"]["images"]
     holder = read_lock(path / LOCK)
     state = run_state(manifest.get("status") or "running", holder, progress)
@@ -74,18 +72,14 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     """Print the state of a training; the manifests of older ones have `finished` and no status."""
     status = manifest.get("status") or ("finished" if manifest.get("finished") else "running")
     state = run_state(status, read_lock(path / LOCK), None)
-    lines = read_regular(path / LOSS, MAX_TEXT_BYTES).splitlines() if (path / LOSS).exists() else []
-    last = {"step": 0, "loss": None}
-    if lines:
-        text = lines[-1].decode("utf-8", "replace")
-        last = checked(parse_json(text, str(path / LOSS)), {"step": int, "loss?": float}, str(path / LOSS))
+    last = (read_losses(path, -1) or [{"step": 0, "loss": None}])[0]
     for mark in manifest.get("marks") or ():
         print_line(console, mark, style="bold yellow")
     print_fact(console, "state", state)
     old = manifest["identity"].get("probe.iterations")  # of a version that kept the configuration there too
     total = old if old is not None else read_config(path, manifest)["probe"]["iterations"]
     print_fact(console, "trained", f"{last['step']:,} of {total:,} iterations")
-    progress = _read_progress(path) if state.startswith("running") else None
+    progress = read_progress(path) if state.startswith("running") else None
     if progress is not None:
         left = progress["seconds_left"]
         print_fact(
@@ -129,15 +123,6 @@ def run_state(status: str, holder: dict[str, Any], progress: dict[str, Any] | No
             return f"running ({where})"
         return f"interrupted, or silent for {format_seconds(age)} ({where})"
     return "interrupted"
-
-
-def _read_progress(path: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = read_json(path / PROGRESS, PROGRESS_SHAPE)
-        datetime.fromisoformat(content["updated"])
-    except (HarnessError, ValueError):
-        return None  # it is written often, and the ledger says what is saved
-    return content
 
 
 def _ranks(beats: Sequence[dict[str, Any]]) -> Table:

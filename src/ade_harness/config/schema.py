@@ -118,6 +118,10 @@ class TrackingConfig:
     group: str | None = None  # null: WANDB_RUN_GROUP, or the model's name
     tags: list[str] = field(default_factory=list)
     mode: TrackingMode | None = None  # null: online if a key is set, else offline
+    live: bool = True  # online: the run is open while the evaluation works; false: it is uploaded at the end
+    # an earlier run, of a training, that gets the score at its step; its project and entity as above
+    run_id: str | None = place()
+    step: int | None = bounded(None, at_least=0, at_most=2**63 - 1)
     timeout_s: float = bounded(60.0, above=0, unit="seconds")  # for the upload, after the result is on disk and shown
 
 

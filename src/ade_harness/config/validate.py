@@ -42,6 +42,7 @@ def validate(config: Config) -> None:
     _check_protocol(config)
     _check_model(config)
     _check_dataset(config)
+    _check_tracking(config)
     if config.probe is not None:
         _check_probe(config.probe)
 
@@ -250,6 +251,28 @@ def _check_dataset(config: Config) -> None:
     if dataset.kind == DatasetKind.folder:
         _check_own_data(dataset)
         require(config.probe is None, "probe: trains on ADE20K's training images; dataset=folder has no such split.")
+
+
+def _check_tracking(config: Config) -> None:
+    """Check what is said of another run, which gets the score."""
+    tracking = config.tracking
+    if tracking.run_id is None:
+        require(tracking.step is None, "tracking.step: is the step of the run tracking.run_id. Set both, or neither.")
+        return
+    require(
+        re.fullmatch(r"[A-Za-z0-9_-]{1,128}", tracking.run_id) is not None,
+        f"tracking.run_id={tracking.run_id}: expected the id of a W&B run, the last part of its page's address.",
+    )
+    require(tracking.kind == "wandb", "tracking.run_id: needs tracking=wandb.")
+    require(
+        tracking.mode in (None, "online"),
+        f"tracking.run_id={tracking.run_id}: a score can be added to a run only online, and tracking.mode is"
+        f" {tracking.mode}.",
+    )
+    require(
+        config.probe is None,
+        "tracking.run_id: adds the score of an evaluation to a run. `probe` has a run of its own: leave it out.",
+    )
 
 
 def require_data(config: Config) -> None:

@@ -271,5 +271,5 @@ def make_module(
 ) -> EvaluationModule:
     """Return the module of a rank: with its ledger's writer, and what it keeps of label maps."""
     writer, label_maps = LedgerWriter(run_dir / LEDGER, marks), LabelMaps(run_dir, cfg.run.label_maps)
-    recorder = Recorder(run_dir, job.dataset.classes, writer, label_maps, marks)
+    recorder = Recorder(run_dir, job.dataset.classes, writer, label_maps, marks, cfg.tracking.kind == "wandb")
     return EvaluationModule(job.predictor, recorder, coordinator, cfg.runtime.kernels, cfg.run.on_error == "skip", done)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from ade_harness.config.composed import Composed
-from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
@@ -20,6 +18,7 @@ from ade_harness.runs.finished import load_run
 from ade_harness.runs.record import RunRecord
 from ade_harness.runs.result import Result
 from ade_harness.runtime.console import Output, make_console, output, percent, print_fact, print_line
+from ade_harness.tracking.around import tracked
 
 
 def run_session(
@@ -37,10 +36,24 @@ def run_session(
     """
     console = console or make_console(result=False)
     cfg = composed.config
-    finished = evaluate(composed, console, on_run_dir)
-    if finished is None:
-        return None
-    result, record = finished
+    with tracked(cfg, console) as tracking:
+
+        def begin(record: RunRecord) -> None:
+            with _only_remarked(console, "W&B: not logged"):
+                tracking.begin(record.path, record.manifest)
+
+        finished = evaluate(composed, console, on_run_dir, begin)
+        if finished is None:
+            return None
+        result, record = finished
+        _show(cfg, console, result)
+        if cfg.tracking.kind == "wandb":
+            with _only_remarked(console, "W&B: not logged"):
+                tracking.finish(result, record.manifest)
+    return result
+
+
+def _show(cfg: Config, console: Console, result: Result) -> None:
     print_result(console, result)
     if output() == Output.quiet:
         shown = make_console()
@@ -49,10 +62,6 @@ def run_session(
     if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
         with _only_remarked(console, "no page"):
             _write_page(console, result.run_dir)
-    if cfg.tracking.kind == "wandb":
-        with _only_remarked(console, "W&B: not logged"):
-            _track(console, cfg, result, record)
-    return result
 
 
 @contextmanager
@@ -65,18 +74,6 @@ def _only_remarked(console: Console, what: str) -> Iterator[None]:
             raise
         reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         print_line(console, f"{what}: {' '.join(reason.split())[:400]}", style="yellow")
-
-
-def _track(console: Console, cfg: Config, result: Result, record: RunRecord) -> None:
-    from ade_harness.tracking.run import log_result
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        tracking_path = log_result(cfg.tracking, result, as_dict(cfg), record.summary())
-    for warning in caught:
-        if str(warning.message).startswith("W&B"):
-            print_line(console, str(warning.message), style="yellow")
-    print_fact(console, "W&B", tracking_path or "not logged")
 
 
 def _write_page(console: Console, run_dir: Path) -> None:

@@ -23,7 +23,7 @@ from ade_harness.evaluation.data import LoadedImage
 from ade_harness.metrics.areas import areas_of, split_areas
 from ade_harness.metrics.confusion import area_scores
 from ade_harness.metrics.counts import Row, label_hash, sparse_counts
-from ade_harness.report.overlays import save_overlay
+from ade_harness.report.overlays import MASKS, save_masks, save_overlay
 from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runtime.cluster import host_name
@@ -83,15 +83,16 @@ class Recorder:
         writer: of this rank's ledger files.
         label_maps: what is kept of them.
         marks: what the run's numbers are not.
+        keep_masks: keep image, truth and labels beside each overlay, for a tracker that draws masks itself.
         executor: has one worker; a thread of its own by default, begun with the first image.
     """
 
     def __init__(
         self, run_dir: Path, classes: Classes, writer: LedgerWriter, label_maps: LabelMaps, marks: Sequence[str] = (),
-        executor: Executor | None = None,
+        keep_masks: bool = False, executor: Executor | None = None,
     ) -> None:  # fmt: skip
         self.run_dir, self.classes, self.writer, self.label_maps = run_dir, classes, writer, label_maps
-        self.marks = marks
+        self.marks, self.keep_masks = marks, keep_masks
         self.matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
         """Sum of this rank's images; the main thread may read it once everything is settled."""
         self.remarks: list[str] = []
@@ -150,6 +151,8 @@ class Recorder:
         path = self.run_dir / "overlays" / f"{image.image_id}.png"
         try:
             save_overlay(path, pixels, image.target.numpy(), labels, self.classes, self.marks)
+            if self.keep_masks:
+                save_masks(path.with_suffix(MASKS), pixels, image.target.numpy(), labels)
         except Exception as error:  # a picture is optional: a full disk, or a fault in drawing, costs no count
             if not self.remarks:
                 self.remarks.append(f"overlays are missing: {' '.join(str(error).split())[:300]}")

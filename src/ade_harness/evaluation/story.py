@@ -36,14 +36,16 @@ from ade_harness.runtime.ranks import RankCallback, Ranks, started_ranks
 
 
 def evaluate(
-    composed: Composed, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None
-) -> tuple[Result, RunRecord] | None:
+    composed: Composed, console: Console, on_run_dir: Callable[[Path], None] = lambda _: None,
+    on_record: Callable[[RunRecord], None] = lambda _: None,
+) -> tuple[Result, RunRecord] | None:  # fmt: skip
     """Evaluate one model on one data set.
 
     Args:
         composed: the configuration: ``Composed.of(compose_config([...]))``.
         console: for progress.
         on_run_dir: called with the run directory as soon as it exists.
+        on_record: called on rank 0 with the run's record, before the first image.
 
     Returns:
         The result and its record on rank 0, None on the other ranks.
@@ -60,6 +62,8 @@ def evaluate(
         with held(record):
             run_dir, marks = broadcast((record.path, record.manifest["marks"]) if record else None)
             on_run_dir(run_dir)
+            if record is not None:
+                on_record(record)
             ranks.watchdog.note(run=str(run_dir))
             agreed(ranks.coordinator, "seen", lambda: wait_to_see(run_dir))
             work = _work(cfg, console, ranks, job, record, run_dir, marks, start)

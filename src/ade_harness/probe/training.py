@@ -46,7 +46,7 @@ from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import Ranks, started_ranks
-from ade_harness.tracking.run import log_curve
+from ade_harness.tracking.around import Tracking, tracked
 
 HEAD, STATE = "head.safetensors", "state.pt"
 _TELL_EVERY_S = 2.0
@@ -77,7 +77,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         "num_sanity_val_steps": 0,
         "sync_batchnorm": _on_gpus(cfg),
     }
-    with started_ranks(cfg.runtime, training=True, **options) as ranks:
+    with tracked(cfg, console) as tracking, started_ranks(cfg.runtime, training=True, **options) as ranks:
         first = ranks.coordinator.rank == 0
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
         model = agreed(ranks.coordinator, "model", lambda: _loaded(cfg, recipe))
@@ -87,6 +87,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         )
         if record is not None:
             ranks.watchdog.on_beats = lambda beats: record.lock.renew()
+            tracking.begin(record.path, record.manifest)
         run_dir: Path = broadcast(record.path if record else None)
         on_run_dir(run_dir)
         ranks.watchdog.note(run=str(run_dir))
@@ -97,7 +98,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
             if record is not None:
                 record.lock.release()
         ranks.part()
-        return _finish(cfg, training, record.manifest, console) if record is not None else None
+        return _finish(cfg, training, record.manifest, console, tracking) if record is not None else None
 
 
 def _loaded(cfg: Config, recipe: ProbeConfig) -> LoadedModel:
@@ -344,7 +345,7 @@ def _cut_log(path: Path, step: int) -> None:
         write_text(path, "".join(f"{line}\n" for line in rows))
 
 
-def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console: Console) -> Path:
+def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console: Console, tracking: Tracking) -> Path:
     path = training.run_dir / HEAD
     weights = {f"head.{k}": v.detach().cpu().contiguous() for k, v in training.head.state_dict().items()}
     about = {
@@ -368,8 +369,6 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
     print_line(console, f"head: {path}")
     print_line(console, f"evaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}")
     if cfg.tracking.kind == "wandb":
-        where = log_curve(
-            cfg.tracking, training.run_dir, rows, {"identity": {**_decided(as_dict(cfg)), **manifest["identity"]}}
-        )
-        print_line(console, f"W&B: {where or 'not logged'}")
+        facts = {"identity": {**_decided(as_dict(cfg)), **manifest["identity"]}}
+        tracking.finish_training(training.run_dir, rows, facts)
     return path

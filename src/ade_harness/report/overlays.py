@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
 from ade_harness.files.atomic import replaced
 
+MASKS = ".npz"
+"""Beside an overlay: what it was drawn from, as ``image``, ``truth`` and ``prediction``."""
 _GAP = 6
 _CAPTION = 22
 _MIN_PANEL_HEIGHT = 240
@@ -114,6 +116,14 @@ def save_overlay(
     with replaced(path, durable=False) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_overlay(image, target, labels, classes, marks).save(temporary, "PNG")
+
+
+def save_masks(
+    path: Path, image: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]
+) -> None:
+    """Write what an overlay was drawn from; arguments as of :func:`draw_overlay`."""
+    with replaced(path, durable=False) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, image=image, truth=target, prediction=labels)
 
 
 def _largest(values: npt.NDArray[np.uint8], classes: Classes) -> str:

@@ -1,21 +1,29 @@
-"""What a W&B run of an evaluation holds. Names here are an interface: docs/tracking.md lists them."""
+"""What a W&B run holds. Names here are an interface: docs/tracking.md lists them.
+
+Each content is data that travels to the process where the run is open, with a method that logs it there.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
 from ade_harness.files.fetch import OFFICIAL_URL
 from ade_harness.metrics.confusion import Scores, mean_iou
 from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.report.figures import save_confusion_matrix
+from ade_harness.report.overlays import MASKS
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.result import Result, per_class_rows
+from ade_harness.tracking.opening import Entry
 
 SCORES = tuple(field.name for field in fields(Scores))
 """Fractions 0..1, as in metrics.json."""
@@ -23,6 +31,97 @@ LEDGER_TYPE = "ledger"
 LEDGER_FILES = (MANIFEST, "config.yaml", "metrics.json", "per_class.csv")
 """With the ledger's own files this is a run directory that can be read."""
 REPORT = "report.html"
+_TITLE_LENGTH = 63
+
+
+class Content(Protocol):
+    """What a run holds at its end."""
+
+    @property
+    def entry(self) -> Entry | None:
+        """How the run is found; None if it is another one's."""
+
+    @property
+    def exit_code(self) -> int:
+        """0, unless the run has failed."""
+
+    def fill(self, run: Any) -> None:
+        """Log it to an open run."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An evaluation with its result, as a run of its own."""
+
+    entry: Entry
+    result: Result
+    manifest: Mapping[str, Any]
+    exit_code: int = 0
+
+    def fill(self, run: Any) -> None:
+        """Log it; raises as :func:`log_content`."""
+        log_content(run, self.result, self.entry.config, self.manifest)
+
+
+@dataclass(frozen=True)
+class Added:
+    """A score that is added to the run of a training."""
+
+    result: Result
+    manifest: Mapping[str, Any]
+    step: int | None
+    """The training's; None takes the next of the run's own steps."""
+    entry: None = None
+    exit_code: int = 0
+
+    def fill(self, run: Any) -> None:
+        """Log scores under the data set's name, over the training's step, and the ledger."""
+        name, result = self.result.dataset, self.result
+        row: dict[str, Any] = {f"{name}/{key}": value for key, value in result.scores.as_dict().items()}
+        row |= {f"{name}/images": result.images, f"{name}/marks": "; ".join(result.marks)}
+        interval = result.intervals.get("mIoU")
+        if interval is not None:
+            row |= {f"{name}/mIoU_low": interval.low, f"{name}/mIoU_high": interval.high}
+        if self.step is not None:
+            # W&B's own step cannot go back; an axis of its own can
+            run.define_metric(f"{name}/*", step_metric=f"{name}/step")
+            row[f"{name}/step"] = self.step
+        run.log(row)
+        run.log_artifact(_ledger(run.id, result, self.manifest))
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run that ended without a score."""
+
+    entry: Entry
+    why: str
+    """The message that the user saw."""
+    exit_code: int = 1
+
+    def fill(self, run: Any) -> None:
+        """Log the reason, and raise an alert."""
+        folder = self.entry.folder
+        run.summary.update({"status": "failed", "reason": self.why})
+        text = f"{self.why}\n\nWhat was counted is kept in {folder.resolve()}."
+        run.alert(f"{folder.name} failed"[:_TITLE_LENGTH], text, level="ERROR")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A finished training."""
+
+    entry: Entry
+    rows: tuple[Mapping[str, Any], ...]
+    """``step`` and what was measured there."""
+    exit_code: int = 0
+
+    def fill(self, run: Any) -> None:
+        """Log the rows that the run does not have yet."""
+        for row in self.rows:
+            if row["step"] >= run.step:
+                run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"], commit=True)
+        run.summary["status"] = "finished"
 
 
 def log_content(run: Any, result: Result, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -57,14 +156,14 @@ def log_content(run: Any, result: Result, config: Mapping[str, Any], manifest: M
     overlays = folder / "overlays"
     for picture in sorted(overlays.rglob("*.png")):
         image_id = picture.relative_to(overlays).with_suffix("").as_posix()
-        logged[f"overlays/{image_id}"] = wandb.Image(str(picture), caption=image_id)
+        logged[f"overlays/{image_id}"] = _overlay(wandb, picture, image_id, result.classes)
     page = folder / REPORT
     if page.is_file():
         logged["report"] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
     run.log(logged)
     run.summary.update(summary_of(result, manifest))
 
-    run.log_artifact(_ledger(wandb, run.id, result, manifest))
+    run.log_artifact(_ledger(run.id, result, manifest))
     if page.is_file():
         artifact = wandb.Artifact(f"report-{run.id}", "report", metadata={"marks": list(result.marks)})
         artifact.add_file(str(page.resolve()), name=REPORT, policy="immutable", skip_cache=True)
@@ -111,12 +210,28 @@ def per_image_rows(rows: Iterable[Row], classes: int) -> list[dict[str, Any]]:
     return table
 
 
+def _overlay(wandb: Any, picture: Path, image_id: str, classes: Classes) -> Any:
+    """Return an image whose masks can be shown and hidden, with the names of classes; of older runs the picture."""
+    file = picture.with_suffix(MASKS)
+    if not file.is_file():
+        return wandb.Image(str(picture), caption=image_id)
+    names = dict(enumerate(classes.names))
+    with np.load(file, allow_pickle=False) as kept:
+        masks = {
+            "prediction": {"mask_data": kept["prediction"], "class_labels": names | {NO_CLASS: "none of the classes"}},
+            "truth": {"mask_data": kept["truth"], "class_labels": names | {IGNORE_INDEX: "not counted"}},
+        }
+        return wandb.Image(kept["image"], caption=image_id, masks=masks)
+
+
 def _table(wandb: Any, rows: list[dict[str, Any]]) -> Any:
     return wandb.Table(columns=list(rows[0]) if rows else [], data=[list(row.values()) for row in rows])
 
 
-def _ledger(wandb: Any, run_id: str, result: Result, manifest: Mapping[str, Any]) -> Any:
+def _ledger(run_id: str, result: Result, manifest: Mapping[str, Any]) -> Any:
     """Return the run directory's record as an artifact from which `compare` can read it again."""
+    import wandb
+
     facts = {
         "run": result.run_dir.resolve().name,
         **result.scores.as_dict(),

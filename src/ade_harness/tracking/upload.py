@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ade_harness.config.schema import TrackingConfig
+from ade_harness.errors import require
+
 LIMITS = {
     "WANDB_HTTP_TIMEOUT": "8",  # seconds, of one request
     "WANDB_X_GRAPHQL_RETRY_MAX": "1",
@@ -48,6 +51,21 @@ class Uploaded:
     url: str | None
     """None: it is not (wholly) there."""
     problem: str = ""
+
+
+def require_online(cfg: TrackingConfig) -> None:
+    """Refuse to begin an evaluation whose score is to be added to another run, if nothing can be added.
+
+    Raises:
+        HarnessError: W&B is not online.
+    """
+    if cfg.kind == "wandb" and cfg.run_id is not None:
+        mode = wandb_mode(cfg.mode)
+        require(
+            mode == "online",
+            f"tracking.run_id={cfg.run_id}: a score can be added to a run only online, and W&B is {mode}. Set"
+            " WANDB_API_KEY or run `wandb login`, or leave tracking.run_id out.",
+        )
 
 
 _MODES = {
@@ -142,15 +160,13 @@ def upload(offline: Path, timeout_s: float) -> Uploaded:
         offline: its folder.
         timeout_s: when to give up. A server that cannot be reached, or does not answer, is given up earlier.
     """
-    unwanted = ("WANDB_MODE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_RUN_ID")
-    environment = LIMITS | {k: v for k, v in os.environ.items() if k not in unwanted}
     process = subprocess.Popen(
         [sys.executable, "-m", "wandb", "sync", str(offline.resolve())],
         cwd=offline.parent.parent,  # where it writes logs of its own: the run directory, not the user's folder
-        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
-    with _ended(process):
+    with ended(process):
         try:
             said, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -163,9 +179,21 @@ def upload(offline: Path, timeout_s: float) -> Uploaded:
     return Uploaded(None, _short(_complaint(said)) or f"`wandb sync` ended with exit code {process.returncode}")
 
 
+def environment(patient: bool = False) -> dict[str, str]:
+    """Return the environment of a process that speaks with W&B's server.
+
+    Args:
+        patient: it works beside an evaluation of hours, in which a server may be away for minutes.
+    """
+    # WANDB_SERVICE: a process that speaks through this one's service would leave its runs open there when it is ended
+    unwanted = ("WANDB_MODE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SERVICE")
+    limits = {k: v for k, v in LIMITS.items() if not (patient and "RETRY" in k)}
+    return limits | {k: v for k, v in os.environ.items() if k not in unwanted}
+
+
 @contextmanager
-def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Leave nothing of the process, nor of wandb's service that it has started, behind."""
+def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Leave nothing of a process in a session of its own, nor of wandb's service that it has started, behind."""
     try:
         yield
     finally:

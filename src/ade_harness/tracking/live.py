@@ -1,0 +1,134 @@
+"""The rank's end of a W&B run that is open while the rank works: see :mod:`ade_harness.tracking.session`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any
+
+from ade_harness.config.schema import TrackingConfig
+from ade_harness.tracking.content import Content
+from ade_harness.tracking.opening import Entry
+from ade_harness.tracking.session import Start
+from ade_harness.tracking.upload import ended, environment
+
+EVERY_S = 10.0
+"""Between two rows of the run's history."""
+_OPEN_S = 5.0
+"""How long an evaluation that has ended waits for its run to open: the offline run and its upload come after."""
+_LEAVE_S = 5.0
+"""How long an evaluation that failed, or was asked to stop, waits for its run's end in W&B."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a live run."""
+
+    url: str | None
+    """None: it was never open."""
+    problem: str
+    """Empty: all of it has arrived."""
+
+
+class LiveRun:
+    """A session in a process of its own.
+
+    Args:
+        cfg: the ``tracking`` node.
+        entry: how the run is found.
+        identifier: of the W&B run.
+        on_open: called in another thread with the run's address, once it is open.
+    """
+
+    def __init__(
+        self, cfg: TrackingConfig, entry: Entry, identifier: str, on_open: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._found: dict[str, Any] = {}
+        self._printed: list[str] = []
+        self._on_open = on_open
+        self._begun = threading.Event()
+        """It is open, or has ended."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ade_harness.tracking.session"],
+            env=environment(patient=True),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the evaluation
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._send(Start(cfg, entry, identifier, os.getpid(), EVERY_S))
+
+    def end(self, content: Content, timeout_s: float) -> Ended:
+        """Log what the run holds, and wait until it has arrived.
+
+        Args:
+            content: what it holds.
+            timeout_s: when to give up.
+        """
+        with ended(self._process):
+            self._send(content)
+            return self._wait(timeout_s, min(_OPEN_S, timeout_s))
+
+    def leave(self) -> None:
+        """End the run without a content: an evaluation that failed, or that may go on later."""
+        with ended(self._process):
+            self._wait(_LEAVE_S, _LEAVE_S)
+
+    def _wait(self, timeout_s: float, open_s: float) -> Ended:
+        pipe = self._process.stdin
+        assert pipe is not None
+        with suppress(OSError):  # it has ended already
+            pipe.close()
+        begin = time.monotonic()
+        opened = self._begun.wait(open_s)
+        try:
+            self._process.wait(max(0, timeout_s - (time.monotonic() - begin)) if opened else 0)
+        except subprocess.TimeoutExpired:
+            self._found["problem"] = f"not done within tracking.timeout_s={timeout_s:g} seconds"
+        self._reader.join(1)  # what it has printed last
+        return Ended(self._found.get("url"), self._problem())
+
+    def _problem(self) -> str:
+        said = self._found.get("problem")
+        if said or self._found.get("done"):
+            errors = [line for line in self._printed if "ERROR" in line]
+            return str(said or (errors[0] if errors else ""))
+        last = next((line for line in reversed(self._printed) if line), "") or f"exit code {self._process.returncode}"
+        return f"its process has ended: {last[:300]}"
+
+    def _send(self, message: object) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        with suppress(OSError):  # it has ended: `end` says why
+            pipe.write(pickle.dumps(message))
+            pipe.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            self._read_lines(self._process.stdout)
+        finally:
+            self._begun.set()
+
+    def _read_lines(self, pipe: IO[bytes]) -> None:
+        for line in pipe:
+            text = line.decode("utf-8", "replace").strip()
+            try:
+                told = json.loads(text) if text.startswith("{") else {}
+            except ValueError:
+                told = {}
+            if not told:
+                self._printed.append(text)
+            self._found |= told
+            if "url" in told:
+                self._begun.set()
+                with suppress(Exception):  # printing an address costs no run
+                    self._on_open(str(told["url"]))

@@ -1,0 +1,382 @@
+"""A W&B run that is open while its evaluation works, and a score that is added to another run."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from ade_harness.config.compose import compose_config
+from ade_harness.errors import HarnessError
+from ade_harness.runs.directory import PROGRESS
+from ade_harness.runs.progress import read_losses
+from ade_harness.tracking import live as module
+from ade_harness.tracking import session
+from ade_harness.tracking.content import Curve, Failed
+from ade_harness.tracking.live import LiveRun
+from ade_harness.tracking.opening import Entry
+from ade_harness.tracking.run import log_curve, read_tracking, run_id
+from ade_harness.tracking.session import Follower, Start, progress_row
+from ade_harness.tracking.upload import upload
+from tests.conftest import Done
+from tests.tracking.stub_server import StubServer, hang
+
+pytestmark = pytest.mark.slow  # each has a process of its own
+
+WORDS = ("dataset.images=4", "metrics.resamples=0", "runtime.workers=0", "run.report=false")
+
+
+@pytest.fixture
+def online(stub: StubServer, monkeypatch: pytest.MonkeyPatch) -> StubServer:
+    monkeypatch.setenv("WANDB_BASE_URL", stub.base)
+    monkeypatch.setenv("WANDB_API_KEY", stub.key)
+    return stub
+
+
+def history(stub: StubServer, run: str) -> list[dict[str, Any]]:
+    lines = stub.stream[run, "wandb-history.jsonl"]
+    assert list(lines) == list(range(len(lines)))  # none is written twice, none is missing
+    return [json.loads(line) for line in lines.values()]
+
+
+def wait(holds: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def entry_of(folder: Path, job_type: str = "evaluate") -> Entry:
+    folder.mkdir(exist_ok=True)
+    return Entry(folder, job_type, "group", ("first",), {"model": {"name": "m"}})
+
+
+@pytest.fixture
+def evaluated(online: StubServer, call: Callable[..., Done], tmp_path: Path) -> tuple[Done, Path]:
+    done = call(*WORDS, "run.dir=run", "run.overlays=2")
+    assert done.code == 0, done.err
+    return done, tmp_path / "run"
+
+
+def test_a_run_is_open_from_its_beginning_and_ends_as_the_same_run(
+    evaluated: tuple[Done, Path], online: StubServer
+) -> None:
+    done, folder = evaluated
+    metrics = json.loads((folder / "metrics.json").read_text())
+    identifier = run_id(folder)
+    rows = history(online, identifier)
+    assert rows[-1]["mIoU"] == metrics["mIoU"]
+    assert sum("mIoU" in row for row in rows) == 1
+    assert online.exits[identifier] == 0
+    config = {k: v["value"] for k, v in json.loads(online.runs[identifier]["config"]).items()}
+    assert config["model"]["name"] == "demo"
+    assert config["provenance"]["status"] == "finished"  # of the manifest at the end, not at the beginning
+    assert online.runs[identifier]["tags"] == ["demo", "original_size"]
+    assert read_tracking(folder) == {"id": identifier, "url": f"{online.base}/team/ade20k/runs/{identifier}"}
+    assert done.out.count(f"/runs/{identifier}") >= 1
+    assert not list((folder / "wandb").glob("offline-run-*"))  # one kind of W&B files in a run directory
+    assert not online.unknown
+
+
+def test_masks_can_be_shown_and_hidden(evaluated: tuple[Done, Path], online: StubServer) -> None:
+    _, folder = evaluated
+    row = history(online, run_id(folder))[-1]
+    pictures = {k.removeprefix("overlays/"): v for k, v in row.items() if k.startswith("overlays/")}
+    assert len(pictures) == 2
+    for image_id, picture in pictures.items():
+        assert set(picture["masks"]) == {"prediction", "truth"}
+        kept = np.load(folder / "overlays" / f"{image_id}.npz")
+        assert kept["image"].shape == (picture["height"], picture["width"], 3)
+        assert kept["truth"].shape == kept["prediction"].shape == kept["image"].shape[:2]
+    config = json.loads(online.runs[run_id(folder)]["config"])
+    text = json.dumps(config["_wandb"])
+    assert "none of the classes" in text
+    assert "not counted" in text
+    assert "wall" in text
+
+
+def test_a_run_that_goes_on_goes_on_in_its_history(
+    evaluated: tuple[Done, Path], online: StubServer, call: Callable[..., Done]
+) -> None:
+    _, folder = evaluated
+    before = history(online, run_id(folder))
+    assert call("resume", "run").code == 0
+    after = history(online, run_id(folder))
+    assert after[: len(before)] == before
+    assert after[-1]["mIoU"] == before[-1]["mIoU"]
+    assert after[-1]["_step"] > before[-1]["_step"]
+
+
+PROGRESS_OF_3 = {
+    "done": 3, "images": 8, "images_per_second": 1.5, "seconds_left": 3.0, "warnings": [], "ranks": [],
+    "updated": "2026-01-01T00:00:00+00:00",
+}  # fmt: skip
+
+
+class OpenRun:
+    """What is logged to it."""
+
+    step = 0
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[dict[str, float], int | None]] = []
+
+    def define_metric(self, name: str, summary: str) -> None:
+        assert (name, summary) == ("progress/*", "none")
+
+    def log(self, row: dict[str, float], step: int | None = None, commit: bool = False) -> None:
+        assert commit  # else wandb keeps the row until the next one
+        self.rows.append((row, step))
+
+
+@pytest.fixture
+def following(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[Path, OpenRun]]:
+    """A session's loop in a thread, over an empty run directory."""
+    folder, run, inbox = tmp_path / "run", OpenRun(), queue.Queue[Any]()
+    start = Start(compose_config([]).tracking, entry_of(folder), "id", 1, 0.02)
+    thread = threading.Thread(target=session._follow, args=(run, start, inbox))
+    thread.start()
+    yield folder, run
+    inbox.put(None)
+    thread.join()
+
+
+def test_progress_and_logs_are_shown_while_it_works(
+    following: tuple[Path, OpenRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = following
+    (folder / "logs").mkdir()
+    log = folder / "logs/rank0.log"
+    log.write_text("a warning of mine\n")
+    (folder / PROGRESS).write_text(json.dumps(PROGRESS_OF_3))
+    wait(lambda: run.rows)
+    with log.open("a") as file:
+        file.write("another one\n")
+    (folder / PROGRESS).write_text('{"done": 4, "ima')  # being written
+    time.sleep(0.1)
+    (folder / PROGRESS).write_text(json.dumps(PROGRESS_OF_3 | {"done": 5}))
+    wait(lambda: len(run.rows) == 2)
+    assert [(row["progress/done"], step) for row, step in run.rows] == [(3, None), (5, None)]
+    said = ""
+
+    def text() -> str:
+        nonlocal said
+        said += capsys.readouterr().out
+        return said
+
+    wait(lambda: "5 of 8, 1.50/s, 0:03 left" in text())
+    assert said.count("rank0: a warning of mine") == said.count("rank0: another one") == 1
+
+
+def test_losses_of_a_training_come_as_they_are_made(following: tuple[Path, OpenRun]) -> None:
+    folder, run = following
+    rows = "".join(f'{{"step": {step}, "loss": {1 / step}}}\n' for step in (1, 10))
+    (folder / "loss.jsonl").write_text(rows + '{"step": 20, "lo')  # being written
+    time.sleep(0.1)
+    (folder / "loss.jsonl").write_text(rows + '{"step": 20, "loss": 0.05}\n')
+    wait(lambda: len(run.rows) == 3)
+    assert run.rows == [({"loss": 1.0}, 1), ({"loss": 0.1}, 10), ({"loss": 0.05}, 20)]
+
+
+def test_what_a_server_gets_while_it_works(
+    evaluated: tuple[Done, Path], online: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EVERY_S", 0.1)
+    _, folder = evaluated
+    (folder / PROGRESS).write_text(json.dumps(PROGRESS_OF_3))
+    opened: list[str] = []
+    entry = entry_of(folder)
+    live = LiveRun(compose_config([]).tracking, entry, "live-progress", opened.append)
+    wait(live._begun.is_set)
+    time.sleep(3)  # several looks
+    assert live.end(Failed(entry, "an image"), 30).problem == ""
+    assert opened == [f"{online.base}/team/ade20k/runs/live-progress"]
+    [row] = history(online, "live-progress")
+    assert row["progress/done"] == 3
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert row["progress/pixel_accuracy"] == metrics["pixel_accuracy"]  # of what is in the ledger
+    assert row["progress/images_per_second"] == 1.5
+    assert "3 of 8, 1.50/s, 0:03 left" in str(online.stream["live-progress", "output.log"])
+    assert online.exits["live-progress"] == 1
+    assert online.alerts[-1]["runName"] == "live-progress"
+    summary = json.loads(online.run_file("live-progress", "wandb-summary.json"))
+    assert summary["reason"] == "an image"
+    assert not [name for name in summary if name.startswith("progress/")]
+    assert "system.proc.memory.rssMB" in str(online.stream["live-progress", "wandb-events.jsonl"])
+
+
+def test_a_training_ends_with_the_losses_that_are_missing(online: StubServer, tmp_path: Path) -> None:
+    entry = entry_of(tmp_path / "probe", "probe")
+    losses = tuple({"step": step, "loss": 1.0 / step} for step in (1, 10, 20))
+    for rows in (losses[:2], losses):
+        live = LiveRun(compose_config([]).tracking, entry, "live-probe")
+        assert live.end(Curve(entry, rows), 30).problem == ""
+    assert [(row["_step"], row["loss"]) for row in history(online, "live-probe")] == [
+        (row["step"], row["loss"]) for row in losses
+    ]
+
+
+def test_what_is_new_in_a_directory_is_given_once(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    assert list(follower.rows()) == []
+    (tmp_path / "loss.jsonl").write_text('{"step": 4, "loss": 2.5, "mean_loss": 3.0}\n')
+    assert list(follower.rows()) == [({"loss": 2.5, "mean_loss": 3.0}, 4)]
+    assert list(follower.rows()) == []
+    assert read_losses(tmp_path, -1)[0]["step"] == 4
+    assert list(Follower(tmp_path, 5).rows()) == []  # an earlier session has logged it
+    empty = {"done": 0, "images": 8, "images_per_second": 0.0, "seconds_left": None}
+    assert progress_row(tmp_path, empty) == {"progress/done": 0, "progress/images_per_second": 0.0}
+
+
+def test_a_rank_that_is_killed_ends_its_run(online: StubServer, tmp_path: Path) -> None:
+    """W&B shows a run that may go on; no process stays."""
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from ade_harness.config.compose import compose_config\n"
+        "from ade_harness.tracking.live import LiveRun; from ade_harness.tracking.opening import Entry\n"
+        "live = LiveRun(compose_config([]).tracking, Entry(Path(sys.argv[1]), 'evaluate', None, (), {}), 'live-killed')\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "killed").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")])
+    wait(lambda: "live-killed" in online.runs)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert online.exits["live-killed"] == 1
+
+
+def test_a_server_that_hangs_costs_seconds_and_no_result(
+    call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_OPEN_S", 2.0)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    with hang() as address:
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        begin = time.monotonic()
+        done = call(*WORDS, "run.dir=run", "tracking.timeout_s=3", "run.overlays=0")
+    assert time.monotonic() - begin < 40
+    assert done.code == 0
+    assert "doesitlater" in "".join(done.out.split())
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
+    assert not [p for p in psutil.Process().children(recursive=True) if "tracking.session" in str(p.cmdline())]
+
+
+def test_a_server_that_goes_away_leaves_a_run_to_be_uploaded_later(
+    online: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose_config(["tracking.timeout_s=2"]).tracking
+    entry = entry_of(tmp_path / "run")
+    live = LiveRun(cfg, entry, run_id(entry.folder))
+    wait(live._begun.is_set)
+    monkeypatch.setattr(online, "refuse", lambda _: 503)
+    begin = time.monotonic()
+    with pytest.warns(
+        UserWarning, match=r"not done within tracking\.timeout_s=2 seconds\. `wandb sync .*` does it later"
+    ):
+        where = log_curve(cfg, entry.folder, [{"step": 0, "loss": 1.0}], {}, live)
+    assert time.monotonic() - begin < 8
+    assert where is not None
+    monkeypatch.setattr(online, "refuse", lambda _: None)
+    assert upload(Path(where), 30).url == f"{online.base}/team/ade20k/runs/{run_id(entry.folder)}"
+    assert history(online, run_id(entry.folder))[-1]["loss"] == 1.0
+
+
+# a score that is added to the run of a training
+
+
+@pytest.fixture
+def training(online: StubServer, tmp_path: Path) -> Iterator[str]:
+    """A run with 3 losses, whose process has ended."""
+    folder = tmp_path / "training"
+    entry = Entry(folder, "train", "mine", ("kept",), {"lr": 0.1})
+    folder.mkdir()
+    identifier = f"train{os.getpid()}-{len(online.runs)}"
+    live = LiveRun(compose_config([]).tracking, entry, identifier)
+    losses = tuple({"step": step, "loss": 3.0 - step} for step in range(3))
+    assert live.end(Curve(entry, losses), 30).problem == ""
+    yield identifier
+
+
+def test_a_score_is_added_to_a_training_at_its_step(
+    training: str, online: StubServer, call: Callable[..., Done], tmp_path: Path
+) -> None:
+    before, known = history(online, training), json.loads(online.runs[training]["config"])
+    online.exits[training] = 255  # crashed: adding a score does not make it finished
+    done = call(*WORDS, "run.dir=run", f"tracking.run_id={training}", "tracking.step=1")
+    assert done.code == 0, done.err
+    assert f"/runs/{training}" in done.out, done.out
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    rows = history(online, training)
+    assert rows[:-1] == before
+    added = rows[-1]
+    assert added["demo/mIoU"] == metrics["mIoU"]
+    assert added["demo/step"] == 1
+    assert added["demo/images"] == 4
+    assert added["demo/marks"].startswith("DEMO")
+    assert added["_step"] == 3
+    now = json.loads(online.runs[training]["config"])
+    assert now["lr"] == known["lr"]  # its own configuration stays
+    assert "model" not in now
+    assert online.runs[training]["tags"] == ["kept"]
+    assert online.exits[training] == 255
+    assert online.artifact(f"ledger-{training}")["metadata"]["images"] == 4
+    assert read_tracking(tmp_path / "run")["id"] != training  # the run directory is no part of the training's
+
+
+def test_a_run_that_is_not_there_or_still_runs_gets_nothing(
+    training: str, online: StubServer, call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = call(*WORDS, "run.dir=run", "tracking.run_id=nowhere", "run.overlays=0")
+    assert done.code == 0
+    said = " ".join(done.out.split())
+    assert "tracking.run_id=nowhere: W&B has no run ade20k/nowhere" in said
+    assert "tries it again" in said
+    monkeypatch.setitem(online.runs[training], "state", "running")
+    before = history(online, training)
+    done = call("resume", "run", f"tracking.run_id={training}")
+    assert done.code == 0
+    assert "that run is still running" in " ".join(done.out.split())
+    assert history(online, training) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tracking.step=3"], "tracking.step: is the step of the run tracking.run_id"),
+        (["tracking.run_id=a/b"], "tracking.run_id=a/b: expected the id of a W&B run"),
+        (["tracking.run_id=abc", "tracking=none"], "tracking.run_id: needs tracking=wandb"),
+        (["tracking.run_id=abc", "tracking.mode=offline"], "a score can be added to a run only online"),
+        (["tracking.run_id=abc", "tracking.step=-1"], "tracking.step=-1"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(words: list[str], message: str) -> None:
+    with pytest.raises(HarnessError) as raised:
+        compose_config(words)
+    assert message in str(raised.value)
+
+
+def test_without_a_key_nothing_can_be_added(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", "/nowhere")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    done = call(*WORDS, "tracking.run_id=abc", "run.dir=run")
+    assert done.code == 2
+    assert "can be added to a run only online, and W&B is offline" in done.err
+    assert not Path("run").exists()
