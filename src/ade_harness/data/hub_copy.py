@@ -6,14 +6,15 @@ packaged list of names and sizes as the official archive is (:mod:`ade_harness.d
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced
+from ade_harness.files.hub import hub_explained
 
 REPOSITORY = "zhoubolei/scene_parse_150"
 """The authors' own on the hub."""
@@ -103,32 +104,20 @@ def _write(root: Path, split: str, number: int, row: dict[str, Any], repository:
 def _fetched(repository: str, split: str) -> Iterator[Path]:
     """Fetch the Parquet files of a split, in order."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
     found: list[str] = []
     seen: list[str] = []
-    try:
-        for revision in _REVISIONS:
-            try:
-                names = HfApi().list_repo_files(repository, revision=revision, repo_type="dataset")
-            except RevisionNotFoundError:
-                continue
+    for revision in _REVISIONS:
+        with hub_explained(repository, _ADVICE), suppress(RevisionNotFoundError):
+            names = HfApi().list_repo_files(repository, revision=revision, repo_type="dataset")
             seen += names
             found = sorted(n for n in names if n.endswith(".parquet") and _WORD[split].search(n))
-            if found:
-                break
-        for name in found:
+        if found:
+            break
+    for name in found:
+        with hub_explained(f"{repository}/{name}", _ADVICE):
             yield Path(hf_hub_download(repository, name, revision=revision, repo_type="dataset"))
-    except GatedRepoError as error:
-        raise HarnessError(
-            f"{repository}: this repository is gated. Accept its terms on its page, then log in: `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HarnessError(f"{repository}: no such data set on the hub. {_ADVICE}") from error
-    except Exception as error:  # HfHubHTTPError, OSError, and those of its HTTP library, whose name changes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise HarnessError(f"{repository}: the hub cannot be reached ({reason}). {_ADVICE}") from error
     if not found:
         shown = ", ".join(seen[:5]) or "no files"
         raise HarnessError(f"{repository}: has no Parquet files of the {split} split, only {shown}. {_ADVICE}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from filelock import FileLock
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import OnBytes, fetch, file_hash
+from ade_harness.files.hub import hub_explained
 
 
 @dataclass(frozen=True)
@@ -114,33 +114,9 @@ def _hub_name(hub_id: str, filename: str, revision: str | None) -> str:
 def _hub_file(hub_id: str, filename: str, revision: str | None) -> Path:
     """Fetch one file; raises EntryNotFoundError if the repository has none of that name."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    where = _hub_name(hub_id, filename, revision)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
-    try:
+    with hub_explained(_hub_name(hub_id, filename, revision), _ADVICE):
         return Path(hf_hub_download(hub_id, filename, revision=revision))
-    except GatedRepoError as error:
-        raise HarnessError(
-            f"{where}: this repository is gated. Accept its licence on its page, then log in: `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HarnessError(f"{where}: this revision is not on the hub any more. {_ADVICE}") from error
-    except LocalEntryNotFoundError as error:
-        raise HarnessError(f"{where}: not in the cache, and the hub cannot be reached. {_ADVICE}") from error
-    except RepositoryNotFoundError as error:
-        raise HarnessError(f"{where}: not found on the hub. {_ADVICE}") from error
-    except EntryNotFoundError:
-        raise
-    except (HfHubHTTPError, OSError) as error:
-        raise HarnessError(f"{where}: the download failed ({str(error).splitlines()[0]}). {_ADVICE}") from error
 
 
 def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpoint:
