@@ -287,3 +287,44 @@ def test_a_plugin_that_cannot_be_imported_is_named(cli: Cli, tmp_path: Path, fau
     assert "a Hydra plugin that is installed cannot be imported (" in done.err
     assert "of_others.py" in done.err
     assert "Traceback" not in done.err
+
+
+FAULTY = {
+    "latin": (b"defaults: [custom, _self_]\nlabel: \xe9preuve\n", "latin.yaml, line 2: is not UTF-8"),
+    "utf16": ("name: mine".encode("utf-16"), "utf16.yaml, line 1: is not UTF-8"),
+    "tab": (b"name: mine\ninput:\n\tmean: [0, 0, 0]\n", "tab.yaml, line 3, column 1: is no YAML of plain values (found"),
+    "tag": (b"name: !!python/object/apply:os.getcwd []\n", "tag.yaml, line 1, column 7: is no YAML of plain values"),
+    "nul": (b"name: a\0b\n", "nul.yaml: is no YAML of plain values"),
+    "open": (b"name: [a, b\n", "open.yaml, line 2, column 1: is no YAML of plain values"),
+    "deep": (b"kwargs: " + b"[" * 2000 + b"]" * 2000, "deep.yaml: is nested too deeply"),
+    "cycle": (b"defaults: [cycle, _self_]\nname: a\n", "lead back to itself"),
+    "twice": (b"name: a\nname: b\n", "found duplicate key name"),
+    "listed": (b"- a\n", "list is not a subclass of ModelConfig"),
+    "text": (b"only text\n", "'only text' not in 'ModelConfig'"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_configuration_of_the_users_that_cannot_be_read_is_one_message(
+    tmp_path: Path, call: Callable[..., Done], name: str
+) -> None:
+    content, message = FAULTY[name]
+    folder = tmp_path / "mine/model"
+    folder.mkdir(parents=True)
+    (folder / f"{name}.yaml").write_bytes(content)
+    (folder / "another.yaml").write_bytes(b"\xff")  # not asked for
+    with pytest.raises(HarnessError) as raised:
+        compose_config([f"model={name}"], tmp_path / "mine")
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 500
+    for words in ([f"model={name}"], [f"model={name}", "inference=ss"], ["-m", f"model={name},demo"]):
+        done = call("--config-dir", "mine", *words, "tracking=none")
+        assert (done.code, "Traceback" in done.err) == (2, False), done.err
+        assert done.err.count("error: ") == 1
+
+
+def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/windows.yaml").write_bytes(b"\xef\xbb\xbfdefaults: [demo, _self_]\r\nlabel: mine\r\n")
+    config = compose_config(["model=windows", "inference=original_size"], tmp_path)
+    assert config.model.label == "mine"

@@ -31,7 +31,7 @@ from ade_harness.cli.sweep import sweeps
 from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
 from ade_harness.config.compose import checked, compose_config, explain, register_schemas, stored_config
 from ade_harness.config.fields import place_keys
-from ade_harness.config.files import conf_dir
+from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import require_data
 from ade_harness.errors import HarnessError, require
@@ -198,7 +198,9 @@ def _run_hydra(
     try:
         with _arguments(options, overrides):
             job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+        if isinstance(error, UNREADABLE) and not _while_composing(error):
+            raise
         raise HarnessError(explain(error, options.overrides)) from error
     except Exception as error:
         if not _is_hydras(error):
@@ -227,6 +229,11 @@ def check_plugins() -> None:
             f"a Hydra plugin that is installed cannot be imported ({file}: {' '.join(str(error).split())}). Hydra"
             " imports every plugin it finds: update that package, or uninstall it."
         ) from error
+
+
+def _while_composing(error: Exception) -> bool:
+    """Whether an error was raised below Hydra's loader of configurations, not in the work of a job."""
+    return any("config_loader_impl" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _is_hydras(error: Exception) -> bool:

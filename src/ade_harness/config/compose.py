@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import NODES, nearest, prepare, with_recipe
 from ade_harness.config.fields import check_lists
-from ade_harness.config.files import choices, conf_dir, data_places
+from ade_harness.config.files import UNREADABLE, choices, conf_dir, data_places, unreadable_file
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.plain import as_dict
 from ade_harness.config.runtime import SlurmConfig
@@ -87,7 +87,7 @@ def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictCon
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             return compose("config", overrides=[*overrides, *search])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         raise HarnessError(explain(error, overrides)) from error
 
 
@@ -191,7 +191,10 @@ def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Return an error of Hydra or OmegaConf as one message that names the key and what was given."""
+    """Return an error of Hydra, OmegaConf or YAML as one message that names the key or the file, and what was given."""
+    broken = unreadable_file(error) if isinstance(error, UNREADABLE) else None
+    if broken is not None:
+        return broken
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__
     if cause is not None and str(cause) not in str(error):

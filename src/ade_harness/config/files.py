@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ade_harness.errors import HarnessError
+
+UNREADABLE = (yaml.YAMLError, UnicodeError, RecursionError)
+"""What YAML and Hydra raise of a file that is no YAML in UTF-8, or nested without end."""
+_MAX_BYTES = 1 << 20
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -45,14 +51,79 @@ def read_choice(group: str, name: str, extra: Path | None = None) -> dict[str, A
         group: such as ``model``.
         name: of a file of the group.
         extra: folder of ``--config-dir``, which takes precedence.
+
+    Raises:
+        HarnessError: a file that cannot be read, or that names itself among its defaults.
     """
+    return _merged(group, name, extra, ())
+
+
+def _merged(group: str, name: str, extra: Path | None, above: tuple[str, ...]) -> dict[str, Any]:
     folders = [*([extra] if extra else []), conf_dir()]
     paths = [folder / group / f"{name}.yaml" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[-1])
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    if name in above:
+        raise HarnessError(f"{path}: its defaults lead back to itself: {' -> '.join((*above, name))}.")
+    content = _read(path)
     merged: dict[str, Any] = {}
     for below in content.pop("defaults", ()):
         if isinstance(below, str) and below not in ("schema", "_self_"):
-            merged |= read_choice(group, below, extra)
+            merged |= _merged(group, below, extra, (*above, name))
     merged |= content
     return merged
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the mapping that a file holds.
+
+    Raises:
+        HarnessError: names the file, the place and what was expected.
+    """
+    try:
+        content = path.read_bytes()
+        if len(content) > _MAX_BYTES:
+            raise HarnessError(f"{path}: has {len(content):,} bytes; a configuration has at most {_MAX_BYTES:,}.")
+        found = yaml.load(content.decode("utf-8-sig"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise HarnessError(f"{path}, line {line}: is not UTF-8. Save the file in that encoding.") from error
+    except RecursionError as error:
+        raise HarnessError(f"{path}: is nested too deeply to be read.") from error
+    except yaml.YAMLError as error:
+        raise HarnessError(f"{path}{_reason(error)}") from error
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if found is not None and not isinstance(found, dict):
+        raise HarnessError(f"{path}: expected keys and values (`name: mine`), not {type(found).__name__}.")
+    return found or {}
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """Return where YAML stumbled, and over what."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    said = problem or " ".join(str(error).split())
+    hint = " YAML is indented by spaces." if "'\\t'" in said or "\\t" in said else ""
+    return f"{where}: is no YAML of plain values ({said[:200]}).{hint}"
+
+
+def unreadable_file(error: Exception) -> str | None:
+    """Return what is wrong with the file that Hydra was reading when an error was raised; None if it can be read.
+
+    Neither Hydra nor Python's codecs name it: it is the last ``*.yaml`` among the values of the functions that were
+    running.
+    """
+    places = [
+        value
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if "config_source" in frame.f_code.co_filename
+        for value in frame.f_locals.values()
+        if isinstance(value, str) and value.endswith(".yaml") and Path(value).is_file()
+    ]
+    try:
+        _ = _read(Path(places[-1])) if places else None
+    except HarnessError as found:
+        return str(found)
+    if isinstance(error, RecursionError):
+        return f"{places[-1] if places else 'a file'}: is nested too deeply, or its defaults lead back to itself."
+    return None
