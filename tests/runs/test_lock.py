@@ -120,3 +120,26 @@ def test_of_two_that_take_over_at_once_one_has_it(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert results.count("mine") == 1
+
+
+@pytest.mark.parametrize("kind", ["garbage", "empty", "fifo", "link to nowhere", "folder"])
+def test_a_lock_that_is_none_is_watched_and_then_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(module, "LEASE_S", 0.6)
+    path = tmp_path / LOCK
+    if kind == "folder":
+        path.mkdir()
+        with pytest.raises(HarnessError, match=r"\.lock: is a folder, and no lock of a run\. Remove it"):
+            RunLock(tmp_path).acquire()
+        return
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link to nowhere":
+        path.symlink_to("/nowhere/at/all")
+    else:
+        path.write_bytes(b"\xff{[" if kind == "garbage" else b"")
+    taken = RunLock(tmp_path)
+    taken.acquire()
+    assert taken.is_mine()
+    assert not path.is_symlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -59,6 +60,7 @@ class LiveStatus:
         self._lose = lose
         self._begun = time.monotonic()
         self._written = -_WRITE_EVERY_S
+        self._file, self._closed = threading.Lock(), False
 
     @staticmethod
     def of(record: RunRecord, total: int, console: Console, coordinator: Coordinator) -> LiveStatus:
@@ -101,12 +103,15 @@ class LiveStatus:
             "warnings": list(self.warnings.values()),
             "ranks": [{**asdict(beat), "images_per_second": beat.done / seconds} for beat in beats],
         }
-        with suppress(HarnessError):  # the ledger's own error says that the disk is full
-            write_text(self.path, json.dumps(content), durable=False)  # a sign of life, not a record
+        with self._file, suppress(HarnessError):  # the ledger's own error says that the disk is full
+            if not self._closed:  # beats go on after the work
+                write_text(self.path, json.dumps(content), durable=False)  # a sign of life, not a record
 
     def close(self) -> tuple[str, ...]:
         """Remove progress.json: the result says all. Returns the warnings about slow ranks."""
-        self.path.unlink(missing_ok=True)
+        with self._file:
+            self._closed = True
+            self.path.unlink(missing_ok=True)
         return tuple(self.warnings.values())
 
 

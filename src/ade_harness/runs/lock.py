@@ -71,11 +71,13 @@ class RunLock:
             end = time.monotonic() + LEASE_S
             while time.monotonic() < end and state == "unknown":
                 time.sleep(0.5)
-                if not self.path.exists():
+                if not os.path.lexists(self.path):  # a link to nowhere is there too: to open it would fail again
                     return self.acquire()
                 state = "alive" if read_lock(self.path) != holder else "unknown"
         if state == "alive":
             raise HarnessError(_refusal(self.path, holder))
+        if self.path.is_dir() and not self.path.is_symlink():
+            raise HarnessError(f"{self.path}: is a folder, and no lock of a run. Remove it.")
         self._write()
         time.sleep(_SETTLE_S)  # two that take over at once: the later one has it
         if not self.is_mine():
