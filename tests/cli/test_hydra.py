@@ -292,7 +292,10 @@ def test_a_plugin_that_cannot_be_imported_is_named(cli: Cli, tmp_path: Path, fau
 FAULTY = {
     "latin": (b"defaults: [custom, _self_]\nlabel: \xe9preuve\n", "latin.yaml, line 2: is not UTF-8"),
     "utf16": ("name: mine".encode("utf-16"), "utf16.yaml, line 1: is not UTF-8"),
-    "tab": (b"name: mine\ninput:\n\tmean: [0, 0, 0]\n", "tab.yaml, line 3, column 1: is no YAML of plain values (found"),
+    "tab": (
+        b"name: mine\ninput:\n\tmean: [0, 0, 0]\n",
+        "tab.yaml, line 3, column 1: is no YAML of plain values (found",
+    ),
     "tag": (b"name: !!python/object/apply:os.getcwd []\n", "tag.yaml, line 1, column 7: is no YAML of plain values"),
     "nul": (b"name: a\0b\n", "nul.yaml: is no YAML of plain values"),
     "open": (b"name: [a, b\n", "open.yaml, line 2, column 1: is no YAML of plain values"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,10 @@ import pytest
 
 from ade_harness.errors import HarnessError
 from ade_harness.runs import lock as module
+from ade_harness.runs.directory import PROGRESS
+from ade_harness.runs.live import LiveStatus
 from ade_harness.runs.lock import LOCK, RunLock, owner_state, read_lock
+from ade_harness.runtime.watchdog import Beat
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -143,3 +147,25 @@ def test_a_lock_that_is_none_is_watched_and_then_taken(
     taken.acquire()
     assert taken.is_mine()
     assert not path.is_symlink()
+
+
+def test_a_disk_that_has_become_read_only_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run removes at its end stays; why it ended is what the user reads."""
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    status = LiveStatus(tmp_path, lock, 3, print, print)
+    status.on_beats([Beat(0)])
+    assert (tmp_path / PROGRESS).exists()
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert status.close() == ()
+    lock.release()
+    monkeypatch.undo()
+    (tmp_path / PROGRESS).unlink()
+    status.on_beats([Beat(0)])  # a beat that comes late
+    status._written = 0.0
+    status.on_beats([Beat(0)])
+    assert not (tmp_path / PROGRESS).exists()

@@ -49,6 +49,12 @@ def replaced(
             temporary.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> None:
+    """Remove a file that nobody needs any more, if it can be: a disk that has become read-only says so elsewhere."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -26,7 +26,7 @@ from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import replaced, write_json, write_text
+from ade_harness.files.atomic import discard, replaced, write_json, write_text
 from ade_harness.inference.forward import arithmetic_of
 from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loaded import LoadedModel
@@ -305,7 +305,7 @@ class _Training(pl.LightningModule):
         """Take the progress display away."""
         if self._reporter is not None:
             self._reporter.close()
-            (self.run_dir / PROGRESS).unlink(missing_ok=True)
+            discard(self.run_dir / PROGRESS)
 
 
 def _fit(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ade_harness.data.containers import MAX_FILE_BYTES
 from ade_harness.data.decode import decode_labels
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import replaced
+from ade_harness.files.atomic import discard, replaced
 from ade_harness.files.reading import read_regular
 from ade_harness.metrics.counts import Row, label_hash
 from ade_harness.runs.ledger import LedgerError
@@ -66,7 +66,7 @@ class LabelMaps:
                     pushed_out.add(heapq.heappop(heap)[1])
             kept = {name for heap in (self._worst, self._best) for _, name in heap}
             for name in pushed_out - kept - {image_id}:
-                self._path(name).unlink(missing_ok=True)
+                discard(self._path(name))
             if image_id not in kept:
                 return
         self._write(self._path(image_id), labels)

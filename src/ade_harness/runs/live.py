@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import write_text
+from ade_harness.files.atomic import discard, write_text
 from ade_harness.runs.directory import PROGRESS
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.record import RunRecord
@@ -111,7 +111,7 @@ class LiveStatus:
         """Remove progress.json: the result says all. Returns the warnings about slow ranks."""
         with self._file:
             self._closed = True
-            self.path.unlink(missing_ok=True)
+            discard(self.path)
         return tuple(self.warnings.values())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import write_text
+from ade_harness.files.atomic import discard, write_text
 from ade_harness.files.documents import read_json
 
 LOCK = ".lock"
@@ -106,7 +106,7 @@ class RunLock:
     def release(self) -> None:
         """Give the lock back."""
         if self.is_mine():
-            self.path.unlink(missing_ok=True)
+            discard(self.path)
 
     def _write(self) -> None:
         write_text(self.path, json.dumps(self._content), durable=False)

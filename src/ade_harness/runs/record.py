@@ -191,7 +191,10 @@ def _write_record(
         earlier = {key: before[key] for key in kept if key in before}
         if changes:
             earlier["identity"] = dict(then)  # whole: config.yaml is about to be another
-        (path / "metrics.json").unlink(missing_ok=True)  # a score is there only if the last session came to its end
+        try:  # a score is there only if the last session came to its end
+            (path / "metrics.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise HarnessError(f"{path / 'metrics.json'}: cannot be removed ({error.strerror or error}).") from error
         manifest["earlier"] = [*before.get("earlier", []), earlier]
         all_changes = [*before.get("changes", []), *(c for c in changes if c not in before.get("changes", []))]
     if all_changes:
