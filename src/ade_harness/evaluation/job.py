@@ -24,6 +24,7 @@ from ade_harness.inference.memory import memory_warning
 from ade_harness.inference.opening import open_predictor
 from ade_harness.inference.predictor import Predictor
 from ade_harness.models.identity import state_hash
+from ade_harness.models.ops.deformable import implementation_of
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name, local_ranks, usable_cores
@@ -108,7 +109,10 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
         facts = {**facts, "state_sha256": state_hash(predictor.network)}
         facts["state_sha256_seconds"] = round(time.monotonic() - begin, 2)
     chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
-    notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, kernels.name_of(chosen))
+    implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}
+    if predictor.network is not None:
+        implementations["deformable attention"] = implementation_of(predictor.network, device)
+    notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations)
     if reason is not None:
         notes.append(f"runtime.kernels=auto: {reason}")
     notes += _machine_notes(cfg, device)
@@ -138,7 +142,7 @@ def _compare_ranks(
     ids_hash: str,
     facts: Mapping[str, Any],
     is_first: bool,
-    kernels_name: str,
+    implementations: Mapping[str, str | None],
 ) -> list[str]:
     """Refuse ranks that would count something else than rank 0 does; returns notes.
 
@@ -158,7 +162,8 @@ def _compare_ranks(
         "the code's uncommitted changes (sha256)": code.get("diff_sha256"),
         "torch": torch.__version__,
         "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
-        "the implementation of the kernels": kernels_name,  # others may round otherwise
+        # others may round otherwise
+        **{f"the implementation of {what}": name for what, name in implementations.items()},
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     reported = gather((host_name(), is_first, seen, device))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k_labels import ade20k_classes
@@ -24,6 +25,7 @@ from ade_harness.models.ops.deformable import (
     modulated_deformable_convolution,
 )
 from ade_harness.models.ops.deformable_numba import aggregate_numba
+from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
 
@@ -284,3 +286,30 @@ def test_compiling_a_network_goes_through_the_operation(backend: str) -> None:
     with torch.no_grad():
         compiled = torch.compile(network, backend=backend, fullgraph=True)
         assert torch.equal(compiled(values), network(values))
+
+
+class Calls(nn.Module):
+    aggregates = True
+
+
+def test_every_module_that_calls_the_operation_says_so() -> None:
+    """Ranks compare what it runs on, if their network has one."""
+    found = set()
+    for file in (REPOSITORY / "src/ade_harness/models").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                called = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+                if called & {"aggregate", "deformable_convolution_v3"}:
+                    marked = [
+                        n for n in node.body if isinstance(n, ast.Assign) and ast.unparse(n) == "aggregates = True"
+                    ]
+                    assert marked, f"{file.name}: {node.name}"
+                    found.add(node.name)
+    assert found == {"DeformableAttention", "Dcnv3"}
+
+
+def test_the_implementation_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert deformable.implementation_of(nn.Linear(2, 2), "cpu") is None
+    assert deformable.implementation_of(nn.Sequential(Calls()), "cpu") == "numba"
+    monkeypatch.setattr(deformable, "compiled", lambda device: (deformable.aggregate_torch, "no compiler"))
+    assert deformable.implementation_of(nn.Sequential(Calls()), "cpu") == "torch"

@@ -28,6 +28,8 @@ class Dcnv3(nn.Module):
         kernel: of the depthwise convolution that points and weights are computed from.
     """
 
+    aggregates = True
+
     def __init__(self, width: int, groups: int, kernel: int) -> None:
         super().__init__()
         self.groups = groups

@@ -112,6 +112,18 @@ def compiled(device: str) -> tuple[_Aggregate, str | None]:
     return found, reason
 
 
+def implementation_of(network: nn.Module, device: str) -> str | None:
+    """Return what a network's deformable operations run on a type of device; None if it has none.
+
+    Others round otherwise, so the ranks of a run must have the same.
+    """
+    if not any(getattr(module, "aggregates", False) for module in network.modules()):
+        return None
+    if compiled(device)[0] is aggregate_torch:
+        return "torch"
+    return "triton" if device == "cuda" else "numba"
+
+
 def _tried(device: str) -> tuple[_Aggregate, str | None]:
     try:
         if device == "cuda":
@@ -156,6 +168,9 @@ class DeformableAttention(nn.Module):
         points: per head and level.
         value_width: of the projected values; ViT-Adapter has half of `width`.
     """
+
+    aggregates = True
+    """Calls :func:`aggregate`, for :func:`implementation_of`."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, value_width: int | None = None) -> None:
         super().__init__()
