@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ade_harness.errors import HarnessError
@@ -14,6 +17,10 @@ from ade_harness.files.escapes import without_long_words
 
 LONGEST_S = 20.0
 """For one damaged file of some kilobytes, on a busy machine."""
+MOST_BYTES = 1 << 30
+"""Of memory, beyond what the process had before, for one damaged file of some kilobytes."""
+MOST_LEFT_BYTES = 200 << 20
+"""Of memory, after all attacks of a kind: what libraries load and keep once."""
 
 
 @pytest.fixture
@@ -37,8 +44,35 @@ def clear(what: str) -> Iterator[None]:
     assert time.monotonic() - begin < LONGEST_S, what
 
 
+@contextmanager
+def bounded(what: str) -> Iterator[None]:
+    """Let an attack pass only if it takes no more memory than it may, and leaves no process."""
+    me = psutil.Process()
+    before, children = me.memory_info().rss, set(me.children(recursive=True))
+    with suppress(OSError):  # a container may forbid it: then the peak is that of the process's life
+        Path("/proc/self/clear_refs").write_text("5")
+    yield
+    taken = _peak_bytes() - before
+    assert taken < MOST_BYTES, f"{what}: took {taken >> 20} MiB"
+    _, alive = psutil.wait_procs(set(me.children(recursive=True)) - children, timeout=5)
+    assert not alive, f"{what}: left {alive}"
+
+
+def _peak_bytes() -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
 def attack(seeds: range, door: Callable[[int], Any], kind: str) -> None:
     """Try a door with every seed."""
+    me = psutil.Process()
+    memory = files = 0
     for seed in seeds:
-        with clear(f"{kind}, seed {seed}"):
+        with bounded(f"{kind}, seed {seed}"), clear(f"{kind}, seed {seed}"):
             door(seed)
+        if seed == seeds[0]:  # what it imports, and libraries keep, is there from now on
+            gc.collect()
+            memory, files = me.memory_info().rss, me.num_fds()
+    gc.collect()
+    assert me.memory_info().rss - memory < MOST_LEFT_BYTES, f"{kind}: keeps memory"
+    assert me.num_fds() <= files + 2, f"{kind}: leaves files open"

@@ -105,11 +105,14 @@ def test_checkpoints(seeds: range, tmp_path: Path, suffix: str) -> None:
     attack(seeds, door, suffix)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "exported"])
 def test_exported_models(seeds: range, tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"m.{kind}"
     if kind == "onnx":
         write_onnx(path, 5)
+    elif kind == "exported":
+        path = path.with_suffix(".pt2")
+        torch.export.save(torch.export.export(nn.Conv2d(3, 5, 1), (torch.zeros(1, 3, 8, 8),)), path)
     else:
         torch.jit.script(nn.Conv2d(3, 5, 1)).save(str(path))  # type: ignore[no-untyped-call]
     good = path.read_bytes()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickletools
+import zipfile
+from pathlib import Path
+
 import torch
 
 from ade_harness.config.model import ModelConfig
@@ -10,11 +14,31 @@ from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
+_MAX_BYTES = 64 << 20
+"""Of the code of a network, and of the pickles that say how its tensors are put together; tensors stand beside them."""
+
+
+def _check(path: Path) -> None:
+    """Look at an archive before torch does, which believes every length in it, and takes gigabytes for a damaged one.
+
+    Raises:
+        Exception: of zipfile or pickletools, of what is damaged; ValueError for a member that is too large.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            pickled = member.filename.endswith(".pkl")
+            if (pickled or member.compress_type != zipfile.ZIP_STORED) and member.file_size > _MAX_BYTES:
+                raise ValueError(f"{member.filename} has {member.file_size:,} bytes, more than {_MAX_BYTES:,}")
+            if pickled:
+                for _ in pickletools.genops(archive.read(member)):
+                    pass  # lengths and the end are looked at; nothing is built
+
 
 def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     """Load ``model.path``; raises HarnessError if it is no TorchScript file."""
     path = model_file(cfg)
     try:
+        _check(path)
         module = torch.jit.load(str(path), map_location="cpu")
     except Exception as error:  # torch's reader of a damaged file fails in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
