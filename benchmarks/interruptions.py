@@ -6,6 +6,9 @@
 
 Prints a table: what was killed, when, how many images were kept, how long it took until the command had ended, and
 whether confusion matrix and the label hash of every image are equal to those of one rank.
+
+Victims: a rank's number; "all" ranks and their supervisor; "start", the supervisor while its ranks start, which have to
+end by themselves; "sum", rank 1 once all images are in the ledger, while the ranks' counts are summed.
 """
 
 from __future__ import annotations
@@ -19,14 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import psutil
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+NAMES = {
+    "all": "all ranks and their supervisor",
+    "start": "the supervisor while ranks start",
+    "sum": "rank 1 of 3 while counts are summed",
+}
 COMMON = ("tracking=none", "run.overlays=0", "runtime.workers=0")
 
 
@@ -83,27 +93,48 @@ def ranks_of(supervisor: int) -> dict[int, psutil.Process]:
     return found
 
 
+def counted(run: Path) -> int:
+    """Return how many images the ledger holds."""
+    return sum(pq.read_metadata(file).num_rows for file in (run / "ledger").glob("[!.]*.parquet"))
+
+
+def wait_for(process: subprocess.Popen[bytes], holds: Callable[[], bool]) -> None:
+    while process.poll() is None and not holds():
+        time.sleep(0.005)
+
+
+def the_moment(process: subprocess.Popen[bytes], run: Path, victim: str, seconds: float) -> None:
+    """Wait until somebody is to be killed."""
+    if victim == "start":
+        wait_for(process, lambda: bool(ranks_of(process.pid)))
+        return
+    wait_for(process, (run / "manifest.json").exists)
+    if victim == "sum":
+        images = int(json.loads((run / "manifest.json").read_text())["dataset"]["images"])
+        wait_for(process, lambda: counted(run) == images)
+    else:
+        end = time.monotonic() + seconds
+        wait_for(process, lambda: time.monotonic() > end)
+
+
 def killed_run(words: list[str], run: Path, victim: str, seconds: float, ranks: int) -> tuple[int, float]:
-    """Kill `victim` after `seconds` of work; returns images kept, and seconds until the command had ended."""
+    """Kill `victim` after `seconds` of work; returns images kept, and seconds until all of it had ended."""
     process = start([*words, f"run.dir={run}", f"runtime.devices={ranks}"])
-    while not (run / "manifest.json").exists() and process.poll() is None:
-        time.sleep(0.02)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        time.sleep(0.02)
+    the_moment(process, run, victim, seconds)
     begin = time.monotonic()
     if process.poll() is None:
         alive = ranks_of(process.pid)
-        doomed = list(alive.values()) if victim == "all" else [alive[int(victim)]] if int(victim) in alive else []
-        if victim == "all":
+        number = {"sum": 1, "all": None, "start": None}.get(victim, victim)
+        if victim in ("all", "start"):
             process.kill()
+        doomed = list(alive.values()) if victim == "all" else [alive[int(number)]] if number is not None else []
         for rank in doomed:
             rank.kill()
         process.wait(120)
-        psutil.wait_procs(list(alive.values()), timeout=60)
-    ended = time.monotonic() - begin
-    ledger = run / "ledger"
-    return (len(pd.read_parquet(ledger)) if ledger.is_dir() and any(ledger.iterdir()) else 0), ended
+        _, left = psutil.wait_procs(list(alive.values()), timeout=60)
+        if left:
+            raise SystemExit(f"{victim}: {left} did not end within a minute of their supervisor's death")
+    return counted(run) if (run / "ledger").is_dir() else 0, time.monotonic() - begin
 
 
 def main() -> None:
@@ -112,7 +143,7 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--rules", nargs="+", default=["queue", "plan"])
-    parser.add_argument("--victims", nargs="+", default=["0", "1", "all"])
+    parser.add_argument("--victims", nargs="+", default=["0", "1", "all", "start", "sum"])
     parser.add_argument("--seed", type=int, default=0)
     arguments, words = parser.parse_known_args()
     words = words or [f"dataset.images={arguments.images}"]
@@ -135,10 +166,12 @@ def main() -> None:
         for victim in arguments.victims:
             for number in range(arguments.moments):
                 run, moment = root / f"kill-{victim}-{number}", rng.uniform(0, duration)
+                known = None if victim in ("start", "sum") else moment
                 kept, ended = killed_run(words, run, victim, moment, 3)
-                finish(["resume", str(run), f"runtime.devices={rng.choice((1, 2, 4))}"])
-                name = "all ranks and their supervisor" if victim == "all" else f"rank {victim} of 3"
-                outcomes.append(Outcome(f"kill -9 of {name}", moment, kept, ended, same(run, reference)))
+                again = ["resume", str(run)] if (run / "manifest.json").exists() else [*words, f"run.dir={run}"]
+                finish([*again, f"runtime.devices={rng.choice((1, 2, 4))}"])
+                name = NAMES.get(victim, f"rank {victim} of 3")
+                outcomes.append(Outcome(f"kill -9 of {name}", known, kept, ended, same(run, reference)))
     table = Table(title=f"{len(outcomes)} runs of: {' '.join(words)}")
     for column in ("what", "killed after s", "images kept", "ended after s", "equal bits"):
         table.add_column(column, justify="left" if column == "what" else "right")

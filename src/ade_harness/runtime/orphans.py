@@ -26,8 +26,10 @@ def end_if_orphaned() -> None:
     def watch() -> None:
         while not _watched.is_set():
             if is_orphan():
-                print("error: the process that started this rank is gone", file=sys.stderr, flush=True)
-                os._exit(EXIT_RANK_LOST)
+                try:  # what reads this rank's output may be gone too
+                    print("error: the process that started this rank is gone", file=sys.stderr, flush=True)
+                finally:
+                    os._exit(EXIT_RANK_LOST)
             time.sleep(_POLL_S)
 
     threading.Thread(target=watch, daemon=True).start()

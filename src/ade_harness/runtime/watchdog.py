@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -166,7 +167,10 @@ class Watchdog:
             self.coordinator.lost = text
             if self._ended.wait(GRACE_S):
                 return
-            if self.on_loss is not None:
-                self.on_loss()
-            print(f"error: {text}", file=sys.stderr, flush=True)
-            os._exit(EXIT_RANK_LOST)
+            try:  # a disk that is full, an output that nobody reads any more: this process ends all the same
+                with suppress(OSError):
+                    print(f"error: {text}", file=sys.stderr, flush=True)
+                if self.on_loss is not None:
+                    self.on_loss()
+            finally:
+                os._exit(EXIT_RANK_LOST)
