@@ -331,3 +331,10 @@ def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "model/windows.yaml").write_bytes(b"\xef\xbb\xbfdefaults: [demo, _self_]\r\nlabel: mine\r\n")
     config = compose_config(["model=windows", "inference=original_size"], tmp_path)
     assert config.model.label == "mine"
+
+
+@pytest.mark.parametrize("key", ["inference.tta", "model.input", "inference.resize", "runtime.slurm"])
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "${runtime.seed}", "${model.kwargs}"])
+def test_an_interpolation_in_place_of_a_node_is_refused(key: str, value: str) -> None:
+    with pytest.raises(HarnessError, match=f"^{key}=.* where fields are expected: {key}.NAME=VALUE"):
+        compose_config([f"{key}={value}"])

@@ -62,14 +62,19 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def check_lists(config: Any, prefix: str = "") -> None:
-    """Check the elements of every list of a configuration: OmegaConf takes a list or a mapping for any element.
+    """Check what OmegaConf does not: the elements of every list, and what an interpolation puts in a node's place.
 
     Raises:
-        HarnessError: names the dotted key and the place in the list.
+        HarnessError: names the dotted key, and the place in the list.
     """
     hints = get_type_hints(type(config))
     for one in fields(config):
         key, value = f"{prefix}{one.name}", getattr(config, one.name)
+        node = next((kind for kind in (hints[one.name], *get_args(hints[one.name])) if is_dataclass(kind)), None)
+        require(
+            node is None or value is None or is_dataclass(value),
+            f"{key}={str(value)[:80]}: is a {type(value).__name__}, where fields are expected: {key}.NAME=VALUE.",
+        )
         if is_dataclass(value):
             check_lists(value, f"{key}.")
         elif isinstance(value, list):

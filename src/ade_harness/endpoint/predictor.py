@@ -240,7 +240,7 @@ def read_scores(data: bytes, channels: int, name: str) -> npt.NDArray[Any]:
         version = np.lib.format.read_magic(file)
         read: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
-    except (ValueError, KeyError, EOFError, SyntaxError, TypeError, RecursionError) as error:
+    except Exception as error:  # NumPy reads a header by Python's own parser, which fails in many ways
         raise HarnessError(f"{name}: the scores are no NumPy .npy file of version 1 or 2.") from error
     if dtype.hasobject:
         raise HarnessError(f"{name}: the scores hold pickled objects, which are never loaded. Expected float32.")

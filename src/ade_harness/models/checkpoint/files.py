@@ -98,8 +98,9 @@ def _read_npz(path: Path) -> StateDict:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: from_numpy(arrays[key]) for key in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise HarnessError(f"{path}: not a whole .npz of arrays ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # of zipfile, zlib, and of Python's parser, which reads the headers
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise HarnessError(f"{path}: not a whole .npz of arrays ({reason}).") from error
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:

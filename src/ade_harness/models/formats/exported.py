@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     """
     path = model_file(cfg)
     try:
+        with zipfile.ZipFile(path):
+            pass  # what is no archive is refused here: torch would leave it open
         program = torch.export.load(str(path))
     except Exception as error:  # torch's reader of a damaged file fails in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
