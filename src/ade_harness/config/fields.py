@@ -70,11 +70,11 @@ def check_lists(config: Any, prefix: str = "") -> None:
     hints = get_type_hints(type(config))
     for one in fields(config):
         key, value = f"{prefix}{one.name}", getattr(config, one.name)
-        node = next((kind for kind in (hints[one.name], *get_args(hints[one.name])) if is_dataclass(kind)), None)
-        require(
-            node is None or value is None or is_dataclass(value),
-            f"{key}={str(value)[:80]}: is a {type(value).__name__}, where fields are expected: {key}.NAME=VALUE.",
-        )
+        kinds = (hints[one.name], *get_args(hints[one.name]))
+        node, listed = any(map(is_dataclass, kinds)), any(get_origin(kind) is list for kind in kinds)
+        fits = value is None or (is_dataclass(value) if node else isinstance(value, list) if listed else True)
+        wanted = f"fields are expected: {key}.NAME=VALUE" if node else "a list is expected"
+        require(fits, f"{key}={str(value)[:80]}: is a {type(value).__name__}, where {wanted}.")
         if is_dataclass(value):
             check_lists(value, f"{key}.")
         elif isinstance(value, list):
