@@ -27,7 +27,7 @@ from ade_harness.tracking import session
 from ade_harness.tracking.content import Curve, Failed
 from ade_harness.tracking.live import LiveRun
 from ade_harness.tracking.opening import Entry
-from ade_harness.tracking.run import log_curve, read_tracking, run_id
+from ade_harness.tracking.run import _write, log_curve, read_tracking, run_id
 from ade_harness.tracking.session import Follower, Start, progress_row
 from ade_harness.tracking.upload import upload
 from tests.conftest import Done
@@ -297,6 +297,20 @@ def test_a_server_that_goes_away_leaves_a_run_to_be_uploaded_later(
     monkeypatch.setattr(online, "refuse", lambda _: None)
     assert upload(Path(where), 30).url == f"{online.base}/team/ade20k/runs/{run_id(entry.folder)}"
     assert history(online, run_id(entry.folder))[-1]["loss"] == 1.0
+
+
+def test_nothing_is_imported_from_a_directory_that_somebody_else_has_written(
+    online: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = entry_of(tmp_path / "run")
+    for name in ("yaml", "wandb", "json"):
+        (entry.folder / f"{name}.py").write_text("import os, pathlib\npathlib.Path('was_imported').touch()\n")
+    monkeypatch.chdir(entry.folder)
+    content = Curve(entry, ({"step": 0, "loss": 1.0},))
+    assert LiveRun(compose_config([]).tracking, entry, "live-clean").end(content, 30).problem == ""
+    offline = _write(compose_config([]).tracking, entry, content)
+    assert upload(offline, 30).problem == ""
+    assert not list(tmp_path.rglob("was_imported"))
 
 
 # a score that is added to the run of a training

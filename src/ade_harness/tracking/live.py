@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import threading
@@ -57,14 +58,16 @@ class LiveRun:
         self._begun = threading.Event()
         """It is open, or has ended."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ade_harness.tracking.session"],
+            [sys.executable, "-P", "-m", "ade_harness.tracking.session"],  # -P: nothing of the directory is imported
             env=environment(patient=True),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the evaluation
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._send(Start(cfg, entry, identifier, os.getpid(), EVERY_S))
+        self._messages: queue.SimpleQueue[object | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True).start()
+        self._messages.put(Start(cfg, entry, identifier, os.getpid(), EVERY_S))
 
     def end(self, content: Content, timeout_s: float) -> Ended:
         """Log what the run holds, and wait until it has arrived.
@@ -74,7 +77,7 @@ class LiveRun:
             timeout_s: when to give up.
         """
         with ended(self._process):
-            self._send(content)
+            self._messages.put(content)
             return self._wait(timeout_s, min(_OPEN_S, timeout_s))
 
     def leave(self) -> None:
@@ -83,10 +86,7 @@ class LiveRun:
             self._wait(_LEAVE_S, _LEAVE_S)
 
     def _wait(self, timeout_s: float, open_s: float) -> Ended:
-        pipe = self._process.stdin
-        assert pipe is not None
-        with suppress(OSError):  # it has ended already
-            pipe.close()
+        self._messages.put(None)
         begin = time.monotonic()
         opened = self._begun.wait(open_s)
         try:
@@ -104,12 +104,14 @@ class LiveRun:
         last = next((line for line in reversed(self._printed) if line), "") or f"exit code {self._process.returncode}"
         return f"its process has ended: {last[:300]}"
 
-    def _send(self, message: object) -> None:
+    def _write(self) -> None:
+        """Send what is put, until None ends it: beside the work, since a pipe is full after 64 kB."""
         pipe = self._process.stdin
         assert pipe is not None
-        with suppress(OSError):  # it has ended: `end` says why
-            pipe.write(pickle.dumps(message))
-            pipe.flush()
+        with suppress(OSError), pipe:  # the session has ended: `end` says why
+            while (message := self._messages.get()) is not None:
+                pipe.write(pickle.dumps(message))
+                pipe.flush()
 
     def _read(self) -> None:
         assert self._process.stdout is not None

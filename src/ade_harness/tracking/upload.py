@@ -161,7 +161,8 @@ def upload(offline: Path, timeout_s: float) -> Uploaded:
         timeout_s: when to give up. A server that cannot be reached, or does not answer, is given up earlier.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "wandb", "sync", str(offline.resolve())],
+        # -P: nothing is imported from the run directory, which somebody else may have written
+        [sys.executable, "-P", "-m", "wandb", "sync", str(offline.resolve())],
         cwd=offline.parent.parent,  # where it writes logs of its own: the run directory, not the user's folder
         env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
