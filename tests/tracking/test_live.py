@@ -330,8 +330,9 @@ def training(online: StubServer, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_score_is_added_to_a_training_at_its_step(
-    training: str, online: StubServer, call: Callable[..., Done], tmp_path: Path
+    training: str, online: StubServer, call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "_OPEN_S", 0.0)  # how long a live run is waited for: this one has no other way
     before, known = history(online, training), json.loads(online.runs[training]["config"])
     online.exits[training] = 255  # crashed: adding a score does not make it finished
     done = call(*WORDS, "run.dir=run", f"tracking.run_id={training}", "tracking.step=1")

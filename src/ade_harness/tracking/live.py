@@ -69,16 +69,17 @@ class LiveRun:
         threading.Thread(target=self._write, daemon=True).start()
         self._messages.put(Start(cfg, entry, identifier, os.getpid(), EVERY_S))
 
-    def end(self, content: Content, timeout_s: float) -> Ended:
+    def end(self, content: Content, timeout_s: float, patient: bool = False) -> Ended:
         """Log what the run holds, and wait until it has arrived.
 
         Args:
             content: what it holds.
             timeout_s: when to give up.
+            patient: wait as long for a run that is not open yet: there is no other way.
         """
         with ended(self._process):
             self._messages.put(content)
-            return self._wait(timeout_s, min(_OPEN_S, timeout_s))
+            return self._wait(timeout_s, timeout_s if patient else min(_OPEN_S, timeout_s))
 
     def leave(self) -> None:
         """End the run without a content: an evaluation that failed, or that may go on later."""

@@ -170,7 +170,8 @@ def _track(cfg: TrackingConfig, entry: Entry, content: Content, live: LiveRun | 
     problem = None
     try:
         if mode == "online" and (cfg.live or cfg.run_id is not None):
-            ended = (live or LiveRun(cfg, entry, run_id(entry.folder))).end(content, cfg.timeout_s)
+            session = live or LiveRun(cfg, entry, run_id(entry.folder))
+            ended = session.end(content, cfg.timeout_s, patient=cfg.run_id is not None)
             if ended.url is not None and not ended.problem:
                 return _arrived(entry, ended.url)
             if cfg.run_id is not None:
