@@ -142,10 +142,10 @@ class OpenRun:
 
 
 @pytest.fixture
-def following(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[Path, OpenRun]]:
+def following(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, OpenRun]]:
     """A session's loop in a thread, over an empty run directory."""
     folder, run, inbox = tmp_path / "run", OpenRun(), queue.Queue[Any]()
-    start = Start(compose_config([]).tracking, entry_of(folder), "id", 1, 0.02)
+    start = Start(compose_config([]).tracking, entry_of(folder, request.param), "id", 1, 0.02)
     thread = threading.Thread(target=session._follow, args=(run, start, inbox))
     thread.start()
     yield folder, run
@@ -153,6 +153,7 @@ def following(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tu
     thread.join()
 
 
+@pytest.mark.parametrize("following", ["evaluate"], indirect=True)
 def test_progress_and_logs_are_shown_while_it_works(
     following: tuple[Path, OpenRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,8 +181,10 @@ def test_progress_and_logs_are_shown_while_it_works(
     assert said.count("rank0: a warning of mine") == said.count("rank0: another one") == 1
 
 
+@pytest.mark.parametrize("following", ["probe"], indirect=True)
 def test_losses_of_a_training_come_as_they_are_made(following: tuple[Path, OpenRun]) -> None:
     folder, run = following
+    (folder / PROGRESS).write_text(json.dumps(PROGRESS_OF_3))  # without a step: it would take that of a loss
     rows = "".join(f'{{"step": {step}, "loss": {1 / step}}}\n' for step in (1, 10))
     (folder / "loss.jsonl").write_text(rows + '{"step": 20, "lo')  # being written
     time.sleep(0.1)
@@ -229,7 +232,7 @@ def test_a_training_ends_with_the_losses_that_are_missing(online: StubServer, tm
 
 
 def test_what_is_new_in_a_directory_is_given_once(tmp_path: Path) -> None:
-    follower = Follower(tmp_path)
+    follower = Follower(tmp_path, 0)
     assert list(follower.rows()) == []
     (tmp_path / "loss.jsonl").write_text('{"step": 4, "loss": 2.5, "mean_loss": 3.0}\n')
     assert list(follower.rows()) == [({"loss": 2.5, "mean_loss": 3.0}, 4)]
@@ -311,6 +314,18 @@ def test_nothing_is_imported_from_a_directory_that_somebody_else_has_written(
     offline = _write(compose_config([]).tracking, entry, content)
     assert upload(offline, 30).problem == ""
     assert not list(tmp_path.rglob("was_imported"))
+
+
+def test_what_fails_at_the_beginning_costs_no_work(
+    online: StubServer, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(module.subprocess, "Popen", refused)
+    done = call(*WORDS, "run.dir=run", "run.overlays=0")
+    assert done.code == 0
+    assert "W&B: not open yet: no more processes" in done.out
 
 
 # a score that is added to the run of a training

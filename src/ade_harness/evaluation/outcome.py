@@ -15,7 +15,6 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
 from ade_harness.report.terminal import print_result
 from ade_harness.runs.finished import load_run
-from ade_harness.runs.record import RunRecord
 from ade_harness.runs.result import Result
 from ade_harness.runtime.console import Output, make_console, output, percent, print_fact, print_line
 from ade_harness.tracking.around import tracked
@@ -37,12 +36,7 @@ def run_session(
     console = console or make_console(result=False)
     cfg = composed.config
     with tracked(cfg, console) as tracking:
-
-        def begin(record: RunRecord) -> None:
-            with _only_remarked(console, "W&B: not logged"):
-                tracking.begin(record.path, record.manifest)
-
-        finished = evaluate(composed, console, on_run_dir, begin)
+        finished = evaluate(composed, console, on_run_dir, lambda record: tracking.begin(record.path, record.manifest))
         if finished is None:
             return None
         result, record = finished

@@ -33,7 +33,7 @@ class Tracking:
         self._live: LiveRun | None = None
 
     def begin(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """Open the run, if it is to be open while the work goes on; returns at once.
+        """Open the run, if it is to be open while the work goes on; returns at once, and costs no work if it fails.
 
         Args:
             folder: the run directory.
@@ -46,8 +46,11 @@ class Tracking:
         def say(url: str) -> None:
             print_fact(self.console, "watch it", url)
 
-        with self._warnings_printed():
-            self._live = begin_live(self.cfg.tracking, folder, as_dict(self.cfg), short_manifest(manifest), say)
+        try:
+            with self._warnings_printed():
+                self._live = begin_live(self.cfg.tracking, folder, as_dict(self.cfg), short_manifest(manifest), say)
+        except Exception as error:  # of files, of starting a process; at the end it is tried again, offline if need be
+            print_line(self.console, f"W&B: not open yet: {' '.join(str(error).split())[:400]}", style="yellow")
 
     def finish(self, result: Result, manifest: Mapping[str, Any]) -> None:
         """Log an evaluation, and print where."""

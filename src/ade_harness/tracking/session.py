@@ -57,10 +57,10 @@ class Follower:
 
     Args:
         folder: of the run.
-        step: the first of a training that W&B does not have yet.
+        step: the first of a training that W&B does not have yet; None for an evaluation, which has no steps.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int | None = None) -> None:
         self.folder = folder
         self._step = step
         self._read: dict[Path, int] = {}
@@ -68,10 +68,13 @@ class Follower:
 
     def rows(self) -> Iterator[tuple[dict[str, float], int | None]]:
         """Yield what is to be logged, and its step if it has one of its own."""
-        progress = read_progress(self.folder)
-        if progress is not None and progress["done"] != self._done:
-            self._done = progress["done"]
-            yield progress_row(self.folder, progress), None
+        if self._step is None:
+            progress = read_progress(self.folder)
+            if progress is not None and progress["done"] != self._done:
+                self._done = progress["done"]
+                yield progress_row(self.folder, progress), None
+            return
+        # nothing but losses: a row without a step would take W&B's next one, and the loss of that step would be lost
         for row in self._losses():
             if row["step"] >= self._step:  # a training that was killed does its last steps again
                 self._step = row["step"] + 1
@@ -153,7 +156,7 @@ def _session(start: Start, inbox: queue.Queue[Content | None], channel: TextIO) 
 def _follow(run: Any, start: Start, inbox: queue.Queue[Content | None]) -> Content | None:
     """Log how far the work is until the end comes."""
     run.define_metric("progress/*", summary="none")
-    follower = Follower(start.entry.folder, run.step)
+    follower = Follower(start.entry.folder, run.step if start.entry.job_type == "probe" else None)
     while True:
         try:
             return inbox.get(timeout=start.every_s)
