@@ -21,6 +21,7 @@ from ade_harness.runtime.cluster import (
 )
 from ade_harness.runtime.console import print_error
 from ade_harness.runtime.lean import import_lightning
+from ade_harness.runtime.lifetime import importing
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import Supervisor, resume_command
 from ade_harness.tracking.upload import require_online
@@ -68,7 +69,8 @@ def launch(
     require_online(config.tracking)
     if in_this_process or is_rank() or not config.runtime.supervise:
         if not in_this_process:  # the process is ours alone: nobody else's imports are changed
-            import_lightning()
+            with importing():
+                import_lightning()
         code = be_rank(config, work)
     else:
         code = _supervise(config, handed_over)

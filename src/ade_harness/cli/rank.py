@@ -10,7 +10,6 @@ import json
 import logging
 import logging.config
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ade_harness.cli.main import guarded
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import HANDOVER
 from ade_harness.runtime.lean import import_lightning
+from ade_harness.runtime.lifetime import importing, leave
 from ade_harness.runtime.notes import note_done
 from ade_harness.runtime.orphans import end_if_orphaned
 
@@ -37,7 +37,9 @@ def main() -> int:
 
 def _run() -> int:
     path = Path(os.environ[HANDOVER])
-    import_lightning()  # here, before anything is known: both kinds of work need it
+    with importing():  # here, before anything is known: both kinds of work need it
+        import_lightning()
+        from ade_harness.evaluation.outcome import run_session
     while not path.exists():
         time.sleep(_POLL_S)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -49,8 +51,6 @@ def _run() -> int:
         from ade_harness.runtime.console import make_console
 
         return be_rank(composed.config, lambda found: train_probe(composed.config, make_console(result=False), found))
-    from ade_harness.evaluation.outcome import run_session
-
     return be_rank(composed.config, lambda found: run_session(composed, found))
 
 
@@ -63,4 +63,4 @@ def _configure_log(settings: dict[str, Any], verbose: bool | str | list[str]) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -41,8 +41,11 @@ _LAUNCHERS: dict[str, dict[str, Any]] = {
 
 
 def register_schemas() -> None:
-    """Tell Hydra the types."""
+    """Tell Hydra the types, unless its store has them."""
     store = ConfigStore.instance()
+    known = store.repo.get("schema.yaml")
+    if known is not None and OmegaConf.get_type(known.node) is Config:
+        return
     store.store(name="schema", node=Config)
     for group, node in NODES.items():
         store.store(group=group, name="schema", node=node)

@@ -1,0 +1,40 @@
+"""Begin and end a process at once: what Python does beside the imports, and after the work, takes a second."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import much in a process that is ours alone, without looking for garbage meanwhile.
+
+    Torch and Lightning make half a million objects that stay. Collections look at all of them again and again, which
+    is a sixth of the time; afterwards none does, and loaders that are forked share their memory.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def leave(code: int) -> None:
+    """End this process as ``sys.exit(code)`` does, but leave its memory to the kernel.
+
+    Threads are waited for, then what is registered with `atexit` is called, and the streams are flushed: the order of
+    ``Py_FinalizeEx``. It would go on to take all modules apart, object by object: 0.5 to 0.9 seconds with torch.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # there is no public name for it
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or there is none
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,59 @@
+"""Processes begin and end at once, and end as Python does in all that others see."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ade_harness.runtime.lifetime import importing
+
+_ENDING = """
+import atexit, sys, threading, time
+from ade_harness.runtime.lifetime import leave
+class Noisy:
+    def __del__(self):
+        print("taken apart")
+kept = Noisy()
+kept.itself = kept
+atexit.register(lambda: print("registered"))
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+print("work")
+leave(7)
+print("unreachable")
+"""
+
+
+def test_leaving_waits_for_threads_calls_what_is_registered_and_flushes() -> None:
+    done = subprocess.run([sys.executable, "-c", _ENDING], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 7
+    assert done.stdout.split("\n") == ["work", "thread", "registered", ""]  # in Python's own order
+    assert done.stderr == ""
+
+
+def test_leaving_when_nobody_reads_any_more() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from ade_harness.runtime.lifetime import leave; print('to nobody'); leave(3)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        env=environment,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_what_is_imported_is_not_looked_at_again() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
