@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import prepare, quote
-from ade_harness.config.compose import compose_config, compose_tree
+from ade_harness.config.compose import checked, compose_tree
 from ade_harness.config.files import choices
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
@@ -45,19 +49,35 @@ def overrides_of(cfg: Config) -> list[str] | None:
     overrides = [f"{group}={_base(group, getattr(cfg, group).name)}" for group in _FALLBACKS]
     try:
         wanted = _decisive(as_dict(cfg))
-        changes = _changes(_base_values(tuple(overrides)), wanted)
-        overrides += changes
-        if changes and _decisive(as_dict(compose_config(overrides))) != wanted:
+        base = _base_tree(tuple(overrides))
+        changes = _changes(_values_of(base), wanted)
+        if changes and _decisive(as_dict(checked(_changed(base, changes)))) != wanted:
             return None
     except HarnessError:
         return None
-    return [_absolute(word, wanted) for word in overrides]
+    return [_absolute(word, wanted) for word in [*overrides, *changes]]
 
 
 @cache
-def _base_values(overrides: tuple[str, ...]) -> Mapping[str, Any]:
+def _base_tree(overrides: tuple[str, ...]) -> DictConfig:
     """Return what choices of packaged files compose; these do not change while a process runs."""
-    return composed_values(overrides)
+    return compose_tree(prepare(overrides))
+
+
+def _changed(base: DictConfig, changes: Sequence[str]) -> DictConfig:
+    """Return a composed tree after more overrides of values, which Hydra applies last: a tenth of a composition.
+
+    Raises:
+        HarnessError: they cannot be applied.
+    """
+    tree = copy.deepcopy(base)
+    try:
+        for override in OverridesParser.create().parse_overrides(prepare(changes)):
+            value: Any = override.value()
+            OmegaConf.update(tree, override.key_or_group, value, merge=True, force_add=override.is_force_add())
+    except (HydraException, OmegaConfBaseException) as error:
+        raise HarnessError(str(error)) from error
+    return tree
 
 
 def _base(group: str, name: str) -> str:
@@ -70,8 +90,12 @@ def composed_values(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         HarnessError: they do not compose.
     """
-    tree: Any = OmegaConf.to_container(compose_tree(prepare(overrides)), resolve=True, enum_to_str=True)
-    return _decisive(tree)
+    return _values_of(compose_tree(prepare(overrides)))
+
+
+def _values_of(tree: DictConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(tree, resolve=True, enum_to_str=True)
+    return _decisive(values)
 
 
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
