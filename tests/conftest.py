@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -40,6 +41,13 @@ def pytest_configure() -> None:
         leave(code)
 
     os._exit = exit_aloud  # type: ignore[assignment]
+
+
+def pytest_collection_finish() -> None:
+    """Let collections leave out what was imported, and come more rarely: a sixth of the time of what composes much."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

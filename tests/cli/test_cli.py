@@ -135,7 +135,7 @@ def test_a_models_protocol_can_be_overridden() -> None:
 def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text(
-        "defaults: [schema, {override /inference@_global_.inference: fit_512}, _self_]\n"
+        "defaults: [{override /inference@_global_.inference: fit_512}, _self_]\n"
         "name: mine\nkind: custom\nlabel: mine\n_target_: a.b\n"
     )
     cfg = compose_config(["model=mine", "dataset=ade20k", "dataset.root=x"], tmp_path)

@@ -47,7 +47,7 @@ def register_schemas() -> None:
     if known is not None and OmegaConf.get_type(known.node) is Config:
         return
     store.store(name="schema", node=Config)
-    for group, node in NODES.items():
+    for group, node in NODES.items():  # `schema` has all these types: this is for users' files that name it
         store.store(group=group, name="schema", node=node)
     for name, settings in _LAUNCHERS.items():
         target = f"hydra_plugins.ade_harness_launchers.{name.title().replace('_', '')}Launcher"

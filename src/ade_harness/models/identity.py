@@ -85,7 +85,8 @@ def source_hash(module_name: str) -> str | None:
         return ", ".join(f"{name}=={importlib.metadata.version(name)}" for name in sorted(set(names))) or None
     root = Path(found).resolve().parent
     files = {Path(f) for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
-    real = {f.resolve() for f in files if f.is_absolute() and f.suffix == ".py" and f.is_file()}
+    files = {f for f in files if f.is_absolute() and f.suffix == ".py" and not _is_installed(f)}
+    real = {f.resolve() for f in files if f.is_file()}
     own = sorted(f for f in real if f.is_relative_to(root) and not _is_installed(f))
     lines = [f"{f.relative_to(root).as_posix()} {file_hash(f, 'sha256')}\n" for f in own]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
