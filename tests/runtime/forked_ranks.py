@@ -8,6 +8,7 @@ answers with the list of exit codes. With "kill" a rank kills itself once it has
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -17,10 +18,15 @@ from pathlib import Path
 
 
 def main() -> None:
+    from numba.core import registry
+
     import ade_harness.evaluation.outcome
     import ade_harness.kernels.numba_cpu  # imported, not called: its threads would not outlive a fork
 
     del ade_harness
+    registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
+    registry.cpu_target.target_context.refresh()
+    gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
         size = job["ranks"]
