@@ -263,6 +263,30 @@ def test_half_a_jpeg_is_refused_whatever_its_end(mode: str, progressive: bool) -
             decode_image(data[: len(data) // 2] + end, "a.jpg")
 
 
+def scans(data: bytes) -> list[int]:
+    """Return where the scans of a JPEG begin: 0xFF is followed by 0 within coded pixels."""
+    return [place for place in range(len(data)) if data.startswith(b"\xff\xda", place)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_progressive_jpeg_without_its_last_scans_is_refused(mode: str) -> None:
+    """Each scan is whole and the end is there: libjpeg decodes a coarser image, and warns of nothing."""
+    data = encoded(photo().convert(mode), "JPEG", progressive=True)
+    expected = decode_image(data, "a.jpg")
+    starts = scans(data)
+    assert len(starts) >= 4
+    for start in starts[1:]:
+        tables = data.rfind(b"\xff\xc4", 0, start)  # a scan's Huffman table stands before it
+        cut = data[: tables if tables > starts[0] else start] + b"\xff\xd9"
+        with Image.open(io.BytesIO(cut)) as opened:  # Pillow says nothing
+            coarser = not np.array_equal(np.array(opened.convert("RGB")), expected)
+        assert coarser or start == starts[-1]  # this one may hold black's last bits, of an image that has none
+        with pytest.raises(HarnessError, match=r"a\.jpg: .*the last scans of the progressive JPEG are missing"):
+            decode_image(cut, "a.jpg")
+    filled = data[:2] + b"\xff\xff\xff" + data[2:]  # fill bytes before a marker are allowed
+    assert np.array_equal(decode_image(filled, "a.jpg"), expected)
+
+
 @pytest.mark.parametrize("kind", ["JFIF", "Adobe"])
 def test_odd_metadata_is_no_damage_and_hides_none(kind: str) -> None:
     """libjpeg reports only the first warning: behind a harmless one there may be half an image."""

@@ -26,6 +26,10 @@ GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
 """Colour types of PNG."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
+_SOS, _EOI, _PROGRESSIVE = 0xDA, 0xD9, (0xC2, 0xCA)
+"""Markers of a JPEG: the start of a scan, the end, and frames of several scans of all pixels."""
+_ALONE = (0x00, 0x01, *range(0xD0, 0xD9))
+"""After 0xFF: a byte of coded pixels, and markers that no length follows."""
 _CHUNKS = 2**16
 """Chunks of a PNG: encoders that write the most make one for each 8 KB."""
 _OTHERS = {
@@ -115,6 +119,45 @@ def check_png(data: bytes, name: str, what: str) -> PngHeader:
     if last != b"IEND":
         raise unreadable(name, what, "it is cut off")
     return read_png_header(data, name, what)
+
+
+def check_scans(data: bytes, name: str, what: str) -> None:
+    """Check that a progressive JPEG has all its scans.
+
+    Each refines the whole image: without the last ones a decoder has every pixel, only coarser, and warns of nothing.
+
+    Raises:
+        HarnessError: of a coefficient, bits are missing (ITU-T T.81, G.1.1.1.2: those below the last ``Al``).
+    """
+    missing: dict[int, npt.NDArray[np.uint8]] = {}
+    for marker, content in _segments(data):
+        if marker in _PROGRESSIVE:
+            missing = {content[6 + 3 * i]: np.ones(64, np.uint8) for i in range((len(content) - 6) // 3)}
+        elif marker == _SOS and not missing:
+            return  # pixels of a frame that has no such scans
+        elif marker == _SOS and len(content) >= 4 + 2 * content[0]:
+            components = content[1 : 1 + 2 * content[0] : 2]
+            start, end, bits = content[-3:]
+            for component in components:
+                if component in missing:
+                    missing[component][start : end + 1] = bits & 15
+    if any(bits.any() for bits in missing.values()):
+        raise unreadable(name, what, "the last scans of the progressive JPEG are missing")
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (marker, content) of a JPEG's segments up to its end; skip the coded pixels after a scan's header."""
+    place = data.find(b"\xff", 2)
+    while 0 <= place < len(data) - 3:
+        marker = data[place + 1]
+        if marker == _EOI:
+            return
+        if marker == 0xFF or marker in _ALONE:  # a fill byte; or no segment follows
+            place = data.find(b"\xff", place + (1 if marker == 0xFF else 2))
+            continue
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        yield marker, data[place + 4 : end]
+        place = data.find(b"\xff", end)
 
 
 def _chunks(data: bytes, name: str, what: str, whole: bool) -> Iterator[tuple[bytes, bytes]]:

@@ -27,6 +27,7 @@ from ade_harness.data.containers import (
     PngHeader,
     check_pixels,
     check_png,
+    check_scans,
     container_of,
     read_png_header,
     unreadable,
@@ -101,6 +102,7 @@ def _decode_jpeg(data: bytes, name: str, mode: str) -> npt.NDArray[np.uint8] | N
             pixels = simplejpeg.decode_jpeg(data, space, fastdct=False, fastupsample=False, strict=False)
         else:
             raise unreadable(name, "image", error) from error
+    check_scans(data, name, "image")
     return None if odd_metadata or space == "CMYK" else np.asarray(pixels, np.uint8)
 
 
