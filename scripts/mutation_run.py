@@ -33,16 +33,18 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "metrics/diagnosis.py": ("tests/metrics/test_diagnosis.py",),
     "metrics/areas.py": ("tests/metrics/test_confusion.py", "tests/metrics/test_statistics.py"),
     "models/class_map.py": ("tests/models/test_loading.py",),
-    "inference/plan.py": ("tests/inference/test_predictor.py", "tests/inference/test_forward.py"),
-    "inference/resize.py": ("tests/inference/test_predictor.py",),
+    "inference/plan.py": ("tests/inference/test_plan.py", "tests/inference/test_predictor.py", "tests/inference/test_forward.py"),
+    "inference/resize.py": ("tests/inference/test_plan.py", "tests/inference/test_predictor.py"),
     "runs/ledger.py": ("tests/runs/test_runs.py", "tests/hostile/test_documents.py"),
     "runs/exactness.py": ("tests/runs/test_runs.py", "tests/cli/test_resume.py"),
     "runs/trust.py": ("tests/runs/test_trust.py",),
-    "kernels/reference.py": ("tests/kernels/test_kernels.py", "-k", "not triton and not numba"),
+    "kernels/reference.py": (
+        "tests/kernels/test_reference.py", "tests/kernels/test_kernels.py", "-k", "not triton and not numba",
+    ),
     "data/decode.py": ("tests/data/test_containers.py", "tests/data/test_ade20k.py"),
     "data/containers.py": ("tests/data/test_containers.py",),
     "data/palettes.py": ("tests/data/test_containers.py",),
-}
+}  # fmt: skip
 _COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,

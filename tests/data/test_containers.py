@@ -18,7 +18,8 @@ from PIL import Image
 
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.data.ade20k_labels import ade20k_classes
-from ade_harness.data.decode import decode_image, decode_labels, read_header
+from ade_harness.data.containers import check_scans, read_png_header
+from ade_harness.data.decode import _without_metadata, decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage, default_colors
 from ade_harness.errors import HarnessError
 from ade_harness.files.reading import read_regular
@@ -219,6 +220,49 @@ def test_every_flipped_bit_of_a_label_file_that_changes_labels_is_noticed() -> N
             assert np.array_equal(found, LABELS), (place, bit)  # a chunk's name became another ancillary one
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_end_of_a_png_is_checked_too() -> None:
+    data = grey()
+    for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-12], data[:-30]):
+        with pytest.raises(HarnessError, match=r"a\.png: .*(a checksum is wrong, in the chunk b'IEND'|it is cut off)"):
+            decode_labels(damaged, "a.png")
+    assert np.array_equal(decode_labels(data + b"x" * 20, "a.png"), LABELS)  # what follows the end is nobody's
+
+
+def test_a_palette_counts_where_the_format_has_it() -> None:
+    """Before the pixels, whatever text comes first; behind them decoders do not look."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 8, 3, 0, 0, 0))
+    text, palette, other = (chunk(b"tEXt", b"a\0b"), *(chunk(b"PLTE", bytes(range(i, i + 9))) for i in (0, 100)))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0\0\1\2"))
+    data = PNG + header + text + palette + text + pixels + other + chunk(b"IEND", b"")
+    found = read_png_header(data, "a.png", "label map")
+    assert found.palette is not None
+    assert found.palette.reshape(-1).tolist() == list(range(9))
+    late = PNG + header + pixels + palette + chunk(b"IEND", b"")
+    assert read_png_header(late, "a.png", "label map").palette is None
+
+
+def test_one_pixel_is_an_image_and_none_is_not() -> None:
+    assert decode_image(encoded(Image.new("RGB", (1, 1), (1, 2, 3))), "a.png").tolist() == [[[1, 2, 3]]]
+    empty = PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 0, 0, 0, 0)) + chunk(b"IEND", b"")
+    with pytest.raises(HarnessError, match="it says 0x5 pixels"):
+        read_png_header(empty, "a.png", "image")
+
+
+def test_the_index_that_is_wrong_is_named() -> None:
+    identity = [(v, v, v) for v in range(256)]
+    with pytest.raises(HarnessError, match=r"index 7 has the colour \(9, 9, 9\)"):
+        decode_labels(palette_png(LABELS, [*identity[:7], (9, 9, 9), *identity[8:]]), "a.png")
+    short = (
+        PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 8, 3, 0, 0, 0)) + chunk(b"PLTE", bytes([0, 0, 0, 1, 1, 1]))
+    )
+    short += chunk(b"IDAT", zlib.compress(b"\0\0\1\2")) + chunk(b"IEND", b"")
+    with pytest.raises(HarnessError, match=r"palette_colour takes grey entries, and index 2 has no entry"):
+        decode_labels(short, "a.png", LabelStorage("palette_colour"))
+
+
 # images
 
 
@@ -285,6 +329,77 @@ def test_a_progressive_jpeg_without_its_last_scans_is_refused(mode: str) -> None
             decode_image(cut, "a.jpg")
     filled = data[:2] + b"\xff\xff\xff" + data[2:]  # fill bytes before a marker are allowed
     assert np.array_equal(decode_image(filled, "a.jpg"), expected)
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def frame(components: int = 1, marker: int = 0xC2) -> bytes:
+    """Return the header of a progressive frame of 8 x 8 pixels."""
+    each = b"".join(bytes([i + 1, 0x11, 0]) for i in range(components))
+    return segment(marker, bytes([8, 0, 8, 0, 8, components]) + each)
+
+
+def scan(start: int, end: int, bits: int, *components: int) -> bytes:
+    each = b"".join(bytes([c, 0]) for c in components)
+    return segment(0xDA, bytes([len(components)]) + each + bytes([start, end, bits])) + b"\x12\xff\x00\x34"
+
+
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+ALL = scan(0, 0, 0, 1) + scan(1, 63, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "complete"),
+    [
+        (SOI + frame() + ALL + EOI, True),
+        (SOI + frame(marker=0xCA) + ALL + EOI, True),
+        (SOI + frame() + scan(0, 0, 0, 1) + EOI, False),
+        (SOI + frame(marker=0xCA) + scan(0, 0, 0, 1) + EOI, False),
+        (SOI + frame() + scan(1, 63, 0, 1) + EOI, False),
+        (SOI + frame() + scan(0, 0, 0, 1) + scan(1, 62, 0, 1) + EOI, False),
+        (SOI + frame() + scan(0, 0, 1, 1) + scan(1, 63, 0, 1) + EOI, False),  # the lowest bit is missing
+        (SOI + frame() + scan(0, 0, 1, 1) + scan(1, 63, 0, 1) + scan(0, 0, 0x10, 1) + EOI, True),  # and comes later
+        (SOI + frame(2) + scan(0, 0, 0, 1, 2) + scan(1, 63, 0, 1) + EOI, False),
+        (SOI + frame(2) + scan(0, 0, 0, 1, 2) + scan(1, 63, 0, 1) + scan(1, 63, 0, 2) + EOI, True),
+        (SOI + frame() + ALL, True),  # whether the end is missing is the decoder's to say
+        (SOI + frame() + ALL + b"\xff", True),
+        (SOI + frame() + scan(0, 0, 0, 1) + EOI + ALL, False),  # after the end there is nothing
+        (SOI + b"\xff" + frame() + scan(0, 0, 0, 1) + EOI, False),  # fill bytes
+        (SOI + b"\xff\xff" + frame() + scan(0, 0, 0, 1) + EOI, False),
+        (SOI + frame() + scan(0, 0, 0, 1) + b"\xff" + scan(1, 63, 0, 1) + EOI, True),
+        (SOI + frame() + scan(0, 0, 0, 1) + b"\xff\xff" + scan(1, 63, 0, 1) + EOI, True),
+        # restart markers, and TEM, are followed by pixels or segments, not by a length
+        (SOI + frame() + scan(0, 0, 0, 1) + b"\xff\xd0\x00\x30" + scan(1, 63, 0, 1) + EOI, True),
+        (SOI + frame() + scan(0, 0, 0, 1) + b"\xff\xd7\x00\x30" + scan(1, 63, 0, 1) + EOI, True),
+        (SOI + frame() + scan(0, 0, 0, 1) + b"\xff\x01\x00\x30" + scan(1, 63, 0, 1) + EOI, True),
+        (SOI + frame() + ALL + segment(0xDA, bytes([9, 1])) + EOI, True),  # a scan that is none
+        (SOI + frame() + ALL + segment(0xDA, bytes([1, 1, 0])) + EOI, True),
+        (SOI + frame() + segment(0xDA, b"\1\1\0\0\x3f\0") + EOI, True),  # the shortest header that can be
+        (SOI + frame() + scan(0, 63, 0, 7) + EOI, False),  # of a component that the frame has not
+        (SOI + frame(marker=0xC0) + scan(0, 0, 0, 1) + EOI, True),  # a baseline frame has one scan
+    ],
+)  # fmt: skip
+def test_scans_are_counted_coefficient_by_coefficient(data: bytes, complete: bool) -> None:
+    if complete:
+        check_scans(data, "a.jpg", "image")
+    else:
+        with pytest.raises(HarnessError, match=r"a\.jpg: .*the last scans"):
+            check_scans(data, "a.jpg", "image")
+
+
+def test_metadata_is_found_between_other_segments() -> None:
+    data = encoded(photo(), "JPEG")
+    length = int.from_bytes(data[4:6], "big")
+    metadata, place = data[2 : 4 + length], 4 + length
+    assert metadata[4:8] == b"JFIF"
+    assert data[place : place + 2] == b"\xff\xdb"
+    behind = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")  # a table of quantisation
+    moved = data[:2] + data[place:behind] + metadata[:9] + b"\x09" + metadata[10:] + data[behind:]
+    assert np.array_equal(decode_image(moved, "a.jpg"), decode_image(data, "a.jpg"))
+    for cut in range(2, 12):
+        assert _without_metadata(data[:cut]).startswith(SOI)
 
 
 @pytest.mark.parametrize("kind", ["JFIF", "Adobe"])

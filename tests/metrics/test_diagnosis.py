@@ -108,3 +108,49 @@ def test_few_classes_on_either_side_are_no_evidence() -> None:
     collapsed = rows_of(lambda truth, rng: np.minimum(truth, 4) + 1)
     assert len({int(v) for row in collapsed for v in row.prediction}) <= 4
     assert diagnose(collapsed, CLASSES) is None
+
+
+def plus_one(images: int, right: int, tied: int = 0, lost: int = 0, common: int = 10, kept: bool = False) -> list[Row]:
+    """Return rows of 100 pixels an image whose predictions are one too high, or class 149.
+
+    Args:
+        images: of which the other reading, with 1 subtracted, is right in `right` pixels, and a constant in `common`.
+        right: pixels.
+        tied: more images, in which the constant is right as often as the reading.
+        lost: more images, in which the constant is right and the reading is not.
+        common: pixels of the commonest class in each of `images`.
+        kept: predict the commonest class as it is.
+    """
+    rows = []
+    for number in range(images + tied + lost):
+        truth, predicted = np.zeros(100, np.intp), np.full(100, 149)
+        if number < images:
+            truth[common:] = 10 + number % 7 * 12 + np.arange(100 - common) % 6
+            predicted[common : common + right] = truth[common : common + right] + 1
+            predicted[:common] = 0 if kept else 149
+        elif number < images + tied:
+            truth[50:] = 10
+            predicted[50:] = 11
+        rows.append(row_of(number, truth[None], predicted[None]))
+    return rows
+
+
+def test_ties_between_readings_are_no_trials() -> None:
+    message = diagnose(plus_one(12, 80, tied=5), CLASSES)
+    assert message is not None
+    assert "more than a constant prediction in 12 of 12 images" in message
+    assert diagnose(plus_one(9, 80, tied=5), CLASSES) is None
+
+
+def test_chance_explains_some_leads() -> None:
+    assert diagnose(plus_one(12, 80, lost=1), CLASSES) is None  # p = 0.0017
+    message = diagnose(plus_one(13, 80, lost=1), CLASSES)
+    assert message is not None
+    assert "in 13 of 14 images (sign test, p = 0.0009)" in message
+
+
+def test_another_reading_must_be_right_often_and_far_oftener() -> None:
+    assert diagnose(plus_one(12, 8, common=5), CLASSES) is None  # 8 % of the pixels, of none: too few
+    assert "11% of the pixels agree instead of 0%" in str(diagnose(plus_one(12, 11, common=5), CLASSES))
+    assert diagnose(plus_one(12, 25, kept=True), CLASSES) is None  # 25 %, of 10 %: not three times
+    assert "35% of the pixels agree instead of 10%" in str(diagnose(plus_one(12, 35, kept=True), CLASSES))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ade_harness.metrics import comparison
 from ade_harness.metrics.areas import ImageAreas, areas_of, image_areas, split_areas
 from ade_harness.metrics.bootstrap import Interval, Resampled, bootstrap, draw_counts
 from ade_harness.metrics.comparison import compare, holm
@@ -169,6 +170,9 @@ def test_a_clear_difference_is_found_and_a_mean_one_has_its_images() -> None:
     assert headline.value > 0
     assert headline.significant()
     assert headline.p_permutation == pytest.approx(1 / 2001)
+    assert headline.p_bootstrap == pytest.approx(2 / 2001)  # no resample is below, on either side
+    better = shifted(first, 1, 0.6)
+    assert found.pixels_right.tolist() == (better.intersection - first.intersection).sum(1).tolist()
     assert headline.interval is not None
     assert headline.interval.low > 0
     # what exchanging single images changes adds up to nearly the whole difference
@@ -176,6 +180,53 @@ def test_a_clear_difference_is_found_and_a_mean_one_has_its_images() -> None:
     assert (found.pixels_right >= 0).all()
     worse = compare(shifted(first, 1, 0.6), first, 2000)
     assert worse.scores["mIoU"].value == -headline.value
+
+
+def test_the_same_seed_gives_the_same_numbers_in_every_version() -> None:
+    """Reports are compared over years: the order of the random draws is part of the result."""
+    first = image_areas(make_rows(30, classes=12), 150)
+    found = compare(shifted(first, 4, 0.3), shifted(first, 5, 0.3), 1200, seed=7)
+    headline = found.scores["mIoU"]
+    assert round(headline.p_permutation * 1201) == 597
+    assert round(headline.p_bootstrap * 1201) == 506
+    assert headline.interval is not None
+    assert (headline.interval.low, headline.interval.high) == pytest.approx(
+        (-0.009565017005792511, 0.003644489471839834), abs=1e-12
+    )
+    (interval,) = bootstrap(first, 1200, seed=7).scores["mIoU"].centred()
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx((0.41052023989595876, 0.4924470118682832), abs=1e-12)
+    (interval,) = bootstrap(first, 1200, seed=7).scores["mIoU"].bca()
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx(
+        (0.4079435903177459, 0.48991352259743565), abs=1e-9
+    )  # SciPy's normal quantiles
+
+
+def test_a_difference_is_within_minus_one_and_one() -> None:
+    """Of few images, resamples lie far from the value, and the moved interval would end beyond."""
+    matrix_right, matrix_wrong = (np.zeros((150, 151), np.int64) for _ in range(2))
+    matrix_right[3, 3] = matrix_wrong[3, 4] = 100
+    matrix_right[4, 4] = matrix_wrong[4, 3] = 100
+
+    def run(matrices: list[np.ndarray]) -> ImageAreas:
+        rows = [
+            Row(f"ADE_val_{i:08d}", 10, 10, 200, 0, *sparse_counts(m), "", "c" * 32, 0.1, 0, "h")
+            for i, m in enumerate(matrices)
+        ]
+        return image_areas(rows, 150)
+
+    right, wrong = run([matrix_right] * 3), run([matrix_wrong] * 3)
+    for one, two, value in ((wrong, right, 1.0), (right, wrong, -1.0)):
+        difference = compare(one, two, 300).scores["mIoU"]
+        assert difference.value == value
+        assert difference.interval == Interval(value, value)
+    assert comparison._resample(wrong, right, ["mIoU"], 4, 0).bounds == (-1.0, 1.0)
+
+
+def test_absent_classes_warn_of_no_division() -> None:
+    with np.errstate(all="raise"):
+        assert np.isnan(class_iou(matrix_of(make_rows(1), 150))).any()
 
 
 def test_false_claims_are_as_rare_as_the_level_says() -> None:
@@ -216,6 +267,14 @@ def test_corrected_p_values_keep_their_order(p_values: list[float]) -> None:
     [
         (0.57312, 57.3, Interval(0.56, 0.58), (), "yes", "57.31 rounds to the published 57.3"),
         (0.5735, 57.3, None, (), "yes", "reproduced"),
+        (0.57361, 57.3, None, (), "no", "57.36 is +0.06 from the published 57.3"),
+        (0.5749, 57, None, (), "yes", "57.49 rounds to the published 57"),
+        (0.5751, 57, None, (), "no", "57.51 is +0.51 from the published 57"),
+        # an interval that ends within the rounding of the published figure holds it
+        (0.51, 53.5, Interval(0.50, 0.5348), (), "within the interval", "within the interval, not reproduced"),
+        (0.51, 53.5, Interval(0.50, 0.5344), (), "no", "outside of the 95% interval 50.00 to 53.44"),
+        (0.56, 53.5, Interval(0.5352, 0.57), (), "within the interval", "within the interval, not reproduced"),
+        (0.56, 53.5, Interval(0.5356, 0.57), (), "no", "outside of the 95% interval 53.56 to 57.00"),
         (0.5310, 53.53, Interval(0.52, 0.54), (), "within the interval", "-0.43 from the published 53.53"),
         (0.50, 53.5, Interval(0.49, 0.51), (), "no", "outside of the 95% interval 49.00 to 51.00"),
         (0.50, 53.5, None, (), "no", "not reproduced"),

@@ -26,7 +26,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.parts import read_state_dict
 from ade_harness.models.checkpoint.public import hub_checkpoint
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
-from ade_harness.models.class_map import resolve_class_map
+from ade_harness.models.class_map import ClassMap, resolve_class_map
 from ade_harness.models.formats.demo import WEIGHTS
 from ade_harness.models.loading import load_model
 from ade_harness.models.outputs import MaskLogits, read_output
@@ -561,3 +561,20 @@ def test_targets_follow_hydras_rules(tmp_path: Path) -> None:
     nested = "model.kwargs._args_=[{_target_:os.system,command:'touch x'}]"
     with pytest.raises(HarnessError, match=r"model\._target_=torch\.nn\.Sequential: .*blocklisted"):
         load_model(model_cfg("model=custom", "model._target_=torch.nn.Sequential", nested))
+
+
+@pytest.mark.parametrize(("channels", "more"), [(5, ""), (6, " and 1 more"), (8, " and 3 more")])
+def test_five_channels_without_a_class_are_listed(channels: int, more: str) -> None:
+    names = [*(f"thing {i}" for i in range(channels)), *ade20k_classes().names[channels:], "other"]
+    with pytest.raises(HarnessError) as error:
+        resolve_class_map(len(names), None, names, ade20k_classes())
+    listed = ", ".join(f"{i} 'thing {i}'" for i in range(5))
+    assert f"has the name of channel {listed}{more}." in str(error.value)
+
+
+def test_a_map_that_leaves_channels_out_is_no_identity() -> None:
+    found = resolve_class_map(4, [0, 1, None, 2], None, ade20k_classes())
+    assert not found.is_identity
+    assert not ClassMap((0, 1), (0, 1)).is_identity  # two kept channels of more
+    assert ClassMap(None, (0, 1)).is_identity
+    assert not ClassMap(None, (1, 0)).is_identity

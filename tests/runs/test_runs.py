@@ -21,7 +21,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
 from ade_harness.runs.directory import make_run_dir, new_run_name
-from ade_harness.runs.exactness import check_exact, check_rows
+from ade_harness.runs.exactness import check_exact, check_rows, incomplete
 from ade_harness.runs.ledger import LedgerWriter, read_rows
 from ade_harness.runs.provenance import code_state, environment
 from ade_harness.runs.record import RunRecord, run_identity, start_record
@@ -119,6 +119,54 @@ def test_damaged_and_half_files_are_left_out(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path)[0]) == 10
 
 
+def segments(folder: Path, number: int, rows: int = 1) -> list[Path]:
+    """Write so many segments."""
+    for first in range(0, number * rows, rows):
+        writer = LedgerWriter(folder)
+        for index in range(first, first + rows):
+            writer.append(make_row(index))
+        writer.flush()
+    return sorted(folder.glob("*.parquet"))
+
+
+def test_a_ledger_larger_than_any_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = segments(tmp_path, 4, rows=2)
+    files = [pq.read_metadata(path) for path in paths]
+    values = max(sum(f.row_group(0).column(c).num_values for c in range(f.num_columns)) for f in files)
+    pixels = sum(len(make_row(i).pixels) for i in range(8))
+    size = max(f.row_group(0).total_byte_size for f in files)
+    for name, fits, of_a_segment in (
+        ("_MAX_ROWS", 8, 1), ("_MAX_VALUES", max(pixels, values), values - 1), ("_MAX_BYTES", size, size - 1),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ade_harness.runs.ledger.{name}", fits)
+            assert len(read_rows(tmp_path)[0]) == 8
+            patch.setattr(f"ade_harness.runs.ledger.{name}", of_a_segment)
+            with pytest.raises(HarnessError, match="says that it holds .* values; no ledger has so many"):
+                read_rows(tmp_path)
+    assert pixels > values  # so that it is the sum over segments that is too large
+    for name, too_few in (("_MAX_ROWS", 7), ("_MAX_VALUES", pixels - 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ade_harness.runs.ledger.{name}", too_few)
+            with pytest.raises(HarnessError, match="holds more images or counts than any data set has"):
+                read_rows(tmp_path)
+
+
+def test_pages_carry_checksums(tmp_path: Path) -> None:
+    """A changed byte within a page is damage, even where it unpacks to other numbers."""
+    [path] = segments(tmp_path, 1, rows=30)
+    rows, data = [str(row) for row in read_rows(tmp_path)[0]], path.read_bytes()
+    chunk = pq.read_metadata(path).row_group(0).column(7)
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    noticed = 0
+    for place in range(begin, begin + chunk.total_compressed_size):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        found, damaged = read_rows(tmp_path)
+        noticed += bool(damaged)
+        assert damaged or [str(row) for row in found] == rows, place
+    assert noticed > chunk.total_compressed_size / 2
+
+
 def test_the_same_image_twice_must_agree(tmp_path: Path) -> None:
     for seed in (0, 0, 1):
         writer = LedgerWriter(tmp_path)
@@ -160,6 +208,20 @@ def test_exactness_check_names_what_is_wrong() -> None:
     twice = total + matrix_of(rows[:1], 150)
     with pytest.raises(HarnessError, match=f"differ by {rows[0].valid_pixels} pixels: no score"):
         check_exact(rows, twice, ids)
+
+
+def test_a_run_without_a_score_shows_five_reasons() -> None:
+    failures = {f"ADE_val_{i:08d}": f"reason {i}" for i in range(7)}
+    failures["ADE_val_00000009"] = "ADE_val_00000009: names itself"
+    lines = incomplete(failures, 3, 11, Path("run")).splitlines()
+    assert lines[:5] == [f"ADE_val_{i:08d}: reason {i}" for i in range(5)]
+    assert lines[5] == "... and 3 more"
+    assert lines[6].startswith("No score: 3 of 11 images are counted.")
+    one = incomplete({"ADE_val_00000009": "ADE_val_00000009: names itself"}, 3, 11, Path("run")).splitlines()
+    assert one[0] == "ADE_val_00000009: names itself"
+    assert len(one) == 2
+    five = incomplete({f"i{i}": f"reason {i}" for i in range(5)}, 3, 11, Path("run")).splitlines()
+    assert len(five) == 6
 
 
 def test_rows_are_checked_against_themselves_and_the_files() -> None:

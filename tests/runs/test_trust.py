@@ -43,6 +43,14 @@ def test_a_signature_is_of_these_values_and_this_key(monkeypatch: pytest.MonkeyP
     assert signature("a") is None
 
 
+def test_a_key_is_made_beside_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    key_path().parent.mkdir()
+    made = signature("a")
+    assert is_signed(made, "a")
+    assert [path.name for path in key_path().parent.iterdir()] == ["key"]  # nothing temporary is left
+
+
 def test_no_key_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))

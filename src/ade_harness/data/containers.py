@@ -91,7 +91,7 @@ def read_png_header(data: bytes, name: str, what: str) -> PngHeader:
         HarnessError: damaged, or too large.
     """
     header, palette = None, None
-    for kind, content in _chunks(data, name, what, whole=False):
+    for kind, content in _chunks(data, name, what):
         if kind == b"IHDR" and len(content) == 13:
             width, height, depth, colour_type = struct.unpack(">IIBB", content[:10])
             header = height, width, depth, colour_type
@@ -112,7 +112,7 @@ def check_png(data: bytes, name: str, what: str) -> PngHeader:
         HarnessError: damaged or cut off.
     """
     last = b""
-    for kind, _ in _chunks(data, name, what, whole=True):
+    for kind, _ in _chunks(data, name, what):
         last = kind
         if kind == b"IEND":
             break
@@ -160,7 +160,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         place = data.find(b"\xff", end)
 
 
-def _chunks(data: bytes, name: str, what: str, whole: bool) -> Iterator[tuple[bytes, bytes]]:
+def _chunks(data: bytes, name: str, what: str) -> Iterator[tuple[bytes, bytes]]:
     """Yield (kind, content) of chunks; of those that matter for pixels, and are complete, the checksum is verified."""
     place = len(_PNG)
     for _ in range(_CHUNKS):
@@ -168,7 +168,7 @@ def _chunks(data: bytes, name: str, what: str, whole: bool) -> Iterator[tuple[by
             return
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if end > len(data) and (whole or kind != b"IDAT"):
+        if end > len(data) and kind != b"IDAT":
             raise unreadable(name, what, "it is cut off")
         content = data[place + 8 : end - 4]
         if end <= len(data) and not kind[0] & 0x20:  # critical: ancillary ones may be damaged

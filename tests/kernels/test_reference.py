@@ -1,0 +1,106 @@
+"""The plain kernels' own choices: how pixels are placed, which channels are interpolated together, old TensorFlow's rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ade_harness.kernels import reference
+from ade_harness.kernels.views import PixelStatistics, Placement, View, whole
+
+STATISTICS = PixelStatistics((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
+
+
+def test_pixels_are_mirrored_and_placed() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3)).astype(np.uint8)
+    expected = ((pixels.astype(np.float32) - STATISTICS.mean) / STATISTICS.std).astype(np.float32).transpose(2, 0, 1)
+    given = torch.from_numpy(pixels)
+    assert np.array_equal(reference.normalise(given, STATISTICS).numpy(), expected)
+    mirrored = reference.normalise(given, STATISTICS, Placement((3, 5), flipped=True))
+    assert np.array_equal(mirrored.numpy(), expected[:, :, ::-1])
+    for pad_value in (None, 0.0, 127.5):
+        canvas = reference.normalise(given, STATISTICS, Placement((6, 7), (2, 1), pad_value=pad_value)).numpy()
+        assert np.array_equal(canvas[:, 2:5, 1:6], expected)
+        around = np.zeros(3) if pad_value is None else (pad_value - np.array(STATISTICS.mean)) / STATISTICS.std
+        outside = np.ones((6, 7), bool)
+        outside[2:5, 1:6] = False
+        assert np.array_equal(canvas[:, outside], np.repeat(around.astype(np.float32)[:, None], outside.sum(), 1))
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(255, torch.uint8), (256, torch.uint8), (257, torch.int32)])
+def test_labels_of_more_channels_than_a_byte_holds(channels: int, dtype: torch.dtype) -> None:
+    scores = torch.zeros(channels, 12, 12)
+    scores[channels - 1] = 1.0
+    labels = reference.label_map(scores, (24, 24))
+    assert labels.dtype == dtype
+    assert bool((labels == channels - 1).all())
+
+
+def test_legacy_bilinear_is_old_tensorflows() -> None:
+    scores = np.random.default_rng(1).normal(size=(1, 2, 3, 4)).astype(np.float32)
+    found = reference.legacy_bilinear(torch.from_numpy(scores), (5, 9)).numpy()
+    assert found.shape == (1, 2, 5, 9)
+    for row in range(5):
+        for column in range(9):
+            y, x = np.float32(row) * np.float32(3 / 5), np.float32(column) * np.float32(4 / 9)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, 2), min(left + 1, 3)
+            upper = scores[0, :, top, left] + (scores[0, :, top, right] - scores[0, :, top, left]) * (x - left)
+            lower = scores[0, :, bottom, left] + (scores[0, :, bottom, right] - scores[0, :, bottom, left]) * (x - left)
+            assert found[0, :, row, column] == pytest.approx(upper + (lower - upper) * (y - top), abs=1e-6)
+
+
+def view(channels: int, height: int, width: int, window: tuple[int, int], legacy: bool = False) -> View:
+    return View(torch.empty(1, channels, height, width, device="meta"), ((0, 0),), window, window, None, False, legacy)
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "expected"),
+    [
+        (view(150, 32, 32, (128, 128)), (256, 256), False),
+        (view(150, 32, 32, (64, 64)), (256, 256), True),  # height + width of an output is 128
+        (view(150, 32, 32, (64, 65)), (256, 256), False),
+        (view(150, 32, 32, (256, 256)), (64, 64), True),  # the second step's too
+        (view(150, 32, 32, (256, 256)), (64, 65), False),
+        (view(150, 64, 64, (64, 64)), (64, 64), False),  # nothing is resized
+        (view(150, 64, 64, (64, 64)), (50, 50), True),
+        (view(3, 32, 32, (256, 256)), (256, 256), True),
+        (view(1, 32, 32, (256, 256)), (256, 256), True),
+        (view(2, 32, 32, (256, 256)), (256, 256), False),
+        (view(150, 1, 32, (256, 256)), (256, 256), True),  # one row could be called channels-last
+        (view(150, 32, 1, (256, 256)), (256, 256), True),
+        (view(150, 32, 32, (1, 256)), (256, 256), True),
+        (view(150, 32, 32, (256, 256)), (1, 256), True),
+        (view(3, 32, 32, (256, 256), legacy=True), (256, 256), False),  # its own code, for any shape
+        (view(150, 1, 32, (256, 256), legacy=True), (256, 256), False),
+        (view(3, 32, 32, (256, 256), legacy=True), (300, 300), True),
+    ],
+)
+def test_shapes_for_which_torch_takes_another_kernel(given: View, size: tuple[int, int], expected: bool) -> None:
+    assert reference.uses_other_kernel(given, size) == expected
+
+
+def test_channels_at_once_follow_memory_on_a_gpu_and_caches_on_a_cpu() -> None:
+    assert reference.channels_at_once("cpu", 10**9) == 4
+    assert reference.channels_at_once("cuda", 2**20) == 64
+    assert reference.channels_at_once("cuda", 4000 * 6000) == 4  # 256 MiB hold two planes: never below a CPU's
+    large = [view(150, 250, 250, (1000, 1000)), view(150, 250, 250, (1000, 2000))]
+    assert reference._chunks(large, (1000, 2000)) == [(0, 33), (33, 66), (66, 99), (99, 132), (132, 150)]
+    # one or three channels, for which torch has other kernels, are not cut off
+    cpu = whole(torch.zeros(7, 32, 32), (256, 256))
+    assert reference._chunks([cpu], (256, 256)) == [(0, 7)]
+    cpu = whole(torch.zeros(9, 32, 32), (256, 256))
+    assert reference._chunks([cpu], (256, 256)) == [(0, 4), (4, 9)]
+    cpu = whole(torch.zeros(10, 32, 32), (256, 256))
+    assert reference._chunks([cpu], (256, 256)) == [(0, 4), (4, 8), (8, 10)]
+    assert reference._chunks([whole(torch.zeros(3, 32, 32), (256, 256))], (256, 256)) == [(0, 3)]
+
+
+def test_the_share_of_nan() -> None:
+    tensors = [torch.zeros(4, 5), torch.zeros(10)]
+    assert float(reference.nan_share(tensors)) == 0
+    tensors[1][3] = torch.nan
+    assert float(reference.nan_share(tensors)) == pytest.approx(1 / 30)
+    infinite = [torch.tensor([torch.inf, -torch.inf, 0.0])]  # whose sum is NaN
+    assert float(reference.nan_share(infinite)) == 0
