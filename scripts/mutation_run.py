@@ -33,7 +33,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "metrics/diagnosis.py": ("tests/metrics/test_diagnosis.py",),
     "metrics/areas.py": ("tests/metrics/test_confusion.py", "tests/metrics/test_statistics.py"),
     "models/class_map.py": ("tests/models/test_loading.py",),
-    "inference/plan.py": ("tests/inference/test_plan.py", "tests/inference/test_predictor.py", "tests/inference/test_forward.py"),
+    "inference/plan.py": (
+        "tests/inference/test_plan.py", "tests/inference/test_predictor.py", "tests/inference/test_forward.py",
+    ),
     "inference/resize.py": ("tests/inference/test_plan.py", "tests/inference/test_predictor.py"),
     "runs/ledger.py": ("tests/runs/test_runs.py", "tests/hostile/test_documents.py"),
     "runs/exactness.py": ("tests/runs/test_runs.py", "tests/cli/test_resume.py"),
