@@ -19,6 +19,7 @@ from ade_harness.config.inference import (
     Rounding,
     ScaleSource,
     Shrink,
+    ViewOrder,
     WindowConfig,
 )
 from ade_harness.inference.plan import forward_pixels, plan_views, uncovered, window_grid
@@ -101,6 +102,18 @@ def test_short_sides_in_pixels_scale_the_protocols_cap() -> None:
     assert sizes_of((100, 1000), rule, sides=[256, 512]) == [(102, 1024), (205, 2048)]
     assert sizes_of((100, 1000), rule, sides=[256], max_side=500) == [(50, 500)]
     assert sizes_of((100, 1000), short_side(512), sides=[256]) == [(256, 2560)]
+
+
+def test_views_are_summed_in_the_order_of_the_protocol() -> None:
+    """Sums of float32 depend on it."""
+
+    def order(**more: Any) -> list[tuple[Size, bool]]:
+        tta = AugmentationConfig(scales=[1.0, 0.5], flip=True, **more)
+        return [(view.size, view.flipped) for view in plan_views((100, 200), InferenceConfig(tta=tta))]
+
+    one, half = (100, 200), (50, 100)
+    assert order() == [(one, False), (one, True), (half, False), (half, True)]
+    assert order(order=ViewOrder.flips_last) == [(one, False), (half, False), (one, True), (half, True)]
 
 
 @pytest.mark.parametrize(
