@@ -77,6 +77,19 @@ def test_multiples_and_padding() -> None:
     assert padding_offset((300, 500), (320, 512), ResizeConfig()) == (0, 0)
 
 
+def test_fitting_and_covering_take_the_smaller_and_the_larger_factor() -> None:
+    for rule, wide, tall in (("fit", (128, 512), (512, 128)), ("cover", (512, 2048), (2048, 512))):
+        both = ResizeConfig(rule=ResizeRule(rule), height=512, width=512)
+        assert target_sizes((100, 400), both) == [wide]
+        assert target_sizes((400, 100), both) == [tall]
+    # EoMT rounds halves to even: 5 x 2.5 and 7 x 2.5
+    assert target_sizes((4, 5), ResizeConfig(rule=ResizeRule.cover, height=10, width=10)) == [(10, 12)]
+    assert target_sizes((4, 7), ResizeConfig(rule=ResizeRule.cover, height=10, width=10)) == [(10, 18)]
+    assert target_sizes((30, 40), ResizeConfig(rule=ResizeRule.longest_side, side=100)) == [(75, 100)]
+    assert target_sizes((30, 40), ResizeConfig(rule=ResizeRule.exact, height=7, width=9)) == [(7, 9)]
+    assert target_sizes((30, 40), ResizeConfig(rule=ResizeRule.fit)) == [(30, 40)]  # the model takes any size
+
+
 def test_torchs_resize_has_no_antialias_unless_asked_for() -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     planes = torch.from_numpy(image).permute(2, 0, 1)[None]
