@@ -50,7 +50,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 NO_DIFFERENCE: tuple[tuple[str, str, str, str], ...] = (
     ("data/decode.py", "np.bincount(stored.reshape(-1), minlength=256)", "2", "NumPy takes any negative length as -1"),
     ("data/palettes.py", "np.zeros((256, 3), np.uint8)", "257", "an entry more than there are indices"),
-    ("inference/resize.py", "if height < width else (scale * height", "height <= width", "of a square: both are the side"),
+    ("inference/resize.py", "if height < width else (scale * height", "height <= width", "of a square, equal sides"),
     ("inference/resize.py", "max(new_height, new_width) > rule", ">= rule.max_side", "shrinks by the factor 1"),
     ("kernels/reference.py", "< _ORDINARY for v in views", "<= _ORDINARY", "of one number, and it cannot overflow"),
     ("kernels/reference.py", "view = View(torch.empty(0)", "", "overlaps ask for origins, window and canvas alone"),
