@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from ade_harness.runs.live import slow_ranks
 from ade_harness.runtime import watchdog as module
@@ -293,6 +294,36 @@ print(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).wo
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1"
+
+
+class GoneStore(LocalStore):
+    """The store of a rank 0 that has ended, as torch's answers."""
+
+    def set(self, key: str, value: str) -> None:
+        raise DistNetworkError("Broken pipe")
+
+    def get(self, key: str) -> bytes:
+        raise DistNetworkError("Broken pipe")
+
+    def add(self, key: str, amount: int) -> int:
+        raise DistNetworkError("Connection reset by peer")
+
+    def check(self, keys: list[str]) -> bool:
+        raise DistNetworkError("Broken pipe")
+
+
+def test_whatever_is_asked_of_a_store_that_is_gone_is_one_error() -> None:
+    """Ranks are asked to stop one after another: the signal of one may come when rank 0 has ended already."""
+    asked = Coordinator(GoneStore())
+    asked.asked = "terminated"
+    for ask in (
+        lambda: asked.stopped, lambda: asked.stop("terminated"), asked.stop, asked.raise_if_ended, asked.next_item,
+        lambda: asked.done(1), lambda: asked.meet("here"),
+    ):  # fmt: skip
+        with pytest.raises(RankLostError, match="rank 0, which keeps the ranks' store, is gone"):
+            ask()
+    asked.lose("rank 1 is lost")  # says nothing, and keeps the reason
+    assert asked.lost == "rank 1 is lost"
 
 
 def test_a_signal_does_not_interrupt_what_is_being_saved() -> None:

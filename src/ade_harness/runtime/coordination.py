@@ -99,8 +99,13 @@ class Coordinator:
 
     def _add(self, key: str, amount: int) -> int:
         self._check_alive()
-        try:
+        with self._store_there():
             return int(self._store.add(key, amount))
+
+    @contextmanager
+    def _store_there(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # torch's DistError is one
             raise RankLostError(self.lost or "rank 0, which keeps the ranks' store, is gone") from error
 
@@ -134,7 +139,8 @@ class Coordinator:
             reason: why the run as a whole ends here; empty if what is done is still to be collected.
         """
         if reason:
-            self._store.set("why", reason)
+            with self._store_there():
+                self._store.set("why", reason)
         self._add("stop", 1)
 
     @property
@@ -151,8 +157,12 @@ class Coordinator:
         Raises:
             StopRequestedError: with the reason.
         """
-        if self.stopped and self._store.check(["why"]):
-            raise StopRequestedError(bytes(self._store.get("why")).decode())
+        if not self.stopped:
+            return
+        with self._store_there():
+            why = bytes(self._store.get("why")).decode() if self._store.check(["why"]) else None
+        if why is not None:
+            raise StopRequestedError(why)
 
     def meet(self, place: str, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait until every rank has come to `place`.

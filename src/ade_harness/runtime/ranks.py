@@ -42,6 +42,9 @@ from ade_harness.runtime.queue import SharedItems
 from ade_harness.runtime.signals import handled_signals
 from ade_harness.runtime.watchdog import Watchdog
 
+_STORE_STAYS_S = 1.0
+"""The ranks' store ends with rank 0; the others ask it several times a second why they are to end."""
+
 
 @dataclass
 class Ranks:
@@ -331,3 +334,5 @@ def _leave(coordinator: Coordinator, launcher: Any, error: BaseException) -> Non
         coordinator.lose(f"rank {coordinator.rank} on {host_name()} ended ({reason.splitlines()[0][:200]})")
     if launcher is not None:
         launcher.kill(signal.SIGTERM)
+    if coordinator.rank == 0 and coordinator.world_size > 1:
+        time.sleep(_STORE_STAYS_S)
