@@ -11,7 +11,6 @@ if sys.path[:1] in ([""], [str(Path.cwd())]) and not Path("ade_harness").is_dir(
     del sys.path[0]
 
 from ade_harness.cli.main import main
-from ade_harness.runtime.lifetime import leave
 
 if __name__ == "__main__":
-    leave(main())
+    sys.exit(main())

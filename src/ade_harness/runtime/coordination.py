@@ -99,11 +99,11 @@ class Coordinator:
 
     def _add(self, key: str, amount: int) -> int:
         self._check_alive()
-        with self._store_there():
+        with self._store_errors():
             return int(self._store.add(key, amount))
 
     @contextmanager
-    def _store_there(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # torch's DistError is one
@@ -139,7 +139,7 @@ class Coordinator:
             reason: why the run as a whole ends here; empty if what is done is still to be collected.
         """
         if reason:
-            with self._store_there():
+            with self._store_errors():
                 self._store.set("why", reason)
         self._add("stop", 1)
 
@@ -159,7 +159,7 @@ class Coordinator:
         """
         if not self.stopped:
             return
-        with self._store_there():
+        with self._store_errors():
             why = bytes(self._store.get("why")).decode() if self._store.check(["why"]) else None
         if why is not None:
             raise StopRequestedError(why)

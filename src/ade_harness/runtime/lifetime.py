@@ -27,8 +27,9 @@ def importing() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """End this process as ``sys.exit(code)`` does, but leave its memory to the kernel.
+    """End a rank as ``sys.exit(code)`` does, but leave its memory to the kernel.
 
+    For processes that we have started alone: under a profiler or debugger, what follows the program would be lost.
     Threads are waited for, then what is registered with `atexit` is called, and the streams are flushed: the order of
     ``Py_FinalizeEx``. It would go on to take all modules apart, object by object: 0.5 to 0.9 seconds with torch.
     """

@@ -42,7 +42,7 @@ from ade_harness.runtime.queue import SharedItems
 from ade_harness.runtime.signals import handled_signals
 from ade_harness.runtime.watchdog import Watchdog
 
-_STORE_STAYS_S = 1.0
+_STORE_LINGER_S = 1.0
 """The ranks' store ends with rank 0; the others ask it several times a second why they are to end."""
 
 
@@ -335,4 +335,4 @@ def _leave(coordinator: Coordinator, launcher: Any, error: BaseException) -> Non
     if launcher is not None:
         launcher.kill(signal.SIGTERM)
     if coordinator.rank == 0 and coordinator.world_size > 1:
-        time.sleep(_STORE_STAYS_S)
+        time.sleep(_STORE_LINGER_S)
