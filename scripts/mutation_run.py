@@ -58,7 +58,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/reference.py", 'tensors[0].device.type == "cpu" and', "!=", "a quick pass more or less"),
     ("kernels/reference.py", 'if keys.device.type == "cuda"', "'cuda'", "the same counts; test_fake_cuda sees a wait"),
     ("kernels/reference.py", "256 * columns", "257", "rows that are cut off"),
-    ("metrics/comparison.py", "abs(difference) - _ROUNDING).sum()", "exchanged) > abs", "of a number that no sum gives"),
+    ("metrics/comparison.py", "abs(difference) - _ROUNDING).sum()", "exchanged) > abs", "of what no sum gives"),
     ("metrics/comparison.py", "dict(zip(names, differences, strict=False))", "", "the names come first"),
     ("metrics/diagnosis.py", "chance > _CHANCE", "chance >= _CHANCE", "no sum of halves is a thousandth"),
     ("metrics/diagnosis.py", "max(pixels, 1)", "2", "ten images have more than one pixel"),
