@@ -49,7 +49,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("data/decode.py", "np.bincount(stored.reshape(-1), minlength=256)", "2", "NumPy takes any negative length as -1"),
+    ("data/decode.py", "data[place + 1] != _SCAN", "place - 1", "no metadata begins where coded pixels do"),
+    ("data/decode.py", "levels = np.zeros(256, np.uint8)", "257", "an entry more than there are indices"),
+    ("data/decode.py", "palette[:256, 0]", "257", "a PNG's palette has at most 256 entries"),
     ("data/palettes.py", "np.zeros((256, 3), np.uint8)", "257", "an entry more than there are indices"),
+    ("inference/resize.py", "if height > width else (side", "height >= width", "of a square, equal sides"),
+    ("inference/resize.py", "zip(labels.shape, size, strict=True)", "False", "both are two"),
     ("inference/resize.py", "if height < width else (scale * height", "height <= width", "of a square, equal sides"),
     ("inference/resize.py", "max(new_height, new_width) > rule", ">= rule.max_side", "shrinks by the factor 1"),
     ("kernels/reference.py", "< _ORDINARY for v in views", "<= _ORDINARY", "of one number, and it cannot overflow"),

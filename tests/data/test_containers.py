@@ -18,7 +18,7 @@ from PIL import Image
 
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.data.ade20k_labels import ade20k_classes
-from ade_harness.data.containers import check_scans, read_png_header
+from ade_harness.data.containers import check_png, check_scans, read_png_header
 from ade_harness.data.decode import _without_metadata, decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage, default_colors
 from ade_harness.errors import HarnessError
@@ -244,6 +244,44 @@ def test_a_palette_counts_where_the_format_has_it() -> None:
     assert read_png_header(late, "a.png", "label map").palette is None
 
 
+def test_chunks_are_taken_for_what_they_are() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 8, 3, 0, 0, 0))
+    text = chunk(b"tEXt", b"a\0" + b"b" * 11)  # as long as a header
+    found = read_png_header(PNG + header + text + chunk(b"PLTE", bytes(range(10))), "a.png", "image")
+    assert (found.height, found.width, found.depth, found.colour_type) == (1, 3, 8, 3)
+    assert found.palette is not None
+    assert found.palette.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]  # the tenth byte is no entry
+    with pytest.raises(HarnessError, match=r"a\.png: .*it is cut off"):
+        read_png_header(PNG + header[:8], "a.png", "image")
+    damaged = text[:-1] + bytes([text[-1] ^ 1])
+    data = grey()
+    assert check_png(data[:33] + damaged + data[33:], "a.png", "image").width == 17  # says nothing of the pixels
+
+
+def test_only_eight_bit_labels_are_told_of_the_full_set() -> None:
+    colours = encoded(Image.fromarray(np.stack([LABELS] * 3, 2)))
+    for data, kind, told in (
+        (colours, "grey", True),
+        (colours, "uint16", False),
+        (encoded(Image.new("LA", (4, 4))), "grey", False),
+    ):
+        with pytest.raises(HarnessError) as error:
+            decode_labels(data, "a.png", LabelStorage(kind))
+        assert ("_seg.png" in str(error.value)) == told
+
+
+def test_the_orientation_of_a_png_counts_before_the_pixels_alone() -> None:
+    """A header is read without what stands behind them: both must say the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo((96, 128)), "PNG", exif=exif)
+    place = data.index(b"eXIf") - 4
+    length = int.from_bytes(data[place : place + 4], "big") + 12
+    moved = data[:place] + data[place + length : -12] + data[place : place + length] + data[-12:]
+    for file, size in ((data, (128, 96)), (moved, (96, 128))):
+        assert read_header(file, "a.png") == decode_image(file, "a.png").shape[:2] == size
+
+
 def test_one_pixel_is_an_image_and_none_is_not() -> None:
     assert decode_image(encoded(Image.new("RGB", (1, 1), (1, 2, 3))), "a.png").tolist() == [[[1, 2, 3]]]
     empty = PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 0, 0, 0, 0)) + chunk(b"IEND", b"")
@@ -398,6 +436,7 @@ def test_metadata_is_found_between_other_segments() -> None:
     behind = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")  # a table of quantisation
     moved = data[:2] + data[place:behind] + metadata[:9] + b"\x09" + metadata[10:] + data[behind:]
     assert np.array_equal(decode_image(moved, "a.jpg"), decode_image(data, "a.jpg"))
+    assert _without_metadata(SOI + b"\xff\xe0\x00\x02") == SOI  # a segment that ends the file
     for cut in range(2, 12):
         assert _without_metadata(data[:cut]).startswith(SOI)
 
