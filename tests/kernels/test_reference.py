@@ -104,3 +104,14 @@ def test_the_share_of_nan() -> None:
     assert float(reference.nan_share(tensors)) == pytest.approx(1 / 30)
     infinite = [torch.tensor([torch.inf, -torch.inf, 0.0])]  # whose sum is NaN
     assert float(reference.nan_share(infinite)) == 0
+
+
+def test_the_mean_of_views_is_compared_and_not_their_sum() -> None:
+    """Sums that differ in their last bit have equal means, of which the first channel wins."""
+    one, two = np.float32(3.8052173), np.float32(3.8052175)
+    assert one < two
+    assert one / np.float32(3) == two / np.float32(3)
+    first = torch.from_numpy(np.stack([np.full((8, 8), v) for v in (one, two)]))
+    views = [whole(scores, (8, 8)) for scores in (first, torch.zeros_like(first), torch.zeros_like(first))]
+    assert int(reference.merge(views, (8, 8), False).sum()) == 0
+    assert int(reference.merge(views[:1], (8, 8), False).sum()) == 64

@@ -154,3 +154,60 @@ def test_another_reading_must_be_right_often_and_far_oftener() -> None:
     assert "11% of the pixels agree instead of 0%" in str(diagnose(plus_one(12, 11, common=5), CLASSES))
     assert diagnose(plus_one(12, 25, kept=True), CLASSES) is None  # 25 %, of 10 %: not three times
     assert "35% of the pixels agree instead of 10%" in str(diagnose(plus_one(12, 35, kept=True), CLASSES))
+
+
+def even(
+    classes: list[int], images: int = 24, change: Callable[[Labels, Labels], object] = lambda *_: None
+) -> list[Row]:
+    """Return rows of these classes, equally common, with predictions one too high, both changed in place."""
+    rows = []
+    for number in range(images):
+        truth = np.random.default_rng(number).choice(classes, (12, 40))
+        predicted = truth + 1
+        change(truth, predicted)
+        rows.append(row_of(number, truth, predicted))
+    return rows
+
+
+def test_five_classes_on_both_sides_are_evidence() -> None:
+    assert diagnose(even([1, 2, 3, 4]), CLASSES) is None
+    assert diagnose(even([1, 2, 3, 4, 148]), CLASSES) is not None
+    rows = even([1, 2, 3, 4])
+    truth, predicted = np.array([[1, 2, 3, 4, 9]]), np.array([[2, 3, 4, 5, 10]])  # the fifth in one pixel of all
+    assert diagnose([*rows, row_of(24, truth, predicted)], CLASSES) is not None
+
+    def one_prediction_for_all_others(truth: Labels, predicted: Labels) -> None:
+        truth[:, :4] = np.arange(20, 32)[:, None]
+        predicted[:, :4] = 2
+
+    few_predicted = even([1, 2, 3, 4], change=one_prediction_for_all_others)
+    assert len({int(v) for row in few_predicted for v in row.prediction}) == 4
+    assert diagnose(few_predicted, CLASSES) is None
+
+    def one_truth_predicted_as_many(truth: Labels, predicted: Labels) -> None:
+        predicted[:, :4] = np.arange(20, 32)[:, None]
+
+    few_true = even([1, 2, 3, 4], change=one_truth_predicted_as_many)
+    assert len({int(v) for row in few_true for v in row.prediction}) > 5
+    assert diagnose(few_true, CLASSES) is None
+
+
+def test_a_score_that_is_not_near_zero_needs_no_reason() -> None:
+    def one_class_right(truth: Labels, predicted: Labels) -> None:
+        predicted[truth == 1] = 1
+
+    assert diagnose(even(list(range(1, 11)), change=one_class_right), CLASSES) is None  # mIoU 0.1
+    assert diagnose(even(list(range(1, 11))), CLASSES) is not None
+
+
+def test_an_order_is_fitted_on_every_second_image_and_tested_on_the_others() -> None:
+    order = np.random.default_rng(1).permutation(150)
+
+    def rows(classes_of: Callable[[int], list[int]]) -> list[Row]:
+        drawn = [np.random.default_rng(n).choice(classes_of(n), (12, 40)) for n in range(24)]
+        return [row_of(n, truth, order[truth]) for n, truth in enumerate(drawn)]
+
+    assert "in 12 of 12 images" in str(diagnose(rows(lambda n: [1, 2, 3, 4, 5]), CLASSES))
+    # a fifth class in one image alone: of those that are fitted, or of those that are tested
+    assert diagnose(rows(lambda n: [1, 2, 3, 4, *[5] * (n == 2)]), CLASSES) is not None
+    assert diagnose(rows(lambda n: [1, 2, 3, 4, *[5] * (n == 3)]), CLASSES) is None

@@ -324,3 +324,49 @@ def test_ties_with_the_value_count_half_in_bca() -> None:
     symmetric = Resampled(np.array([0.2]), draws, np.array([[0.19], [0.2], [0.21]]))
     (bca,), (percentile,) = symmetric.bca(), symmetric.percentile()
     assert bca == percentile
+
+
+def test_bca_is_the_percentile_interval_where_no_image_has_influence() -> None:
+    resampled = Resampled(np.array([0.4]), np.linspace(0.2, 0.6, 1001)[:, None], np.full((5, 1), 0.4))
+    (bca,), (percentile,) = resampled.bca(), resampled.percentile()
+    assert bca is not None
+    assert percentile is not None
+    assert (bca.low, bca.high) == pytest.approx((percentile.low, percentile.high), abs=1e-12)
+
+
+def test_an_interval_needs_a_value_and_enough_resamples() -> None:
+    draws, without = np.linspace(0.2, 0.6, 1001)[:, None], np.linspace(0.3, 0.5, 4)[:, None]
+    few = np.full_like(draws, np.nan)
+    few[:99] = draws[:99]
+    for value, drawn in ((np.nan, draws), (0.4, few)):
+        resampled = Resampled(np.array([value]), drawn, without)
+        assert resampled.bca() == resampled.centred() == [None]
+
+
+def test_a_p_value_of_just_the_level_is_significant() -> None:
+    def difference(p: float) -> comparison.Difference:
+        return comparison.Difference(0.1, 0.2, None, 1.0, 1.0, p)
+
+    assert difference(0.05).significant()
+    assert not difference(0.0501).significant()
+    assert difference(0.01).significant(0.99)
+
+
+def test_a_class_that_one_run_alone_has_is_not_compared() -> None:
+    """Absent from the truth and predicted by the first: an IoU of 0 there, and none in the second."""
+    first = image_areas(make_rows(6, classes=4), 150)
+    stacked = first.stacked.copy()
+    split_areas(stacked)[2][:, 7] += 5
+    assert sorted(compare(ImageAreas(first.ids, stacked), first, 200).classes) == [0, 1, 2, 3]
+    assert sorted(compare(first, ImageAreas(first.ids, stacked), 200).classes) == [0, 1, 2, 3]
+
+
+def test_only_images_that_differ_are_exchanged() -> None:
+    first = image_areas(make_rows(6, classes=4), 150)
+    second = shifted(first, 0, 0.3)
+    second.stacked[2] = first.stacked[2]
+    found = comparison._exchange(first, second, ["mIoU"], 20, 3)[:, 0]
+    moved = np.insert(np.random.default_rng([3, 1]).integers(0, 2, (20, 5)), 2, 0, axis=1)
+    for value, exchanged in zip(found, moved[:, :, None] == 1, strict=True):
+        one, two = (np.where(exchanged, a.stacked, b.stacked).sum(0) for a, b in ((second, first), (first, second)))
+        assert value == area_scores(*split_areas(two))["mIoU"] - area_scores(*split_areas(one))["mIoU"]

@@ -414,3 +414,21 @@ def test_environment_names_what_matters() -> None:
     assert {"torch", "lightning", "numpy", "transformers"} <= facts["packages"].keys()
     assert facts["cpu_cores"] >= 1
     json.dumps(facts)
+
+
+def test_six_failures_of_five_reasons_are_all_shown() -> None:
+    failures = {f"i{i}": f"reason {min(i, 4)}" for i in range(6)}
+    assert "more" not in "".join(incomplete(failures, 3, 11, Path("run")).splitlines()[:-1])
+
+
+def test_rows_of_negative_numbers_are_damage(tmp_path: Path) -> None:
+    good = make_row(0)
+    for broken in (replace(good, height=-1), replace(good, width=-1), replace(good, pixels=-good.pixels)):
+        for path in tmp_path.glob("*.parquet"):
+            path.unlink()
+        writer = LedgerWriter(tmp_path)
+        writer.append(broken)
+        writer.flush()
+        rows, damaged = read_rows(tmp_path)
+        assert rows == []
+        assert len(damaged) == 1

@@ -28,7 +28,7 @@ _LEAST_IMAGES = 10
 _CHANCE = 1e-3
 
 Reading = npt.NDArray[np.intp]
-"""[C + 1]: the class that each predicted class would stand for; -1 for none."""
+"""[C + 1]: the class that each predicted class would stand for; for none -1, or C."""
 
 
 def diagnose(rows: Sequence[Row], classes: Classes) -> str | None:
@@ -39,9 +39,9 @@ def diagnose(rows: Sequence[Row], classes: Classes) -> str | None:
         classes: of the data set.
     """
     matrix = matrix_of(rows, len(classes))
-    if matrix.sum() == 0 or scores(matrix).mIoU_detectron2 >= _NEAR_ZERO:
-        return None
     if min((matrix.sum(1) > 0).sum(), (matrix[:, :-1].sum(0) > 0).sum()) < _LEAST_CLASSES:
+        return None
+    if scores(matrix).mIoU_detectron2 >= _NEAR_ZERO:
         return None
     for shift, reason in (
         (1, f"one too low: with 1 added, {{}}. Zero-based labels read as 1..{len(classes)}, or reduce_zero_label"
@@ -50,7 +50,6 @@ def diagnose(rows: Sequence[Row], classes: Classes) -> str | None:
              " reduce_zero_label, does that"),
     ):  # fmt: skip
         reading = np.append(np.arange(len(classes)) + shift, -1)
-        reading[reading >= len(classes)] = -1
         evidence = _evidence(rows, reading, matrix)
         if evidence:
             found = f"every predicted class may be {reason.format(evidence)}"
