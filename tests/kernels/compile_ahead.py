@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,25 @@ KERNELS = {
 }  # fmt: skip
 
 
-def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, arch: int) -> Any:
-    """Compile one kernel as its launcher would: pointers are multiples of 16 bytes."""
+def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[int]) -> Iterator[tuple[int, Any]]:
+    """Compile one kernel as its launcher would: pointers are multiples of 16 bytes.
+
+    Triton's IR of a source is the same for every GPU (none of these kernels has tensor descriptors), and making it is
+    a third of the work: it is made for the first and compiled on for the others.
+    """
     names = kernel.function.arg_names
     types = {n: t.format(dtype=dtype) for n, t in kernel.types.items() if n not in constants}
     signature = {n: types.get(n, "constexpr") for n in names}
     values = {(names.index(key),): value for key, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    source = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+    source: Any = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in archs:
+            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+            yield arch, made
+            path = Path(folder, "kernel.ttir")
+            path.write_text(made.asm["ttir"])
+            source = str(path)
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -124,14 +135,13 @@ def loops(cubin: bytes) -> list[int]:
 
 def main(archs: list[int], with_loops: bool) -> None:
     """Compile all; an error ends the program."""
-    for arch in archs:
-        for name, kernel in KERNELS.items():
-            for constants in kernel.constants:
-                # what is 1 is the same constant whatever the scores' type, which only their loads know
-                several = "*{dtype}" in kernel.types.values() and not constants.keys() & _ONES.keys()
-                dtypes = ("fp32", "fp16", "bf16") if several else ("fp32",)
-                for dtype in dtypes:
-                    made = compiled(kernel, constants, dtype, arch)
+    for name, kernel in KERNELS.items():
+        for constants in kernel.constants:
+            # what is 1 is the same constant whatever the scores' type, which only their loads know
+            several = "*{dtype}" in kernel.types.values() and not constants.keys() & _ONES.keys()
+            dtypes = ("fp32", "fp16", "bf16") if several else ("fp32",)
+            for dtype in dtypes:
+                for arch, made in compiled(kernel, constants, dtype, archs):
                     found = {"kernel": name, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion}
                     print(
                         json.dumps(

@@ -370,3 +370,31 @@ def test_only_images_that_differ_are_exchanged() -> None:
     for value, exchanged in zip(found, moved[:, :, None] == 1, strict=True):
         one, two = (np.where(exchanged, a.stacked, b.stacked).sum(0) for a, b in ((second, first), (first, second)))
         assert value == area_scores(*split_areas(two))["mIoU"] - area_scores(*split_areas(one))["mIoU"]
+
+
+def test_bca_of_a_value_beyond_all_resamples_is_finite() -> None:
+    """The share below it counts as n / (n + 1): the normal quantile of 1 is infinite."""
+    draws = np.linspace(0.2, 0.6, 1000)
+    for value, share in ((0.7, 1000 / 1001), (0.1, 1 / 1001)):
+        (found,) = Resampled(np.array([value]), draws[:, None], np.full((5, 1), 0.4)).bca()
+        ends = stats.norm.cdf(2 * stats.norm.ppf(share) + stats.norm.ppf([0.025, 0.975]))
+        assert found is not None
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, ends)), abs=1e-12)
+
+
+def test_the_same_numbers_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = image_areas(make_rows(7, classes=3), 150)
+    found = bootstrap(first, 600), comparison._exchange(first, shifted(first, 0, 0.3), ["mIoU"], 600, 0)
+    monkeypatch.setattr("ade_harness.metrics.bootstrap._BLOCK", 77)
+    monkeypatch.setattr(comparison, "_BLOCK", 77)
+    again = bootstrap(first, 600), comparison._exchange(first, shifted(first, 0, 0.3), ["mIoU"], 600, 0)
+    assert np.array_equal(found[0].scores["mIoU"].draws, again[0].scores["mIoU"].draws)
+    assert np.array_equal(found[1], again[1], equal_nan=True)
+
+
+def test_ten_thousand_resamples_of_seed_0_unless_others_are_asked_for() -> None:
+    first = image_areas(make_rows(4, classes=3), 150)
+    assert np.array_equal(bootstrap(first).scores["mIoU"].draws, bootstrap(first, 10_000, 0).scores["mIoU"].draws)
+    difference = compare(first, shifted(first, 0, 0.9)).scores["mIoU"]
+    assert difference == compare(first, shifted(first, 0, 0.9), 10_000, 0, 0.95).scores["mIoU"]
+    assert Resampled(np.zeros(1), np.zeros((1, 1)), np.zeros((1, 1))).bounds == (0.0, 1.0)

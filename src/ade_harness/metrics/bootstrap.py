@@ -26,7 +26,7 @@ from ade_harness.metrics.confusion import Floats, area_iou, area_scores
 RESAMPLES = 10_000
 LEVEL = 0.95
 _BLOCK = 500
-"""Resamples at a time: 8 MB of counts for 2,000 images. Part of the result, as it orders the random draws."""
+"""Resamples at a time: 8 MB of counts for 2,000 images. The draws are the same in blocks of any size."""
 _MIN_DEFINED = 100
 """Resamples in which a class must occur for an interval of its IoU."""
 
