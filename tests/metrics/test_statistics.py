@@ -361,6 +361,19 @@ def test_a_class_that_one_run_alone_has_is_not_compared() -> None:
     assert sorted(compare(first, ImageAreas(first.ids, stacked), 200).classes) == [0, 1, 2, 3]
 
 
+def test_a_class_of_one_image_is_compared_without_an_interval() -> None:
+    first = image_areas(make_rows(30, classes=4), 150)
+    for images, shown in ((1, False), (2, True)):
+        stacked = first.stacked.copy()
+        for part in split_areas(stacked):
+            part[:images, 100] = 40
+        one, better = ImageAreas(first.ids, stacked), ImageAreas(first.ids, stacked.copy())
+        split_areas(better.stacked)[2][:images, 100] = 60
+        found = compare(one, better, 1000).classes[100]
+        assert found.value == 40 / 60 - 1
+        assert (found.interval is not None) == shown
+
+
 def test_only_images_that_differ_are_exchanged() -> None:
     first = image_areas(make_rows(6, classes=4), 150)
     second = shifted(first, 0, 0.3)

@@ -54,7 +54,7 @@ def mask_view(
         scores = _scores(window.classes, _resize(window.masks, plan.window), cfg, class_map)[0]
         if canvas is None:
             canvas = torch.zeros((scores.shape[0], *plan.canvas), device=scores.device)
-        canvas[:, top : top + height, left : left + width] += scores
+        canvas[:, top : top + height, left : left + width].add_(scores)  # `+=` would copy the slice to itself after it
     assert canvas is not None
     rows, columns = overlaps(plan.origins, plan.window, plan.canvas, str(canvas.device))
     canvas /= rows[:, None] * columns

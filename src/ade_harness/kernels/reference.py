@@ -140,7 +140,7 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
         canvas = torch.zeros((end - start, *view.canvas), device=scores.device)
         height, width = view.window
         for (top, left), window in zip(view.origins, scores, strict=True):
-            canvas[:, top : top + height, left : left + width] += resize(window[None], view.window)[0]
+            canvas[:, top : top + height, left : left + width].add_(resize(window[None], view.window)[0])
         rows, columns = overlaps(view.origins, view.window, view.canvas, str(scores.device))
         canvas /= rows[:, None] * columns
     top, left, height, width = view.area
