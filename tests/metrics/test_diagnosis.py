@@ -211,3 +211,19 @@ def test_an_order_is_fitted_on_every_second_image_and_tested_on_the_others() -> 
     # a fifth class in one image alone: of those that are fitted, or of those that are tested
     assert diagnose(rows(lambda n: [1, 2, 3, 4, *[5] * (n == 2)]), CLASSES) is not None
     assert diagnose(rows(lambda n: [1, 2, 3, 4, *[5] * (n == 3)]), CLASSES) is None
+
+
+def test_three_times_as_many_pixels_are_far_more() -> None:
+    def rows(right: int) -> list[Row]:
+        """Of 80 pixels, 10 are right as they are, and `right` with 1 subtracted."""
+        made = []
+        for number in range(12):
+            truth, predicted = np.zeros(80, np.intp), np.full(80, 149)
+            truth[10:] = 10 + number % 7 * 12 + np.arange(70) % 6
+            predicted[:10] = 0
+            predicted[10 : 10 + right] = truth[10 : 10 + right] + 1
+            made.append(row_of(number, truth[None], predicted[None]))
+        return made
+
+    assert "38% of the pixels agree instead of 12%" in str(diagnose(rows(30), CLASSES))
+    assert diagnose(rows(29), CLASSES) is None
