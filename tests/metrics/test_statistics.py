@@ -276,6 +276,9 @@ def test_corrected_p_values_keep_their_order(p_values: list[float]) -> None:
         (0.56, 53.5, Interval(0.5352, 0.57), (), "within the interval", "within the interval, not reproduced"),
         (0.56, 53.5, Interval(0.5356, 0.57), (), "no", "outside of the 95% interval 53.56 to 57.00"),
         (0.5310, 53.53, Interval(0.52, 0.54), (), "within the interval", "-0.43 from the published 53.53"),
+        # 62.5 is as near to 62 as to 63
+        (0.64, 62, Interval(0.625, 0.66), (), "within the interval", "within the interval, not reproduced"),
+        (0.61, 63, Interval(0.60, 0.625), (), "within the interval", "within the interval, not reproduced"),
         (0.50, 53.5, Interval(0.49, 0.51), (), "no", "outside of the 95% interval 49.00 to 51.00"),
         (0.50, 53.5, None, (), "no", "not reproduced"),
         (0.57312, 57.3, None, ("PARTIAL: 33 of 2,000 images",), "not comparable", "PARTIAL"),
