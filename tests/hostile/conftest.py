@@ -79,6 +79,7 @@ def attack(seeds: range, door: Callable[[int], Any], kind: str, most_left: int =
             door(seed)
         if seed == seeds[0]:  # what it imports, and libraries keep, is there from now on
             gc.collect()
+            gc.freeze()  # and need not be looked at again
             memory, files = me.memory_info().rss, me.num_fds()
     gc.collect()
     assert me.memory_info().rss - memory < MOST_LEFT_BYTES, f"{kind}: keeps memory"
