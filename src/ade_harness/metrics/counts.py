@@ -45,6 +45,11 @@ class Row:
         """`content_hash` without what belongs to the prediction: equal for two models on the same files."""
         return self.content_hash[:_FILES_HASH_DIGITS]
 
+    @property
+    def right_pixels(self) -> int:
+        """Pixels whose prediction is the ground truth."""
+        return int(self.pixels[self.ground_truth == self.prediction].sum())
+
 
 def sparse_counts(
     matrix: npt.NDArray[np.int64],

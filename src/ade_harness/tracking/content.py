@@ -192,7 +192,6 @@ def per_image_rows(rows: Iterable[Row], classes: int) -> list[dict[str, Any]]:
     """Return one row per image: scores (fractions; None without valid pixels), seconds, rank and label hash."""
     table = []
     for row in rows:
-        right = int(row.pixels[row.ground_truth == row.prediction].sum())
         valid = row.valid_pixels
         table.append(
             {
@@ -200,7 +199,7 @@ def per_image_rows(rows: Iterable[Row], classes: int) -> list[dict[str, Any]]:
                 "height": row.height,
                 "width": row.width,
                 "valid_pixels": valid,
-                "pixel_accuracy": right / valid if valid else None,
+                "pixel_accuracy": row.right_pixels / valid if valid else None,
                 "mIoU": mean_iou(matrix_of([row], classes)) if valid else None,
                 "seconds": round(row.seconds, 6),
                 "rank": row.rank,

@@ -108,8 +108,7 @@ def progress_row(folder: Path, progress: dict[str, Any]) -> dict[str, float]:
     found = {f"progress/{name}": progress[name] for name in ("images_per_second", "seconds_left")}
     rows, _ = read_rows(folder / LEDGER)
     valid = sum(row.valid_pixels for row in rows)
-    right = sum(int(row.pixels[row.ground_truth == row.prediction].sum()) for row in rows)
-    accuracy = right / valid if valid else None
+    accuracy = sum(row.right_pixels for row in rows) / valid if valid else None
     content = {"progress/done": progress["done"], **found, "progress/pixel_accuracy": accuracy}
     return {name: value for name, value in content.items() if value is not None}
 
