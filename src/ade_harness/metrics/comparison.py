@@ -140,7 +140,7 @@ def _resample(first: ImageAreas, second: ImageAreas, names: list[str], resamples
     row = 0
     for counts in draw_counts(len(first.ids), resamples, seed):
         draws[row : (row := row + len(counts))] = difference(counts @ first.stacked, counts @ second.stacked)
-    return Resampled(value, draws, difference(one - first.stacked, two - second.stacked), (-1.0, 1.0))
+    return Resampled(value, draws, np.empty((0, value.size)), (-1.0, 1.0))  # only BCa needs the jackknife
 
 
 def _exchange(first: ImageAreas, second: ImageAreas, names: list[str], exchanges: int, seed: int) -> Floats:
