@@ -204,7 +204,7 @@ def test_what_a_server_gets_while_it_works(
     live = LiveRun(compose_config([]).tracking, entry, "live-progress", opened.append)
     wait(live._begun.is_set)
     time.sleep(3)  # several looks
-    assert live.end(Failed(entry, "an image"), 30).problem == ""
+    assert live.end(Failed(entry, "an image"), 120).problem == ""
     assert opened == [f"{online.base}/team/ade20k/runs/live-progress"]
     [row] = history(online, "live-progress")
     assert row["progress/done"] == 3
@@ -225,7 +225,7 @@ def test_a_training_ends_with_the_losses_that_are_missing(online: StubServer, tm
     losses = tuple({"step": step, "loss": 1.0 / step} for step in (1, 10, 20))
     for rows in (losses[:2], losses):
         live = LiveRun(compose_config([]).tracking, entry, "live-probe")
-        assert live.end(Curve(entry, rows), 30).problem == ""
+        assert live.end(Curve(entry, rows), 120).problem == ""
     assert [(row["_step"], row["loss"]) for row in history(online, "live-probe")] == [
         (row["step"], row["loss"]) for row in losses
     ]
@@ -298,7 +298,7 @@ def test_a_server_that_goes_away_leaves_a_run_to_be_uploaded_later(
     assert time.monotonic() - begin < 8
     assert where is not None
     monkeypatch.setattr(online, "refuse", lambda _: None)
-    assert upload(Path(where), 30).url == f"{online.base}/team/ade20k/runs/{run_id(entry.folder)}"
+    assert upload(Path(where), 120).url == f"{online.base}/team/ade20k/runs/{run_id(entry.folder)}"
     assert history(online, run_id(entry.folder))[-1]["loss"] == 1.0
 
 
@@ -310,9 +310,9 @@ def test_nothing_is_imported_from_a_directory_that_somebody_else_has_written(
         (entry.folder / f"{name}.py").write_text("import os, pathlib\npathlib.Path('was_imported').touch()\n")
     monkeypatch.chdir(entry.folder)
     content = Curve(entry, ({"step": 0, "loss": 1.0},))
-    assert LiveRun(compose_config([]).tracking, entry, "live-clean").end(content, 30).problem == ""
+    assert LiveRun(compose_config([]).tracking, entry, "live-clean").end(content, 120).problem == ""
     offline = _write(compose_config([]).tracking, entry, content)
-    assert upload(offline, 30).problem == ""
+    assert upload(offline, 120).problem == ""
     assert not list(tmp_path.rglob("was_imported"))
 
 
@@ -340,7 +340,7 @@ def training(online: StubServer, tmp_path: Path) -> Iterator[str]:
     identifier = f"train{os.getpid()}-{len(online.runs)}"
     live = LiveRun(compose_config([]).tracking, entry, identifier)
     losses = tuple({"step": step, "loss": 3.0 - step} for step in range(3))
-    assert live.end(Curve(entry, losses), 30).problem == ""
+    assert live.end(Curve(entry, losses), 120).problem == ""
     yield identifier
 
 

@@ -390,7 +390,7 @@ def test_a_server_that_refuses_an_artifact_is_reported(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", stub.base)
     monkeypatch.setenv("WANDB_API_KEY", "wrong" * 8)
-    done = upload(unsynced(tracked, tmp_path), 30)
+    done = upload(unsynced(tracked, tmp_path), 120)
     assert done.url is None
     assert done.problem
 
