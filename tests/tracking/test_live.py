@@ -42,6 +42,7 @@ WORDS = ("dataset.images=4", "metrics.resamples=0", "runtime.workers=0", "run.re
 def online(stub: StubServer, monkeypatch: pytest.MonkeyPatch) -> StubServer:
     monkeypatch.setenv("WANDB_BASE_URL", stub.base)
     monkeypatch.setenv("WANDB_API_KEY", stub.key)
+    monkeypatch.setattr(module, "_OPEN_S", 60.0)  # a busy machine starts wandb slowly
     return stub
 
 
@@ -51,7 +52,7 @@ def history(stub: StubServer, run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.values()]
 
 
-def wait(holds: Callable[[], object], seconds: float = 30) -> None:
+def wait(holds: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never came"
@@ -300,6 +301,15 @@ def test_a_server_that_goes_away_leaves_a_run_to_be_uploaded_later(
     monkeypatch.setattr(online, "refuse", lambda _: None)
     assert upload(Path(where), 120).url == f"{online.base}/team/ade20k/runs/{run_id(entry.folder)}"
     assert history(online, run_id(entry.folder))[-1]["loss"] == 1.0
+
+
+def test_a_run_that_is_not_open_in_time_says_so(
+    online: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_OPEN_S", 0.0)
+    entry = entry_of(tmp_path / "run")
+    ended = LiveRun(compose_config([]).tracking, entry, "live-late").end(Failed(entry, "an image"), 30)
+    assert ended == module.Ended(None, "not open within 0 seconds")
 
 
 def test_nothing_is_imported_from_a_directory_that_somebody_else_has_written(

@@ -93,7 +93,11 @@ class LiveRun:
         try:
             self._process.wait(max(0, timeout_s - (time.monotonic() - begin)) if opened else 0)
         except subprocess.TimeoutExpired:
-            self._found["problem"] = f"not done within tracking.timeout_s={timeout_s:g} seconds"
+            self._found["problem"] = (
+                f"not done within tracking.timeout_s={timeout_s:g} seconds"
+                if opened
+                else f"not open within {open_s:g} seconds"
+            )
         self._reader.join(1)  # what it has printed last
         return Ended(self._found.get("url"), self._problem())
 
