@@ -150,6 +150,10 @@ def test_storage_that_is_named_is_read() -> None:
     assert np.array_equal(decode_labels(odd, "a", LabelStorage("palette_index")), LABELS)
     with pytest.raises(HarnessError, match=r"a: palette_colour takes grey entries, and index \d+ has \(\d+, \d+, 7\)"):
         decode_labels(odd, "a", LabelStorage("palette_colour"))
+    for entry in ((4, 4, 7), (4, 7, 4), (7, 4, 4)):
+        odd = palette_png(LABELS, [entry] * 256)
+        with pytest.raises(HarnessError, match=r"palette_colour takes grey entries, and index \d+ has \(\d, \d, \d\)"):
+            decode_labels(odd, "a", LabelStorage("palette_colour"))
     wide = encoded(Image.fromarray(LABELS.astype(np.uint16)))
     assert np.array_equal(decode_labels(wide, "a", LabelStorage("uint16")), LABELS)
     with pytest.raises(HarnessError, match="a: holds the value 256; labels are at most 255"):
@@ -404,6 +408,8 @@ ALL = scan(0, 0, 0, 1) + scan(1, 63, 0, 1)
         (SOI + frame() + ALL, True),  # whether the end is missing is the decoder's to say
         (SOI + frame() + ALL + b"\xff", True),
         (SOI + frame() + scan(0, 0, 0, 1) + EOI + ALL, False),  # after the end there is nothing
+        # a comment of 300 bytes, in which something looks like the end
+        (SOI + segment(0xFE, bytes(200) + EOI + bytes(96)) + frame() + scan(0, 0, 0, 1) + EOI, False),
         (SOI + b"\xff" + frame() + scan(0, 0, 0, 1) + EOI, False),  # fill bytes
         (SOI + b"\xff\xff" + frame() + scan(0, 0, 0, 1) + EOI, False),
         (SOI + frame() + scan(0, 0, 0, 1) + b"\xff" + scan(1, 63, 0, 1) + EOI, True),
