@@ -64,6 +64,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/reference.py", "view = View(torch.empty(0)", "", "overlaps ask for origins, window and canvas alone"),
     ("kernels/reference.py", "same = tuple(scores.shape[2:])", "3", "resizing to the same size changes no bit"),
     ("kernels/reference.py", 'tensors[0].device.type == "cpu" and', "!=", "a quick pass more or less"),
+    ("inference/resize.py", "rule.pad_at_least or 0", "1", "sides are at least 1"),
     ("inference/resize.py", "if image.shape[:2] == size", "3", "resizing to the same size is a copy"),
     ("kernels/reference.py", "if statistics.max_value != 255", "256", "divides by 1"),
     ("kernels/reference.py", "counts.scatter_add_(0", "1", "fails on CUDA: test_fake_cuda, which takes minutes"),

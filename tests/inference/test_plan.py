@@ -179,3 +179,8 @@ def test_costs_and_gaps_of_a_plan() -> None:
     gaps = plan_views((512, 1300), InferenceConfig(mode=Mode.slide, window=WindowConfig(512, 600)))
     assert [plan.origins for plan in gaps] == [((0, 0), (0, 600), (0, 788))]
     assert uncovered(gaps[0]) == 600 - 512
+    # official arithmetic in floats: (4 - 1) * (100 - 97 / 3) is a little less than 203, so the last pixel has no window
+    for size in ((100, 303), (303, 100)):
+        (short,) = plan_views(size, InferenceConfig(mode=Mode.long_side, window=WindowConfig(100, 100)))
+        assert max(short.origins) in ((0, 202), (202, 0))
+        assert uncovered(short) == 1
