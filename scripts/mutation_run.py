@@ -62,6 +62,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("inference/resize.py", "max(new_height, new_width) > rule", ">= rule.max_side", "shrinks by the factor 1"),
     ("kernels/reference.py", "< _ORDINARY for v in views", "<= _ORDINARY", "of one number, and it cannot overflow"),
     ("kernels/reference.py", "view = View(torch.empty(0)", "", "overlaps ask for origins, window and canvas alone"),
+    ("kernels/reference.py", "_ORDINARY = ", "1e+37", "the same float"),
+    ("kernels/reference.py", "if len(views) > 1", "2", "half of two sums that differ differs: exact"),
     ("kernels/reference.py", "same = tuple(scores.shape[2:])", "3", "resizing to the same size changes no bit"),
     ("kernels/reference.py", 'tensors[0].device.type == "cpu" and', "!=", "a quick pass more or less"),
     ("inference/resize.py", "rule.pad_at_least or 0", "1", "sides are at least 1"),
