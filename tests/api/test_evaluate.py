@@ -21,6 +21,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
 
 import ade_harness as ade
 from ade_harness.data.labels import NO_CLASS
@@ -301,3 +302,134 @@ except AttributeError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "'ade_harness' has no attribute 'evalute'" in done.stdout
+
+
+SWITCHES = """
+import os
+import torch
+import ade_harness as ade
+ade.evaluate
+
+b = torch.backends
+READ = [
+    lambda: b.cuda.matmul.allow_tf32, lambda: b.cudnn.allow_tf32, torch.get_float32_matmul_precision,
+    torch.get_num_threads, lambda: b.fp32_precision, lambda: b.cuda.matmul.fp32_precision,
+    lambda: b.cudnn.conv.fp32_precision, lambda: b.cudnn.rnn.fp32_precision, lambda: b.mkldnn.matmul.fp32_precision,
+]
+SET = {
+    "nothing": lambda: None,
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allowed": lambda: setattr(b.cuda.matmul, "allow_tf32", True),
+    "newer": lambda: setattr(b.cuda.matmul, "fp32_precision", "tf32"),
+    "of convolutions": lambda: setattr(b.cudnn.conv, "fp32_precision", "ieee"),
+    "general": lambda: setattr(b, "fp32_precision", "tf32"),
+}
+
+def state():
+    found = []
+    for read in READ:
+        try:
+            found.append(read())
+        except RuntimeError:  # older and newer switches were mixed
+            found.append("unreadable")
+    return found
+
+class Careless(torch.nn.Conv2d):
+    def forward(self, images):
+        torch.set_num_threads(3)
+        assert not b.cuda.matmul.allow_tf32
+        return super().forward(images)
+
+for name, change in SET.items():  # each in a process of its own: nothing was computed yet, so that it can be forked
+    child = os.fork()
+    if child == 0:
+        change()
+        before = state()
+        ade.evaluate(Careless(3, 150, 1), dataset="demo", limit=2, options={"metrics.resamples": 0})
+        if state() != before:
+            print(name, before, state(), flush=True)
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+
+
+@pytest.mark.slow
+def test_torchs_older_and_newer_switches_are_as_before() -> None:
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("needs torch 2.9 or later: pip install 'torch>=2.9'")
+    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_networks_that_share_a_module_are_evaluated_one_after_the_other() -> None:
+    shared = torch.nn.Conv2d(3, 8, 3, padding=1)
+    networks = [torch.nn.Sequential(shared, torch.nn.Conv2d(8, 150, 1)) for _ in range(2)]
+    for network in networks:
+        network.train()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: ade.evaluate(networks[n % 2], dataset="demo", options=SMALL), range(6)))
+    assert all(module.training for network in networks for module in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"devices": 0}, "devices=0: expected a whole number from 1 up"),
+        ({"devices": True}, "devices=True: expected a whole number"),
+        ({"devices": "2"}, "devices='2': expected a whole number"),
+        ({"workers": -1}, "workers=-1: expected a whole number from 0 up"),
+        ({"device": "meta"}, "device='meta': nothing is computed there"),
+        ({"device": 1.5}, "device=1.5: "),
+        ({"device": "mps"}, "device='mps': "),
+        ({"run_dir": 5}, "run_dir=5: expected a path"),
+        ({"options": ["a=b"]}, "options=.*: expected a mapping"),
+        ({"options": {"runtime.devices": 4}}, "runtime.devices is an argument from Python: devices="),
+        ({"options": {"run.dir": "x"}}, "run.dir is an argument from Python: run_dir="),
+    ],
+)
+def test_arguments_that_are_none(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(HarnessError, match=message):
+        ade.evaluate(Colours(), **{"dataset": "demo", "limit": 2, **arguments})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    options = {"model.input.mean": np.array([1.0, 2.0, 3.0]), "model.input.std": torch.tensor([4.0, 5.0, 6.0])}
+    found = ade.evaluate(Colours(), dataset="demo", limit=np.int64(2), options={**SMALL, **options})
+    assert found.images == 2
+    assert found == found  # noqa: PLR0124
+    assert found != ade.evaluate(Colours(), dataset="demo", limit=2, options=SMALL)
+    found.to_dict()["marks"].append("mine")
+    assert "mine" not in found.metrics["marks"]
+
+
+def test_a_run_directory_of_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ade.evaluate(Colours(), dataset="demo", run_dir="~/mine", options=SMALL)
+    assert ade.load_run("~/mine").images == 5
+    assert not (tmp_path / "~").exists()
+
+
+def test_an_interrupted_evaluation_does_not_run_for_ever(tmp_path: Path) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ade.evaluate(interrupted, dataset="demo", run_dir=tmp_path / "run", options=SMALL)
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert (manifest["status"], manifest["failures"]) == ("incomplete", {"evaluate": "KeyboardInterrupt"})
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_not_cut(mode: str) -> None:
+    with pytest.raises(HarnessError, match=rf"PIL's mode {mode}: expected 8 bits"):
+        ade.load_model("demo")(Image.new(mode, (8, 8)))
+
+
+def test_a_picture_that_is_cut_off_is_one_message(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    with Image.open(tmp_path / "a.png") as opened, pytest.raises(HarnessError, match="the image cannot be decoded"):
+        ade.load_model("demo")(opened)

@@ -144,8 +144,8 @@ class Trained(pl.LightningModule):
 def fit(callbacks: list[pl.Callback], **options: Any) -> tuple[Trained, pl.Trainer]:
     module = Trained()
     trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=callbacks, **options,
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=callbacks, **{"max_epochs": 2, **options},
     )  # fmt: skip
     pl.seed_everything(5, verbose=False)
     images = torch.randn(8, 3, 16, 16)
@@ -191,6 +191,11 @@ def test_mistakes_of_the_callback() -> None:
     with pytest.raises(HarnessError, match="network='decoder' gives a NoneType, expected an nn.Module of Trained"):
         fit([ade.ADE20KEvaluation(dataset="demo", network="decoder", options=SMALL)])
 
+    with pytest.raises(HarnessError, match="/nowhere: no such folder or zip"):
+        fit([ade.ADE20KEvaluation(root="/nowhere", network="net", options=SMALL)], max_epochs=0)
+    with pytest.raises(HarnessError, match="workers=-1: expected a whole number"):
+        ade.ADE20KEvaluation(dataset="demo", workers=-1)
+
     class FSDPStrategy(pl.strategies.SingleDeviceStrategy):
         """Named as one that shards."""
 
@@ -234,3 +239,30 @@ def test_two_ranks_count_each_image_once(tmp_path: Path) -> None:
     assert first["scores"] == second["scores"] == first["alone"] == second["alone"]
     assert first["images"] == 5
     assert first["ranks"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
+)
+@pytest.mark.parametrize("classes", [5, 200, 300])
+def test_the_metric_takes_integers_of_every_type(dtype: torch.dtype, classes: int) -> None:
+    target = torch.arange(120).reshape(1, 8, 15) % min(classes, 100)
+    predictions = target.roll(1)
+    metrics = [ade.metrics.SegmentationScores(classes, ignore_index=ignored) for ignored in (None, -100, 256, 3)]
+    for metric in metrics:
+        metric.update(predictions.to(dtype), target.to(dtype))
+        expected = torch.zeros(classes, classes + 1, dtype=torch.int64)
+        counted = target != metric.ignore_index if metric.ignore_index is not None else target >= 0
+        expected.index_put_((target[counted], predictions[counted]), torch.tensor(1), accumulate=True)
+        assert torch.equal(metric.matrix, expected), metric.ignore_index
+
+
+def test_the_callback_evaluates_at_the_end_whatever_ends_the_training() -> None:
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = True
+
+    for limits, callbacks in (({"max_steps": 2, "max_epochs": -1}, []), ({"max_epochs": 50}, [Stop()])):
+        callback = ade.ADE20KEvaluation(dataset="demo", every_n_epochs=7, limit=2, network="net", options=SMALL)
+        fit([*callbacks, callback], **limits)
+        assert callback.result is not None

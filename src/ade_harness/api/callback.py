@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ade_harness.api.evaluation import option_overrides
+from ade_harness.api.evaluation import option_overrides, whole_number
 from ade_harness.api.predictors import network_predictor
 from ade_harness.api.result import Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process
@@ -20,6 +20,7 @@ from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.overrides import as_override_value
 from ade_harness.config.validate import require_data
+from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
 
@@ -59,8 +60,8 @@ class ADE20KEvaluation(pl.Callback):
         dataset: str = "ade20k", prefix: str = "ade20k/", workers: int = 2, options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if every_n_epochs < 1:
-            raise HarnessError(f"every_n_epochs={every_n_epochs}: expected 1 or more.")
+        whole_number("every_n_epochs", every_n_epochs, 1)
+        whole_number("workers", workers, 0)
         self.every_n_epochs, self.prefix, self.workers, self._network = every_n_epochs, prefix, workers, network
         overrides = ["model=custom", "model._target_=torch.nn.Module", f"dataset={dataset}", "tracking=none"]
         given = {"dataset.root": None if root is None else str(root), "dataset.limit": limit}
@@ -83,10 +84,12 @@ class ADE20KEvaluation(pl.Callback):
                 " other within a forward, though they have different images. Use DDP, or evaluate a checkpoint."
             )
         self._part(pl_module)
+        open_dataset(self._composed.config.dataset)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate, and log the scores of this epoch."""
-        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs  # asked to, by time or a metric
+        last = last or trainer.global_step == trainer.max_steps
         if not last and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         self.result = self._evaluate(trainer, self._part(pl_module), pl_module.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -104,9 +105,17 @@ def evaluate(
     Raises:
         HarnessError: nothing was scored; the message names the file, key or image, and what to do.
     """
+    whole_number("devices", devices, 1)
+    if workers is not None:
+        whole_number("workers", workers, 0)
+    if run_dir is not None:
+        if not isinstance(run_dir, str | Path):
+            raise HarnessError(f"run_dir={run_dir!r}: expected a path.")
+        run_dir = Path(run_dir).expanduser()
+    asked = None if device is None else place_of(device, here=devices == 1)
     overrides = _overrides(model, root, dataset, protocol, limit, checkpoint, options)
     if devices > 1:
-        return _in_ranks(model, overrides, devices, workers, run_dir, progress, device)
+        return _in_ranks(model, overrides, devices, workers, run_dir, progress, asked)
     with callers_process():
         with callers_hydra():
             config = compose_config(overrides)
@@ -116,7 +125,7 @@ def evaluate(
         require_data(cfg)
         begin(str(cfg.inference.precision), cfg.runtime.seed)
         opened = open_here(cfg, lambda classes: _predictor(model, cfg, classes))
-        place = _device(device, opened.predictor)
+        place = asked or _device(opened.predictor)
         with callers_network(opened.predictor.network, place):
             return _evaluate(composed, opened, place, workers, run_dir, progress)
 
@@ -151,8 +160,8 @@ def _evaluate(
                 finally:
                     writer.flush()
                 result, rows = conclude(composed, opened, [counted], path)
-            except HarnessError as error:
-                record.leave("incomplete", {"evaluate": str(error)})
+            except BaseException as error:  # Ctrl-C too: nothing runs any more
+                record.leave("incomplete", {"evaluate": str(error) or type(error).__name__})
                 raise
             write_result(result)
             record.finish(rows, result.timings(), result.marks, {})
@@ -171,14 +180,41 @@ def _overrides(
     overrides = [*model_overrides(model, checkpoint), f"dataset={dataset}", "tracking=none"]
     if protocol is not None:
         overrides.append(f"inference={protocol}")
-    given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": limit}
+    given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": _plain(limit)}
     overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
     return overrides + option_overrides(options)
 
 
+_ARGUMENTS = {
+    "runtime.devices": "devices=",
+    "runtime.accelerator": "device=",
+    "runtime.workers": "workers=",
+    "run.dir": "run_dir=",
+}
+"""What is an argument from Python, and has no effect otherwise."""
+
+
 def option_overrides(options: Mapping[str, Any] | None) -> list[str]:
-    """Return options by dotted keys as overrides."""
-    return [f"{key}={as_override_value(str(v) if isinstance(v, Path) else v)}" for key, v in (options or {}).items()]
+    """Return options by dotted keys as overrides.
+
+    Raises:
+        HarnessError: they are no mapping, or name what has an argument of its own.
+    """
+    if not isinstance(options or {}, Mapping):
+        raise HarnessError(f"options={options!r}: expected a mapping from dotted keys to values.")
+    found = []
+    for key, value in (options or {}).items():
+        if key in _ARGUMENTS:
+            raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
+        found.append(f"{key}={as_override_value(_plain(value))}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return paths as texts, and numbers and arrays of NumPy and torch as Python's."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
 
 
 def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
@@ -229,14 +265,28 @@ def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:
     return FunctionPredictor(model, classes)
 
 
-def _device(asked: str | torch.device | None, predictor: Predictor) -> torch.device:
+def whole_number(name: str, value: Any, least: int) -> None:
+    """Raise HarnessError unless an argument is a whole number of at least `least`."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise HarnessError(f"{name}={value!r}: expected a whole number from {least} up.")
+
+
+def place_of(asked: Any, here: bool = True) -> torch.device:
+    """Return a device; raises HarnessError for what is none, or, if it is to be used `here`, is not there."""
+    try:
+        device = torch.device(asked)
+        if here:
+            torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise HarnessError(f"device={asked!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise HarnessError(f"device={asked!r}: nothing is computed there. Give cpu, or cuda:0.")
+    return device
+
+
+def _device(predictor: Predictor) -> torch.device:
     """Return where to compute."""
     network = predictor.network
-    if asked is not None:
-        try:
-            return torch.device(asked)
-        except RuntimeError as error:
-            raise HarnessError(f"device={asked!r}: {str(error).splitlines()[0]}") from error
     home = device_of(network) if network is not None else None
     mine = isinstance(predictor, FunctionPredictor) or getattr(getattr(predictor, "model", None), "of_caller", False)
     if home is not None and (mine or home.type != "cpu"):
@@ -259,7 +309,7 @@ def _shown(progress: bool, images: int) -> Iterator[Callable[[int], None]]:
 
 def _in_ranks(
     model: Model, overrides: Sequence[str], devices: int, workers: int | None, run_dir: str | Path | None,
-    progress: bool, device: str | torch.device | None,
+    progress: bool, device: torch.device | None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate by the command line's own ranks; a network in memory travels as a pickle."""
     with tempfile.TemporaryDirectory(prefix="ade-harness-") as folder:
@@ -268,10 +318,9 @@ def _in_ranks(
         if workers is not None:
             overrides.append(f"runtime.workers={workers}")
         if device is not None:
-            kind = torch.device(device)
-            if ":" in str(kind):
+            if ":" in str(device):
                 raise HarnessError(f"device={device}: with devices={devices} each rank has its own; give cpu or cuda.")
-            overrides.append(f"runtime.accelerator={kind.type}")
+            overrides.append(f"runtime.accelerator={device.type}")
         if _in_memory(model):
             overrides += _pickled(model, Path(folder, "network.pt"), devices)
         command = [sys.executable, "-m", "ade_harness", "evaluate", *overrides]
@@ -283,13 +332,22 @@ def _in_ranks(
             stdout=None if progress else subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         if done.returncode:
-            raise HarnessError(done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}")
+            said = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
+            # what is in the folder goes with it: the network of a memory, or a run that nobody asked to keep
+            passing = run_dir is None or _in_memory(model)
+            raise HarnessError(_without_resume(said) if passing else said)
         found = Evaluation.of_run(load_run(Path(run_dir or Path(folder, "run"))))
     return (
         found
         if run_dir is not None
         else Evaluation(found.label, found.dataset, found.classes, found.metrics, found.rows)
     )
+
+
+def _without_resume(message: str) -> str:
+    """Return a message without its advice to continue a run that cannot be."""
+    kept = re.sub(r"[^.\n]*`?python -m ade_harness resume .*", "", message)
+    return re.sub(r" They are kept: after mending this,\s*", "", kept).strip()
 
 
 def _pickled(model: Model, path: Path, devices: int) -> list[str]:

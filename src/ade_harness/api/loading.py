@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ade_harness.api.evaluation import model_overrides, option_overrides
+from ade_harness.api.evaluation import model_overrides, option_overrides, place_of
 from ade_harness.api.predictors import Segmenter
 from ade_harness.api.state import callers_hydra
 from ade_harness.config.compose import compose_config
@@ -44,9 +44,6 @@ def load_model(
         overrides.append(f"inference={protocol}")
     with callers_hydra():
         cfg = compose_config(overrides + option_overrides(options))
-    predictor = open_network(cfg, open_classes(cfg.dataset))
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise HarnessError(f"device={device!r}: {str(error).splitlines()[0]}") from error
-    return Segmenter(predictor, cfg, place)
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    place = place_of(usual if device is None else device)
+    return Segmenter(open_network(cfg, open_classes(cfg.dataset)), cfg, place)

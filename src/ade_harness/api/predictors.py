@@ -238,12 +238,17 @@ def read_image(image: Any, exif: bool = True) -> tuple[npt.NDArray[np.uint8], st
     if isinstance(image, Image.Image):
         from PIL import ImageOps
 
-        turned = ImageOps.exif_transpose(image) if exif else image
-        return np.asarray(turned.convert("RGB")), "the image"
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise HarnessError(f"the image has PIL's mode {image.mode}: expected 8 bits a channel. Scale it to them.")
+        try:
+            turned = ImageOps.exif_transpose(image) if exif else image
+            return np.array(turned.convert("RGB")), "the image"
+        except (OSError, ValueError, SyntaxError) as error:  # it is decoded now, and may be cut off, or closed
+            raise HarnessError(f"the image cannot be decoded ({' '.join(str(error).split())[:200]}).") from error
     if not isinstance(image, np.ndarray):
         raise HarnessError(f"the image is a {type(image).__name__}, expected a PIL image, a uint8 array, or a path.")
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
         raise HarnessError(
             f"the image is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] RGB (0..255) or [H, W] grey."
         )
-    return (np.repeat(image[:, :, None], 3, 2) if image.ndim == 2 else np.ascontiguousarray(image)), "the image"
+    return (np.repeat(image[:, :, None], 3, 2) if image.ndim == 2 else np.array(image, order="C")), "the image"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)  # one is equal to itself: arrays have no truth
 class Evaluation:
     """The scores of one model on one data set, and the counts behind them. Scores are fractions 0..1.
 
@@ -127,7 +128,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a run's metrics.json: plain values."""
-        return dict(self.metrics)
+        return copy.deepcopy(dict(self.metrics))
 
     def _title(self) -> str:
         return f"{self.label} on {self.dataset}, {self.images:,} of {self.metrics['expected_images']:,} images"

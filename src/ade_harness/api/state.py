@@ -11,7 +11,7 @@ import copy
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +27,8 @@ from ade_harness.errors import HarnessError
 
 _composing = threading.RLock()
 _process = threading.Lock()
-_networks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_modules: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+"""A lock for each module that was evaluated: two networks may share a backbone."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,15 @@ class _Before:
     numpy: Any
     torch: Any
     cuda: list[Any]
-    switches: tuple[bool, ...]
+    threads: int
+    switches: tuple[bool, bool]
+    """cuDNN's: deterministic, benchmark."""
+    tf32: tuple[bool, bool] | None
+    """Torch's older switches: of matrix products, of cuDNN. None: the caller uses the newer ones."""
+    matmul: str | None
+    """``torch.get_float32_matmul_precision``, if torch gives it: not after ``allow_tf32`` was set."""
+    precisions: tuple[str, ...]
+    """Of torch's newer switches, in the order of :func:`_newer`."""
     strict: bool
     warns: bool
 
@@ -120,9 +129,9 @@ def callers_network(network: nn.Module | None, device: torch.device) -> Iterator
     if network is None:
         yield
         return
-    with _process:
-        lock = _networks.setdefault(network, threading.RLock())
-    with lock:
+    with ExitStack() as locks:
+        for lock in _locks_of(network):
+            locks.enter_context(lock)
         modes = [(module, module.training) for module in network.modules()]
         home = device_of(network)
         try:
@@ -135,6 +144,13 @@ def callers_network(network: nn.Module | None, device: torch.device) -> Iterator
                 network.to(home)
             for module, mode in modes:
                 module.training = mode
+
+
+def _locks_of(network: nn.Module) -> list[threading.RLock]:
+    """Return the locks of all modules, in one order for all threads: none waits for another in a circle."""
+    with _process:
+        found = {id(module): _modules.setdefault(module, threading.RLock()) for module in network.modules()}
+    return [found[number] for number in sorted(found)]
 
 
 def device_of(network: nn.Module) -> torch.device | None:
@@ -159,13 +175,36 @@ def _remember() -> _Before:
         np.random.get_state(),
         torch.get_rng_state(),
         torch.cuda.get_rng_state_all() if _uses_cuda() else [],
-        (
-            backends.cudnn.deterministic, backends.cudnn.benchmark, backends.cudnn.allow_tf32,
-            backends.cuda.matmul.allow_tf32,
-        ),
+        torch.get_num_threads(),
+        (backends.cudnn.deterministic, backends.cudnn.benchmark),
+        _older(),
+        _matmul(),
+        tuple(newer.fp32_precision for newer in _newer()),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )  # fmt: skip
+
+
+def _older() -> tuple[bool, bool] | None:
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # torch reads them no more once a newer one has been set otherwise
+        return None
+
+
+def _matmul() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _newer() -> list[Any]:
+    """Return what has torch's newer switch ``fp32_precision``, the general before the particular; none before 2.9."""
+    b: Any = torch.backends
+    if not hasattr(b, "fp32_precision"):
+        return []
+    return [b, b.cuda.matmul, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.mkldnn, b.mkldnn.matmul]
 
 
 def _seed(seed: int) -> None:
@@ -179,7 +218,14 @@ def _seed(seed: int) -> None:
 def _set_switches() -> None:
     backends = torch.backends
     backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
-    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+    if _older() is None:
+        for newer in _newer():
+            newer.fp32_precision = "none"
+    if _matmul() not in (None, "highest"):
+        torch.set_float32_matmul_precision("highest")
+    if backends.cuda.matmul.allow_tf32:
+        backends.cuda.matmul.allow_tf32 = False
+    backends.cudnn.allow_tf32 = False
     if torch.are_deterministic_algorithms_enabled():  # it would give every bilinear upsampling other bits on CUDA
         torch.use_deterministic_algorithms(False)
 
@@ -190,13 +236,23 @@ def _give_back(before: _Before) -> None:
     torch.set_rng_state(before.torch)
     if before.cuda:
         torch.cuda.set_rng_state_all(before.cuda)
-    backends = torch.backends
-    (
-        backends.cudnn.deterministic, backends.cudnn.benchmark, backends.cudnn.allow_tf32,
-        backends.cuda.matmul.allow_tf32,
-    ) = before.switches  # fmt: skip
-    if before.strict:
-        torch.use_deterministic_algorithms(True, warn_only=before.warns)
+    if torch.get_num_threads() != before.threads:
+        torch.set_num_threads(before.threads)
+    backends: Any = torch.backends
+    backends.cudnn.deterministic, backends.cudnn.benchmark = before.switches
+    if before.tf32 is not None:
+        of_products, backends.cudnn.allow_tf32 = before.tf32
+        if before.matmul is not None and _matmul() != before.matmul:
+            torch.set_float32_matmul_precision(before.matmul)
+        if backends.cuda.matmul.allow_tf32 != of_products:
+            backends.cuda.matmul.allow_tf32 = of_products
+    else:
+        backends.cudnn.allow_tf32 = True  # torch's default, with which the newer ones agree
+    for newer, value in zip(_newer(), before.precisions, strict=True):
+        if newer.fp32_precision != value:
+            newer.fp32_precision = value
+    if torch.are_deterministic_algorithms_enabled() != before.strict:
+        torch.use_deterministic_algorithms(before.strict, warn_only=before.warns)
 
 
 def _uses_cuda() -> bool:

@@ -51,11 +51,11 @@ def compare(
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for one in found:
+    for number, one in enumerate(found):
         low, high = one.interval or (np.nan, np.nan)
         row = {"label": one.label, "images": one.images, "mIoU": one.mIoU, "low": low, "high": high}
         row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p"), np.nan)
-        if one is not found[0]:
+        if number:
             _check_comparable(found[0], one)
             difference = comparison.compare(found[0].areas, one.areas, resamples, seed, level).scores["mIoU"]
             row |= {"difference": difference.value, "p": difference.p_permutation}

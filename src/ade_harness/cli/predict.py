@@ -40,7 +40,8 @@ def run_predict(options: argparse.Namespace) -> Answer:
     """
     paths = [given for given in options.arguments if "=" not in given or Path(given).expanduser().exists()]
     overrides = [given for given in options.arguments if given not in paths]
-    files = list(_images([Path(path).expanduser() for path in paths]))
+    output = Path(options.output).expanduser()
+    files = list(_images([Path(path).expanduser() for path in paths], output))
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
     extra = Path(options.config_dir) if options.config_dir else None
     cfg = compose_config([*overrides, "tracking=none"], extra)
@@ -54,7 +55,6 @@ def run_predict(options: argparse.Namespace) -> Answer:
     segmenter = Segmenter(open_network(cfg, open_classes(cfg.dataset)), cfg, torch.device(accelerator))
     for mark in _marks(segmenter):
         print_line(console, mark, style="bold yellow")
-    output = Path(options.output).expanduser()
     reporter = ProgressReporter(console, len(files), title="predicting")
     reporter.start()
     failed: dict[str, str] = {}
@@ -76,8 +76,8 @@ def run_predict(options: argparse.Namespace) -> Answer:
     return Answer({**content, "images": [str(file) for file, _ in files]})
 
 
-def _images(given: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield each image with the name of what is written for it, the path below its folder.
+def _images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each image with the name of what is written for it, the path below its folder; not what is in `output`.
 
     Raises:
         HarnessError: a path that is not there, a folder without images, or two images of one name.
@@ -85,7 +85,11 @@ def _images(given: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     seen: dict[str, Path] = {}
     for path in given:
         require(path.exists(), f"{path}: no such image or folder.")
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            made = output.resolve()  # by an earlier command
+            below = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            found = sorted(p for p in below if made not in p.resolve().parents)
         require(bool(found), f"{path}: no image is in there ({', '.join(_SUFFIXES)}).")
         for file in found:
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()

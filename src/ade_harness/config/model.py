@@ -10,6 +10,9 @@ from omegaconf import MISSING
 
 from ade_harness.config.fields import MAX_SEED, bounded, place
 
+NO_CLASS_NAMES = ("background", "other", "others", "unlabeled", "unlabelled", "void", "ignore", "none", "no class")
+"""What models call a channel for unlabelled pixels or background."""
+
 
 class ChannelOrder(StrEnum):
     """The channel order that a network takes."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from ade_harness.config.files import read_choice
 from ade_harness.config.inference import InferenceConfig
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
 
 AS_SAVED = "as_saved"
 ONE_SIZE = ("eomt", "eomt_dinov3", "dpt", "data2vec-vision")
@@ -30,7 +30,7 @@ _WINDOWED = ("beit",)
 """They take any size, but were trained and published with windows of ``image_size``."""
 _USUAL_SIDE = 512
 _TIMEOUT_S = 10
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 
 
 def read_saved(model: ModelConfig, name: str) -> dict[str, Any] | None:
@@ -63,11 +63,11 @@ def _of_hub(repository: str, name: str, revision: str | None) -> Any:
 def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
     """Fill in what the user left open of ``inference=as_saved``; its name then says what it became.
 
-    A network of 151 channels whose processor does not reduce labels has the background as its channel 0, which is
-    left out (``model.class_map``).
+    A network of 151 channels whose processor does not reduce labels has the background as its channel 0, or as its
+    last one by its names; it is left out (``model.class_map``).
     """
     config = read_saved(model, CONFIG) or {}
-    processor = (read_saved(model, PREPROCESSOR) or {}) if config else {}
+    processor = read_processor(model) if config else {}
     kind = str(config.get("model_type", ""))
     native, (side, cap) = _number(config.get("image_size")), _sides(processor)
     windows = kind in (*ONE_SIZE, *_WINDOWED) and native is not None
@@ -97,7 +97,17 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
     reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
     of_pixels = kind not in (*_ALONG, *_QUERIES)
     if model.class_map is None and of_pixels and not reduced and isinstance(labels, dict) and len(labels) == 151:
-        model.class_map = [None, *range(150)]
+        last = str(labels.get("150", labels.get(150))).lower() in NO_CLASS_NAMES
+        model.class_map = [*range(150), None] if last else [None, *range(150)]
+
+
+def read_processor(model: ModelConfig) -> dict[str, Any]:
+    """Return what a folder or repository says of images: its own file, or a part of that of all processors."""
+    alone = read_saved(model, PREPROCESSOR)
+    if alone is not None:
+        return alone
+    below = (read_saved(model, PROCESSOR) or {}).get("image_processor")
+    return below if isinstance(below, dict) else {}
 
 
 def _fill(node: Any, wanted: dict[str, Any], default: dict[str, Any]) -> None:

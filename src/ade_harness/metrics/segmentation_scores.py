@@ -100,6 +100,7 @@ class SegmentationScores(Metric):
     def _counts(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return int64 [C, C + 1] of one image."""
         classes = self.num_classes
+        target, prediction = _wide(target), _wide(prediction)
         ignored = target == self.ignore_index if self.ignore_index is not None else torch.zeros_like(target).bool()
         known = (target >= 0) & (target < classes)
         if self.validate_args:
@@ -145,3 +146,10 @@ class SegmentationScores(Metric):
     def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:
         """Plot one or several results of `compute`; returns matplotlib's figure and axis."""
         return self._plot(val, ax)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Return integers of any type in one that torch compares, and that holds every number of a class."""
+    if values.is_floating_point() or values.dtype in (torch.int32, torch.int64):
+        return values
+    return values.to(torch.int64 if values.dtype in (torch.uint32, torch.uint64) else torch.int32)

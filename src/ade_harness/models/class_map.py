@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ade_harness.config.model import NO_CLASS_NAMES
 from ade_harness.data.labels import MAX_CLASSES, Classes, usual_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.kernels.constants import constant
@@ -77,10 +78,6 @@ def resolve_class_map(
     return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names, classes))
 
 
-_NO_CLASS_NAMES = ("background", "other", "others", "unlabeled", "unlabelled", "void", "ignore", "none", "no class")
-"""What models call a channel for unlabelled pixels or background."""
-
-
 def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None] | None:
     """Return the class of each name, None where it is unknown; None if fewer than half are the data set's.
 
@@ -106,7 +103,7 @@ def _proposal(found: Sequence[int | None], names: Sequence[str]) -> str:
     """Return the class map that names speak for; what they leave open is the user's to say."""
     written, open_ = [], []
     for channel, (name, value) in enumerate(zip(names, found, strict=True)):
-        nothing = str(name).strip().lower() in _NO_CLASS_NAMES
+        nothing = str(name).strip().lower() in NO_CLASS_NAMES
         written.append(str(value) if value is not None else "null" if nothing else "?")
         if value is None and not nothing:
             open_.append(f"{channel} {str(name)[:40]!r}")

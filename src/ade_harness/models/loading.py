@@ -19,7 +19,13 @@ from ade_harness.models.backbones.vit import Beit3Trunk
 from ade_harness.models.checkpoint.family import Family, add_delta, quietly_random
 from ade_harness.models.checkpoint.files import StateDict
 from ade_harness.models.checkpoint.parts import read_part
-from ade_harness.models.checkpoint.sources import backbone_checkpoint, choice_of, chosen_checkpoint, facts_of
+from ade_harness.models.checkpoint.sources import (
+    backbone_checkpoint,
+    choice_of,
+    chosen_checkpoint,
+    facts_of,
+    require_timm,
+)
 from ade_harness.models.checkpoint.strict import Strictness, noting_random_keys
 from ade_harness.models.loaded import LoadedModel, statistics
 from ade_harness.models.registry import family_of, imported, named, systems
@@ -99,6 +105,7 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
             f"model={cfg.name}: {cfg.missing or 'no public weights are known: give model.checkpoint=PATH.'}"
             " To try it without weights: model.weights=random."
         )
+    require_timm(cfg)
     part = read_part(checkpoint.path, choice_of(cfg), family.known)
     state, facts = part.state, facts_of(checkpoint, part)
     alone = _is_head_alone(family, state)

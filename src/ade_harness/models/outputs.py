@@ -34,14 +34,15 @@ class LabelMap(NamedTuple):
         Raises:
             HarnessError: a label that is no channel.
         """
-        low, high = int(self.labels.min()), int(self.labels.max())
+        labels = self.labels.long()  # of uint16 torch knows no minimum
+        low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= channels:
             raise HarnessError(
                 f"{what}: the model returned the label {low if low < 0 else high}, expected 0 to {channels - 1}, one of"
                 " its channels for every pixel. Labels that mean other classes, or none, go by model.class_map; what"
                 " numbers classes otherwise goes by model=predictions, as PNG files."
             )
-        return nn.functional.one_hot(self.labels.long(), channels).permute(0, 3, 1, 2).float()
+        return nn.functional.one_hot(labels, channels).permute(0, 3, 1, 2).float()
 
 
 def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:

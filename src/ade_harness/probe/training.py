@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ade_harness.config.model import ModelConfig
 from ade_harness.config.plain import as_dict
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
@@ -367,8 +368,18 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
         print_line(console, mark, style="yellow")
     console.print(f"loss: {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f} in {training.step:,} iterations")
     print_line(console, f"head: {path}")
-    print_line(console, f"evaluate it: python -m ade_harness model={cfg.model.name} model.checkpoint={path}")
+    print_line(console, f"evaluate it: python -m ade_harness {' '.join(_evaluation_of(cfg.model, path))}")
     if cfg.tracking.kind == "wandb":
         facts = {"identity": {**_decided(as_dict(cfg)), **manifest["identity"]}}
         tracking.finish_training(training.run_dir, rows, facts)
     return path
+
+
+def _evaluation_of(model: ModelConfig, head: Path) -> list[str]:
+    """Return the arguments that evaluate a head on the backbone that it was trained on."""
+    words = [f"model={model.name}", f"model.checkpoint={head}"]
+    if model.kind == "timm":
+        words.insert(1, f"model.backbone={model.architecture['backbone']['name']}")
+    if model.backbone_checkpoint is not None:
+        words.append(f"model.backbone_checkpoint={model.backbone_checkpoint}")
+    return words

@@ -23,6 +23,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.convert import convert
 from ade_harness.models.checkpoint.key_tables import name_there, rename
 from ade_harness.models.checkpoint.parts import Choice, Part, read_part, take_part
+from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.loading import load_model
 from ade_harness.models.registry import family_of, systems
 from tests.conftest import Done
@@ -131,7 +132,7 @@ def test_mmengine_swaps_them() -> None:
 
 def test_averaged_weights_that_are_not_there() -> None:
     for content in (dict(SMALL), {"state_dict": SMALL}, {"state_dict": below("model.")}):
-        with pytest.raises(HarnessError, match=r"checkpoint_weights=ema: w\.pth holds no"):
+        with pytest.raises(HarnessError, match=r"checkpoint_weights=ema: no averaged weights were found in w"):
             take_part(content, FILE, Choice(weights=EMA), known)
     assert is_small(take_part({"state_dict": SMALL}, FILE, Choice(weights=MODEL), known))
     with pytest.raises(HarnessError, match=r"checkpoint_weights=model: w\.pth holds averaged weights alone: model_ema"):
@@ -344,3 +345,75 @@ def test_what_convert_refuses(cli: Callable[..., Done], tmp_path: Path) -> None:
     assert done.code == 2
     assert "out.safetensors: is there already" in done.err
     assert not Path("/tmp/ade_harness_was_converted").exists()
+
+
+def test_lightning_swaps_them_too() -> None:
+    """Its WeightAveraging saves the average as state_dict, and what was trained as current_model_state."""
+    content = {"epoch": 3, "state_dict": below("model.", OTHER), "current_model_state": below("model.")}
+    part = take_part(content, FILE, Choice(), known)
+    assert is_other(part)
+    assert "those that were trained are in current_model_state: model.checkpoint_weights=model" in str(part)
+    assert is_other(take_part(content, FILE, Choice(weights=EMA), known))
+    assert is_small(take_part(content, FILE, Choice(weights=MODEL), known))
+
+
+def test_torchs_averaged_model_is_an_average() -> None:
+    content = {"n_averaged": torch.tensor(5), **below("module.")}
+    assert is_small(take_part(content, FILE, Choice(weights=EMA), known))
+    assert is_small(take_part(content, FILE, Choice(), known))
+
+
+@pytest.mark.parametrize("outer", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_averaged_weights_below_another_prefix(outer: str) -> None:
+    content = {"state_dict": {**below(f"{outer}model."), **below(f"{outer}ema_model.", OTHER)}}
+    assert is_small(take_part(content, FILE, Choice(), known))
+    assert is_small(take_part(content, FILE, Choice(weights=MODEL), known))
+    assert is_other(take_part(content, FILE, Choice(weights=EMA), known))
+    assert is_other(take_part(content, FILE, Choice(f"{outer}ema_model.", EMA), known))
+
+
+@pytest.mark.parametrize("extra", [{"layer._extra_state": None}, {"layer._extra_state": {"scale": 1}}, {"epoch": 3}])
+def test_what_is_no_weight_beside_weights(extra: dict[str, Any]) -> None:
+    for content in ({**SMALL, **extra}, {"state_dict": {**SMALL, **extra}, "epoch": 3}):
+        assert is_small(take_part(content, FILE, Choice(), known))
+    with pytest.raises(HarnessError, match="holds no state_dict"):
+        take_part({"epoch": 3, "step": 7, "name": "a", "rng": torch.ones(3)}, FILE, Choice(), known)
+
+
+def test_single_numbers_stay_single_numbers(tmp_path: Path) -> None:
+    arrays = {"bn.num_batches_tracked": np.array(7), "bn.weight": np.ones((2, 3), np.float32)[:, ::-1]}
+    np.savez(tmp_path / "w.npz", **arrays)
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": arrays}))
+    for name in ("w.npz", "w.pkl"):
+        state = read_part(tmp_path / name).state
+        assert {key: list(value.shape) for key, value in state.items()} == {
+            "bn.num_batches_tracked": [], "bn.weight": [2, 3],
+        }  # fmt: skip
+
+
+def test_torch_may_have_saved_a_pkl(tmp_path: Path) -> None:
+    torch.save(SMALL, tmp_path / "w.pkl")
+    assert is_small(read_part(tmp_path / "w.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.ones(2, 3, dtype=torch.int8), "int8"),
+        (torch.ones(2, 3, dtype=torch.complex64), "complex64"),
+        (torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8), "qint8"),
+    ],
+)
+def test_weights_that_are_no_floating_point_numbers_are_refused(value: torch.Tensor, kind: str) -> None:
+    layer = nn.Linear(3, 2)
+    state = {"weight": value, "bias": torch.ones(2)}
+    with pytest.raises(HarnessError, match=rf"w\.pth: weight is {kind}, and the model's weights are floating-point"):
+        load_strictly(layer, state, Strictness("w.pth"))
+
+
+def test_a_prefix_that_nobody_knows_is_proposed() -> None:
+    state = {f"segmentor.net2.{name}": value for name, value in nn.Linear(3, 2).state_dict().items()}
+    with pytest.raises(HarnessError, match=r"model\.checkpoint_prefix=segmentor\.net2\.$"):
+        load_strictly(nn.Linear(3, 2), state, Strictness("w.pth"))
+    with pytest.raises(HarnessError, match="Choose the model that the file was made for"):
+        load_strictly(nn.Linear(3, 2), {"segmentor.weight": torch.ones(2, 3)}, Strictness("w.pth"))

@@ -8,7 +8,7 @@ side, as mmsegmentation's ``resize_concat`` does, on which DINOv2's heads were t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,16 @@ def pretrained_cfg(name: str) -> Any:
         raise HarnessError(f"model.backbone={name}: timm {timm.__version__} has no such model.{hint}")
     with _explained(name):
         return timm.models.get_pretrained_cfg(name)
+
+
+def known_names(name: str) -> Callable[[Mapping[str, Tensor]], int]:
+    """Return what counts the names of a state_dict that are a model's own; raises as :func:`pretrained_cfg`."""
+    import timm
+
+    pretrained_cfg(name)
+    with _quiet(), _explained(name), torch.device("meta"):
+        own = timm.create_model(name.partition(".")[0]).state_dict().keys()
+    return lambda state: len(state.keys() & own)
 
 
 def _size_settings(name: str, side: int | None) -> tuple[dict[str, Any], int | None]:

@@ -42,7 +42,7 @@ def read_content(path: Path) -> Any:
             raise HarnessError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
     if path.suffix == ".npz":
         return _read_npz(path)
-    if path.suffix == ".pkl":
+    if path.suffix == ".pkl" and not zipfile.is_zipfile(path):  # torch.save writes archives, whatever their name
         return _read_pickle(path)
     if path.suffix == ".zip":
         path = _unpacked(path)
@@ -107,7 +107,7 @@ def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     """Return an array as a tensor; two raw bytes are a bfloat16."""
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float()
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.asarray(array, order="C"))  # ascontiguousarray makes [1] of a single number
 
 
 ARRAYS_ONLY = {

@@ -56,6 +56,10 @@ _STEPS = ("n_averaged", "steps")
 """Counters among averaged weights: torch's AveragedModel, mmengine."""
 _PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "student.", "teacher.")
 _AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_module.")
+_LIGHTNINGS_TRAINED = "current_model_state"
+"""Where Lightning's WeightAveraging puts what was trained: ``state_dict`` holds the average."""
+_EXTRA = "_extra_state"
+"""What modules add to a state_dict by ``get_extra_state``: any object, and no weight."""
 _MAX_NESTED = 3
 _MAX_WRAPPERS = 8
 
@@ -93,12 +97,20 @@ def take_part(content: Any, path: Path, choice: Choice, known: Known | None = No
         part = _below(part, "module.", path)
     if choice.weights == "ema" and not part.averaged:
         found = f", only {part.where[0]}" if part.where else ""
-        raise HarnessError(f"model.checkpoint_weights=ema: {path} holds no averaged weights{found}. Leave it out.")
+        raise HarnessError(
+            f"model.checkpoint_weights=ema: no averaged weights were found in {path}{found}. Leave it out; those that a"
+            " callback keeps for itself are not read."
+        )
     return part
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    """Whether most values are tensors and the others plain: extra states, and counters that trainers put beside."""
+    if not isinstance(value, Mapping):
+        return False
+    others = [(k, v) for k, v in value.items() if not isinstance(v, Tensor)]
+    plain = all(str(k).endswith(_EXTRA) or v is None or isinstance(v, bool | int | float | str) for k, v in others)
+    return plain and 2 * len(others) <= len(value) and len(value) > len(others)
 
 
 def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
@@ -116,6 +128,8 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
         swapped = _is_mmengines(content) and bool(averaged) and bool(plain)
         if swapped:
             averaged, plain = plain[:1], averaged
+        elif _LIGHTNINGS_TRAINED in plain and "state_dict" in plain:
+            averaged, plain, swapped = ["state_dict"], [_LIGHTNINGS_TRAINED], True
         if sides and not plain and not averaged:
             content = {prefix + k: v for prefix, state in sides.items() for k, v in _flat(state).items()}
             break
@@ -124,7 +138,9 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
         where.append(taken)
         beside += others
         content = inside[taken]
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor) and not _counts_steps(k, v)}
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    is_averaged = is_averaged or any(name == _STEPS[0] and _counts_steps(name, v) for name, v in tensors.items())
+    state = {name: v for name, v in tensors.items() if not _counts_steps(name, v)}
     return Part(state, tuple(where), tuple(beside), is_averaged)
 
 
@@ -200,7 +216,7 @@ def _below(part: Part, prefix: str, path: Path) -> Part:
     rest = len(part.state) - len(state)
     others = (f"{rest} of {len(part.state)} weights have other names and were not read",) if rest else ()
     where = (*part.where, f"names that begin with {prefix!r}")
-    averaged = part.averaged or prefix.startswith(_AVERAGED_PREFIXES)
+    averaged = part.averaged or _is_average(prefix)
     return replace(part, state=state, where=where, beside=(*part.beside, *others), averaged=averaged)
 
 
@@ -212,7 +228,7 @@ def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:
     """
     fitting = [prefix for prefix in _prefixes(part.state) if _mostly(_stripped(part.state, prefix), known)]
     fitting = [p for p in fitting if not any(p != above and p.startswith(above) for above in fitting)]  # the outermost
-    averaged = [prefix for prefix in fitting if prefix.startswith(_AVERAGED_PREFIXES)]
+    averaged = [prefix for prefix in fitting if _is_average(prefix)]
     plain = [prefix for prefix in fitting if prefix not in averaged]
     unprefixed = {k: v for k, v in part.state.items() if not k.startswith(tuple(averaged))} if averaged else part.state
     if _mostly(unprefixed, known) and not (averaged and choice.weights == "ema"):
@@ -234,6 +250,11 @@ def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:
         switch = "model.checkpoint_weights=" + ("model" if chosen[0] in averaged else "ema")
         found = replace(found, beside=(*found.beside, other + switch))
     return found
+
+
+def _is_average(prefix: str) -> bool:
+    """Whether one of the names in a prefix is that of averaged weights, as in ``module.ema_model.``."""
+    return any(f"{name}." in _AVERAGED_PREFIXES for name in prefix.split("."))
 
 
 def _mostly(state: StateDict, known: Known) -> bool:

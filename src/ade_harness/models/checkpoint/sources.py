@@ -26,15 +26,19 @@ def backbone_checkpoint(cfg: ModelConfig, why: str) -> Checkpoint:
     if cfg.backbone_checkpoint is not None:
         return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
     if cfg.backbone.source == "timm":
-        if cfg.backbone.timm is None:
-            raise HarnessError(
-                f"model.backbone.source=timm: timm has no such backbone for model={cfg.name}. Leave it out."
-            )
+        require_timm(cfg)
+        assert cfg.backbone.timm is not None
         return hub_checkpoint(*timm_repository(cfg.backbone.timm), cfg.backbone.revision, None)
     found = _public_file(cfg, cfg.backbone, cfg.backbone)
     if found is None:
         raise HarnessError(f"{why}. Give the backbone's file as model.backbone_checkpoint=PATH.")
     return found
+
+
+def require_timm(cfg: ModelConfig) -> None:
+    """Raise HarnessError if a system's backbone is to come from timm, and timm has none such."""
+    if cfg.backbone.source == "timm" and cfg.backbone.timm is None:
+        raise HarnessError(f"model.backbone.source=timm: timm has no such backbone for model={cfg.name}. Leave it out.")
 
 
 def timm_repository(name: str) -> tuple[str, str]:

@@ -48,6 +48,13 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], keys: Strictne
     ]
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     require_all_keys(keys, missing, unexpected, shapes, len(state))
+    for key, value in state.items():
+        whole = not (value.is_floating_point() or value.is_complex()) or value.is_quantized
+        if key in own and own[key].is_floating_point() and (whole or value.is_complex()):
+            raise HarnessError(
+                f"{keys.origin}: {keys.both_names(key)} is {str(value.dtype).removeprefix('torch.')}, and the model's"
+                " weights are floating-point numbers. Quantised weights need their scales: save them dequantised."
+            )
     taken = {k: v.to(own[k].dtype) for k, v in state.items() if k in own}  # no copy where the dtype is the same
     module.load_state_dict(taken, strict=False, assign=True)
 
@@ -99,6 +106,9 @@ def require_all_keys(
             if named
         ]
         advice = "Choose the model that the file was made for."
+        prefix = _common_prefix(missing, unexpected)
+        if prefix:
+            advice = f"Its names are the model's below {prefix!r}: model.checkpoint_prefix={prefix}"
         if not wrong_missing and not shapes:
             advice += " Keys that take no part in the forward can be named in model.allow_unexpected_keys."
         raise HarnessError(f"{keys.origin}: these weights do not fit the model. {'; '.join(parts)}. {advice}")
@@ -111,6 +121,16 @@ def require_all_keys(
     collected = _left_random.get()
     if collected is not None:
         collected += sorted(missing)
+
+
+def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Return what all of the file's names that are left over begin with, if they are the missing ones without it."""
+    for name in sorted(missing)[:1]:
+        longer = [key for key in unexpected if key.endswith(f".{name}")]
+        for prefix in sorted((key.removesuffix(name) for key in longer), key=len):
+            if {key.removeprefix(prefix) for key in unexpected if key.startswith(prefix)} >= set(missing):
+                return prefix
+    return ""
 
 
 def _not_allowed(keys: Iterable[str], patterns: Sequence[str]) -> list[str]:

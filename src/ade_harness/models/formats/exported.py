@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +55,8 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     try:
         with zipfile.ZipFile(path):
             pass  # what is no archive is refused here: torch would leave it open
-        program = torch.export.load(str(path))
+        with _quiet():
+            program = torch.export.load(str(path))
     except Exception as error:  # torch's reader of a damaged file fails in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HarnessError(
@@ -68,6 +72,18 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         fixed_size=(height, width) if height is not None and width is not None else None, fixed_batch=fixed[0],
         facts=facts,
     )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's reader from logging the traceback of what it raises."""
+    logger = logging.getLogger("torch.export")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _image_shape(program: torch.export.ExportedProgram, name: str) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.identity import companion_hashes
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
-_LABELS = ("tensor(int64)", "tensor(int32)", "tensor(int16)", "tensor(int8)", "tensor(uint8)")
+_LABELS = ("tensor(int64)", "tensor(int32)", "tensor(int16)", "tensor(int8)", "tensor(uint8)", "tensor(uint16)")
 _SCORES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
@@ -114,6 +114,8 @@ class OnnxModel(nn.Module):
         session = self._session_on(images.device)
         array = np.ascontiguousarray(images.detach().cpu().numpy())
         scores = session.run([self.output_name], {self.input_name: array})[0]
+        if scores.dtype == np.uint16:  # torch does next to nothing with it
+            scores = scores.astype(np.int32)
         return torch.from_numpy(scores).to(images.device)
 
 
@@ -130,7 +132,8 @@ def _parse_names(text: str) -> list[str] | None:
         except (ValueError, SyntaxError):
             continue
         if isinstance(value, dict):
-            return [str(v) for _, v in sorted(value.items(), key=lambda item: int(item[0]))]
+            numbered = all(str(key).isdecimal() for key in value)  # else it is something else, such as name to number
+            return [str(v) for _, v in sorted(value.items(), key=lambda item: int(item[0]))] if numbered else None
         if isinstance(value, list | tuple):
             return [str(v) for v in value]
     lines = [line for line in text.splitlines() if line.strip()]

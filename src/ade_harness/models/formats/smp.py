@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 from ade_harness.config.model import ModelConfig
-from ade_harness.errors import HarnessError, require
+from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
@@ -50,6 +53,9 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     except Exception as error:  # of many kinds: unknown names, impossible arguments
         text = " ".join(str(error).split())[:400]
         raise HarnessError(f"model.architecture={cfg.architecture}: smp cannot make it ({text}).") from error
+    known = set(inspect.signature(type(module).__init__).parameters)
+    unknown = sorted(fields.keys() - known) if not str(encoder).startswith("tu-") else []  # timm's take any
+    require(not unknown, f"model.architecture: {arch} has no field {', '.join(unknown)}.{_nearest(unknown, known)}")
     if cfg.weights == "random":
         return _loaded(cfg, module, "random", {"origin": f"random, seed {cfg.seed}"})
     checkpoint = chosen_checkpoint(cfg)
@@ -65,10 +71,15 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     return _loaded(cfg, module, "pretrained", facts_of(checkpoint, part))
 
 
+def _nearest(unknown: list[str], known: set[str]) -> str:
+    return did_you_mean(unknown[0], sorted(known)) if unknown else ""
+
+
 def _saved(cfg: ModelConfig, smp: Any) -> LoadedModel:
     """Load what ``save_pretrained`` wrote, from a folder or the hub."""
     try:
-        module = smp.from_pretrained(cfg.id, revision=cfg.revision, strict=True).eval()
+        with redirect_stdout(StringIO()):  # it says from where it loads
+            module = smp.from_pretrained(cfg.id, revision=cfg.revision, strict=True).eval()
     except Exception as error:  # of the hub, of smp and of torch
         text = " ".join(str(error).split())[:400]
         raise HarnessError(

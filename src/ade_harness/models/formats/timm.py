@@ -12,7 +12,7 @@ from torch import Tensor
 from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import require
-from ade_harness.models.backbones.timm import TimmFeatures, build_timm, pretrained_cfg, statistics_of
+from ade_harness.models.backbones.timm import TimmFeatures, build_timm, known_names, pretrained_cfg, statistics_of
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint
 from ade_harness.models.checkpoint.sources import choice_of, facts_of, timm_repository
@@ -39,7 +39,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         " model.weights=random.",
     )
     checkpoint = local_checkpoint(cfg.checkpoint or "", cfg.checkpoint_sha256)
-    part = read_part(checkpoint.path, choice_of(cfg))
+    part = read_part(checkpoint.path)  # as probe writes it; what the user chooses is a part of the backbone's file
     head = {key.removeprefix(_HEAD): value for key, value in part.state.items() if key.startswith(_HEAD)}
     require(
         len(head) == len(part.state),
@@ -47,10 +47,13 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         f" has {', '.join(sorted(k for k in part.state if not k.startswith(_HEAD))[:3])}.",
     )
     below = _backbone_file(cfg, name)
-    network = _segmenter(cfg, name, read_part(below.path).state)
+    of_backbone = read_part(below.path, choice_of(cfg), known_names(name))
+    network = _segmenter(cfg, name, of_backbone.state)
     keys = Strictness(checkpoint.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
     load_strictly(network.head, head, keys)
     facts = facts_of(checkpoint, part) | {"backbone_origin": below.origin, "backbone_sha256": below.sha256}
+    if str(of_backbone):
+        facts["backbone_part"] = str(of_backbone)
     facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{below.sha256}".encode()).hexdigest()
     facts["head_sha256"] = checkpoint.sha256
     return _loaded(cfg, name, network, "pretrained", facts)
@@ -65,8 +68,8 @@ def load_headless(cfg: ModelConfig) -> LoadedModel:
             network = _segmenter(cfg, name, None)
         return _loaded(cfg, name, network, "random", {"origin": f"random, seed {cfg.seed}"})
     below = _backbone_file(cfg, name)
-    network = _segmenter(cfg, name, read_part(below.path).state)
-    return _loaded(cfg, name, network, "pretrained", facts_of(below))
+    part = read_part(below.path, choice_of(cfg), known_names(name))
+    return _loaded(cfg, name, _segmenter(cfg, name, part.state), "pretrained", facts_of(below, part))
 
 
 def _sections(cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:

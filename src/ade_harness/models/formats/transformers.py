@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.config.model import ModelConfig
+from ade_harness.config.saved import PREPROCESSOR
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.strict import Strictness, require_all_keys
@@ -211,18 +214,33 @@ def _pixel_statistics(model_id: str, revision: str | None) -> tuple[list[float],
 
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(model_id, revision=revision)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if (Path(model_id) / PREPROCESSOR).is_file():
+            raise HarnessError(f"model.id={model_id}: its {PREPROCESSOR} cannot be read. Mend or remove it.") from error
         return None
     if values.get("do_flip_channel_order"):
         raise HarnessError(
             f"model.id={model_id}: its preprocessor wants BGR, which model=hf does not do. Use model=custom with"
             " model.input.channel_order=bgr."
         )
-    scale = 1.0 / float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
+    factor = _three(values.get("rescale_factor", 1 / 255), f"model.id={model_id}: rescale_factor", above=0)[0]
+    scale = 1.0 / factor if values.get("do_rescale", True) else 1.0
     mean, std = values.get("image_mean"), values.get("image_std")
     if not values.get("do_normalize", True) or mean is None or std is None:
         return [0.0] * 3, [scale] * 3
-    return [m * scale for m in mean], [s * scale for s in std]
+    mean = _three(mean, f"model.id={model_id}: image_mean")
+    return [m * scale for m in mean], [s * scale for s in _three(std, f"model.id={model_id}: image_std", above=0)]
+
+
+def _three(value: Any, what: str, above: float = -math.inf) -> list[float]:
+    """Return a processor's number for each of red, green and blue; one number is that of all."""
+    numbers = value if isinstance(value, list | tuple) else [value] * 3
+    if len(numbers) != 3 or not all(
+        isinstance(n, int | float) and not isinstance(n, bool) and above < n < math.inf for n in numbers
+    ):
+        over = f" above {above:g}" if above > -math.inf else ""
+        raise HarnessError(f"{what}={value} of its image processor: expected a number{over}, or three.")
+    return [float(n) for n in numbers]
 
 
 @contextmanager
@@ -232,8 +250,10 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except HarnessError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        text = " ".join(str(error).split())
+    except Exception as error:  # of the hub, of safetensors and pickle, and whatever a foreign configuration leads to
+        pickled = isinstance(error, pickle.UnpicklingError | EOFError)  # its text advises to run code of the file
+        text = "its .bin is no whole file of tensors" if pickled else f"{type(error).__name__}: " + str(error)
+        text = " ".join(text.split())
         raise HarnessError(
             f"{where}: cannot be loaded ({text[:400]}). Expected a hub id that can be reached, or a folder with"
             " config.json and model.safetensors."
