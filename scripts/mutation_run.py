@@ -87,6 +87,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("metrics/comparison.py", "abs(difference) - _ROUNDING).sum()", "exchanged) > abs", "of what no sum gives"),
     ("metrics/comparison.py", "dict(zip(names, differences, strict=False))", "", "the names come first"),
     ("metrics/diagnosis.py", "zip(read, constant, strict=True)", "False", "one an image"),
+    ("metrics/diagnosis.py", "np.arange(len(classes)) + shift, -1)", "2", "no class is below 0"),
+    ("metrics/diagnosis.py", ">= _NEAR_ZERO", "> _NEAR_ZERO", "of what no score is exactly"),
     ("metrics/diagnosis.py", "np.full(matrix.shape[1], -1)", "2", "no class is below 0"),
     ("metrics/diagnosis.py", "chance > _CHANCE", "chance >= _CHANCE", "no sum of halves is a thousandth"),
     ("metrics/diagnosis.py", "max(pixels, 1)", "2", "ten images have more than one pixel"),

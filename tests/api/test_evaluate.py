@@ -24,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import ade_harness as ade
+from ade_harness.api import evaluation
 from ade_harness.data.labels import NO_CLASS
 from ade_harness.errors import HarnessError
 from tests.api.networks import Breaks, Colours, Remembers
@@ -290,6 +291,7 @@ def test_importing_costs_nothing() -> None:
     code = """
 import sys
 import ade_harness as ade
+from ade_harness.api import evaluation
 assert {"evaluate", "compare", "load_run", "load_model", "runs", "metrics", "errors"} <= set(dir(ade))
 assert ade.errors.HarnessError and ade.metrics.scores and callable(ade.runs)
 heavy = {"torch", "lightning", "pandas", "hydra", "transformers", "scipy"} & set(sys.modules)
@@ -308,6 +310,7 @@ SWITCHES = """
 import os
 import torch
 import ade_harness as ade
+from ade_harness.api import evaluation
 ade.evaluate
 
 b = torch.backends
@@ -433,3 +436,16 @@ def test_a_picture_that_is_cut_off_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
     with Image.open(tmp_path / "a.png") as opened, pytest.raises(HarnessError, match="the image cannot be decoded"):
         ade.load_model("demo")(opened)
+
+
+def test_nothing_is_advised_that_cannot_be() -> None:
+    """A network in memory is gone for a later command, and so is a run that nobody asked to keep."""
+    message = (
+        "ADE_val_00000001: broken\nNo score: 3 of 4 images are counted. They are kept: after mending this, `python -m"
+        " ade_harness resume /tmp/x/run` does the rest; run.on_error=skip would leave out images that fail."
+    )
+    expected = "ADE_val_00000001: broken\nNo score: 3 of 4 images are counted."
+    assert evaluation._without_resume(message) == expected
+    stopped = "Stopped. The counts so far are kept; this continues:\n  python -m ade_harness resume /tmp/x/run"
+    assert evaluation._without_resume(stopped) == "Stopped."
+    assert evaluation._without_resume("model=x: no such system.") == "model=x: no such system."

@@ -446,6 +446,15 @@ def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
     assert "148 of the 150 classes can never be predicted" in (found.note or "")
 
 
+def rotated_names(number: int) -> list[str]:
+    names = list(ade20k_classes().names)
+    return [*names[1:number], names[0], *names[number:]]
+
+
+def test_a_tenth_of_the_names_may_have_other_places() -> None:
+    assert resolve_class_map(150, None, rotated_names(15), ade20k_classes()).class_of == tuple(range(150))
+
+
 @pytest.mark.parametrize(
     ("channels", "class_map", "names", "message"),
     [
@@ -454,6 +463,8 @@ def test_a_map_leaves_channels_out_and_renames_the_rest() -> None:
         (19, None, None, "usual for Cityscapes"),
         (3, None, ["sky", "wall", "other"], r"model\.class_map=\[2,0,null\]"),
         (3, [0, 1], None, r"has 2 entries, but the model outputs 3 channels: one entry per channel \(0\.\.149"),
+        (2, [0, 150], None, r"model\.class_map: 150: ADE20K has the classes 0\.\.149"),
+        (150, None, rotated_names(16), "16 channels differ"),
         (150, None, list(ade20k_classes().names)[::-1], "not in ADE20K's order: channel 0 is 'flag'"),
     ],
 )

@@ -301,6 +301,10 @@ def test_a_network_of_smp(tmp_path: Path) -> None:
         ((*words,), "give its weights as model.checkpoint=PATH"),
         (("model=smp", "model.architecture.arch=nothing", words[2], "model.weights=random"), "smp cannot make it"),
         (("model=smp", f"model.id={tmp_path}"), "smp cannot load it"),
+        (
+            (*words, "model.architecture.decoder_interpolatoin=bilinear", "model.weights=random"),
+            "has no field decoder_interpolatoin. Did you mean 'decoder_interpolation'",
+        ),
     ):
         with pytest.raises(HarnessError, match=text):
             load_model(model_cfg(*given))

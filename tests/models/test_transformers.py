@@ -213,7 +213,8 @@ def test_a_repository_of_the_hub_is_asked_once_and_never_waited_for(
     try:
         Hub.files, Hub.asked[:] = {"config.json": {"model_type": "dpt", "image_size": 480}}, []
         assert compose_config(words).inference.name == "as_saved_slide_480"
-        assert Hub.asked == [f"/some/where/resolve/abc/{name}" for name in ("config.json", "preprocessor_config.json")]
+        names = ("config.json", "preprocessor_config.json", "processor_config.json")
+        assert Hub.asked == [f"/some/where/resolve/abc/{name}" for name in names]
         Hub.files, Hub.asked[:] = {}, []
         assert compose_config(words).inference.name == "as_saved_whole_512"
         assert Hub.asked == ["/some/where/resolve/abc/config.json"]  # no second try, no second file
@@ -238,3 +239,56 @@ def test_a_background_channel_is_left_out(tmp_path: Path) -> None:
     assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map == [None, *range(150)]
     write(tmp_path, config, {"do_reduce_labels": True})
     assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map is None
+
+
+def test_a_background_channel_may_be_the_last_one(tmp_path: Path) -> None:
+    names = [*ade20k_classes().names, "Background"]
+    write(tmp_path, {"model_type": "segformer", "id2label": dict(enumerate(names))}, {})
+    assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map == [*range(150), None]
+
+
+def test_a_processor_within_that_of_all_is_read(tmp_path: Path) -> None:
+    """As transformers 5 saves it: processor_config.json, in it image_processor."""
+    config = {"model_type": "segformer", "id2label": {str(i): str(i) for i in range(151)}}
+    processor = {"size": {"height": 96, "width": 96}, "do_reduce_labels": True}
+    write(tmp_path, config, processor)
+    alone = compose_config(["model=hf", f"model.id={tmp_path}"])
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    assert compose_config(["model=hf", f"model.id={tmp_path}"]) == alone
+    assert alone.inference.name == "as_saved_whole_96"
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": [1]}))
+    assert composed(tmp_path).name == "as_saved_whole_512"
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"image_mean": ["a"] * 3, "image_std": 0.5}, r"image_mean=\['a', 'a', 'a'\] of its image processor: expected a number"),
+        ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, "image_mean=.*expected a number, or three"),
+        ({"image_mean": 0.5, "image_std": 0}, "image_std=0 of its image processor: expected a number above 0"),
+        ({"rescale_factor": 0}, "rescale_factor=0 of its image processor: expected a number above 0"),
+        (None, "its preprocessor_config.json cannot be read"),
+    ],
+)  # fmt: skip
+def test_statistics_that_are_none(processor: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    folder = saved("segformer", tmp_path)
+    (folder / "preprocessor_config.json").write_text("{" if processor is None else json.dumps(processor))
+    with pytest.raises(HarnessError, match=message):
+        load_model(compose_config(["model=hf", f"model.id={folder}"]).model)
+
+
+def test_one_number_is_that_of_every_channel(tmp_path: Path) -> None:
+    folder = saved("segformer", tmp_path, {"image_mean": 0.5, "image_std": 0.25})
+    model = load_model(compose_config(["model=hf", f"model.id={folder}"]).model)
+    assert (model.mean, model.std) == ((127.5,) * 3, (63.75,) * 3)
+
+
+@pytest.mark.parametrize(("name", "content"), [("model.safetensors", b""), ("model.safetensors", b"x" * 99), ("pytorch_model.bin", b""), ("pytorch_model.bin", b"<html>")])  # fmt: skip
+def test_damaged_weights_are_one_message(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = saved("segformer", tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(HarnessError, match="cannot be loaded") as raised:
+        load_model(compose_config(["model=hf", f"model.id={folder}"]).model)
+    assert "weights_only" not in str(raised.value)

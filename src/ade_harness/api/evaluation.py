@@ -346,8 +346,8 @@ def _in_ranks(
 
 def _without_resume(message: str) -> str:
     """Return a message without its advice to continue a run that cannot be."""
-    kept = re.sub(r"[^.\n]*`?python -m ade_harness resume .*", "", message)
-    return re.sub(r" They are kept: after mending this,\s*", "", kept).strip()
+    sentence = r"[^.\n]*\bkept\b[^.]*?\s*`?python -m\s+ade_harness resume .*"
+    return re.sub(sentence, "", message).strip()
 
 
 def _pickled(model: Model, path: Path, devices: int) -> list[str]:
