@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ade_harness.cli.commands import COMMANDS
 from ade_harness.config.arguments import known_keys
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Done
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
 
@@ -70,6 +72,14 @@ def test_a_broken_link_is_an_error(tmp_path: Path, site: Path) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "nowhere.md" in done.stderr + done.stdout
+
+
+def test_every_entry_of_metrics_json_is_explained(call: Callable[..., Done], tmp_path: Path) -> None:
+    assert call("dataset.images=2", "run.dir=run", "tracking=none", "run.overlays=0").code == 0
+    page = (REPOSITORY / "docs/run-directory.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| `metrics.json` |"))
+    named = set(line.split("`")[1::2])
+    assert set(json.loads((tmp_path / "run/metrics.json").read_text())) - named == set()
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
