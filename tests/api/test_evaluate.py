@@ -291,7 +291,6 @@ def test_importing_costs_nothing() -> None:
     code = """
 import sys
 import ade_harness as ade
-from ade_harness.api import evaluation
 assert {"evaluate", "compare", "load_run", "load_model", "runs", "metrics", "errors"} <= set(dir(ade))
 assert ade.errors.HarnessError and ade.metrics.scores and callable(ade.runs)
 heavy = {"torch", "lightning", "pandas", "hydra", "transformers", "scipy"} & set(sys.modules)
@@ -310,7 +309,6 @@ SWITCHES = """
 import os
 import torch
 import ade_harness as ade
-from ade_harness.api import evaluation
 ade.evaluate
 
 b = torch.backends

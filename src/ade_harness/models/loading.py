@@ -119,7 +119,9 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
         facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
-    keys = Strictness(facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
+    keys = Strictness(
+        facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file
+    )
     if _is_backbone_alone(family, state, keys):
         raise HarnessError(f"{facts['origin']}: {_without_head(family, cfg)}")
     module = family.load(cfg.architecture, state, keys, classes, published=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +24,9 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.convert import convert
 from ade_harness.models.checkpoint.key_tables import name_there, rename
 from ade_harness.models.checkpoint.parts import Choice, Part, read_part, take_part
+from ade_harness.models.checkpoint.sources import backbone_checkpoint
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
+from ade_harness.models.formats import timm
 from ade_harness.models.loading import load_model
 from ade_harness.models.registry import family_of, systems
 from tests.conftest import Done
@@ -417,3 +420,33 @@ def test_a_prefix_that_nobody_knows_is_proposed() -> None:
         load_strictly(nn.Linear(3, 2), state, Strictness("w.pth"))
     with pytest.raises(HarnessError, match="Choose the model that the file was made for"):
         load_strictly(nn.Linear(3, 2), {"segmentor.weight": torch.ones(2, 3)}, Strictness("w.pth"))
+
+
+def test_messages_have_the_files_own_names(tmp_path: Path) -> None:
+    part = take_part({"state_dict": below("module.model.")}, FILE, Choice(), known)
+    assert part.name_in_file("layer.weight") == "module.model.layer.weight"
+    torch.save(below("module.", {"weight": torch.ones(7, 3), "bias": torch.ones(2)}), tmp_path / "w.pth")
+    words = (
+        "model=custom",
+        "model._target_=torch.nn.Linear",
+        "+model.kwargs.in_features=3",
+        "+model.kwargs.out_features=2",
+    )
+    with pytest.raises(
+        HarnessError, match=r"weight \(in the file module\.weight\) \[7, 3\] \(the model has \[2, 3\]\)"
+    ):
+        load_model(compose_config([*words, f"model.checkpoint={tmp_path}/w.pth"]).model)
+
+
+def test_a_backbone_that_cannot_be_fetched_is_asked_for_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
+    for words in (
+        ["model=timm", "model.backbone=test_vit.r160_in1k"],
+        ["model=dinov3_7b_linear", "model.backbone.source=timm"],
+    ):
+        cfg = compose_config([*words, "model.checkpoint=head.safetensors"]).model
+        with pytest.raises(HarnessError, match=r"give model\.backbone_checkpoint=PATH"):
+            backbone_checkpoint(cfg, "x") if cfg.kind != "timm" else timm.load_headless(cfg)

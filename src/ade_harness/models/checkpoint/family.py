@@ -112,7 +112,7 @@ class Family:
         keys = replace(
             keys,
             allow_missing=(*keys.allow_missing, "*num_batches_tracked"),  # evaluation never reads it
-            of_file=None if state is None else self.file_names(state),
+            of_file=None if state is None else _in_turn(self.file_names(state), keys.of_file),
         )
         read: dict[str, Any] = {}
         if hub is not None:
@@ -242,3 +242,10 @@ def quietly_random(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return family.load(architecture, None, Strictness(), classes)
+
+
+def _in_turn(first: Callable[[str], str] | None, then: Callable[[str], str] | None) -> Callable[[str], str] | None:
+    """Return both renamings as one; None changes nothing."""
+    if first is None or then is None:
+        return first or then
+    return lambda name: then(first(name))

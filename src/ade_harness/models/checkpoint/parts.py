@@ -40,6 +40,12 @@ class Part:
     """What else the file holds, and how it is chosen."""
     averaged: bool = False
     """Whether its names say that the weights are an average over the training."""
+    prefix: str = ""
+    """What the file's own names have before those of `state`."""
+
+    def name_in_file(self, name: str) -> str:
+        """Return the file's own name of a weight."""
+        return self.prefix + name
 
     def __str__(self) -> str:
         """Return what a run's notes and manifest say of it; empty for a whole file."""
@@ -217,7 +223,8 @@ def _below(part: Part, prefix: str, path: Path) -> Part:
     others = (f"{rest} of {len(part.state)} weights have other names and were not read",) if rest else ()
     where = (*part.where, f"names that begin with {prefix!r}")
     averaged = part.averaged or _is_average(prefix)
-    return replace(part, state=state, where=where, beside=(*part.beside, *others), averaged=averaged)
+    beside = (*part.beside, *others)
+    return replace(part, state=state, where=where, beside=beside, averaged=averaged, prefix=part.prefix + prefix)
 
 
 def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:

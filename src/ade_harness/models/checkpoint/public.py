@@ -36,8 +36,12 @@ def local_checkpoint(path: str, sha256: str | None, key: str = "model.checkpoint
     return _checked(file, sha256, str(file), f"{key}_sha256")
 
 
-def url_checkpoint(url: str, folder: Path, sha256: str | None, on_bytes: OnBytes | None = None) -> Checkpoint:
+def url_checkpoint(
+    url: str, folder: Path, sha256: str | None, on_bytes: OnBytes | None = None, key: str = "model.checkpoint"
+) -> Checkpoint:
     """Fetch a weight file into `folder`, once for all ranks of a node; continued after an interruption.
+
+    `key` is the option by which the user can give the file.
 
     Raises:
         HarnessError: no network, no such file, or a wrong hash.
@@ -49,7 +53,7 @@ def url_checkpoint(url: str, folder: Path, sha256: str | None, on_bytes: OnBytes
             if not file.exists():
                 fetch(url, file, on_bytes=on_bytes)
     except HarnessError as error:
-        raise HarnessError(f"{error} {_ADVICE}") from error
+        raise HarnessError(f"{error} {_advice(key)}") from error
     except OSError as error:
         raise HarnessError(
             f"{folder}: cannot be written ({error.strerror or error}). Set ADE_HARNESS_CACHE to a folder of yours."
@@ -57,11 +61,13 @@ def url_checkpoint(url: str, folder: Path, sha256: str | None, on_bytes: OnBytes
     return _checked(file, sha256, url, "the configuration")
 
 
-def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str | None) -> Checkpoint:
+def hub_checkpoint(
+    hub_id: str, filename: str, revision: str | None, sha256: str | None, key: str = "model.checkpoint"
+) -> Checkpoint:
     """Fetch a weight file from the hub into its cache (resumed, and reused without network once it is there).
 
     Large models are there in several shards with an index: all of them are fetched, and the index is the file. Where
-    ``model.safetensors`` is asked for, an older ``pytorch_model.bin`` will do.
+    ``model.safetensors`` is asked for, an older ``pytorch_model.bin`` will do. `key` as of :func:`url_checkpoint`.
 
     Raises:
         HarnessError: no network, no such file, a gated repository, or a wrong hash.
@@ -71,25 +77,28 @@ def hub_checkpoint(hub_id: str, filename: str, revision: str | None, sha256: str
     names = _HUB_FILES if filename == _HUB_FILES[0] else (filename,)
     for name in names:
         try:
-            path = _hub_file(hub_id, name, revision)
+            path = _hub_file(hub_id, name, revision, key)
             break
         except EntryNotFoundError as error:
             if name == names[-1]:
                 raise HarnessError(
-                    f"{_hub_name(hub_id, filename, revision)}: not found on the hub. {_ADVICE}"
+                    f"{_hub_name(hub_id, filename, revision)}: not found on the hub. {_advice(key)}"
                 ) from error
     parts = path.parts  # the cache's snapshot folder is named by the commit
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
     origin = f"{hub_id}@{commit}/{path.name}"
     if not path.name.endswith(INDEX):
         return _checked(path, sha256, origin, "model.hub.sha256")
-    digests = [file_hash(_hub_file(hub_id, shard, commit), "sha256") for shard in shards(path)]
+    digests = [file_hash(_hub_file(hub_id, shard, commit, key), "sha256") for shard in shards(path)]
     return Checkpoint(path, hashlib.sha256("".join(digests).encode()).hexdigest(), origin)
 
 
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 INDEX = ".index.json"
-_ADVICE = "Download it elsewhere and give model.checkpoint=PATH, or try without weights: model.weights=random."
+
+
+def _advice(key: str) -> str:
+    return f"Download it elsewhere and give {key}=PATH, or try without weights: model.weights=random."
 
 
 def shards(index: Path) -> list[str]:
@@ -111,11 +120,11 @@ def _hub_name(hub_id: str, filename: str, revision: str | None) -> str:
     return f"{hub_id}{'@' + revision if revision else ''}/{filename}"
 
 
-def _hub_file(hub_id: str, filename: str, revision: str | None) -> Path:
+def _hub_file(hub_id: str, filename: str, revision: str | None, key: str) -> Path:
     """Fetch one file; raises EntryNotFoundError if the repository has none of that name."""
     from huggingface_hub import hf_hub_download
 
-    with hub_explained(_hub_name(hub_id, filename, revision), _ADVICE):
+    with hub_explained(_hub_name(hub_id, filename, revision), _advice(key)):
         return Path(hf_hub_download(hub_id, filename, revision=revision))
 
 

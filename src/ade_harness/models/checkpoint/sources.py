@@ -11,6 +11,8 @@ from ade_harness.files.fetch import cache_dir, file_hash
 from ade_harness.models.checkpoint.parts import Choice, Part
 from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint, url_checkpoint
 
+_OF_BACKBONE = "model.backbone_checkpoint"
+
 
 def chosen_checkpoint(cfg: ModelConfig) -> Checkpoint | None:
     """Return the weight file to load; None if there is none, or for random weights."""
@@ -28,8 +30,8 @@ def backbone_checkpoint(cfg: ModelConfig, why: str) -> Checkpoint:
     if cfg.backbone.source == "timm":
         require_timm(cfg)
         assert cfg.backbone.timm is not None
-        return hub_checkpoint(*timm_repository(cfg.backbone.timm), cfg.backbone.revision, None)
-    found = _public_file(cfg, cfg.backbone, cfg.backbone)
+        return hub_checkpoint(*timm_repository(cfg.backbone.timm), cfg.backbone.revision, None, _OF_BACKBONE)
+    found = _public_file(cfg, cfg.backbone, cfg.backbone, _OF_BACKBONE)
     if found is None:
         raise HarnessError(f"{why}. Give the backbone's file as model.backbone_checkpoint=PATH.")
     return found
@@ -60,12 +62,14 @@ def timm_repository(name: str) -> tuple[str, str]:
     return known.hf_hub_id, known.hf_hub_filename or "model.safetensors"
 
 
-def _public_file(cfg: ModelConfig, official: CheckpointConfig, hub: CheckpointConfig) -> Checkpoint | None:
-    """Fetch one of a model's public files, if it has one."""
+def _public_file(
+    cfg: ModelConfig, official: CheckpointConfig, hub: CheckpointConfig, key: str = "model.checkpoint"
+) -> Checkpoint | None:
+    """Fetch one of a model's public files, if it has one; the user can give it as `key`."""
     if official.url is not None and cfg.source != "hub":
-        return url_checkpoint(official.url, cache_dir() / "checkpoints", official.sha256)
+        return url_checkpoint(official.url, cache_dir() / "checkpoints", official.sha256, key=key)
     if hub.hub_id is not None and cfg.source != "official":
-        return hub_checkpoint(hub.hub_id, hub.filename or "", hub.revision, hub.sha256)
+        return hub_checkpoint(hub.hub_id, hub.filename or "", hub.revision, hub.sha256, key)
     if cfg.source is not None and (official.url or hub.hub_id):
         raise HarnessError(f"model.source={cfg.source}: {cfg.name} has no such file. Leave model.source out.")
     return None

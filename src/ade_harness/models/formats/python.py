@@ -39,7 +39,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         own = module.state_dict()
         part = read_part(checkpoint.path, choice_of(cfg), lambda state: len(state.keys() & own.keys()))
         allowed = tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys)
-        load_strictly(module, part.state, Strictness(checkpoint.origin, *allowed))
+        load_strictly(module, part.state, Strictness(checkpoint.origin, *allowed, of_file=part.name_in_file))
         weights, facts = "pretrained", facts_of(checkpoint, part)
     source = source_hash(type(module).__module__), source_hash(get_object(target).__module__)
     facts["source"] = ", ".join(dict.fromkeys(s for s in source if s)) or None

@@ -21,6 +21,7 @@ from ade_harness.models.heads.linear import LinearSegmenter
 from ade_harness.models.loaded import LoadedModel
 
 _HEAD = "head."
+_OF_BACKBONE = "model.backbone_checkpoint"
 
 
 def load(cfg: ModelConfig, threads: int) -> LoadedModel:
@@ -110,8 +111,8 @@ def _segmenter(cfg: ModelConfig, name: str, state: Mapping[str, Tensor] | None) 
 def _backbone_file(cfg: ModelConfig, name: str) -> Checkpoint:
     """Return the backbone's weights: the user's file, or timm's on the hub."""
     if cfg.backbone_checkpoint is not None:
-        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
-    return hub_checkpoint(*timm_repository(name), cfg.backbone.revision, cfg.backbone.sha256)
+        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, _OF_BACKBONE)
+    return hub_checkpoint(*timm_repository(name), cfg.backbone.revision, cfg.backbone.sha256, _OF_BACKBONE)
 
 
 def _loaded(cfg: ModelConfig, name: str, network: LinearSegmenter, weights: str, facts: dict[str, Any]) -> LoadedModel:
