@@ -129,3 +129,20 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(HarnessError, match="no run is in there"):
         ade.runs(tmp_path / "empty")
+
+
+def test_what_is_no_evaluation_is_one_message() -> None:
+    result = ade.evaluate("demo", dataset="demo", options=SMALL)
+    for arguments, message in (
+        ((result,), "one evaluation was given, expected a list"),
+        (("runs/a",), "one evaluation was given, expected a list"),
+        (([result, 3],), "int given, expected the folder of a run"),
+        (([result, result], 0), "resamples=0"),
+        (([result, result], 10, -1), "seed=-1"),
+        (([result, result], 10, 0, 1.5), "level=1.5"),
+    ):
+        with pytest.raises(HarnessError, match=message):
+            ade.compare(*arguments)
+    with pytest.raises(HarnessError, match="load_run: int given"):
+        ade.load_run(5)  # type: ignore[arg-type]
+    assert ade.compare([result, result], 200).difference[1] == 0

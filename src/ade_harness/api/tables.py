@@ -24,6 +24,8 @@ def load_run(path: str | Path) -> Evaluation:
     Raises:
         HarnessError: no run, not finished, or damaged.
     """
+    if not isinstance(path, str | Path):
+        raise HarnessError(f"load_run: {type(path).__name__} given, expected the folder of a run.")
     return Evaluation.of_run(finished.load_run(Path(path).expanduser()))
 
 
@@ -45,6 +47,13 @@ def compare(
     Raises:
         HarnessError: fewer than two, or other images, another truth or other classes than the first's.
     """
+    if isinstance(evaluations, Evaluation | str | Path):
+        raise HarnessError("compare: one evaluation was given, expected a list of two or more.")
+    if not 0 < level < 1 or resamples < 1 or seed < 0:
+        raise HarnessError(
+            f"compare: resamples={resamples}, seed={seed}, level={level}: expected 1 or more, 0 or more, and a number"
+            " between 0 and 1."
+        )
     found = [one if isinstance(one, Evaluation) else load_run(one) for one in evaluations]
     if len(found) < 2:
         raise HarnessError(f"compare: {len(found)} evaluations were given, expected two or more.")
