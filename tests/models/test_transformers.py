@@ -264,10 +264,11 @@ def test_a_processor_within_that_of_all_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        ({"image_mean": ["a"] * 3, "image_std": 0.5}, r"image_mean=\['a', 'a', 'a'\] of its image processor: expected a number"),
-        ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, "image_mean=.*expected a number, or three"),
-        ({"image_mean": 0.5, "image_std": 0}, "image_std=0 of its image processor: expected a number above 0"),
-        ({"rescale_factor": 0}, "rescale_factor=0 of its image processor: expected a number above 0"),
+        ({"image_mean": ["a"] * 3, "image_std": 0.5}, "image_mean is 'a', expected a number"),
+        ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, "image_mean has 4 numbers, expected three"),
+        ({"image_mean": 0.5, "image_std": 0}, "image_std is 0, expected a number above 0"),
+        ({"rescale_factor": [0.1] * 3}, r"rescale_factor is \[0.1, 0.1, 0.1\], expected a number above 0"),
+        ({"rescale_factor": 0}, "rescale_factor is 0, expected a number above 0"),
         (None, "its preprocessor_config.json cannot be read"),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ade_harness.api.evaluation import option_overrides, whole_number
+from ade_harness.api.arguments import option_overrides, whole_number
 from ade_harness.api.predictors import network_predictor
 from ade_harness.api.result import Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process

@@ -18,18 +18,26 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ade_harness.api.arguments import (
+    Model,
+    in_memory,
+    model_overrides,
+    option_overrides,
+    place_of,
+    plain,
+    whole_number,
+)
 from ade_harness.api.predictors import FunctionPredictor, network_predictor
 from ade_harness.api.result import Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process, device_of
 from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
-from ade_harness.config.files import choices
 from ade_harness.config.overrides import as_override_value, overrides_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import require_data
 from ade_harness.data.labels import Classes
-from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
 from ade_harness.evaluation.job import describe_facts
 from ade_harness.inference.opening import open_predictor
@@ -45,15 +53,6 @@ from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import arithmetic_as_set
 
 Labels = npt.NDArray[np.uint8]
-Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
-
-_FILES = {
-    ".onnx": "onnx",
-    ".pt2": "exported",
-    ".pt": "torchscript",
-    ".ts": "torchscript",
-    ".torchscript": "torchscript",
-}
 
 
 def evaluate(
@@ -119,7 +118,7 @@ def evaluate(
     with callers_process():
         with callers_hydra():
             config = compose_config(overrides)
-            repeat = None if _in_memory(model) else overrides_of(config)
+            repeat = None if in_memory(model) else overrides_of(config)
             composed = Composed(config, repeat, protocol_changes(config.inference))
         cfg = composed.config
         require_data(cfg)
@@ -168,10 +167,6 @@ def _evaluate(
     return Evaluation.of_result(result, tuple(rows), path)
 
 
-def _in_memory(model: Model) -> bool:
-    return not isinstance(model, str | Path)
-
-
 def _overrides(
     model: Model, root: str | Path | None, dataset: str, protocol: str | None, limit: int | None,
     checkpoint: str | Path | None, options: Mapping[str, Any] | None,
@@ -180,81 +175,9 @@ def _overrides(
     overrides = [*model_overrides(model, checkpoint), f"dataset={dataset}", "tracking=none"]
     if protocol is not None:
         overrides.append(f"inference={protocol}")
-    given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": _plain(limit)}
+    given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": plain(limit)}
     overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
     return overrides + option_overrides(options)
-
-
-_ARGUMENTS = {
-    "runtime.devices": "devices=",
-    "runtime.accelerator": "device=",
-    "runtime.workers": "workers=",
-    "run.dir": "run_dir=",
-}
-"""What is an argument from Python, and has no effect otherwise."""
-
-
-def option_overrides(options: Mapping[str, Any] | None) -> list[str]:
-    """Return options by dotted keys as overrides.
-
-    Raises:
-        HarnessError: they are no mapping, or name what has an argument of its own.
-    """
-    if not isinstance(options or {}, Mapping):
-        raise HarnessError(f"options={options!r}: expected a mapping from dotted keys to values.")
-    found = []
-    for key, value in (options or {}).items():
-        if key in _ARGUMENTS:
-            raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
-        found.append(f"{key}={as_override_value(_plain(value))}")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """Return paths as texts, and numbers and arrays of NumPy and torch as Python's."""
-    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
-        return value.tolist()
-    return str(value) if isinstance(value, Path) else value
-
-
-def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
-    """Return the overrides that choose a model.
-
-    Raises:
-        HarnessError: a text that is neither a system nor a file, or something that is no model.
-    """
-    overrides = []
-    if isinstance(model, str | Path):
-        text, path = str(model), Path(model).expanduser()
-        names = choices("model")
-        if text in names:
-            overrides = [f"model={text}"]
-        elif path.is_dir():
-            overrides = ["model=hf", f"model.id={as_override_value(str(path))}"]
-        elif path.suffix in _FILES and path.is_file():
-            overrides = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
-        else:
-            raise HarnessError(
-                f"{text!r}: no such system, file or folder.{did_you_mean(text, names)} Expected a name that"
-                " `python -m ade_harness models` lists, an .onnx or TorchScript file, or a folder of transformers. A"
-                " checkpoint goes with its system: model='segformer_b0', checkpoint=PATH."
-            )
-    elif isinstance(model, type) or not callable(model):
-        raise HarnessError(
-            f"model is a {type(model).__name__}"
-            f"{f' ({model.__name__}): pass an object of it' if isinstance(model, type) else ''}; expected an nn.Module,"
-            " the name of a system, a path, or a function from an image to labels."
-        )
-    else:
-        kind = type(model)
-        named = getattr(model, "__qualname__", kind.__qualname__)
-        overrides = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
-                 f"model.label={as_override_value(str(named))}"]  # fmt: skip
-    if checkpoint is not None:
-        if _in_memory(model):
-            raise HarnessError("checkpoint: load it into the network before: net.load_state_dict(...).")
-        overrides.append(f"model.checkpoint={as_override_value(str(checkpoint))}")
-    return overrides
 
 
 def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:
@@ -263,25 +186,6 @@ def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:
     if isinstance(model, str | Path):
         return open_predictor(cfg, classes)
     return FunctionPredictor(model, classes)
-
-
-def whole_number(name: str, value: Any, least: int) -> None:
-    """Raise HarnessError unless an argument is a whole number of at least `least`."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise HarnessError(f"{name}={value!r}: expected a whole number from {least} up.")
-
-
-def place_of(asked: Any, here: bool = True) -> torch.device:
-    """Return a device; raises HarnessError for what is none, or, if it is to be used `here`, is not there."""
-    try:
-        device = torch.device(asked)
-        if here:
-            torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise HarnessError(f"device={asked!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise HarnessError(f"device={asked!r}: nothing is computed there. Give cpu, or cuda:0.")
-    return device
 
 
 def _device(predictor: Predictor) -> torch.device:
@@ -321,7 +225,7 @@ def _in_ranks(
             if ":" in str(device):
                 raise HarnessError(f"device={device}: with devices={devices} each rank has its own; give cpu or cuda.")
             overrides.append(f"runtime.accelerator={device.type}")
-        if _in_memory(model):
+        if in_memory(model):
             overrides += _pickled(model, Path(folder, "network.pt"), devices)
         command = [sys.executable, "-m", "ade_harness", "evaluate", *overrides]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)}
@@ -334,7 +238,7 @@ def _in_ranks(
         if done.returncode:
             said = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
             # what is in the folder goes with it: the network of a memory, or a run that nobody asked to keep
-            passing = run_dir is None or _in_memory(model)
+            passing = run_dir is None or in_memory(model)
             raise HarnessError(_without_resume(said) if passing else said)
         found = Evaluation.of_run(load_run(Path(run_dir or Path(folder, "run"))))
     return (

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ade_harness.api.evaluation import model_overrides, option_overrides, place_of
+from ade_harness.api.arguments import model_overrides, option_overrides, place_of
 from ade_harness.api.predictors import Segmenter
 from ade_harness.api.state import callers_hydra
 from ade_harness.config.compose import compose_config

@@ -97,7 +97,7 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
     reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
     of_pixels = kind not in (*_ALONG, *_QUERIES)
     if model.class_map is None and of_pixels and not reduced and isinstance(labels, dict) and len(labels) == 151:
-        last = str(labels.get("150", labels.get(150))).lower() in NO_CLASS_NAMES
+        last = str(labels.get("150")).lower() in NO_CLASS_NAMES
         model.class_map = [*range(150), None] if last else [None, *range(150)]
 
 

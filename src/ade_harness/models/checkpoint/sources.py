@@ -11,7 +11,8 @@ from ade_harness.files.fetch import cache_dir, file_hash
 from ade_harness.models.checkpoint.parts import Choice, Part
 from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint, url_checkpoint
 
-_OF_BACKBONE = "model.backbone_checkpoint"
+OF_BACKBONE = "model.backbone_checkpoint"
+"""The option by which a user gives a backbone's file."""
 
 
 def chosen_checkpoint(cfg: ModelConfig) -> Checkpoint | None:
@@ -26,12 +27,12 @@ def chosen_checkpoint(cfg: ModelConfig) -> Checkpoint | None:
 def backbone_checkpoint(cfg: ModelConfig, why: str) -> Checkpoint:
     """Return the file of the frozen backbone below a head; `why` leads the message if there is none."""
     if cfg.backbone_checkpoint is not None:
-        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, "model.backbone_checkpoint")
+        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, OF_BACKBONE)
     if cfg.backbone.source == "timm":
         require_timm(cfg)
         assert cfg.backbone.timm is not None
-        return hub_checkpoint(*timm_repository(cfg.backbone.timm), cfg.backbone.revision, None, _OF_BACKBONE)
-    found = _public_file(cfg, cfg.backbone, cfg.backbone, _OF_BACKBONE)
+        return hub_checkpoint(*timm_repository(cfg.backbone.timm), cfg.backbone.revision, None, OF_BACKBONE)
+    found = _public_file(cfg, cfg.backbone, cfg.backbone, OF_BACKBONE)
     if found is None:
         raise HarnessError(f"{why}. Give the backbone's file as model.backbone_checkpoint=PATH.")
     return found

@@ -15,13 +15,12 @@ from ade_harness.errors import require
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, known_names, pretrained_cfg, statistics_of
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint
-from ade_harness.models.checkpoint.sources import choice_of, facts_of, timm_repository
+from ade_harness.models.checkpoint.sources import OF_BACKBONE, choice_of, facts_of, timm_repository
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.heads.linear import LinearSegmenter
 from ade_harness.models.loaded import LoadedModel
 
 _HEAD = "head."
-_OF_BACKBONE = "model.backbone_checkpoint"
 
 
 def load(cfg: ModelConfig, threads: int) -> LoadedModel:
@@ -111,8 +110,8 @@ def _segmenter(cfg: ModelConfig, name: str, state: Mapping[str, Tensor] | None) 
 def _backbone_file(cfg: ModelConfig, name: str) -> Checkpoint:
     """Return the backbone's weights: the user's file, or timm's on the hub."""
     if cfg.backbone_checkpoint is not None:
-        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, _OF_BACKBONE)
-    return hub_checkpoint(*timm_repository(name), cfg.backbone.revision, cfg.backbone.sha256, _OF_BACKBONE)
+        return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, OF_BACKBONE)
+    return hub_checkpoint(*timm_repository(name), cfg.backbone.revision, cfg.backbone.sha256, OF_BACKBONE)
 
 
 def _loaded(cfg: ModelConfig, name: str, network: LinearSegmenter, weights: str, facts: dict[str, Any]) -> LoadedModel:

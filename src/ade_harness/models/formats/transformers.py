@@ -223,24 +223,28 @@ def _pixel_statistics(model_id: str, revision: str | None) -> tuple[list[float],
             f"model.id={model_id}: its preprocessor wants BGR, which model=hf does not do. Use model=custom with"
             " model.input.channel_order=bgr."
         )
-    factor = _three(values.get("rescale_factor", 1 / 255), f"model.id={model_id}: rescale_factor", above=0)[0]
+    where = f"model.id={model_id}: its image processor's"
+    factor = _number(values.get("rescale_factor", 1 / 255), f"{where} rescale_factor", above=0)
     scale = 1.0 / factor if values.get("do_rescale", True) else 1.0
     mean, std = values.get("image_mean"), values.get("image_std")
     if not values.get("do_normalize", True) or mean is None or std is None:
         return [0.0] * 3, [scale] * 3
-    mean = _three(mean, f"model.id={model_id}: image_mean")
-    return [m * scale for m in mean], [s * scale for s in _three(std, f"model.id={model_id}: image_std", above=0)]
+    mean, std = _three(mean, f"{where} image_mean"), _three(std, f"{where} image_std", above=0)
+    return [m * scale for m in mean], [s * scale for s in std]
 
 
 def _three(value: Any, what: str, above: float = -math.inf) -> list[float]:
     """Return a processor's number for each of red, green and blue; one number is that of all."""
     numbers = value if isinstance(value, list | tuple) else [value] * 3
-    if len(numbers) != 3 or not all(
-        isinstance(n, int | float) and not isinstance(n, bool) and above < n < math.inf for n in numbers
-    ):
-        over = f" above {above:g}" if above > -math.inf else ""
-        raise HarnessError(f"{what}={value} of its image processor: expected a number{over}, or three.")
-    return [float(n) for n in numbers]
+    if len(numbers) != 3:
+        raise HarnessError(f"{what} has {len(numbers)} numbers, expected three, or one for all channels.")
+    return [_number(n, what, above) for n in numbers]
+
+
+def _number(value: Any, what: str, above: float = -math.inf) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
+        raise HarnessError(f"{what} is {value!r}, expected a number{f' above {above:g}' if above > -math.inf else ''}.")
+    return float(value)
 
 
 @contextmanager

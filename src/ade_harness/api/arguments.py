@@ -1,0 +1,122 @@
+"""What callers from Python give: models, numbers, devices, options; as overrides of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ade_harness.config.files import choices
+from ade_harness.config.overrides import as_override_value
+from ade_harness.errors import HarnessError, did_you_mean
+
+Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
+
+_FILES = {
+    ".onnx": "onnx",
+    ".pt2": "exported",
+    ".pt": "torchscript",
+    ".ts": "torchscript",
+    ".torchscript": "torchscript",
+}
+
+
+def whole_number(name: str, value: Any, least: int) -> None:
+    """Raise HarnessError unless an argument is a whole number of at least `least`."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise HarnessError(f"{name}={value!r}: expected a whole number from {least} up.")
+
+
+def place_of(asked: Any, here: bool = True) -> torch.device:
+    """Return a device; raises HarnessError for what is none, or, if it is to be used `here`, is not there."""
+    try:
+        device = torch.device(asked)
+        if here:
+            torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise HarnessError(f"device={asked!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise HarnessError(f"device={asked!r}: nothing is computed there. Give cpu, or cuda:0.")
+    return device
+
+
+_ARGUMENTS = {
+    "runtime.devices": "devices=",
+    "runtime.accelerator": "device=",
+    "runtime.workers": "workers=",
+    "run.dir": "run_dir=",
+}
+"""What is an argument from Python, and has no effect otherwise."""
+
+
+def option_overrides(options: Mapping[str, Any] | None) -> list[str]:
+    """Return options by dotted keys as overrides.
+
+    Raises:
+        HarnessError: they are no mapping, or name what has an argument of its own.
+    """
+    if not isinstance(options or {}, Mapping):
+        raise HarnessError(f"options={options!r}: expected a mapping from dotted keys to values.")
+    found = []
+    for key, value in (options or {}).items():
+        if key in _ARGUMENTS:
+            raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
+        found.append(f"{key}={as_override_value(plain(value))}")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return paths as texts, and numbers and arrays of NumPy and torch as Python's."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
+
+
+def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
+    """Return the overrides that choose a model.
+
+    Raises:
+        HarnessError: a text that is neither a system nor a file, or something that is no model.
+    """
+    overrides = []
+    if isinstance(model, str | Path):
+        text, path = str(model), Path(model).expanduser()
+        names = choices("model")
+        if text in names:
+            overrides = [f"model={text}"]
+        elif path.is_dir():
+            overrides = ["model=hf", f"model.id={as_override_value(str(path))}"]
+        elif path.suffix in _FILES and path.is_file():
+            overrides = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
+        else:
+            raise HarnessError(
+                f"{text!r}: no such system, file or folder.{did_you_mean(text, names)} Expected a name that"
+                " `python -m ade_harness models` lists, an .onnx or TorchScript file, or a folder of transformers. A"
+                " checkpoint goes with its system: model='segformer_b0', checkpoint=PATH."
+            )
+    elif isinstance(model, type) or not callable(model):
+        raise HarnessError(
+            f"model is a {type(model).__name__}"
+            f"{f' ({model.__name__}): pass an object of it' if isinstance(model, type) else ''}; expected an nn.Module,"
+            " the name of a system, a path, or a function from an image to labels."
+        )
+    else:
+        kind = type(model)
+        named = getattr(model, "__qualname__", kind.__qualname__)
+        overrides = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
+                 f"model.label={as_override_value(str(named))}"]  # fmt: skip
+    if checkpoint is not None:
+        if in_memory(model):
+            raise HarnessError("checkpoint: load it into the network before: net.load_state_dict(...).")
+        overrides.append(f"model.checkpoint={as_override_value(str(checkpoint))}")
+    return overrides
+
+
+def in_memory(model: Model) -> bool:
+    """Whether it is an object of this process: a network or a function."""
+    return not isinstance(model, str | Path)
