@@ -15,6 +15,7 @@ from PIL import Image
 
 import ade_harness as ade
 from ade_harness.errors import HarnessError
+from ade_harness.runs.lock import RunLock
 from tests.conftest import Done
 
 SMALL = {"dataset.images": 5, "metrics.resamples": 1000}
@@ -114,16 +115,24 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "one", tmp_path / "begun")
     manifest = json.loads((tmp_path / "begun/manifest.json").read_text())
     (tmp_path / "begun/manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    shutil.copytree(tmp_path / "begun", tmp_path / "now")
+    lock = RunLock(tmp_path / "now")
+    lock.acquire()
     table = ade.runs(tmp_path).set_index("run")
+    lock.release()
     assert sorted(Path(run).relative_to(tmp_path).as_posix() for run in table.index) == [
-        "begun", "damaged", "one", "sweep/two",
+        "begun", "damaged", "now", "one", "sweep/two",
     ]  # fmt: skip
     one = table.loc[str(tmp_path / "one")]
     assert (one.status, one.model, one.protocol, one.images) == ("finished", "demo", "original_size", 5)
     assert one.mIoU == ade.load_run(tmp_path / "one").mIoU
     assert "PARTIAL: 3 of" in table.loc[str(tmp_path / "sweep/two")].marks
     assert table.loc[str(tmp_path / "damaged")].status.startswith("damaged: ")
-    assert table.loc[str(tmp_path / "begun")].status == "running"
+    assert table.loc[str(tmp_path / "begun")].status == "interrupted"  # nobody works on it
+    assert table.loc[str(tmp_path / "now")].status == "running"
+    for wrong in (3, ["a"], None):
+        with pytest.raises(HarnessError, match=r"given, expected folders: runs\('a', 'b'\)"):
+            ade.runs(wrong)  # type: ignore[arg-type]
     with pytest.raises(HarnessError, match="no such folder"):
         ade.runs(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

@@ -43,3 +43,9 @@ def test_a_limit_of_one_image_and_no_resamples_end_well(call: Call, tmp_path: Pa
         done = call("dataset.images=3", "runtime.workers=0", "tracking=none", "run.report=true", *words)
         assert done.code == 0, done.err
         assert "page:" in done.out
+
+
+def test_a_folder_is_not_ignored_where_the_data_are_synthetic(call: Call) -> None:
+    done = call("dataset.root=/no/such", "dataset.images=2")
+    assert done.code == 2
+    assert "dataset.root=/no/such: would not be read, as the data set is demo. Add dataset=ade20k" in done.err

@@ -62,8 +62,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert main(["report", str(root / "worse"), "--output", str(root / "worse.html")]) == 0
     pages = ["--output", str(root / "compared.html"), "--resamples", "500"]
     assert main(["compare", str(root / "demo"), str(root / "worse"), *pages]) == 0
+    named = [root / f"20260102-030405_mask2former_swin_l_fapn_a1b2c3{i}{'x' * 60 * i}" for i in range(2)]
+    for source, folder in zip((root / "demo", root / "worse"), named, strict=True):
+        shutil.copytree(source, folder)
+    assert main(["compare", *map(str, named), "--output", str(root / "named.html"), "--resamples", "500"]) == 0
     return {
-        "demo": root / "demo" / "report.html", "worse": root / "worse.html", "compared": root / "compared.html",
+        "named": root / "named.html", "demo": root / "demo" / "report.html", "worse": root / "worse.html", "compared": root / "compared.html",
         "run": root / "demo", "other": root / "worse",
     }  # fmt: skip
 
@@ -270,7 +274,7 @@ def test_runs_without_intervals_have_a_page(words: list[str], tmp_path: Path, ca
 
 @needs_browser
 @pytest.mark.parametrize("width", [375, 768, 1280])
-@pytest.mark.parametrize("name", ["demo", "compared"])
+@pytest.mark.parametrize("name", ["demo", "compared", "named"])
 def test_pages_fit_a_phone_a_tablet_and_a_desk(runs, browser, name: str, width: int) -> None:  # type: ignore[no-untyped-def]
     opened = visit(browser, runs[name], viewport={"width": width, "height": 800})
     page = opened.page
@@ -283,6 +287,20 @@ def test_pages_fit_a_phone_a_tablet_and_a_desk(runs, browser, name: str, width: 
         element.getBoundingClientRect().right > element.closest("figure").getBoundingClientRect().right + 0.5).length"""
     assert page.evaluate(cards) == 0
     assert opened.problems == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["demo", "compared", "named"])
+def test_no_column_is_cut_off_in_print(runs, browser, name: str) -> None:  # type: ignore[no-untyped-def]
+    page = visit(browser, runs[name], viewport={"width": 718, "height": 1000}).page  # A4 between margins
+    page.emulate_media(media="print")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 718
+    cut = """[...document.querySelectorAll("table")].filter((table) => table.getClientRects().length &&
+        table.getBoundingClientRect().right > innerWidth + 1).map((table) => table.id || table.outerHTML.slice(0, 80))"""
+    assert page.evaluate(cut) == []
+    hidden = """[...document.querySelectorAll(".box, .scroll")].filter((box) => box.scrollWidth > box.clientWidth + 1 &&
+        getComputedStyle(box).overflowX !== "visible").length"""
+    assert page.evaluate(hidden) == 0
 
 
 @needs_browser

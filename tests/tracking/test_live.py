@@ -205,6 +205,9 @@ def test_what_a_server_gets_while_it_works(
     live = LiveRun(compose_config([]).tracking, entry, "live-progress", opened.append)
     wait(live._begun.is_set)
     time.sleep(3)  # several looks
+    monkeypatch.setattr(module, "EVERY_S", 600.0)
+    (folder / "logs").mkdir(exist_ok=True)
+    (folder / "logs/rank00000.log").write_text("the last words of a rank\n")
     assert live.end(Failed(entry, "an image"), 120).problem == ""
     assert opened == [f"{online.base}/team/ade20k/runs/live-progress"]
     [row] = history(online, "live-progress")
@@ -212,6 +215,7 @@ def test_what_a_server_gets_while_it_works(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert row["progress/pixel_accuracy"] == metrics["pixel_accuracy"]  # of what is in the ledger
     assert row["progress/images_per_second"] == 1.5
+    assert "the last words of a rank" in str(online.stream["live-progress", "output.log"])
     assert "3 of 8, 1.50/s, 0:03 left" in str(online.stream["live-progress", "output.log"])
     assert online.exits["live-progress"] == 1
     assert online.alerts[-1]["runName"] == "live-progress"

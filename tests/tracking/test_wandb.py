@@ -456,8 +456,13 @@ def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeyp
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     assert wandb_upload.user_settings().project == "mine"
     monkeypatch.setenv("WANDB_PROJECT", "a/b?c")  # no name that W&B takes
-    with pytest.warns(UserWarning, match="W&B: settings cannot be understood"):
-        assert wandb_upload.user_settings() == wandb_upload.UserSettings()
+    monkeypatch.setenv("WANDB_NOTES", "why")
+    with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT cannot be understood, and is left out"):
+        assert wandb_upload.user_settings() == wandb_upload.UserSettings(notes="why")
+    monkeypatch.setenv("WANDB_TAGS", "x" * 65 + ",ok")  # 64 characters are W&B's bound
+    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS cannot be understood"):
+        assert wandb_upload.user_settings().tags == ()
+    assert not {"WANDB_PROJECT", "WANDB_TAGS"} & os.environ.keys()  # wandb.init would read them too, and fail
 
 
 def run_record(folder: Path) -> Any:

@@ -15,7 +15,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.files.documents import checked, read_json
 from ade_harness.runs.directory import LEDGER, MANIFEST, PROBE, read_manifest
 from ade_harness.runs.ledger import read_rows
-from ade_harness.runs.lock import LEASE_S, LOCK, owner_state, read_lock
+from ade_harness.runs.lock import LOCK, at_work, owner_state, read_lock
 from ade_harness.runs.progress import read_losses, read_progress
 from ade_harness.runs.record import read_config
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
@@ -113,14 +113,11 @@ def run_state(status: str, holder: dict[str, Any], progress: dict[str, Any] | No
     """
     if status != "running":
         return status
-    owner = owner_state(holder) if holder else "dead"
     where = f"process {holder.get('pid')} on {holder.get('host')}" if holder else ""
-    if owner == "alive":
+    if at_work(holder, progress):
         return f"running ({where})"
-    if owner == "unknown" and progress is not None:
+    if holder and owner_state(holder) == "unknown" and progress is not None:
         age = (datetime.now(UTC) - datetime.fromisoformat(progress["updated"])).total_seconds()
-        if age <= LEASE_S:
-            return f"running ({where})"
         return f"interrupted, or silent for {format_seconds(age)} ({where})"
     return "interrupted"
 

@@ -279,8 +279,13 @@ def require_data(config: Config) -> None:
     """Refuse to begin without ADE20K: a configuration alone, to be shown or loaded, needs no data.
 
     Raises:
-        HarnessError: says where it was looked for, and how to get it.
+        HarnessError: says where it was looked for, and how to get it; or a folder is given to a data set that has none.
     """
+    require(
+        config.dataset.kind == DatasetKind.ade20k or not config.dataset.root,
+        f"dataset.root={config.dataset.root}: would not be read, as the data set is {config.dataset.kind}. Add"
+        " dataset=ade20k to evaluate it, or leave it out.",
+    )
     require(
         config.dataset.kind != DatasetKind.ade20k or bool(config.dataset.root),
         "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT). It is not in"

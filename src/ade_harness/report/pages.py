@@ -89,11 +89,7 @@ def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
         f"{len(ranking.runs)} runs compared",
         [f"{ranked.name}: {mark}" for ranked in ranking.runs for mark in ranked.run.marks],
         ranking.runs[0].run.classes,
-        {
-            "names": list(ranking.runs[0].run.classes.names),
-            "runs": [ranked.name for ranked in ranking.runs],
-            "pairs": pairs,
-        },
+        {"names": list(ranking.runs[0].run.classes.names), "pairs": pairs},
         ranking=ranking,
         examples=examples,
         notes=notes,

@@ -137,7 +137,7 @@ def stages_figure(stages: dict[str, float]) -> Figure:
         "y": names,
         "marker": {"color": BLUE},
     }
-    return figure([bars], "seconds, all ranks together", "", yaxis={"automargin": True})
+    return figure([bars], "seconds, all ranks together", "")
 
 
 def ranks_figure(ranks: Sequence[dict[str, Any]]) -> Figure:

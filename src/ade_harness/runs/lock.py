@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,19 @@ def owner_state(holder: dict[str, Any]) -> str:
         return "unknown"
     started = _started(int(holder.get("pid", -1)))
     return "alive" if started is not None and started == holder.get("started") else "dead"
+
+
+def at_work(holder: dict[str, Any], progress: dict[str, Any] | None) -> bool:
+    """Whether somebody is working on a run that its manifest calls running: what was killed could not change that.
+
+    Args:
+        holder: the lock's content.
+        progress: the content of progress.json; of a process on another machine, its age says whether it is alive.
+    """
+    owner = owner_state(holder) if holder else "dead"
+    if owner == "unknown" and progress is not None:
+        return bool((datetime.now(UTC) - datetime.fromisoformat(progress["updated"])).total_seconds() <= LEASE_S)
+    return owner == "alive"
 
 
 def _refusal(path: Path, holder: dict[str, Any]) -> str:

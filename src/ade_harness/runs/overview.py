@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ade_harness.errors import HarnessError
 from ade_harness.files.documents import read_json, read_yaml
 from ade_harness.runs.directory import MANIFEST, read_manifest
+from ade_harness.runs.lock import LOCK, at_work, read_lock
+from ade_harness.runs.progress import read_progress
 from ade_harness.runs.shapes import CONFIG, METRICS
 
 if TYPE_CHECKING:
@@ -65,10 +67,11 @@ def list_runs(folders: Sequence[Path]) -> list[RunRow]:
     Raises:
         HarnessError: a folder that is not there, or no run in any of them.
     """
+    folders = [folder.expanduser() for folder in folders]
     for folder in folders:
         if not folder.is_dir():
             raise HarnessError(f"{folder}: no such folder. Give the folder of runs, or of one run.")
-    found = dict.fromkeys(path for folder in folders for path in _directories(folder.expanduser(), _DEPTH))
+    found = dict.fromkeys(path for folder in folders for path in _directories(folder, _DEPTH))
     if not found:
         raise HarnessError(f"{', '.join(map(str, folders))}: no run is in there (no {MANIFEST}).")
     return sorted((_row(path) for path in found), key=lambda row: (row.started or "", row.run))
@@ -85,6 +88,9 @@ def runs(*folders: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
+    for folder in folders:
+        if not isinstance(folder, str | Path):
+            raise HarnessError(f"runs: {type(folder).__name__} given, expected folders: runs('a', 'b').")
     paths = [Path(folder) for folder in folders or ("runs",)]
     return pd.DataFrame([asdict(row) for row in list_runs(paths)], columns=list(COLUMNS))
 
@@ -115,7 +121,7 @@ def _row(path: Path) -> RunRow:
     of_config = config.get("model", {})
     return RunRow(
         run=str(path),
-        status=str(manifest.get("status", "?")),
+        status=_state(path, str(manifest.get("status", "?"))),
         kind="probe" if manifest.get("kind") == "probe" else "evaluation",
         started=manifest.get("started"),
         label=of_config.get("label") or of_config.get("name"),
@@ -137,3 +143,10 @@ def _row(path: Path) -> RunRow:
         seconds=manifest.get("timings", {}).get("seconds"),
         marks="; ".join(manifest.get("marks", ())),
     )
+
+
+def _state(path: Path, status: str) -> str:
+    """Return the manifest's status, but ``interrupted`` for a run on which nobody works any more."""
+    if status == "running" and not at_work(read_lock(path / LOCK), read_progress(path)):
+        return "interrupted"
+    return status

@@ -37,7 +37,8 @@ def make_console(*, result: bool = True) -> Console:
     quiet = output() == Output.quiet and not result
     stderr = output() == Output.stderr
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, quiet=quiet, width=None if stream.isatty() else _LOG_WIDTH)
+    width = None if stream.isatty() else _LOG_WIDTH
+    return Console(stderr=stderr, quiet=quiet, width=width, markup=False, emoji=False)  # `wandb:zzz:` is no picture
 
 
 def print_fact(console: Console, name: str, value: str) -> None:
@@ -52,7 +53,7 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 def print_error(text: str) -> None:
     """Print a line to stderr."""
-    print_line(Console(stderr=True), without_long_words(text))
+    print_line(Console(stderr=True, emoji=False), without_long_words(text))
 
 
 def percent(fraction: float | None) -> str:

@@ -156,16 +156,17 @@ def _follow(run: Any, start: Start, inbox: queue.Queue[Content | None]) -> Conte
     """Log how far the work is until the end comes."""
     run.define_metric("progress/*", summary="none")
     follower = Follower(start.entry.folder, run.step if start.entry.job_type == "probe" else None)
-    while True:
+    content, is_over = None, False
+    while not is_over:
         try:
-            return inbox.get(timeout=start.every_s)
+            content, is_over = inbox.get(timeout=start.every_s), True
         except queue.Empty:
-            pass
-        with suppress(HarnessError, OSError):  # it is being written: the next look sees it
-            for row, step in follower.rows():
-                run.log(row, step=step, commit=True)
-        for line in follower.text():
+            with suppress(HarnessError, OSError):  # it is being written: the next look sees it
+                for row, step in follower.rows():
+                    run.log(row, step=step, commit=True)
+        for line in follower.text():  # also the last ones, which may say why it failed
             print(line)  # W&B shows it as the run's log
+    return content
 
 
 def _receive(pipe: BinaryIO, inbox: queue.Queue[Content | None]) -> None:

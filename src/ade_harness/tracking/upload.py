@@ -128,14 +128,21 @@ def user_settings() -> UserSettings:
 
     What cannot be understood is left out, with a warning: the run is logged all the same.
     """
-    names = ("PROJECT", "ENTITY", "RUN_GROUP", "NAME", "NOTES", "TAGS")
-    given = {f"WANDB_{name}": os.environ[f"WANDB_{name}"] for name in names if os.environ.get(f"WANDB_{name}")}
     try:
         found = _settings_of_files()
-        found.update_from_env_vars(given)
     except Exception as error:  # pydantic's ValidationError, wandb's UsageError, ...
         warnings.warn(f"W&B: settings cannot be understood: {' '.join(str(error).split())[:200]}", stacklevel=2)
         return UserSettings()
+    for name in ("PROJECT", "ENTITY", "RUN_GROUP", "NAME", "NOTES", "TAGS"):
+        key = f"WANDB_{name}"
+        if not os.environ.get(key):
+            continue
+        try:
+            found.update_from_env_vars({key: os.environ[key]})
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"W&B: {key} cannot be understood, and is left out: {reason}", stacklevel=2)
+            del os.environ[key]  # wandb.init reads it too, and would fail
     tags = tuple(found.run_tags or ())
     return UserSettings(found.project, found.entity, found.run_group, found.run_name, found.run_notes, tags)
 

@@ -8,7 +8,7 @@
   // ---- figures, in the page's colours ----
   const drawn = new Map();
   function themed(layout) {
-    const axis = { gridcolor: color("--grid"), zerolinecolor: color("--grid"), linecolor: color("--line") };
+    const axis = { gridcolor: color("--grid"), zerolinecolor: color("--grid"), linecolor: color("--line"), automargin: true };
     return {
       ...layout,
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -191,7 +191,6 @@
   const pairChoice = document.getElementById("pair");
   function showPair() {
     const pair = data.pairs[Number(pairChoice.value)];
-    const [one, two] = [data.runs[pair.first], data.runs[pair.second]];
     const rows = pair.classes.map((row) => ({ ...row, name: data.names[row.class] }));
     const marker = (row) => (row.significant ? "#d55e00" : "#8a8a8a");
     draw("scatter", {
@@ -205,8 +204,8 @@
       ],
       layout: {
         margin: { l: 60, r: 20, t: 20, b: 50 },
-        xaxis: { title: { text: `IoU of ${one}, percent` }, range: [0, 100] },
-        yaxis: { title: { text: `IoU of ${two}, percent` }, range: [0, 100] },
+        xaxis: { title: { text: "first run: IoU, percent" }, range: [0, 100] },
+        yaxis: { title: { text: "second run: IoU, percent" }, range: [0, 100] },
       },
     });
     const sorted = rows.filter((r) => r.first !== r.second).sort((a, b) => a.second - a.first - (b.second - b.first));
@@ -217,7 +216,7 @@
         marker: { color: ends.map(marker) },
         hovertemplate: "%{y}: %{x:+.2f}<extra></extra>",
       }],
-      layout: { margin: { l: innerWidth < 600 ? 90 : 150, r: 20, t: 20, b: 50 }, xaxis: { title: { text: "IoU, second minus first, points" } }, yaxis: { automargin: true, tickfont: { size: 10 } } },
+      layout: { margin: { l: innerWidth < 600 ? 90 : 150, r: 20, t: 20, b: 50 }, xaxis: { title: { text: "difference, points" } }, yaxis: { tickfont: { size: 10 } } },
     });
     document.querySelectorAll("[data-pair]").forEach((part) => { part.hidden = part.dataset.pair !== pairChoice.value; });
   }
