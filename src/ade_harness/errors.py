@@ -14,6 +14,10 @@ class HarnessError(Exception):
     """
 
 
+class ArgumentError(HarnessError, ValueError):
+    """An argument from Python that makes no sense; also a ValueError, as Python's and torchmetrics' callers expect."""
+
+
 class EveryImageError(HarnessError):
     """What failed for one image and would fail for every other one: a server that is gone."""
 

@@ -54,11 +54,27 @@ _ARGUMENTS = {
 """What is an argument from Python, and has no effect otherwise."""
 
 
-def option_overrides(options: Mapping[str, Any] | None) -> list[str]:
+_OF_MEMORY = ("input", "class_map", "class_names", "label", "published", "about", "parity")
+"""What `model.` says of a network in memory: what its input and its channels mean, and what is shown beside it."""
+
+
+def is_tracked(options: Mapping[str, Any] | None) -> bool:
+    """Whether options ask for W&B."""
+    given = options if isinstance(options, Mapping) else {}
+    keys = [str(key) for key in given]
+    return given.get("tracking") != "none" and any(key.partition(".")[0] == "tracking" for key in keys)
+
+
+def option_overrides(options: Mapping[str, Any] | None, memory: bool, runs: bool = False) -> list[str]:
     """Return options by dotted keys as overrides.
 
+    Args:
+        options: dotted keys and values; None: none.
+        memory: whether the network is in memory, so that nothing says how to make it.
+        runs: whether a run directory may be written, which W&B may show.
+
     Raises:
-        HarnessError: they are no mapping, or name what has an argument of its own.
+        HarnessError: they are no mapping, name what has an argument of its own, or would have no effect.
     """
     if not isinstance(options or {}, Mapping):
         raise HarnessError(f"options={options!r}: expected a mapping from dotted keys to values.")
@@ -66,6 +82,14 @@ def option_overrides(options: Mapping[str, Any] | None) -> list[str]:
     for key, value in (options or {}).items():
         if key in _ARGUMENTS:
             raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
+        group, _, field = str(key).partition(".")
+        if group == "tracking" and not runs:
+            raise HarnessError(f"options: {key} has no effect: there is no run directory that W&B could show.")
+        if memory and group == "model" and field.partition(".")[0] not in _OF_MEMORY:
+            raise HarnessError(
+                f"options: {key} has no effect: the model is in memory. Its options are"
+                f" {', '.join(f'model.{name}' for name in _OF_MEMORY)}."
+            )
         found.append(f"{key}={as_override_value(plain(value))}")
     return found
 

@@ -68,7 +68,7 @@ class ADE20KEvaluation(pl.Callback):
         overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
         overrides += [f"inference={protocol}"] if protocol is not None else []
         with callers_hydra():
-            config = compose_config(overrides + option_overrides(options))
+            config = compose_config(overrides + option_overrides(options, memory=True))
         require_data(config)
         with callers_hydra():
             self._composed = Composed(config, None, protocol_changes(config.inference))

@@ -21,6 +21,7 @@ from torch import nn
 from ade_harness.api.arguments import (
     Model,
     in_memory,
+    is_tracked,
     model_overrides,
     option_overrides,
     place_of,
@@ -40,6 +41,7 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
 from ade_harness.evaluation.job import describe_facts
+from ade_harness.evaluation.outcome import only_remarked
 from ade_harness.inference.opening import open_predictor
 from ade_harness.inference.predictor import Predictor
 from ade_harness.runs.directory import LEDGER, MANIFEST
@@ -51,6 +53,7 @@ from ade_harness.runtime.cluster import usable_cores
 from ade_harness.runtime.console import make_console
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import arithmetic_as_set
+from ade_harness.tracking.around import tracked
 
 Labels = npt.NDArray[np.uint8]
 
@@ -96,7 +99,8 @@ def evaluate(
         run_dir: also write a run directory here, for `report`, `compare`, `leaderboard` and W&B. With `devices` over 1
             it can be continued.
         progress: show a bar with rate and time left.
-        options: any option of the command line by its dotted key: ``{"model.input.channel_order": "bgr"}``.
+        options: any option of the command line by its dotted key: ``{"model.input.channel_order": "bgr"}``. Those of
+            ``tracking`` log the run directory in W&B, which is not done otherwise.
 
     Returns:
         Scores with intervals, and the counts of each image.
@@ -113,6 +117,8 @@ def evaluate(
         run_dir = Path(run_dir).expanduser()
     asked = None if device is None else place_of(device, here=devices == 1)
     overrides = _overrides(model, root, dataset, protocol, limit, checkpoint, options)
+    if is_tracked(options) and run_dir is None:
+        raise HarnessError("options: tracking logs a run directory. Give run_dir=PATH, or leave tracking out.")
     if devices > 1:
         return _in_ranks(model, overrides, devices, workers, run_dir, progress, asked)
     with callers_process():
@@ -151,7 +157,9 @@ def _evaluate(
         facts["repeat"] = composed.repeat
         seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
         record = start_record(as_dict(cfg), facts, opened.marks, seeds)
-        with held(record):
+        console = make_console()
+        with held(record), tracked(cfg, console) as tracking:
+            tracking.begin(path, record.manifest)
             writer = LedgerWriter(path / LEDGER, opened.marks)
             try:
                 try:
@@ -164,6 +172,9 @@ def _evaluate(
                 raise
             write_result(result)
             record.finish(rows, result.timings(), result.marks, {})
+            if cfg.tracking.kind == "wandb":
+                with only_remarked(console, "W&B: not logged"):
+                    tracking.finish(result, record.manifest)
     return Evaluation.of_result(result, tuple(rows), path)
 
 
@@ -172,12 +183,14 @@ def _overrides(
     checkpoint: str | Path | None, options: Mapping[str, Any] | None,
 ) -> list[str]:  # fmt: skip
     """Return the configuration that was asked for, as overrides of the command line."""
-    overrides = [*model_overrides(model, checkpoint), f"dataset={dataset}", "tracking=none"]
+    overrides = [*model_overrides(model, checkpoint), f"dataset={dataset}"]
+    if not is_tracked(options):
+        overrides.append("tracking=none")
     if protocol is not None:
         overrides.append(f"inference={protocol}")
     given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": plain(limit)}
     overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
-    return overrides + option_overrides(options)
+    return overrides + option_overrides(options, in_memory(model), runs=True)
 
 
 def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:
@@ -233,7 +246,7 @@ def _in_ranks(
             environment.pop(name, None)  # of a training that this process is a rank of
         done = subprocess.run(
             command, env=environment, text=True, check=False, stdin=subprocess.DEVNULL,
-            stdout=None if progress else subprocess.DEVNULL, stderr=subprocess.PIPE,
+            stdout=None if progress or "tracking=none" not in overrides else subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         if done.returncode:
             said = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
@@ -257,8 +270,10 @@ def _without_resume(message: str) -> str:
 def _pickled(model: Model, path: Path, devices: int) -> list[str]:
     """Write a network for ranks; returns the overrides with which they read it."""
     kind = type(model)
-    if not isinstance(model, nn.Module) or kind.__module__ == "__main__":
-        what = f"{kind.__name__} of __main__" if isinstance(model, nn.Module) else "function"
+    parts = [type(module) for module in model.modules()] if isinstance(model, nn.Module) else []
+    local = next((part for part in parts if part.__module__ == "__main__"), None)
+    if not parts or local is not None:
+        what = "function" if local is None else f"{local.__name__} of __main__"
         raise HarnessError(
             f"devices={devices}: ranks are other processes, which cannot import this {what}. Put the class into a"
             " module, give the model by name, or use devices=1."

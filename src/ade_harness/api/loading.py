@@ -43,7 +43,7 @@ def load_model(
     if protocol is not None:
         overrides.append(f"inference={protocol}")
     with callers_hydra():
-        cfg = compose_config(overrides + option_overrides(options))
+        cfg = compose_config(overrides + option_overrides(options, memory=False))
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     place = place_of(usual if device is None else device)
     return Segmenter(open_network(cfg, open_classes(cfg.dataset)), cfg, place)

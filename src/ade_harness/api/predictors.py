@@ -108,8 +108,16 @@ class FunctionPredictor:
         except Exception as error:  # anybody's code
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise HarnessError(f"{prepared.image_id}: the function failed ({reason}).") from error
-        found = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
         size, classes = prepared.original_size, len(self.classes)
+        try:
+            found = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+        except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, sparse tensors, bfloat16
+            what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            reason = " ".join(str(error).split())[:120]
+            raise HarnessError(
+                f"{prepared.image_id}: the function returned {what}, which is no array ({reason}); expected integers"
+                f" {list(size)}: a label for each pixel of the image."
+            ) from error
         if found.shape != size or not (np.issubdtype(found.dtype, np.integer)):
             raise HarnessError(
                 f"{prepared.image_id}: the function returned {found.dtype} {list(found.shape)}, expected integers"

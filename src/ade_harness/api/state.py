@@ -22,6 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ade_harness.errors import HarnessError
 
@@ -104,13 +105,23 @@ def callers_process() -> Iterator[None]:
 def begin(precision: str, seed: int) -> None:
     """Say how an evaluation computes, before it does; the first one seeds the generators, for networks that draw.
 
+    Torch's default type stays as it is: a network may make tensors by it.
+
     Args:
         precision: ``inference.precision``.
         seed: ``runtime.seed``.
 
     Raises:
-        HarnessError: another evaluation in this process needs other switches.
+        HarnessError: another evaluation in this process needs other switches, or torch's default type is not float32,
+            in which images, and so scores, are.
     """
+    if torch.get_default_dtype() != torch.float32:
+        name = str(torch.get_default_dtype()).removeprefix("torch.")
+        raise HarnessError(
+            f"torch's default dtype is {name}: scores would differ from those of any other run."
+            " torch.set_default_dtype(torch.float32) before, and back afterwards; inference.precision chooses how the"
+            " network computes."
+        )
     with _process:
         if _active.precision is None:
             _active.precision = precision
@@ -132,10 +143,11 @@ def callers_network(network: nn.Module | None, device: torch.device) -> Iterator
     with ExitStack() as locks:
         for lock in _locks_of(network):
             locks.enter_context(lock)
-        modes = [(module, module.training) for module in network.modules()]
+        # what was frozen or exported has one mode, and no such attribute
+        modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
         home = device_of(network)
         try:
-            network.eval()
+            _evaluation_mode(network, [module for module, _ in modes])
             if home is not None and home != device:
                 network.to(device)
             yield
@@ -144,6 +156,15 @@ def callers_network(network: nn.Module | None, device: torch.device) -> Iterator
                 network.to(home)
             for module, mode in modes:
                 module.training = mode
+
+
+def _evaluation_mode(network: nn.Module, modules: list[nn.Module]) -> None:
+    """Have a network evaluate, also if a part of it refuses to be put into a mode: what torch.export gives does."""
+    try:
+        network.eval()
+    except (NotImplementedError, AttributeError, RuntimeError):
+        for module in modules:
+            module.training = False
 
 
 def _locks_of(network: nn.Module) -> list[threading.RLock]:
@@ -157,8 +178,14 @@ def device_of(network: nn.Module) -> torch.device | None:
     """Return where a network's weights are; None if it has none.
 
     Raises:
-        HarnessError: they are on several devices, or on none.
+        HarnessError: they are on several devices, or on none, or have no shape yet.
     """
+    unknown = [name for name, parameter in network.named_parameters() if is_lazy(parameter)]
+    if unknown:
+        raise HarnessError(
+            f"the network's {unknown[0]} has no shape yet (a lazy layer): call it once on an image before, or load its"
+            " weights."
+        )
     devices = {tensor.device for tensor in [*network.parameters(), *network.buffers()]}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         raise HarnessError(

@@ -42,7 +42,7 @@ def run_session(
         result, record = finished
         _show(cfg, console, result)
         if cfg.tracking.kind == "wandb":
-            with _only_remarked(console, "W&B: not logged"):
+            with only_remarked(console, "W&B: not logged"):
                 tracking.finish(result, record.manifest)
     return result
 
@@ -54,12 +54,12 @@ def _show(cfg: Config, console: Console, result: Result) -> None:
         print_fact(shown, "mIoU", percent(result.scores.mIoU))
         print_fact(shown, "run directory", str(result.run_dir))
     if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
-        with _only_remarked(console, "no page"):
+        with only_remarked(console, "no page"):
             _write_page(console, result.run_dir)
 
 
 @contextmanager
-def _only_remarked(console: Console, what: str) -> Iterator[None]:
+def only_remarked(console: Console, what: str) -> Iterator[None]:
     """Turn what fails into a remark: the result is on disk already, and neither it nor the exit code depend on this."""
     try:
         yield

@@ -103,8 +103,21 @@ class BatchedForward:
                 )
         if isinstance(output, MaskLogits):
             parts = [(output.classes[i : i + 1], output.masks[i : i + 1]) for i in range(len(images))]
-            return [MaskLogits(c.float(), m.float()) for c, m in parts]
-        return [output[i : i + 1].float() for i in range(len(images))]
+            return [MaskLogits(c.detach().float(), m.detach().float()) for c, m in parts]
+        if self._is_channels_last(output.shape, batch.shape):
+            raise HarnessError(
+                f"{what}: the model returned {list(output.shape)} for an input of {list(batch.shape)}: the"
+                f" {output.shape[3]} channels seem to be last. Expected logits [N, C, h, w]: permute(0, 3, 1, 2)."
+            )
+        # a network may have turned gradients on for itself
+        return [output[i : i + 1].detach().float() for i in range(len(images))]
+
+    def _is_channels_last(self, output: Sequence[int], images: Sequence[int]) -> bool:
+        """Whether scores look like [N, h, w, C]: the last axis has all channels, the two before are the image's."""
+        if output[1] == self.channels or output[3] != self.channels:
+            return False
+        step = max(1, round(images[2] / output[1]))
+        return all(abs(side / step - found) < 1 for side, found in zip(images[2:], output[1:3], strict=True))
 
     def _run(self, batch: Tensor, what: str) -> Any:
         if self.cfg.channels_last:
@@ -121,8 +134,18 @@ class BatchedForward:
             reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
-                f" ({type(error).__name__}: {reason}). ADE_HARNESS_TRACEBACK=1 shows where."
+                f" ({type(error).__name__}: {reason}).{self._of_type()} ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
+
+    def _of_type(self) -> str:
+        """Return what to do where weights are of another type than the images, which are float32; else nothing."""
+        weights = {p.dtype for p in self.model.module.parameters() if p.is_floating_point()} - {torch.float32}
+        if not weights or self.cfg.precision in _AUTOCAST:
+            return ""
+        name = str(min(weights, key=str)).removeprefix("torch.")
+        known = next((k for k, dtype in _AUTOCAST.items() if dtype in weights), None)
+        advice = f"evaluate with inference.precision={known}, or convert it" if known else "convert it"
+        return f" Its weights are {name}, images are float32: {advice}: network.float()."
 
     def _callable(self, device: torch.device) -> Any:
         if self._module is None:

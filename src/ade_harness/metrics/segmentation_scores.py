@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from ade_harness import kernels
 from ade_harness.data.labels import IGNORE_INDEX, MAX_CLASSES
+from ade_harness.errors import ArgumentError
 from ade_harness.metrics.confusion import area_scores, class_iou
 
 
@@ -36,7 +37,7 @@ class SegmentationScores(Metric):
         options: of ``torchmetrics.Metric``, such as ``dist_sync_on_step``.
 
     Raises:
-        ValueError: `num_classes` or `ignore_index` that make no sense.
+        ArgumentError: `num_classes` or `ignore_index` that make no sense; it is a ValueError.
     """
 
     is_differentiable = False
@@ -53,9 +54,14 @@ class SegmentationScores(Metric):
         self, num_classes: int = 150, ignore_index: int | None = IGNORE_INDEX, validate_args: bool = True,
         kernels_choice: str = "auto", **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(**options)
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: expected 1 or more.")
+        try:
+            super().__init__(**options)
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(f"torchmetrics.Metric: {error}") from error
+        if not _is_whole(num_classes) or num_classes < 1:
+            raise ArgumentError(f"num_classes={num_classes!r}: expected a whole number from 1 up.")
+        if ignore_index is not None and not _is_whole(ignore_index):
+            raise ArgumentError(f"ignore_index={ignore_index!r}: expected a whole number, or None.")
         self.num_classes, self.ignore_index, self.validate_args = num_classes, ignore_index, validate_args
         self.kernels_choice = kernels_choice
         self.add_state("matrix", torch.zeros(num_classes, num_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
@@ -69,15 +75,18 @@ class SegmentationScores(Metric):
             target: integers [N, H, W]: 0..C-1, or `ignore_index`.
 
         Raises:
-            ValueError: other shapes or types; or, with `validate_args`, a target that is no class.
+            ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class.
         """
         predictions, target = self._batched(predictions, target)
         for one, truth in zip(predictions, target, strict=True):
             self.matrix += self._counts(one, truth)
 
     def _batched(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        for name, value in (("predictions", predictions), ("target", target)):
+            if not isinstance(value, Tensor):
+                raise ArgumentError(f"{name}: a {type(value).__name__}, expected a tensor.")
         if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
-            raise ValueError(f"target is {target.dtype}, expected integers.")
+            raise ArgumentError(f"target is {target.dtype}, expected integers.")
         scores = predictions.is_floating_point()
         if target.ndim == 2:
             predictions, target = predictions[None], target[None]
@@ -88,13 +97,13 @@ class SegmentationScores(Metric):
             else predictions.shape == target.shape
         )
         if target.ndim != 3 or not fits or not predictions.numel():
-            raise ValueError(
+            raise ArgumentError(
                 f"predictions are {predictions.dtype} {list(predictions.shape)} for a target of {list(target.shape)};"
                 f" expected scores {expected if scores else [len(target), self.num_classes, 'h', 'w']} or integer"
                 f" labels {list(target.shape)}."
             )
         if predictions.device != target.device:
-            raise ValueError(f"predictions are on {predictions.device}, the target on {target.device}.")
+            raise ArgumentError(f"predictions are on {predictions.device}, the target on {target.device}.")
         return predictions, target
 
     def _counts(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ class SegmentationScores(Metric):
         if self.validate_args:
             wrong = ~known & ~ignored
             if bool(wrong.any()):
-                raise ValueError(
+                raise ArgumentError(
                     f"the target holds {int(target[wrong][0])}, expected 0 to {classes - 1}"
                     f"{'' if self.ignore_index is None else f', or ignore_index={self.ignore_index}'}."
                 )
@@ -146,6 +155,10 @@ class SegmentationScores(Metric):
     def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:
         """Plot one or several results of `compute`; returns matplotlib's figure and axis."""
         return self._plot(val, ax)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _wide(values: Tensor) -> Tensor:

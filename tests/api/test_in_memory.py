@@ -1,0 +1,170 @@
+"""Networks and functions of the caller: every kind that can be evaluated is, and every other is one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ade_harness as ade
+from ade_harness.errors import ArgumentError, HarnessError
+from ade_harness.metrics import SegmentationScores
+from tests.api.networks import Colours
+
+SMALL = {"dataset.images": 3, "metrics.resamples": 1000}
+
+
+class ChannelsLast(Colours):
+    """As a port from another framework may be."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return [N, h, w, C]."""
+        return super().forward(images).permute(0, 2, 3, 1)
+
+
+class WithGradients(Colours):
+    """Turns gradients on for itself, as networks do that adapt to each image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores that want a gradient."""
+        with torch.enable_grad():
+            return super().forward(images)
+
+
+class Lazy(nn.Module):
+    """Has seen no image yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyConv2d(150, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores."""
+        scores: Tensor = self.layer(images)
+        return scores
+
+
+def frozen() -> nn.Module:
+    return torch.jit.freeze(torch.jit.script(Colours().eval()))
+
+
+def exported() -> nn.Module:
+    sides = {2: torch.export.Dim("h", min=8, max=4000), 3: torch.export.Dim("w", min=8, max=4000)}
+    return torch.export.export(Colours().eval(), (torch.zeros(1, 3, 64, 48),), dynamic_shapes=(sides,)).module()
+
+
+def traced() -> nn.Module:
+    module: nn.Module = torch.jit.trace(Colours().eval(), torch.zeros(1, 3, 64, 48))
+    return module
+
+
+@pytest.mark.parametrize(
+    "make", [WithGradients, frozen, exported, traced, lambda: nn.Sequential(exported(), nn.Dropout(0.5))]
+)
+def test_networks_of_every_kind_have_the_scores_of_the_plain_one(make: Callable[[], nn.Module]) -> None:
+    plain = ade.evaluate(Colours(), dataset="demo", options=SMALL)
+    result = ade.evaluate(make(), dataset="demo", options=SMALL)
+    assert [row.label_hash for row in result.rows] == [row.label_hash for row in plain.rows]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (ChannelsLast(), r"returned \[1, \d+, \d+, 150\] .* channels seem to be last.*permute\(0, 3, 1, 2\)"),
+        (Colours().bfloat16(), r"weights are bfloat16, images are float32: evaluate with inference.precision=bf16"),
+        (Colours().half(), r"weights are float16, .*inference.precision=fp16"),
+        (Colours().double(), r"weights are float64, images are float32: convert it: network.float\(\)"),
+        (Lazy(), r"the network's layer.weight has no shape yet \(a lazy layer\)"),
+    ],
+)
+def test_networks_that_cannot_be_evaluated(network: nn.Module, message: str) -> None:
+    with pytest.raises(HarnessError, match=message):
+        ade.evaluate(network, dataset="demo", options=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda image: [[1, 2], [3]], "returned a list, which is no array"),
+        (
+            lambda image: torch.zeros(image.shape[:2], dtype=torch.long).to_sparse(),
+            r"returned torch.int64 \[128, 170\]",
+        ),
+        (lambda image: torch.zeros(image.shape[:2], dtype=torch.bfloat16), "returned torch.bfloat16"),
+        (lambda image: None, r"returned object \[\], expected integers"),
+    ],
+)
+def test_what_is_no_array(function: Any, message: str) -> None:
+    with pytest.raises(HarnessError, match=rf"ADE_val_00000001: the function {message}"):
+        ade.evaluate(function, dataset="demo", options=SMALL)
+
+
+@pytest.fixture
+def half_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("half_by_default")
+def test_another_default_type_is_refused() -> None:
+    with pytest.raises(HarnessError, match="torch's default dtype is bfloat16: scores would differ"):
+        ade.evaluate(Colours().float(), dataset="demo", options=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.checkpoint", "options: model.checkpoint has no effect: the model is in memory"),
+        ("model._target_", "has no effect"),
+        ("model.architecture.backbone.depth", "has no effect"),
+        ("tracking.project", "options: tracking logs a run directory. Give run_dir=PATH"),
+    ],
+)
+def test_options_without_effect_are_refused(option: str, message: str) -> None:
+    with pytest.raises(HarnessError, match=message):
+        ade.evaluate(Colours(), dataset="demo", options={**SMALL, option: "x"})
+    if option.startswith("tracking"):
+        with pytest.raises(HarnessError, match="tracking.project has no effect"):
+            ade.load_model("demo", options={option: "x"})
+
+
+def test_a_run_directory_of_a_network_in_memory_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = {**SMALL, "tracking": "wandb", "tracking.project": "mine", "model.label": "my network"}
+    result = ade.evaluate(Colours(), dataset="demo", run_dir=tmp_path / "run", options=options)
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert json.loads((tmp_path / "run/tracking.json").read_text())["id"]
+    assert ade.load_run(tmp_path / "run").mIoU == result.mIoU
+    ade.evaluate(Colours(), dataset="demo", run_dir=tmp_path / "quiet", options=SMALL)
+    assert not (tmp_path / "quiet/tracking.json").exists()
+
+
+def test_a_class_of_main_within_another_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lazy, "__module__", "__main__")
+    with pytest.raises(HarnessError, match="devices=2: ranks are other processes, which cannot import this Lazy of"):
+        ade.evaluate(nn.Sequential(nn.Identity(), Lazy()), dataset="demo", devices=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SegmentationScores("a"), "num_classes='a': expected a whole number"),  # type: ignore[arg-type]
+        (lambda: SegmentationScores(True), "num_classes=True"),
+        (lambda: SegmentationScores(3, ignore_index="x"), "ignore_index='x'"),  # type: ignore[arg-type]
+        (lambda: SegmentationScores(3, fast=True), "torchmetrics.Metric: Unexpected keyword arguments: `fast`"),
+        (lambda: SegmentationScores(3).update(np.zeros((1, 2, 2)), torch.zeros(1, 2, 2).long()), "predictions: a ndarray"),
+        (lambda: SegmentationScores(3).update(torch.zeros(1, 2, 2).long(), [[1]]), "target: a list"),
+    ],
+)  # fmt: skip
+def test_arguments_of_the_metric(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()
+    assert issubclass(ArgumentError, HarnessError)
+    assert issubclass(ArgumentError, ValueError)
