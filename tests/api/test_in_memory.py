@@ -77,9 +77,9 @@ def test_networks_of_every_kind_have_the_scores_of_the_plain_one(make: Callable[
     ("network", "message"),
     [
         (ChannelsLast(), r"returned \[1, \d+, \d+, 150\] .* channels seem to be last.*permute\(0, 3, 1, 2\)"),
-        (Colours().bfloat16(), r"weights are bfloat16, images are float32: evaluate with inference.precision=bf16"),
+        (Colours().bfloat16(), r"weights are bfloat16, images float32: inference.precision=bf16, or network.float\(\)"),
         (Colours().half(), r"weights are float16, .*inference.precision=fp16"),
-        (Colours().double(), r"weights are float64, images are float32: convert it: network.float\(\)"),
+        (Colours().double(), r"weights are float64, images float32: network.float\(\)"),
         (Lazy(), r"the network's layer.weight has no shape yet \(a lazy layer\)"),
     ],
 )

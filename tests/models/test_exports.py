@@ -129,6 +129,51 @@ def test_an_onnx_file_that_ends_in_an_argmax(tmp_path: Path, keepdims: int) -> N
     assert (one.matrix != two.matrix).sum() <= 4  # two convolutions: a tie may fall otherwise
 
 
+def two_outputs(path: Path) -> tuple[nn.Module, nn.Module]:
+    """Write a file with a main and an auxiliary head, the auxiliary first; returns both as networks."""
+    weights = np.random.default_rng(0).normal(size=(2, 150, 3, 1, 1)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["images", f"w{i}"], [name]) for i, name in enumerate(("aux", "out"))], "net",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 150, "h", "w"]) for name in ("aux", "out")],
+        [onnx.numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    layers = nn.Conv2d(3, 150, 1, bias=False), nn.Conv2d(3, 150, 1, bias=False)
+    for layer, w in zip(layers, weights, strict=True):
+        layer.weight.data = torch.from_numpy(w)
+    return layers
+
+
+def test_an_output_of_several_is_chosen_and_named(tmp_path: Path) -> None:
+    aux, out = two_outputs(tmp_path / "net.onnx")
+    first = evaluated(tmp_path / "net.onnx")
+    chosen = evaluated(tmp_path / "net.onnx", **{"model.output": "out"})
+    for one, two in ((first, aux), (chosen, out)):
+        assert (one.matrix != evaluated(two).matrix).sum() <= 4  # two convolutions: a tie may fall otherwise
+    assert any("of the file's outputs aux is taken, not out: model.output chooses" in note for note in first.notes)
+    assert not any("outputs" in note for note in chosen.notes)
+    with pytest.raises(HarnessError, match=r"no output named 'oot' \(model.output\) .*the model has aux tensor"):
+        evaluated(tmp_path / "net.onnx", **{"model.output": "oot"})
+    with pytest.raises(HarnessError, match="model.output=out: chooses an output of an ONNX file; the model is a demo"):
+        ade.load_model("demo", options={"model.output": "out"})
+
+
+@pytest.mark.parametrize(("side", "greatest"), [("height", (100, 4000)), ("width", (4000, 100))])
+def test_a_program_that_takes_some_sizes_says_which(tmp_path: Path, side: str, greatest: tuple[int, int]) -> None:
+    sides = {2 + i: torch.export.Dim("hw"[i], min=8, max=most) for i, most in enumerate(greatest)}
+    program = torch.export.export(network(), (torch.zeros(1, 3, 64, 48),), dynamic_shapes=(sides,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    with pytest.raises(
+        HarnessError, match=rf"ADE_val_00000001: the model takes inputs with a {side} of 8 to 100, .* makes"
+    ):
+        evaluated(tmp_path / "net.pt2")
+    unbounded = {2: torch.export.Dim("h", min=8), 3: torch.export.Dim("w", min=8)}
+    program = torch.export.export(network(), (torch.zeros(1, 3, 64, 48),), dynamic_shapes=(unbounded,))
+    torch.export.save(program, tmp_path / "any.pt2")
+    assert hashes(evaluated(tmp_path / "any.pt2")) == hashes(evaluated(network()))
+
+
 def test_torchscript_says_its_reason(tmp_path: Path) -> None:
     torch.jit.script(nn.Sequential(nn.Conv2d(3, 150, 1).half())).save(tmp_path / "net.ts")
     with pytest.raises(HarnessError) as found:

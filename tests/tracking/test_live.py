@@ -389,16 +389,27 @@ def test_a_run_that_is_not_there_or_still_runs_gets_nothing(
     training: str, online: StubServer, call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = call(*WORDS, "run.dir=run", "tracking.run_id=nowhere", "run.overlays=0")
-    assert done.code == 0
-    said = " ".join(done.out.split())
-    assert "tracking.run_id=nowhere: W&B has no run ade20k/nowhere" in said
-    assert "tries it again" in said
+    assert done.code == 2  # before the work begins
+    assert "tracking.run_id=nowhere: W&B has no run ade20k/nowhere" in " ".join(done.err.split())
+    assert not (tmp_path / "run").exists()
+    assert call(*WORDS, "run.dir=run", "run.overlays=0").code == 0
     monkeypatch.setitem(online.runs[training], "state", "running")
     before = history(online, training)
     done = call("resume", "run", f"tracking.run_id={training}")
     assert done.code == 0
-    assert "that run is still running" in " ".join(done.out.split())
+    said = " ".join(done.out.split())
+    assert "that run is still running" in said
+    assert "tries it again" in said
     assert history(online, training) == before
+
+
+def test_a_server_that_is_away_at_the_beginning_may_be_back_at_the_end(
+    online: StubServer, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    done = call(*WORDS, "run.dir=run", "tracking.run_id=abc", "run.overlays=0")
+    assert done.code == 0, done.err
+    assert "`resume run` tries it again" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize(

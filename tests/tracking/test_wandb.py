@@ -8,9 +8,11 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -383,6 +385,40 @@ def test_a_slow_upload_is_ended_and_nothing_stays_behind(
     time.sleep(0.2)
     with pytest.raises(ProcessLookupError):
         os.killpg(started[0].pid, 0)
+
+
+@pytest.mark.parametrize("page", [False, True])
+def test_a_key_that_is_refused_is_named(page: bool, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By W&B, or by a proxy that wants a login of its own."""
+    body = b"<!DOCTYPE html><html>\n<title>Log in\n first</title></html>" if page else b"user is not logged in"
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    done = call("dataset.images=2", "metrics.resamples=0", "runtime.workers=0", "tracking.live=false", "run.dir=run")
+    server.shutdown()
+    assert done.code == 0
+    said = " ".join(done.out.split())
+    if page:
+        assert "a page (Log in first) came instead of W&B's answer: WANDB_BASE_URL is another server" in said, said
+    else:
+        assert f"(it was asked with the key for {address} from WANDB_API_KEY: `wandb login --relogin`" in said, said
+    assert "0" * 40 not in said
 
 
 def test_a_server_that_refuses_an_artifact_is_reported(

@@ -24,7 +24,7 @@ from ade_harness.runtime.lean import import_lightning
 from ade_harness.runtime.lifetime import importing
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import Supervisor, resume_command
-from ade_harness.tracking.upload import require_online
+from ade_harness.tracking.attaching import require_attachable
 
 if TYPE_CHECKING:
     from ade_harness.config.schema import Config
@@ -66,7 +66,7 @@ def launch(
         HarnessError: a score that is to be added to a run of W&B's cannot be.
     """
     known = len(_current_run)
-    require_online(config.tracking)
+    require_attachable(config.tracking)
     if in_this_process or is_rank() or not config.runtime.supervise:
         if not in_this_process:  # the process is ours alone: nobody else's imports are changed
             with importing():

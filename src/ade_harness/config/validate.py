@@ -209,6 +209,10 @@ def _check_weight_fields(model: ModelConfig, kind: Kind) -> None:
         given is None or reads,
         f"model.{given}: model.kind={model.kind} reads no weight file: {instead}. Leave it out.",
     )
+    require(
+        model.output is None or model.kind == "onnx",
+        f"model.output={model.output}: chooses an output of an ONNX file; the model is a {model.kind}. Leave it out.",
+    )
 
 
 def _check_class_map(class_map: Sequence[int | None] | None, classes: int) -> None:

@@ -144,8 +144,9 @@ class BatchedForward:
             return ""
         name = str(min(weights, key=str)).removeprefix("torch.")
         known = next((k for k, dtype in _AUTOCAST.items() if dtype in weights), None)
-        advice = f"evaluate with inference.precision={known}, or convert it" if known else "convert it"
-        return f" Its weights are {name}, images are float32: {advice}: network.float()."
+        convert = "network.float()" if self.model.of_caller else "export it in float32"
+        advice = f"inference.precision={known}, or {convert}" if known else convert
+        return f" Its weights are {name}, images float32: {advice}."
 
     def _callable(self, device: torch.device) -> Any:
         if self._module is None:

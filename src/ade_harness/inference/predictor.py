@@ -193,6 +193,13 @@ class NetworkPredictor:
                 f"{image_id}: {self._name} makes a network input of {plan.window[1]}x{plan.window[0]} (width x height),"
                 f" smaller than the model's stride of {self.stride} (model.input.stride)."
             )
+        for side, value, limits in zip(("height", "width"), plan.window, self.model.side_limits or (), strict=False):
+            if not limits[0] <= value <= limits[1]:
+                raise HarnessError(
+                    f"{image_id}: the model takes inputs with a {side} of {limits[0]} to {limits[1]}, {self._name}"
+                    f" makes {value}. Choose a protocol whose inputs fit (windows, or inference.resize), or export the"
+                    " model for more sizes."
+                )
         fixed = self.model.fixed_size
         if fixed is not None and fixed != plan.window:
             raise HarnessError(

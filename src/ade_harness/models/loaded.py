@@ -25,6 +25,8 @@ class LoadedModel:
     """Channels of the scores, if they are known before the first image."""
     fixed_size: tuple[int, int] | None = None
     """(height, width) of the only input it takes."""
+    side_limits: tuple[tuple[int, int], tuple[int, int]] | None = None
+    """Least and greatest height, and width, that it takes, if it says so."""
     fixed_batch: int | None = None
     """Images per call if it takes no other number."""
     of_caller: bool = False

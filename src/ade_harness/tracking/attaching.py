@@ -6,11 +6,41 @@ from pathlib import Path
 from typing import Any
 
 from ade_harness.config.schema import TrackingConfig
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, require
 from ade_harness.tracking.opening import PROJECT
-from ade_harness.tracking.upload import user_settings
+from ade_harness.tracking.upload import limits, user_settings, wandb_mode
 
 _TIMEOUT_S = 15
+
+
+class NoSuchRunError(HarnessError):
+    """W&B knows no run of this id, or does not show it to this user."""
+
+
+def require_attachable(cfg: TrackingConfig) -> None:
+    """Refuse to begin an evaluation whose score is to be added to another run, if it is known that it cannot be.
+
+    A run that is still running may have ended by then, and a server that does not answer may be back.
+
+    Raises:
+        HarnessError: W&B is not online.
+        NoSuchRunError: there is no such run.
+    """
+    if cfg.kind != "wandb" or cfg.run_id is None:
+        return
+    mode = wandb_mode(cfg.mode)
+    require(
+        mode == "online",
+        f"tracking.run_id={cfg.run_id}: a score can be added to a run only online, and W&B is {mode}. Set"
+        " WANDB_API_KEY or run `wandb login`, or leave tracking.run_id out.",
+    )
+    try:
+        with limits():
+            _state(cfg)
+    except NoSuchRunError:
+        raise
+    except Exception:  # of any kind: it is said at the end, when the score is there
+        return
 
 
 def attached_run(cfg: TrackingConfig, folder: Path) -> Any:
@@ -28,23 +58,13 @@ def attached_run(cfg: TrackingConfig, folder: Path) -> Any:
         Exception: whatever wandb raises.
     """
     import wandb
-    from wandb.errors import CommError
 
-    mine = user_settings()
-    project, entity = cfg.project or mine.project or PROJECT, cfg.entity or mine.entity
-    path = "/".join(part for part in (entity, project, cfg.run_id) if part)
-    try:
-        state = wandb.Api(timeout=_TIMEOUT_S).run(path).state
-    except (CommError, ValueError) as error:
-        raise HarnessError(
-            f"tracking.run_id={cfg.run_id}: W&B has no run {path} ({' '.join(str(error).split())[:200]}). Give the"
-            " last part of its page's address, and tracking.project and tracking.entity as that address has them"
-        ) from error
-    if state == "running":
+    if _state(cfg) == "running":
         raise HarnessError(
             f"tracking.run_id={cfg.run_id}: that run is still running, and its process would overwrite what is added."
             " Log it once it has ended, or evaluate inside of the training (docs/python.md)"
         )
+    entity, project = _place(cfg)
     return wandb.init(
         project=project,
         entity=entity,
@@ -58,3 +78,29 @@ def attached_run(cfg: TrackingConfig, folder: Path) -> Any:
             x_disable_stats=True, x_update_finish_state=False, init_timeout=30.0,
         ),
     )  # fmt: skip
+
+
+def _place(cfg: TrackingConfig) -> tuple[str | None, str]:
+    """Return entity and project."""
+    mine = user_settings()
+    return cfg.entity or mine.entity, cfg.project or mine.project or PROJECT
+
+
+def _state(cfg: TrackingConfig) -> str:
+    """Return the state of the run that a score is to be added to."""
+    import wandb
+    from wandb.errors import CommError
+
+    path = "/".join(part for part in (*_place(cfg), cfg.run_id) if part)
+    try:
+        return str(wandb.Api(timeout=_TIMEOUT_S).run(path).state)
+    except (CommError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, CommError) and not any(word in reason for word in ("not find", "not found", "404")):
+            raise HarnessError(
+                f"tracking.run_id={cfg.run_id}: W&B does not say anything of {path} ({reason})"
+            ) from error
+        raise NoSuchRunError(
+            f"tracking.run_id={cfg.run_id}: W&B has no run {path} ({reason}). Give the last part of its page's address,"
+            " and tracking.project and tracking.entity as that address has them"
+        ) from error

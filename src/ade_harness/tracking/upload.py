@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ade_harness.config.schema import TrackingConfig
-from ade_harness.errors import require
-
 LIMITS = {
     "WANDB_HTTP_TIMEOUT": "8",  # seconds, of one request
     "WANDB_X_GRAPHQL_RETRY_MAX": "1",
@@ -51,21 +48,6 @@ class Uploaded:
     url: str | None
     """None: it is not (wholly) there."""
     problem: str = ""
-
-
-def require_online(cfg: TrackingConfig) -> None:
-    """Refuse to begin an evaluation whose score is to be added to another run, if nothing can be added.
-
-    Raises:
-        HarnessError: W&B is not online.
-    """
-    if cfg.kind == "wandb" and cfg.run_id is not None:
-        mode = wandb_mode(cfg.mode)
-        require(
-            mode == "online",
-            f"tracking.run_id={cfg.run_id}: a score can be added to a run only online, and W&B is {mode}. Set"
-            " WANDB_API_KEY or run `wandb login`, or leave tracking.run_id out.",
-        )
 
 
 _MODES = {
@@ -212,11 +194,23 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
             process.stdout.close()
 
 
+_REFUSED = ("permission denied", "unauthorized", "not logged in", "forbidden", "credentials", "401", "403")
+"""What servers say of a key that they do not take."""
+
+
 def _complaint(said: str) -> str:
     """Return the line of `said` that tells most."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "ERROR" in line or "panic" in line or "Error" in line]
-    return (errors or lines or [""])[0]
+    found = (errors or lines or [""])[0]
+    if re.search(r"<!doctype|<html", found, re.IGNORECASE):
+        title = re.search(r"<title>\s*(.*?)\s*</title>", said, re.IGNORECASE | re.DOTALL)
+        name = f" ({' '.join(re.sub('wandb: (ERROR)?', '', title[1]).split())})" if title else ""
+        return f"a page{name} came instead of W&B's answer: WANDB_BASE_URL is another server, or a proxy is between"
+    key = next((match[1] for line in lines if (match := re.search(r"Loaded (credentials for .*?)\.?$", line))), None)
+    if key is not None and any(word in found.lower() for word in _REFUSED):
+        found += f" (it was asked with the {key.replace('credentials', 'key')}: `wandb login --relogin` takes another)"
+    return found
 
 
 def _short(line: str) -> str:

@@ -18,6 +18,9 @@ from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
+_LARGE = 1 << 40
+"""Pixels that no image has on a side: what torch calls unbounded."""
+
 
 class ExportedModel(nn.Module):
     """Runs a program, on any device: constants in its graph move with it.
@@ -70,7 +73,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     return LoadedModel(
         ExportedModel(program), "pretrained", **statistics(cfg), class_names=names_of(cfg),
         fixed_size=(height, width) if height is not None and width is not None else None, fixed_batch=fixed[0],
-        facts=facts,
+        side_limits=_side_limits(program, shape), facts=facts,
     )  # fmt: skip
 
 
@@ -84,6 +87,18 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def _side_limits(program: torch.export.ExportedProgram, shape: tuple[Any, ...]) -> Any:
+    """Return least and greatest height, and width, of an input; None if a side is fixed."""
+    found = []
+    for side in shape[2:]:
+        known = None if isinstance(side, int) else program.range_constraints.get(side.node.expr)
+        if known is None:
+            return None
+        low, high = (max(0, min(_LARGE, bound)) for bound in (known.lower, known.upper))  # may be infinite
+        found.append((int(low), int(high)))
+    return tuple(found)
 
 
 def _image_shape(program: torch.export.ExportedProgram, name: str) -> tuple[Any, ...]:

@@ -30,12 +30,13 @@ class OnnxModel(nn.Module):
     Args:
         path: the .onnx file.
         threads: of one rank.
+        output: name of the output that is taken.
 
     Raises:
         HarnessError: the file is not there, is no ONNX model, or has no such input or output.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, output: str | None = None) -> None:
         super().__init__()
         self.path = path
         self.threads = threads
@@ -48,19 +49,25 @@ class OnnxModel(nn.Module):
             raise HarnessError(f"{path}: expected one input, float32 [N, 3, H, W]; the model has {described}.")
         self.input_name: str = inputs[0].name
         self.input_shape = tuple(inputs[0].shape)
-        outputs = [o for o in session.get_outputs() if len(o.shape) == 4 and o.type in _SCORES]
-        outputs = outputs or [o for o in session.get_outputs() if _gives_labels(o)]
-        if not outputs:
+        outputs = _usable(session.get_outputs())
+        chosen = outputs if output is None else [o for o in outputs if o.name == output]
+        if not chosen:
             described = ", ".join(f"{o.name} {o.type} {o.shape}" for o in session.get_outputs())
+            asked = "" if output is None else f" named {output!r} (model.output)"
             raise HarnessError(
-                f"{path}: no output of floating-point scores [N, C, h, w] or of integer labels [N, h, w]; the model"
-                f" has {described}."
+                f"{path}: no output{asked} of floating-point scores [N, C, h, w] or of integer labels [N, h, w]; the"
+                f" model has {described}."
             )
-        self.output_name: str = outputs[0].name
+        self.output_name: str = chosen[0].name
+        self.notes: tuple[str, ...] = ()
+        """Which of several outputs is taken."""
+        if output is None and len(outputs) > 1:
+            others = ", ".join(o.name for o in outputs[1:])
+            self.notes = (f"of the file's outputs {self.output_name} is taken, not {others}: model.output chooses",)
         self.channels: int | None = None
         """Of the scores, if the file says so."""
-        if outputs[0].type in _SCORES and isinstance(outputs[0].shape[1], int):
-            self.channels = outputs[0].shape[1]
+        if chosen[0].type in _SCORES and isinstance(chosen[0].shape[1], int):
+            self.channels = chosen[0].shape[1]
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -119,6 +126,12 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(scores).to(images.device)
 
 
+def _usable(outputs: list[Any]) -> list[Any]:
+    """Return outputs that hold predictions, scores before labels."""
+    scores = [o for o in outputs if len(o.shape) == 4 and o.type in _SCORES]
+    return scores + [o for o in outputs if _gives_labels(o)]
+
+
 def _gives_labels(output: Any) -> bool:
     """Whether an output is a map of integers."""
     shape = output.shape
@@ -143,7 +156,7 @@ def _parse_names(text: str) -> list[str] | None:
 def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     """Load ``model.path``; raises as :class:`OnnxModel`."""
     path = model_file(cfg)
-    module = OnnxModel(path, threads)
+    module = OnnxModel(path, threads, cfg.output)
     facts: dict[str, Any] = {"origin": str(path), "sha256": file_hash(path, "sha256"), "parameters": None}
     beside = companion_hashes(path)
     if beside:
@@ -156,5 +169,6 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         channels=module.channels,
         fixed_size=module.fixed_size,
         fixed_batch=module.fixed_batch,
+        notes=module.notes,
         facts=facts,
     )
