@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from rich.table import Table
 
@@ -23,3 +27,21 @@ def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], name: s
     out, err = capsys.readouterr()
     assert out.count(name) == 5
     assert err.strip() == name
+
+
+@pytest.mark.parametrize(
+    "words", [["models"], ["--info", "all"], ["dataset.images=2", "tracking=none", "metrics.resamples=0"]]
+)
+def test_a_reader_that_leaves_ends_nothing(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ade_harness", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(120) == 0, said
+    assert "BrokenPipe" not in said
+    assert "rror" not in said
+    assert words[0] != "dataset.images=2" or len(list(tmp_path.glob("runs/*/metrics.json"))) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import traceback
@@ -160,6 +161,8 @@ def _run_hydra(
 ) -> Answer:
     """Run a command as a Hydra application."""
     register_schemas()
+    if _shows(options):
+        logging.raiseExceptions = False  # Hydra logs what it shows: `... | head` is no error of logging
     ends: list[tuple[int, Path | None]] = []
     errors: list[Exception] = []
 

@@ -28,6 +28,15 @@ def output() -> Output:
     return Output(os.environ.get(OUTPUT, Output.stdout))
 
 
+class _Console(Console):
+    """Goes on where nobody reads any more, as of `... | head`: rich would end the process, and lose an evaluation."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def make_console(*, result: bool = True) -> Console:
     """Return a console: a log gets lines of a fixed width, and no control codes.
 
@@ -38,7 +47,7 @@ def make_console(*, result: bool = True) -> Console:
     stderr = output() == Output.stderr
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _LOG_WIDTH
-    return Console(stderr=stderr, quiet=quiet, width=width, markup=False, emoji=False)  # `wandb:zzz:` is no picture
+    return _Console(stderr=stderr, quiet=quiet, width=width, markup=False, emoji=False)  # `wandb:zzz:` is no picture
 
 
 def print_fact(console: Console, name: str, value: str) -> None:
