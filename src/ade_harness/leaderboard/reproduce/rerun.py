@@ -56,7 +56,11 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     """
     other = next((word for word in overrides if not word.startswith(_PLACES)), None)
     if other is not None:
-        raise HarnessError(f"{other}: would be another evaluation. What may differ: {', '.join(_PLACES)}.")
+        places = ", ".join(f"{place}*" if place.endswith(".") else place for place in _PLACES)
+        why = "would be another evaluation"
+        if other.startswith(("tracking", "run.")):
+            why = "a repetition is not tracked, and --output says where it goes"
+        raise HarnessError(f"{other}: {why}. What may be given: {places}.")
     first = _read(source)
     repeat = first.manifest.get("repeat")
     if not repeat:
