@@ -17,9 +17,10 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
+from ade_harness.inference.fitting import check_plan, fitted
 from ade_harness.inference.forward import BatchedForward, is_shortage
 from ade_harness.inference.masks import mask_view
-from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views, uncovered
+from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views
 from ade_harness.inference.resize import resize_image, resize_labels
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import Kernels, PixelStatistics, Placement, Size, View, whole
@@ -134,7 +135,7 @@ class NetworkPredictor:
         self.model = model
         self.confident = confident
         self.classes = classes or ade20k_classes()
-        self.cfg = _fitted(inference, model.fixed_size)
+        self.cfg = fitted(inference, model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         pixels = model_cfg.input
         self.statistics = PixelStatistics(model.mean, model.std, pixels.channel_order == "bgr", pixels.max_value)
@@ -170,48 +171,7 @@ class NetworkPredictor:
             if size not in checked:
                 checked.add(size)
                 for plan in plan_views(size, self.cfg):
-                    self._check_plan(image_id, plan)
-
-    def _check_plan(self, image_id: str, plan: ViewPlan) -> None:
-        if min(min(s) for s in plan.sizes) < 1:
-            written = " then ".join(f"{w}x{h}" for h, w in plan.sizes)
-            raise HarnessError(f"{image_id}: {self._name} makes an image of {written} (width x height): no pixels.")
-        if plan.size[0] > plan.canvas[0] or plan.size[1] > plan.canvas[1]:
-            raise HarnessError(
-                f"{image_id}: {plan.size[1]}x{plan.size[0]} (width x height) after resizing does not fit"
-                f" inference.resize.pad_to={[*plan.canvas]} (height, width)."
-            )
-        gaps = uncovered(plan)
-        if gaps:
-            raise HarnessError(
-                f"{image_id}: with {self._name}, {gaps} rows or columns of the {plan.canvas[1]}x{plan.canvas[0]} input"
-                f" lie in none of its windows ({plan.window[1]}x{plan.window[0]}, stride"
-                f" {self.cfg.window.stride}). Choose a smaller inference.window.stride."
-            )
-        if min(plan.window) < self.stride:
-            raise HarnessError(
-                f"{image_id}: {self._name} makes a network input of {plan.window[1]}x{plan.window[0]} (width x height),"
-                f" smaller than the model's stride of {self.stride} (model.input.stride)."
-            )
-        for side, value, limits in zip(("height", "width"), plan.window, self.model.side_limits or (), strict=False):
-            if not limits[0] <= value <= limits[1]:
-                raise HarnessError(
-                    f"{image_id}: the model takes inputs with a {side} of {limits[0]} to {limits[1]}, {self._name}"
-                    f" makes {value}. Choose a protocol whose inputs fit (windows, or inference.resize), or export the"
-                    " model for more sizes."
-                )
-        fixed = self.model.fixed_size
-        if fixed is not None and fixed != plan.window:
-            raise HarnessError(
-                f"{image_id}: the model takes {fixed[1]}x{fixed[0]} (width x height) only, {self._name} makes"
-                f" {plan.window[1]}x{plan.window[0]}. Choose inference=fit_512 with inference.resize.side={max(fixed)}"
-                f" inference.resize.pad_to=[{fixed[0]},{fixed[1]}], or inference.resize.rule=exact with height and"
-                " width, or windows of that size."
-            )
-
-    @property
-    def _name(self) -> str:
-        return f"inference={self.cfg.name}"
+                    check_plan(image_id, plan, self.cfg, self.model, self.stride)
 
     def cost(self, size: Size) -> float:
         """Return the pixels that go through the network, and a share of those that are labelled."""
@@ -422,13 +382,6 @@ class NetworkPredictor:
             return whole(scores[0], original, flipped=plan.flipped)
         legacy = self.cfg.output.first_step == "legacy_bilinear"
         return View(scores, plan.origins, plan.window, plan.canvas, plan.valid, plan.flipped, legacy)
-
-
-def _fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConfig:
-    """Fill in the model's only input size where the protocol leaves it open."""
-    if inference.resize.rule == "fit" and inference.resize.height is None and fixed_size is not None:
-        inference.resize.height, inference.resize.width = fixed_size
-    return inference
 
 
 def _written(values: Sequence[float]) -> str:

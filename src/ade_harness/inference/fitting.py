@@ -1,0 +1,68 @@
+"""A protocol and the inputs that a network takes: whether they fit is found out before the first image is decoded."""
+
+from __future__ import annotations
+
+from ade_harness.config.inference import InferenceConfig
+from ade_harness.errors import HarnessError
+from ade_harness.inference.plan import ViewPlan, uncovered
+from ade_harness.kernels import Size
+from ade_harness.models.loaded import LoadedModel
+
+
+def fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConfig:
+    """Fill in the model's only input size where the protocol leaves it open."""
+    if inference.resize.rule == "fit" and inference.resize.height is None and fixed_size is not None:
+        inference.resize.height, inference.resize.width = fixed_size
+    return inference
+
+
+def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: LoadedModel, stride: int) -> None:
+    """Refuse a view that the network cannot take.
+
+    Args:
+        image_id: whose view it is, for messages.
+        plan: of the view.
+        cfg: ``inference`` node.
+        model: the network.
+        stride: of its coarsest features, pixels.
+
+    Raises:
+        HarnessError: no pixels, no place in the padded input, pixels in no window, a side below the stride, or one that
+            the network's file does not take.
+    """
+    name = f"inference={cfg.name}"
+    if min(min(s) for s in plan.sizes) < 1:
+        written = " then ".join(f"{w}x{h}" for h, w in plan.sizes)
+        raise HarnessError(f"{image_id}: {name} makes an image of {written} (width x height): no pixels.")
+    if plan.size[0] > plan.canvas[0] or plan.size[1] > plan.canvas[1]:
+        raise HarnessError(
+            f"{image_id}: {plan.size[1]}x{plan.size[0]} (width x height) after resizing does not fit"
+            f" inference.resize.pad_to={[*plan.canvas]} (height, width)."
+        )
+    gaps = uncovered(plan)
+    if gaps:
+        raise HarnessError(
+            f"{image_id}: with {name}, {gaps} rows or columns of the {plan.canvas[1]}x{plan.canvas[0]} input"
+            f" lie in none of its windows ({plan.window[1]}x{plan.window[0]}, stride"
+            f" {cfg.window.stride}). Choose a smaller inference.window.stride."
+        )
+    if min(plan.window) < stride:
+        raise HarnessError(
+            f"{image_id}: {name} makes a network input of {plan.window[1]}x{plan.window[0]} (width x height),"
+            f" smaller than the model's stride of {stride} (model.input.stride)."
+        )
+    for side, value, limits in zip(("height", "width"), plan.window, model.side_limits or (), strict=False):
+        if not limits[0] <= value <= limits[1]:
+            raise HarnessError(
+                f"{image_id}: the model takes inputs with a {side} of {limits[0]} to {limits[1]}, {name}"
+                f" makes {value}. Choose a protocol whose inputs fit (windows, or inference.resize), or export the"
+                " model for more sizes."
+            )
+    fixed = model.fixed_size
+    if fixed is not None and fixed != plan.window:
+        raise HarnessError(
+            f"{image_id}: the model takes {fixed[1]}x{fixed[0]} (width x height) only, {name} makes"
+            f" {plan.window[1]}x{plan.window[0]}. Choose inference=fit_512 with inference.resize.side={max(fixed)}"
+            f" inference.resize.pad_to=[{fixed[0]},{fixed[1]}], or inference.resize.rule=exact with height and"
+            " width, or windows of that size."
+        )
