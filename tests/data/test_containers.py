@@ -21,6 +21,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.containers import check_png, check_scans, read_png_header
 from ade_harness.data.decode import _without_metadata, decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage, default_colors
+from ade_harness.data.palettes import misleading_entry
 from ade_harness.errors import HarnessError
 from ade_harness.files.reading import read_regular
 from ade_harness.inference.folder import FolderPredictor
@@ -71,6 +72,16 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def test_a_palette_that_shows_labels_by_their_value_is_read_by_index(palette: list[tuple[int, int, int]]) -> None:
     assert np.array_equal(decode_labels(palette_png(LABELS, palette), "a.png"), LABELS)
     assert np.array_equal(decode_labels(palette_png(LABELS % 4, palette[:4], bits=2), "a.png"), LABELS % 4)
+
+
+@pytest.mark.parametrize("own", [(None, (10, 20, 30), (40, 50, 60)), ((7, 8, 9), (10, 20, 30), (40, 50, 60))])
+def test_a_palette_of_the_data_sets_own_colours_shows_labels_by_their_value(own: tuple[Any, ...]) -> None:
+    palette = np.array([color or (0, 0, 0) for color in own], np.uint8)
+    used = np.array([0, 1, 2])
+    assert misleading_entry(palette, used, own) is None
+    assert misleading_entry(palette, used) is not None  # of no data set that is known
+    assert misleading_entry(palette[[0, 2, 1]], used, own) is not None
+    assert misleading_entry(palette, used, (None, None, None)) is not None
 
 
 def test_palettes_of_fewer_classes_are_known_too() -> None:

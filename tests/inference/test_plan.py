@@ -104,6 +104,7 @@ def test_scales_of_a_protocol() -> None:
     assert sizes_of((400, 600), rule, scales=[0.5, 1.0, 1.5]) == [(250, 375), (500, 750), (750, 1125)]
     # DINOv3: scaled sides below the protocol's go up to a multiple; the protocol's own does not
     assert sizes_of((400, 400), rule, scales=[0.5, 1.0, 1.1], round_up=32) == [(256, 256), (500, 500), (550, 550)]
+    assert sizes_of((400, 400), short_side(502, 2000), scales=[0.5], round_up=2) == [(252, 252)]
     # BEiT: no short side below a limit, and no cap then
     assert sizes_of((400, 4000), rule, scales=[0.5], min_side=300) == [(300, 3000)]
     assert sizes_of((101, 203), ResizeConfig(), scales=[1.0, 0.5]) == [(101, 203), (51, 102)]

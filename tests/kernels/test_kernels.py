@@ -309,13 +309,13 @@ def test_the_pair_equals_its_parts(name: str) -> None:
     PixelStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     PixelStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), reverse_channels=True),
     PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), max_value=1.0),
+    PixelStatistics((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), max_value=2.0),
 ])  # fmt: skip
 def test_pixels_are_normalised_alike(statistics: PixelStatistics) -> None:
     pixels = torch.randint(0, 256, (31, 17, 3), dtype=torch.uint8)
     order = [2, 1, 0] if statistics.reverse_channels else [0, 1, 2]
     values = pixels[..., order].permute(2, 0, 1).float()
-    if statistics.max_value == 1:
-        values = values / 255
+    values = values / (255 / statistics.max_value)
     expected = (values - torch.tensor(statistics.mean)[:, None, None]) / torch.tensor(statistics.std)[:, None, None]
     for name in ("reference", "numba_cpu"):
         assert torch.equal(implementation(name).normalise(pixels, statistics), expected)

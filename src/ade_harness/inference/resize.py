@@ -133,4 +133,4 @@ def _nearest(old: int, new: int, device: torch.device) -> Tensor:
     step = old / new
     # Pillow adds the step up in double precision, which decides between pixels at exact halves
     positions = np.cumsum(np.concatenate([[step * 0.5], np.full(new - 1, step)]))
-    return torch.from_numpy(positions.astype(np.int64)).clamp(max=old - 1).to(device)
+    return torch.from_numpy(positions.astype(np.int64)).to(device)
