@@ -453,6 +453,11 @@ def rotated_names(number: int) -> list[str]:
 
 def test_a_tenth_of_the_names_may_have_other_places() -> None:
     assert resolve_class_map(150, None, rotated_names(15), ade20k_classes()).class_of == tuple(range(150))
+    # names of which only half are ADE20K's say nothing about the order
+    half = [name if index % 2 else f"thing {index}" for index, name in enumerate(rotated_names(150))]
+    assert resolve_class_map(150, None, half, ade20k_classes()).class_of == tuple(range(150))
+    with pytest.raises(HarnessError, match="not in ADE20K's order"):
+        resolve_class_map(150, None, [rotated_names(150)[0], *half[1:]], ade20k_classes())
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def resolve_class_map(
 
 
 def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None] | None:
-    """Return the class of each name, None where it is unknown; None if fewer than half are the data set's.
+    """Return the class of each name, None where it is unknown; None unless most are the data set's.
 
     A class's own name wins over other classes' synonyms, and a synonym counts if one class alone has it: ADE20K calls
     both a chair and a stool "stool" somewhere.
