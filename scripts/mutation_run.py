@@ -100,6 +100,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("metrics/areas.py", "zip(stacked, rows, strict=True)", "False", "one each"),
     ("metrics/diagnosis.py", "max(pixels, 1)", "2", "ten images have more than one pixel"),
     ("metrics/verdict.py", "abs(away) <= half + 1e-9", "abs(away) < half", "of a number that no rounding gives"),
+    ("runs/trust.py", "_KEY_BYTES = 32", "33", "a key of another length"),
     ("runs/ledger.py", " = 2**", "", "bounds far above any data set"),
     ("runs/ledger.py", "hex[:8]", "9", "a digit more"),
     ("runs/ledger.py", "row.pixels.min(initial=0)", "1", "not below 0 either"),

@@ -64,7 +64,7 @@ def incomplete(failures: Mapping[str, str], counted: int, images: int, run_dir: 
     """
     unique = {message: image_id for image_id, message in sorted(failures.items())}
     shown = [m if i in m else f"{i}: {m}" for m, i in list(unique.items())[:5]]
-    more = f"\n... and {len(failures) - 5} more" if len(failures) > 5 and len(unique) > 5 else ""
+    more = f"\n... and {len(failures) - 5} more" if len(unique) > 5 else ""
     return (
         "\n".join(shown)
         + more
