@@ -342,6 +342,23 @@ def test_what_fails_at_the_beginning_costs_no_work(
     assert "W&B: not open yet: no more processes" in done.out
 
 
+def test_a_variable_that_wandb_refuses_costs_only_itself(
+    online: StubServer, call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "x" * 65)  # 64 characters are W&B's bound
+    monkeypatch.setenv("WANDB_NOTES", "why")
+    done = call(*WORDS, "run.dir=run", "run.overlays=0")
+    assert done.code == 0, done.err
+    assert done.out.count("W&B: WANDB_TAGS cannot be understood, and is left out") in (
+        1,
+        2,
+    )  # at the beginning, at the end
+    run = online.runs[read_tracking(tmp_path / "run")["id"]]
+    assert run["notes"] == "why"
+    assert "x" * 65 not in run["tags"]
+    assert os.environ["WANDB_TAGS"] == "x" * 65
+
+
 # a score that is added to the run of a training
 
 

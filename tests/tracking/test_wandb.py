@@ -126,7 +126,8 @@ def test_the_summary_has_the_documented_names(tracked: Tracked, summary: dict[st
     metrics = json.loads((tracked.folder / "metrics.json").read_text())
     empty = {name for name in ("parameters", "flops", "flops_image", "gpu_peak_bytes") if metrics[name] is None}
     assert empty == {"parameters", "flops", "flops_image", "gpu_peak_bytes"}  # label files: there is no network
-    assert names == {name for name in documented() if "<" not in name} - empty
+    assert names == {name for name in documented() if "<" not in name} - empty - {"calibration_error"}
+    assert "calibration_error" not in metrics  # it was not asked for
     for name in wandb_content.SCORES:
         assert summary[name] == metrics[name]  # a number of that name, not {"max": number}
     assert 0 < summary["mIoU"] < 1
@@ -498,7 +499,12 @@ def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeyp
     monkeypatch.setenv("WANDB_TAGS", "x" * 65 + ",ok")  # 64 characters are W&B's bound
     with pytest.warns(UserWarning, match="W&B: WANDB_TAGS cannot be understood"):
         assert wandb_upload.user_settings().tags == ()
-    assert not {"WANDB_PROJECT", "WANDB_TAGS"} & os.environ.keys()  # wandb.init would read them too, and fail
+    bad, before = {"WANDB_PROJECT", "WANDB_TAGS"}, dict(os.environ)
+    with wandb_upload.limits():  # wandb.init would read them too, and fail
+        assert not bad & os.environ.keys()
+    assert dict(os.environ) == before
+    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS cannot be understood"):
+        assert not bad & wandb_upload.environment().keys()  # of the process that speaks with the server
 
 
 def run_record(folder: Path) -> Any:

@@ -81,9 +81,9 @@ class Tracking:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             yield
-        for warning in caught:
-            if str(warning.message).startswith("W&B"):
-                print_line(self.console, str(warning.message), style="yellow")
+        for said in dict.fromkeys(str(warning.message) for warning in caught):
+            if said.startswith("W&B"):
+                print_line(self.console, said, style="yellow")
 
 
 @contextmanager

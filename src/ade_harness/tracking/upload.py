@@ -27,18 +27,22 @@ LIMITS = {
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Let wandb in this process give up a server that does not answer, and print nothing."""
+    """Let wandb in this process give up a server that does not answer, and print nothing.
+
+    What of the user's variables it cannot understand is taken away as long: it would refuse to begin.
+    """
     added = {key: value for key, value in {**LIMITS, "WANDB_SILENT": "true"}.items() if key not in os.environ}
-    mode = os.environ.get("WANDB_MODE")
+    before = {key: os.environ.get(key) for key in (*added, *_refused_variables(), "WANDB_MODE")}
+    for key in before:
+        os.environ.pop(key, None)
     os.environ.update(added, WANDB_MODE="offline")  # what we pass: wandb refuses to start with other spellings
     try:
         yield
     finally:
-        for key in added:
+        for key, value in before.items():
             os.environ.pop(key, None)
-        os.environ.pop("WANDB_MODE")
-        if mode is not None:
-            os.environ["WANDB_MODE"] = mode
+            if value is not None:
+                os.environ[key] = value
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,34 @@ class UserSettings:
     tags: tuple[str, ...] = ()
 
 
+_VARIABLES = (
+    "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_NOTES", "WANDB_TAGS",
+)  # fmt: skip
+"""What users say by variables of the environment, and W&B checks."""
+
+
+def _refused_variables() -> dict[str, str]:
+    """Return which of the user's variables W&B cannot understand, and why."""
+    refused = {}
+    for key in _VARIABLES:
+        if os.environ.get(key):
+            from wandb import Settings
+
+            try:
+                Settings().update_from_env_vars({key: os.environ[key]})
+            except Exception as error:  # pydantic's ValidationError, wandb's UsageError, ...
+                refused[key] = " ".join(str(error).split())[:200]
+    return refused
+
+
+def _warned_of() -> dict[str, str]:
+    """Warn of each variable that is left out, and return them."""
+    refused = _refused_variables()
+    for key, reason in refused.items():
+        warnings.warn(f"W&B: {key} cannot be understood, and is left out: {reason}", stacklevel=3)
+    return refused
+
+
 def user_settings() -> UserSettings:
     """Read WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_NAME, WANDB_NOTES, WANDB_TAGS and W&B's settings files.
 
@@ -115,16 +147,8 @@ def user_settings() -> UserSettings:
     except Exception as error:  # pydantic's ValidationError, wandb's UsageError, ...
         warnings.warn(f"W&B: settings cannot be understood: {' '.join(str(error).split())[:200]}", stacklevel=2)
         return UserSettings()
-    for name in ("PROJECT", "ENTITY", "RUN_GROUP", "NAME", "NOTES", "TAGS"):
-        key = f"WANDB_{name}"
-        if not os.environ.get(key):
-            continue
-        try:
-            found.update_from_env_vars({key: os.environ[key]})
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(f"W&B: {key} cannot be understood, and is left out: {reason}", stacklevel=2)
-            del os.environ[key]  # wandb.init reads it too, and would fail
+    refused = _warned_of()
+    found.update_from_env_vars({k: os.environ[k] for k in _VARIABLES if os.environ.get(k) and k not in refused})
     tags = tuple(found.run_tags or ())
     return UserSettings(found.project, found.entity, found.run_group, found.run_name, found.run_notes, tags)
 
@@ -175,10 +199,11 @@ def environment(patient: bool = False) -> dict[str, str]:
     Args:
         patient: it works beside an evaluation of hours, in which a server may be away for minutes.
     """
+    refused = _warned_of()
     # WANDB_SERVICE: a process that speaks through this one's service would leave its runs open there when it is ended
     unwanted = ("WANDB_MODE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SERVICE")
     limits = {k: v for k, v in LIMITS.items() if not (patient and "RETRY" in k)}
-    return limits | {k: v for k, v in os.environ.items() if k not in unwanted}
+    return limits | {k: v for k, v in os.environ.items() if k not in unwanted and k not in refused}
 
 
 @contextmanager
