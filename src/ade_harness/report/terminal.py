@@ -49,10 +49,11 @@ def print_result(console: Console, result: Result) -> None:
 def _balance(balance: Balance) -> str:
     fastest = max(balance.shares, key=lambda share: share.done)
     slowest = min(balance.shares, key=lambda share: share.done)
-    return (
-        f"{balance.efficiency:.1%}, a rank was idle for {balance.idle_seconds:.1f} s on average;"
-        f" rank {fastest.rank} did {fastest.done} images, rank {slowest.rank} {slowest.done}"
-    )
+    images = f"{fastest.done} image{'' if fastest.done == 1 else 's'}"
+    did = f"rank {fastest.rank} did {images}, rank {slowest.rank} {slowest.done}"
+    if fastest.done == slowest.done:
+        did = f"each did {images}"
+    return f"{balance.efficiency:.1%}, a rank was idle for {balance.idle_seconds:.1f} s on average; {did}"
 
 
 def _stages(shares: Mapping[str, float]) -> str:
