@@ -58,6 +58,7 @@ def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, words:
     assert (tmp_path / "run/metrics.json").read_bytes() == metrics
     begin = time.monotonic()
     again = call("resume", "run", "runtime.sharding=plan")  # finished: the same result, at once
+    assert "every image had been counted before" in again.out
     assert again.code == 0
     assert "continuing: 7 images are done" in again.out
     assert (tmp_path / "run/metrics.json").read_bytes() == metrics

@@ -33,11 +33,11 @@ def print_result(console: Console, result: Result) -> None:
     for note in result.notes:
         console.print(Text(f"Note: {note}.", style="yellow"))
     ranks = "1 rank" if result.world_size == 1 else f"{result.world_size} ranks"
+    speed = f"{result.images_per_second:.1f} images/s while evaluating"
+    if not result.images_per_second:
+        speed = "every image had been counted before"  # a run that was finished, and is resumed
     lines = [
-        (
-            "time",
-            f"{format_seconds(result.seconds)} on {ranks}; {result.images_per_second:.1f} images/s while evaluating",
-        ),
+        ("time", f"{format_seconds(result.seconds)} on {ranks}; {speed}"),
         *([("balance", _balance(result.balance))] if result.world_size > 1 else []),
         *([("breakdown", _stages(result.stage_shares))] if result.stage_shares else []),
         ("run directory", str(result.run_dir)),
