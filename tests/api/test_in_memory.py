@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,22 @@ class Lazy(nn.Module):
         return scores
 
 
+class Broken(Colours):
+    """Fails for a reason that has nothing to do with types."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raise."""
+        raise KeyError("a key")
+
+
+class NoArray:
+    """Says that it is an array, and is none."""
+
+    def __array__(self, *arguments: Any, **options: Any) -> Any:
+        """Raise."""
+        raise KeyError("x")
+
+
 def frozen() -> nn.Module:
     return torch.jit.freeze(torch.jit.script(Colours().eval()))
 
@@ -81,6 +98,8 @@ def test_networks_of_every_kind_have_the_scores_of_the_plain_one(make: Callable[
         (Colours().half(), r"weights are float16, .*inference.precision=fp16"),
         (Colours().double(), r"weights are float64, images float32: network.float\(\)"),
         (Lazy(), r"the network's layer.weight has no shape yet \(a lazy layer\)"),
+        (nn.Sequential(nn.LazyBatchNorm2d(affine=False), Colours()), "the network's 0.running_mean has no shape yet"),
+        (Broken().double(), r"\(KeyError: 'a key'\)\. ADE_HARNESS_TRACEBACK"),
     ],
 )
 def test_networks_that_cannot_be_evaluated(network: nn.Module, message: str) -> None:
@@ -97,6 +116,7 @@ def test_networks_that_cannot_be_evaluated(network: nn.Module, message: str) -> 
             r"returned torch.int64 \[128, 170\]",
         ),
         (lambda image: torch.zeros(image.shape[:2], dtype=torch.bfloat16), "returned torch.bfloat16"),
+        (lambda image: NoArray(), "returned a NoArray, which is no array"),
         (lambda image: None, r"returned object \[\], expected integers"),
     ],
 )
@@ -142,6 +162,18 @@ def test_a_run_directory_of_a_network_in_memory_in_wandb(tmp_path: Path, monkeyp
     assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
     assert json.loads((tmp_path / "run/tracking.json").read_text())["id"]
     assert ade.load_run(tmp_path / "run").mIoU == result.mIoU
+    with pytest.raises(HarnessError, match="the function failed"):
+        ade.evaluate(lambda image: 1 // 0, dataset="demo", run_dir=tmp_path / "failed", options=options)
+    assert list((tmp_path / "failed/wandb").glob("offline-run-*/run-*.wandb"))  # marked as failed
+    environment = dict(os.environ)
+    with pytest.raises(HarnessError, match="tracking.run_id=abc: a score can be added to a run only online"):
+        ade.evaluate(
+            Colours(), dataset="demo", run_dir=tmp_path / "none", options={**options, "tracking.run_id": "abc"}
+        )
+    assert dict(os.environ) == environment
+    assert not (tmp_path / "none").exists()
+    ade.evaluate(Colours(), dataset="demo", options={**SMALL, "tracking.kind": "none", "model.name": "mine"})
+    ade.load_model("demo", options={"tracking": "none"})
     ade.evaluate(Colours(), dataset="demo", run_dir=tmp_path / "quiet", options=SMALL)
     assert not (tmp_path / "quiet/tracking.json").exists()
 
@@ -157,6 +189,8 @@ def test_a_class_of_main_within_another_module_is_named(monkeypatch: pytest.Monk
     [
         (lambda: SegmentationScores("a"), "num_classes='a': expected a whole number"),  # type: ignore[arg-type]
         (lambda: SegmentationScores(True), "num_classes=True"),
+        (lambda: SegmentationScores(3, kernels_choice="fast"), "kernels_choice='fast': expected one of auto, torch"),
+        (lambda: SegmentationScores(2).update(torch.zeros(1, 2, 2, 2).cfloat(), torch.zeros(1, 2, 2).long()), "complex64"),
         (lambda: SegmentationScores(3, ignore_index="x"), "ignore_index='x'"),  # type: ignore[arg-type]
         (lambda: SegmentationScores(3, fast=True), "torchmetrics.Metric: Unexpected keyword arguments: `fast`"),
         (lambda: SegmentationScores(3).update(np.zeros((1, 2, 2)), torch.zeros(1, 2, 2).long()), "predictions: a ndarray"),

@@ -129,14 +129,15 @@ def test_an_onnx_file_that_ends_in_an_argmax(tmp_path: Path, keepdims: int) -> N
     assert (one.matrix != two.matrix).sum() <= 4  # two convolutions: a tie may fall otherwise
 
 
-def two_outputs(path: Path) -> tuple[nn.Module, nn.Module]:
+def two_outputs(path: Path, channels: int = 150) -> tuple[nn.Module, nn.Module]:
     """Write a file with a main and an auxiliary head, the auxiliary first; returns both as networks."""
     weights = np.random.default_rng(0).normal(size=(2, 150, 3, 1, 1)).astype(np.float32)
+    shown = {"aux": channels, "out": 150}
     graph = helper.make_graph(
         [helper.make_node("Conv", ["images", f"w{i}"], [name]) for i, name in enumerate(("aux", "out"))], "net",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, "h", "w"])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 150, "h", "w"]) for name in ("aux", "out")],
-        [onnx.numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", c, "h", "w"]) for name, c in shown.items()],
+        [onnx.numpy_helper.from_array(w[:c], f"w{i}") for i, (w, c) in enumerate(zip(weights, shown.values(), strict=True))],
     )  # fmt: skip
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     layers = nn.Conv2d(3, 150, 1, bias=False), nn.Conv2d(3, 150, 1, bias=False)
@@ -159,6 +160,13 @@ def test_an_output_of_several_is_chosen_and_named(tmp_path: Path) -> None:
         ade.load_model("demo", options={"model.output": "out"})
 
 
+def test_an_output_of_another_number_of_classes_leads_to_the_choice(tmp_path: Path) -> None:
+    two_outputs(tmp_path / "net.onnx", channels=19)
+    with pytest.raises(HarnessError, match=r"outputs 19 channels, .*aux is taken, not out: model.output chooses"):
+        evaluated(tmp_path / "net.onnx")
+    assert ade.load_model(tmp_path / "net.onnx", options={"model.output": "out"}).classes.names[0] == "wall"
+
+
 @pytest.mark.parametrize(("side", "greatest"), [("height", (100, 4000)), ("width", (4000, 100))])
 def test_a_program_that_takes_some_sizes_says_which(tmp_path: Path, side: str, greatest: tuple[int, int]) -> None:
     sides = {2 + i: torch.export.Dim("hw"[i], min=8, max=most) for i, most in enumerate(greatest)}
@@ -168,6 +176,14 @@ def test_a_program_that_takes_some_sizes_says_which(tmp_path: Path, side: str, g
         HarnessError, match=rf"ADE_val_00000001: the model takes inputs with a {side} of 8 to 100, .* makes"
     ):
         evaluated(tmp_path / "net.pt2")
+    fixed = {
+        2 + ["width", "height"].index(side): None,
+        2 + ["height", "width"].index(side): torch.export.Dim("s", min=400),
+    }
+    program = torch.export.export(network(), (torch.zeros(1, 3, 480, 480),), dynamic_shapes=(fixed,))
+    torch.export.save(program, tmp_path / "one.pt2")
+    with pytest.raises(HarnessError, match=r"takes inputs with a (height|width) of (480 to 480|400 or more), .* makes"):
+        evaluated(tmp_path / "one.pt2")
     unbounded = {2: torch.export.Dim("h", min=8), 3: torch.export.Dim("w", min=8)}
     program = torch.export.export(network(), (torch.zeros(1, 3, 64, 48),), dynamic_shapes=(unbounded,))
     torch.export.save(program, tmp_path / "any.pt2")

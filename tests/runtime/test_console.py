@@ -30,7 +30,8 @@ def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], name: s
 
 
 @pytest.mark.parametrize(
-    "words", [["models"], ["--info", "all"], ["dataset.images=2", "tracking=none", "metrics.resamples=0"]]
+    "words",
+    [["models"], ["--info", "all"], ["--cfg", "job"], ["dataset.images=2", "tracking=none", "metrics.resamples=0"]],
 )
 def test_a_reader_that_leaves_ends_nothing(words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ade_harness", *words]

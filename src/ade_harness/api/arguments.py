@@ -54,7 +54,7 @@ _ARGUMENTS = {
 """What is an argument from Python, and has no effect otherwise."""
 
 
-_OF_MEMORY = ("input", "class_map", "class_names", "label", "published", "about", "parity")
+_OF_MEMORY = ("name", "input", "class_map", "class_names", "label", "published", "about", "parity")
 """What `model.` says of a network in memory: what its input and its channels mean, and what is shown beside it."""
 
 
@@ -62,7 +62,9 @@ def is_tracked(options: Mapping[str, Any] | None) -> bool:
     """Whether options ask for W&B."""
     given = options if isinstance(options, Mapping) else {}
     keys = [str(key) for key in given]
-    return given.get("tracking") != "none" and any(key.partition(".")[0] == "tracking" for key in keys)
+    if "none" in (given.get("tracking"), given.get("tracking.kind")):
+        return False
+    return any(key.partition(".")[0] == "tracking" for key in keys)
 
 
 def option_overrides(options: Mapping[str, Any] | None, memory: bool, runs: bool = False) -> list[str]:
@@ -83,7 +85,7 @@ def option_overrides(options: Mapping[str, Any] | None, memory: bool, runs: bool
         if key in _ARGUMENTS:
             raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
         group, _, field = str(key).partition(".")
-        if group == "tracking" and not runs:
+        if group == "tracking" and not runs and value != "none":
             raise HarnessError(f"options: {key} has no effect: there is no run directory that W&B could show.")
         if memory and group == "model" and field.partition(".")[0] not in _OF_MEMORY:
             raise HarnessError(

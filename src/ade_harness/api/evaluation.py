@@ -50,10 +50,12 @@ from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runs.record import held, start_record
 from ade_harness.runs.result import write_result
 from ade_harness.runtime.cluster import usable_cores
-from ade_harness.runtime.console import make_console
+from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import arithmetic_as_set
 from ade_harness.tracking.around import tracked
+from ade_harness.tracking.attaching import require_attachable
+from ade_harness.tracking.run import log_failure
 
 Labels = npt.NDArray[np.uint8]
 
@@ -128,6 +130,7 @@ def evaluate(
             composed = Composed(config, repeat, protocol_changes(config.inference))
         cfg = composed.config
         require_data(cfg)
+        require_attachable(cfg.tracking)
         begin(str(cfg.inference.precision), cfg.runtime.seed)
         opened = open_here(cfg, lambda classes: _predictor(model, cfg, classes))
         place = asked or _device(opened.predictor)
@@ -168,7 +171,12 @@ def _evaluate(
                     writer.flush()
                 result, rows = conclude(composed, opened, [counted], path)
             except BaseException as error:  # Ctrl-C too: nothing runs any more
-                record.leave("incomplete", {"evaluate": str(error) or type(error).__name__})
+                why = str(error) or type(error).__name__
+                record.leave("incomplete", {"evaluate": why})
+                tracking.leave()
+                if cfg.tracking.kind == "wandb" and isinstance(error, Exception):
+                    with only_remarked(console, "W&B: not logged"):
+                        log_failure(cfg.tracking, path, why)
                 raise
             write_result(result)
             record.finish(rows, result.timings(), result.marks, {})
@@ -246,8 +254,11 @@ def _in_ranks(
             environment.pop(name, None)  # of a training that this process is a rank of
         done = subprocess.run(
             command, env=environment, text=True, check=False, stdin=subprocess.DEVNULL,
-            stdout=None if progress or "tracking=none" not in overrides else subprocess.DEVNULL, stderr=subprocess.PIPE,
+            stdout=None if progress else subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        for line in (done.stdout or "").splitlines():
+            if line.startswith(("W&B", "watch it:")):
+                print_line(make_console(), line)
         if done.returncode:
             said = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
             # what is in the folder goes with it: the network of a memory, or a run that nobody asked to keep

@@ -111,7 +111,7 @@ class FunctionPredictor:
         size, classes = prepared.original_size, len(self.classes)
         try:
             found = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-        except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, sparse tensors, bfloat16
+        except Exception as error:  # ragged lists, sparse tensors, bfloat16, anybody's __array__
             what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             reason = " ".join(str(error).split())[:120]
             raise HarnessError(

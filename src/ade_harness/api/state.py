@@ -180,7 +180,7 @@ def device_of(network: nn.Module) -> torch.device | None:
     Raises:
         HarnessError: they are on several devices, or on none, or have no shape yet.
     """
-    unknown = [name for name, parameter in network.named_parameters() if is_lazy(parameter)]
+    unknown = [n for n, t in (*network.named_parameters(), *network.named_buffers()) if is_lazy(t)]
     if unknown:
         raise HarnessError(
             f"the network's {unknown[0]} has no shape yet (a lazy layer): call it once on an image before, or load its"

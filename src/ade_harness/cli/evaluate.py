@@ -202,6 +202,8 @@ def _run_hydra(
         with _arguments(options, overrides):
             job()
     except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+        if isinstance(error.__cause__ or error.__context__, BrokenPipeError):
+            raise BrokenPipeError from error  # of what is shown: its reader has left
         if isinstance(error, UNREADABLE) and not _while_composing(error):
             raise
         raise HarnessError(explain(error, options.overrides)) from error

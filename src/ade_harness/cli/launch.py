@@ -66,7 +66,7 @@ def launch(
         HarnessError: a score that is to be added to a run of W&B's cannot be.
     """
     known = len(_current_run)
-    require_attachable(config.tracking)
+    require_attachable(config.tracking, ask=has_last_word())
     if in_this_process or is_rank() or not config.runtime.supervise:
         if not in_this_process:  # the process is ours alone: nobody else's imports are changed
             with importing():

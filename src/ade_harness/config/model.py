@@ -187,7 +187,7 @@ class ModelConfig:
     _target_: str | None = None  # kind=custom: import path of an nn.Module class or a function that makes one
     kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments
     path: str | None = place()  # kind=onnx, torchscript, predictions: file or folder
-    output: str | None = None  # kind=onnx: the output that is taken; null: the first of scores, else of labels
+    output: str | None = place()  # kind=onnx: the output that is taken; null: the first of scores, else of labels
     id: str | None = place()  # kind=hf: hub id or local folder
     url: str | None = place()  # kind=http: address of the endpoint; images go to /predict below it
     http: HttpConfig = field(default_factory=HttpConfig)

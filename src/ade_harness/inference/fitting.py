@@ -6,7 +6,7 @@ from ade_harness.config.inference import InferenceConfig
 from ade_harness.errors import HarnessError
 from ade_harness.inference.plan import ViewPlan, uncovered
 from ade_harness.kernels import Size
-from ade_harness.models.loaded import LoadedModel
+from ade_harness.models.loaded import UNBOUNDED, LoadedModel
 
 
 def fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConfig:
@@ -53,8 +53,9 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
         )
     for side, value, limits in zip(("height", "width"), plan.window, model.side_limits or (), strict=False):
         if not limits[0] <= value <= limits[1]:
+            most = "or more" if limits[1] >= UNBOUNDED else f"to {limits[1]}"
             raise HarnessError(
-                f"{image_id}: the model takes inputs with a {side} of {limits[0]} to {limits[1]}, {name}"
+                f"{image_id}: the model takes inputs with a {side} of {limits[0]} {most}, {name}"
                 f" makes {value}. Choose a protocol whose inputs fit (windows, or inference.resize), or export the"
                 " model for more sizes."
             )

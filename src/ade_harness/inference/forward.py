@@ -134,13 +134,14 @@ class BatchedForward:
             reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
-                f" ({type(error).__name__}: {reason}).{self._of_type()} ADE_HARNESS_TRACEBACK=1 shows where."
+                f" ({type(error).__name__}: {reason}).{self._of_type(reason)} ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
 
-    def _of_type(self) -> str:
+    def _of_type(self, reason: str) -> str:
         """Return what to do where weights are of another type than the images, which are float32; else nothing."""
         weights = {p.dtype for p in self.model.module.parameters() if p.is_floating_point()} - {torch.float32}
-        if not weights or self.cfg.precision in _AUTOCAST:
+        about_types = any(word in reason for word in ("type", "Float", "Half", "Double"))
+        if not weights or not about_types or self.cfg.precision in _AUTOCAST:
             return ""
         name = str(min(weights, key=str)).removeprefix("torch.")
         known = next((k for k, dtype in _AUTOCAST.items() if dtype in weights), None)

@@ -146,7 +146,13 @@ class NetworkPredictor:
         self._kernels: Kernels | None = None
         self._class_map: ClassMap | None = None
         if model.channels is not None:
-            self._class_map = resolve_class_map(model.channels, self.class_map_cfg, model.class_names, self.classes)
+            self._class_map = self._resolved(model.channels)
+
+    def _resolved(self, channels: int) -> ClassMap:
+        try:
+            return resolve_class_map(channels, self.class_map_cfg, self.model.class_names, self.classes)
+        except HarnessError as error:  # what was noted of the model may be the reason: another output was meant
+            raise HarnessError(" ".join([str(error), *(f"Note: {note}." for note in self.model.notes)])) from error
 
     @property
     def network(self) -> nn.Module:
@@ -311,7 +317,7 @@ class NetworkPredictor:
         first = outputs[0]
         channels = first.classes.shape[-1] - 1 if isinstance(first, MaskLogits) else first.shape[1]
         if self._class_map is None:
-            self._class_map = resolve_class_map(channels, self.class_map_cfg, self.model.class_names, self.classes)
+            self._class_map = self._resolved(channels)
         if self.model.channels not in (None, channels):
             raise HarnessError(
                 f"{image_id}: the model outputs {channels} channels, {self.model.channels} were expected."

@@ -16,6 +16,8 @@ from ade_harness.data.labels import IGNORE_INDEX, MAX_CLASSES
 from ade_harness.errors import ArgumentError
 from ade_harness.metrics.confusion import area_scores, class_iou
 
+_KERNELS = ("auto", "torch", "numba", "triton")
+
 
 class SegmentationScores(Metric):
     """mIoU and the other scores from one int64 confusion matrix, summed exactly over batches and ranks.
@@ -58,6 +60,8 @@ class SegmentationScores(Metric):
             super().__init__(**options)
         except (ValueError, TypeError) as error:
             raise ArgumentError(f"torchmetrics.Metric: {error}") from error
+        if kernels_choice not in _KERNELS:
+            raise ArgumentError(f"kernels_choice={kernels_choice!r}: expected one of {', '.join(_KERNELS)}.")
         if not _is_whole(num_classes) or num_classes < 1:
             raise ArgumentError(f"num_classes={num_classes!r}: expected a whole number from 1 up.")
         if ignore_index is not None and not _is_whole(ignore_index):
@@ -87,6 +91,8 @@ class SegmentationScores(Metric):
                 raise ArgumentError(f"{name}: a {type(value).__name__}, expected a tensor.")
         if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
             raise ArgumentError(f"target is {target.dtype}, expected integers.")
+        if predictions.is_complex() or predictions.dtype == torch.bool:
+            raise ArgumentError(f"predictions are {predictions.dtype}, expected real scores or integer labels.")
         scores = predictions.is_floating_point()
         if target.ndim == 2:
             predictions, target = predictions[None], target[None]

@@ -9,6 +9,9 @@ from torch import nn
 
 from ade_harness.config.model import ModelConfig
 
+UNBOUNDED = 1 << 40
+"""Pixels that no image has on a side: a limit that is none."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -89,7 +89,7 @@ def runs(*folders: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     for folder in folders:
-        if not isinstance(folder, str | Path):
+        if not isinstance(folder, str | os.PathLike):
             raise HarnessError(f"runs: {type(folder).__name__} given, expected folders: runs('a', 'b').")
     paths = [Path(folder) for folder in folders or ("runs",)]
     return pd.DataFrame([asdict(row) for row in list_runs(paths)], columns=list(COLUMNS))

@@ -62,7 +62,7 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 def print_error(text: str) -> None:
     """Print a line to stderr."""
-    print_line(Console(stderr=True, emoji=False), without_long_words(text))
+    print_line(_Console(stderr=True, emoji=False), without_long_words(text))
 
 
 def percent(fraction: float | None) -> str:

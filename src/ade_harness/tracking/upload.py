@@ -33,6 +33,7 @@ def limits() -> Iterator[None]:
     """
     added = {key: value for key, value in {**LIMITS, "WANDB_SILENT": "true"}.items() if key not in os.environ}
     before = {key: os.environ.get(key) for key in (*added, *_refused_variables(), "WANDB_MODE")}
+    service = os.environ.get("WANDB_SERVICE")
     for key in before:
         os.environ.pop(key, None)
     os.environ.update(added, WANDB_MODE="offline")  # what we pass: wandb refuses to start with other spellings
@@ -43,6 +44,8 @@ def limits() -> Iterator[None]:
             os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
+        if service is None:
+            os.environ.pop("WANDB_SERVICE", None)  # this process' own, which its children would speak through
 
 
 @dataclass(frozen=True)

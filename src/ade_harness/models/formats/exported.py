@@ -16,10 +16,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.sources import model_file
-from ade_harness.models.loaded import LoadedModel, names_of, statistics
-
-_LARGE = 1 << 40
-"""Pixels that no image has on a side: what torch calls unbounded."""
+from ade_harness.models.loaded import UNBOUNDED, LoadedModel, names_of, statistics
 
 
 class ExportedModel(nn.Module):
@@ -90,13 +87,18 @@ def _quiet() -> Iterator[None]:
 
 
 def _side_limits(program: torch.export.ExportedProgram, shape: tuple[Any, ...]) -> Any:
-    """Return least and greatest height, and width, of an input; None if a side is fixed."""
+    """Return least and greatest height, and width, of an input; None if they are not known, or fixed."""
     found = []
+    if all(isinstance(side, int) for side in shape[2:]):
+        return None  # `fixed_size` says it
     for side in shape[2:]:
-        known = None if isinstance(side, int) else program.range_constraints.get(side.node.expr)
+        if isinstance(side, int):
+            found.append((side, side))
+            continue
+        known = program.range_constraints.get(side.node.expr)
         if known is None:
             return None
-        low, high = (max(0, min(_LARGE, bound)) for bound in (known.lower, known.upper))  # may be infinite
+        low, high = (max(0, min(UNBOUNDED, bound)) for bound in (known.lower, known.upper))  # may be infinite
         found.append((int(low), int(high)))
     return tuple(found)
 
