@@ -202,13 +202,11 @@ def _run_hydra(
         with _arguments(options, overrides):
             job()
     except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
-        if isinstance(error.__cause__ or error.__context__, BrokenPipeError):
-            raise BrokenPipeError from error  # of what is shown: its reader has left
         if isinstance(error, UNREADABLE) and not _while_composing(error):
             raise
         raise HarnessError(explain(error, options.overrides)) from error
     except Exception as error:
-        if not _is_hydras(error):
+        if isinstance(error, BrokenPipeError) or not _is_hydras(error):
             raise
         raise HarnessError(explain(error, options.overrides)) from error
     finally:  # also after jobs that failed
