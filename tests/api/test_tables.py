@@ -130,6 +130,10 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     assert table.loc[str(tmp_path / "damaged")].status.startswith("damaged: ")
     assert table.loc[str(tmp_path / "begun")].status == "interrupted"  # nobody works on it
     assert table.loc[str(tmp_path / "now")].status == "running"
+    with pytest.raises(HarnessError, match=r"not finished \(interrupted\).*resume"):
+        ade.load_run(tmp_path / "begun")
+    with pytest.raises(HarnessError, match=r"holds no run .*Runs are below it: `python -m ade_harness runs .*sweep`"):
+        ade.load_run(tmp_path / "sweep")
     for wrong in (3, ["a"], None):
         with pytest.raises(HarnessError, match=r"given, expected folders: runs\('a', 'b'\)"):
             ade.runs(wrong)  # type: ignore[arg-type]

@@ -70,7 +70,8 @@ def test_the_words_of_a_configuration_compose_it_again(words: list[str]) -> None
 
 def test_every_field_that_holds_a_path_is_known_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run is repeated from another folder, so that its relative paths must not be kept as they were typed."""
-    others = {"model.id", "model.url", "run.dir", "run.root", "tracking.run_id"}  # of the hub, the network; of the run
+    # of the hub, the network, a file; of the run
+    others = {"model.id", "model.url", "model.output", "run.dir", "run.root", "tracking.run_id"}
     places = {
         k
         for k in place_keys(Config)

@@ -91,7 +91,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     manifest = path / MANIFEST
     if not os.path.lexists(manifest):
-        raise HarnessError(f"{escaped(str(path))}: holds no run (no {MANIFEST}).")
+        shown, below = escaped(str(path)), next(path.glob(f"*/{MANIFEST}"), None) if path.is_dir() else None
+        where = f" Runs are below it: `python -m ade_harness runs {shown}` lists them." if below else ""
+        raise HarnessError(f"{shown}: holds no run (no {MANIFEST}).{where}")
     content: dict[str, Any] = read_json(manifest, {"schema": int})
     version = content["schema"]
     if version != SCHEMA_VERSION:

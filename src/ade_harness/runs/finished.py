@@ -16,6 +16,7 @@ from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
 from ade_harness.runs.directory import LEDGER, MANIFEST, read_manifest
 from ade_harness.runs.ledger import read_rows
+from ade_harness.runs.overview import state_of
 from ade_harness.runs.shapes import CONFIG, FINISHED, METRICS
 
 
@@ -89,7 +90,7 @@ def load_run(path: Path) -> FinishedRun:
         raise HarnessError(f"{path}: is the training of a probe, not an evaluation.")
     if manifest.get("status") != "finished":
         raise HarnessError(
-            f"{path}: the run is not finished ({manifest.get('status')})."
+            f"{path}: the run is not finished ({state_of(path, str(manifest.get('status')))})."
             f" `python -m ade_harness resume {path}` ends it."
         )
     checked(manifest, FINISHED, str(path / MANIFEST))

@@ -121,7 +121,7 @@ def _row(path: Path) -> RunRow:
     of_config = config.get("model", {})
     return RunRow(
         run=str(path),
-        status=_state(path, str(manifest.get("status", "?"))),
+        status=state_of(path, str(manifest.get("status", "?"))),
         kind="probe" if manifest.get("kind") == "probe" else "evaluation",
         started=manifest.get("started"),
         label=of_config.get("label") or of_config.get("name"),
@@ -145,7 +145,7 @@ def _row(path: Path) -> RunRow:
     )
 
 
-def _state(path: Path, status: str) -> str:
+def state_of(path: Path, status: str) -> str:
     """Return the manifest's status, but ``interrupted`` for a run on which nobody works any more."""
     if status == "running" and not at_work(read_lock(path / LOCK), read_progress(path)):
         return "interrupted"
