@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from wandb.errors import CommError
 
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
@@ -24,6 +25,7 @@ from ade_harness.runs.directory import PROGRESS
 from ade_harness.runs.progress import read_losses
 from ade_harness.tracking import live as module
 from ade_harness.tracking import session
+from ade_harness.tracking.attaching import NoSuchRunError, require_attachable
 from ade_harness.tracking.content import Curve, Failed
 from ade_harness.tracking.live import LiveRun
 from ade_harness.tracking.opening import Entry
@@ -418,6 +420,38 @@ def test_a_run_that_is_not_there_or_still_runs_gets_nothing(
     assert "that run is still running" in said
     assert "tries it again" in said
     assert history(online, training) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "is_missing"),
+    [
+        (ValueError("Could not find run <Run team/ade20k/abc (not found)>"), True),
+        (CommError("Could not find project ade20k"), True),
+        (CommError("Post http://127.0.0.1:14041/graphql: dial tcp 127.0.0.1:14041: connection refused"), False),
+        (ValueError("1 validation error for Settings: base_url"), False),
+        (CommError("host wandb.not found.example: 404 of a proxy"), False),
+    ],
+)
+def test_only_a_run_that_is_missing_ends_what_has_not_begun(
+    error: Exception, is_missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def api(**options: Any) -> Any:
+        asked.append(options)
+        raise error
+
+    monkeypatch.setattr("wandb.Api", api)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    cfg = compose_config(["tracking.run_id=abc", "tracking.mode=online"]).tracking
+    require_attachable(cfg, ask=False)  # another rank has asked
+    assert not asked
+    if is_missing:
+        with pytest.raises(NoSuchRunError, match="tracking.run_id=abc: W&B has no run ade20k/abc"):
+            require_attachable(cfg)
+    else:
+        require_attachable(cfg)
+    assert len(asked) == 1
 
 
 def test_a_server_that_is_away_at_the_beginning_may_be_back_at_the_end(

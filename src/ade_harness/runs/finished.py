@@ -16,7 +16,7 @@ from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
 from ade_harness.runs.directory import LEDGER, MANIFEST, read_manifest
 from ade_harness.runs.ledger import read_rows
-from ade_harness.runs.overview import state_of
+from ade_harness.runs.progress import state_of
 from ade_harness.runs.shapes import CONFIG, FINISHED, METRICS
 
 

@@ -147,11 +147,11 @@ def at_work(holder: dict[str, Any], progress: dict[str, Any] | None) -> bool:
         progress: the content of progress.json; of a process on another machine, its age says whether it is alive.
     """
     owner = owner_state(holder) if holder else "dead"
-    if owner == "unknown" and progress is None:
-        return True  # of what has not reported yet nobody on another machine can tell
-    if owner == "unknown" and progress is not None:
-        return bool((datetime.now(UTC) - datetime.fromisoformat(progress["updated"])).total_seconds() <= LEASE_S)
-    return owner == "alive"
+    if owner != "unknown":
+        return owner == "alive"
+    if progress is None:  # it has not reported yet, and nobody on another machine can tell
+        return True
+    return (datetime.now(UTC) - datetime.fromisoformat(progress["updated"])).total_seconds() <= LEASE_S
 
 
 def _refusal(path: Path, holder: dict[str, Any]) -> str:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ade_harness.errors import HarnessError
 from ade_harness.files.documents import read_json, read_yaml
 from ade_harness.runs.directory import MANIFEST, read_manifest
-from ade_harness.runs.lock import LOCK, at_work, read_lock
-from ade_harness.runs.progress import read_progress
+from ade_harness.runs.progress import state_of
 from ade_harness.runs.shapes import CONFIG, METRICS
 
 if TYPE_CHECKING:
@@ -143,10 +142,3 @@ def _row(path: Path) -> RunRow:
         seconds=manifest.get("timings", {}).get("seconds"),
         marks="; ".join(manifest.get("marks", ())),
     )
-
-
-def state_of(path: Path, status: str) -> str:
-    """Return the manifest's status, but ``interrupted`` for a run on which nobody works any more."""
-    if status == "running" and not at_work(read_lock(path / LOCK), read_progress(path)):
-        return "interrupted"
-    return status

@@ -10,6 +10,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.documents import MAX_TEXT_BYTES, checked, parse_json, read_json
 from ade_harness.files.reading import read_regular
 from ade_harness.runs.directory import LOSS, PROGRESS
+from ade_harness.runs.lock import LOCK, at_work, read_lock
 from ade_harness.runs.shapes import PROGRESS as PROGRESS_SHAPE
 
 
@@ -24,6 +25,18 @@ def read_progress(path: Path) -> dict[str, Any] | None:
     except (HarnessError, ValueError):
         return None
     return content
+
+
+def state_of(path: Path, status: str) -> str:
+    """Return a manifest's status, but ``interrupted`` for a run on which nobody works any more.
+
+    Args:
+        path: the run directory.
+        status: by its manifest.
+    """
+    if status == "running" and not at_work(read_lock(path / LOCK), read_progress(path)):
+        return "interrupted"
+    return status
 
 
 def read_losses(path: Path, first: int = 0) -> list[dict[str, Any]]:

@@ -53,7 +53,10 @@ class RunRecord:
     def finish(
         self, rows: Sequence[Row], timings: Mapping[str, Any], marks: Sequence[str], failures: Mapping[str, str]
     ) -> None:
-        """Note the end: timings, images that were skipped and why, and a hash of everything that was read."""
+        """Note the end: timings, images that were skipped and why, and a hash of everything that was read.
+
+        The timings are those of the last session that evaluated an image: one that found all of them done has none.
+        """
         digest = hashlib.sha256()
         for row in rows:
             digest.update(f"{row.image_id} {row.content_hash}\n".encode())
@@ -61,6 +64,9 @@ class RunRecord:
         self.manifest["ledger"] = {"images": len(rows), "sha256": hash_rows(rows)}
         self.manifest.update(status="finished", finished=_now())
         predict_seconds = round(sum(row.seconds for row in rows), 3)
+        before = [session["timings"] for session in self.manifest.get("earlier", ()) if "timings" in session]
+        if before and not timings["images_per_second"]:
+            timings = before[-1]
         self.manifest["timings"] = {**timings, "predict_seconds": predict_seconds}
         self.manifest.update(failures=dict(failures), marks=list(marks))
         write_json(self.path / MANIFEST, self.manifest)
@@ -187,7 +193,7 @@ def _write_record(
     }
     all_changes = list(changes)
     if before is not None:
-        kept = ("started", "command", "config_sha256", *(("code",) if changes else ()))
+        kept = ("started", "command", "config_sha256", "timings", *(("code",) if changes else ()))
         earlier = {key: before[key] for key in kept if key in before}
         if changes:
             earlier["identity"] = dict(then)  # whole: config.yaml is about to be another

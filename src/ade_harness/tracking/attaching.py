@@ -38,9 +38,11 @@ def require_attachable(cfg: TrackingConfig, ask: bool = True) -> None:
         f"tracking.run_id={cfg.run_id}: a score can be added to a run only online, and W&B is {mode}. Set"
         " WANDB_API_KEY or run `wandb login`, or leave tracking.run_id out.",
     )
+    if not ask:
+        return
     try:
         with limits():
-            _state(cfg) if ask else None
+            _state(cfg)
     except NoSuchRunError:
         raise
     except Exception:  # of any kind: it is said at the end, when the score is there
