@@ -87,6 +87,71 @@ def test_an_image_that_fails_costs_itself(call: Call, photos: Path, tmp_path: Pa
     done = call("predict", "model=segformer_b0", "model.weights=random", photos / "street.jpg")
     assert done.code == 0, done.err
     assert "RANDOM WEIGHTS" in done.out
+    assert "segformer_b0" in done.out
+
+
+def test_images_that_fail_leave_an_answer(call: Call, photos: Path) -> None:
+    (photos / "broken.jpg").write_bytes((photos / "street.jpg").read_bytes()[:300])
+    done = call("predict", "model=demo", photos, "--output", "out", "--json")
+    assert done.code == 2
+    content = json.loads(done.out)
+    assert [Path(path).name for path in content["failed"]] == ["broken.jpg"]
+    assert len(content["images"]) == 3
+    assert "data verify" not in done.err  # knows ADE20K alone
+
+
+def test_no_model_is_taken_for_granted(call: Call, photos: Path, tmp_path: Path) -> None:
+    for words in ((photos,), (photos, "inference=whole"), (photos, "model.weights=random")):
+        done = call("predict", *words)
+        assert done.code == 2
+        assert "name a model: predict model=NAME" in done.err
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> None:
+    assert call("predict", "model=demo", photos / "street.jpg").code == 0
+    record = json.loads((tmp_path / "predictions/predictions.json").read_text())
+    assert record["model"] == "demo"
+    assert record["code"]["version"] == ade.__version__
+    assert call("predict", "model=demo", photos).code == 0  # more images of the same model
+    written = (tmp_path / "predictions/labels/street.png").read_bytes()
+    for words in (
+        ("model=demo", "inference=mmseg_slide_512"),
+        ("model=segformer_b0", "model.weights=random"),
+    ):
+        done = call("predict", *words, photos / "street.jpg")
+        assert done.code == 2, words
+        assert "predictions: holds the predictions of another model" in done.err
+    assert (tmp_path / "predictions/labels/street.png").read_bytes() == written
+    (tmp_path / "mine/labels").mkdir(parents=True)
+    done = call("predict", "model=demo", photos / "street.jpg", "--output", "mine")
+    assert done.code == 2
+    assert "mine/labels: is there already" in done.err
+    assert list((tmp_path / "mine").rglob("*.*")) == []
+
+
+def test_label_maps_are_no_pictures(call: Call, photos: Path, tmp_path: Path) -> None:
+    assert call("predict", "model=demo", photos / "street.jpg").code == 0
+    for file in (tmp_path / "predictions/labels/street.png", photos / "voc.png"):
+        if file.name == "voc.png":
+            picture = Image.fromarray(np.full((20, 30), 2, np.uint8), mode="P")
+            picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+            picture.save(file)
+        done = call("predict", "model=demo", file, "--output", "out")
+        assert done.code == 2
+        assert f"{file}: is a label map" in done.err
+    grey = np.zeros((40, 60), np.uint8)
+    grey[10:, 20:] = 17
+    Image.fromarray(grey).save(photos / "annotation.png")
+    done = call("predict", "model=demo", photos / "annotation.png", photos / "street.jpg", "--output", "out")
+    assert done.code == 0
+    assert "1 of 2 files are grey PNGs of few even areas" in " ".join(done.out.split())
+    # a picture whose colours a program has put in a palette
+    Image.open(photos / "street.jpg").quantize(64).save(photos / "quantised.png")
+    Image.open(photos / "street.jpg").convert("L").convert("P").save(photos / "grey.png")
+    done = call("predict", "model=demo", photos / "quantised.png", photos / "grey.png", "--output", "out")
+    assert done.code == 0, done.err
+    assert "even areas" not in done.out
 
 
 def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:

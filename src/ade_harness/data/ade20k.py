@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes
+from ade_harness.data.containers import UnreadableError
 from ade_harness.data.decode import (
     check_label_kind,
     decode_image,
@@ -111,8 +112,13 @@ class SegmentationDataset:
         """
         pair = self.pairs[index]
         image_bytes, annotation_bytes, content_hash = self._read(index)
-        image = decode_image(image_bytes, pair.image, self.apply_exif)
-        annotation = decode_labels(annotation_bytes, pair.annotation, self.encoding.storage)
+        try:
+            image = decode_image(image_bytes, pair.image, self.apply_exif)
+            annotation = decode_labels(annotation_bytes, pair.annotation, self.encoding.storage)
+        except UnreadableError as error:
+            if self.is_official:
+                raise UnreadableError(f"{error} `data verify` lists all damaged ones.") from error
+            raise
         check_sizes(image.shape[:2], annotation.shape, pair)
         return Sample(pair.image_id, image, self.encoding.targets(annotation, pair.annotation), content_hash)
 

@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG")
 """As Pillow calls them."""
 GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
 """Colour types of PNG."""
-_PNG = b"\x89PNG\r\n\x1a\n"
+PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _SOS, _EOI, _PROGRESSIVE = 0xDA, 0xD9, (0xC2, 0xCA)
 """Markers of a JPEG: the start of a scan, the end, and frames of several scans of all pixels."""
@@ -53,17 +53,19 @@ class PngHeader:
     """[entries, 3] RGB; None without a palette."""
 
 
-def unreadable(name: str, what: str, reason: object) -> HarnessError:
+class UnreadableError(HarnessError):
+    """A file that is no image, or no whole one."""
+
+
+def unreadable(name: str, what: str, reason: object) -> UnreadableError:
     """Return the error of a file that cannot be decoded; `what` is "image" or "label map"."""
     text = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-    return HarnessError(
-        f"{name}: this {what} cannot be read ({text}). Replace the file: `data verify` lists all damaged ones."
-    )
+    return UnreadableError(f"{name}: this {what} cannot be read ({text}). Replace the file.")
 
 
 def container_of(data: bytes, name: str, what: str) -> str:
     """Return "JPEG" or "PNG" by a file's first bytes, whatever its name says; raises HarnessError for all else."""
-    if data.startswith(_PNG):
+    if data.startswith(PNG_START):
         return "PNG"
     if data.startswith(_JPEG):
         return "JPEG"
@@ -162,7 +164,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _chunks(data: bytes, name: str, what: str) -> Iterator[tuple[bytes, bytes]]:
     """Yield (kind, content) of chunks; of those that matter for pixels, and are complete, the checksum is verified."""
-    place = len(_PNG)
+    place = len(PNG_START)
     for _ in range(_CHUNKS):
         if place + 8 > len(data):
             return

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.containers import PNG_START, read_png_header
 from ade_harness.data.labels import Color, default_colors
 
 _CITYSCAPES: tuple[Color, ...] = (
@@ -22,6 +23,8 @@ _CITYSCAPES: tuple[Color, ...] = (
     (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
 )  # fmt: skip
 """Of train ids 0..18 (cityscapesscripts/helpers/labels.py)."""
+_LEAST_ENTRIES = 3
+"""Of a palette that tells whose it is."""
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
 
@@ -78,3 +81,21 @@ def misleading_entry(
             return None
         first = first or int(used[np.argmin(right)])
     return first
+
+
+def is_label_file(data: bytes) -> bool:
+    """Whether a file is a PNG whose palette colours the classes of ADE20K, PASCAL VOC or Cityscapes: no photograph.
+
+    Args:
+        data: of the file, or so much of its start that a palette would be in it.
+    """
+    if not data.startswith(PNG_START):
+        return False
+    palette = read_png_header(data, "the file", "image").palette
+    if palette is None or len(palette) < _LEAST_ENTRIES:
+        return False
+    return any(
+        (palette[fixed] == table.colors[: len(palette)][fixed]).all()
+        for table in _known()[1:]
+        if (fixed := table.fixed[: len(palette)]).any()
+    )
