@@ -189,6 +189,11 @@ def test_a_class_of_main_within_another_module_is_named(monkeypatch: pytest.Monk
     [
         (lambda: SegmentationScores("a"), "num_classes='a': expected a whole number"),  # type: ignore[arg-type]
         (lambda: SegmentationScores(True), "num_classes=True"),
+        (lambda: SegmentationScores(100_000), "num_classes=100000: its matrix would need 75 GiB"),
+        (
+            lambda: SegmentationScores(3).update(*torch.zeros((2, 1, 4, 4), dtype=torch.int64, device="meta")),
+            "on the device meta: they have no values",
+        ),
         (lambda: SegmentationScores(3, kernels_choice="fast"), "kernels_choice='fast': expected one of auto, torch"),
         (lambda: SegmentationScores(2).update(torch.zeros(1, 2, 2, 2).cfloat(), torch.zeros(1, 2, 2).long()), "complex64"),
         (lambda: SegmentationScores(3, ignore_index="x"), "ignore_index='x'"),  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,14 @@ def test_comparing(call: Callable[..., Done], tmp_path: Path) -> None:
     said = json.dumps(json.loads(done.out))
     assert str(table.p[1]) in said
     fewer = ade.evaluate("demo", dataset="demo", options=SMALL, limit=3)
-    with pytest.raises(HarnessError, match="2 images were counted by one alone, such as ADE_val_00000004"):
-        ade.compare([first, fewer])
+    table = ade.compare([first, fewer, second], resamples=100)
+    assert table.common.tolist() == [5, 3, 5]
+    assert table.images.tolist() == [5, 3, 5]
+    assert table.mIoU[1] == fewer.mIoU != first.mIoU
+    assert table.difference[1] == 0  # on the images that both have
+    others = replace(fewer, rows=tuple(replace(row, image_id=f"x{row.image_id}") for row in fewer.rows))
+    with pytest.raises(HarnessError, match="no image in common"):
+        ade.compare([first, others])
     with pytest.raises(HarnessError, match="expected two or more"):
         ade.compare([first])
 

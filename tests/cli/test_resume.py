@@ -137,6 +137,8 @@ def test_resume_refuses_what_changed_and_shows_it(call: Call, words: list[str], 
         (["runtime.dead_after_s=1"], "runtime.dead_after_s=1: expected 5 to 86,400 seconds"),
         (["runtime.num_nodes=0"], "runtime.num_nodes=0: expected a number of nodes"),
         (["runtime.supervise=false", "runtime.max_restarts=1"], "runtime.max_restarts needs runtime.supervise=true"),
+        (["dataset.ids=ONE"], "dataset.ids=ONE: expected a list: dataset.ids=[ONE]."),
+        (["tracking.tags=mine"], "tracking.tags=mine: expected a list: tracking.tags=[mine]."),
         (["run.on_error=maybe"], "run.on_error=maybe: unknown value, expected one of fail, skip"),
         (
             ["-m", "hydra/launcher=joblib"],

@@ -46,6 +46,15 @@ def test_classes_and_official_sizes() -> None:
     assert max(h * w for h, w in sizes.values()) == 1600 * 1600
 
 
+def test_the_split_that_is_not_there_is_named(tiny_ade: Path) -> None:
+    with pytest.raises(HarnessError, match=r"the training split of .* is not here, only 7 images of validation"):
+        open_ade20k(tiny_ade, "training")
+    for kind in ("images", "annotations"):
+        (tiny_ade / kind / "validation").rename(tiny_ade / kind / "training")
+    with pytest.raises(HarnessError, match=r"the validation split of .* is not here, only 7 images of training"):
+        open_ade20k(tiny_ade)
+
+
 def test_a_pair_is_decoded_and_mapped(tiny_ade: Path) -> None:
     dataset = open_ade20k(tiny_ade)
     sample = dataset.load(3)

@@ -239,6 +239,8 @@ def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: P
         (["report", runs["run"], "--nothing"], "unrecognized arguments: --nothing"),
         (["report", runs["run"], "--output"], "argument --output: expected one argument"),
         (["report", runs["run"], "--output", tmp_path / "no" / "where.html"], "cannot be written"),
+        (["report", runs["run"], "--output", "page.md"], "--output page.md: the page is HTML"),
+        (["compare", runs["run"], runs["other"], "--output", "c.csv"], "--output c.csv: the page is HTML"),
         (["compare", runs["run"]], "compare needs 2 to 8 run directories"),
         (["compare", runs["run"], runs["other"], "--resamples", "x"], "argument --resamples: invalid int value: 'x'"),
     ):

@@ -13,6 +13,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.metrics import comparison
 from ade_harness.metrics.bootstrap import LEVEL, RESAMPLES
 from ade_harness.runs import finished
+from ade_harness.runs.matching import match_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ def load_run(path: str | Path) -> Evaluation:
 def compare(
     evaluations: Sequence[Evaluation | str | Path], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> pd.DataFrame:
-    """Put evaluations of the same images into one table; the first is what the others are compared with.
+    """Put evaluations into one table; the others are compared with the first on the images that both have.
 
     Args:
         evaluations: two or more, or the folders of runs.
@@ -41,11 +42,12 @@ def compare(
         level: of the intervals.
 
     Returns:
-        One row each: ``label``, ``images``, ``mIoU``, ``low``, ``high`` (its own interval), ``difference`` to the
-        first with the ends of its paired interval, and ``p`` of a permutation test; fractions.
+        One row each: ``label``, ``images``, ``common`` (of them, those that the first has too), ``mIoU``, ``low``,
+        ``high`` (its own interval), ``difference`` to the first on the common images with the ends of its paired
+        interval, and ``p`` of a permutation test; fractions.
 
     Raises:
-        HarnessError: fewer than two, or other images, another truth or other classes than the first's.
+        HarnessError: fewer than two; or no image of the first's, another truth or other classes.
     """
     if isinstance(evaluations, Evaluation | str | Path):
         raise HarnessError("compare: one evaluation was given, expected a list of two or more.")
@@ -62,32 +64,15 @@ def compare(
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(found):
         low, high = one.interval or (np.nan, np.nan)
-        row = {"label": one.label, "images": one.images, "mIoU": one.mIoU, "low": low, "high": high}
+        row = {"label": one.label, "images": one.images, "common": one.images, "mIoU": one.mIoU}
+        row |= {"low": low, "high": high}
         row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p"), np.nan)
         if number:
-            _check_comparable(found[0], one)
-            difference = comparison.compare(found[0].areas, one.areas, resamples, seed, level).scores["mIoU"]
-            row |= {"difference": difference.value, "p": difference.p_permutation}
+            names = f"{found[0].label} and {one.label}"
+            areas = match_rows(found[0].rows, one.rows, (found[0].classes, one.classes), names)
+            difference = comparison.compare(*areas, resamples, seed, level).scores["mIoU"]
+            row |= {"common": len(areas[0].ids), "difference": difference.value, "p": difference.p_permutation}
             if difference.interval is not None:
                 row |= {"difference_low": difference.interval.low, "difference_high": difference.interval.high}
         rows.append({**row, "marks": "; ".join(one.marks), "run": None if one.run_dir is None else str(one.run_dir)})
     return pd.DataFrame(rows)
-
-
-def _check_comparable(first: Evaluation, other: Evaluation) -> None:
-    names = f"{first.label} and {other.label}: not comparable"
-    if first.classes.names != other.classes.names:
-        raise HarnessError(f"{names}: their classes differ. Evaluate both on the same data set.")
-    ones, twos = [row.image_id for row in first.rows], [row.image_id for row in other.rows]
-    if ones != twos:
-        alone = sorted(set(ones) ^ set(twos))
-        raise HarnessError(
-            f"{names}: {len(alone)} images were counted by one alone, such as {alone[0]}. Evaluate both on the same"
-            " images."
-        )
-    for one, two in zip(first.rows, other.rows, strict=True):
-        if one.files_hash != two.files_hash:
-            raise HarnessError(
-                f"{names}: the files of {one.image_id} differ (other pixels or another annotation). Evaluate both on"
-                " the same data set."
-            )

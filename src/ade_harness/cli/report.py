@@ -24,7 +24,7 @@ def run_report(options: argparse.Namespace) -> Answer:
     """
     console = make_console()
     run = load_run(Path(options.run).expanduser())
-    page = Path(options.output or run.path / PAGE).expanduser()
+    page = _page(options.output or run.path / PAGE)
     write_report(console, run, page, options.scenes)
     _print_page(console, page)
     return Answer({"page": str(page)})
@@ -41,16 +41,24 @@ def run_compare(options: argparse.Namespace) -> Answer:
             f"compare needs 2 to {MAX_RUNS} run directories, or wandb:entity/project/run; got {len(options.runs)}."
         )
     console = make_console()
+    page = _page(options.output or COMPARISON_PAGE)
     runs = [load_run(_fetched(name)) for name in options.runs]
     resamples = RESAMPLES if options.resamples is None else options.resamples
     if resamples < 100:
         raise HarnessError(f"--resamples={resamples}: expected a number from 100 up.")
     ranking = rank_runs(runs, resamples, 0, LEVEL)
     print_ranking(console, ranking, LEVEL)
-    page = Path(options.output or COMPARISON_PAGE).expanduser()
     write_comparison_page(page, ranking, LEVEL)
     _print_page(console, page)
     return Answer({"page": str(page), **ranking_content(ranking, LEVEL)})
+
+
+def _page(given: str | Path) -> Path:
+    """Return where the page goes; raises HarnessError for the name of another kind of file."""
+    path = Path(given).expanduser()
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise HarnessError(f"--output {given}: the page is HTML, expected a name that ends in .html.")
+    return path
 
 
 def _fetched(name: str) -> Path:

@@ -222,6 +222,10 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if choice and key:
         known = choice[2].split(", ")
         return f"{key[1]}={choice[1]}: unknown value, expected one of {choice[2]}.{did_you_mean(choice[1], known)}"
+    if "is not a ListConfig, list or tuple" in text:
+        single = re.search(r"Error merging override \+*([^=\s]+)=(.*?) Invalid value", text)
+        name, value = (single[1], single[2]) if single else (key[1] if key else "a key", "...")
+        return f"{name}={value}: expected a list: {name}=[{value}]."
     where = f" (key {key[1]})" if key and key[1] not in text else ""
     given = " ".join(overrides) or "(nothing)"
     return f"The configuration is not valid{where}: {text or type(error).__name__}. Given: {given}"

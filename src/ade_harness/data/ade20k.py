@@ -325,6 +325,13 @@ def recognise(names: Iterable[str]) -> str | None:
 
 
 def _nothing_here(root: Path, split: str, names: list[str]) -> str:
+    for another in ("validation", "training"):
+        there = split_files(names, another)[0]
+        if there:
+            return (
+                f"{root}: the {split} split of ADEChallengeData2016 is not here, only {len(there):,} images of"
+                f" {another}. The official archive has both: `python -m ade_harness data download` fetches it."
+            )
     other = recognise(names)
     found = f"it looks like {other}" if other else f"found {len(names)} other files, such as {names[0]}"
     return (

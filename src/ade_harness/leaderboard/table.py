@@ -25,6 +25,8 @@ from ade_harness.runs.finished import FinishedRun, load_run
 
 METRICS = ("mIoU", "miou")
 """The leaderboard's two names for one number; a submission has a row for each."""
+OTHER_DATASET = "evaluated on"
+"""How :func:`why_not_ranked` begins for a run of other images than ADE20K's."""
 MEASURED, PUBLISHED = "measured", "published"
 _COLUMNS = ("metric", "place", "system", "org", "date", "score", "interval", "kind", "note")
 _FORMATS = {".md": "markdown", ".csv": "csv", ".png": "chart", ".svg": "chart", ".pdf": "chart"}
@@ -70,7 +72,9 @@ def why_not_ranked(run: FinishedRun) -> str | None:
     """Return why a run has no place beside published scores; None if it has."""
     if run.marks:
         return run.marks[0]
-    if run.config["dataset"]["kind"] != "ade20k" or run.manifest["dataset"]["name"] != "ade20k" or not run.complete:
+    if run.config["dataset"]["kind"] != "ade20k" or run.manifest["dataset"]["name"] != "ade20k":
+        return f"{OTHER_DATASET} {run.manifest['dataset']['name']}: the leaderboard is of ADE20K validation alone"
+    if not run.complete:
         return "not all images of ADE20K validation"
     official = validation_sizes()
     foreign = next((row.image_id for row in run.rows if official.get(row.image_id) != (row.height, row.width)), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.counts import Row
@@ -27,20 +29,12 @@ def match_runs(first: FinishedRun, second: FinishedRun) -> Matched:
         HarnessError: the runs are not comparable: no common images, other files, or other sizes.
     """
     names = f"{first.path} and {second.path}"
-    ones, twos = ({row.image_id: row for row in run.rows} for run in (first, second))
-    common = [image_id for image_id in ones if image_id in twos]
-    if not common:
-        raise HarnessError(
-            f"{names}: not comparable: they have no image in common (the first images are"
-            f" {first.rows[0].image_id} and {second.rows[0].image_id})."
-        )
-    for image_id in common:
-        _check_same(ones[image_id], twos[image_id], names)
+    one_areas, two_areas = match_rows(first.rows, second.rows, (first.classes, second.classes), names)
     remarks = []
-    if len(common) < max(len(ones), len(twos)):
+    if len(one_areas.ids) < max(len(first.rows), len(second.rows)):
         remarks.append(
-            f"compared on the {len(common):,} images that both have: {first.name} has {len(ones):,}, {second.name}"
-            f" {len(twos):,}; their own scores are of all of theirs"
+            f"compared on the {len(one_areas.ids):,} images that both have: {first.name} has {len(first.rows):,},"
+            f" {second.name} {len(second.rows):,}; their own scores are of all of theirs"
         )
     for run in (first, second):
         remarks += [f"{run.name}: {mark}" for mark in run.marks]
@@ -52,17 +46,43 @@ def match_runs(first: FinishedRun, second: FinishedRun) -> Matched:
         if one != two:
             shown = f": {one} and {two}" if what != "conventions" else "; mIoU here is computed alike for both"
             remarks.append(f"different {what}{shown}")
-    if first.classes.names != second.classes.names:
+    return Matched(one_areas, two_areas, tuple(remarks))
+
+
+def match_rows(
+    first: Sequence[Row], second: Sequence[Row], classes: tuple[Classes, Classes], names: str
+) -> tuple[ImageAreas, ImageAreas]:
+    """Return the areas of two evaluations in the images that both have, in the order of the first.
+
+    Args:
+        first: its ledger.
+        second: the other's.
+        classes: of each.
+        names: of both, for messages.
+
+    Raises:
+        HarnessError: they are not comparable: other classes, no common images, other files, or other sizes.
+    """
+    if classes[0].names != classes[1].names:
         raise HarnessError(
-            f"{names}: not comparable: their classes differ. Evaluate both with the same dataset.classes."
+            f"{names}: not comparable: their classes differ. Evaluate both on the same data set, with the same"
+            " dataset.classes."
         )
-    classes = len(first.classes)
-    one_areas, two_areas = (image_areas([rows[i] for i in common], classes) for rows in (ones, twos))
+    ones, twos = ({row.image_id: row for row in rows} for rows in (first, second))
+    common = [image_id for image_id in ones if image_id in twos]
+    if not common:
+        raise HarnessError(
+            f"{names}: not comparable: they have no image in common (the first images are {first[0].image_id} and"
+            f" {second[0].image_id})."
+        )
+    for image_id in common:
+        _check_same(ones[image_id], twos[image_id], names)
+    one_areas, two_areas = (image_areas([rows[i] for i in common], len(classes[0])) for rows in (ones, twos))
     if not (one_areas.truth == two_areas.truth).all():
         raise HarnessError(
             f"{names}: not comparable: their ground truths differ. Evaluate both on the same annotations."
         )
-    return Matched(one_areas, two_areas, tuple(remarks))
+    return one_areas, two_areas
 
 
 def _check_same(one: Row, two: Row, names: str) -> None:

@@ -23,7 +23,7 @@ from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems
 from ade_harness.leaderboard.submission.claim import CLAIM, check_contact, check_repository, make_claim
 from ade_harness.leaderboard.submission.public_files import PublicSource, check_public, overrides_for, sources_of
 from ade_harness.leaderboard.submission.scripts import SCRIPT, script_files
-from ade_harness.leaderboard.table import why_not_ranked
+from ade_harness.leaderboard.table import OTHER_DATASET, why_not_ranked
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.ledger import write_ledger
@@ -92,7 +92,9 @@ def run_problems(run: FinishedRun) -> list[str]:
     why = why_not_ranked(run)
     if why is not None:
         advice = "evaluate all 2,000 validation images, with published weights"
-        if why.startswith("PARTIAL"):
+        if why.startswith(OTHER_DATASET):
+            advice = "evaluate the model on it (dataset=ade20k)"
+        elif why.startswith("PARTIAL"):
             advice = f"`python -m ade_harness resume {run.path}` does what failed; or leave dataset.limit and ids out"
         problems.append(f"{why}: {advice}.")
     if code["commit"] is None:
