@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.warm import WarmPopen, stop_server
+
 REPOSITORY = Path(__file__).parents[1]
 os.environ["WANDB_SILENT"] = "true"
 if not torch.cuda.is_available():
@@ -55,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: at the end both workers have small ones left."""
     for item in items:
         # a command in a process of its own takes seconds for its imports, a whole run of the demo takes more
-        if not {"cli", "demo"}.isdisjoint(getattr(item, "fixturenames", ())):
+        if not {"cli", "cold_cli", "demo"}.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # stable: files stay together in their own order
@@ -71,13 +73,14 @@ class Done:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep synthetic data and downloads out of the user's own cache."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["ADE_HARNESS_CACHE"] = str(folder)
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     os.environ["HF_HOME"] = str(folder / "hub")
-    return folder
+    yield folder
+    stop_server()
 
 
 @pytest.fixture(autouse=True)
@@ -98,18 +101,32 @@ def handlers() -> Iterator[None]:
     root.setLevel(level)
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Callable[..., Done]:
-    """Run ``python -m ade_harness`` in `tmp_path`."""
-
+def _runner(folder: Path, popen: type[subprocess.Popen[str]]) -> Callable[..., Done]:
     def run(*arguments: object, timeout: float = 240, **environment: str) -> Done:
-        done = subprocess.run(
+        with popen(
             [sys.executable, "-m", "ade_harness", *map(str, arguments)],
-            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
-        return Done(done.returncode, done.stdout, done.stderr)
+            cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return Done(process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., Done]:
+    """Run ``python -m ade_harness`` in `tmp_path`, in processes that have imported everything (tests/warm.py)."""
+    return _runner(tmp_path, WarmPopen)
+
+
+@pytest.fixture
+def cold_cli(tmp_path: Path) -> Callable[..., Done]:
+    """Run ``python -m ade_harness`` in `tmp_path`, started as a user starts it."""
+    return _runner(tmp_path, subprocess.Popen)
 
 
 @pytest.fixture

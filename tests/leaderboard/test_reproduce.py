@@ -295,6 +295,23 @@ def test_a_repetition_that_fails_passes_its_code_on(demo: Path, cli: Callable[..
     assert f"--output {tmp_path / 'again'} goes on" in done.out
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+hydra.callbacks.x._target_=pandas.read_pickle", "hydra.verbose=true", "tracking.kind=wandb", "run.dir=elsewhere",
+        "model@hydra.callbacks=demo", "~model.label", "runtime.devices=1", "-m", "--config-dir=there", "model=a,b",
+        "inference.tta",
+    ],
+)  # fmt: skip
+def test_a_run_repeats_only_what_decides_its_counts(demo: Path, call: Call, tmp_path: Path, word: str) -> None:
+    """Not Hydra's callbacks, which run code, also where nobody asks for trust."""
+    edited = Path(shutil.copytree(demo, tmp_path / "edited"))
+    manifest = json.loads((edited / "manifest.json").read_text())
+    (edited / "manifest.json").write_text(json.dumps({**manifest, "repeat": [*manifest["repeat"], word]}))
+    for more in ((), ("--trust",)):
+        one_message(call("reproduce", edited, *more), "damaged: manifest.json, repeat: ", "decides the counts")
+
+
 def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path: Path) -> None:
     facts = {"weights": "pretrained", "origin": "https://example.org/w.pth", "sha256": "b" * 64}
     words = ("model=custom", "model._target_=os.system", "inference=fit_input")

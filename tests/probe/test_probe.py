@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from ade_harness.probe.schedule import learning_rate
 from ade_harness.runs.lock import RunLock
 from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
+from tests.warm import WarmPopen
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
 
@@ -265,10 +265,9 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
     command = [sys.executable, "-m", "ade_harness", "probe", *PROBE, "runtime.devices=2", "probe.iterations=80"]
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*command, "run.dir=run"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        return WarmPopen(
+            [*command, "run.dir=run"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     first = start()
     end = time.monotonic() + 90

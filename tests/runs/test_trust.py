@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 
 from ade_harness.runs.record import is_own
 from ade_harness.runs.trust import is_signed, key_path, signature, why_not_trusted
@@ -103,6 +105,14 @@ def test_a_strangers_harmless_run_goes_on(call: Call, stranger: Any) -> None:
         ({"model": {"kind": "hf", "id": "a/b"}}, "would load model.id=a/b"),
         ({"model": {"name": "segformer_b0", "hub": {"hub_id": "evil/w"}}}, "would fetch model.hub.hub_id=evil/w"),
         ({"dataset": {"root": "s3://bucket"}}, "would use the address dataset.root=s3://bucket"),
+        ({"model": {"kind": "timm", "architecture": {"backbone": {"name": "hf-hub:evil/x"}}}}, "backbone.name=hf-hub:evil/x"),
+        ({"model": {"kind": "smp", "architecture": {"encoder": {"name": "tu-hf_hub:evil/x"}}}}, "encoder.name=tu-hf_hub:evil/x"),
+        ({"model": {"kind": "http", "url": "HTTP:/h"}}, "would use the address model.url=HTTP:/h"),
+        ({"model": {"kind": "hf", "id": ["a"]}}, "would load model.id=['a']"),
+        ({"tracking": {"kind": "wandb", "entity": "evil"}}, "would log to W&B with tracking.entity=evil"),
+        ({"tracking": {"kind": "wandb", "run_id": "abc"}}, "tracking.run_id=abc"),
+        ({"tracking": {"kind": "none", "entity": "evil"}}, None),
+        ({"tracking": {"kind": "wandb", "entity": None}}, None),
         ({"model": "no mapping"}, None),
         ({"model": {"name": "demo", "kind": "demo", "about": {"paper": "https://arxiv.org/abs/1"}}}, None),
     ],
@@ -152,6 +162,46 @@ def test_a_secret_in_the_environment_stays_there(
     pages = "".join(p.read_text() for p in tmp_path.rglob("*.html"))
     assert "hunter2" not in said + pages
     assert "${oc.env:MY_SECRET}" in pages
+
+
+def test_a_strangers_run_chooses_no_server(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: Any
+) -> None:
+    """W&B reads ./wandb/settings, where an address may be to which it would send the key."""
+    words = [word for word in FAST if not word.startswith("tracking")]
+    started = tmp_path / "theirs"
+    started.mkdir()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert call("dataset.images=2", *words, "run.dir=theirs/run", "metrics.resamples=0").code == 0
+    manifest = json.loads((started / "run/manifest.json").read_text())
+    (started / "run/manifest.json").write_text(json.dumps({**manifest, "directory": str(started)}))
+    for folder in (started, started / "run"):
+        (folder / "wandb").mkdir(exist_ok=True)
+        (folder / "wandb/settings").write_text("[default]\nbase_url = http://127.0.0.1:1\n")
+    asked: list[tuple[str, str]] = []
+
+    class Process:
+        returncode, pid, stdout = 1, 2**22 + 1, None  # no such process
+
+        def __init__(self, command: list[str], cwd: str, env: dict[str, str], **_: Any) -> None:
+            assert list(Path(cwd).iterdir()) == []
+            asked.append((cwd, env["WANDB_BASE_URL"]))
+
+        def communicate(self, **_: Any) -> tuple[str, None]:
+            return "", None
+
+        def wait(self) -> int:
+            return 1
+
+    fake = SimpleNamespace(**{**vars(subprocess), "Popen": Process})
+    monkeypatch.setattr("ade_harness.tracking.upload.subprocess", fake)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    stranger()
+    done = call("resume", "theirs/run", "tracking.live=false")
+    assert "was not made by you on this machine: its relative paths are taken from" in done.err
+    assert [url for _, url in asked] == [wandb.Settings().base_url]
+    assert not Path(asked[0][0]).exists()
 
 
 def test_nothing_is_imported_from_a_strangers_folder(tmp_path: Path, call: Call) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import Done
+from tests.warm import WarmPopen
 
 IMAGES = 10
 WORDS = ("tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=2")
@@ -52,9 +53,9 @@ def test_any_number_of_ranks_gives_the_same_bits(
 
 
 @pytest.mark.slow
-def test_lightnings_own_launcher_works_too(cli: Callable[..., Done], tmp_path: Path, one_rank: Path) -> None:
+def test_lightnings_own_launcher_works_too(cold_cli: Callable[..., Done], tmp_path: Path, one_rank: Path) -> None:
     """Without a supervisor, as for a Python program that calls ``evaluate`` itself."""
-    done = cli(f"dataset.limit={IMAGES}", *WORDS, "runtime.devices=2", "runtime.supervise=false", "run.dir=run")
+    done = cold_cli(f"dataset.limit={IMAGES}", *WORDS, "runtime.devices=2", "runtime.supervise=false", "run.dir=run")
     assert done.code == 0, done.err
     assert table(tmp_path / "run").label_hash.tolist() == table(one_rank).label_hash.tolist()
 
@@ -110,7 +111,7 @@ def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(cli: Callabl
         "dataset.limit=60",
     ]
     command = [sys.executable, "-m", "ade_harness", *words, "runtime.devices=2", "run.dir=run"]
-    process = subprocess.Popen(
+    process = WarmPopen(
         command,
         cwd=tmp_path,
         stdout=subprocess.PIPE,

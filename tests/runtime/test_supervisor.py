@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import Done
 from tests.runtime.slow_model import SLOW_MODEL
+from tests.warm import WarmPopen
 
 IMAGES = 24
 WORDS = (
@@ -42,7 +43,7 @@ class Started:
     def __init__(self, work: Path, *words: str, **environment: str) -> None:
         self.run = work / "run"
         (self.run / "progress.json").unlink(missing_ok=True)  # of an earlier part
-        self.process = subprocess.Popen(
+        self.process = WarmPopen(
             [sys.executable, "-m", "ade_harness", *WORDS, *words], cwd=work, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}, start_new_session=True,
         )  # fmt: skip
@@ -59,13 +60,8 @@ class Started:
         raise AssertionError("no progress: " + "".join(self.process.communicate(timeout=5)))
 
     def ranks(self) -> list[psutil.Process]:
-        """Return the rank processes in their order."""
-        found = {}
-        for child in psutil.Process(self.process.pid).children():
-            # it may just be ending, or be so young that it has no environment of its own yet
-            with contextlib.suppress(psutil.Error, OSError, KeyError):
-                found[int(child.environ()["RANK"])] = child
-        return [found[rank] for rank in sorted(found)]
+        """Return the rank processes in their order, which is that of their start."""
+        return sorted(psutil.Process(self.process.pid).children(), key=psutil.Process.create_time)
 
     def end(self, timeout_s: float = 60) -> Done:
         """Wait for the end."""

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -99,11 +99,17 @@ def run_resume(options: argparse.Namespace) -> Answer:
     if not file.exists():
         require(manifest.get("kind") != PROBE, _OLD_PROBE.format(path=path))
     content = read_yaml(file, CONFIG)
-    if not options.trust and not is_own(path, manifest):
+    own = is_own(path, manifest)
+    if not options.trust and not own:
         require_trust(content, str(path))
+    # the directory of a stranger's run may be anywhere, with settings files of theirs in it
+    directory = Path(manifest.get("directory") or Path.cwd())
+    if not own and not options.trust and directory != Path.cwd():
+        print_error(f"{path} was not made by you on this machine: its relative paths are taken from {Path.cwd()}.")
+        directory = Path.cwd()
     config = stored_config(content, options.overrides)
     work = _train if manifest.get("kind") == PROBE else _evaluate
-    with _where_it_was_started(manifest, config, path, options.overrides):
+    with _where_it_was_started(directory, config, path, options.overrides):
         code, run_dir = launch(
             config, options.in_this_process, lambda found: work(config, found),
             {"work": "probe" if work is _train else "evaluate", "logging": None, "verbose": False},
@@ -112,17 +118,15 @@ def run_resume(options: argparse.Namespace) -> Answer:
 
 
 @contextmanager
-def _where_it_was_started(
-    manifest: Mapping[str, Any], config: Config, path: Path, overrides: Sequence[str]
-) -> Iterator[None]:
+def _where_it_was_started(there: Path, config: Config, path: Path, overrides: Sequence[str]) -> Iterator[None]:
     """Be in the directory where a run was started: its relative paths, and modules of its own, belong there.
 
     What is given now belongs to the present directory. A run that was moved to a machine without that directory is
     continued in the present one.
     """
-    here, there = Path.cwd(), Path(manifest.get("directory") or Path.cwd())
+    here = Path.cwd()
     config.run.dir = str(path)
-    if there == here or not there.is_dir():
+    if there == here or not there.is_absolute() or not there.is_dir():
         if there != here:
             print_error(f"{path} was started in {there}, which is not here: its relative paths are taken from {here}.")
         yield

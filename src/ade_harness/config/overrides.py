@@ -31,6 +31,12 @@ PATHS = (
 """Keys that hold a path on this machine."""
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
 """What Hydra's grammar takes for a string without quotes."""
+_OWN = re.compile(
+    r"(model|dataset|inference)=[\w.-]+|(model|dataset|inference|metrics)(\.[\w-]+)+=.*|"
+    rf"({'|'.join(map(re.escape, (*RUNTIME, 'run.on_error')))})=.*",
+    re.DOTALL,
+)
+"""Overrides that decide the counts."""
 _FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"}
 
 
@@ -82,6 +88,11 @@ def _changed(base: DictConfig, changes: Sequence[str]) -> DictConfig:
 
 def _base(group: str, name: str) -> str:
     return name if name in choices(group) else _FALLBACKS[group]
+
+
+def foreign_override(overrides: Sequence[str]) -> str | None:
+    """Return the first override that :func:`overrides_of` never writes, such as one of Hydra's own; None if all are."""
+    return next((word for word in overrides if not _OWN.fullmatch(word)), None)
 
 
 def composed_values(overrides: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.escapes import escaped
 
 _KEY_BYTES = 32
+_HUBS = re.compile(r"(hf[-_]hub|local-dir|file):", re.IGNORECASE)
+"""How timm and segmentation-models-pytorch write that a network is to be fetched from somewhere."""
 
 
 def key_path() -> Path:
@@ -105,17 +108,29 @@ def _reasons(config: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[st
     token = http.get("token_env") if isinstance(http, Mapping) else None
     if token is not None:
         yield f"would send your environment variable {token} to {model.get('url')}"
+    yield from _addresses(config, model)
+    tracking = config.get("tracking")
+    if isinstance(tracking, Mapping) and tracking.get("kind") == "wandb":
+        for name in ("entity", "project", "run_id"):
+            if tracking.get(name) is not None:
+                yield f"would log to W&B with tracking.{name}={tracking[name]}"
+
+
+def _addresses(config: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what would be fetched or asked, but is in no configuration of this package."""
     name = str(model.get("name"))
-    known = {value for _, value in _leaves(read_choice("model", name), "")} if name in choices("model") else set()
+    known = {str(value) for _, value in _leaves(read_choice("model", name), "")} if name in choices("model") else set()
     for key, value in _leaves(config, ""):
-        if isinstance(value, str) and "://" in value and value not in known and not key.startswith("model.about."):
+        address = isinstance(value, str) and ("://" in value or (_HUBS.search(value) and key.startswith("model.")))
+        asks = address or (key == "model.url" and value is not None)
+        if asks and not key.startswith("model.about.") and str(value) not in known:
             yield f"would use the address {key}={value}"
-    if model.get("id") is not None and model["id"] not in known:
+    if model.get("id") is not None and str(model["id"]) not in known:
         yield f"would load model.id={model['id']}"
     for source in ("official", "hub", "backbone"):
         node = model.get(source)
         hub = node.get("hub_id") if isinstance(node, Mapping) else None
-        if hub is not None and hub not in known:
+        if hub is not None and str(hub) not in known:
             yield f"would fetch model.{source}.hub_id={hub}"
 
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -176,11 +177,18 @@ def upload(offline: Path, timeout_s: float) -> Uploaded:
         offline: its folder.
         timeout_s: when to give up. A server that cannot be reached, or does not answer, is given up earlier.
     """
+    # a folder of its own, for its logs: in the run directory, which somebody else may have written, it would take a
+    # settings file that says to which server the key goes
+    with tempfile.TemporaryDirectory(prefix="ade-harness-") as folder:
+        return _synchronised(offline, folder, timeout_s)
+
+
+def _synchronised(offline: Path, folder: str, timeout_s: float) -> Uploaded:
     process = subprocess.Popen(
-        # -P: nothing is imported from the run directory, which somebody else may have written
         [sys.executable, "-P", "-m", "wandb", "sync", str(offline.resolve())],
-        cwd=offline.parent.parent,  # where it writes logs of its own: the run directory, not the user's folder
-        env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=folder,
+        env={"WANDB_BASE_URL": _server(), **environment()},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     with ended(process):
@@ -194,6 +202,16 @@ def upload(offline: Path, timeout_s: float) -> Uploaded:
         problems = [line for line in said.splitlines() if "ERROR" in line]
         return Uploaded(url[0] if url else None, _short(problems[0]) if problems else "")
     return Uploaded(None, _short(_complaint(said)) or f"`wandb sync` ended with exit code {process.returncode}")
+
+
+def _server() -> str:
+    """Return the address of W&B's server by its settings files, also the one of the working directory."""
+    try:
+        return str(_settings_of_files().base_url)
+    except Exception:  # pydantic's ValidationError, wandb's UsageError, ...: `wandb_mode` warns
+        from wandb import Settings
+
+        return str(Settings().base_url)
 
 
 def environment(patient: bool = False) -> dict[str, str]:

@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ade_harness.config.kinds import Source, kind_of
-from ade_harness.config.overrides import PATHS, as_override_value, composed_values
+from ade_harness.config.overrides import PATHS, as_override_value, composed_values, foreign_override
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
+from ade_harness.files.escapes import escaped
 from ade_harness.files.fetch import cache_dir
 from ade_harness.leaderboard.reproduce.checkout import code_of
 from ade_harness.leaderboard.reproduce.comparison import LabelComparison, compare_runs, what_differs
@@ -65,6 +66,12 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     repeat = first.manifest.get("repeat")
     if not repeat:
         raise HarnessError(f"{first.path}: its configuration cannot be written as overrides.")
+    foreign = foreign_override(repeat)
+    if foreign is not None:
+        raise HarnessError(
+            f"{first.path}: damaged: manifest.json, repeat: {escaped(foreign)} is no override that decides the counts."
+            " Restore it, or do without this directory."
+        )
     if not trust and (is_bundle(source) or not is_own(first.path, first.manifest)):
         _check_trust(repeat, source)
     if is_bundle(source):
