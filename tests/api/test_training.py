@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,55 @@ def test_what_the_metric_refuses(predictions: torch.Tensor, target: torch.Tensor
         SegmentationScores(0)
 
 
+def test_a_refused_batch_is_not_counted() -> None:
+    metric = SegmentationScores(3)
+    target = torch.zeros(2, 4, 4).long()
+    target[1, 0, 0] = 99
+    with pytest.raises(ValueError, match="the target holds 99"):
+        metric.update(torch.zeros(2, 4, 4).long(), target)
+    assert not metric.matrix.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_counts_stay_integers_whatever_the_metric_is_converted_to(dtype: torch.dtype) -> None:
+    metric = SegmentationScores(2).set_dtype(dtype)
+    module = torch.nn.ModuleList([metric]).to(dtype)
+    metric.matrix += 2**24
+    metric.update(torch.zeros(1, 1, 1).long(), torch.zeros(1, 1, 1).long())
+    assert module[0].matrix.dtype == torch.int64
+    assert int(metric.matrix[0, 0]) == 2**24 + 1
+
+
+def test_metrics_that_ignore_other_values_share_no_counts() -> None:
+    """A MetricCollection looks for equal states after the first batch, which may hold none of the values."""
+    together = torchmetrics.MetricCollection(
+        {"all": SegmentationScores(3, ignore_index=None), "first": SegmentationScores(3, ignore_index=0),
+         "same": SegmentationScores(3, ignore_index=0)}
+    )  # fmt: skip
+    for target in ([[1, 2]], [[0, 1]]):
+        together.update(torch.tensor([[1, 1]]), torch.tensor(target))
+    assert int(together["all"].matrix.sum()) == 4
+    assert int(together["first"].matrix.sum()) == int(together["same"].matrix.sum()) == 3
+    assert ["first", "same"] in together.compute_groups.values()
+
+
+def test_each_epoch_counts_its_own_pixels() -> None:
+    """As docs/python.md and the class teach it: Lightning does not reset what is logged as a dict."""
+    counted: list[int] = []
+
+    class Watched(Trained):
+        def on_validation_epoch_end(self) -> None:
+            counted.append(int(self.metric.matrix.sum()))
+            super().on_validation_epoch_end()
+
+    fit([], max_epochs=3, module=Watched())
+    assert counted == [2 * 2 * 256, *[8 * 256] * 3]  # two batches before the training, then eight images
+    guide = (REPOSITORY / "docs/python.md").read_text()
+    taught = guide[guide.index("self.log_dict(") :].splitlines()
+    assert "self.scores.reset()" in taught[1]
+    assert "scores.reset()" in str(SegmentationScores.__doc__)
+
+
 def test_without_validation_a_wrong_target_is_not_counted() -> None:
     metric = SegmentationScores(3, validate_args=False)
     metric.update(torch.zeros(1, 1, 2).long(), torch.tensor([[[1, 7]]]))
@@ -141,8 +191,8 @@ class Trained(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def fit(callbacks: list[pl.Callback], **options: Any) -> tuple[Trained, pl.Trainer]:
-    module = Trained()
+def fit(callbacks: list[pl.Callback], module: Trained | None = None, **options: Any) -> tuple[Trained, pl.Trainer]:
+    module = Trained() if module is None else module
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=callbacks, **{"max_epochs": 2, **options},
@@ -193,6 +243,8 @@ def test_mistakes_of_the_callback() -> None:
 
     with pytest.raises(HarnessError, match="/nowhere: no such folder or zip"):
         fit([ade.ADE20KEvaluation(root="/nowhere", network="net", options=SMALL)], max_epochs=0)
+    with pytest.raises(HarnessError, match="prefix=None: expected a string"):
+        ade.ADE20KEvaluation(dataset="demo", prefix=None)  # type: ignore[arg-type]
     with pytest.raises(HarnessError, match="workers=-1: expected a whole number"):
         ade.ADE20KEvaluation(dataset="demo", workers=-1)
 
@@ -201,6 +253,39 @@ def test_mistakes_of_the_callback() -> None:
 
     with pytest.raises(HarnessError, match="FSDPStrategy shards the network"):
         fit([ade.ADE20KEvaluation(dataset="demo", options=SMALL)], strategy=FSDPStrategy("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "message"),
+    [
+        ({"precision": "bf16-true"}, 150, "weights are bfloat16"),
+        ({"precision": "64-true"}, 150, "weights are float64"),
+        ({}, 21, "outputs 21 channels, ADE20K has 150"),
+        ({}, 0, "no idea"),
+    ],
+)
+def test_what_cannot_work_is_found_before_the_training(options: dict[str, Any], channels: int, message: str) -> None:
+    class Other(Trained):
+        def __init__(self) -> None:
+            super().__init__()
+            if channels == 21:
+                self.net = torch.nn.Conv2d(3, 21, 4, 4)
+            elif not channels:
+                self.net = Broken()
+
+    class Broken(torch.nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 150, 4, 4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) == 1:
+                raise RuntimeError("no idea")
+            return super().forward(images)
+
+    module = Other()
+    with pytest.raises(HarnessError, match=message):
+        fit([ade.ADE20KEvaluation(dataset="demo", network="net", options=SMALL)], module, **options)
+    assert module.losses == []
 
 
 _TWO = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import zipfile
@@ -18,7 +19,7 @@ from PIL import Image
 
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.data.ade20k_labels import ade20k_classes
-from ade_harness.data.containers import check_png, check_scans, read_png_header
+from ade_harness.data.containers import PNG_START, check_png, check_scans, read_png_header
 from ade_harness.data.decode import _without_metadata, decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage, default_colors
 from ade_harness.data.palettes import misleading_entry
@@ -378,7 +379,7 @@ def test_a_progressive_jpeg_without_its_last_scans_is_refused(mode: str) -> None
         with Image.open(io.BytesIO(cut)) as opened:  # Pillow says nothing
             coarser = not np.array_equal(np.array(opened.convert("RGB")), expected)
         assert coarser or start == starts[-1]  # this one may hold black's last bits, of an image that has none
-        with pytest.raises(HarnessError, match=r"a\.jpg: .*the last scans of the progressive JPEG are missing"):
+        with pytest.raises(HarnessError, match=r"a\.jpg: .*the last scans of the JPEG are missing"):
             decode_image(cut, "a.jpg")
     filled = data[:2] + b"\xff\xff\xff" + data[2:]  # fill bytes before a marker are allowed
     assert np.array_equal(decode_image(filled, "a.jpg"), expected)
@@ -586,3 +587,77 @@ def test_colours_that_are_none_of_the_data_sets_are_refused(tmp_path: Path) -> N
         (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (4, 4), color)))
         with pytest.raises(HarnessError, match=message):
             FolderPredictor(tmp_path, "colour", ade20k_classes()).prepare("a", np.zeros((4, 4, 3), np.uint8))
+
+
+def png_of(height: int, width: int, depth: int, colour: int, rows: bytes, *, interlaced: bool = False) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
+    palette = chunk(b"PLTE", bytes(range(6))) if colour == 3 else b""
+    return PNG_START + chunk(b"IHDR", header) + palette + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(
+    ("colour", "depth"), [(0, 1), (0, 2), (0, 8), (0, 16), (2, 8), (2, 16), (3, 4), (3, 8), (4, 8), (6, 8)]
+)
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 1), (9, 3), (2, 17)])
+def test_every_row_of_a_png_is_there(height: int, width: int, colour: int, depth: int, interlaced: bool) -> None:
+    """The bytes are those that an independent encoder writes: passes of Adam7 by the specification's own table."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    grid = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    counts = []
+    for number in "1234567" if interlaced else "*":
+        taken = np.array([[number in ("*", grid[y % 8][x % 8]) for x in range(width)] for y in range(height)])
+        rows, columns = int(taken.any(1).sum()), int(taken.any(0).sum())
+        counts += [1 + math.ceil(columns * channels * depth / 8)] * rows
+    whole = bytes(sum(counts))
+    assert (
+        check_png(png_of(height, width, depth, colour, whole, interlaced=interlaced), "a.png", "image").width == width
+    )
+    check_png(png_of(height, width, depth, colour, whole + b"0", interlaced=interlaced), "a.png", "image")
+    for missing in {1, counts[-1]}:
+        with pytest.raises(HarnessError, match=r"a\.png: this image cannot be read \(rows are missing"):
+            check_png(png_of(height, width, depth, colour, whole[:-missing], interlaced=interlaced), "a.png", "image")
+
+
+def test_half_of_a_label_map_is_not_read_as_a_whole_one() -> None:
+    """Its stream is whole, and every checksum is right: Pillow and OpenCV fill the rest with zeros."""
+    rows = b"".join(b"\0" + bytes([7] * 30) for _ in range(20))
+    assert (decode_labels(png_of(20, 30, 8, 0, rows), "a.png") == 7).all()
+    for decode in (decode_labels, decode_image):
+        with pytest.raises(HarnessError, match="rows are missing: 310 bytes of pixels, expected 620"):
+            decode(png_of(20, 30, 8, 0, rows[:310]), "a.png")
+    twice = png_of(20, 30, 8, 0, rows).replace(b"IDAT", b"IDAT", 1)
+    second = chunk(b"IHDR", struct.pack(">IIBBBBB", 30, 10, 8, 0, 0, 0, 0))
+    place = len(PNG_START) + 25
+    with pytest.raises(HarnessError, match="several headers"):
+        decode_labels(twice[:place] + second + twice[place:], "a.png")
+
+
+def scans_of_components(number: int) -> bytes:
+    """Return a sequential JPEG that holds the first so many of three components, each in a scan of its own."""
+    parts = []
+    for seed in range(3):
+        buffer = io.BytesIO()
+        noise = np.random.default_rng(seed).integers(0, 256, (16, 24)).astype(np.uint8)
+        Image.fromarray(noise).save(buffer, "JPEG", quality=80)
+        parts.append(buffer.getvalue())
+    first = parts[0]
+    frame = first.find(b"\xff\xc0")
+    components = b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
+    header = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 16, 24, 3) + components
+    after = frame + 2 + struct.unpack_from(">H", first, frame + 2)[0]
+    content = first[:frame] + header + first[after : first.find(b"\xff\xda")]
+    for component in range(number):
+        scan = parts[component]
+        start = scan.find(b"\xff\xda")
+        content += scan[start : start + 5] + bytes([component + 1]) + scan[start + 6 : -2]
+    return content + b"\xff\xd9"
+
+
+def test_a_sequential_jpeg_without_its_last_scans_is_refused() -> None:
+    whole = decode_image(scans_of_components(3), "a.jpg")
+    assert whole.shape == (16, 24, 3)
+    assert whole.std((0, 1)).min() > 20
+    for number in (1, 2):
+        with pytest.raises(HarnessError, match=r"a\.jpg: .*the last scans of the JPEG are missing"):
+            decode_image(scans_of_components(number), "a.jpg")

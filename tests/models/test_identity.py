@@ -76,15 +76,26 @@ def project(tmp_path: Path) -> Any:
         "        super().__init__()\n"
         "        self.layer = Layer()\n"
         "        self.layer.load_state_dict(torch.load('own.pth'))\n"
+        "        self.shift = [torch.load('plain.pth')]\n"
         "    def forward(self, x):\n"
-        "        return self.layer(x)\n"
+        "        return self.layer(x) + self.shift[0]\n"
     )
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/__init__.py").write_text("A = 1\n")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/__init__.py").write_text("")
+    (tmp_path / "packed/net.py").write_text("import beside\nfrom my_net import Net\n\nclass Packed(Net):\n    pass\n")
+    torch.save(torch.zeros(1), tmp_path / "plain.pth")
     (tmp_path / "my_parts.py").write_text(
         "import torch\n\nclass Layer(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, 150, 4, 4)\n"
     )
     torch.save(nn.Conv2d(3, 150, 4, 4).state_dict(), tmp_path / "own.pth")
     yield tmp_path
-    for name in ("my_net", "my_parts"):
+    forget()
+
+
+def forget() -> None:
+    for name in ("my_net", "my_parts", "beside", "packed", "packed.net"):
         sys.modules.pop(name, None)
 
 
@@ -94,13 +105,15 @@ def project(tmp_path: Path) -> Any:
         ("my_net.py", "code.model_source"),
         ("my_parts.py", "code.model_source"),
         ("own.pth", "model.state_sha256"),
+        ("plain.pth", "model.state_sha256"),
+        ("beside/__init__.py", "code.model_source"),
         ("nothing", None),
     ],
 )
 def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, change: str, key: str | None) -> None:
     words = (
         "model=custom",
-        "model._target_=my_net.Net",
+        "model._target_=packed.net.Packed",
         "dataset.images=2",
         *FAST,
         "run.dir=run",
@@ -110,10 +123,11 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
     path = project / change
     if change.endswith(".py"):
         path.write_text(path.read_text() + "# another line\n")
+    elif change == "plain.pth":
+        torch.save(torch.ones(1), path)
     elif change.endswith(".pth"):
         torch.save(nn.Conv2d(3, 150, 4, 4).state_dict(), path)
-    for name in ("my_net", "my_parts"):
-        sys.modules.pop(name, None)
+    forget()
     done = call(*words)
     if key is None:
         assert done.code == 0, done.err
@@ -137,7 +151,8 @@ def write_external(path: Path, seed: int = 0) -> None:
 
 def test_external_data_of_a_graph_is_part_of_the_model(call: Call, tmp_path: Path) -> None:
     write_external(tmp_path / "m.onnx")
-    (tmp_path / "other.data").write_bytes(b"nothing of the graph's")
+    for name in ("other.data", "Conv", "w", "x"):  # names that stand in the graph, but not as a file's
+        (tmp_path / name).write_bytes(b"nothing of the graph's")
     words = ("model=onnx", "model.path=m.onnx", "dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0")
     assert list(companion_hashes(tmp_path / "m.onnx")) == ["w.data"]
     assert call(*words).code == 0

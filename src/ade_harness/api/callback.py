@@ -20,7 +20,6 @@ from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.overrides import as_override_value
 from ade_harness.config.validate import require_data
-from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
 
@@ -62,6 +61,8 @@ class ADE20KEvaluation(pl.Callback):
         super().__init__()
         whole_number("every_n_epochs", every_n_epochs, 1)
         whole_number("workers", workers, 0)
+        if not isinstance(prefix, str):
+            raise HarnessError(f"ADE20KEvaluation: prefix={prefix!r}: expected a string.")
         self.every_n_epochs, self.prefix, self.workers, self._network = every_n_epochs, prefix, workers, network
         overrides = ["model=custom", "model._target_=torch.nn.Module", f"dataset={dataset}", "tracking=none"]
         given = {"dataset.root": None if root is None else str(root), "dataset.limit": limit}
@@ -83,8 +84,11 @@ class ADE20KEvaluation(pl.Callback):
                 f"ADE20KEvaluation: {type(trainer.strategy).__name__} shards the network, and ranks would wait for each"
                 " other within a forward, though they have different images. Use DDP, or evaluate a checkpoint."
             )
-        self._part(pl_module)
-        open_dataset(self._composed.config.dataset)
+        network, cfg = self._part(pl_module), self._composed.config
+        with callers_process(), callers_network(network, pl_module.device):  # one image, the same on every rank
+            begin(str(cfg.inference.precision), cfg.runtime.seed)
+            opened = open_here(cfg, lambda classes: network_predictor(network, cfg, classes))
+            count_here(opened, [0], pl_module.device, str(cfg.runtime.kernels), 0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate, and log the scores of this epoch."""

@@ -27,9 +27,16 @@ GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _SOS, _EOI, _PROGRESSIVE = 0xDA, 0xD9, (0xC2, 0xCA)
-"""Markers of a JPEG: the start of a scan, the end, and frames of several scans of all pixels."""
+_FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
+"""Markers of a JPEG: the start of a scan, the end, frames of scans that refine each other, and all frames."""
 _ALONE = (0x00, 0x01, *range(0xD0, 0xD9))
 """After 0xFF: a byte of coded pixels, and markers that no length follows."""
+_ADAM7 = (
+    (0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1),
+)  # fmt: skip
+"""First row and column of each pass, and the steps to the next ones."""
+_PIECE_BYTES = 2**20
+"""Decompressed at once, to be counted."""
 _CHUNKS = 2**16
 """Chunks of a PNG: encoders that write the most make one for each 8 KB."""
 _OTHERS = {
@@ -49,6 +56,8 @@ class PngHeader:
     """Bits of a channel: 1, 2, 4, 8 or 16."""
     colour_type: int
     """`GREY`, `COLOUR`, `PALETTE`, `GREY_ALPHA` or `COLOUR_ALPHA`."""
+    interlaced: bool
+    """Whether the pixels come in the seven passes of Adam7."""
     palette: npt.NDArray[np.uint8] | None
     """[entries, 3] RGB; None without a palette."""
 
@@ -96,7 +105,7 @@ def read_png_header(data: bytes, name: str, what: str) -> PngHeader:
     for kind, content in _chunks(data, name, what):
         if kind == b"IHDR" and len(content) == 13:
             width, height, depth, colour_type = struct.unpack(">IIBB", content[:10])
-            header = height, width, depth, colour_type
+            header = height, width, depth, colour_type, content[12] == 1
         elif kind == b"PLTE":
             palette = np.frombuffer(content[: len(content) // 3 * 3], np.uint8).reshape(-1, 3)
         elif kind == b"IDAT":
@@ -113,38 +122,77 @@ def check_png(data: bytes, name: str, what: str) -> PngHeader:
     Raises:
         HarnessError: damaged or cut off.
     """
-    last = b""
-    for kind, _ in _chunks(data, name, what):
+    last, headers, pixels = b"", 0, []
+    for kind, content in _chunks(data, name, what):
         last = kind
+        headers += kind == b"IHDR"
+        if kind == b"IDAT":
+            pixels.append(content)
         if kind == b"IEND":
             break
     if last != b"IEND":
         raise unreadable(name, what, "it is cut off")
-    return read_png_header(data, name, what)
+    if headers > 1:
+        raise unreadable(name, what, "it has several headers")
+    header = read_png_header(data, name, what)
+    _check_rows(header, b"".join(pixels), name, what)
+    return header
+
+
+def _check_rows(header: PngHeader, pixels: bytes, name: str, what: str) -> None:
+    """Check that the compressed pixels are as many as the header says: decoders fill rows that are missing.
+
+    More than that is let through: every pixel is there.
+    """
+    wanted, found = _filtered_bytes(header), 0
+    stream = zlib.decompressobj()
+    try:
+        while found < wanted and pixels and not stream.eof:
+            found += len(stream.decompress(pixels, min(wanted - found, _PIECE_BYTES)))
+            pixels = stream.unconsumed_tail
+    except zlib.error as error:
+        raise unreadable(name, what, f"damaged: {error}") from error
+    if found < wanted:
+        raise unreadable(name, what, f"rows are missing: {found:,} bytes of pixels, expected {wanted:,}")
+
+
+def _filtered_bytes(header: PngHeader) -> int:
+    """Return the bytes of all rows, each with its filter, before compression (PNG specification, 7 and 8)."""
+    channels = {GREY: 1, COLOUR: 3, PALETTE: 1, GREY_ALPHA: 2, COLOUR_ALPHA: 4}.get(header.colour_type, 1)
+    passes = _ADAM7 if header.interlaced else ((0, 0, 1, 1),)
+    wanted = 0
+    for top, left, down, right in passes:
+        rows, columns = -(-(header.height - top) // down), -(-(header.width - left) // right)
+        if rows > 0 and columns > 0:
+            wanted += rows * (1 + -(-columns * channels * header.depth // 8))
+    return wanted
 
 
 def check_scans(data: bytes, name: str, what: str) -> None:
-    """Check that a progressive JPEG has all its scans.
+    """Check that a JPEG has all its scans.
 
-    Each refines the whole image: without the last ones a decoder has every pixel, only coarser, and warns of nothing.
+    Those of a progressive one refine the whole image, and others may hold a colour component each: without the last
+    ones a decoder has every pixel, only coarser or in other colours, and warns of nothing.
 
     Raises:
         HarnessError: of a coefficient, bits are missing (ITU-T T.81, G.1.1.1.2: those below the last ``Al``).
     """
     missing: dict[int, npt.NDArray[np.uint8]] = {}
+    progressive = False
     for marker, content in _segments(data):
-        if marker in _PROGRESSIVE:
+        if marker in _FRAMES:
             missing = {content[6 + 3 * i]: np.ones(64, np.uint8) for i in range((len(content) - 6) // 3)}
-        elif marker == _SOS and not missing:
-            return  # pixels of a frame that has no such scans
+            progressive = marker in _PROGRESSIVE
         elif marker == _SOS and len(content) >= 4 + 2 * content[0]:
             components = content[1 : 1 + 2 * content[0] : 2]
-            start, end, bits = content[-3:]
+            start, end, bits = content[-3:] if progressive else (0, 63, 0)
             for component in components:
                 if component in missing:
                     missing[component][start : end + 1] = bits & 15
-    if any(bits.any() for bits in missing.values()):
-        raise unreadable(name, what, "the last scans of the progressive JPEG are missing")
+            if not progressive and not any(left.any() for left in missing.values()):
+                return  # most files: one scan of all components
+    if any(left.any() for left in missing.values()):
+        raise unreadable(name, what, "the last scans of the JPEG are missing")
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:

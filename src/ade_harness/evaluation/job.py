@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ade_harness import kernels
 from ade_harness.config.composed import Composed
+from ade_harness.config.kinds import kind_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import SegmentationDataset
@@ -106,7 +107,7 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     facts = predictor.facts()
     if is_first and predictor.network is not None:  # once on each node: its ranks share the pages of the weights
         begin = time.monotonic()
-        facts = {**facts, "state_sha256": state_hash(predictor.network)}
+        facts = {**facts, "state_sha256": state_hash(predictor.network, kind_of(cfg.model.kind).is_code)}
         facts["state_sha256_seconds"] = round(time.monotonic() - begin, 2)
     chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
     implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}

@@ -29,6 +29,7 @@ class SegmentationScores(Metric):
         scores = SegmentationScores(num_classes=150)
         scores.update(logits, target)  # float [N, 150, h, w] and integers [N, H, W]
         self.log_dict(scores.compute())  # mIoU, mIoU_csail, ..., final_score
+        scores.reset()  # at the end of an epoch: Lightning resets what is logged as a metric, not a dict of numbers
 
     Scores that are smaller than the target are upsampled and counted in one pass, with the labels that
     ``F.interpolate(logits, target.shape[-2:], mode="bilinear").argmax(1)`` gives, and without its memory.
@@ -53,6 +54,9 @@ class SegmentationScores(Metric):
 
     matrix: Tensor
     """int64 [C, C + 1]: annotated class, predicted class; the last column is none of them."""
+    ignored: Tensor
+    """Whether there is an `ignore_index`, and which. A state, since a MetricCollection lets metrics whose states are
+    equal after the first batch share one: two that ignore different values may be, by then."""
 
     def __init__(
         self, num_classes: int = 150, ignore_index: int | None = IGNORE_INDEX, validate_args: bool = True,
@@ -76,6 +80,12 @@ class SegmentationScores(Metric):
         self.num_classes, self.ignore_index, self.validate_args = num_classes, ignore_index, validate_args
         self.kernels_choice = kernels_choice
         self.add_state("matrix", torch.zeros(num_classes, num_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        ignored = torch.tensor([ignore_index is not None, ignore_index or 0], dtype=torch.int64)
+        self.add_state("ignored", ignored, dist_reduce_fx="max")
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> SegmentationScores:
+        """Keep the counts as they are: they are integers, and floats would round them."""
+        return self
 
     def update(self, predictions: Tensor, target: Tensor) -> None:
         """Count one batch.
@@ -86,11 +96,14 @@ class SegmentationScores(Metric):
             target: integers [N, H, W]: 0..C-1, or `ignore_index`.
 
         Raises:
-            ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class.
+            ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class. Then nothing of
+                the batch is counted.
         """
         predictions, target = self._batched(predictions, target)
+        found = torch.zeros_like(self.matrix)
         for one, truth in zip(predictions, target, strict=True):
-            self.matrix += self._counts(one, truth)
+            found += self._counts(one, truth)
+        self.matrix += found
 
     def _batched(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         for name, value in (("predictions", predictions), ("target", target)):

@@ -64,7 +64,7 @@ def resolve_class_map(
             raise HarnessError(_wrong_number(channels, found, names, classes))
         if found is not None:
             _refuse_other_order(found, names or [], classes)
-        return ClassMap(None, tuple(range(channels)))
+        return ClassMap(None, tuple(range(channels)), _note(tuple(range(channels)), found, names, classes))
     if len(class_map) != channels:
         raise HarnessError(
             f"model.class_map has {len(class_map)} entries, but the model outputs {channels} channels:"
@@ -90,7 +90,10 @@ def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None]
 
 def _refuse_other_order(found: list[int | None], names: Sequence[str], classes: Classes) -> None:
     wrong = [(c, f) for c, f in enumerate(found) if f is not None and f != c]
-    if len(wrong) > len(classes) // 10:  # a few names have other spellings or are shared by two classes
+    # a few names have other spellings or are shared by two classes; two that are other classes' own are no accident
+    sure = [(c, f) for c, f in wrong if str(names[c]).strip().lower() == classes.names[f].strip().lower()]
+    if len(wrong) > len(classes) // 10 or len(sure) > 1:
+        wrong = wrong if len(wrong) > len(classes) // 10 else sure
         channel, actual = wrong[0]
         raise HarnessError(
             f"The model's own names are not in {classes.dataset}'s order: channel {channel} is {names[channel]!r},"
@@ -144,7 +147,7 @@ def _note(
         if wrong:
             channel = wrong[0]
             notes.append(
-                f"model.class_map calls channel {channel} class {class_map[channel]}, the model's own name for it is"
+                f"channel {channel} is counted as class {class_map[channel]}, the model's own name for it is"
                 f" {names[channel]!r} ({len(wrong)} channels disagree)"
             )
     return "; ".join(notes) or None

@@ -11,24 +11,41 @@ import hashlib
 import importlib.metadata
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import ade_harness
 from ade_harness.files.fetch import file_hash
 from ade_harness.runtime.cluster import usable_cores
 
+_LOCATION = b"\n\x08location\x12"
+"""An entry's key (field 1, 8 bytes), and the tag of its value (field 2)."""
+_LONGEST_PATH = 4096
+_THIS = Path(ade_harness.__file__).resolve().parent
+"""This package: the manifest has its commit."""
 
-def state_hash(module: nn.Module) -> str:
+
+def state_hash(module: nn.Module, attributes: bool = False) -> str:
     """Return a sha256 of all parameters and buffers: names, types, shapes and bytes.
 
     Tensors are hashed side by side, and OpenSSL needs a second of one core for 1 to 2 GB.
+
+    Args:
+        module: the network.
+        attributes: hash tensors and arrays too that are plain attributes of modules, as anybody's code may have them.
+            Not of a network that has been called before: it may keep what it has last computed.
     """
-    named = sorted(_tensors(module), key=lambda item: item[0])
+    named = list(_tensors(module))
+    if attributes:
+        named += _attributes(module)
+    named.sort(key=lambda item: item[0])
     with ThreadPoolExecutor(max(1, min(16, usable_cores()))) as pool:
         digests = list(pool.map(_tensor_hash, (tensor for _, tensor in named)))
     lines = [f"{name} {t.dtype} {list(t.shape)} {d}\n" for (name, t), d in zip(named, digests, strict=True)]
@@ -39,6 +56,24 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors, also buffers that no file holds, and those that two names share."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name.startswith("_") and name in vars(_EMPTY):
+                continue  # parameters, buffers and hooks
+            if isinstance(value, Mapping):
+                items = list(value.items())
+            else:
+                items = list(enumerate(value)) if isinstance(value, list | tuple) else [("", value)]
+            for key, one in items:
+                tensor = torch.from_numpy(one) if isinstance(one, np.ndarray) and one.dtype.kind in "iufb" else one
+                if isinstance(tensor, Tensor):
+                    yield f"{prefix}:{name}:{key}", tensor
+
+
+_EMPTY = nn.Module()
 
 
 def _tensor_hash(tensor: Tensor) -> str:
@@ -53,17 +88,32 @@ def _tensor_hash(tensor: Tensor) -> str:
 
 
 def companion_hashes(path: Path) -> dict[str, str]:
-    """Return the sha256 of every file below a model file's folder whose name stands in the model file.
+    """Return the sha256 of every file that holds weights of an ONNX graph, by its path beside the graph.
 
-    An ONNX graph names the files that hold its weights. A name that stands there for another reason costs a hash.
+    The graph names them in its tensors' ``external_data``, as the value of the key ``location``.
     """
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             return {}
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            others = sorted(p for p in path.parent.rglob("*") if p != path and p.is_file())
-            named = [p for p in others if content.find(p.name.encode()) >= 0]
-    return {p.relative_to(path.parent).as_posix(): file_hash(p, "sha256") for p in named}
+            named = sorted(set(_locations(content)))
+    return {name: file_hash(path.parent / name, "sha256") for name in named if (path.parent / name).is_file()}
+
+
+def _locations(content: mmap.mmap) -> Iterator[str]:
+    """Yield the values of all entries ``location``: StringStringEntryProto, whose field 2 is the value."""
+    place = content.find(_LOCATION)
+    while place >= 0:
+        place += len(_LOCATION)
+        length, shift = 0, 0
+        while place < len(content):  # a varint
+            byte = content[place]
+            place, length, shift = place + 1, length | (byte & 127) << shift, shift + 7
+            if byte < 128 or shift > 28:
+                break
+        with suppress(UnicodeDecodeError):
+            yield content[place : place + min(length, _LONGEST_PATH)].decode()
+        place = content.find(_LOCATION, place)
 
 
 def source_hash(module_name: str) -> str | None:
@@ -73,8 +123,8 @@ def source_hash(module_name: str) -> str | None:
         module_name: of an imported module.
 
     Returns:
-        A sha256 of its project's imported files: of its package, or of its folder if it is a file alone. Of an
-        installed package ``name==version``. None if it has no file.
+        A sha256 of its project's imported files: those of its package and beside it. Of an installed package
+        ``name==version``. None if it has no file.
     """
     top = module_name.partition(".")[0]
     found = getattr(sys.modules.get(top), "__file__", None) or getattr(sys.modules.get(module_name), "__file__", None)
@@ -83,11 +133,15 @@ def source_hash(module_name: str) -> str | None:
     if _is_installed(Path(found)):
         names = importlib.metadata.packages_distributions().get(top, [])
         return ", ".join(f"{name}=={importlib.metadata.version(name)}" for name in sorted(set(names))) or None
-    root = Path(found).resolve().parent
+    # the folder that Python looks in: other packages beside it are of the same project
+    file = getattr(sys.modules.get(module_name), "__file__", None) or found
+    depth = module_name.count(".") + (Path(file).stem == "__init__")
+    parents = Path(file).resolve().parents
+    root = parents[min(depth, len(parents) - 1)]
     files = {Path(f) for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
     files = {f for f in files if f.is_absolute() and f.suffix == ".py" and not _is_installed(f)}
     real = {f.resolve() for f in files if f.is_file()}
-    own = sorted(f for f in real if f.is_relative_to(root) and not _is_installed(f))
+    own = sorted(f for f in real if f.is_relative_to(root) and not (_is_installed(f) or f.is_relative_to(_THIS)))
     lines = [f"{f.relative_to(root).as_posix()} {file_hash(f, 'sha256')}\n" for f in own]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
