@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file, save_file
 from scripts import timm_table
 from torch import Tensor
@@ -245,6 +247,32 @@ def test_a_probe_is_trained_and_evaluated(call: Callable[..., Done], tmp_path: P
         model.module.head.classifier.weight, load_file(tmp_path / "head/head.safetensors")["head.classifier.weight"]
     )  # type: ignore[union-attr, arg-type]
     assert model.mean == (127.5,) * 3
+
+
+def test_the_command_that_a_probe_prints_evaluates_what_was_trained(call: Callable[..., Done], tmp_path: Path) -> None:
+    """Also fields of the network, another data set than the demo's, and folders that a shell would take apart."""
+    torch.manual_seed(0)
+    below = tmp_path / "back bone's.safetensors"
+    save_file(timm.create_model(TINY).state_dict(), below)
+    changed = ("model.architecture.head.maps=2", "model.input.mean=[1,2,3]", "inference.tta.flip=true")
+    done = call(*PROBE, f"model.backbone_checkpoint={below}", *changed)
+    assert done.code == 0, done.err
+    line = next(line for line in done.out.splitlines() if line.startswith("evaluate it: "))
+    words = shlex.split(line.removeprefix("evaluate it: python -m ade_harness "))
+    assert {"dataset=demo", "inference.tta.flip=true", f"model.checkpoint={tmp_path}/head/head.safetensors"} <= set(
+        words
+    )
+    quick = ("dataset.images=2", "runtime.workers=0", "tracking=none", "metrics.resamples=0", "run.dir=run")
+    done = call(*words, *quick, "inference.tta.flip=false")
+    assert done.code == 0, done.err
+    assert "was trained above another file" not in done.out
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["model"]["architecture"]["head"]["maps"] == 2
+    assert config["model"]["input"]["mean"] == [1, 2, 3]
+    # another backbone below the head is not silent
+    save_file(timm.create_model(TINY).state_dict(), below)
+    done = call(*words, *quick, "run.dir=other", "inference.tta.flip=false")
+    assert "head.safetensors was trained above another file of the backbone" in " ".join(done.out.split())
 
 
 def test_crops_that_a_backbone_does_not_take_are_refused(call: Callable[..., Done]) -> None:

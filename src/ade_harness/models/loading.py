@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,12 +19,13 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.backbones.vit import Beit3Trunk
 from ade_harness.models.checkpoint.family import Family, add_delta, quietly_random
 from ade_harness.models.checkpoint.files import StateDict
-from ade_harness.models.checkpoint.parts import read_part
+from ade_harness.models.checkpoint.parts import Known, read_part
 from ade_harness.models.checkpoint.sources import (
     backbone_checkpoint,
     choice_of,
     chosen_checkpoint,
     facts_of,
+    other_backbone,
     require_timm,
 )
 from ade_harness.models.checkpoint.strict import Strictness, noting_random_keys
@@ -106,19 +108,22 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
             " To try it without weights: model.weights=random."
         )
     require_timm(cfg)
-    part = read_part(checkpoint.path, choice_of(cfg), family.known)
+    known = _known(family, cfg, classes)
+    part = read_part(checkpoint.path, choice_of(cfg), known)
     state, facts = part.state, facts_of(checkpoint, part)
     alone = _is_head_alone(family, state)
+    notes: tuple[str, ...] = ()
     if alone or cfg.delta:
         why = (
             "the head alone" if alone else "differences from its backbone (a file of whole weights: model.delta=false)"
         )
         backbone = backbone_checkpoint(cfg, f"{checkpoint.origin}: this file holds {why}")
-        below = read_part(backbone.path, known=family.known).state
+        below = read_part(backbone.path, known=known).state
         state = {**below, **state} if alone else add_delta(family, state, below)
         facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
+        notes = other_backbone(checkpoint.path, backbone.sha256)
     keys = Strictness(
         facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file
     )
@@ -130,7 +135,32 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
             f"{facts['origin']}: BEiT-3's encoder alone, without adapter and head. {cfg.missing or ''}"
             " An encoder goes with model.backbone_checkpoint=PATH, beside a head as model.checkpoint=PATH."
         )
-    return _system(cfg, module, "pretrained", facts, classes)
+    loaded = _system(cfg, module, "pretrained", facts, classes)
+    return replace(loaded, notes=(*loaded.notes, *notes))
+
+
+def _known(family: Family, cfg: ModelConfig, classes: Classes) -> Known:
+    """Return what counts the names of a state_dict that are the system's, by any code base or by its own module's.
+
+    The module's own are asked for last: transformers has renamed parts of its networks since the hub's files were made,
+    and a trainer writes today's names.
+    """
+    own: list[frozenset[str]] = []
+
+    def known(state: StateDict) -> int:
+        found = family.known(state)
+        if 2 * found >= len(state):
+            return found
+        if not own:
+            try:
+                with torch.device("meta"):
+                    names = list(family.load(cfg.architecture, None, Strictness(), classes).state_dict())
+            except HarnessError:
+                names = []
+            own.append(frozenset([*names, *(name.partition(".")[2] for name in names)]))  # of what it wraps
+        return max(found, len(state.keys() & own[0]))
+
+    return known
 
 
 def _system(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, Any], classes: Classes) -> LoadedModel:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.overrides import as_override_value, overrides_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
@@ -355,6 +357,7 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
         "iterations": training.step,
         "images": manifest["dataset"]["images"],
         "demo": manifest["dataset"]["name"] == "demo",
+        "backbone_sha256": manifest["model"].get("sha256"),
     }
     with replaced(path) as temporary:
         save_file(
@@ -368,18 +371,15 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
         print_line(console, mark, style="yellow")
     console.print(f"loss: {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f} in {training.step:,} iterations")
     print_line(console, f"head: {path}")
-    print_line(console, f"evaluate it: python -m ade_harness {' '.join(_evaluation_of(cfg.model, path))}")
+    print_line(console, f"evaluate it: python -m ade_harness {shlex.join(_evaluation_of(cfg, path))}")
     if cfg.tracking.kind == "wandb":
         facts = {"identity": {**_decided(as_dict(cfg)), **manifest["identity"]}}
         tracking.finish_training(training.run_dir, rows, facts)
     return path
 
 
-def _evaluation_of(model: ModelConfig, head: Path) -> list[str]:
-    """Return the arguments that evaluate a head on the backbone that it was trained on."""
-    words = [f"model={model.name}", f"model.checkpoint={head}"]
-    if model.kind == "timm":
-        words.insert(1, f"model.backbone={model.architecture['backbone']['name']}")
-    if model.backbone_checkpoint is not None:
-        words.append(f"model.backbone_checkpoint={model.backbone_checkpoint}")
-    return words
+def _evaluation_of(cfg: Config, head: Path) -> list[str]:
+    """Return the arguments that evaluate a head on the network and the data set that it was trained on."""
+    repeated = overrides_of(cfg) or [f"model={cfg.model.name}"]
+    kept = [word for word in repeated if re.match(r"(model|inference)[.=]|dataset=|dataset\.root=", word)]
+    return [*kept, f"model.checkpoint={as_override_value(str(head.absolute()))}"]

@@ -18,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import ade_harness as ade
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import CheckpointWeights, ModelConfig
 from ade_harness.errors import HarnessError
@@ -450,3 +451,28 @@ def test_a_backbone_that_cannot_be_fetched_is_asked_for_as_one(monkeypatch: pyte
         cfg = compose_config([*words, "model.checkpoint=head.safetensors"]).model
         with pytest.raises(HarnessError, match=r"give model\.backbone_checkpoint=PATH"):
             backbone_checkpoint(cfg, "x") if cfg.kind != "timm" else timm.load_headless(cfg)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "net.", "_orig_mod.", "ema_model.", "module.student."])
+def test_todays_names_of_transformers_are_known_below_a_prefix(tmp_path: Path, prefix: str) -> None:
+    """They are not those of the hub's files: the library has renamed its networks' parts."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150))
+    torch.save({f"{prefix}{k}": v for k, v in network.state_dict().items()}, tmp_path / "w.pth")
+    loaded = ade.load_model("segformer_b0", checkpoint=tmp_path / "w.pth")
+    assert prefix in str(loaded.facts["part"])
+    assert torch.equal(loaded.network.network.decode_head.classifier.bias, network.decode_head.classifier.bias)
+
+
+def test_which_of_two_networks_is_the_users_to_say(tmp_path: Path) -> None:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150))
+    for names, message in (
+        (("teacher", "student"), r"several networks that fit.*: student\. \(208\), teacher\. \(208\)"),
+        (("two", "one"), r"several networks that fit, below 'one\.', 'two\.': choose one, as in"),
+    ):
+        torch.save({f"{n}.{k}": v for n in names for k, v in network.state_dict().items()}, tmp_path / "w.pth")
+        with pytest.raises(HarnessError, match=message):
+            ade.load_model("segformer_b0", checkpoint=tmp_path / "w.pth")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ade_harness.config.model import CheckpointConfig, ModelConfig
 from ade_harness.errors import HarnessError
@@ -85,6 +88,26 @@ def facts_of(checkpoint: Checkpoint, part: Part | None = None) -> dict[str, Any]
     """Return what the manifest keeps of a weight file, and of the part of it that was taken."""
     taken = str(part) if part is not None else ""
     return {"origin": checkpoint.origin, "sha256": checkpoint.sha256, **({"part": taken} if taken else {})}
+
+
+def other_backbone(head: Path, sha256: str | None) -> tuple[str, ...]:
+    """Return a note if a head that `probe` wrote was trained above another backbone's file than it is now.
+
+    Args:
+        head: its file.
+        sha256: of the backbone's file.
+    """
+    try:
+        with safe_open(head, framework="pt") as file:
+            trained = json.loads((file.metadata() or {}).get("probe", "{}")).get("backbone_sha256")
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        return ()  # of another format, or written by others
+    if trained is None or trained == sha256:
+        return ()
+    return (
+        f"{head.name} was trained above another file of the backbone (sha256 {str(trained)[:12]}..., here"
+        f" {str(sha256)[:12]}...): unless both hold the same weights, the score says nothing",
+    )
 
 
 def model_file(cfg: ModelConfig) -> Path:

@@ -106,9 +106,14 @@ def require_all_keys(
             if named
         ]
         advice = "Choose the model that the file was made for."
-        prefix = _common_prefix(missing, unexpected)
-        if prefix:
-            advice = f"Its names are the model's below {prefix!r}: model.checkpoint_prefix={prefix}"
+        prefixes = _common_prefixes(missing, unexpected)
+        if len(prefixes) == 1:
+            advice = f"Its names are the model's below {prefixes[0]!r}: model.checkpoint_prefix={prefixes[0]}"
+        elif prefixes:
+            advice = (
+                f"It holds several networks that fit, below {', '.join(map(repr, prefixes))}: choose one, as in"
+                f" model.checkpoint_prefix={prefixes[0]}"
+            )
         if not wrong_missing and not shapes:
             advice += " Keys that take no part in the forward can be named in model.allow_unexpected_keys."
         raise HarnessError(f"{keys.origin}: these weights do not fit the model. {'; '.join(parts)}. {advice}")
@@ -123,14 +128,14 @@ def require_all_keys(
         collected += sorted(missing)
 
 
-def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """Return what all of the file's names that are left over begin with, if they are the missing ones without it."""
+def _common_prefixes(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
+    """Return the beginnings below which the file's names that are left over hold all missing ones, in their order."""
+    fitting: list[str] = []
     for name in sorted(missing)[:1]:
-        longer = [key for key in unexpected if key.endswith(f".{name}")]
-        for prefix in sorted((key.removesuffix(name) for key in longer), key=len):
+        for prefix in sorted(key.removesuffix(name) for key in unexpected if key.endswith(f".{name}")):
             if {key.removeprefix(prefix) for key in unexpected if key.startswith(prefix)} >= set(missing):
-                return prefix
-    return ""
+                fitting.append(prefix)
+    return fitting
 
 
 def _not_allowed(keys: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ade_harness.errors import require
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, known_names, pretrained_cfg, statistics_of
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint
-from ade_harness.models.checkpoint.sources import OF_BACKBONE, choice_of, facts_of, timm_repository
+from ade_harness.models.checkpoint.sources import OF_BACKBONE, choice_of, facts_of, other_backbone, timm_repository
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.heads.linear import LinearSegmenter
 from ade_harness.models.loaded import LoadedModel
@@ -56,7 +57,8 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         facts["backbone_part"] = str(of_backbone)
     facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{below.sha256}".encode()).hexdigest()
     facts["head_sha256"] = checkpoint.sha256
-    return _loaded(cfg, name, network, "pretrained", facts)
+    loaded = _loaded(cfg, name, network, "pretrained", facts)
+    return replace(loaded, notes=(*loaded.notes, *other_backbone(checkpoint.path, below.sha256)))
 
 
 def load_headless(cfg: ModelConfig) -> LoadedModel:
