@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ade_harness import kernels
 from ade_harness.config.compose import compose_config
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
@@ -19,6 +21,7 @@ from ade_harness.inference.forward import is_shortage
 from ade_harness.inference.opening import open_network
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.runtime import cluster
+from tests.cli.test_cli import FAST, Call
 
 
 def test_a_small_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,3 +94,33 @@ def test_short_memory_while_labelling_is_one_images_failure(times: int, monkeypa
         return
     with pytest.raises(HarnessError, match=r"ADE_val_1: out of memory while labelling 80x64 \(CUDA out of memory"):
         made.predict([image], device, Stopwatch(device))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("place", ["count", "normalise"])
+def test_short_memory_anywhere_costs_one_image(
+    place: str, times: int, monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
+) -> None:
+    """The counts and the pixels are on the device too; once is dealt with, twice fails that image alone."""
+    chosen: Any = kernels.select("auto", "cpu")
+    original, calls = getattr(chosen, place), [0]
+
+    def short(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if 2 <= calls[0] < 2 + times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(chosen, place, short)
+    # images as they come, and no halving in the forward, which has its own way
+    done = call(
+        "dataset.images=4", "run.on_error=skip", "run.dir=run", *FAST, "runtime.workers=0", "metrics.resamples=0"
+    )
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["images"] == (4 if times == 1 else 3)
+    if times == 2:
+        assert any(mark.startswith("PARTIAL: 3 of 4 images, 1 failed") for mark in metrics["marks"])
+        failures = json.loads((tmp_path / "run/manifest.json").read_text())["failures"]
+        assert "out of memory" in str(failures)

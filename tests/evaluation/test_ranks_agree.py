@@ -12,7 +12,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation import job as module
 from ade_harness.runtime.coordination import Coordinator, LocalStore
 
-SAME = {"the label kernels": "triton", "deformable attention": "triton"}
+SAME = {"the label kernels": "triton", "the label kernels' remainder": None, "deformable attention": "triton"}
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, **other: str | None) -> list[str]:
@@ -40,6 +40,10 @@ def test_equal_ranks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
         ("the implementation of the label kernels", "torch"),
         ("the implementation of deformable attention", "torch"),
         ("torch", "2.0.0"),
+        ("cuDNN", "8"),
+        ("torch's allow_tf32", "True"),
+        ("torch's CUBLAS_WORKSPACE_CONFIG", ":16:8"),
+        ("the implementation of the label kernels' remainder", "the softmax of views rounds otherwise"),
         ("the checkpoint (sha256)", "b"),
         ("the code's commit", "c"),
     ],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +21,7 @@ from ade_harness import kernels
 from ade_harness.errors import HarnessError
 from ade_harness.kernels import Kernels, PixelStatistics, Placement, View, reference, whole
 from ade_harness.kernels.bilinear import axis
+from ade_harness.models.ops import deformable
 from tests.kernels.conftest import fused
 
 GPU = torch.cuda.is_available()
@@ -195,6 +198,32 @@ def test_triton_equals_torch(mode: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 def test_triton_is_checked_at_its_first_use() -> None:
     assert implementation("triton_gpu").agrees_with_torch()  # type: ignore[attr-defined]
+
+
+def test_every_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = implementation("triton_gpu")
+    tried: list[tuple[str, int]] = []
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+
+    def samples() -> Any:
+        tried.append(("labels", current[0]))
+        raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr(made, "_sample_views", samples)
+    for name in ("agrees_with_torch", "softmax_agrees_with_torch"):
+        for gpu in (0, 1, 1):
+            current[0] = gpu
+            with pytest.raises(RuntimeError, match="no such GPU"):
+                getattr(made, name)()
+    assert sorted(set(tried)) == [("labels", 0), ("labels", 1)]
+    agrees: list[str] = []
+    monkeypatch.setattr(deformable, "_agrees", lambda _, place: bool(agrees.append(place)) or True)
+    monkeypatch.setitem(sys.modules, "ade_harness.models.ops.deformable_triton", SimpleNamespace(aggregate_triton=None))
+    for gpu in (3, 4, 4):
+        assert deformable.compiled("cuda", gpu) == (None, None)
+    assert agrees == ["cuda:3", "cuda:4"]
 
 
 def of_triton(views: list[View]) -> list[View]:

@@ -125,16 +125,16 @@ def _cuda(version: str | None, driver: str | None) -> str:
 
 def _kernels() -> str:
     """Try the compiled kernels on the CPU and on every GPU."""
-    found = [f"CPU: {_tried('cpu')}"]
+    found = [f"CPU: {_tried('cpu', None)}"]
     for index in range(torch.cuda.device_count()):
         with torch.cuda.device(index):
-            found.append(f"GPU {index}: {_tried('cuda')}")
+            found.append(f"GPU {index}: {_tried('cuda', index)}")
     return "; ".join(found)
 
 
-def _tried(device: str) -> str:
+def _tried(device: str, index: int | None) -> str:
     label, reason = kernels.selection("auto", device)
-    attention, why = deformable.compiled(device)
+    attention, why = deformable.compiled(device, index)
     parts = [
         f"labels by {kernels.name_of(label)}{f' ({reason})' if reason else ''}",
         f"deformable attention by {attention.__name__.removeprefix('aggregate_')}{f' ({why})' if why else ''}",

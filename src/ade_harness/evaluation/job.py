@@ -25,14 +25,14 @@ from ade_harness.inference.memory import memory_warning
 from ade_harness.inference.opening import open_predictor
 from ade_harness.inference.predictor import Predictor
 from ade_harness.models.identity import state_hash
-from ade_harness.models.ops.deformable import implementation_of
+from ade_harness.models.ops.deformable import FALLBACKS, implementation_of
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.cluster import host_name, local_ranks, usable_cores
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.queue import Loaders
-from ade_harness.runtime.ranks import Ranks, set_arithmetic
+from ade_harness.runtime.ranks import Ranks, arithmetic_as_set, set_arithmetic
 
 
 def open_run(composed: Composed, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
@@ -112,7 +112,11 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
     implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}
     if predictor.network is not None:
-        implementations["deformable attention"] = implementation_of(predictor.network, device)
+        implementations["deformable attention"] = attention = implementation_of(predictor.network, device)
+        if attention is not None:
+            why = FALLBACKS.get(device)
+            facts = {**facts, "deformable_attention": attention if why is None else f"{attention}: {why}"}
+    implementations["the label kernels' remainder"] = reason
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations)
     if reason is not None:
         notes.append(f"runtime.kernels=auto: {reason}")
@@ -164,6 +168,7 @@ def _compare_ranks(
         "torch": torch.__version__,
         "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
         # others may round otherwise
+        **{f"torch's {switch}": value for switch, value in arithmetic_as_set().items()},
         **{f"the implementation of {what}": name for what, name in implementations.items()},
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -21,6 +21,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job
 from ade_harness.evaluation.recorder import CountedImage, Recorder
+from ade_harness.inference.forward import is_shortage
 from ade_harness.inference.predictor import Prediction, Predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.confidence import count_confidence
@@ -126,7 +127,7 @@ class EvaluationModule(pl.LightningModule):
         try:
             if images:
                 with self._failing([image.image_id for image in images]):
-                    self._launched.append(self._launch(images, device))
+                    self._launched.append(self._launched_or_short(images, device, rank))
             while len(self._launched) > (1 if device.type == "cuda" else 0):
                 self._finish(self._launched.pop(0), rank)
         finally:
@@ -142,6 +143,36 @@ class EvaluationModule(pl.LightningModule):
             self.failures += [Failure(image_id, str(error)) for image_id in ids]
             if not self.skip_failures or isinstance(error, LedgerError):
                 self.coordinator.stop()
+
+    def _launched_or_short(self, images: list[LoadedImage], device: torch.device, rank: int) -> _Launched:
+        """Launch a batch; where memory is short, once more when nothing else is on the device.
+
+        The forward deals with its own shortage by smaller batches (inference/forward.py).
+
+        Raises:
+            HarnessError: it is short again: the images of this batch fail, and no others.
+        """
+        try:
+            return self._launch(images, device)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+        # outside of the except block, where the traceback would keep tensors
+        while self._launched:
+            self._finish(self._launched.pop(0), rank)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            return self._launch(images, device)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            height, width = images[0].prepared.original_size
+            names = ", ".join(image.image_id for image in images)
+            raise HarnessError(
+                f"{names}: out of memory beside the forward, with {width}x{height} pixels (width x height;"
+                f" {str(error).splitlines()[0]}). Use a device with more memory, or inference.images=1."
+            ) from error
 
     def _launch(self, images: list[LoadedImage], device: torch.device) -> _Launched:
         watch = Stopwatch(device)

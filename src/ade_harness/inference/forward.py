@@ -54,6 +54,7 @@ class BatchedForward:
         Raises:
             HarnessError: the network failed, or memory is too short for one image.
         """
+        # the whole batch again for each image: what an earlier one has left free decides no image's bits
         limit = self.batch(images[0].device)
         while True:
             short: Exception

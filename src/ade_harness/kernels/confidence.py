@@ -19,12 +19,12 @@ def count_confidence(confidence: Tensor, labels: Tensor, target: Tensor) -> Tens
     Returns:
         int64 [15, 3] as in :class:`Calibration`, on the same device.
     """
-    valid = target != IGNORE_INDEX
-    units = (confidence[valid].double() * CONFIDENCE_UNITS).round().long().clamp(0, CONFIDENCE_UNITS)
+    units = (confidence.double() * CONFIDENCE_UNITS).round().long().clamp(0, CONFIDENCE_UNITS)
     # a bin is open below and closed above, as in the paper; 0 falls into the first
     bins = ((units * CONFIDENCE_BINS + CONFIDENCE_UNITS - 1) // CONFIDENCE_UNITS - 1).clamp(min=0)
-    right = (labels[valid] == target[valid]).long()
-    columns = [torch.zeros(CONFIDENCE_BINS, dtype=torch.int64, device=bins.device) for _ in range(3)]
-    for column, values in zip(columns, (torch.ones_like(units), right, units), strict=True):
-        column.index_add_(0, bins, values)
-    return torch.stack(columns, 1)
+    # ignored pixels get a bin of their own that is cut off: to pick others out, the host would wait for their number
+    bins = torch.where(target != IGNORE_INDEX, bins, CONFIDENCE_BINS).view(-1)
+    columns = torch.zeros((3, CONFIDENCE_BINS + 1), dtype=torch.int64, device=bins.device)
+    for column, values in zip(columns, (torch.ones_like(units), (labels == target).long(), units), strict=True):
+        column.scatter_add_(0, bins, values.view(-1))  # of integers: exact, in any order
+    return columns[:, :CONFIDENCE_BINS].T

@@ -158,16 +158,22 @@ def overlaps(origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, d
     return rows, columns
 
 
+@lru_cache(maxsize=256)
+def _legacy_axis(old: int, new: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the table of an axis on a device: int64 [new] low and high, float32 [new] weights."""
+    table = axis(old, new, legacy=True)
+    low, high = (torch.from_numpy(i.astype(np.int64)).to(device) for i in (table.low, table.high))
+    return low, high, torch.from_numpy(table.w_low).to(device), torch.from_numpy(table.w_high).to(device)
+
+
 def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:
     """Resize [N, C, h, w] as TensorFlow 1's ``resize_bilinear(align_corners=False)`` did, x first, then y.
 
     Sums are taken in float64 and rounded once, as the compiled kernels' fused multiply-add does.
     """
     for dim, length in ((3, size[1]), (2, size[0])):
-        table = axis(scores.shape[dim], length, legacy=True)
-        low, high = (torch.from_numpy(i.astype(np.int64)).to(scores.device) for i in (table.low, table.high))
-        shape = [-1 if d == dim else 1 for d in range(4)]
-        w_low, w_high = (torch.from_numpy(w).to(scores.device).view(shape) for w in (table.w_low, table.w_high))
+        low, high, *weights = _legacy_axis(scores.shape[dim], length, str(scores.device))
+        w_low, w_high = (w.view([-1 if d == dim else 1 for d in range(4)]) for w in weights)
         upper = (scores.index_select(dim, high) * w_high).double()
         scores = (scores.index_select(dim, low).double() * w_low + upper).float()
     return scores

@@ -261,13 +261,22 @@ def _sample_views() -> list[View]:
     ]
 
 
-@cache
 def agrees_with_torch() -> bool:
-    """Whether all results equal torch's in every bit on this device; compiles the kernels, once per process.
+    """Whether all results equal torch's in every bit on the current GPU; compiles the kernels, once in a process.
 
     They can: torch's native CUDA kernel rounds as this one does (source index by fma, x first, then y, each step
     ``fma(w0, a, w1 * b)``), which was read from its machine code for sm_80 to sm_120.
     """
+    return _agrees(_gpu())
+
+
+def _gpu() -> int | None:
+    """Return the number of the current GPU; None without one, where Triton's interpreter runs."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+@cache
+def _agrees(gpu: int | None) -> bool:
     views = _sample_views()
     for case in (*([view] for view in views), views):
         if not torch.equal(_merge(case, _SIZE, False), reference.merge(case, _SIZE, False)):
@@ -285,9 +294,13 @@ def agrees_with_torch() -> bool:
     )
 
 
-@cache
 def softmax_agrees_with_torch() -> bool:
-    """Whether labels of averaged probabilities equal torch's in every bit on this device; else torch makes them."""
+    """Whether labels of averaged probabilities equal torch's in every bit on the current GPU; else torch makes them."""
+    return _softmax_agrees(_gpu())
+
+
+@cache
+def _softmax_agrees(gpu: int | None) -> bool:
     views = _sample_views()[::2]
     return torch.equal(_merge(views, _SIZE, True), reference.merge(views, _SIZE, True))
 

@@ -48,7 +48,7 @@ from ade_harness.runtime.cluster import usable_cores
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
 from ade_harness.runtime.progress import ProgressReporter
-from ade_harness.runtime.ranks import Ranks, started_ranks
+from ade_harness.runtime.ranks import Ranks, arithmetic_as_set, started_ranks
 from ade_harness.tracking.around import Tracking, tracked
 
 HEAD, STATE = "head.safetensors", "state.pt"
@@ -146,6 +146,7 @@ def _open(
     facts = {
         "kind": PROBE,
         "device": device,
+        "arithmetic": arithmetic_as_set(),
         "model": {"name": cfg.model.name, "weights": model.weights, **model.facts},
         "dataset": {
             "name": dataset.name,

@@ -82,7 +82,7 @@ _Aggregate = Callable[[Tensor, Sequence[Shape], Tensor, Tensor], Tensor]
 def _aggregate(values: Tensor, shapes: list[int], points: Tensor, weights: Tensor) -> Tensor:
     """What is compiled, as an operator: torch.compile, torch.export and fake tensors know the shape of its result."""
     levels = list(zip(shapes[::2], shapes[1::2], strict=True))
-    return compiled(values.device.type)[0](values, levels, points, weights)
+    return compiled(values.device.type, values.device.index)[0](values, levels, points, weights)
 
 
 @_aggregate.register_fake
@@ -100,13 +100,13 @@ FALLBACKS: dict[str, str] = {}
 
 
 @cache
-def compiled(device: str) -> tuple[_Aggregate, str | None]:
-    """Return the implementation for a device, and why it is plain torch if it is.
+def compiled(device: str, index: int | None = None) -> tuple[_Aggregate, str | None]:
+    """Return the implementation for a type of device, or for one of several, and why it is plain torch if it is.
 
     The compiled one is called once, on a few points, and compared: a compiler that is missing, a cache that cannot be
     written and an architecture that is not known are found before the first image.
     """
-    found, reason = _tried(device)
+    found, reason = _tried(device, device if index is None else f"{device}:{index}")
     if reason is not None:
         FALLBACKS[device] = reason
     return found, reason
@@ -119,12 +119,12 @@ def implementation_of(network: nn.Module, device: str) -> str | None:
     """
     if not any(getattr(module, "aggregates", False) for module in network.modules()):
         return None
-    if compiled(device)[0] is aggregate_torch:
+    if compiled(device, torch.cuda.current_device() if device == "cuda" else None)[0] is aggregate_torch:
         return "torch"
     return "triton" if device == "cuda" else "numba"
 
 
-def _tried(device: str) -> tuple[_Aggregate, str | None]:
+def _tried(device: str, place: str) -> tuple[_Aggregate, str | None]:
     try:
         if device == "cuda":
             from ade_harness.models.ops.deformable_triton import aggregate_triton as fast
@@ -132,7 +132,7 @@ def _tried(device: str) -> tuple[_Aggregate, str | None]:
             from ade_harness.models.ops.deformable_numba import aggregate_numba as fast
         else:
             return aggregate_torch, f"there is none for {device}"
-        return (fast, None) if _agrees(fast, device) else (aggregate_torch, "it gave other values than torch")
+        return (fast, None) if _agrees(fast, place) else (aggregate_torch, "it gave other values than torch")
     except Exception as error:  # a missing package, or a compiler that fails in any way
         return aggregate_torch, f"{type(error).__name__}: {error}".splitlines()[0]
 
