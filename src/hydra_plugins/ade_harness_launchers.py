@@ -6,6 +6,7 @@ starts, so that it imports what it needs when a sweep runs.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,10 +60,11 @@ class _CheckedLauncher(Launcher):
             raise HarnessError(
                 f"{len(mistakes)} of {len(job_overrides)} jobs cannot run, so none was started.\n" + "\n".join(mistakes)
             )
-        return self.run(jobs, ["--config-dir", str(extra.resolve())] if extra else [])
+        flags = [*_of_jobs(self.config), *(["--config-dir", str(extra.resolve())] if extra else [])]
+        return self.run(jobs, flags)
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
-        """Run checked jobs; `flags` go to each command."""
+        """Run checked jobs; `flags`, also overrides of Hydra's own, go to each command."""
         raise TypeError(f"{type(self).__name__} does not say how jobs run")
 
     def _directory(self, number: int, words: Sequence[str], extra: Path | None, config: Config) -> Path:
@@ -87,6 +89,7 @@ class ProcessLauncher(_CheckedLauncher):
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Run all, whatever fails, and add them to the table that the command ends with."""
         from ade_harness.cli.sweep import Sweep, sweeps
+        from ade_harness.runtime.console import make_console, print_line
 
         if self._sweep is None:
             self._sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
@@ -94,7 +97,7 @@ class ProcessLauncher(_CheckedLauncher):
         codes = []
         for place, job in enumerate(jobs, start=1):
             batch = f"{place} of {len(jobs)}" if job.number < len(jobs) else f"job {job.number}"
-            print(f"[{batch}] {' '.join(job.overrides)}", flush=True)
+            print_line(make_console(), f"[{batch}] {' '.join(job.overrides)}")
             words = [*job.arguments, *flags]
             codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode)
         rows = self._sweep.add(jobs, codes)
@@ -112,7 +115,10 @@ class OneJobLauncher(_CheckedLauncher):
             f"--job {number}: expected 0 to {len(jobs) - 1}, as this sweep has {len(jobs)} combinations.",
         )
         job = jobs[number]
+        from ade_harness.runtime.console import Output, output
+
         words = ["evaluate", *job.overrides, *flags]  # its directory is its own: the jobs of an array do not meet
+        words += ["--json"] if output() is Output.stderr else []
         code = subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
@@ -127,8 +133,12 @@ class ListLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Print; called by Hydra's sweeper."""
+        from ade_harness.cli.sweep import listed
+        from ade_harness.runtime.console import make_console, print_line
+
         for number, words in enumerate(job_overrides, start=initial_job_idx):
-            print(f"{number}: {' '.join(filter_overrides(words))}")
+            listed.append(list(filter_overrides(words)))
+            print_line(make_console(), f"{number}: {' '.join(listed[-1])}")
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in job_overrides]
 
 
@@ -161,6 +171,13 @@ def check_files(config: Config) -> None:
         value = getattr(config.dataset, key)
         found = value is None or Path(value).expanduser().exists()
         require(found, f"dataset.{key}={value}: no such file, folder or zip.")
+
+
+def _of_jobs(config: DictConfig) -> list[str]:
+    """Return the overrides of Hydra's own options that are about a job, such as its log, not about the sweep."""
+    of_sweep = re.compile(r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sweep|mode|run)\b)")
+    given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)  # each job resolves its own
+    return [word for word in given if not of_sweep.match(word)]
 
 
 def _config_dir(config: DictConfig) -> Path | None:

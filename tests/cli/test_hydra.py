@@ -118,6 +118,49 @@ def test_a_sweep_goes_on_and_ends_with_one_table(cli: Cli, tmp_path: Path) -> No
     assert "runs of this sweep" in done.out
 
 
+def test_jobs_take_hydras_own_options_along(cli: Cli, tmp_path: Path) -> None:
+    """Those of a job; where the sweep goes and what launches it are the sweep's."""
+    done = cli(
+        "-m", *QUICK, "dataset.images=2", "dataset.limit=1,2", "hydra.sweep.dir=all", "hydra.sweep.subdir=${hydra.job.num}",
+        "+hydra.job.env_set.ADE20K_ROOT=nowhere", "hydra.verbose=true", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "DEBUG" in done.err
+    found = json.loads(done.out)
+    assert found["runs"] == json.loads((tmp_path / "all/sweep.json").read_text())
+    assert [row["images"] for row in found["runs"]] == [1, 2]
+    assert "[1 of 2] " in done.err
+
+
+def test_json_of_lists_and_single_jobs(cli: Cli, tmp_path: Path) -> None:
+    done = cli("-m", "--list", "dataset.limit=1,2", "--json")
+    assert json.loads(done.out) == {"jobs": [["dataset.limit=1"], ["dataset.limit=2"]]}
+    done = cli("-m", "--job", "1", *QUICK, "dataset.images=2", "dataset.limit=1,2", "run.dir=one", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["images"] == 2
+
+
+def test_groups_of_ones_own(call: Call, tmp_path: Path) -> None:
+    """Hydra's documented pattern of experiments, with --config-dir; its search path is refused with the reason."""
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/small.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /inference: mmseg_whole_512\ndataset:\n  limit: 2\n"
+    )
+    done = call("--config-dir", tmp_path / "mine", "+experiment=small", *QUICK, "dataset.images=3", "run.dir=run")
+    assert done.code == 0, done.err
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (config["dataset"]["limit"], config["inference"]["name"]) == (2, "mmseg_whole_512")
+    for words, message in (
+        (("--config-dir", tmp_path / "mine", "+experiment=large"), "experiment"),
+        (("+experiment=small",), "experiment: no such option"),
+        ((f"hydra.searchpath=[file://{tmp_path}/mine]",), "hydra.searchpath: choices are looked for in"),
+    ):
+        done = call(*words)
+        assert done.code == 2
+        assert message in done.err
+        assert "Traceback" not in done.err
+
+
 def test_jobs_of_a_sweep(call: Call) -> None:
     done = call("-m", "--list", "model=glob(segformer_b*,exclude=segformer_b[2-5])", "inference=ss,ms")
     assert done.code == 2  # brackets are not in Hydra's grammar without quotes

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.launch import launch
-from ade_harness.cli.sweep import sweeps
+from ade_harness.cli.sweep import listed, sweeps
 from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
 from ade_harness.config.compose import checked, compose_config, explain, register_schemas, stored_config
 from ade_harness.config.fields import place_keys
@@ -201,6 +202,7 @@ def _run_hydra(
         return float(found["mIoU"]) if found else None  # what a sweeper that optimises looks at
 
     known = len(sweeps)
+    listed.clear()
     check_plugins()
     try:
         with _arguments(options, overrides):
@@ -219,7 +221,25 @@ def _run_hydra(
     if errors:
         raise errors[0]
     code, run_dir = ends[-1] if ends else (0, None)
-    return Answer(_result(run_dir) if command == "evaluate" else None, code)
+    if listed:
+        return Answer({"jobs": listed}, code)
+    if sweeps[known:]:
+        rows = [asdict(row) for sweep in sweeps[known:] for row in sweep.rows]
+        return Answer({"sweep": [str(sweep.folder) for sweep in sweeps[known:]], "runs": rows}, code)
+    return Answer(_result(run_dir) if command == "evaluate" else _trained(run_dir), code)
+
+
+def _trained(run_dir: Path | None) -> dict[str, Any] | None:
+    """Return what ``probe --json`` prints; None for a training that is not finished."""
+    if run_dir is None:
+        return None
+    from ade_harness.probe.training import HEAD
+
+    manifest = read_manifest(run_dir)
+    if manifest["status"] != "finished":
+        return None
+    facts = {key: manifest.get(key) for key in ("loss", "iterations")}
+    return {"run": str(run_dir), "head": str(run_dir / HEAD), **facts}
 
 
 def check_plugins() -> None:

@@ -105,6 +105,10 @@ sweeps: list[Sweep] = []
 """Of this process, the newest last: a launcher begins one, and the command shows it when its sweeper has ended."""
 
 
+listed: list[list[str]] = []
+"""The overrides of each job that ``--list`` has shown."""
+
+
 def _row(job: SweepJob, code: int) -> SweepRow:
     found: dict[str, Any] = {}
     try:

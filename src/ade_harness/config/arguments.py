@@ -155,6 +155,13 @@ def _check(text: str, extra: Path | None) -> None:
         value = override.value()
         if isinstance(value, str) and value not in known:
             raise HarnessError(f"{key}={value}: unknown value.{nearest(key, value, known)}")
+    elif key == "hydra.searchpath":
+        raise HarnessError(
+            "hydra.searchpath: choices are looked for in the package's configuration and in one folder of yours, which"
+            " is checked before anything starts: give it as --config-dir=DIR."
+        )
+    elif extra is not None and (extra / key).is_dir():
+        pass  # a group of the user's, such as +experiment=NAME
     elif not text.startswith(("~", "hydra.", "hydra/")) and not key.startswith(("hydra/", "hydra.", *_FREE_KEYS)):
         known = list(known_keys())
         if key not in known and not any(k.startswith(key + ".") for k in known):
