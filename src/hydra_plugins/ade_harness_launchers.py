@@ -88,12 +88,13 @@ class ProcessLauncher(_CheckedLauncher):
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Run all, whatever fails, and add them to the table that the command ends with."""
-        from ade_harness.cli.sweep import Sweep, sweeps
+        from ade_harness.cli.sweep import Sweep, placed, sweeps
         from ade_harness.runtime.console import make_console, print_line
 
         if self._sweep is None:
             self._sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
             sweeps.append(self._sweep)
+        jobs = placed(jobs, self._sweep.folder)
         codes = []
         for place, job in enumerate(jobs, start=1):
             batch = f"{place} of {len(jobs)}" if job.number < len(jobs) else f"job {job.number}"

@@ -132,6 +132,22 @@ def test_jobs_take_hydras_own_options_along(cli: Cli, tmp_path: Path) -> None:
     assert "[1 of 2] " in done.err
 
 
+def test_a_sweep_of_more_values_keeps_what_it_has(cli: Cli, tmp_path: Path) -> None:
+    """Values before and between the old ones shift the numbers by which directories are named."""
+    words = ("-m", *QUICK, "dataset.images=3", "hydra.sweep.dir=all", "--json")
+    first = cli(*words, "dataset.limit=2,1")
+    assert first.code == 0, first.err
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "all").rglob("ledger/*"))}
+    done = cli(*words, "dataset.limit=1,3,2")
+    assert done.code == 0, done.err
+    rows = {row["overrides"].split("dataset.limit=")[1]: row for row in json.loads(done.out)["runs"]}
+    assert [rows[n]["images"] for n in "123"] == [1, 2, 3]
+    assert rows["1"]["run"] == json.loads(first.out)["runs"][1]["run"]
+    assert len({row["run"] for row in rows.values()}) == 3
+    assert {p: p.read_bytes() for p in before} == before
+    assert done.err.count("continuing: ") == 2  # what was finished
+
+
 def test_json_of_lists_and_single_jobs(cli: Cli, tmp_path: Path) -> None:
     done = cli("-m", "--list", "dataset.limit=1,2", "--json")
     assert json.loads(done.out) == {"jobs": [["dataset.limit=1"], ["dataset.limit=2"]]}

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rich.text import Text
 from ade_harness.config.arguments import quote
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
+from ade_harness.files.documents import read_json
 from ade_harness.runtime.console import make_console, print_fact
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TABLE = "sweep"
 """Name of the table's files, without their endings."""
+_JOBS = "jobs.json"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,38 @@ class Sweep:
 
 sweeps: list[Sweep] = []
 """Of this process, the newest last: a launcher begins one, and the command shows it when its sweeper has ended."""
+
+
+def placed(jobs: Sequence[SweepJob], folder: Path) -> list[SweepJob]:
+    """Give each job the directory that it had when this sweep's folder was used before, and new ones their own.
+
+    Directories are named by numbers, which another list of values shifts: a job is known by its overrides. Writes
+    ``jobs.json``, the overrides of each directory, before the first job starts.
+
+    Raises:
+        HarnessError: the file is damaged, or cannot be written.
+    """
+    path = folder / _JOBS
+    earlier = read_json(path, {"*": [str]}) if path.exists() else {}
+    known = {tuple(overrides): directory for directory, overrides in earlier.items()}
+    found, taken = [], set(earlier)
+    for job in jobs:
+        if any(override.startswith("run.dir=") for override in job.overrides):  # where the user says
+            found.append(job)
+            continue
+        directory = known.get(job.overrides, str(job.run_dir))
+        number = len(taken)
+        while job.overrides not in known and directory in taken:
+            directory, number = str(job.run_dir.with_name(str(number))), number + 1
+        taken.add(directory)
+        known[job.overrides] = directory
+        found.append(replace(job, run_dir=Path(directory)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"{folder}: cannot be written ({error.strerror or error}).") from error
+    write_json(path, {**earlier, **{place: list(overrides) for overrides, place in known.items()}})
+    return found
 
 
 listed: list[list[str]] = []
