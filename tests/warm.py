@@ -29,7 +29,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-_MODULES = ("ade_harness", "ade_harness.cli.rank")
+_MODULES = ("ade_harness", "ade_harness.cli.rank", "ade_harness.tracking.session")
+_OWN_CHILDREN = _MODULES[:2]
+"""What a forked process forks itself. It may have threads by the time it starts a session of W&B's."""
 _READ_WHILE_IMPORTING = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCH_", "HF_", "PYTHONWARNINGS", "COVERAGE", "LD_")
 """Begins of variables that modules look at only once: a command with others than the server's starts cold."""
 _MAX_REQUEST_BYTES = 2**20
@@ -53,6 +55,7 @@ class WarmPopen(subprocess.Popen):
     def _execute_child(self, args: Any, *rest: Any) -> None:
         """Ask the server for a process (`rest` is what Popen gives its own method, in its order)."""
         found, cwd, environment = module_of(args), rest[4], rest[5]
+        path = server_path() if found is not None else ""
         if found is None or _starts_cold(os.environ if environment is None else environment):
             return super()._execute_child(args, *rest)
         module, words = found
@@ -61,7 +64,7 @@ class WarmPopen(subprocess.Popen):
             "environment": dict(os.environ if environment is None else environment),
         }  # fmt: skip
         self._server = connection = socket.socket(socket.AF_UNIX)
-        connection.connect(server_path())
+        connection.connect(path)
         streams = array.array("i", _streams(rest))
         connection.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
         connection.sendall(json.dumps(request).encode() + b"\n")
@@ -179,7 +182,8 @@ def _import_all() -> None:
     import ade_harness.cli.rank
     import ade_harness.evaluation.outcome
     import ade_harness.kernels.numba_cpu
-    import ade_harness.report.page  # noqa: F401
+    import ade_harness.report.page
+    import ade_harness.tracking.session  # noqa: F401
     from ade_harness.config.compose import compose_config
 
     compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar
@@ -218,7 +222,11 @@ class _ForkedPopen(subprocess.Popen):
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         found, environment = module_of(args), rest[5]
-        if found is None or _starts_cold(os.environ if environment is None else environment):
+        if (
+            found is None
+            or found[0] not in _OWN_CHILDREN
+            or _starts_cold(os.environ if environment is None else environment)
+        ):
             return super()._execute_child(args, *rest)
         request = {
             "cwd": os.fspath(rest[4] or Path.cwd()), "session": bool(rest[20]),
@@ -288,7 +296,7 @@ def _settle(module: str, words: list[str], streams: list[int], request: dict[str
     given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder and folder not in known]
     sys.path[:0] = given
     sys.argv = [str(Path(sys.modules["ade_harness"].__file__ or "").parent / "__main__.py"), *words]
-    if module != "ade_harness.cli.rank":  # that one is started with -P
+    if module == "ade_harness":  # the others are started with -P
         sys.path.insert(0, request["cwd"])
     subprocess.Popen = _ForkedPopen  # type: ignore[misc]
 

@@ -31,7 +31,7 @@ class Module(pl.LightningModule):
 
 def test_the_examples_of_python(tiny_ade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/python.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     tiny_ade.rename(tmp_path / "data/ADEChallengeData2016")

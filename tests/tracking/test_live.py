@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,17 @@ from ade_harness.tracking.session import Follower, Start, progress_row
 from ade_harness.tracking.upload import upload
 from tests.conftest import Done
 from tests.tracking.stub_server import StubServer, hang
+from tests.warm import WarmPopen
 
 pytestmark = pytest.mark.slow  # each has a process of its own
 
 WORDS = ("dataset.images=4", "metrics.resamples=0", "runtime.workers=0", "run.report=false")
+
+
+@pytest.fixture(autouse=True)
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start sessions in processes that have imported wandb."""
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": WarmPopen}))
 
 
 @pytest.fixture
@@ -324,6 +332,7 @@ def test_nothing_is_imported_from_a_directory_that_somebody_else_has_written(
     entry = entry_of(tmp_path / "run")
     for name in ("yaml", "wandb", "json"):
         (entry.folder / f"{name}.py").write_text("import os, pathlib\npathlib.Path('was_imported').touch()\n")
+    monkeypatch.setattr(module, "subprocess", subprocess)  # as it is started
     monkeypatch.chdir(entry.folder)
     content = Curve(entry, ({"step": 0, "loss": 1.0},))
     assert LiveRun(compose_config([]).tracking, entry, "live-clean").end(content, 120).problem == ""
