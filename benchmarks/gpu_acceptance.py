@@ -290,8 +290,8 @@ def short_memory() -> None:
 
 def ranks() -> None:
     """Run the command with plain torch, with our kernels, and on 1 to all GPUs: every label hash must be equal."""
-    most = torch.cuda.device_count() if CUDA else 2
-    counts = sorted({1, min(2, most), most})
+    maximum = torch.cuda.device_count() if CUDA else 2
+    counts = sorted({1, min(2, maximum), maximum})
     images = 200 if CUDA else 4
     cases = [("plain torch", ["runtime.devices=1", "runtime.kernels=torch"])]
     cases += [(f"{n} ranks", [f"runtime.devices={n}"]) for n in counts]

@@ -19,7 +19,7 @@ from rich.table import Table
 from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import validation_sizes
 from ade_harness.inference.plan import forward_pixels, plan_views
-from ade_harness.runtime.queue import assign, largest_first, most_held
+from ade_harness.runtime.queue import assign, largest_first, max_held
 
 LOOK_AHEAD = 8  # two loader processes, four batches each
 WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -67,7 +67,7 @@ def _queue(costs: Sequence[float], speeds: Sequence[float], look_ahead: int) -> 
 
     def take(rank: int) -> None:
         nonlocal taken
-        while taken < len(order) and len(held[rank]) < most_held(len(order) - taken, world_size, look_ahead):
+        while taken < len(order) and len(held[rank]) < max_held(len(order) - taken, world_size, look_ahead):
             held[rank].append(order[taken])
             taken += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,16 @@ def test_arguments_of_the_metric(make: Callable[[], Any], message: str) -> None:
         make()
     assert issubclass(ArgumentError, HarnessError)
     assert issubclass(ArgumentError, ValueError)
+
+
+def test_a_network_that_exits_ends_no_program_of_the_callers() -> None:
+    class Leaves(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sys.exit(0)
+
+    def leaves(image: np.ndarray) -> np.ndarray:
+        sys.exit(3)
+
+    for model, code in ((Leaves(), 0), (leaves, 3)):
+        with pytest.raises(HarnessError, match=rf"called sys.exit\({code}\) at .*test_in_memory.py:\d+, in "):
+            ade.evaluate(model, dataset="demo", limit=1, options={"metrics.resamples": 0})

@@ -212,10 +212,30 @@ def test_every_job_is_checked_before_the_first_starts(call: Call, tmp_path: Path
 
 @pytest.mark.parametrize("key", ["model.checkpoint", "model.path", "model.id", "dataset.root", "run.dir", "run.root"])
 def test_paths_are_taken_as_they_are_typed(key: str) -> None:
-    for value in (HARD, "a'b", "~/x=y", "a,b", "{x}", "[x]", "x y", "with\\'both"):
+    for value in (
+        HARD,
+        "a'b",
+        "~/x=y",
+        "a,b",
+        "{x}",
+        "[x]",
+        "x y",
+        "with\\'both",
+        "a${b}",
+        "${x",
+        "${b}/c}",
+        "end\\",
+        "two\\\\",
+        "'a",
+        "'",
+        'a"',
+        "\\'",
+    ):
         config = compose_config([f"{key}={value}", "model=segformer_b0"])
         group, _, name = key.partition(".")
         assert getattr(getattr(config, group), name) == value
+    config = compose_config([f"{key}=${{oc.env:HOME}}/x", "model=segformer_b0"])
+    assert getattr(getattr(config, group), name) == f"{os.environ['HOME']}/x"
     assert prepare([f"{key}=null"]) == [f"{key}=null"]
     assert prepare([f"{key}='a b'"]) == [f"{key}='a b'"]
 
@@ -338,10 +358,10 @@ def test_a_sweeper_that_launches_in_batches_gets_one_table(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("fault", ["x = = 1", "raise ValueError('mutable default')"])
-def test_a_plugin_that_cannot_be_imported_is_named(cli: Cli, tmp_path: Path, fault: str) -> None:
+def test_a_plugin_that_cannot_be_imported_is_named(cold_cli: Cli, tmp_path: Path, fault: str) -> None:
     (tmp_path / "more" / "hydra_plugins").mkdir(parents=True)
     (tmp_path / "more" / "hydra_plugins" / "of_others.py").write_text(fault)
-    done = cli("--cfg", "job", PYTHONPATH=os.pathsep.join(["more", os.environ.get("PYTHONPATH", "")]))
+    done = cold_cli("--cfg", "job", PYTHONPATH=os.pathsep.join(["more", os.environ.get("PYTHONPATH", "")]))
     assert done.code == 2
     assert "a Hydra plugin that is installed cannot be imported (" in done.err
     assert "of_others.py" in done.err

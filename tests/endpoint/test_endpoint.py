@@ -19,7 +19,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from email.utils import formatdate
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +29,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -44,7 +45,7 @@ from ade_harness.endpoint.predictor import EndpointPredictor, encode, open_endpo
 from ade_harness.endpoint.server import RefusedError
 from ade_harness.endpoint.service import ModelService, make_server, open_service
 from ade_harness.errors import EveryImageError, HarnessError
-from ade_harness.runtime.queue import most_held
+from ade_harness.runtime.queue import max_held
 from tests.conftest import Done
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
@@ -73,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((dict(self.headers), data))
             self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
+            self.server.maximum = max(self.server.maximum, self.server.now)
         try:
             self.server.behave(self, data)
         except OSError:
@@ -106,7 +107,7 @@ class Server(ThreadingHTTPServer):
         self.info: dict[str, Any] = {"name": "test", "version": "1"}
         self.requests: list[tuple[dict[str, str], bytes]] = []
         self.lock = threading.Lock()
-        self.now = self.most = 0
+        self.now = self.maximum = 0
 
     @property
     def url(self) -> str:
@@ -552,7 +553,7 @@ def test_the_ranks_share_the_limit(limit: int, world_size: int, workers: int | N
     if workers is None:
         assert sum(s.workers or 0 for s in shares) == limit
     for share in shares:
-        assert most_held(1, world_size, share.ahead * (share.workers or 0), share.at_once) == max(1, share.workers or 0)
+        assert max_held(1, world_size, share.ahead * (share.workers or 0), share.at_once) == max(1, share.workers or 0)
 
 
 # whole runs
@@ -566,13 +567,13 @@ def test_requests_overlap_but_never_more_than_the_limit(call: Call) -> None:
     with serving(slow) as server:
         done = call("model=http", f"model.url={server.url}", "model.http.concurrency=3", "dataset.limit=12", *FAST)
         assert done.code == 0, done.err
-        assert server.most == 3
+        assert server.maximum == 3
         assert len(server.requests) == 12
         server.requests.clear()
-        server.most = 0
+        server.maximum = 0
         done = call("model=http", f"model.url={server.url}", "runtime.workers=1", "dataset.limit=4", *FAST)
         assert done.code == 0, done.err
-        assert (server.most, len(server.requests)) == (1, 4)
+        assert (server.maximum, len(server.requests)) == (1, 4)
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
@@ -949,3 +950,20 @@ def test_serve_runs_until_ctrl_c(tmp_path: Path) -> None:
         finally:
             process.kill()  # leaving the block waits for it
     assert (process.returncode, out.strip(), err) == (0, "stopped", "")
+
+
+def test_memory_is_for_so_many_pixels_at_a_time() -> None:
+    """Whoever asks how often: room is taken before an image is decoded."""
+    service = ModelService("x", None, torch.device("cpu"), True, None)  # type: ignore[arg-type]
+    with service._place(40_000_000), service._place(24_000_000):
+        with pytest.raises(RefusedError) as refused, service._place(1):
+            pass
+        assert refused.value.status == 503
+    with service._place(64_000_000):
+        pass
+    with ExitStack() as stack:
+        for _ in range(64):
+            stack.enter_context(service._place(1))
+        with pytest.raises(RefusedError), service._place(1):
+            pass
+    assert (service._waiting, service._pixels) == (0, 0)

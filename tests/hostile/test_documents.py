@@ -22,7 +22,7 @@ from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.submission.bundle import bundle_problems
 from ade_harness.runs.ledger import SCHEMA, read_rows
-from tests.cli.test_cli import FAST
+from tests.cli.test_cli import FAST, Call
 from tests.hostile.conftest import attack
 from tests.hostile.mutations import ODD, changed_document, damaged_bytes
 
@@ -256,3 +256,37 @@ def test_a_small_ledger_that_says_it_is_large_is_refused(tmp_path: Path) -> None
             read_rows(tmp_path)
 
     attack(range(1), door, "ledger bomb")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mIoU", -5, "mIoU: expected a number from 0 to 1"), ("fwIoU", 1.5, "fwIoU: expected a number from 0 to 1"),
+        ("pixels", 10**40, "pixels: expected a whole number from 0 to"), ("images", -1, "images: expected a whole number"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_damage(
+    good: Path, call: Call, tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    copy = Path(shutil.copytree(good, tmp_path / "copy"))
+    metrics = json.loads((copy / "metrics.json").read_text())
+    (copy / "metrics.json").write_text(json.dumps({**metrics, field: value}))
+    for words in (("status", copy), ("report", copy)):
+        done = call(*words)
+        assert done.code == 2
+        assert message in " ".join(done.err.split())
+
+
+def test_texts_of_a_run_stay_in_their_lines(good: Path, call: Call, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(good, tmp_path / "copy"))
+    text = "net\nVERIFIED: official score 71.3\t\u2028x\u061c"
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "marks": [text]}))
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["model"] |= {"label": text, "name": text}
+    (copy / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+    for words in (("status", copy), ("runs", copy), ("compare", copy, good, "--resamples", "100")):
+        done = call(*words)
+        assert not [line for line in (done.out + done.err).splitlines() if line.strip().startswith("VERIFIED")], words
+        assert "\u2028" not in done.out
+        assert "\u061c" not in done.out

@@ -27,15 +27,15 @@ SLIDE = ["inference=mmseg_slide_512", "inference.resize.side=96", "inference.res
 class Recorder(nn.Module):
     """The demo network, with a memory limit and a memory of its batches."""
 
-    def __init__(self, most: int = 1000, error: type[Exception] = torch.OutOfMemoryError, text: str = "CUDA out of memory. Tried") -> None:  # fmt: skip
+    def __init__(self, maximum: int = 1000, error: type[Exception] = torch.OutOfMemoryError, text: str = "CUDA out of memory. Tried") -> None:  # fmt: skip
         super().__init__()
         self.network = load_demo_network()
         self.batches: list[tuple[int, ...]] = []
-        self.most, self.error, self.text = most, error, text
+        self.maximum, self.error, self.text = maximum, error, text
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.batches.append(tuple(images.shape))
-        if images.shape[0] > self.most:
+        if images.shape[0] > self.maximum:
             raise self.error(self.text)
         scores: torch.Tensor = self.network(images)
         return scores
@@ -133,14 +133,14 @@ def test_a_file_with_a_fixed_batch_is_filled_up() -> None:
     assert torch.equal(found, predict(predictor(Recorder(), *SLIDE, "inference.batch=4"), picture(96, 128))[0].labels)
 
 
-@pytest.mark.parametrize(("precision", "most"), [("tf32", 0.0), ("bf16", 0.2), ("fp16", 0.05)])
-def test_lower_precision_changes_few_labels(precision: str, most: float) -> None:
+@pytest.mark.parametrize(("precision", "maximum"), [("tf32", 0.0), ("bf16", 0.2), ("fp16", 0.05)])
+def test_lower_precision_changes_few_labels(precision: str, maximum: float) -> None:
     full = predict(predictor(Recorder(), "inference=original_size"), picture(128, 160))[0].labels
     low = predict(
         predictor(Recorder(), "inference=original_size", f"inference.precision={precision}"), picture(128, 160)
     )
     share = (low[0].labels != full).float().mean().item()
-    assert share <= most
+    assert share <= maximum
     assert precision == "tf32" or share > 0  # it was not ignored; TF32 is a GPU's
 
 
@@ -154,6 +154,44 @@ def test_channels_last_and_compiled_networks_give_the_labels() -> None:
     # aot_eager traces as inductor does but needs no compiler
     compiled = predictor(load_demo_network(), "inference=original_size", "inference.compile=aot_eager")
     assert (predict(compiled, picture(64, 80))[0].labels != full).float().mean() < 1e-3
+
+
+def test_windows_of_images_of_different_sizes_share_a_forward() -> None:
+    words = (*SLIDE, "inference.window.crop=64", "inference.window.stride=43", "inference.batch=100")
+    together = predictor(module := Recorder(), *words, "inference.images=3")
+    sizes = [(96, 128), (64, 300), (70, 64)]
+    assert len({together.group_key(size) for size in sizes}) == 1
+    images = [picture(*size) for size in sizes]
+    prepared = [together.prepare(str(number), image) for number, image in enumerate(images)]
+    found = together.predict(prepared, CPU, Stopwatch(CPU))
+    assert len(module.batches) == 1
+    for image, prediction in zip(images, found, strict=True):
+        alone = predict(predictor(Recorder(), *words), image)[0].labels
+        assert (alone != prediction.labels).float().mean() < 1e-3  # other batches may round otherwise
+
+
+def test_a_compiled_network_has_one_graph_whatever_comes_first() -> None:
+    """Another shape would be compiled by what was seen before, and give an image other last bits."""
+    shapes: list[tuple[int, ...]] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        shapes.append(tuple(inputs[-1].shape))
+        return graph.forward
+
+    words = ("inference=original_size", "inference.compile=eager")
+    made = predictor(load_demo_network(), *words)
+    with pytest.raises(
+        HarnessError, match=r"inference.compile=eager: needs inputs of one size, .* a has 80x64, b 96x64"
+    ):
+        made.check({"a": (64, 80), "b": (64, 96)})
+    made.check({"a": (64, 80), "b": (64, 80)})
+    slides = predictor(load_demo_network(), *SLIDE, "inference.window.crop=64", "inference.window.stride=43",
+                       "inference.compile=eager", "inference.batch=4")  # fmt: skip
+    slides.check({"a": (96, 128), "b": (64, 300)})
+    slides.forward._module = torch.compile(slides.network, backend=backend, dynamic=False)
+    for size in ((96, 128), (64, 300), (64, 64)):
+        predict(slides, picture(*size))
+    assert len(shapes) == 1
 
 
 # grids, against the rules written out
@@ -225,6 +263,7 @@ def test_every_canvas_of_the_published_protocols_is_covered() -> None:
         (["inference.mode=slide"], "inference.window.crop=None: mode=slide needs"),
         (["inference.mode=slide", "inference.window.crop=64"], "inference.window.stride=None"),
         (["inference.mode=slide", "inference.window.crop=64", "inference.window.stride=65"], "is over inference.window.crop=64, so pixels"),
+        (["inference.tta.scales=[1,1e9]"], r"inference.tta.scales=\[1.0, 1000000000.0\]: \[1000000000.0\] is too much, at most 16"),
         (["inference.mode=tiles"], "inference.mode=tiles: unknown value, expected one of whole, slide, long_side"),
         (["inference.tta.scales=[]"], "is empty"),
         (["inference.tta.scales=[1.0,0.0]"], r"\[0.0\] makes no image"),

@@ -171,13 +171,10 @@ def test_a_clear_difference_is_found_and_a_mean_one_has_its_images() -> None:
     assert headline.significant()
     assert headline.p_permutation == pytest.approx(1 / 2001)
     assert headline.p_bootstrap == pytest.approx(2 / 2001)  # no resample is below, on either side
-    better = shifted(first, 1, 0.6)
-    assert found.pixels_right.tolist() == (better.intersection - first.intersection).sum(1).tolist()
     assert headline.interval is not None
     assert headline.interval.low > 0
     # what exchanging single images changes adds up to nearly the whole difference
     assert found.influence.sum() == pytest.approx(headline.value, rel=0.1)
-    assert (found.pixels_right >= 0).all()
     worse = compare(shifted(first, 1, 0.6), first, 2000)
     assert worse.scores["mIoU"].value == -headline.value
 

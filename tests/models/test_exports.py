@@ -169,7 +169,7 @@ def test_an_output_of_another_number_of_classes_leads_to_the_choice(tmp_path: Pa
 
 @pytest.mark.parametrize(("side", "greatest"), [("height", (100, 4000)), ("width", (4000, 100))])
 def test_a_program_that_takes_some_sizes_says_which(tmp_path: Path, side: str, greatest: tuple[int, int]) -> None:
-    sides = {2 + i: torch.export.Dim("hw"[i], min=8, max=most) for i, most in enumerate(greatest)}
+    sides = {2 + i: torch.export.Dim("hw"[i], min=8, max=maximum) for i, maximum in enumerate(greatest)}
     program = torch.export.export(network(), (torch.zeros(1, 3, 64, 48),), dynamic_shapes=(sides,))
     torch.export.save(program, tmp_path / "net.pt2")
     with pytest.raises(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ade_harness.data.ade20k import validation_sizes
-from ade_harness.runtime.queue import assign, largest_first, most_held
+from ade_harness.runtime.queue import assign, largest_first, max_held
 from tests.conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -36,7 +36,7 @@ def test_the_queue_holds_every_item_once_largest_first(costs: list[int]) -> None
 def test_a_rank_always_may_hold_one_item_and_never_more_than_its_loaders_can_use(
     left: int, world_size: int, look_ahead: int
 ) -> None:
-    held = most_held(left, world_size, look_ahead)
+    held = max_held(left, world_size, look_ahead)
     assert 1 <= held <= look_ahead + 1
     if left <= 4 * world_size:
         assert held == 1  # nothing waits on a slow rank at the end

@@ -67,13 +67,16 @@ def is_tracked(options: Mapping[str, Any] | None) -> bool:
     return any(key.partition(".")[0] == "tracking" for key in keys)
 
 
-def option_overrides(options: Mapping[str, Any] | None, memory: bool, runs: bool = False) -> list[str]:
+def option_overrides(
+    options: Mapping[str, Any] | None, memory: bool, runs: bool = False, function: bool = False
+) -> list[str]:
     """Return options by dotted keys as overrides.
 
     Args:
         options: dotted keys and values; None: none.
         memory: whether the network is in memory, so that nothing says how to make it.
         runs: whether a run directory may be written, which W&B may show.
+        function: whether it is a function of an image to labels, to which nothing of a network applies.
 
     Raises:
         HarnessError: they are no mapping, name what has an argument of its own, or would have no effect.
@@ -92,6 +95,8 @@ def option_overrides(options: Mapping[str, Any] | None, memory: bool, runs: bool
                 f"options: {key} has no effect: the model is in memory. Its options are"
                 f" {', '.join(f'model.{name}' for name in _OF_MEMORY)}."
             )
+        if function and key.startswith(("model.input", "model.class_map", "model.class_names")):
+            raise HarnessError(f"options: {key} has no effect: the model is a function of an image to labels.")
         found.append(f"{key}={as_override_value(plain(value))}")
     return found
 

@@ -60,6 +60,9 @@ from ade_harness.tracking.run import log_failure
 Labels = npt.NDArray[np.uint8]
 
 
+_NAMES = {"dataset": "ade20k", "protocol": "mmseg_slide_512"}
+
+
 def evaluate(
     model: Model,
     *,
@@ -111,6 +114,9 @@ def evaluate(
         HarnessError: nothing was scored; the message names the file, key or image, and what to do.
     """
     whole_number("devices", devices, 1)
+    for name, value in (("dataset", dataset), ("protocol", protocol)):
+        if not isinstance(value, str) and not (value is None and name == "protocol"):
+            raise HarnessError(f"{name}={value!r}: expected a name, such as {_NAMES[name]!r}.")
     if workers is not None:
         whole_number("workers", workers, 0)
     if run_dir is not None:
@@ -198,7 +204,11 @@ def _overrides(
         overrides.append(f"inference={protocol}")
     given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": plain(limit)}
     overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
-    return overrides + option_overrides(options, in_memory(model), runs=True)
+    for key, value in {**given, "inference": protocol}.items():
+        if value is not None and key in (options or {}):
+            raise HarnessError(f"options: {key} is given as an argument too. Leave one of them out.")
+    function = callable(model) and not isinstance(model, nn.Module)
+    return overrides + option_overrides(options, in_memory(model), runs=True, function=function)
 
 
 def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:

@@ -227,7 +227,10 @@ class Segmenter:
 
     def __repr__(self) -> str:
         """Return one line."""
-        return f"<Segmenter {self.name}, inference={self.protocol}, on {self.device}>"
+        facts = self.facts
+        random = "WEIGHTS" if facts.get("weights") == "random" else "LAYERS" if facts.get("random_keys") else ""
+        mark = f", RANDOM {random}" if random else ""
+        return f"<Segmenter {self.name}, inference={self.protocol}, on {self.device}{mark}>"
 
 
 def read_image(image: Any, exif: bool = True) -> tuple[npt.NDArray[np.uint8], str]:

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ade_harness.errors import HarnessError
+from ade_harness.runtime.lifetime import place_of_exit
 
 _composing = threading.RLock()
 _process = threading.Lock()
@@ -86,6 +87,9 @@ def callers_process() -> Iterator[None]:
     """Set torch's switches as every evaluation does, and give everything back, random numbers too.
 
     Imports belong inside: some libraries draw random numbers when they are imported.
+
+    Raises:
+        HarnessError: in place of a SystemExit, by which a model would end the caller's program as if all were well.
     """
     with _process:
         if not _active.number:
@@ -94,6 +98,8 @@ def callers_process() -> Iterator[None]:
         _active.number += 1
     try:
         yield
+    except SystemExit as error:
+        raise HarnessError(place_of_exit(error)) from error
     finally:
         with _process:
             _active.number -= 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ade_harness.api.arguments import whole_number
 from ade_harness.api.result import Evaluation
 from ade_harness.errors import HarnessError
 from ade_harness.metrics import comparison
@@ -49,13 +50,12 @@ def compare(
     Raises:
         HarnessError: fewer than two; or no image of the first's, another truth or other classes.
     """
-    if isinstance(evaluations, Evaluation | str | Path):
+    if isinstance(evaluations, Evaluation | str | Path) or not isinstance(evaluations, Iterable):
         raise HarnessError("compare: one evaluation was given, expected a list of two or more.")
-    if not 0 < level < 1 or resamples < 1 or seed < 0:
-        raise HarnessError(
-            f"compare: resamples={resamples}, seed={seed}, level={level}: expected 1 or more, 0 or more, and a number"
-            " between 0 and 1."
-        )
+    whole_number("compare: resamples", resamples, 1)
+    whole_number("compare: seed", seed, 0)
+    if not isinstance(level, float) or not 0 < level < 1:
+        raise HarnessError(f"compare: level={level!r}: expected a number between 0 and 1, such as 0.95.")
     found = [one if isinstance(one, Evaluation) else load_run(one) for one in evaluations]
     if len(found) < 2:
         raise HarnessError(f"compare: {len(found)} evaluations were given, expected two or more.")

@@ -54,7 +54,7 @@ _HYDRA = (
 _SWEEP = (
     Argument(
         "-m", "--multirun", action="store_true",
-        help="run a sweep: a,b  range(1,4)  glob(segformer*)  interval(..); hydra/launcher=slurm submits it",
+        help="run a sweep: a,b  range(1,4)  glob(segformer*); hydra/launcher=slurm submits it",
     ),
     Argument("--list", action="store_true", help="with -m: print the jobs and stop"),
     Argument("--job", type=int, metavar="N", help="with -m: run the N-th job alone, from 0 (for SLURM job arrays)"),

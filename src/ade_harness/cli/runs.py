@@ -26,7 +26,6 @@ _ALIASES = {
     "dataset.name": "dataset", "dir": "run", "date": "started", "score": "mIoU",
 }  # fmt: skip
 _SHOWN = ("run", "label", "protocol", "dataset", "images", "mIoU", "interval", "status")
-_PERCENT = ("mIoU", "low", "high", "pixel_accuracy", "mean_accuracy", "mean_dice")
 
 
 def run_runs(options: argparse.Namespace) -> Answer:

@@ -18,6 +18,7 @@ from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LOCK, at_work, owner_state, read_lock
 from ade_harness.runs.progress import read_losses, read_progress
 from ade_harness.runs.record import read_config
+from ade_harness.runs.shapes import METRICS
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
 from ade_harness.runtime.progress import format_seconds
 from ade_harness.runtime.supervisor import resume_command
@@ -58,7 +59,7 @@ def run_status(options: argparse.Namespace) -> Answer:
             print_line(console, f"warning: {warning}", style="yellow")
         console.print(_ranks(progress["ranks"]))
     elif state == "finished":
-        print_fact(console, "mIoU", percent(read_json(path / "metrics.json", {"mIoU": float})["mIoU"]))
+        print_fact(console, "mIoU", percent(read_json(path / "metrics.json", METRICS)["mIoU"]))
     else:
         print_fact(console, "continue", resume_command(path))
     content = {

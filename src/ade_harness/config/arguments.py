@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,9 @@ def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str
         own.append("dataset.split=training")
     if not any(text.startswith("+probe=") for text in own):
         name = _chosen_model(overrides)
+        known_models = choices("model", extra)
+        if name not in known_models:
+            raise HarnessError(f"model={name}: unknown value.{nearest('model', name, known_models)}")
         recipe = read_choice("model", name, extra).get("probe") if name in choices("model", extra) else None
         known = ", ".join(choices("probe", extra))
         if recipe is None:
@@ -79,18 +83,30 @@ def _timms(text: str) -> str:
 
 
 def quote(value: str) -> str:
-    """Return text in quotes of Hydra's grammar."""
-    return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    """Return text in quotes of Hydra's grammar, where backslashes before a quote, and at the end, count double."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
 
 
 def _quoted(text: str, multirun: bool) -> str:
     """Quote a path, URL or id; what is quoted already, null or an interpolation stays as it is."""
     key, equals, value = text.partition("=")
-    if not equals or key.lstrip("+") not in _places() or not value or value[0] in "'\"" or value.lower() == "null":
+    if not equals or key.lstrip("+") not in _places() or not value or value.lower() == "null":
         return text
-    if "${" in value or (multirun and _parses(text)):
+    if len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]:
+        return text
+    if "${" in value:
+        return text if _interpolates(value) else f"{key}={quote(value.replace('${', chr(92) + '${'))}"
+    if multirun and _parses(text):
         return text
     return f"{key}={quote(value)}"
+
+
+def _interpolates(value: str) -> bool:
+    """Whether all that looks like an interpolation is one: of a key of ours, or by a resolver; else it is text."""
+    named = re.findall(r"\$\{([^}]*)\}", value)
+    known = {*known_keys(), *(key.rpartition(".")[0] for key in known_keys())}
+    resolvers = ("oc.", "hydra:", "now:", "hydra.", "model.", "dataset.", "inference.", "runtime.", "run.")
+    return bool(named) and all(name in known or name.startswith(resolvers) for name in named)
 
 
 def _parses(text: str) -> bool:
@@ -104,7 +120,8 @@ def _parses(text: str) -> bool:
 @cache
 def _places() -> frozenset[str]:
     nodes = {**NODES, "run": RunConfig}
-    return frozenset(key for group, node in nodes.items() for key in place_keys(node, f"{group}."))
+    own = (key for group, node in nodes.items() for key in place_keys(node, f"{group}."))
+    return frozenset(("hydra.run.dir", "hydra.sweep.dir", *own))
 
 
 def _chosen_model(overrides: Sequence[str]) -> str:
@@ -157,7 +174,7 @@ def _check(text: str, extra: Path | None) -> None:
             raise HarnessError(f"{key}={value}: unknown value.{nearest(key, value, known)}")
     elif key == "hydra.searchpath":
         raise HarnessError(
-            "hydra.searchpath: choices are looked for in the package's configuration and in one folder of yours, which"
+            "hydra.searchpath: choices are looked for in the package's configuration and in your own folder, which"
             " is checked before anything starts: give it as --config-dir=DIR."
         )
     elif extra is not None and (extra / key).is_dir():

@@ -54,9 +54,11 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         HarnessError: names the dotted key, its value, and what was expected.
     """
     for key, value, limits in _bounded_values(config, prefix):
-        least, most, above = limits["at_least"], limits["at_most"], limits["above"]
+        least, maximum, above = limits["at_least"], limits["at_most"], limits["above"]
         inside = (
-            (least is None or value >= least) and (most is None or value <= most) and (above is None or value > above)
+            (least is None or value >= least)
+            and (maximum is None or value <= maximum)
+            and (above is None or value > above)
         )
         require(inside, f"{key}={value:{'g' if isinstance(value, float) else ''}}: expected {_range_text(limits)}.")
 
@@ -103,10 +105,10 @@ def _bounded_values(config: Any, prefix: str) -> Iterator[tuple[str, Any, dict[s
 
 
 def _range_text(limits: dict[str, Any]) -> str:
-    least, most, above = (None if limits[k] is None else f"{limits[k]:,}" for k in ("at_least", "at_most", "above"))
+    least, maximum, above = (None if limits[k] is None else f"{limits[k]:,}" for k in ("at_least", "at_most", "above"))
     unit = f" {limits['unit']}" if limits["unit"] else ""
     if above is not None:
         return f"more than {above}{unit}"
-    if most is None:
+    if maximum is None:
         return f"{least}{unit} or more"
-    return f"at most {most}{unit}" if least is None else f"{least} to {most}{unit}"
+    return f"at most {maximum}{unit}" if least is None else f"{least} to {maximum}{unit}"

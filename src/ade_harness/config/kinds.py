@@ -60,6 +60,12 @@ class Kind:
     """Whether it is code of the user's, which others need too."""
     probe: str | None = None
     """``module:NAME`` of the function of (``model`` node) that loads it with a linear head still to be trained."""
+    own_source: str | None = None
+    """Field of ``model`` that may name where the weights are, in place of a weight file."""
+    saves_protocol: bool = False
+    """Whether its folder may say how images are prepared (``inference=as_saved``)."""
+    several_outputs: bool = False
+    """Whether ``model.output`` chooses one of its outputs."""
     trust: str | None = None
     """What somebody else's run of this kind would do, so that it is not repeated without --trust."""
 
@@ -90,9 +96,10 @@ KINDS: dict[str, Kind] = {
     "demo": Kind(f"{_FORMATS}.demo:load", Gives.network, source=Source.nowhere, synthetic=True),
     "hf": Kind(
         f"{_FORMATS}.transformers:load", Gives.network, "id", "a hub id or a local folder", Source.repository,
+        saves_protocol=True,
     ),
     "timm": Kind(f"{_FORMATS}.timm:load", Gives.network, probe=f"{_FORMATS}.timm:load_headless"),
-    "smp": Kind(f"{_FORMATS}.smp:load", Gives.network),
+    "smp": Kind(f"{_FORMATS}.smp:load", Gives.network, own_source="id"),
     "custom": Kind(
         f"{_FORMATS}.python:load", Gives.network, "_target_",
         "the import path of your nn.Module, such as my_pkg.my_module.MyNet", is_code=True,
@@ -108,6 +115,7 @@ KINDS: dict[str, Kind] = {
     ),
     "onnx": Kind(
         f"{_FORMATS}.onnx:load", Gives.network, "path", "the .onnx file", Source.file, as_exported=True,
+        several_outputs=True,
     ),
     "predictions": Kind(
         "ade_harness.inference.folder:open_folder", Gives.labels, "path", "the folder of label PNGs", Source.nowhere,

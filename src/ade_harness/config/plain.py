@@ -9,18 +9,11 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Return a configuration, or a node of it, as nested dictionaries of plain values; Enums by their names."""
     plain: dict[str, Any] = _plain(asdict(config))
     return plain
-
-
-def as_yaml(content: Mapping[str, Any]) -> str:
-    """Return plain values as YAML, in their order."""
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:

@@ -135,6 +135,10 @@ def _check_windows(inference: InferenceConfig) -> None:
         require(holds, f"inference.{key}: needs inference.mode=whole.")
 
 
+_MAX_SCALE, _MAX_SIDE = 16, 16_384
+"""Of an image that is evaluated again: published protocols go to 3, and to sides of 896 pixels."""
+
+
 def _check_views(inference: InferenceConfig) -> None:
     tta, resize = inference.tta, inference.resize
     views: Sequence[float] = tta.scales if tta.sides is None else tta.sides
@@ -143,6 +147,9 @@ def _check_views(inference: InferenceConfig) -> None:
     makes_an_image: Callable[[float], bool] = (lambda v: v > 0) if tta.sides is None else (lambda v: v >= 1)
     wrong = [v for v in views if not makes_an_image(v)]
     require(not wrong, f"inference.tta.{key}={list(views)}: {wrong[:1]} makes no image. Expected numbers over 0.")
+    maximum = _MAX_SCALE if tta.sides is None else _MAX_SIDE
+    large = [v for v in views if v > maximum]
+    require(not large, f"inference.tta.{key}={list(views)}: {large[:1]} is too much, at most {maximum:,}.")
     require(
         tta.sides is None or resize.rule == ResizeRule.short_side,
         f"inference.tta.sides: are short sides, the protocol's rule is {resize.rule}. Use tta.scales.",
@@ -202,15 +209,15 @@ def _check_weight_fields(model: ModelConfig, kind: Kind) -> None:
     """Refuse fields of a weight file where no weight file is read: the run would say that they were taken."""
     fields = ("checkpoint", "checkpoint_prefix", "checkpoint_weights", "backbone_checkpoint")
     given = next((name for name in fields if getattr(model, name) is not None), None)
-    own = "id" if model.kind == "smp" else kind.needs
+    own = kind.own_source or kind.needs
     instead = f"it is what model.{own} names" if own else "its weights are part of the package"
-    reads = kind.source == Source.weights and not (model.kind == "smp" and model.id is not None)
+    reads = kind.source == Source.weights and not (kind.own_source and getattr(model, kind.own_source) is not None)
     require(
         given is None or reads,
         f"model.{given}: model.kind={model.kind} reads no weight file: {instead}. Leave it out.",
     )
     require(
-        model.output is None or model.kind == "onnx",
+        model.output is None or kind.several_outputs,
         f"model.output={model.output}: chooses an output of an ONNX file; the model is a {model.kind}. Leave it out.",
     )
 

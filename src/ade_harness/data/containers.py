@@ -84,10 +84,11 @@ def container_of(data: bytes, name: str, what: str) -> str:
     raise unreadable(name, what, f"neither JPEG nor PNG{f' but {other}' if other else ''}")
 
 
-def check_pixels(height: int, width: int, name: str, what: str, most: int = MAX_PIXELS) -> None:
+def check_pixels(height: int, width: int, name: str, what: str, maximum: int = MAX_PIXELS) -> None:
     """Refuse an image with no pixel, or with more than can be meant."""
-    if not 0 < height * width <= most:
-        raise unreadable(name, what, f"it says {width}x{height} pixels (width x height); at most {most:,} are decoded")
+    if not 0 < height * width <= maximum:
+        text = f"it says {width}x{height} pixels (width x height); at most {maximum:,} are decoded"
+        raise unreadable(name, what, text)
 
 
 def read_png_header(data: bytes, name: str, what: str) -> PngHeader:

@@ -95,7 +95,7 @@ class Endpoint:
         what: str,
         headers: Mapping[str, str],
         body: bytes,
-        most_bytes: int,
+        max_bytes: int,
         accepted: Collection[int] = (),
     ) -> Reply:
         """Send a request until it is answered with 2xx.
@@ -106,7 +106,7 @@ class Endpoint:
             what: leads messages, such as an image's id.
             headers: beside the token.
             body: to send.
-            most_bytes: of the reply.
+            max_bytes: of the reply.
             accepted: other statuses that are answers.
 
         Raises:
@@ -123,7 +123,7 @@ class Endpoint:
             self._refuse_if_over()
             try:
                 reply = exchange(
-                    method, url, headers, body, self.timeout_s, most_bytes, _QUOTED_BYTES, self._refuse_if_over
+                    method, url, headers, body, self.timeout_s, max_bytes, _QUOTED_BYTES, self._refuse_if_over
                 )
             except NoReplyError as error:
                 problem, answered, retry_after = str(error), False, None

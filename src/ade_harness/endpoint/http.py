@@ -56,7 +56,7 @@ def exchange(
     headers: Mapping[str, str],
     body: bytes,
     timeout_s: float,
-    most_bytes: int,
+    max_bytes: int,
     quote: int,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Reply:
@@ -68,7 +68,7 @@ def exchange(
         headers: beside Host, Content-Length and the like; printable, without line breaks.
         body: to send.
         timeout_s: for everything together, except looking up the host's name.
-        most_bytes: of the reply's body, if the status is 2xx.
+        max_bytes: of the reply's body, if the status is 2xx.
         quote: bytes that are read of the body of any other reply.
         on_wait: called now and then while nothing comes; what it raises ends the request.
 
@@ -84,7 +84,7 @@ def exchange(
         arriving: Any = _Arriving(connection, end, on_wait)
         response = HTTPResponse(arriving, method=method)
         response.begin()
-        return _read(response, most_bytes, quote)
+        return _read(response, max_bytes, quote)
     except TimeoutError:
         raise NoReplyError(f"no whole reply within {timeout_s:g} s (model.http.timeout_s)") from None
     except ssl.SSLCertVerificationError as error:
@@ -182,18 +182,18 @@ def _send(connection: socket.socket, data: bytes, end: float) -> None:
             return  # a server that refuses closes early; its reply may be there already, and is worth more
 
 
-def _read(response: HTTPResponse, most_bytes: int, quote: int) -> Reply:
+def _read(response: HTTPResponse, max_bytes: int, quote: int) -> Reply:
     headers = {name.lower(): value for name, value in response.getheaders()}
     good = 200 <= response.status < 300
     announced = response.length
-    if good and announced is not None and announced > most_bytes:
-        raise NoReplyError(f"the reply has {announced:,} bytes, at most {most_bytes:,} were expected", passing=False)
-    most = most_bytes if good else quote
+    if good and announced is not None and announced > max_bytes:
+        raise NoReplyError(f"the reply has {announced:,} bytes, at most {max_bytes:,} were expected", passing=False)
+    maximum = max_bytes if good else quote
     body = bytearray()
-    while len(body) <= most and (chunk := response.read(min(_CHUNK, most + 1 - len(body)))):
+    while len(body) <= maximum and (chunk := response.read(min(_CHUNK, maximum + 1 - len(body)))):
         body += chunk
-    if good and len(body) > most:
-        raise NoReplyError(f"the reply has more than the {most:,} bytes that were expected", passing=False)
+    if good and len(body) > maximum:
+        raise NoReplyError(f"the reply has more than the {maximum:,} bytes that were expected", passing=False)
     if good and announced is not None and len(body) < announced:
         raise NoReplyError(f"the connection ended after {len(body):,} of {announced:,} bytes")
-    return Reply(response.status, response.reason, headers, bytes(body[:most]))
+    return Reply(response.status, response.reason, headers, bytes(body[:maximum]))

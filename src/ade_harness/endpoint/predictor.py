@@ -108,14 +108,14 @@ class EndpointPredictor:
             "Content-Type": "image/jpeg" if self.send == "jpeg" else "image/png",
             "Accept": SCORES_TYPE if scores else LABELS_TYPE,
         }
-        most = self._most_bytes(size)
-        reply = self.endpoint.ask("POST", "predict", image_id, headers, encode(image, self.send, self.quality), most)
+        maximum = self._max_bytes(size)
+        reply = self.endpoint.ask("POST", "predict", image_id, headers, encode(image, self.send, self.quality), maximum)
         name = f"{image_id}: {self.endpoint.shown('predict')}"
         self._check_type(reply, _SCORES_TYPES if scores else (LABELS_TYPE,), name)
         labels = self._labels_of_scores(reply, size, name) if scores else self._labels(reply, size, name)
         return Prepared(image_id, (labels,), size)
 
-    def _most_bytes(self, size: Size) -> int:
+    def _max_bytes(self, size: Size) -> int:
         if self.returns == "labels":
             return 2 * size[0] * size[1] + _SPARE_BYTES
         return 4 * self._channels * max(size[0] * size[1], _LEAST_SCORES) + _SPARE_BYTES
@@ -251,7 +251,7 @@ def read_scores(data: bytes, channels: int, name: str) -> npt.NDArray[Any]:
     if shape[0] != channels:
         raise HarnessError(
             f"{name}: the scores have {shape[0]} channels, expected {channels}. model.class_map says which class each"
-            " channel is: one entry per channel (0..149, or null to leave it out)."
+            " channel is: one entry per channel (a class, or null to leave it out)."
         )
     left = len(data) - file.tell()
     if left != shape[0] * shape[1] * shape[2] * dtype.itemsize:

@@ -6,9 +6,11 @@ The network runs in one thread, one image after another; whoever asks waits for 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import BoundedSemaphore
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from ade_harness.kernels import reference
 from ade_harness.runtime.ranks import make_trainer
 
 _MAX_PIXELS = 64_000_000
+"""Of one image, and of all at a time; a network needs a hundred bytes and more for each."""
 _MAX_WAITING = 64
 
 
@@ -42,7 +45,10 @@ class ModelService:
     apply_exif: bool
     forward: ThreadPoolExecutor
     """A pool of one thread."""
-    _places: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_MAX_WAITING))
+    _lock: Lock = field(default_factory=Lock)
+    _waiting: int = 0
+    _pixels: int = 0
+    """Of all images that are being decoded, are waiting, or are in the network."""
 
     def info(self) -> dict[str, Any]:
         """Return what GET /info tells."""
@@ -58,25 +64,41 @@ class ModelService:
         """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
         try:
             height, width = read_header(data, "the image")
-            if height * width > _MAX_PIXELS:
-                raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are taken")
-            image = decode_image(data, "the image", self.apply_exif)
-            self.predictor.check({"the image": (image.shape[0], image.shape[1])})
         except HarnessError as error:
             raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
-        if not self._places.acquire(blocking=False):
-            raise RefusedError(503, f"{_MAX_WAITING} images are waiting already", **{"Retry-After": "1"})
-        try:
-            array = self.forward.submit(self._predict, image, scores).result()
-        except HarnessError as error:
-            raise RefusedError(500, str(error)) from error
-        finally:
-            self._places.release()
+        if height * width > _MAX_PIXELS:
+            raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are taken")
+        with self._place(height * width):
+            array = self._answer(data, scores)
         if not scores:
             return encode(array + np.uint8(1), "png"), LABELS_TYPE  # 255, none of the classes, wraps to 0
         file = io.BytesIO()
         np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
         return file.getvalue(), SCORES_TYPE
+
+    @contextmanager
+    def _place(self, pixels: int) -> Iterator[None]:
+        """Hold room for an image from before it is decoded: memory is for so many pixels at a time, whoever asks."""
+        with self._lock:
+            if self._waiting >= _MAX_WAITING or (self._waiting and self._pixels + pixels > _MAX_PIXELS):
+                raise RefusedError(503, f"{self._waiting} images are waiting already", **{"Retry-After": "1"})
+            self._waiting, self._pixels = self._waiting + 1, self._pixels + pixels
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting, self._pixels = self._waiting - 1, self._pixels - pixels
+
+    def _answer(self, data: bytes, scores: bool) -> np.ndarray:
+        try:
+            image = decode_image(data, "the image", self.apply_exif)
+            self.predictor.check({"the image": (image.shape[0], image.shape[1])})
+        except HarnessError as error:
+            raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
+        try:
+            return self.forward.submit(self._predict, image, scores).result()
+        except HarnessError as error:
+            raise RefusedError(500, str(error)) from error
 
     def _predict(self, image: np.ndarray, scores: bool) -> np.ndarray:
         prepared = self.predictor.prepare("the image", image)

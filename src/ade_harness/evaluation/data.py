@@ -57,13 +57,13 @@ class Failure:
     """Whether every other image would fail as well, so that the run ends, also with ``run.on_error=skip``."""
 
 
-def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, most: int) -> list[list[int]]:
+def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, maximum: int) -> list[list[int]]:
     """Decide which images share a batch: by their sizes and order in the data set alone.
 
     Args:
         sizes: (height, width) of all images of the data set.
         predictor: knows which sizes go together.
-        most: images in a batch.
+        maximum: images in a batch.
 
     Returns:
         Indices of the images of each batch.
@@ -73,7 +73,7 @@ def group_images(sizes: Sequence[tuple[int, int]], predictor: Predictor, most: i
     for index, size in enumerate(sizes):
         key = predictor.group_key(size)
         group = open_groups.get(key)
-        if key is None or group is None or len(group) == most:
+        if key is None or group is None or len(group) == maximum:
             group = open_groups[key] = []
             groups.append(group)
         group.append(index)

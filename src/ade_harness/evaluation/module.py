@@ -136,7 +136,7 @@ class EvaluationModule(pl.LightningModule):
 
     @contextmanager
     def _failing(self, ids: Sequence[str]) -> Iterator[None]:
-        """Turn an error into failures of the images at hand."""
+        """Turn an error into failures of these images."""
         try:
             yield
         except HarnessError as error:
@@ -216,10 +216,10 @@ class EvaluationModule(pl.LightningModule):
                     )
         self._settle(_MAX_PENDING)
 
-    def _settle(self, most: int) -> None:
-        """Wait until at most `most` images are still to be written; take up the errors of those that were."""
+    def _settle(self, maximum: int) -> None:
+        """Wait until at most `maximum` images are still to be written; take up the errors of those that were."""
         start, any_settled = time.perf_counter(), False
-        for image_id, future in self.recorder.settled(most):
+        for image_id, future in self.recorder.settled(maximum):
             any_settled = True
             with self._failing([image_id]):
                 self._spend("ledger", future.result())

@@ -106,13 +106,13 @@ class Recorder:
             self._executor = ThreadPoolExecutor(1, "recorder")
         self._pending.append((counted.image.image_id, self._executor.submit(self._timed, counted)))
 
-    def settled(self, most: int) -> Iterator[tuple[str, Future[float]]]:
-        """Wait until at most `most` images are pending.
+    def settled(self, maximum: int) -> Iterator[tuple[str, Future[float]]]:
+        """Wait until at most `maximum` images are pending.
 
         Yields:
             Ids of images that are no longer pending, in order, and a future that is done: seconds, or the error.
         """
-        while self._pending and (len(self._pending) > most or self._pending[0][1].done()):
+        while self._pending and (len(self._pending) > maximum or self._pending[0][1].done()):
             image_id, future = self._pending[0]
             future.exception()  # waits; a signal's exception leaves the image in the queue
             self._pending.popleft()

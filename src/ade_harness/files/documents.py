@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ade_harness.errors import HarnessError
-from ade_harness.files.escapes import escaped
+from ade_harness.files.escapes import escaped, one_line
 from ade_harness.files.reading import read_regular
 
 MAX_TEXT_BYTES = 2**24
@@ -35,32 +35,40 @@ class OrNull:
     shape: Shape
 
 
-def read_json(path: Path, shape: Shape = dict, most: int = MAX_TEXT_BYTES) -> Any:
+@dataclass(frozen=True)
+class Between:
+    """A number from `low` to `high`; whole, if `low` is."""
+
+    low: float
+    high: float
+
+
+def read_json(path: Path, shape: Shape = dict, maximum: int = MAX_TEXT_BYTES) -> Any:
     """Read a JSON file.
 
     Args:
         path: of the file.
         shape: what is expected.
-        most: bytes that it may have.
+        maximum: bytes that it may have.
 
     Raises:
         HarnessError: it cannot be read, or is damaged.
     """
-    return checked(parse_json(_text(path, most), str(path)), shape, str(path))
+    return checked(parse_json(_text(path, maximum), str(path)), shape, str(path))
 
 
-def read_yaml(path: Path, shape: Shape = dict, most: int = MAX_TEXT_BYTES) -> Any:
+def read_yaml(path: Path, shape: Shape = dict, maximum: int = MAX_TEXT_BYTES) -> Any:
     """Read a YAML file of plain values: no aliases, which can stand for billions of entries, and no objects.
 
     Args and errors as :func:`read_json`.
     """
-    return checked(parse_yaml(_text(path, most), str(path)), shape, str(path))
+    return checked(parse_yaml(_text(path, maximum), str(path)), shape, str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
     """Return the content of a JSON text; raises HarnessError."""
     try:
-        return _plain(json.loads(text), 0)
+        return _plain(json.loads(text), 0, one_line)
     except (ValueError, RecursionError) as error:
         raise damaged(where, _reason(error)) from error
 
@@ -68,7 +76,7 @@ def parse_json(text: str, where: str) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """Return the content of a YAML text of plain values; raises HarnessError."""
     try:
-        return _plain(yaml.load(text, PlainLoader), 0)
+        return _plain(yaml.load(text, PlainLoader), 0, escaped)  # a configuration is used as it stands
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, OverflowError) as error:
         raise damaged(where, _reason(error)) from error
 
@@ -111,9 +119,9 @@ class PlainLoader(_SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _text(path: Path, most: int) -> str:
+def _text(path: Path, maximum: int) -> str:
     try:
-        return read_regular(path, most).decode("utf-8")
+        return read_regular(path, maximum).decode("utf-8")
     except UnicodeDecodeError as error:
         raise damaged(str(path), "expected UTF-8") from error
 
@@ -124,19 +132,20 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _plain(value: Any, depth: int, escape: Callable[[str], str]) -> Any:
     """Return plain values with their texts escaped; raises ValueError for anything else, or nested too deep."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"nested more than {_MAX_DEPTH} deep")
     if isinstance(value, str):
-        return escaped(value)
+        return escape(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, depth + 1, escape) for item in value]
     if isinstance(value, dict):
         return {
-            escaped(key) if isinstance(key, str) else _key(key): _plain(item, depth + 1) for key, item in value.items()
+            escape(key) if isinstance(key, str) else _key(key): _plain(item, depth + 1, escape)
+            for key, item in value.items()
         }
     raise ValueError(f"a value of type {type(value).__name__}")
 
@@ -151,6 +160,8 @@ def _problem(content: Any, shape: Shape, field: str) -> tuple[str, str] | None:
     """Return the first field that is not as expected, and what was expected."""
     if isinstance(shape, OrNull):
         return None if content is None else _problem(content, shape.shape, field)
+    if isinstance(shape, Between):
+        return _range_problem(content, shape, field)
     if isinstance(shape, list):
         if not isinstance(content, list):
             return field, "a list"
@@ -159,6 +170,14 @@ def _problem(content: Any, shape: Shape, field: str) -> tuple[str, str] | None:
     if isinstance(shape, Mapping):
         return _mapping_problem(content, shape, field)
     return _scalar_problem(content, shape if isinstance(shape, tuple) else (shape,), field)
+
+
+def _range_problem(content: Any, shape: Between, field: str) -> tuple[str, str] | None:
+    whole = isinstance(shape.low, int)
+    problem = _scalar_problem(content, (int,) if whole else (float,), field)
+    if problem is None and not shape.low <= content <= shape.high:
+        return field, f"{'a whole number' if whole else 'a number'} from {shape.low:g} to {shape.high:g}"
+    return problem
 
 
 def _scalar_problem(content: Any, types: tuple[type, ...], field: str) -> tuple[str, str] | None:

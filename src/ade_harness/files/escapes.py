@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+_LINES = re.compile(r"[\t\n]")
 
 
 def escaped(text: str) -> str:
@@ -12,11 +15,16 @@ def escaped(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-def without_long_words(text: str, most: int = 400) -> str:
-    """Return a text in which no word has more than `most` characters: what is left out is counted."""
-    return re.sub(rf"\S{{{most + 1},}}", lambda found: shortened(found[0], most), text)
+def one_line(text: str) -> str:
+    """Return a text as :func:`escaped`, with new lines and tabs shown too: it cannot look like another line of ours."""
+    return _LINES.sub(lambda found: found[0].encode("unicode_escape").decode(), escaped(text))
 
 
-def shortened(text: str, most: int = 200) -> str:
-    """Return a text of at most `most` characters, and how many are left out."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} more characters)"
+def without_long_words(text: str, maximum: int = 400) -> str:
+    """Return a text in which no word has more than `maximum` characters: what is left out is counted."""
+    return re.sub(rf"\S{{{maximum + 1},}}", lambda found: shortened(found[0], maximum), text)
+
+
+def shortened(text: str, maximum: int = 200) -> str:
+    """Return a text of at most `maximum` characters, and how many are left out."""
+    return text if len(text) <= maximum else f"{text[:maximum]}... ({len(text) - maximum:,} more characters)"

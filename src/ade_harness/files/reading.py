@@ -9,12 +9,12 @@ from pathlib import Path
 from ade_harness.errors import HarnessError
 
 
-def read_regular(path: Path, most: int, limit: int | None = None) -> bytes:
+def read_regular(path: Path, maximum: int, limit: int | None = None) -> bytes:
     """Return a file's content.
 
     Args:
         path: of the file, or of a link to it.
-        most: bytes that such a file may have.
+        maximum: bytes that such a file may have.
         limit: return only its first bytes.
 
     Raises:
@@ -27,8 +27,8 @@ def read_regular(path: Path, most: int, limit: int | None = None) -> bytes:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise HarnessError(f"{path}: is no regular file (a folder, pipe or device). Expected a file.")
-            if found.st_size > most:
-                raise HarnessError(f"{path}: has {found.st_size:,} bytes; at most {most:,} are read.")
+            if found.st_size > maximum:
+                raise HarnessError(f"{path}: has {found.st_size:,} bytes; at most {maximum:,} are read.")
             return file.read() if limit is None else file.read(limit)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -53,9 +53,9 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
         )
     for side, value, limits in zip(("height", "width"), plan.window, model.side_limits or (), strict=False):
         if not limits[0] <= value <= limits[1]:
-            most = "or more" if limits[1] >= UNBOUNDED else f"to {limits[1]}"
+            maximum = "or more" if limits[1] >= UNBOUNDED else f"to {limits[1]}"
             raise HarnessError(
-                f"{image_id}: the model takes inputs with a {side} of {limits[0]} {most}, {name}"
+                f"{image_id}: the model takes inputs with a {side} of {limits[0]} {maximum}, {name}"
                 f" makes {value}. Choose a protocol whose inputs fit (windows, or inference.resize), or export the"
                 " model for more sizes."
             )

@@ -72,10 +72,11 @@ class BatchedForward:
             # outside of the except block, where the traceback would keep the failed batch's tensors
             size = f"{images[0].shape[2]}x{images[0].shape[1]}"
             limit = min(limit, len(images)) // 2
-            if limit < 1 or self.model.fixed_batch:
+            if limit < 1 or self._always_full:
                 raise HarnessError(
                     f"{what}: out of memory with one input of {size} ({str(short).splitlines()[0]})."
-                    " Use a device with more memory, inference.precision=bf16, or a protocol with smaller inputs."
+                    " Use a device with more memory, inference.precision=bf16, a smaller inference.batch, or a protocol"
+                    " with smaller inputs."
                 ) from short
             self.halved += 1
             self.fits = limit if self.fits is None else min(self.fits, limit)
@@ -88,8 +89,16 @@ class BatchedForward:
         # on a CPU several windows at a time only leave its caches (measured: up to 6 % slower)
         return self.model.fixed_batch or self.cfg.batch or (self.cfg.images if device.type == "cpu" else 8)
 
+    @property
+    def _always_full(self) -> bool:
+        """Whether inputs fill up a batch: the model takes no other, or is compiled for it.
+
+        What is compiled for a second shape depends on the first one, and so would an image's last bits.
+        """
+        return self.model.fixed_batch is not None or self.cfg.compile is not None
+
     def _split(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
-        fill = (self.model.fixed_batch or 0) - len(images)
+        fill = self.batch(images[0].device) - len(images) if self._always_full else 0
         filled = [*images, *[images[-1]] * max(0, fill)]
         batch = filled[0][None] if len(filled) == 1 else torch.stack(filled)  # one image is not copied
         output = read_output(self._run(batch, what), what)
@@ -145,7 +154,9 @@ class BatchedForward:
         if not weights or not about_types or self.cfg.precision in _AUTOCAST:
             return ""
         name = str(min(weights, key=str)).removeprefix("torch.")
-        known = next((k for k, dtype in _AUTOCAST.items() if dtype in weights), None)
+        exported = isinstance(self.model.module, torch.jit.ScriptModule | torch.fx.GraphModule)
+        permitted = self.model.of_caller or not exported  # an exported file runs as it says
+        known = next((k for k, dtype in _AUTOCAST.items() if dtype in weights and permitted), None)
         convert = "network.float()" if self.model.of_caller else "export it in float32"
         advice = f"inference.precision={known}, or {convert}" if known else convert
         return f" Its weights are {name}, images float32: {advice}."
@@ -155,9 +166,10 @@ class BatchedForward:
             module: Any = self.model.module
             if self.cfg.channels_last and not self.model.of_caller:  # the layout of its weights is the caller's
                 module = module.to(memory_format=torch.channels_last)
-            # with sizes as variables from the first image on: otherwise what is compiled for an image, and so its last
-            # bits, would depend on the sizes that this rank has seen before
-            self._module = torch.compile(module, backend=self.cfg.compile, dynamic=True) if self.cfg.compile else module
+            # for one shape: all inputs have one size, which the predictor has checked, and batches are full
+            self._module = (
+                torch.compile(module, backend=self.cfg.compile, dynamic=False) if self.cfg.compile else module
+            )
         return self._module
 
 

@@ -173,19 +173,33 @@ class NetworkPredictor:
     def check(self, sizes: Mapping[str, Size]) -> None:
         """Refuse a protocol that the model cannot take, or that an image does not fit; see :class:`Predictor`."""
         checked: set[Size] = set()
+        inputs: dict[Size, str] = {}
         for image_id, size in sizes.items():
             if size not in checked:
                 checked.add(size)
                 for plan in plan_views(size, self.cfg):
                     check_plan(image_id, plan, self.cfg, self.model, self.stride)
+                    inputs.setdefault(plan.window, image_id)
+        if self.cfg.compile and len(inputs) > 1:
+            (first, one), (second, two) = list(inputs.items())[:2]
+            raise HarnessError(
+                f"inference.compile={self.cfg.compile}: needs inputs of one size, since what is compiled for a second"
+                f" one depends on the first; {one} has {first[1]}x{first[0]}, {two} {second[1]}x{second[0]}."
+                " Choose a protocol with windows, or leave it out."
+            )
 
     def cost(self, size: Size) -> float:
         """Return the pixels that go through the network, and a share of those that are labelled."""
         return forward_pixels(plan_views(size, self.cfg)) + _LABEL_COST * size[0] * size[1]
 
     def group_key(self, size: Size) -> Hashable:
-        """Images whose views have the same sizes may share a batch, if the protocol says so."""
-        return None if self.cfg.images == 1 else tuple((v.sizes[-1], v.canvas) for v in plan_views(size, self.cfg))
+        """Images whose inputs have the same sizes may share a batch, if the protocol says so: windows mostly have."""
+        if self.cfg.images == 1:
+            return None
+        plans = plan_views(size, self.cfg)
+        if self.cfg.mode != "whole":
+            return tuple(plan.window for plan in plans)
+        return tuple((plan.sizes[-1], plan.canvas) for plan in plans)
 
     def prepare(self, image_id: str, image: npt.NDArray[np.uint8]) -> Prepared:
         """Resize uint8 [H, W, 3] RGB to each scale of the protocol, in uint8 as the official loaders do."""

@@ -15,7 +15,6 @@ from ade_harness.errors import HarnessError
 from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
 
 __all__ = [
-    "CHOICES",
     "Kernels",
     "PixelStatistics",
     "Placement",
@@ -27,8 +26,6 @@ __all__ = [
     "selection",
     "whole",
 ]
-
-CHOICES = ("auto", "torch", "numba", "triton")
 
 
 class Kernels(Protocol):
@@ -54,7 +51,7 @@ def select(choice: str, device_type: str) -> Kernels:
     """Return an implementation for tensors on "cpu" or "cuda".
 
     Args:
-        choice: one of `CHOICES`; auto takes the compiled one where it gives torch's bits on this machine, and
+        choice: ``runtime.kernels``; auto takes the compiled one where it gives torch's bits on this machine, and
             plain torch elsewhere.
         device_type: of the tensors.
 

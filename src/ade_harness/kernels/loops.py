@@ -192,17 +192,17 @@ def label_rows(scores: Floats, y1: Any, x1: Any, y2: Any, x2: Any, two_steps: bo
     for x in range(1, width + 1):
         begin[x] = max(begin[x], begin[x - 1])
 
-    most_low: Any = 1
-    most_mid: Any = 1
+    max_low: Any = 1
+    max_mid: Any = 1
     for y in range(height_out):
         last = min(y + _DENSE_ROWS, height_out) - 1
-        most_mid = max(most_mid, np.int64(y2[1][last]) - np.int64(y2[0][y]) + 1)
-        most_low = max(most_low, np.int64(y1[1][y2[1][last]]) - np.int64(y1[0][y2[0][y]]) + 1)
+        max_mid = max(max_mid, np.int64(y2[1][last]) - np.int64(y2[0][y]) + 1)
+        max_low = max(max_low, np.int64(y1[1][y2[1][last]]) - np.int64(y1[0][y2[0][y]]) + 1)
     middle = x1[0].size
     scratch = (
-        np.empty((most_low, middle), np.float32),
+        np.empty((max_low, middle), np.float32),
         np.empty(middle, np.float32),
-        np.empty((most_mid if two_steps else 1, width_out), np.float32),
+        np.empty((max_mid if two_steps else 1, width_out), np.float32),
         np.empty((_DENSE_ROWS, width_out), np.float32),
     )
     largest = np.empty((channels, width), np.float32)

@@ -69,7 +69,7 @@ def measured_entries(run: FinishedRun) -> list[Entry]:
 
 
 def why_not_ranked(run: FinishedRun) -> str | None:
-    """Return why a run has no place beside published scores; None if it has."""
+    """Return why a run is not comparable with published scores; None if it has."""
     if run.marks:
         return run.marks[0]
     if run.config["dataset"]["kind"] != "ade20k" or run.manifest["dataset"]["name"] != "ade20k":

@@ -33,12 +33,12 @@ class ImageGroup:
     scores: dict[str, float]
 
 
-def confused_pairs(matrix: Matrix, most: int = 20) -> list[ConfusedPair]:
+def confused_pairs(matrix: Matrix, maximum: int = 20) -> list[ConfusedPair]:
     """Return the pairs that cost most pixels, the largest first."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     truth, errors = matrix.sum(1), int(wrong.sum())
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:maximum]
     pairs = [(int(t), int(p)) for t, p in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[t, p] > 0]
     return [
         ConfusedPair(t, p, int(wrong[t, p]), float(wrong[t, p] / truth[t]), float(wrong[t, p] / errors))

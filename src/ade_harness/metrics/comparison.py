@@ -58,8 +58,6 @@ class Comparison:
     influence: Floats
     """[N]: how much of the mIoU's difference an image makes: what exchanging its predictions alone would change, the
     mean of putting the second's into the first run and the first's into the second. The sum is nearly the whole."""
-    pixels_right: Floats
-    """[N]: pixels right in the second run minus in the first."""
 
 
 def compare(
@@ -117,8 +115,7 @@ def compare(
     gains = (two_sum, two_sum - change), (one_sum + change, one_sum)
     with_second, with_first = ([area_scores(*split_areas(sums))["mIoU"] for sums in pair] for pair in gains)
     influence = (with_second[0] - with_second[1] + with_first[0] - with_first[1]) / 2
-    right = (second.intersection - first.intersection).sum(1)
-    return Comparison(first.ids, scores, classes, influence, right)
+    return Comparison(first.ids, scores, classes, influence)
 
 
 def _statistics(stacked: Floats, names: list[str]) -> Floats:

@@ -16,7 +16,7 @@ from ade_harness.data.labels import IGNORE_INDEX, MAX_CLASSES
 from ade_harness.errors import ArgumentError
 from ade_harness.metrics.confusion import area_scores, class_iou
 
-_MOST_CLASSES = 2**14
+_MAX_CLASSES = 2**14
 """Of a matrix of 2 GiB."""
 _KERNELS = ("auto", "torch", "numba", "triton")
 
@@ -72,10 +72,10 @@ class SegmentationScores(Metric):
             raise ArgumentError(f"num_classes={num_classes!r}: expected a whole number from 1 up.")
         if ignore_index is not None and not _is_whole(ignore_index):
             raise ArgumentError(f"ignore_index={ignore_index!r}: expected a whole number, or None.")
-        if num_classes > _MOST_CLASSES:
+        if num_classes > _MAX_CLASSES:
             raise ArgumentError(
                 f"num_classes={num_classes}: its matrix would need {8 * num_classes**2 / 2**30:,.0f} GiB; at most"
-                f" {_MOST_CLASSES:,} classes are counted."
+                f" {_MAX_CLASSES:,} classes are counted."
             )
         self.num_classes, self.ignore_index, self.validate_args = num_classes, ignore_index, validate_args
         self.kernels_choice = kernels_choice

@@ -111,7 +111,7 @@ def _class_rows(
         index = row["class"]
         wrong = matrix[index].copy()
         wrong[index] = 0
-        most = int(wrong.argmax())
+        maximum = int(wrong.argmax())
         truth = row["ground_truth_pixels"]
         rows.append(
             {
@@ -120,8 +120,8 @@ def _class_rows(
                 "high": min(1.0, interval.high) if interval and images[index] > 1 else None,
                 "images": int(images[index]),
                 "share": truth / max(int(matrix.sum()), 1),
-                "confused_with": names[most] if wrong[most] else "",
-                "confused_share": float(wrong[most] / truth) if truth and wrong[most] else None,
+                "confused_with": names[maximum] if wrong[maximum] else "",
+                "confused_share": float(wrong[maximum] / truth) if truth and wrong[maximum] else None,
                 "boundary_iou": None if boundary is None or np.isnan(boundary[index]) else float(boundary[index]),
             }
         )

@@ -71,7 +71,7 @@ def draw_overlay(
 
 
 def draw_prediction(
-    image: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], classes: Classes, most: int = 12
+    image: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], classes: Classes, maximum: int = 12
 ) -> Image.Image:
     """Draw an image beside its labels in the data set's colours, above a legend of the largest classes.
 
@@ -79,7 +79,7 @@ def draw_prediction(
         image: uint8 [H, W, 3] RGB.
         labels: uint8 [H, W]: 0..C-1, 255 for none of the classes.
         classes: of the data set.
-        most: classes in the legend.
+        maximum: classes in the legend.
     """
     scale = max(1, -(-_MIN_PANEL_HEIGHT // image.shape[0]))
     size = image.shape[1] * scale, image.shape[0] * scale
@@ -88,7 +88,7 @@ def draw_prediction(
     panels = [Image.fromarray(picture).resize(size, Image.Resampling.NEAREST) for picture in pictures]
     font = ImageFont.load_default(13)
     counts = np.bincount(labels[labels != NO_CLASS].reshape(-1), minlength=len(classes))
-    shown = [int(c) for c in np.argsort(-counts, kind="stable")[:most] if counts[c]]
+    shown = [int(c) for c in np.argsort(-counts, kind="stable")[:maximum] if counts[c]]
     width = 2 * size[0] + _GAP
     columns = max(1, min(len(shown), width // _LEGEND_WIDTH))
     canvas = Image.new("RGB", (width, size[1] + _CAPTION * max(1, -(-len(shown) // columns))), "white")

@@ -14,7 +14,6 @@ from ade_harness.metrics.regions import BAND_EDGES
 
 # Okabe and Ito's colours, which differ for every kind of colour vision; light enough for both themes
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#3d8fd1", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a"
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", GREY)
 
 Figure = dict[str, Any]
 

@@ -49,10 +49,10 @@ class Pair:
         """The difference of mIoU; corrected for the number of pairs."""
         return self.comparison.scores["mIoU"]
 
-    def changed_images(self, most: int) -> list[tuple[str, float]]:
+    def changed_images(self, maximum: int) -> list[tuple[str, float]]:
         """Return the images that move the mIoU's difference most, either way, with their influence."""
         influence = self.comparison.influence
-        order = np.argsort(-np.abs(influence), kind="stable")[:most]
+        order = np.argsort(-np.abs(influence), kind="stable")[:maximum]
         return [(self.comparison.ids[i], float(influence[i])) for i in order if influence[i] != 0]
 
     def changed_classes(self) -> list[tuple[int, Difference]]:

@@ -12,6 +12,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import MAX_CLASSES, Classes, classes_from
 from ade_harness.errors import HarnessError
 from ade_harness.files.documents import checked, damaged, read_json, read_yaml
+from ade_harness.files.escapes import one_line
 from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
 from ade_harness.runs.directory import LEDGER, MANIFEST, read_manifest
@@ -42,7 +43,7 @@ class FinishedRun:
     @property
     def label(self) -> str:
         """The model, as tables call it."""
-        return str(self.config["model"]["label"] or self.config["model"]["name"])
+        return one_line(str(self.config["model"]["label"] or self.config["model"]["name"]))
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -23,7 +23,6 @@ from ade_harness.metrics.counts import Row, label_hash
 from ade_harness.runs.ledger import LedgerError
 
 FOLDER = "label_maps"
-CHOICES = ("none", "few", "all")
 FEW = 12
 """Worst and best images that are kept."""
 _COMPRESSION = 3
@@ -35,7 +34,7 @@ class LabelMaps:
 
     Args:
         run_dir: of the run.
-        choice: one of `CHOICES`.
+        choice: ``run.label_maps``: none, few or all.
     """
 
     def __init__(self, run_dir: Path, choice: str) -> None:

@@ -5,10 +5,11 @@ Shapes of :mod:`ade_harness.files.documents`: whoever adds a field to a file, an
 
 from __future__ import annotations
 
-from ade_harness.files.documents import OrNull
+from ade_harness.files.documents import Between, OrNull
 
 _TEXT_OR_NULL = (str, type(None))
 _SCORES = ("mIoU", "mIoU_csail", "mIoU_detectron2", "pixel_accuracy", "mean_accuracy", "fwIoU", "final_score")
+_COUNT = Between(0, 2**63)
 _INTERVAL = {"low": float, "high": float, "level": float}
 
 MANIFEST = {
@@ -63,7 +64,7 @@ FINISHED = {
     "command": list,
     "code": {"version": str, "commit": _TEXT_OR_NULL, "dirty": (bool, type(None))},
     "model": {"name": str},
-    "dataset": {"name": str, "root": str, "expected_images": int, "images": int},
+    "dataset": {"name": str, "root": str, "expected_images": _COUNT, "images": _COUNT},
     "timings": {
         "seconds": float,
         "images_per_second": float,
@@ -77,8 +78,8 @@ FINISHED = {
 """What a manifest has besides once the run is finished."""
 METRICS = {
     "model?": str, "checkpoint_sha256?": str, "dataset?": str, "protocol?": str, "commit?": str,
-    **dict.fromkeys(_SCORES, float),
-    "images?": int, "pixels?": int, "complete?": bool, "mean_dice?": OrNull(float),
+    **dict.fromkeys(_SCORES, Between(0.0, 1.0)),
+    "images?": _COUNT, "pixels?": _COUNT, "complete?": bool, "mean_dice?": OrNull(Between(0.0, 1.0)),
     "parameters?": OrNull(int), "flops?": OrNull(int), "flops_image?": OrNull([int]), "gpu_peak_bytes?": OrNull(int),
     "intervals": {"*": (dict, type(None)), **{f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
     "other_intervals": {"*": {f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
@@ -87,14 +88,17 @@ METRICS = {
     "reproduced?": OrNull({"sentence": str}),
 }  # fmt: skip
 CONFIG = {
-    "model": {"name": str, "label": _TEXT_OR_NULL, "kind": str, "http?": dict},
+    "model": {
+        "name": str, "label": _TEXT_OR_NULL, "kind": str, "http?": dict,
+        **{f"{key}?": _TEXT_OR_NULL for key in ("_target_", "path", "id", "url", "checkpoint", "backbone_checkpoint")},
+    },
     "dataset": {"kind?": str, "split?": str, "root?": str},
     "inference": {"name": str, "precision?": str, "source?": str, "exif": bool},
     "metrics": {"resamples": int, "seed": int, "level": float, "calibration?": bool},
     "run?": dict,
     "runtime?": dict,
     "tracking?": dict,
-}
+}  # fmt: skip
 PROGRESS = {
     "done": int, "images": int, "images_per_second": float, "seconds_left?": float, "updated": str, "warnings": [str],
     "ranks": [{"rank": int, "host": str, "done": int, "images_per_second": float, "item": str}],

@@ -117,10 +117,10 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
     if cfg.devices == "auto":
         return accelerator, gpus if accelerator == "cuda" else _step_tasks_per_node()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    most = max(1, memory // _RANK_BYTES)
-    if int(cfg.devices) > most:
+    maximum = max(1, memory // _RANK_BYTES)
+    if int(cfg.devices) > maximum:
         raise HarnessError(
-            f"runtime.devices={cfg.devices}: {host_name()} has memory for {most} ranks at most, each of which needs"
+            f"runtime.devices={cfg.devices}: {host_name()} has memory for {maximum} ranks at most, each of which needs"
             f" {_RANK_BYTES / 2**30:g} GiB before it has a model."
         )
     if accelerator == "cuda" and int(cfg.devices) > gpus:
@@ -207,20 +207,20 @@ def slurm_first_address() -> str:
         return found[1] if found else first
 
 
-def requeue_slurm_job(most: int) -> str:
+def requeue_slurm_job(maximum: int) -> str:
     """Put this SLURM job back into the queue; returns a line about it.
 
     SLURM then ends the job. Who called this should wait for that: a job whose script fails first is not requeued.
 
     Args:
-        most: how often a job may have been requeued.
+        maximum: how often a job may have been requeued.
     """
     job = os.environ.get("SLURM_JOB_ID", "")
     advice = "submit it again to continue."
     if not job or shutil.which("scontrol") is None:
         return f"runtime.requeue: this is no SLURM job, or scontrol is not here: {advice}"
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= most:
-        return f"runtime.requeue: job {job} was requeued {most} times (runtime.slurm.most_requeues): {advice}"
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= maximum:
+        return f"runtime.requeue: job {job} was requeued {maximum} times (runtime.slurm.most_requeues): {advice}"
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         return f"runtime.requeue: job {job} could not be requeued ({done.stderr.strip()}): {advice}"

@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -24,6 +25,18 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def place_of_exit(error: SystemExit) -> str:
+    """Say where a ``sys.exit`` was called: an evaluation that a model ends has no score, whatever its exit code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    while frames and frames[-1].name == "exit" and "wandb" in frames[-1].filename:  # which puts its own in its place
+        frames.pop()
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else ""
+    return (
+        f"the model, or a library of its, called sys.exit({error.code!r}){place}: the evaluation was not finished. A"
+        " model has to return scores or raise an exception."
+    )
 
 
 def leave(code: int) -> None:

@@ -61,7 +61,7 @@ class Loaders:
     """Items of a rank that are worked on at a time: more than one if loaders do the work."""
 
 
-def most_held(left: int, world_size: int, look_ahead: int, at_once: int = 1) -> int:
+def max_held(left: int, world_size: int, look_ahead: int, at_once: int = 1) -> int:
     """Return how many items a rank may hold at a time: the one it works on, and those that its loaders prepare.
 
     Much while much is left, so that loaders never starve; towards the end only what is being worked on, so that no
@@ -113,7 +113,7 @@ class SharedItems(Sampler[int]):
             return
         order = largest_first(self._costs)
         while not self._coordinator.stopped and (left := len(order) - self._coordinator.taken()) > 0:
-            if self.held >= most_held(left, self._world_size, self._look_ahead, self._at_once):
+            if self.held >= max_held(left, self._world_size, self._look_ahead, self._at_once):
                 yield NOTHING
                 continue
             place = self._coordinator.next_item()

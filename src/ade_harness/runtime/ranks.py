@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from ade_harness.runtime.cluster import (
     slurm_first_address,
 )
 from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
+from ade_harness.runtime.lifetime import place_of_exit
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.queue import SharedItems
 from ade_harness.runtime.signals import handled_signals
@@ -280,7 +280,7 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
         # Lightning turns Ctrl-C into an exit, and calls a trainer interrupted after any error
         interrupted = isinstance(caught, KeyboardInterrupt) or isinstance(caught.__context__, KeyboardInterrupt)
         if isinstance(caught, SystemExit) and not interrupted:
-            error = HarnessError(_place_of_exit(caught))
+            error = HarnessError(place_of_exit(caught))
         _leave(coordinator, launcher, error)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             if coordinator.lost is not None:
@@ -312,16 +312,6 @@ def _who_did_not_come(cfg: RuntimeConfig, reason: str) -> str:
         f"rank {rank} on {host_name()} cannot reach rank 0 at {place} within runtime.timeout_min={cfg.timeout_min:g}"
         f" minutes ({said}). Does node 0 run the same command, is MASTER_ADDR its address, and may this node reach the"
         " port?"
-    )
-
-
-def _place_of_exit(error: SystemExit) -> str:
-    """Say where a ``sys.exit`` was called: an evaluation that a model ends has no score, whatever its exit code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else ""
-    return (
-        f"the model, or a library of its, called sys.exit({error.code!r}){place}: the evaluation was not finished. A"
-        " model has to return scores or raise an exception."
     )
 
 

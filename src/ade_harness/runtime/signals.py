@@ -1,4 +1,4 @@
-"""What signals mean to a rank: end now and keep what is counted, or finish what is at hand and end."""
+"""What signals mean to a rank: end now and keep what is counted, or finish the current image and end."""
 
 from __future__ import annotations
 

@@ -311,5 +311,5 @@ def test_every_module_that_calls_the_operation_says_so() -> None:
 def test_the_implementation_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deformable.implementation_of(nn.Linear(2, 2), "cpu") is None
     assert deformable.implementation_of(nn.Sequential(Calls()), "cpu") == "numba"
-    monkeypatch.setattr(deformable, "compiled", lambda device: (deformable.aggregate_torch, "no compiler"))
+    monkeypatch.setattr(deformable, "compiled", lambda *_: (deformable.aggregate_torch, "no compiler"))
     assert deformable.implementation_of(nn.Sequential(Calls()), "cpu") == "torch"

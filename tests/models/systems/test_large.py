@@ -76,8 +76,8 @@ WIDE = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "dtype", "most"), [("safetensors", "fp32", 0.2), ("pth", "bf16", 0.75)])
-def test_weights_are_never_held_twice(tmp_path: Path, kind: str, dtype: str, most: float) -> None:
+@pytest.mark.parametrize(("kind", "dtype", "maximum"), [("safetensors", "fp32", 0.2), ("pth", "bf16", 0.75)])
+def test_weights_are_never_held_twice(tmp_path: Path, kind: str, dtype: str, maximum: float) -> None:
     """What a process adds to memory of its own while it loads, as a share of the weights in float32."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -97,7 +97,7 @@ def test_weights_are_never_held_twice(tmp_path: Path, kind: str, dtype: str, mos
     assert done.returncode == 0, done.stderr
     peak, size = map(float, done.stdout.split())
     assert size > 60
-    assert peak < most * size
+    assert peak < maximum * size
 
 
 def test_weights_in_bf16_predict_what_autocast_does(call: Callable[..., Done], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def prepare(
             problems.append(str(error))
     if kind.is_code and "--model-code" not in options:
         problems.append(
-            f"model._target_={run.config['model']['_target_']} is code of yours: say where others find it:"
+            f"model._target_={run.config['model']['_target_']} is your own code: say where others find it:"
             " --model-code https://HOST/GROUP/NAME/tree/COMMIT."
         )
     if problems:

@@ -150,15 +150,17 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
     return Part(state, tuple(where), tuple(beside), is_averaged)
 
 
-def _has_state(value: Mapping[str, Any]) -> bool:
-    return _is_state(value) or any(isinstance(v, Mapping) and _is_state(v) for v in value.values())
+def _has_state(value: Mapping[str, Any], depth: int = _MAX_WRAPPERS) -> bool:
+    """Whether a state_dict is in there; a pickle may hold itself."""
+    inside = (v for v in value.values() if isinstance(v, Mapping))
+    return _is_state(value) or (depth > 0 and any(_has_state(v, depth - 1) for v in inside))
 
 
 def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Open the one wrapper that may be around a side's state_dict."""
+    """Open the wrappers that may be around a side's state_dict."""
     if _is_state(value):
         return dict(value)
-    return next(dict(v) for v in value.values() if _is_state(v))
+    return next(_flat(v) for v in value.values() if isinstance(v, Mapping) and _has_state(v))
 
 
 def _usual_first(name: str) -> tuple[int, str]:

@@ -56,7 +56,7 @@ def url_checkpoint(
         raise HarnessError(f"{error} {_advice(key)}") from error
     except OSError as error:
         raise HarnessError(
-            f"{folder}: cannot be written ({error.strerror or error}). Set ADE_HARNESS_CACHE to a folder of yours."
+            f"{folder}: cannot be written ({error.strerror or error}). Set ADE_HARNESS_CACHE to a folder that you own."
         ) from error
     return _checked(file, sha256, url, "the configuration")
 
