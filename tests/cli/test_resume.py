@@ -370,3 +370,35 @@ def test_no_space_left_keeps_what_was_counted(
     done = call("resume", "run")
     assert done.code == 0, done.err
     assert f"continuing: {kept} images are done" in done.out
+
+
+def test_a_file_system_that_becomes_read_only_is_one_message(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kernels do with a disk that fails; what was counted before is kept."""
+    place = tmp_path / "place"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "none", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs a user who may mount a file system (root)")
+    (tmp_path / "remounting.py").write_text(
+        "import os, subprocess, torch\n\nseen = 0\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+        "        global seen\n        seen += 1\n        if seen == 3 and 'TO_REMOUNT' in os.environ:\n"
+        "            subprocess.run(['mount', '-o', 'remount,ro', os.environ['TO_REMOUNT']], check=True)\n"
+        "        return torch.zeros(len(x), 150, 4, 4)\n"
+    )
+    words = ("model=custom", "model._target_=remounting.Net", "dataset.images=6", *FAST, f"run.dir={place / 'run'}")
+    try:
+        monkeypatch.setenv("TO_REMOUNT", str(place))
+        done = call(*words)
+        assert done.code == 2
+        assert "cannot be written (Read-only file system)" in done.err
+        assert "Traceback" not in done.err
+        assert not (place / "run/metrics.json").exists()
+        monkeypatch.delenv("TO_REMOUNT")
+        subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+        done = call("resume", place / "run")
+        assert done.code == 0, done.err
+        assert json.loads((place / "run/metrics.json").read_text())["images"] == 6
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

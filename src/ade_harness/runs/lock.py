@@ -106,6 +106,7 @@ class RunLock:
 
     def release(self) -> None:
         """Give the lock back."""
+        _given_back.add(str(self._content["token"]))
         if self.is_mine():
             discard(self.path)
 
@@ -113,6 +114,8 @@ class RunLock:
         write_text(self.path, json.dumps(self._content), durable=False)
 
 
+_given_back: set[str] = set()
+"""Tokens of this process's own: a file system that has become read-only keeps the file of a lock that nobody holds."""
 LOCK_SHAPE = {"token?": str, "renewed?": int, "pid?": int, "host?": str, "started?": (str, int, float)}
 
 
@@ -130,6 +133,8 @@ def owner_state(holder: dict[str, Any]) -> str:
     me = _this_process()
     if not holder:
         return "unknown"
+    if holder.get("token") in _given_back:
+        return "dead"
     job = holder.get("slurm_job")
     if job is not None and job == me["slurm_job"] and holder.get("slurm_restart") != me["slurm_restart"]:
         return "dead"  # an earlier life of this very job
