@@ -63,6 +63,7 @@ def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) 
         (("model=demo", "photos/street.jpg", "photos"), "would be written to the same files as photos/street.jpg"),
         (("model=predictions", "model.path=empty", "photos"), "model=predictions: gives label maps"),
         (("model=nothing", "photos"), "model=nothing: unknown value"),
+        (("model=demo", "photos", "--output", "photos/street.jpg"), "--output photos/street.jpg: cannot be written"),
     ],
 )  # fmt: skip
 def test_mistakes(call: Call, photos: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:

@@ -123,7 +123,7 @@ def _claim(output: Path, made_by: Mapping[str, str], facts: Mapping[str, Any]) -
     """Say in the output folder which model's predictions it holds.
 
     Raises:
-        HarnessError: it holds those of another one, or files of which nobody knows.
+        HarnessError: it holds those of another one, or files of which nobody knows, or cannot be written.
     """
     path = output / _RECORD
     there = [output / folder for folder in ("labels", "pictures") if (output / folder).exists()]
@@ -140,7 +140,10 @@ def _claim(output: Path, made_by: Mapping[str, str], facts: Mapping[str, Any]) -
             f"{there[0]}: is there already, and no {_RECORD} beside it says which model made it. Name another folder"
             " with --output, or remove this one."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"--output {output}: cannot be written ({error.strerror or error}).") from error
     code = {key: value for key, value in code_state().items() if key in ("version", "commit", "dirty")}
     write_json(path, {**made_by, "weights": dict(facts), "code": code})
 

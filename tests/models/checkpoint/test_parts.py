@@ -465,6 +465,21 @@ def test_todays_names_of_transformers_are_known_below_a_prefix(tmp_path: Path, p
     assert torch.equal(loaded.network.network.decode_head.classifier.bias, network.decode_head.classifier.bias)
 
 
+def test_wrappers_may_be_deep_and_a_pickle_may_hold_itself(tmp_path: Path) -> None:
+    state = nn.Conv2d(3, 4, 1).state_dict()
+    torch.save({"checkpoint": {"model": {"state_dict": state}}}, tmp_path / "w.pth")
+    assert set(read_part(tmp_path / "w.pth").state) == {"weight", "bias"}
+    knot: dict[str, Any] = {}
+    knot |= {f"key{number}": knot for number in range(12)} | {str(n): dict.fromkeys("ab", knot) for n in range(12)}
+    torch.save(knot, tmp_path / "knot.pth")
+    side: dict[str, Any] = {"model": {"state_dict": state}}
+    side["itself"] = side
+    torch.save({"student": side}, tmp_path / "side.pth")
+    assert set(read_part(tmp_path / "side.pth").state) == {"student.weight", "student.bias"}
+    with pytest.raises(HarnessError, match="holds no state_dict"):
+        read_part(tmp_path / "knot.pth")
+
+
 def test_which_of_two_networks_is_the_users_to_say(tmp_path: Path) -> None:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 

@@ -150,17 +150,25 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
     return Part(state, tuple(where), tuple(beside), is_averaged)
 
 
-def _has_state(value: Mapping[str, Any], depth: int = _MAX_WRAPPERS) -> bool:
-    """Whether a state_dict is in there; a pickle may hold itself."""
-    inside = (v for v in value.values() if isinstance(v, Mapping))
-    return _is_state(value) or (depth > 0 and any(_has_state(v, depth - 1) for v in inside))
+def _has_state(value: Mapping[str, Any]) -> bool:
+    return _state_inside(value) is not None
+
+
+def _state_inside(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the first state_dict in there, the outermost ones first; a pickle may hold itself."""
+    seen: set[int] = set()
+    left = [value]
+    for one in left:  # which grows
+        if _is_state(one):
+            return one
+        seen.add(id(one))
+        left += [v for v in one.values() if isinstance(v, Mapping) and id(v) not in seen]
+    return None
 
 
 def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
     """Open the wrappers that may be around a side's state_dict."""
-    if _is_state(value):
-        return dict(value)
-    return next(_flat(v) for v in value.values() if isinstance(v, Mapping) and _has_state(v))
+    return dict(_state_inside(value) or {})
 
 
 def _usual_first(name: str) -> tuple[int, str]:
