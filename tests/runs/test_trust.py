@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import wandb
 
+from ade_harness.runs.directory import read_manifest
 from ade_harness.runs.record import is_own
 from ade_harness.runs.trust import is_signed, key_path, signature, why_not_trusted
 from tests.cli.test_cli import FAST, Call, one_message
@@ -70,6 +71,23 @@ def test_ones_own_run_goes_on_and_a_strangers_asks(call: Call, tmp_path: Path, s
             "--trust",
         )
     assert call("resume", "run", "--trust").code == 0
+
+
+def test_texts_of_several_lines_are_used_as_they_stand(call: Call, tmp_path: Path) -> None:
+    """They are shown in one line; what is signed, compared and repeated keeps its own."""
+    (tmp_path / "mine/inference").mkdir(parents=True)
+    (tmp_path / "mine/inference/mine.yaml").write_text(
+        "defaults: [original_size, _self_]\nname: mine\nsource: |\n  two\n  lines,\ta tab\n"
+    )
+    words = ("--config-dir", tmp_path / "mine", "inference=mine", "dataset.images=2", *FAST, "metrics.resamples=0")
+    assert call(*words, "run.dir=run").code == 0
+    manifest = read_manifest(tmp_path / "run")
+    assert is_own(tmp_path / "run", manifest)
+    assert any("two\nlines,\ta tab\n" in word for word in manifest["repeat"])
+    done = call("resume", "run")
+    assert done.code == 0
+    assert "not made by you" not in done.err
+    assert call("reproduce", "run", "--output", "again").code == 0
 
 
 def test_a_changed_run_is_not_ones_own(call: Call, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ade_harness.cli.answer import Answer
 from ade_harness.files.documents import checked, read_json
+from ade_harness.files.escapes import one_line
 from ade_harness.runs.directory import LEDGER, MANIFEST, PROBE, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LOCK, at_work, owner_state, read_lock
@@ -42,7 +43,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     holder = read_lock(path / LOCK)
     state = run_state(manifest.get("status") or "running", holder, progress)
     for mark in manifest.get("marks") or ():
-        print_line(console, mark, style="bold yellow")
+        print_line(console, one_line(mark), style="bold yellow")
     print_fact(console, "state", state)
     print_fact(console, "saved", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged)))
     for image_id, why in list((manifest.get("failures") or {}).items())[:5]:
@@ -56,7 +57,7 @@ def run_status(options: argparse.Namespace) -> Answer:
             f" {'unknown' if left is None else format_seconds(left)} left",
         )
         for warning in progress["warnings"]:
-            print_line(console, f"warning: {warning}", style="yellow")
+            print_line(console, f"warning: {one_line(warning)}", style="yellow")
         console.print(_ranks(progress["ranks"]))
     elif state == "finished":
         print_fact(console, "mIoU", percent(read_json(path / "metrics.json", METRICS)["mIoU"]))
@@ -75,7 +76,7 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     state = run_state(status, read_lock(path / LOCK), None)
     last = (read_losses(path, -1) or [{"step": 0, "loss": None}])[0]
     for mark in manifest.get("marks") or ():
-        print_line(console, mark, style="bold yellow")
+        print_line(console, one_line(mark), style="bold yellow")
     print_fact(console, "state", state)
     old = manifest["identity"].get("probe.iterations")  # of a version that kept the configuration there too
     total = old if old is not None else read_config(path, manifest)["probe"]["iterations"]

@@ -68,7 +68,7 @@ def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str
         known_models = choices("model", extra)
         if name not in known_models:
             raise HarnessError(f"model={name}: unknown value.{nearest('model', name, known_models)}")
-        recipe = read_choice("model", name, extra).get("probe") if name in choices("model", extra) else None
+        recipe = read_choice("model", name, extra).get("probe")
         known = ", ".join(choices("probe", extra))
         if recipe is None:
             raise HarnessError(f"model={name}: no recipe was published for it. Choose one: probe=NAME ({known}).")

@@ -23,7 +23,7 @@ _CITYSCAPES: tuple[Color, ...] = (
     (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
 )  # fmt: skip
 """Of train ids 0..18 (cityscapesscripts/helpers/labels.py)."""
-_LEAST_ENTRIES = 3
+_MIN_ENTRIES = 3
 """Of a palette that tells whose it is."""
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
@@ -92,7 +92,7 @@ def is_label_file(data: bytes) -> bool:
     if not data.startswith(PNG_START):
         return False
     palette = read_png_header(data, "the file", "image").palette
-    if palette is None or len(palette) < _LEAST_ENTRIES:
+    if palette is None or len(palette) < _MIN_ENTRIES:
         return False
     return any(
         (palette[fixed] == table.colors[: len(palette)][fixed]).all()

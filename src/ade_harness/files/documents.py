@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ade_harness.errors import HarnessError
-from ade_harness.files.escapes import escaped, one_line
+from ade_harness.files.escapes import escaped
 from ade_harness.files.reading import read_regular
 
 MAX_TEXT_BYTES = 2**24
@@ -68,7 +68,7 @@ def read_yaml(path: Path, shape: Shape = dict, maximum: int = MAX_TEXT_BYTES) ->
 def parse_json(text: str, where: str) -> Any:
     """Return the content of a JSON text; raises HarnessError."""
     try:
-        return _plain(json.loads(text), 0, one_line)
+        return _plain(json.loads(text), 0)
     except (ValueError, RecursionError) as error:
         raise damaged(where, _reason(error)) from error
 
@@ -76,7 +76,7 @@ def parse_json(text: str, where: str) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """Return the content of a YAML text of plain values; raises HarnessError."""
     try:
-        return _plain(yaml.load(text, PlainLoader), 0, escaped)  # a configuration is used as it stands
+        return _plain(yaml.load(text, PlainLoader), 0)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, OverflowError) as error:
         raise damaged(where, _reason(error)) from error
 
@@ -132,20 +132,19 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _plain(value: Any, depth: int, escape: Callable[[str], str]) -> Any:
+def _plain(value: Any, depth: int) -> Any:
     """Return plain values with their texts escaped; raises ValueError for anything else, or nested too deep."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"nested more than {_MAX_DEPTH} deep")
     if isinstance(value, str):
-        return escape(value)
+        return escaped(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list):
-        return [_plain(item, depth + 1, escape) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     if isinstance(value, dict):
         return {
-            escape(key) if isinstance(key, str) else _key(key): _plain(item, depth + 1, escape)
-            for key, item in value.items()
+            escaped(key) if isinstance(key, str) else _key(key): _plain(item, depth + 1) for key, item in value.items()
         }
     raise ValueError(f"a value of type {type(value).__name__}")
 

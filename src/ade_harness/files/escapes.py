@@ -16,7 +16,10 @@ def escaped(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text as :func:`escaped`, with new lines and tabs shown too: it cannot look like another line of ours."""
+    """Return a text as :func:`escaped`, with new lines and tabs shown too: it cannot look like another line of ours.
+
+    For what is shown: a text that is used, compared or signed may have lines.
+    """
     return _LINES.sub(lambda found: found[0].encode("unicode_escape").decode(), escaped(text))
 
 

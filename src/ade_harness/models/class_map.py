@@ -91,9 +91,9 @@ def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None]
 def _refuse_other_order(found: list[int | None], names: Sequence[str], classes: Classes) -> None:
     wrong = [(c, f) for c, f in enumerate(found) if f is not None and f != c]
     # a few names have other spellings or are shared by two classes; two that are other classes' own are no accident
-    sure = [(c, f) for c, f in wrong if str(names[c]).strip().lower() == classes.names[f].strip().lower()]
-    if len(wrong) > len(classes) // 10 or len(sure) > 1:
-        wrong = wrong if len(wrong) > len(classes) // 10 else sure
+    exact = [(c, f) for c, f in wrong if str(names[c]).strip().lower() == classes.names[f].strip().lower()]
+    if len(wrong) > len(classes) // 10 or len(exact) > 1:
+        wrong = wrong if len(wrong) > len(classes) // 10 else exact
         channel, actual = wrong[0]
         raise HarnessError(
             f"The model's own names are not in {classes.dataset}'s order: channel {channel} is {names[channel]!r},"

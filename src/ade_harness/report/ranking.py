@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ade_harness.files.escapes import one_line
 from ade_harness.metrics.bootstrap import Interval, bootstrap
 from ade_harness.metrics.comparison import Comparison, Difference, compare, holm
 from ade_harness.metrics.confusion import Scores, scores
@@ -162,7 +163,7 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     images = ", ".join(f"{i} {100 * v:+z.3f}" for i, v in pair.changed_images(_SHOWN))
     print_line(console, f"  images that move mIoU most: {images or 'none'}")
     for remark in pair.remarks:
-        print_line(console, f"  note: {remark}", style="yellow")
+        print_line(console, f"  note: {one_line(remark)}", style="yellow")
 
 
 def ranking_content(ranking: Ranking, level: float) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class FinishedRun:
     @property
     def marks(self) -> tuple[str, ...]:
         """What makes the score no score of the model on its data set."""
-        return tuple(self.manifest["marks"])
+        return tuple(one_line(mark) for mark in self.manifest["marks"])
 
     @property
     def verdict(self) -> str | None:

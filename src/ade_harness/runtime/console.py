@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from rich.console import Console
 
-from ade_harness.files.escapes import escaped, without_long_words
+from ade_harness.files.escapes import escaped, one_line, without_long_words
 
 OUTPUT = "ADE_HARNESS_OUTPUT"
 """Environment variable by which a command says to the ranks it starts how much to print, and where."""
@@ -52,7 +52,7 @@ def make_console(*, result: bool = True) -> Console:
 
 def print_fact(console: Console, name: str, value: str) -> None:
     """Print one of the lines below the table."""
-    print_line(console, f"{name + ':':15}{value}")
+    print_line(console, f"{name + ':':15}{one_line(value)}")
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
