@@ -139,7 +139,7 @@ def stop_server() -> None:
 def main(name: str) -> None:
     """Import everything; then fork a process for each request until the tests are gone."""
     del sys.path[0]
-    _import_all()
+    import_all()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("\0" + name)
     listener.listen(64)
@@ -171,7 +171,8 @@ def main(name: str) -> None:
                     os.close(stream)
 
 
-def _import_all() -> None:
+def import_all() -> None:
+    """Import what a command and its ranks do; call nothing of numba's, whose threads would not outlive a fork."""
     gc.disable()
     from numba.core import registry
 

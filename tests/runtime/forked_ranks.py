@@ -8,7 +8,6 @@ answers with the list of exit codes. With "kill" a rank kills itself once it has
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -18,15 +17,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    from numba.core import registry
+    from tests.warm import import_all
 
-    import ade_harness.evaluation.outcome
-    import ade_harness.kernels.numba_cpu  # imported, not called: its threads would not outlive a fork
-
-    del ade_harness
-    registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
-    registry.cpu_target.target_context.refresh()
-    gc.freeze()
+    import_all()
     for line in sys.stdin:
         job = json.loads(line)
         size = job["ranks"]
