@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.errors import HarnessError
 from ade_harness.inference.plan import ViewPlan, uncovered
@@ -66,4 +68,23 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
             f" {plan.window[1]}x{plan.window[0]}. Choose inference=fit_512 with inference.resize.side={max(fixed)}"
             f" inference.resize.pad_to=[{fixed[0]},{fixed[1]}], or inference.resize.rule=exact with height and"
             " width, or windows of that size."
+        )
+
+
+def check_one_size(backend: str, inputs: Mapping[Size, str]) -> None:
+    """Refuse to compile a network for inputs of several sizes.
+
+    Args:
+        backend: ``inference.compile``.
+        inputs: sizes (height, width) of all inputs, each with an image that has it.
+
+    Raises:
+        HarnessError: there is more than one; names two images.
+    """
+    if len(inputs) > 1:
+        (first, one), (second, two) = list(inputs.items())[:2]
+        raise HarnessError(
+            f"inference.compile={backend}: needs inputs of one size, since what is compiled for a second one depends on"
+            f" the first; {one} has {first[1]}x{first[0]}, {two} {second[1]}x{second[0]} (width x height). Choose a"
+            " protocol with windows, or leave it out."
         )

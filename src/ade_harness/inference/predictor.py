@@ -17,7 +17,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
-from ade_harness.inference.fitting import check_plan, fitted
+from ade_harness.inference.fitting import check_one_size, check_plan, fitted
 from ade_harness.inference.forward import BatchedForward, is_shortage
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views
@@ -180,13 +180,8 @@ class NetworkPredictor:
                 for plan in plan_views(size, self.cfg):
                     check_plan(image_id, plan, self.cfg, self.model, self.stride)
                     inputs.setdefault(plan.window, image_id)
-        if self.cfg.compile and len(inputs) > 1:
-            (first, one), (second, two) = list(inputs.items())[:2]
-            raise HarnessError(
-                f"inference.compile={self.cfg.compile}: needs inputs of one size, since what is compiled for a second"
-                f" one depends on the first; {one} has {first[1]}x{first[0]}, {two} {second[1]}x{second[0]}."
-                " Choose a protocol with windows, or leave it out."
-            )
+        if self.cfg.compile:
+            check_one_size(self.cfg.compile, inputs)
 
     def cost(self, size: Size) -> float:
         """Return the pixels that go through the network, and a share of those that are labelled."""
