@@ -33,6 +33,7 @@ def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) 
     done = call("predict", "model=demo", photos, "--output", "out")
     assert done.code == 0, done.err
     assert "3 of 3 images" in done.out
+    assert "DEMO: this network knows the synthetic images alone" in done.out
     segmenter, classes = ade.load_model("demo"), ade20k_classes()
     for source, name in (
         ("street.jpg", "street"),

@@ -176,6 +176,8 @@ def _images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str]]:
 def _marks(segmenter: Segmenter) -> list[str]:
     facts = segmenter.facts
     marks = []
+    if facts.get("weights") == "demo":
+        marks.append("DEMO: this network knows the synthetic images alone, on photographs it is wrong")
     if facts.get("weights") == "random":
         marks.append("RANDOM WEIGHTS: the pictures say nothing about the model")
     if facts.get("random_keys"):
