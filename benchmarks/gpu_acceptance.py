@@ -1,6 +1,7 @@
-"""Acceptance on real GPUs: `python benchmarks/gpu_acceptance.py [--parts exact waits ...] [--out FILE]`.
+"""Acceptance on real GPUs: `python benchmarks/gpu_acceptance.py [--parts exact waits ...] [--minutes 8] [--out FILE]`.
 
 Each line is PASS, FAIL, INFO or SKIP; the exit code is 1 after a FAIL. With several GPUs the last part uses them all.
+A part for which no time is left is a SKIP; the time of each is on its last line.
 Without a GPU the parts run small on the CPU, kernels in Triton's interpreter: that shows that this program works,
 and nothing of a GPU.
 """
@@ -28,6 +29,8 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
+import machine_code  # noqa: E402
+import triton  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from ade_harness import kernels  # noqa: E402
@@ -38,7 +41,7 @@ from ade_harness.inference.forward import BatchedForward  # noqa: E402
 from ade_harness.inference.opening import open_network  # noqa: E402
 from ade_harness.inference.predictor import NetworkPredictor, Prepared  # noqa: E402
 from ade_harness.inference.stopwatch import Stopwatch  # noqa: E402
-from ade_harness.kernels import View, reference, triton_gpu, whole  # noqa: E402
+from ade_harness.kernels import View, reference, triton_gpu, triton_jit, whole  # noqa: E402
 from ade_harness.models.loaded import LoadedModel  # noqa: E402
 from ade_harness.models.ops import deformable  # noqa: E402
 from ade_harness.runs.ledger import read_rows  # noqa: E402
@@ -52,6 +55,8 @@ MODELS = (
     ("model=segformer_b0",), ("model=segformer_b0", "inference=mmseg_slide_512"), ("model=mask2former_swin_t",)
 ) if CUDA else ((),)  # fmt: skip
 _lines: list[dict[str, Any]] = []
+_end = [float("inf")]
+"""When the time is up, on the clock of `time.monotonic`."""
 
 
 def tell(verdict: str, what: str, **facts: Any) -> None:
@@ -103,8 +108,6 @@ def milliseconds(function: Callable[[], Any], seconds: float = 0.4) -> float:
 
 def environment() -> None:
     """Say what this is."""
-    import triton
-
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cudnn = torch.backends.cudnn.version() if CUDA else None
     tell("INFO", "environment", torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda,
@@ -171,6 +174,52 @@ def speed() -> None:
     times = {name: milliseconds(function, 0.4 if CUDA else 0) for name, function in rows.items()}
     for name, spent in times.items():
         tell("INFO", f"label step, {name}", ms=round(spent, 4), of_naive=round(spent / times["naive"], 3))
+
+
+class _Recorded:
+    """A jitted function that keeps what its last launch ran."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.grid, self.made = function, (0, 0), None
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., Any]:
+        def launch(*arguments: Any, **options: Any) -> Any:
+            self.grid, self.made = grid, self.function[grid](*arguments, **options)
+            return self.made
+
+        return launch
+
+
+def bound() -> None:
+    """Time the label step beside what its bytes and its instructions take at least on this GPU.
+
+    Bytes: low-resolution scores read once and labels written once, at the rate of a large copy here. Instructions:
+    those of the kernel's machine code, every scheduler issuing one a cycle at the GPU's highest clock.
+    """
+    if not CUDA:
+        tell("SKIP", "bounds of the label step", needs="a GPU")
+        return
+    gpu = torch.cuda.get_device_properties(DEVICE)
+    large_copy = torch.empty((2, 1 << 30), dtype=torch.uint8, device=DEVICE)
+    gib_per_ms = 2 / milliseconds(lambda: large_copy[0].copy_(large_copy[1]))
+    scores, launched = scores_of("regions"), triton_jit.label_tile
+    two_steps = (SIZE[0] * 3 // 4, SIZE[1] * 3 // 4)
+    for name, size, block in (("one step", SIZE, 0), ("two steps", two_steps, 1)):
+        kept = _Recorded(launched)
+        triton_jit.label_tile = kept
+        try:
+            triton_gpu.merge([whole(scores, SIZE)], size, False)
+        finally:
+            triton_jit.label_tile = launched
+        code = machine_code.read(kept.made.asm["cubin"])
+        warps = kept.grid[0] * kept.grid[1] * kept.made.metadata.num_warps
+        executed = code.executed(triton.cdiv(CLASSES, triton_gpu.BLOCKS["cuda"][block]))
+        by_code = machine_code.least_milliseconds(warps, executed, gpu.multi_processor_count, gpu.clock_rate)
+        by_bytes = (scores.numel() * scores.element_size() + size[0] * size[1]) / 2**30 / gib_per_ms
+        spent = milliseconds(lambda size=size: triton_gpu.merge([whole(scores, SIZE)], size, False))
+        tell("INFO", f"label step beside its bounds, {name}", ms=round(spent, 4), ms_of_bytes=round(by_bytes, 4),
+             ms_of_instructions=round(by_code, 4), of_the_higher_bound=round(spent / max(by_code, by_bytes), 2),
+             instructions_a_warp=executed, gib_per_s=round(1000 * gib_per_ms))  # fmt: skip
 
 
 def _ready(words: tuple[str, ...]) -> tuple[NetworkPredictor, Prepared, Tensor]:
@@ -289,20 +338,27 @@ def short_memory() -> None:
 
 
 def ranks() -> None:
-    """Run the command with plain torch, with our kernels, and on 1 to all GPUs: every label hash must be equal."""
+    """Run the command with plain torch, with our kernels, and on 1 to all GPUs: every label hash must be equal.
+
+    Scaling is the images/s of the loop alone (without the start) on N GPUs over N times those on one.
+    """
     maximum = torch.cuda.device_count() if CUDA else 2
     counts = sorted({1, min(2, maximum), maximum})
-    images = 200 if CUDA else 4
+    images = 400 if CUDA else 4
     cases = [("plain torch", ["runtime.devices=1", "runtime.kernels=torch"])]
     cases += [(f"{n} ranks", [f"runtime.devices={n}"]) for n in counts]
     first: dict[str, str] = {}
+    rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, words in cases:
+        for name, overrides in cases:
+            if (left := _end[0] - time.monotonic()) < 30:
+                tell("SKIP", f"a run with {name}", needs="more time: --minutes")
+                continue
             run = Path(folder, name.replace(" ", "-"))
             begin = time.perf_counter()
-            common = [f"dataset.images={images}", "tracking=none", f"run.dir={run}"]
-            command = [sys.executable, "-m", "ade_harness", *words, *common]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+            common = [f"dataset.images={images}", "tracking=none", f"run.dir={run}", "run.overlays=0"]
+            command = [sys.executable, "-m", "ade_harness", *overrides, *common]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=min(left, 400), check=False)
             seconds = time.perf_counter() - begin
             if done.returncode:
                 check(False, f"a run with {name}", error=done.stderr[-300:])
@@ -310,13 +366,19 @@ def ranks() -> None:
             hashes = {row.image_id: row.label_hash for row in read_rows(run / "ledger")[0]}
             first = first or hashes
             manifest = json.loads((run / "manifest.json").read_text())
+            timings = manifest["timings"]
+            rates[name] = timings["images_per_second"]
             check(hashes == first, f"label hashes of a run with {name}", images=len(hashes), seconds=round(seconds, 1),
-                  kernels=manifest["kernels"], reason=manifest.get("kernels_reason"))  # fmt: skip
+                  loop_seconds=timings["seconds"], images_per_s=rates[name], kernels=manifest["kernels"],
+                  reason=manifest.get("kernels_reason"))  # fmt: skip
+    for n in counts[1:]:
+        if {"1 ranks", f"{n} ranks"} <= rates.keys():
+            tell("INFO", f"scaling to {n} ranks", efficiency=round(rates[f"{n} ranks"] / (n * rates["1 ranks"]), 2))
 
 
 PARTS: dict[str, Callable[[], None]] = {
     part.__name__: part
-    for part in (environment, exact, large, speed, waits, throughput, short_memory, ranks)
+    for part in (environment, exact, large, speed, bound, waits, throughput, short_memory, ranks)
 }  # fmt: skip
 
 
@@ -325,13 +387,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--out", type=Path, help="write the lines there, as JSON")
+    parser.add_argument("--minutes", type=float, default=8, help="no part begins after that time")
     options = parser.parse_args()
     set_arithmetic(True)
+    begin = time.monotonic()
+    _end[0] = begin + 60 * options.minutes
     for name in options.parts:
+        if time.monotonic() > _end[0]:
+            tell("SKIP", f"part {name}", needs="more time: --minutes")
+            continue
+        started = time.monotonic()
         try:
             PARTS[name]()
         except Exception as error:
             check(False, f"part {name} ran", error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        tell("INFO", f"part {name}", seconds=round(time.monotonic() - started, 1))
+    tell("INFO", "all parts", seconds=round(time.monotonic() - begin, 1))
     if options.out is not None:
         options.out.write_text(json.dumps(_lines, indent=1, default=str))
     failed = [line["what"] for line in _lines if line["verdict"] == "FAIL"]

@@ -12,7 +12,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-PARTS = ("images", "measure", "ours", "peers")
+PARTS = ("images", "machine_code", "measure", "ours", "peers")
 """Modules of the benchmarks, not benchmarks themselves."""
 SMOKE: dict[str, tuple[list[str], str]] = {
     "bench_host": (["--images", "4", "--files", "2", "--ranks", "1", "--rounds", "1", "--label-maps", "all"], "own thread"),

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for real GPUs, without one; prints one JSON object a kernel and target.
 
 Run as a program of its own: the tests' process has TRITON_INTERPRET=1, under which nothing is compiled.
-Usage: compile_ahead.py [--loops] ARCH [ARCH ...], such as 80 90 100; with --loops also the instructions of each loop.
+Usage: compile_ahead.py [--loops] ARCH [ARCH ...], such as 80 90 100; with --loops also the instructions of each loop of all kernels.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from benchmarks import machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ade_harness.kernels import triton_gpu, triton_jit
 from ade_harness.models.ops import deformable_triton
-
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @dataclass(frozen=True)
@@ -109,28 +108,11 @@ def usage(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [_TOOLS / "cuobjdump", "-res-usage", path]
+        command = [machine_code.TOOLS / "cuobjdump", "-res-usage", path]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out)
     assert found is not None, out
     return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
-
-
-def loops(cubin: bytes) -> list[int]:
-    """Return how many machine instructions each loop of a cubin has: what lies before a branch backwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        out = subprocess.run([_TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", out, flags=re.MULTILINE)
-    number = {int(address, 16): i for i, (address, _) in enumerate(lines)}
-    found = []
-    for i, (_, text) in enumerate(lines):
-        branch = re.search(r"BRA\b.*0x([0-9a-f]+)", text)
-        start = number.get(int(branch[1], 16)) if branch else None
-        if start is not None and start < i:
-            found.append(i + 1 - start)
-    return found
 
 
 def main(archs: list[int], with_loops: bool) -> None:
@@ -149,7 +131,11 @@ def main(archs: list[int], with_loops: bool) -> None:
                                 **found,
                                 "constants": constants,
                                 **usage(made.asm["cubin"]),
-                                **({"loops": loops(made.asm["cubin"])} if with_loops else {}),
+                                **(
+                                    {"loops": machine_code.read(made.asm["cubin"]).loops}
+                                    if with_loops or constants.get("WHOLE")
+                                    else {}
+                                ),
                             }
                         ),
                         flush=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import machine_code
 
 from tests.conftest import REPOSITORY
 
@@ -63,6 +64,34 @@ def test_every_kernel_compiles_for(compiled: list[dict[str, Any]], arch: int) ->
         # a quarter of the warps that a multiprocessor can hold, in programs of 4 warps
         assert 16 <= kernel["registers"] <= 128, kernel
         assert not kernel["fused"], kernel  # a product and a sum round twice, unless the code says fma
+
+
+def test_the_bound_of_instructions_knows_the_loop_of_whole_images(compiled: list[dict[str, Any]]) -> None:
+    """What `benchmarks/gpu_acceptance.py` multiplies by the blocks of channels."""
+    found = [k for k in compiled if k["constants"].get("WHOLE") and "channels" not in k["constants"]]
+    assert len(found) == 2 * 3 * len(ARCHS)
+    for kernel in found:
+        block = kernel["constants"]["BLOCK"]
+        [instructions] = kernel["loops"]
+        corners = 16 if kernel["constants"]["TWO_STEPS"] else 4
+        assert corners * block < instructions < 12 * corners * block, kernel  # at least a load for each corner
+
+
+def test_instructions_of_a_listing_are_counted() -> None:
+    listing = "\n".join(
+        f"        /*{16 * i:04x}*/                   {text} ;"
+        for i, text in enumerate(
+            ["MOV R1, R2", "LDG.E R3, [R4]", "FADD R5, R5, R3", "@P0 BRA 0x10", "EXIT", "BRA 0x50", "NOP"]
+        )
+    )
+    code = machine_code.parse(listing)
+    assert code == machine_code.Code(5, (3,))
+    assert code.executed(1) == 5
+    assert code.executed(20) == 5 + 19 * 3
+    with pytest.raises(ValueError, match="2 loops"):
+        machine_code.Code(9, (3, 3)).executed(1)
+    # 132 multiprocessors at 1.98 GHz issue 1.045 billion instructions a ms
+    assert machine_code.least_milliseconds(11264, 6600, 132, 1_980_000) == pytest.approx(0.0711, rel=1e-2)
 
 
 def test_jitted_functions_have_no_annotations_that_the_compiler_would_evaluate() -> None:
