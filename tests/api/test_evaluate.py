@@ -28,7 +28,7 @@ from ade_harness.api import evaluation
 from ade_harness.data.labels import NO_CLASS
 from ade_harness.errors import HarnessError
 from tests.api.networks import Breaks, Colours, Remembers
-from tests.conftest import Done
+from tests.conftest import REPOSITORY, Done
 
 OF_IMPORTS = (
     "PYTEST_CURRENT_TEST", "LD_LIBRARY_PATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR",
@@ -318,7 +318,8 @@ SWITCHES = """
 import os
 import torch
 import ade_harness as ade
-ade.evaluate
+from tests.warm import import_all
+import_all()
 
 b = torch.backends
 READ = [
@@ -368,7 +369,9 @@ for name, change in SET.items():  # each in a process of its own: nothing was co
 def test_torchs_older_and_newer_switches_are_as_before() -> None:
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("needs torch 2.9 or later: pip install 'torch>=2.9'")
-    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SWITCHES], capture_output=True, text=True, timeout=200, check=False, cwd=REPOSITORY
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,21 +97,3 @@ def test_a_jobs_run_directory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert with_run_dir([], "runs") == ["run.dir=runs/slurm-8_3"]
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("900000 100000", 8), ("x", 8)]
-)
-def test_cores_are_those_that_this_process_may_use(
-    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    monkeypatch.setattr(cluster, "_CPU_MAX", tmp_path / "cpu.max")
-    monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda _: set(range(8)))  # of a node of 128
-    assert cluster.usable_cores() == cores
-
-
-def test_a_machine_without_control_groups_has_its_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_CPU_MAX", tmp_path / "none")
-    monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda _: {3})
-    assert cluster.usable_cores() == 1

@@ -49,8 +49,8 @@ from ade_harness.runs.finished import load_run
 from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runs.record import held, start_record
 from ade_harness.runs.result import write_result
-from ade_harness.runtime.cluster import usable_cores
 from ade_harness.runtime.console import make_console, print_line
+from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import arithmetic_as_set
 from ade_harness.tracking.around import tracked

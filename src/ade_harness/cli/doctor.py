@@ -24,6 +24,7 @@ from ade_harness.models.ops import deformable
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, environment
 from ade_harness.runtime.console import make_console, print_line
+from ade_harness.runtime.limits import usable_cores, usable_memory
 from ade_harness.tracking.upload import wandb_mode
 
 _CONNECT_TIMEOUT_S = 2.0
@@ -61,8 +62,12 @@ def findings() -> list[tuple[str, str]]:
         ),
         ("imports", _imports()),
         ("kernels", _kernels()),
-        ("CPU", f"{facts['cpu_cores']} cores, {facts['cpu']}"),
-        ("memory", f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free; {_shared()}"),
+        ("CPU", f"{facts['cpu_cores']} cores, {facts['cpu']}{_share_of_cores()}"),
+        (
+            "memory",
+            f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free{_share_of_memory()};"
+            f" {_shared()}",
+        ),
         ("runs", _run_place(Path.cwd())),
         ("disk", f"{free:.1f} GiB free here; cache in {cache_dir()} ({_writable(cache_parent)})"),
         ("dataset", _dataset()),
@@ -105,6 +110,18 @@ def _run_place(folder: Path) -> str:
         reason = getattr(error, "strerror", None) or error
         return f"{_STOPS} that begins here: {folder} cannot be written ({reason}). run.root=PATH chooses another place"
     return f"below {folder}, which can be written and locked"
+
+
+def _share_of_cores() -> str:
+    """Say so where this process may use fewer cores than the machine has."""
+    cores, usable = os.cpu_count() or 1, usable_cores()
+    return f", of which {usable} may be used here" if usable < cores else ""
+
+
+def _share_of_memory() -> str:
+    """Say so where this process's control group may have less memory than the machine has."""
+    usable, total = usable_memory(), psutil.virtual_memory().total
+    return f", {usable / 2**30:.1f} GiB may be used here" if usable < 0.95 * total else ""
 
 
 def _shared() -> str:

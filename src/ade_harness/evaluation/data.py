@@ -22,8 +22,9 @@ from ade_harness.data.ade20k import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
 from ade_harness.inference.predictor import Predictor, Prepared
-from ade_harness.runtime.cluster import host_name, local_ranks, usable_cores
+from ade_harness.runtime.cluster import host_name, local_ranks
 from ade_harness.runtime.coordination import Coordinator
+from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, quiet_worker
 
 

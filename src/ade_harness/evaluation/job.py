@@ -28,9 +28,10 @@ from ade_harness.models.identity import state_hash
 from ade_harness.models.ops.deformable import FALLBACKS, implementation_of
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.cluster import host_name, local_ranks, usable_cores
+from ade_harness.runtime.cluster import host_name, local_ranks
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
+from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.queue import Loaders
 from ade_harness.runtime.ranks import Ranks, arithmetic_as_set, set_arithmetic
 

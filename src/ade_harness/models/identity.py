@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import ade_harness
 from ade_harness.files.fetch import file_hash
-from ade_harness.runtime.cluster import usable_cores
+from ade_harness.runtime.limits import usable_cores
 
 _LOCATION = b"\n\x08location\x12"
 """An entry's key (field 1, 8 bytes), and the tag of its value (field 2)."""

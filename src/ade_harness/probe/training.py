@@ -44,9 +44,9 @@ from ade_harness.runs.directory import (
     flatten,
 )
 from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.cluster import usable_cores
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
+from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.ranks import Ranks, arithmetic_as_set, started_ranks
 from ade_harness.tracking.around import Tracking, tracked

@@ -11,15 +11,12 @@ import re
 import shutil
 import socket
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError, require
-
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-"""The quota of this control group (version 2), as "QUOTA PERIOD" in microseconds."""
+from ade_harness.runtime.limits import usable_memory
 
 HANDOVER = "ADE_HARNESS_HANDOVER"
 """Environment variable: of a supervised rank, the file that says what to do; it may not be there yet."""
@@ -54,19 +51,6 @@ def is_rank() -> bool:
     if in_slurm_step():
         return int(os.environ["SLURM_STEP_NUM_TASKS"]) > int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     return "LOCAL_RANK" in os.environ  # mpirun's and others' wrappers
-
-
-def usable_cores() -> int:
-    """Return the cores that this process may use: its affinity, and its control group's quota; at least 1.
-
-    A container or a SLURM task may have 2 of a node's 128, which ``os.cpu_count()`` does not see.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError, IndexError):
-        quota, period = _CPU_MAX.read_text().split()[:2]
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
 
 
 def has_last_word() -> bool:
@@ -116,8 +100,7 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
         )
     if cfg.devices == "auto":
         return accelerator, gpus if accelerator == "cuda" else _step_tasks_per_node()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    maximum = max(1, memory // _RANK_BYTES)
+    maximum = max(1, usable_memory() // _RANK_BYTES)
     if int(cfg.devices) > maximum:
         raise HarnessError(
             f"runtime.devices={cfg.devices}: {host_name()} has memory for {maximum} ranks at most, each of which needs"
