@@ -283,6 +283,23 @@ def test_ranks_of_a_network_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         ade.evaluate(network, dataset="demo", devices=2)
 
 
+def test_a_network_with_two_heads_says_which_is_evaluated(tmp_path: Path) -> None:
+    class Two(Colours):
+        def forward(self, images: torch.Tensor) -> Any:
+            scores = super().forward(images)
+            return scores, scores.flip(1)
+
+    torch.export.save(torch.export.export(Two().eval(), (torch.zeros(1, 3, 64, 64),)), tmp_path / "two.pt2")
+    one = ade.evaluate(Colours(), dataset="demo", limit=1, options=SMALL)
+    two = ade.evaluate(Two(), dataset="demo", limit=1, options=SMALL)
+    assert np.array_equal(one.matrix, two.matrix)
+    fitted = {**SMALL, "inference.resize.side": 64, "inference.resize.pad_to": [64, 64]}
+    file = ade.evaluate(tmp_path / "two.pt2", dataset="demo", limit=1, options=fitted, protocol="fit_512")
+    for found in (two, file):
+        assert any("returns 2 scores of as many classes, of which the first is evaluated" in n for n in found.notes)
+    assert not any("returns 2 scores" in note for note in one.notes)
+
+
 def test_what_is_shown() -> None:
     result = ade.evaluate("demo", dataset="demo", options=SMALL)
     text, line, page = str(result), repr(result), result._repr_html_()

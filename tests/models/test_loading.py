@@ -29,7 +29,7 @@ from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.class_map import ClassMap, resolve_class_map
 from ade_harness.models.formats.demo import WEIGHTS
 from ade_harness.models.loading import load_model
-from ade_harness.models.outputs import MaskLogits, read_output
+from ade_harness.models.outputs import MaskLogits, other_scores, read_output
 from ade_harness.models.registry import family_of
 from ade_harness.models.systems.segformer import SEGFORMER
 from tests.models.systems.test_segformer import B0, official
@@ -538,6 +538,22 @@ def test_names_that_disagree_with_the_map_are_noted() -> None:
 def test_outputs_in_usual_wrappers(wrap: Callable[[torch.Tensor], Any]) -> None:
     scores = torch.zeros(1, 2, 3, 4)
     assert read_output(wrap(scores), "x") is scores
+
+
+@pytest.mark.parametrize(
+    ("returned", "others"),
+    [
+        (lambda t: (t, t.clone()), 1),
+        (lambda t: [t, t[..., :2], t.long(), t[:, :1], "x"], 1),  # labels and maps of other classes are no scores
+        (lambda t: (t, 1), 0),
+        (lambda t: {"out": t, "aux": t}, 0),  # named
+        (lambda t: ([t], t), 0),
+        (lambda t: t, 0),
+        (lambda t: MaskLogits(t, t), 0),
+    ],
+)
+def test_scores_that_are_passed_over_are_noted(returned: Callable[[torch.Tensor], Any], others: int) -> None:
+    assert other_scores(returned(torch.zeros(1, 2, 3, 4))) == others
 
 
 class Universal:

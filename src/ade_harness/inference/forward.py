@@ -12,7 +12,7 @@ from torch import Tensor
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.errors import HarnessError
 from ade_harness.models.loaded import LoadedModel
-from ade_harness.models.outputs import LabelMap, MaskLogits, read_output
+from ade_harness.models.outputs import LabelMap, MaskLogits, other_scores, read_output
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,6 +34,7 @@ class BatchedForward:
     Attributes:
         halved: how often a batch was halved because memory was short.
         fits: the smallest batch that it was halved to, None if it never was.
+        passed_over: how many scores the network returned beside those that were taken, the first.
     """
 
     def __init__(self, model: LoadedModel, cfg: InferenceConfig, channels: int = 150) -> None:
@@ -42,6 +43,7 @@ class BatchedForward:
         self.channels = channels
         self.halved = 0
         self.fits: int | None = None
+        self.passed_over = 0
         self._module: Any = None
 
     def __call__(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
@@ -101,7 +103,9 @@ class BatchedForward:
         fill = self.batch(images[0].device) - len(images) if self._always_full else 0
         filled = [*images, *[images[-1]] * max(0, fill)]
         batch = filled[0][None] if len(filled) == 1 else torch.stack(filled)  # one image is not copied
-        output = read_output(self._run(batch, what), what)
+        returned = self._run(batch, what)
+        output = read_output(returned, what)
+        self.passed_over = max(self.passed_over, other_scores(returned))
         if isinstance(output, LabelMap):
             output = output.as_scores(self.channels, what)
         tensors = (output.classes, output.masks) if isinstance(output, MaskLogits) else (output,)

@@ -281,6 +281,11 @@ class NetworkPredictor:
         notes += [
             f"deformable attention: plain torch is used, which is slower: {reason}" for reason in FALLBACKS.values()
         ]
+        if self.forward.passed_over:
+            notes.append(
+                f"the model returns {self.forward.passed_over + 1} scores of as many classes, of which the first is"
+                " evaluated: if that is an auxiliary head, return the main one alone"
+            )
         if self.forward.halved:
             notes.append(
                 f"memory was short {self.forward.halved} times: the image was redone in smaller batches, whose float"

@@ -78,6 +78,20 @@ def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:
     return found
 
 
+def other_scores(output: Any) -> int:
+    """Return how many items after the first of what a network returned look like scores of the same classes.
+
+    :func:`read_output` takes the first of several, which is what most code bases return first; some put an auxiliary
+    head there.
+    """
+    if not isinstance(output, list | tuple) or isinstance(output, MaskLogits) or hasattr(output, "logits"):
+        return 0
+    scores = [t for t in output if isinstance(t, Tensor) and t.ndim == 4 and t.is_floating_point()]
+    if not scores or scores[0] is not output[0]:
+        return 0
+    return sum(t.shape[:2] == scores[0].shape[:2] for t in scores[1:])
+
+
 def _is_labels(found: Any) -> bool:
     """Whether something is a map of integers rather than scores."""
     if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_quantized:
