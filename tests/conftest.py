@@ -27,6 +27,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 for _key in ("WANDB_API_KEY", "ADE20K_ROOT"):
     os.environ.pop(_key, None)
+if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    # more workers than cores: threads of one operation would wait for each other, spinning (half of all CPU time)
+    torch.set_num_threads(1)
 # What nohup, CI runners and shells in the background leave to their children is not what a user's terminal leaves.
 for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     if signal.getsignal(_signal) is signal.SIG_IGN:
