@@ -170,6 +170,22 @@ def test_windows_of_images_of_different_sizes_share_a_forward() -> None:
         assert (alone != prediction.labels).float().mean() < 1e-3  # other batches may round otherwise
 
 
+def test_inductor_chooses_no_sums_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    compiling = torch.compile
+
+    def compile_(module: Any, **options: Any) -> Any:
+        asked.append(options)
+        compiling(module, **options)  # refuses an option that it does not know; nothing is compiled before a call
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    for backend in ("inductor", "aot_eager"):
+        made = predictor(load_demo_network(), "inference=original_size", f"inference.compile={backend}")
+        predict(made, picture(64, 80))
+    assert [options["options"] for options in asked] == [{"deterministic": True}, None]
+
+
 def test_a_compiled_network_has_one_graph_whatever_comes_first() -> None:
     """Another shape would be compiled by what was seen before, and give an image other last bits."""
     shapes: list[tuple[int, ...]] = []

@@ -40,8 +40,6 @@ _SIZES = dict.fromkeys(("channels", "height", "width", "views"), "i32")
 _VIEWS = {"table": "*i64", "first": "*{dtype}", "norms": "*fp32", "labels": "*u8", "inverse": "fp32", **_SIZES}
 _ROWS, _COLUMNS = triton_gpu.TILES["cuda"]
 _TILE = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "CUDA": True}
-_ONES = {"height": 1, "width": 1, "channels": 1}
-"""Arguments that are 1 are constants to Triton."""
 _RUN = {"SIZE": triton_gpu.RUN}
 _PLACES = ("canvas_height", "canvas_width", "top", "left", "height", "width")
 KERNELS = {
@@ -49,13 +47,12 @@ KERNELS = {
         triton_jit.label_tile, _VIEWS,
         tuple(
             {**_TILE, "TWO_STEPS": two, "PROBABILITIES": soft, "WHOLE": whole,
-             "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two], **ones}
+             "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two]}
             for two in (False, True) for soft, whole in ((False, True), (False, False), (True, False))
-            for ones in ({}, *([_ONES] if two else []))
         ), triton_gpu.OF_VIEWS,
     ),
     "view_norms": Kernel(
-        triton_jit.view_norms, _VIEWS, tuple({**_TILE, "TWO_STEPS": two, **ones} for two, ones in ((False, {}), (True, {}), (True, _ONES))), triton_gpu.OF_VIEWS,
+        triton_jit.view_norms, _VIEWS, tuple({**_TILE, "TWO_STEPS": two} for two in (False, True)), triton_gpu.OF_VIEWS,
     ),
     "count_tile": Kernel(
         triton_jit.count_tile,
@@ -83,7 +80,7 @@ KERNELS = {
 
 
 def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[int]) -> Iterator[tuple[int, Any]]:
-    """Compile one kernel as its launcher would: pointers are multiples of 16 bytes.
+    """Compile one kernel as its launcher would: pointers are multiples of 16 bytes, where that is looked at at all.
 
     Triton's IR of a source is the same for every GPU (none of these kernels has tensor descriptors), and making it is
     a third of the work: it is made for the first and compiled on for the others.
@@ -92,7 +89,10 @@ def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[
     types = {n: t.format(dtype=dtype) for n, t in kernel.types.items() if n not in constants}
     signature = {n: types.get(n, "constexpr") for n in names}
     values = {(names.index(key),): value for key, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    looked_at = {p.name for p in kernel.function.params if not p.do_not_specialize_on_alignment}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") and n in looked_at
+    }
     source: Any = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)
     with tempfile.TemporaryDirectory() as folder:
         for arch in archs:
@@ -101,6 +101,14 @@ def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[
             path = Path(folder, "kernel.ttir")
             path.write_text(made.asm["ttir"])
             source = str(path)
+
+
+def specialised(kernel: Kernel) -> list[str]:
+    """Return the integers for whose values Triton would compile a kernel again: multiples of 16, and 1."""
+    return [
+        p.name for p in kernel.function.params if not (p.is_constexpr or p.do_not_specialize)
+        and not kernel.types[p.name].startswith(("*", "fp"))
+    ]  # fmt: skip
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -119,12 +127,12 @@ def main(archs: list[int], with_loops: bool) -> None:
     """Compile all; an error ends the program."""
     for name, kernel in KERNELS.items():
         for constants in kernel.constants:
-            # what is 1 is the same constant whatever the scores' type, which only their loads know
-            several = "*{dtype}" in kernel.types.values() and not constants.keys() & _ONES.keys()
+            several = "*{dtype}" in kernel.types.values()
             dtypes = ("fp32", "fp16", "bf16") if several else ("fp32",)
             for dtype in dtypes:
                 for arch, made in compiled(kernel, constants, dtype, archs):
-                    found = {"kernel": name, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion}
+                    found = {"kernel": name, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion,
+                             "specialised": specialised(kernel)}  # fmt: skip
                     print(
                         json.dumps(
                             {

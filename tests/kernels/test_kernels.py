@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any, cast
@@ -195,12 +195,36 @@ def test_triton_equals_torch(mode: str, kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(found, expected)
 
 
+def test_infinite_scores_lose_where_the_size_stays() -> None:
+    """As on CUDA, where torch copies a plane whose size stays; its CPU kernel makes NaN of infinities there."""
+    scores = torch.randn(5, 16, 20, generator=torch.Generator().manual_seed(0))
+    scores[2] = -torch.inf
+    scores[1, 3:6] = torch.inf
+    made: Any = implementation("triton_gpu")
+    assert torch.equal(made.label_map(on("triton_gpu", scores), (16, 20)).cpu(), scores.argmax(0).to(torch.uint8))
+    windows = View(on("triton_gpu", scores[None].repeat(2, 1, 1, 1)), ((0, 0), (0, 20)), (16, 20), (16, 40))
+    found = made.merge([windows], (16, 40), False)
+    assert torch.equal(found.cpu(), scores.argmax(0).to(torch.uint8).repeat(1, 2))
+
+
 @pytest.mark.slow
 def test_triton_is_checked_at_its_first_use() -> None:
     assert implementation("triton_gpu").agrees_with_torch()  # type: ignore[attr-defined]
 
 
-def test_every_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """Forget which GPUs were tried, before and afterwards."""
+    made: Any = implementation("triton_gpu")
+    kept = (made._agrees, made._softmax_agrees, deformable.compiled)
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
+def test_every_gpu_is_tried(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
     made: Any = implementation("triton_gpu")
     tried: list[tuple[str, int]] = []
     current = [0]

@@ -42,8 +42,8 @@ class _Before:
     torch: Any
     cuda: list[Any]
     threads: int
-    switches: tuple[bool, bool]
-    """cuDNN's: deterministic, benchmark."""
+    switches: tuple[bool, bool, bool]
+    """cuDNN's: deterministic, benchmark, attention."""
     tf32: tuple[bool, bool] | None
     """Torch's older switches: of matrix products, of cuDNN. None: the caller uses the newer ones."""
     matmul: str | None
@@ -142,11 +142,16 @@ def begin(precision: str, seed: int) -> None:
 
 @contextmanager
 def callers_network(network: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """Have a network in evaluation mode on a device; each of its modules gets its own mode back, and it its device."""
-    if network is None:
-        yield
-        return
+    """Have a network in evaluation mode on a device; each of its modules gets its own mode back, and it its device.
+
+    The device is the current one meanwhile, which is where kernels are launched and events recorded.
+    """
     with ExitStack() as locks:
+        if device.type == "cuda":
+            locks.enter_context(torch.cuda.device(device))
+        if network is None:
+            yield
+            return
         for lock in _locks_of(network):
             locks.enter_context(lock)
         # what was frozen or exported has one mode, and no such attribute
@@ -209,7 +214,7 @@ def _remember() -> _Before:
         torch.get_rng_state(),
         torch.cuda.get_rng_state_all() if _uses_cuda() else [],
         torch.get_num_threads(),
-        (backends.cudnn.deterministic, backends.cudnn.benchmark),
+        (backends.cudnn.deterministic, backends.cudnn.benchmark, bool(backends.cuda.cudnn_sdp_enabled())),  # type: ignore[no-untyped-call]
         _older(),
         _matmul(),
         tuple(newer.fp32_precision for newer in _newer()),
@@ -251,6 +256,7 @@ def _seed(seed: int) -> None:
 def _set_switches() -> None:
     backends = torch.backends
     backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
+    backends.cuda.enable_cudnn_sdp(False)  # as in the command line's runs (runtime/ranks.py)
     if _older() is None:
         for newer in _newer():
             newer.fp32_precision = "none"
@@ -272,7 +278,8 @@ def _give_back(before: _Before) -> None:
     if torch.get_num_threads() != before.threads:
         torch.set_num_threads(before.threads)
     backends: Any = torch.backends
-    backends.cudnn.deterministic, backends.cudnn.benchmark = before.switches
+    backends.cudnn.deterministic, backends.cudnn.benchmark, of_attention = before.switches
+    backends.cuda.enable_cudnn_sdp(of_attention)
     if before.tf32 is not None:
         of_products, backends.cudnn.allow_tf32 = before.tf32
         if before.matmul is not None and _matmul() != before.matmul:

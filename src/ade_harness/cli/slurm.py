@@ -49,7 +49,8 @@ def with_run_dir(arguments: Sequence[str], root: str) -> list[str]:
 
 def sbatch_parameters(cfg: SlurmConfig) -> dict[str, Any]:
     """Return what submitit is asked for, from a ``runtime.slurm`` node."""
-    srun = []
+    # since SLURM 22.05 srun does not read the job's own --cpus-per-task
+    srun = [] if cfg.cpus_per_node is None else [f"--cpus-per-task={cfg.cpus_per_node}"]
     if cfg.container is not None:
         srun += [f"--container-image={cfg.container}"]
     if cfg.container_mounts is not None:

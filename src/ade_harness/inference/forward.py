@@ -19,6 +19,9 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 _SHORTAGES = (
     "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    # of the CUDA driver, where the allocator holds what is left: a library or a kernel that is loaded at its first use
+    "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
     "unable to find an engine to execute this computation",  # cuDNN, where no plan's workspace fits
 )  # fmt: skip
 
@@ -170,10 +173,12 @@ class BatchedForward:
             module: Any = self.model.module
             if self.cfg.channels_last and not self.model.of_caller:  # the layout of its weights is the caller's
                 module = module.to(memory_format=torch.channels_last)
-            # for one shape: all inputs have one size, which the predictor has checked, and batches are full
-            self._module = (
-                torch.compile(module, backend=self.cfg.compile, dynamic=False) if self.cfg.compile else module
-            )
+            if self.cfg.compile:
+                # inductor else times several loops for a sum and takes the fastest, each with an order of its own
+                options: Any = {"deterministic": True} if self.cfg.compile == "inductor" else None
+                # for one shape: all inputs have one size, which the predictor has checked, and batches are full
+                module = torch.compile(module, backend=self.cfg.compile, dynamic=False, options=options)
+            self._module = module
         return self._module
 
 

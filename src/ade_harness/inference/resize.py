@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ade_harness.config.inference import ResizeConfig
+from ade_harness.kernels.constants import to_device
 from ade_harness.kernels.views import Size
 
 Pixels = npt.NDArray[np.uint8]
@@ -133,4 +134,4 @@ def _nearest(old: int, new: int, device: torch.device) -> Tensor:
     step = old / new
     # Pillow adds the step up in double precision, which decides between pixels at exact halves
     positions = np.cumsum(np.concatenate([[step * 0.5], np.full(new - 1, step)]))
-    return torch.from_numpy(positions.astype(np.int64)).to(device)
+    return to_device(torch.from_numpy(positions.astype(np.int64)), device)

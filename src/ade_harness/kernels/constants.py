@@ -16,6 +16,13 @@ def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) 
     return _constant(values, device, dtype)
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor of the CPU to a device; to CUDA (unless it is a fake one) from pinned memory: nothing waits."""
+    if torch.device(device).type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @lru_cache(maxsize=1024)
 def _constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training

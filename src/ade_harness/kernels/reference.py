@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ade_harness.kernels.bilinear import axis
-from ade_harness.kernels.constants import constant
+from ade_harness.kernels.constants import constant, to_device
 from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
 
 _CHANNELS_AT_ONCE = 4
@@ -154,7 +154,7 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
 def overlaps(origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, device: str) -> tuple[Tensor, Tensor]:
     """Return :meth:`View.overlaps` on a device."""
     view = View(torch.empty(0), origins, window, canvas, None, False, False)
-    rows, columns = (torch.from_numpy(n).to(device) for n in view.overlaps())
+    rows, columns = (to_device(torch.from_numpy(n), device) for n in view.overlaps())
     return rows, columns
 
 
@@ -162,8 +162,11 @@ def overlaps(origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, d
 def _legacy_axis(old: int, new: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the table of an axis on a device: int64 [new] low and high, float32 [new] weights."""
     table = axis(old, new, legacy=True)
-    low, high = (torch.from_numpy(i.astype(np.int64)).to(device) for i in (table.low, table.high))
-    return low, high, torch.from_numpy(table.w_low).to(device), torch.from_numpy(table.w_high).to(device)
+    low, high, w_low, w_high = (
+        to_device(torch.from_numpy(values), device)
+        for values in (table.low.astype(np.int64), table.high.astype(np.int64), table.w_low, table.w_high)
+    )
+    return low, high, w_low, w_high
 
 
 def legacy_bilinear(scores: Tensor, size: Size) -> Tensor:

@@ -8,8 +8,9 @@ fake tensors know their results' shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, wraps
+from typing import Any, ParamSpec
 
 import torch
 import triton
@@ -19,6 +20,8 @@ from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.kernels import reference, triton_jit
 from ade_harness.kernels.constants import constant
 from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
+
+_P = ParamSpec("_P")
 
 TILES = {"cuda": (4, 32), "cpu": (64, 128)}
 """Rows and columns of a program's pixels; in the interpreter, on the CPU, large ones take less time."""
@@ -40,9 +43,8 @@ def normalise(pixels: Tensor, statistics: PixelStatistics, placement: Placement 
     pad = 0.0 if placement.pad_value is None else placement.pad_value
     padded = placement.pad_value is not None
     numbers = [height, width, *placement.offset, int(statistics.reverse_channels), int(placement.flipped), int(padded)]
-    operator = _normalise if pixels.device.type == "cuda" else launch_normalise
     means = constant((tuple(statistics.mean), tuple(statistics.std)), pixels.device, torch.float32)
-    canvas: Tensor = operator(pixels.contiguous(), means, numbers, 255 / statistics.max_value, pad)
+    canvas: Tensor = _normalise(pixels.contiguous(), means, numbers, 255 / statistics.max_value, pad)
     return canvas
 
 
@@ -61,25 +63,23 @@ def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
 
 def _merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
     scores = [view.scores.contiguous() for view in views]
+    assert len({s.dtype for s in scores}) == 1, "the kernel reads all views as one dtype"
     geometry = _geometry(tuple((v.scores.shape, v.origins, v.window, v.area, v.flipped, v.legacy) for v in views))
-    operator = _label_views if scores[0].device.type == "cuda" else launch_labels
     two_steps = any(view.area[2:] != tuple(size) for view in views)
     whole_view = len(views) == 1 and views[0].is_whole
-    labels: Tensor = operator(scores, geometry, [*size], two_steps, probabilities, whole_view)
+    labels: Tensor = _label_views(scores, geometry, [*size], two_steps, probabilities, whole_view)
     return labels
 
 
 def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     """See :func:`ade_harness.kernels.reference.count`."""
-    operator = _count_pixels if labels.device.type == "cuda" else launch_count
-    counts: Tensor = operator(labels.contiguous(), target.contiguous(), classes)
+    counts: Tensor = _count_pixels(labels.contiguous(), target.contiguous(), classes)
     return counts
 
 
 def nan_share(tensors: Sequence[Tensor]) -> Tensor:
     """See :func:`ade_harness.kernels.reference.nan_share`."""
-    operator = _count_nan if tensors[0].device.type == "cuda" else launch_count_nan
-    nans: Tensor = operator([_in_order_of_memory(t) for t in tensors])
+    nans: Tensor = _count_nan([_in_order_of_memory(t) for t in tensors])
     return nans / sum(t.numel() for t in tensors)
 
 
@@ -109,6 +109,19 @@ def _on_device(numbers: Sequence[int], like: Tensor) -> Tensor:
     return table.pin_memory().to(like.device, non_blocking=True) if like.device.type == "cuda" else table
 
 
+def on_its_gpu(launch: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Make a launcher's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""
+
+    @wraps(launch)
+    def launched(*arguments: _P.args, **options: _P.kwargs) -> Tensor:
+        first: Any = arguments[0]
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return launch(*arguments, **options)
+
+    return launched
+
+
+@on_its_gpu
 def launch_labels(
     scores: Sequence[Tensor], geometry: Sequence[int], size: Sequence[int], two_steps: bool, probabilities: bool,
     whole_view: bool,
@@ -152,6 +165,7 @@ def launch_labels(
     return labels
 
 
+@on_its_gpu
 def launch_count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     """Launch the count kernel; see :func:`count`."""
     counts = torch.zeros((classes, classes + 1), dtype=torch.int64, device=labels.device)
@@ -160,6 +174,7 @@ def launch_count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     return counts
 
 
+@on_its_gpu
 def launch_normalise(pixels: Tensor, means: Tensor, numbers: Sequence[int], scale: float, pad: float) -> Tensor:
     """Launch the kernel of :func:`normalise`.
 
@@ -184,6 +199,7 @@ def launch_normalise(pixels: Tensor, means: Tensor, numbers: Sequence[int], scal
     return canvas
 
 
+@on_its_gpu
 def launch_count_nan(tensors: Sequence[Tensor]) -> Tensor:
     """Count NaN: int64 [1], over contiguous tensors of one dtype."""
     first = tensors[0]
@@ -198,8 +214,9 @@ def _dtype(channels: int) -> torch.dtype:
     return torch.uint8 if channels <= 256 else torch.int32
 
 
-# Operators of torch, for CUDA. On the CPU, where only tests come, in Triton's interpreter, the launches are called.
-@torch.library.custom_op("ade_harness::label_views", mutates_args=(), device_types="cuda")
+# Operators of torch, so that torch.compile, torch.export and fake tensors know them. Runs on the CPU have others: there
+# these are Triton's interpreter, in tests.
+@torch.library.custom_op("ade_harness::label_views", mutates_args=(), device_types=("cuda", "cpu"))
 def _label_views(
     scores: list[Tensor], geometry: list[int], size: list[int], two_steps: bool, probabilities: bool, whole_view: bool
 ) -> Tensor:
@@ -213,7 +230,7 @@ def _(
     return scores[0].new_empty(size, dtype=_dtype(scores[0].shape[1]))
 
 
-@torch.library.custom_op("ade_harness::count_pixels", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ade_harness::count_pixels", mutates_args=(), device_types=("cuda", "cpu"))
 def _count_pixels(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     return launch_count(labels, target, classes)
 
@@ -223,7 +240,7 @@ def _(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     return labels.new_empty((classes, classes + 1), dtype=torch.int64)
 
 
-@torch.library.custom_op("ade_harness::normalise_pixels", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ade_harness::normalise_pixels", mutates_args=(), device_types=("cuda", "cpu"))
 def _normalise(pixels: Tensor, means: Tensor, numbers: list[int], scale: float, pad: float) -> Tensor:
     return launch_normalise(pixels, means, numbers, scale, pad)
 
@@ -233,7 +250,7 @@ def _(pixels: Tensor, means: Tensor, numbers: list[int], scale: float, pad: floa
     return means.new_empty((3, *numbers[:2]))
 
 
-@torch.library.custom_op("ade_harness::count_nan", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ade_harness::count_nan", mutates_args=(), device_types=("cuda", "cpu"))
 def _count_nan(tensors: list[Tensor]) -> Tensor:
     return launch_count_nan(tensors)
 
@@ -261,6 +278,17 @@ def _sample_views() -> list[View]:
     ]
 
 
+def _more_cases() -> list[View]:
+    """Return views of kernels that no sample launches: windows in one step, and a size that stays (with infinities)."""
+    generator = torch.Generator().manual_seed(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    noise = torch.randn(2, 12, 92, 70, generator=generator)
+    still = torch.randn(12, *_SIZE, generator=generator)
+    if device == "cuda":  # where torch copies what keeps its size; on the CPU it makes NaN of infinities
+        still[3], noise[0, 5] = -torch.inf, -torch.inf
+    return [View(noise.to(device), ((0, 0), (0, 54)), (92, 70), _SIZE), whole(still.to(device), _SIZE)]
+
+
 def agrees_with_torch() -> bool:
     """Whether all results equal torch's in every bit on the current GPU; compiles the kernels, once in a process.
 
@@ -278,7 +306,7 @@ def _gpu() -> int | None:
 @cache
 def _agrees(gpu: int | None) -> bool:
     views = _sample_views()
-    for case in (*([view] for view in views), views):
+    for case in (*([view] for view in (*views, *_more_cases())), views):
         if not torch.equal(_merge(case, _SIZE, False), reference.merge(case, _SIZE, False)):
             return False
     labels = reference.merge(views, _SIZE, False)

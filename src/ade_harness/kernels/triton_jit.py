@@ -4,7 +4,8 @@ Triton compiles annotations too: none but `tl.constexpr` may stand at a function
 launched without the fusion of products and sums (``enable_fp_fusion=False``): each float32 operation that is written
 here rounds once, and where torch's own kernel fuses, :func:`triton.language.fma` is written.
 
-Triton makes constants of arguments that are 1 (an image of one row), which have no ``.to``: they are cast.
+Integers that change from image to image are not specialised: Triton would compile a kernel again for a size that is a
+multiple of 16, or 1, in the middle of a run and on every rank, and no address here gains from knowing it.
 
 A table of int64 describes the views of an image: `FIELDS` numbers for each (see `fields`), then the origins of all
 windows.
@@ -53,6 +54,8 @@ def _window(planes, m, n, low_height, low_width, height, width, legacy, in_chann
     d = tl.load(planes + (bottom * low_width + right)[None, :], mask=mask, other=0.0).to(tl.float32)
     w_left, w_right = w_left[None, :], w_right[None, :]
     value = _mix(_mix(a, b, w_left, w_right), _mix(c, d, w_left, w_right), w_top[None, :], w_bottom[None, :])
+    # torch copies where the size stays; weights 1 and 0 would make NaN of infinities
+    value = tl.where((low_height == height) & (low_width == width) & (legacy == 0), a, value)
     return tl.where(mask, value, 0.0), inside
 
 
@@ -185,7 +188,7 @@ def _tile(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.program_id(0) * ROWS + pixel // COLUMNS, tl.program_id(1) * COLUMNS + pixel % COLUMNS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "height", "width"], do_not_specialize_on_alignment=["first"])
 def view_norms(
     table, first, norms, channels, height, width,
     TWO_STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CUDA: tl.constexpr,
@@ -221,7 +224,9 @@ def _best(total, channel):
     return tl.where(any_nan, float("nan"), top), index
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["views", "channels", "height", "width"], do_not_specialize_on_alignment=["first", "norms"]
+)
 def label_tile(
     table, first, norms, labels, views, channels, height, width, inverse,
     TWO_STEPS: tl.constexpr, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -278,7 +283,7 @@ def label_tile(
     tl.store(labels + at, label.to(labels.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "classes"])
 def count_tile(labels, target, counts, pixels, classes, SIZE: tl.constexpr):
     """Add a run of pixels to counts int64 [C, C + 1]; the two commonest pairs, as a rule, by one addition each.
 
@@ -298,7 +303,7 @@ def count_tile(labels, target, counts, pixels, classes, SIZE: tl.constexpr):
     tl.atomic_add(counts + tl.maximum(key, 0), tl.full((SIZE,), 1, tl.int64), mask=key >= 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["canvas_height", "canvas_width", "top", "left", "height", "width"])
 def normalise_tile(
     pixels, canvas, means, canvas_height, canvas_width, top, left, height, width, scale, pad,
     REVERSED: tl.constexpr, FLIPPED: tl.constexpr, SCALED: tl.constexpr, PADDED: tl.constexpr, CUDA: tl.constexpr,
@@ -325,7 +330,7 @@ def normalise_tile(
         tl.store(canvas + plane * canvas_height * canvas_width + at, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["first"])
 def count_nan(table, first, total, SIZE: tl.constexpr):
     """Add the number of NaN in some tensors to `total` int64 [1]; table holds (pointer, number of values) of each."""
     tensor = tl.program_id(1)

@@ -158,6 +158,9 @@ def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    # cuDNN's attention, which torch prefers on H100 and later in half precision, is planned anew for every size: a
+    # data set has hundreds
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return arithmetic_as_set()
 
 
@@ -168,6 +171,7 @@ def arithmetic_as_set() -> dict[str, Any]:
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "allow_tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }
 

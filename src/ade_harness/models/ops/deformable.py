@@ -38,7 +38,7 @@ def aggregate(values: Tensor, shapes: Sequence[Shape], points: Tensor, weights: 
     Returns:
         [N, Q, G * D] in the dtype of `values`.
     """
-    if in_reference() or (torch.is_grad_enabled() and (values.requires_grad or points.requires_grad)):
+    if in_reference() or (torch.is_grad_enabled() and any(t.requires_grad for t in (values, points, weights))):
         return aggregate_torch(values, shapes, points, weights)
     sums: Tensor = _aggregate(values, [number for shape in shapes for number in shape], points, weights)
     return sums

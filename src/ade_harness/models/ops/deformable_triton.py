@@ -31,7 +31,7 @@ def _corner(values, row, column, height, width, start, group, share, channel, gr
     return read * share[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "groups", "pixels"])
 def _aggregate(
     values, levels, points, weights, out, queries, groups, pixels,
     TAPS: tl.constexpr, PER_LEVEL: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
@@ -83,9 +83,10 @@ def aggregate_triton(values: Tensor, shapes: Sequence[tuple[int, int]], points: 
     levels = constant(tuple(rows), values.device, torch.int32)
     out = torch.empty((batch, queries, groups, channels), dtype=values.dtype, device=values.device)
     grid = (triton.cdiv(queries, _TILE), groups, batch)
-    _aggregate[grid](
-        values.contiguous(), levels, points.float().contiguous(), weights.contiguous(), out, queries, groups, pixels,
-        TAPS=taps, PER_LEVEL=taps // len(shapes), CHANNELS=channels, LANES=triton.next_power_of_2(channels),
-        TILE=_TILE, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(values):  # Triton launches on the current GPU
+        _aggregate[grid](
+            values.contiguous(), levels, points.float().contiguous(), weights.contiguous(), out, queries, groups,
+            pixels, TAPS=taps, PER_LEVEL=taps // len(shapes), CHANNELS=channels,
+            LANES=triton.next_power_of_2(channels), TILE=_TILE, **EXACT,
+        )  # fmt: skip
     return out.flatten(2)
