@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,9 @@ from ade_harness.config.compose import compose_config  # noqa: E402
 from ade_harness.data.ade20k_labels import ade20k_classes  # noqa: E402
 from ade_harness.errors import HarnessError  # noqa: E402
 from ade_harness.inference.forward import BatchedForward  # noqa: E402
+from ade_harness.inference.memory import peaks  # noqa: E402
 from ade_harness.inference.opening import open_network  # noqa: E402
+from ade_harness.inference.plan import plan_views  # noqa: E402
 from ade_harness.inference.predictor import NetworkPredictor, Prepared  # noqa: E402
 from ade_harness.inference.stopwatch import Stopwatch  # noqa: E402
 from ade_harness.kernels import View, reference, triton_gpu, triton_jit, whole  # noqa: E402
@@ -55,6 +58,8 @@ MODELS = (
     ("model=segformer_b0",), ("model=segformer_b0", "inference=mmseg_slide_512"), ("model=mask2former_swin_t",)
 ) if CUDA else ((),)  # fmt: skip
 _lines: list[dict[str, Any]] = []
+_SLEEP_CYCLES = 200_000_000
+"""About 0.1 s of a GPU."""
 _end = [float("inf")]
 """When the time is up, on the clock of `time.monotonic`."""
 
@@ -86,8 +91,28 @@ def scores_of(kind: str, seed: int = 0) -> Tensor:
     return (scores.round() if kind == "ties" else scores).to(DEVICE)
 
 
+def gpu_milliseconds(function: Callable[[], Any], calls: int = 20) -> float:
+    """Return the time of a call on the device alone, of one that never waits for it.
+
+    The calls are queued while the GPU sleeps: else what is measured is how fast Python launches.
+    """
+    for _ in range(3):
+        function()
+    if not CUDA:
+        return milliseconds(function, 0)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        function()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / calls
+
+
 def milliseconds(function: Callable[[], Any], seconds: float = 0.4) -> float:
-    """Return the median time of a call, on the device."""
+    """Return the median time of a call that may wait for the device, the host's part included."""
     function()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -130,6 +155,21 @@ def exact() -> None:
                 found = triton_gpu.merge([whole(scores, canvas)], size, False)
                 differ = int((found != planes[0].argmax(0)).sum())
                 check(differ == 0, f"labels equal interpolate + argmax: {kind}, {dtype}, {name}", differ=differ)
+    infinite = scores_of("noise")
+    infinite[2] = -torch.inf
+    if CUDA:  # its CPU kernel makes NaN where the size stays
+        differ = int((triton_gpu.label_map(infinite, SCORES) != native(infinite[None], SCORES)[0].argmax(0)).sum())
+        check(differ == 0, "labels equal interpolate + argmax: a size that stays, infinite scores", differ=differ)
+        last = infinite.to(memory_format=torch.contiguous_format)[None].contiguous(memory_format=torch.channels_last)
+        there = native(last, SIZE)[0].argmax(0)
+        tell("INFO", "labels of channels-last logits, which torch upsamples by another kernel",
+             differ=int((triton_gpu.label_map(infinite, SIZE) != there).sum()))  # fmt: skip
+    for odd in ((7, 5), (33, 129), (1, 1)):
+        small = torch.randn(CLASSES, *odd, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+        target = (odd[0] * 5 + 1, odd[1] * 3 + 2)
+        differ = int((triton_gpu.label_map(small, target) != native(small[None], target)[0].argmax(0)).sum())
+        verdict = "PASS" if differ == 0 else "FAIL" if CUDA else "INFO"  # torch's CPU code has other kernels for these
+        tell(verdict, f"labels equal interpolate + argmax: {odd[0]}x{odd[1]}", differ=differ)
     windows = ((0, 0), (0, SIZE[1] - SIZE[0]))
     parts = torch.stack([scores_of("noise", seed)[:, :, : SCORES[0]] for seed in (1, 2)])
     slide = View(parts, windows, (SIZE[0], SIZE[0]), SIZE)
@@ -144,6 +184,13 @@ def exact() -> None:
     labels = truth.roll(3, 1)
     counted, expected = triton_gpu.count(labels, truth, CLASSES), reference.count(labels, truth, CLASSES)
     check(torch.equal(counted, expected), "counts equal plain torch")
+    for number in range(torch.cuda.device_count() if CUDA else 0):
+        with torch.cuda.device(number):
+            check(triton_gpu.agrees_with_torch(), f"all kernels equal torch on GPU {number}")
+        # tensors on one GPU while another is the current one
+        scores = scores_of("noise").to(f"cuda:{number}")
+        found, first = (triton_gpu.label_map(s, SIZE).cpu() for s in (scores, scores_of("noise")))
+        check(torch.equal(found, first), f"labels of a tensor on GPU {number} while GPU 0 is the current one")
 
 
 def large() -> None:
@@ -171,7 +218,7 @@ def speed() -> None:
         "Triton, one step": lambda: triton_gpu.label_map(scores, SIZE),
         "a copy of the bytes": lambda: halves[0].copy_(halves[1]),
     }
-    times = {name: milliseconds(function, 0.4 if CUDA else 0) for name, function in rows.items()}
+    times = {name: gpu_milliseconds(function) for name, function in rows.items()}
     for name, spent in times.items():
         tell("INFO", f"label step, {name}", ms=round(spent, 4), of_naive=round(spent / times["naive"], 3))
 
@@ -201,7 +248,7 @@ def bound() -> None:
         return
     gpu = torch.cuda.get_device_properties(DEVICE)
     large_copy = torch.empty((2, 1 << 30), dtype=torch.uint8, device=DEVICE)
-    gib_per_ms = 2 / milliseconds(lambda: large_copy[0].copy_(large_copy[1]))
+    gib_per_ms = 2 / gpu_milliseconds(lambda: large_copy[0].copy_(large_copy[1]))
     scores, launched = scores_of("regions"), triton_jit.label_tile
     two_steps = (SIZE[0] * 3 // 4, SIZE[1] * 3 // 4)
     for name, size, block in (("one step", SIZE, 0), ("two steps", two_steps, 1)):
@@ -216,7 +263,7 @@ def bound() -> None:
         executed = code.executed(triton.cdiv(CLASSES, triton_gpu.BLOCKS["cuda"][block]))
         by_code = machine_code.least_milliseconds(warps, executed, gpu.multi_processor_count, gpu.clock_rate)
         by_bytes = (scores.numel() * scores.element_size() + size[0] * size[1]) / 2**30 / gib_per_ms
-        spent = milliseconds(lambda size=size: triton_gpu.merge([whole(scores, SIZE)], size, False))
+        spent = gpu_milliseconds(lambda size=size: triton_gpu.merge([whole(scores, SIZE)], size, False))
         tell("INFO", f"label step beside its bounds, {name}", ms=round(spent, 4), ms_of_bytes=round(by_bytes, 4),
              ms_of_instructions=round(by_code, 4), of_the_higher_bound=round(spent / max(by_code, by_bytes), 2),
              instructions_a_warp=executed, gib_per_s=round(1000 * gib_per_ms))  # fmt: skip
@@ -262,16 +309,53 @@ def waits() -> None:
             once()
             torch.cuda.synchronize()
         launches = sum(e.count for e in seen.key_averages() if "LaunchKernel" in e.key)
+        beside = launches - _launches_of_network(predictor, once)
+        torch.cuda.reset_peak_memory_stats()
+        once()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda._sleep(10 * _SLEEP_CYCLES)
+        asleep = torch.cuda.Event()
+        asleep.record()
+        begin = time.perf_counter()
+        once()
+        queued = time.perf_counter() - begin
+        check(not asleep.query(), f"the host has queued an image before the GPU has begun: {name}",
+              host_ms=round(1000 * queued, 2))  # fmt: skip
+        torch.cuda.synchronize()
+        plans = plan_views(SIZE, predictor.cfg)
+        parts = max(len(plans), sum(len(p.origins) for p in plans))
+        allowed = 3 * parts + 8 if "mask2former" not in name else 32
+        check(0 < beside <= allowed, f"launches beside the network: {name}", launches=beside, allowed=allowed,
+              network=launches - beside)  # fmt: skip
+        system = words[0].partition("=")[2]
+        computed = peaks()[system]["fp32"] / 1024
+        check(peak <= computed + 1.5, f"peak memory is what was computed: {name}", gib=round(peak, 2),
+              computed_gib=round(computed, 2))  # fmt: skip
         begin = time.perf_counter()
         for _ in range(20):
             once()
         host = 50 * (time.perf_counter() - begin)
         torch.cuda.synchronize()
         both = 50 * (time.perf_counter() - begin)
-        check(not where, f"nothing waits for the GPU: {name}", where=dict(where), launches=launches,
-              host_ms=round(host, 2), with_gpu_ms=round(both, 2),
-              peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2))  # fmt: skip
-        torch.cuda.reset_peak_memory_stats()
+        check(not where, f"nothing waits for the GPU: {name}", where=dict(where), host_ms=round(host, 2),
+              with_gpu_ms=round(both, 2))  # fmt: skip
+
+
+def _launches_of_network(predictor: NetworkPredictor, once: Callable[[], Any]) -> int:
+    """Return how many kernels the forwards of one image start."""
+    from torch.profiler import ProfilerActivity, profile
+
+    given: list[Tensor] = []
+    handle = predictor.network.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    once()
+    handle.remove()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen, torch.inference_mode():
+        for images in given:
+            predictor.network(images)
+        torch.cuda.synchronize()
+    return sum(e.count for e in seen.key_averages() if "LaunchKernel" in e.key)
 
 
 def throughput() -> None:
@@ -337,6 +421,19 @@ def short_memory() -> None:
         check("out of memory" in str(error), "one image that does not fit is refused", message=str(error)[:90])
 
 
+def _run(command: list[str], seconds: float) -> tuple[int, str]:
+    """Run a command with its ranks, and end them all when the time is up; returns its exit code and what it said."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return -signal.SIGKILL, f"not done within {seconds:.0f} s"
+    return process.returncode, said
+
+
 def ranks() -> None:
     """Run the command with plain torch, with our kernels, and on 1 to all GPUs: every label hash must be equal.
 
@@ -344,7 +441,8 @@ def ranks() -> None:
     """
     maximum = torch.cuda.device_count() if CUDA else 2
     counts = sorted({1, min(2, maximum), maximum})
-    images = 400 if CUDA else 4
+    images = 600 if CUDA else 4
+    system = ["model=segformer_b0", "model.weights=random", "dataset=demo"] if CUDA else []
     cases = [("plain torch", ["runtime.devices=1", "runtime.kernels=torch"])]
     cases += [(f"{n} ranks", [f"runtime.devices={n}"]) for n in counts]
     first: dict[str, str] = {}
@@ -357,11 +455,11 @@ def ranks() -> None:
             run = Path(folder, name.replace(" ", "-"))
             begin = time.perf_counter()
             common = [f"dataset.images={images}", "tracking=none", f"run.dir={run}", "run.overlays=0"]
-            command = [sys.executable, "-m", "ade_harness", *overrides, *common]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=min(left, 400), check=False)
+            command = [sys.executable, "-m", "ade_harness", *system, *overrides, *common]
+            code, said = _run(command, min(left, 400))
             seconds = time.perf_counter() - begin
-            if done.returncode:
-                check(False, f"a run with {name}", error=done.stderr[-300:])
+            if code:
+                check(False, f"a run with {name}", code=code, error=said[-300:])
                 continue
             hashes = {row.image_id: row.label_hash for row in read_rows(run / "ledger")[0]}
             first = first or hashes
