@@ -10,11 +10,20 @@
 Everything is imported when it is asked for; ``docs/python.md`` has the rest.
 """
 
-from __future__ import annotations
+# `python -m ade_harness` puts the working directory first, where an untrusted submission may have a yaml.py or a
+# random.py: it is taken away before anything is imported that is not loaded already. A model's own module is looked for
+# there when it is asked for (models/formats/python.py). `python -P` does so before Python itself has imported anything.
+import os
+import sys
 
-import random
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+_after_m = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+if _after_m == ["ade_harness"] and sys.path[:1] in ([""], [os.getcwd()]) and not os.path.isdir("ade_harness"):  # noqa: PTH109, PTH112
+    del sys.path[0]
+del _after_m
+
+import random  # noqa: E402
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 __version__ = "0.1.0"
 

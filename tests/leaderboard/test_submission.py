@@ -36,7 +36,7 @@ from ade_harness.leaderboard.submission.public_files import (
 from ade_harness.leaderboard.submission.scripts import script_files
 from ade_harness.leaderboard.submission.submit import build, prepare
 from ade_harness.metrics.confusion import scores
-from ade_harness.metrics.counts import hash_rows
+from ade_harness.metrics.counts import hash_rows, matrix_of
 from ade_harness.runs.finished import FinishedRun, load_run
 from ade_harness.runs.ledger import read_rows, write_ledger
 from tests.cli.test_cli import FAST, Call, one_message
@@ -433,6 +433,8 @@ def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
         rows = read_rows(ledger.parent)[0][1:]
         write_ledger(ledger, rows)
         edit_json(bundle / "run/manifest.json", lambda m: m["ledger"].update(images=1999, sha256=hash_rows(rows)))
+        left = scores(matrix_of(rows, 150)).as_dict()
+        edit_json(bundle / "run/metrics.json", lambda m: m.update(left, images=1999))
         rewrite(bundle, lambda c: c.update(ledger_sha256=hash_rows(rows)))
     elif change == "interval":
         rewrite(bundle, lambda c: [r.update(interval=[0.1, 0.11]) for r in c["results"]])
@@ -502,7 +504,7 @@ def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
     ("change", "message"),
     [
         ("score", "the score is not the run's"),
-        ("score and metrics", "metrics.json is not what the ledger sums to: mIoU"),
+        ("score and metrics", "metrics.json: damaged: mIoU: is 0.9, the ledger sums to 0.60"),
         ("script", "reproduce.sh: is not what submission.yaml gives. Do not run it"),
         ("unlisted hash", "reproduce.sh: was changed"),
         ("ledger", "not what the run has written"),

@@ -118,8 +118,8 @@ def begin(precision: str, seed: int) -> None:
         seed: ``runtime.seed``.
 
     Raises:
-        HarnessError: another evaluation in this process needs other switches, or torch's default type is not float32,
-            in which images, and so scores, are.
+        HarnessError: another evaluation in this process needs other switches, torch's default type is not float32,
+            in which images, and so scores, are, or its default device is not the CPU.
     """
     if torch.get_default_dtype() != torch.float32:
         name = str(torch.get_default_dtype()).removeprefix("torch.")
@@ -127,6 +127,11 @@ def begin(precision: str, seed: int) -> None:
             f"torch's default dtype is {name}: scores would differ from those of any other run."
             " torch.set_default_dtype(torch.float32) before, and back afterwards; inference.precision chooses how the"
             " network computes."
+        )
+    if torch.get_default_device().type != "cpu":
+        raise HarnessError(
+            f"torch's default device is {torch.get_default_device()}: images and counts would be made there."
+            " torch.set_default_device('cpu') before, and back afterwards; device= chooses where the network computes."
         )
     with _process:
         if _active.precision is None:

@@ -31,9 +31,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command; None takes those of this process. A command that is given here is evaluated in this
             very process, on one rank; otherwise ranks are processes of their own.
     """
+    _open_streams()
     if arguments is None:  # before Hydra writes its own arguments there; ranks inherit it
         os.environ[COMMAND] = json.dumps(["python", "-m", "ade_harness", *sys.argv[1:]])
     return run_command(list(sys.argv[1:] if arguments is None else arguments), in_this_process=arguments is not None)
+
+
+def _open_streams() -> None:
+    """Give a process that was started without standard output or error (cron, daemons) /dev/null in their places.
+
+    The next file that is opened would get their numbers, and what is printed would go into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def run_command(arguments: list[str], in_this_process: bool = False) -> int:
@@ -78,7 +94,12 @@ def _dispatch(arguments: list[str], in_this_process: bool) -> int:
     module, _, name = command.function.partition(":")
     with _output(options):
         function: Callable[[argparse.Namespace], Answer] = getattr(import_module(f"ade_harness.cli.{module}"), name)
-        answer = function(options)
+        try:
+            answer = function(options)
+        except SystemExit as end:  # of a model, or a library of its
+            from ade_harness.runtime.lifetime import place_of_exit
+
+            raise HarnessError(place_of_exit(end)) from end
     if options.json and answer.content is not None:
         print(json.dumps(answer.content, indent=2))
     return answer.code

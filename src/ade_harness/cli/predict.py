@@ -36,6 +36,7 @@ from ade_harness.runtime.progress import ProgressReporter
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _RECORD = "predictions.json"
+_MADE_BY = ("model", "protocol", "state_sha256", "dataset")
 _SHOWN = 5
 
 
@@ -70,9 +71,10 @@ def run_predict(options: argparse.Namespace) -> Answer:
     torch.set_num_threads(cfg.runtime.threads)  # as an evaluation: the same labels
     accelerator, _ = resolve_devices(cfg.runtime)
     segmenter = Segmenter(open_network(cfg, open_classes(cfg.dataset)), cfg, torch.device(accelerator))
+    file = segmenter.facts.get("sha256")  # of what has no tensors in memory, such as ONNX
     made_by = {
         "model": cfg.model.name, "protocol": cfg.inference.name, "state_sha256": state_hash(segmenter.network),
-        "dataset": segmenter.classes.dataset,
+        "dataset": segmenter.classes.dataset, **({"sha256": str(file)} if file else {}),
     }  # fmt: skip
     _claim(output, made_by, segmenter.facts)
     print_fact(console, "model", f"{cfg.model.name}, inference={cfg.inference.name}, {_weights(segmenter)}")
@@ -128,8 +130,9 @@ def _claim(output: Path, made_by: Mapping[str, str], facts: Mapping[str, Any]) -
     path = output / _RECORD
     there = [output / folder for folder in ("labels", "pictures") if (output / folder).exists()]
     if path.exists():
-        before = read_json(path, dict.fromkeys(made_by, str))
-        other = [f"{key} {before[key]}, now {value}" for key, value in made_by.items() if before[key] != value]
+        before = read_json(path, {**dict.fromkeys(_MADE_BY, str), "sha256?": str})
+        keys = [*_MADE_BY, "sha256"]
+        other = [f"{k} {before.get(k)}, now {made_by.get(k)}" for k in keys if before.get(k) != made_by.get(k)]
         require(
             not other,
             f"{output}: holds the predictions of another model ({'; '.join(other)}). Name another folder with"

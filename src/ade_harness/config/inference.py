@@ -9,6 +9,9 @@ from omegaconf import MISSING
 
 from ade_harness.config.fields import bounded
 
+MAX_SIDE = 16_384
+"""Pixels of a side of any input, window or padding: published protocols go to 2,560."""
+
 
 class ResizeRule(StrEnum):
     """Which size the network's input has."""
@@ -56,20 +59,24 @@ class ResizeConfig:
     """How the network's input is made from the image, in uint8."""
 
     rule: ResizeRule = ResizeRule.none
-    height: int | None = None  # exact; cover: at least this; fit (null: what the model takes, if only one size)
+    height: int | None = bounded(
+        None, at_least=1, at_most=MAX_SIDE
+    )  # exact; cover: at least this; fit (null: what the model takes, if only one size)
     width: int | None = None
-    side: int | None = None  # short_side, longest_side
-    max_side: int | None = bounded(None, at_least=1)  # short_side: cap of the long side
+    side: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # short_side, longest_side
+    max_side: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # short_side: cap of the long side
     rounding: Rounding = Rounding.mmseg
     backend: ResizeBackend = ResizeBackend.opencv
     antialias: bool = False  # torch only
-    multiple_of: int = bounded(1, at_least=1)  # then resize both sides to a multiple of this
+    multiple_of: int = bounded(1, at_least=1, at_most=MAX_SIDE)  # then resize both sides to a multiple of this
     multiple_rounding: MultipleRounding = MultipleRounding.up
     pad_to: list[int] | None = None  # then pad to exactly (height, width)
-    pad_at_least: int | None = bounded(None, at_least=1)  # or each side that is shorter, to this
-    pad_multiple: int = bounded(1, at_least=1)  # or each side to a multiple of this
+    pad_at_least: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # or each side that is shorter, to this
+    pad_multiple: int = bounded(1, at_least=1, at_most=MAX_SIDE)  # or each side to a multiple of this
     pad_position: PadPosition = PadPosition.corner
-    pad_value: float | None = None  # 0..255 before normalisation; null pads zeros after it
+    pad_value: float | None = bounded(
+        None, at_least=0, at_most=255
+    )  # 0..255 before normalisation; null pads zeros after it
 
 
 class Mode(StrEnum):
@@ -91,8 +98,8 @@ class Shrink(StrEnum):
 class WindowConfig:
     """mode=slide and mode=long_side."""
 
-    crop: int | None = None  # side of a window
-    stride: int | None = None  # slide only
+    crop: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # side of a window
+    stride: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # slide only
     shrink: Shrink = Shrink.each
 
 
@@ -125,9 +132,15 @@ class AugmentationConfig:
     scales: list[float] = field(default_factory=lambda: [1.0])
     sides: list[int] | None = None  # short sides in pixels, in place of scales
     source: ScaleSource = ScaleSource.protocol
-    max_side: int | None = bounded(None, at_least=1)  # cap of the long side for `sides`; null scales the protocol's
-    min_side: int | None = bounded(None, at_least=1)  # no scaled short side is below this, and no cap then (BEiT)
-    round_up: int = bounded(1, at_least=1)  # scaled sides below the protocol's go up to a multiple of this (DINOv3)
+    max_side: int | None = bounded(
+        None, at_least=1, at_most=MAX_SIDE
+    )  # cap of the long side for `sides`; null scales the protocol's
+    min_side: int | None = bounded(
+        None, at_least=1, at_most=MAX_SIDE
+    )  # no scaled short side is below this, and no cap then (BEiT)
+    round_up: int = bounded(
+        1, at_least=1, at_most=MAX_SIDE
+    )  # scaled sides below the protocol's go up to a multiple of this (DINOv3)
     flip: bool = False  # each view also mirrored
     order: ViewOrder = ViewOrder.scale_first
     average: Average = Average.probabilities

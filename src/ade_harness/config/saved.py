@@ -6,8 +6,8 @@ published score was measured. What is derived here is therefore named so in ever
 
 - a network that takes one size only: windows of that size over an image whose short side is that size; along the long
   side for EoMT (as tue-mps/eomt does), every two thirds of a window for the others (as mmsegmentation does);
-- any other: the whole image, its short side as the processor's; for mask classification resized and padded as
-  detectron2 does.
+- any other: the whole image, its short side as the processor's (of its own size, padded to a multiple of 32, where that
+  says ``do_resize: false``); for mask classification resized and padded as detectron2 does.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
             "mode": "slide", "window": {"crop": native, "stride": native * 2 // 3},
         }  # fmt: skip
         name = f"slide_{native}"
+    elif processor.get("do_resize") is False:
+        wanted = {"resize": {"rule": "none", "pad_multiple": 32}}
+        name = "whole"
     else:
         side = side or native or _USUAL_SIDE
         wanted = {"resize": {"rule": "short_side", "side": side, "max_side": cap or 4 * side}}

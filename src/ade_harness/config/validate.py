@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 
 from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.files import data_places
-from ade_harness.config.inference import InferenceConfig, LabelSize, Mode, ResizeConfig, ResizeRule, Rounding, Upsample
+from ade_harness.config.inference import (
+    MAX_SIDE,
+    InferenceConfig,
+    LabelSize,
+    Mode,
+    ResizeConfig,
+    ResizeRule,
+    Rounding,
+    Upsample,
+)
 from ade_harness.config.kinds import Gives, Kind, Source, kind_of
 from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns
 from ade_harness.config.probe import ProbeConfig
@@ -135,8 +144,8 @@ def _check_windows(inference: InferenceConfig) -> None:
         require(holds, f"inference.{key}: needs inference.mode=whole.")
 
 
-_MAX_SCALE, _MAX_SIDE = 16, 16_384
-"""Of an image that is evaluated again: published protocols go to 3, and to sides of 896 pixels."""
+_MAX_SCALE = 16
+"""Of an image that is evaluated again: published protocols go to 3."""
 
 
 def _check_views(inference: InferenceConfig) -> None:
@@ -147,7 +156,7 @@ def _check_views(inference: InferenceConfig) -> None:
     makes_an_image: Callable[[float], bool] = (lambda v: v > 0) if tta.sides is None else (lambda v: v >= 1)
     wrong = [v for v in views if not makes_an_image(v)]
     require(not wrong, f"inference.tta.{key}={list(views)}: {wrong[:1]} makes no image. Expected numbers over 0.")
-    maximum = _MAX_SCALE if tta.sides is None else _MAX_SIDE
+    maximum = _MAX_SCALE if tta.sides is None else MAX_SIDE
     large = [v for v in views if v > maximum]
     require(not large, f"inference.tta.{key}={list(views)}: {large[:1]} is too much, at most {maximum:,}.")
     require(

@@ -43,8 +43,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """How an image of each EXIF orientation is turned to be shown."""
-_AT_THE_END = re.compile(r"extraneous bytes before marker 0xd9")
-"""A warning of libjpeg after which every pixel is there."""
+_AT_THE_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+"""A warning of libjpeg after which every pixel is there: bytes between the last of them and the end."""
+_MAX_PADDING = 64
+"""Bytes that writers put there. Zeros that stand for lost data are codes too: thousands are left over after them."""
 _METADATA = re.compile(r"unknown JFIF revision|Unknown Adobe color transform", re.IGNORECASE)
 """Warnings that say nothing of the pixels; libjpeg reports only the first warning, so others may follow."""
 _APP0, _APP14, _SCAN = 0xE0, 0xEE, 0xDA
@@ -98,7 +100,7 @@ def _decode_jpeg(data: bytes, name: str, mode: str) -> npt.NDArray[np.uint8] | N
         odd_metadata = plain != data and _METADATA.search(str(error)) is not None
         if odd_metadata:  # without it, is there anything wrong with the pixels?
             _decode_jpeg(plain, name, mode)
-        elif _AT_THE_END.search(str(error)):
+        elif (found := _AT_THE_END.search(str(error))) and int(found[1]) <= _MAX_PADDING:
             pixels = simplejpeg.decode_jpeg(data, space, fastdct=False, fastupsample=False, strict=False)
         else:
             raise unreadable(name, "image", error) from error
@@ -135,6 +137,9 @@ def decode_labels(data: bytes, name: str, storage: LabelStorage = LabelStorage()
     header = check_png(data, name, "label map")
     with _opened(data, name, "label map") as image:
         if storage.kind == "colour":
+            entries = 256 if header.palette is None else len(header.palette)
+            if entries < 256 and (index := int(np.array(image).max(initial=0))) >= entries:
+                raise HarnessError(f"{name}: a palette PNG: index {index} is not in its palette of {entries} colours.")
             return _values_of_colours(np.array(image.convert("RGB")), name, storage)
         stored = np.array(image)
     if storage.kind == "uint16":

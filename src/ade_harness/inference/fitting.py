@@ -18,6 +18,10 @@ def fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConf
     return inference
 
 
+_MAX_PIXELS = 2**27
+"""Of an input, as of an image that is decoded: 1.5 GB in float32, before the network makes anything of it."""
+
+
 def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: LoadedModel, stride: int) -> None:
     """Refuse a view that the network cannot take.
 
@@ -36,6 +40,12 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
     if min(min(s) for s in plan.sizes) < 1:
         written = " then ".join(f"{w}x{h}" for h, w in plan.sizes)
         raise HarnessError(f"{image_id}: {name} makes an image of {written} (width x height): no pixels.")
+    largest = max((*plan.sizes, plan.canvas), key=lambda size: size[0] * size[1])
+    if largest[0] * largest[1] > _MAX_PIXELS:
+        raise HarnessError(
+            f"{image_id}: {name} makes an input of {largest[1]}x{largest[0]} (width x height), over {_MAX_PIXELS:,}"
+            " pixels. Choose smaller sides or scales."
+        )
     if plan.size[0] > plan.canvas[0] or plan.size[1] > plan.canvas[1]:
         raise HarnessError(
             f"{image_id}: {plan.size[1]}x{plan.size[0]} (width x height) after resizing does not fit"

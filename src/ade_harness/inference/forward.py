@@ -126,6 +126,11 @@ class BatchedForward:
                 f"{what}: the model returned {list(output.shape)} for an input of {list(batch.shape)}: the"
                 f" {output.shape[3]} channels seem to be last. Expected logits [N, C, h, w]: permute(0, 3, 1, 2)."
             )
+        if self._is_transposed(output.shape, batch.shape):
+            raise HarnessError(
+                f"{what}: the model returned {list(output.shape)} for an input of {list(batch.shape)}: height and width"
+                " seem to have changed places. Expected logits [N, C, h, w]: transpose(2, 3)."
+            )
         # a network may have turned gradients on for itself
         return [output[i : i + 1].detach().float() for i in range(len(images))]
 
@@ -135,6 +140,15 @@ class BatchedForward:
             return False
         step = max(1, round(images[2] / output[1]))
         return all(abs(side / step - found) < 1 for side, found in zip(images[2:], output[1:3], strict=True))
+
+    def _is_transposed(self, output: Sequence[int], images: Sequence[int]) -> bool:
+        """Whether scores look like [N, C, w, h]: of the input's shape on its side, and by no means of it upright."""
+        step = max(1, round(max(images[2:]) / max(output[2:])))
+
+        def fits(size: Sequence[int]) -> bool:
+            return all(abs(side / step - found) < 1 for side, found in zip(images[2:], size, strict=True))
+
+        return abs(output[2] - output[3]) > 2 and fits(output[:1:-1]) and not fits(output[2:])
 
     def _run(self, batch: Tensor, what: str) -> Any:
         if self.cfg.channels_last:

@@ -109,7 +109,8 @@ def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str
         predicted: [..., C] valid pixels predicted as each class.
 
     Returns:
-        By score, float64 [...], 0..1. One set gives the same bits as the same set among many.
+        By score, float64 [...], 0..1, NaN where no pixel is counted. One set gives the same bits as the same set among
+        many.
     """
     iou = area_iou(intersection, truth, predicted)
     counted, present, pixels = ~np.isnan(iou), truth > 0, truth.sum(-1)
@@ -119,7 +120,7 @@ def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str
     weights = np.divide(truth, pixels[..., None], out=np.zeros(iou.shape), where=pixels[..., None] > 0)
     mean = filled.sum(-1) / np.maximum(counted.sum(-1), 1)
     accuracy = np.nan_to_num(_ratio(intersection.sum(-1, keepdims=True), pixels[..., None]))[..., 0]
-    return {
+    found_scores = {
         "mIoU": mean,
         "mIoU_csail": filled.sum(-1) / iou.shape[-1],
         "mIoU_detectron2": np.where(present, filled, 0.0).sum(-1) / np.maximum(present.sum(-1), 1),
@@ -128,6 +129,7 @@ def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str
         "fwIoU": (weights * filled).sum(-1),
         "final_score": (accuracy + mean) / 2,
     }
+    return {name: np.where(pixels > 0, value, np.nan) for name, value in found_scores.items()}
 
 
 def scores(matrix: Matrix) -> Scores:

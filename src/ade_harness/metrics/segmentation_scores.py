@@ -92,12 +92,12 @@ class SegmentationScores(Metric):
 
         Args:
             predictions: scores float [N, C, h, w] of any size, or labels, integers [N, H, W], where values outside of
-                0..C-1 are none of the classes. Without N for one image.
+                0..C-1 are none of the classes. Without N for one image. Scores are compared in float32.
             target: integers [N, H, W]: 0..C-1, or `ignore_index`.
 
         Raises:
-            ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class. Then nothing of
-                the batch is counted.
+            ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class, or NaN among the
+                scores. Then nothing of the batch is counted.
         """
         predictions, target = self._batched(predictions, target)
         found = torch.zeros_like(self.matrix)
@@ -111,6 +111,10 @@ class SegmentationScores(Metric):
                 raise ArgumentError(f"{name}: a {type(value).__name__}, expected a tensor.")
         if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
             raise ArgumentError(f"target is {target.dtype}, expected integers.")
+        for name, value in (("predictions", predictions), ("target", target)):
+            if value.layout != torch.strided or value.is_quantized:
+                kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+                raise ArgumentError(f"{name}: a {kind} tensor, expected a dense one (value.to_dense()).")
         if predictions.is_complex() or predictions.dtype == torch.bool:
             raise ArgumentError(f"predictions are {predictions.dtype}, expected real scores or integer labels.")
         scores = predictions.is_floating_point()
@@ -150,6 +154,8 @@ class SegmentationScores(Metric):
         counted = known & ~ignored
         compact = classes <= MAX_CLASSES
         if prediction.is_floating_point():
+            if self.validate_args and bool(prediction.isnan().any()):
+                raise ArgumentError("predictions hold NaN: argmax would take them for the best class.")
             prediction = self._labels(prediction, target)
         if compact:  # the kernels count labels of one byte
             none = torch.full_like(target, IGNORE_INDEX)
@@ -167,7 +173,10 @@ class SegmentationScores(Metric):
         return chosen.label_map(scores.detach().float().contiguous(), size).long()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return every score by name, float64, 0..1: see :class:`ade_harness.metrics.confusion.Scores`."""
+        """Return every score by name, float64, 0..1: see :class:`ade_harness.metrics.confusion.Scores`.
+
+        All are NaN while no pixel is counted.
+        """
         matrix = self._on_host()
         found = area_scores(np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :-1].sum(0))
         return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in found.items()}

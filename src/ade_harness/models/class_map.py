@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,7 +58,12 @@ def resolve_class_map(
     Raises:
         HarnessError: the channels do not fit the classes, or names say that the order is another.
     """
-    found = _classes_by_name(names, classes) if names is not None and len(names) == channels else None
+    if names is not None and len(names) != channels:
+        return _with_note(
+            resolve_class_map(channels, class_map, None, classes),
+            f"the model's {len(names)} class names are not used: it outputs {channels} channels",
+        )
+    found = _classes_by_name(names, classes) if names is not None else None
     if class_map is None:
         if channels != len(classes):
             raise HarnessError(_wrong_number(channels, found, names, classes))
@@ -76,6 +81,10 @@ def resolve_class_map(
     kept = tuple(c for c, value in enumerate(class_map) if value is not None)
     class_of = tuple(value for value in class_map if value is not None)
     return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names, classes))
+
+
+def _with_note(found: ClassMap, note: str) -> ClassMap:
+    return replace(found, note=note if found.note is None else f"{found.note}; {note}")
 
 
 def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None] | None:

@@ -7,11 +7,12 @@ where all of these are equal.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import mmap
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +40,8 @@ def state_hash(module: nn.Module, attributes: bool = False) -> str:
 
     Args:
         module: the network.
-        attributes: hash tensors and arrays too that are plain attributes of modules, as anybody's code may have them.
+        attributes: hash tensors, arrays and numbers too that are plain attributes of modules, as anybody's code may
+            have them.
             Not of a network that has been called before: it may keep what it has last computed.
     """
     named = list(_tensors(module))
@@ -59,18 +61,27 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors, arrays and numbers that are plain attributes of modules, in lists and mappings too."""
     for prefix, part in module.named_modules():
         for name, value in vars(part).items():
-            if name.startswith("_") and name in vars(_EMPTY):
+            if name == "training" or (name.startswith("_") and name in vars(_EMPTY)):
                 continue  # parameters, buffers and hooks
-            if isinstance(value, Mapping):
-                items = list(value.items())
-            else:
-                items = list(enumerate(value)) if isinstance(value, list | tuple) else [("", value)]
-            for key, one in items:
-                tensor = torch.from_numpy(one) if isinstance(one, np.ndarray) and one.dtype.kind in "iufb" else one
-                if isinstance(tensor, Tensor):
-                    yield f"{prefix}:{name}:{key}", tensor
+            yield from _tensors_in(value, f"{prefix}:{name}:", 0)
+
+
+_MAX_NESTING = 8
+
+
+def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iufb":
+        yield name, torch.from_numpy(np.array(value))
+    elif isinstance(value, bool | int | float):
+        yield name, torch.frombuffer(bytearray(repr(value).encode()), dtype=torch.uint8)  # of any size, to the last bit
+    elif isinstance(value, Mapping | list | tuple) and depth < _MAX_NESTING:
+        for key, below in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
+            yield from _tensors_in(below, f"{name}{'.' if depth else ''}{key}", depth + 1)
 
 
 _EMPTY = nn.Module()
@@ -123,8 +134,8 @@ def source_hash(module_name: str) -> str | None:
         module_name: of an imported module.
 
     Returns:
-        A sha256 of its project's imported files: those of its package and beside it. Of an installed package
-        ``name==version``. None if it has no file.
+        A sha256 of its project's files that are imported, or that imported ones name in an import, wherever it stands:
+        a forward may import when it is called. Of an installed package ``name==version``. None if it has no file.
     """
     top = module_name.partition(".")[0]
     found = getattr(sys.modules.get(top), "__file__", None) or getattr(sys.modules.get(module_name), "__file__", None)
@@ -141,9 +152,53 @@ def source_hash(module_name: str) -> str | None:
     files = {Path(f) for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
     files = {f for f in files if f.is_absolute() and f.suffix == ".py" and not _is_installed(f)}
     real = {f.resolve() for f in files if f.is_file()}
-    own = sorted(f for f in real if f.is_relative_to(root) and not (_is_installed(f) or f.is_relative_to(_THIS)))
-    lines = [f"{f.relative_to(root).as_posix()} {file_hash(f, 'sha256')}\n" for f in own]
+    own = {f for f in real if f.is_relative_to(root) and not (_is_installed(f) or f.is_relative_to(_THIS))}
+    todo = list(own)
+    while todo:
+        named = _imports_of(todo.pop(), root) - own
+        new = {f for f in named if not (_is_installed(f) or f.is_relative_to(_THIS))}
+        own |= new
+        todo += new
+    lines = [f"{f.relative_to(root).as_posix()} {file_hash(f, 'sha256')}\n" for f in sorted(own)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sources_of(module: nn.Module, others: Iterable[str]) -> list[str]:
+    """Return :func:`source_hash` of a network's class and of `others`, and of every part's class that is not installed.
+
+    Args:
+        module: the network, whose parts may come from several projects.
+        others: names of modules.
+    """
+    found = [source_hash(name) for name in (type(module).__module__, *others)]
+    parts = sorted({type(part).__module__ for part in module.modules()} - {"builtins"})
+    hashes = (source_hash(name) for name in parts if not name.startswith(("torch.", f"{ade_harness.__name__}.")))
+    return list(dict.fromkeys(h for h in [*found, *(h for h in hashes if h and "==" not in h)] if h))
+
+
+def _imports_of(file: Path, root: Path) -> set[Path]:
+    """Return the files below `root` that a file's import statements can mean, those within functions too."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return set()
+    found: set[Path] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(root, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = file.parents
+            start = parents[min(node.level - 1, len(parents) - 1)] if node.level else root
+            module = node.module or ""
+            names = [(start, f"{module}.{alias.name}".strip(".")) for alias in node.names]
+        else:
+            continue
+        for start, name in names:
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                place = start.joinpath(*parts[:depth])
+                found |= {place / "__init__.py", place.with_name(f"{place.name}.py")}
+    return {f.resolve() for f in found if f.is_file() and f.resolve().is_relative_to(root)}
 
 
 def _is_installed(path: Path) -> bool:

@@ -14,6 +14,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.documents import checked, damaged, read_json, read_yaml
 from ade_harness.files.escapes import one_line
 from ade_harness.metrics.areas import ImageAreas, image_areas
+from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
 from ade_harness.runs.directory import LEDGER, MANIFEST, read_manifest
 from ade_harness.runs.ledger import read_rows
@@ -114,7 +115,21 @@ def load_run(path: Path) -> FinishedRun:
         found,
     )  # fmt: skip
     _check_classes(run)
+    _check_scores(run)
     return run
+
+
+_ROUNDING = 1e-9
+"""Versions of NumPy may add up 150 numbers in another order."""
+
+
+def _check_scores(run: FinishedRun) -> None:
+    """Refuse a run whose metrics.json does not say what its ledger sums to."""
+    found = {**scores(run.matrix).as_dict(), "images": len(run.rows)}
+    for name, value in found.items():
+        stored = run.metrics.get(name, value)
+        if stored != value and not (isinstance(stored, int | float) and abs(stored - value) <= _ROUNDING):
+            raise damaged(str(run.path / "metrics.json"), f"{name}: is {stored}, the ledger sums to {value}")
 
 
 def _check_classes(run: FinishedRun) -> None:

@@ -260,7 +260,7 @@ class Supervisor:
             "PYTHONUNBUFFERED": "1",  # what a killed rank has printed must not be lost
         }
         # rank 0 has the terminal; if there is none, its output is kept in its log like everybody's
-        shell = sys.stdout.isatty()
+        shell = sys.stdout is not None and sys.stdout.isatty()
         terminal = shell and rank == 0
         process = subprocess.Popen(
             self.command,

@@ -75,7 +75,8 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     if not trust and (is_bundle(source) or not is_own(first.path, first.manifest)):
         _check_trust(repeat, source)
     if is_bundle(source):
-        overrides = [*_fetched(source, first.config["model"]["kind"], overrides), *overrides]
+        own = trust or is_own(first.path, first.manifest)
+        overrides = [*_fetched(source, first.config["model"]["kind"], overrides, own), *overrides]
     output = output or Path("runs") / new_run_name(f"{first.config['model']['name']}-again")
     with code_of(first.manifest["code"], code_state()) as code:
         for remark in code.remarks:
@@ -125,18 +126,27 @@ def _check_trust(repeat: Sequence[str], source: Path) -> None:
     require_trust(nested, str(source))
 
 
-def _fetched(folder: Path, kind: str, overrides: Sequence[str]) -> list[str]:
-    """Fetch the file of a model that takes a path, unless a path is given."""
+def _fetched(folder: Path, kind: str, overrides: Sequence[str], trusted: bool) -> list[str]:
+    """Fetch the file of a model that takes a path, unless a path is given.
+
+    Raises:
+        HarnessError: the submission is not trusted, so its address is not contacted; or the file cannot be had.
+    """
     if kind_of(kind).source is not Source.file or any(word.startswith("model.path=") for word in overrides):
         return []
     reference = read_claim(folder)["references"][0]
     address, sha256 = reference["address"], reference["sha256"]
+    if not trusted:
+        raise HarnessError(
+            f"{folder}: was not made by you on this machine, and would download {escaped(address)}. Give the file with"
+            " model.path=FILE, or add --trust."
+        )
     if address.startswith("hub:"):
         name, _, rest = address[4:].partition("@")
         revision, _, file = rest.partition("/")
-        path = hub_checkpoint(name, file, revision, sha256).path
+        path = hub_checkpoint(name, file, revision, sha256, "model.path").path
     else:
-        path = url_checkpoint(address, cache_dir() / "checkpoints", sha256).path
+        path = url_checkpoint(address, cache_dir() / "checkpoints", sha256, key="model.path").path
     return [f"model.path={as_override_value(str(path))}"]
 
 

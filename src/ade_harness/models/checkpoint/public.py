@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
@@ -41,12 +42,16 @@ def url_checkpoint(
 ) -> Checkpoint:
     """Fetch a weight file into `folder`, once for all ranks of a node; continued after an interruption.
 
-    `key` is the option by which the user can give the file.
+    `key` is the option by which the user can give the file. A file whose content is not known beforehand lies in a
+    folder of its address: two addresses may end in one name.
 
     Raises:
         HarnessError: no network, no such file, or a wrong hash.
     """
-    file = folder / url.rpartition("/")[2]
+    name = Path(unquote(urlsplit(url).path)).name or "checkpoint"
+    if sha256 is None:
+        folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
+    file = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(str(file) + ".lock"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,16 @@ def timm_repository(name: str) -> tuple[str, str]:
     Raises:
         HarnessError: timm does not know it, or knows no weights for it.
     """
-    from timm.models import get_pretrained_cfg
+    from timm.models import get_pretrained_cfg, list_pretrained
 
-    known = get_pretrained_cfg(name, allow_unregistered=False)
+    try:
+        known = get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:  # no such architecture, or no such tag of it
+        close = get_close_matches(name, list_pretrained(), 5)
+        raise HarnessError(
+            f"model.backbone={name}: timm knows no such backbone ({str(error).rstrip('.')})."
+            f"{' Near it: ' + ', '.join(close) + '.' if close else ''} timm.list_pretrained() lists them."
+        ) from error
     if known is None or not known.hf_hub_id:
         raise HarnessError(
             f"{name}: timm knows no public weights of this name. Give a file as model.backbone_checkpoint=PATH."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
-from ade_harness.models.identity import source_hash
+from ade_harness.models.identity import sources_of
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
 
@@ -41,10 +42,20 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         allowed = tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys)
         load_strictly(module, part.state, Strictness(checkpoint.origin, *allowed, of_file=part.name_in_file))
         weights, facts = "pretrained", facts_of(checkpoint, part)
-    source = source_hash(type(module).__module__), source_hash(get_object(target).__module__)
-    facts["source"] = ", ".join(dict.fromkeys(s for s in source if s)) or None
+    others = [getattr(get_object(name), "__module__", "") for name in (target, *_nested_targets(cfg.kwargs))]
+    facts["source"] = ", ".join(sources_of(module, others)) or None
     names = getattr(module, "class_names", None)
     return LoadedModel(module, weights, **statistics(cfg), class_names=names_of(cfg, names), facts=facts)
+
+
+def _nested_targets(value: Any) -> Iterator[str]:
+    """Yield every ``_target_`` within a module's arguments."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_target_"), str):
+            yield value["_target_"]
+        value = list(value.values())
+    for below in value if isinstance(value, list | tuple) else ():
+        yield from _nested_targets(below)
 
 
 def _makes_a_module(found: Any, target: str) -> bool:
