@@ -480,6 +480,18 @@ def test_bytes_after_the_last_pixel_are_no_damage() -> None:
         assert np.array_equal(decode_image(odd, "a.jpg"), expected)
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+@pytest.mark.parametrize("quality", [75, 95])
+def test_zeros_in_place_of_lost_data_are_damage(kept: float, quality: int) -> None:
+    """As a file has that was made in its full length and never filled: zeros may be codes of a JPEG too."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (200, 300, 3)).astype(np.uint8))
+    data = encoded(noise, "JPEG", quality=quality)
+    cut = int(kept * len(data))
+    with pytest.raises(HarnessError, match=r"a\.jpg: this image cannot be read"):
+        decode_image(data[:cut] + b"\0" * (len(data) - cut - 2) + b"\xff\xd9", "a.jpg")
+
+
 def test_images_that_take_too_much_are_refused_before_they_are_decoded() -> None:
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)

@@ -21,7 +21,7 @@ from ade_harness.config.fields import place_keys
 from ade_harness.config.overrides import PATHS, as_override_value, overrides_of
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
-from ade_harness.leaderboard.reproduce import checkout
+from ade_harness.leaderboard.reproduce import checkout, rerun
 from ade_harness.leaderboard.reproduce.checkout import code_of
 from ade_harness.leaderboard.reproduce.comparison import compare_runs, what_differs
 from ade_harness.leaderboard.reproduce.rerun import _check_trust
@@ -310,6 +310,23 @@ def test_a_run_repeats_only_what_decides_its_counts(demo: Path, call: Call, tmp_
     (edited / "manifest.json").write_text(json.dumps({**manifest, "repeat": [*manifest["repeat"], word]}))
     for more in ((), ("--trust",)):
         one_message(call("reproduce", edited, *more), "damaged: manifest.json, repeat: ", "decides the counts")
+
+
+def test_a_strangers_address_is_not_contacted_without_consent(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"weights": "pretrained", "origin": "x.onnx", "sha256": "b" * 64}
+    run = load_run(write_whole_run(tmp_path / "mine", "model=onnx", "model.path=x.onnx", facts=facts))
+    about = {"--contact": "me@example.org", "--checkpoint": "https://evil.example.org/collect/x.onnx"}
+    build(run, tmp_path / "theirs", *prepare(run, about, lambda reference: reference))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
+    asked: list[str] = []
+    monkeypatch.setattr(rerun, "url_checkpoint", lambda url, *_, **__: asked.append(url))
+    one_message(
+        call("reproduce", tmp_path / "theirs"), "would download https://evil.example.org/collect/x.onnx",
+        "model.path=FILE, or add --trust",
+    )  # fmt: skip
+    assert asked == []
 
 
 def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path: Path) -> None:

@@ -77,9 +77,13 @@ def project(tmp_path: Path) -> Any:
         "        self.layer = Layer()\n"
         "        self.layer.load_state_dict(torch.load('own.pth'))\n"
         "        self.shift = [torch.load('plain.pth')]\n"
+        "        import json, pathlib\n        self.numbers = json.loads(pathlib.Path('numbers.json').read_text())\n"
         "    def forward(self, x):\n"
-        "        return self.layer(x) + self.shift[0]\n"
+        "        import late\n        return self.layer(x) + self.shift[0] + self.numbers['a'][0] + late.ZERO\n"
     )
+    (tmp_path / "late.py").write_text("from later import ZERO\n")
+    (tmp_path / "later.py").write_text("ZERO = 0\n")
+    (tmp_path / "numbers.json").write_text('{"a": [0.0, 1]}')
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside/__init__.py").write_text("A = 1\n")
     (tmp_path / "packed").mkdir()
@@ -95,7 +99,7 @@ def project(tmp_path: Path) -> Any:
 
 
 def forget() -> None:
-    for name in ("my_net", "my_parts", "beside", "packed", "packed.net"):
+    for name in ("my_net", "my_parts", "beside", "packed", "packed.net", "late", "later"):
         sys.modules.pop(name, None)
 
 
@@ -107,6 +111,9 @@ def forget() -> None:
         ("own.pth", "model.state_sha256"),
         ("plain.pth", "model.state_sha256"),
         ("beside/__init__.py", "code.model_source"),
+        ("late.py", "code.model_source"),  # imported by the forward, when it is called
+        ("later.py", "code.model_source"),
+        ("numbers.json", "model.state_sha256"),
         ("nothing", None),
     ],
 )
@@ -123,6 +130,8 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
     path = project / change
     if change.endswith(".py"):
         path.write_text(path.read_text() + "# another line\n")
+    elif change == "numbers.json":
+        path.write_text('{"a": [0.5, 1]}')
     elif change == "plain.pth":
         torch.save(torch.ones(1), path)
     elif change.endswith(".pth"):
@@ -133,6 +142,34 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
         assert done.code == 0, done.err
     else:
         one_message(done, f"Different: {key}: was ")
+
+
+def test_parts_of_another_project_are_part_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    """Nested targets, and parts that a constructor makes by itself."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "backb.py").write_text(
+        "import torch\n\nclass B(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, 150, 4, 4)\n\n"
+        "def make():\n    import torch.nn as nn\n    return nn.Conv2d(3, 150, 4, 4)\n"
+    )
+    (tmp_path / "outer.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self, part):\n        super().__init__()\n"
+        "        self.part = part\n\n    def forward(self, x):\n        return self.part(x)\n"
+    )
+    monkeypatch.syspath_prepend(str(other))
+    for number, target in enumerate(("backb.B", "backb.make")):
+        words = ("model=custom", "model._target_=outer.Net", f"+model.kwargs.part._target_={target}", "dataset.images=2",
+                 *FAST, f"run.dir=run{number}", "metrics.resamples=0")  # fmt: skip
+        assert call(*words).code == 0
+        path = other / "backb.py"
+        path.write_text(path.read_text() + "# another line\n")
+        for name in ("outer", "backb"):
+            sys.modules.pop(name, None)
+        one_message(call(*words), "Different: code.model_source: was ")
+        for name in ("outer", "backb"):
+            sys.modules.pop(name, None)
 
 
 def write_external(path: Path, seed: int = 0) -> None:

@@ -83,6 +83,27 @@ def test_an_official_file_is_fetched_once_resumed_and_checked(server: Server, tm
         load_model(model_cfg(*words, "model.official.sha256='12345678'"))
 
 
+def test_two_addresses_of_one_name_are_two_files(server: Server, own_cache: Path) -> None:
+    """Nothing but the address tells them apart where no sha256 is expected."""
+    from ade_harness.models.checkpoint.public import url_checkpoint
+
+    found = []
+    for place, content in (
+        ("a/net.pth", b"first"),
+        ("b/net.pth", b"second"),
+        ("b/net.pth?v=2", b"third"),
+        ("b/..", b"4"),
+    ):
+        server.content = content
+        checkpoint = url_checkpoint(f"http://127.0.0.1:{server.server_port}/{place}", own_cache, None)
+        assert checkpoint.path.read_bytes() == content
+        assert own_cache in checkpoint.path.parents
+        found.append(checkpoint.path)
+    assert len(set(found)) == 4
+    again = url_checkpoint(f"http://127.0.0.1:{server.server_port}/a/net.pth", own_cache, None)
+    assert again.path.read_bytes() == b"first"
+
+
 def test_an_address_that_is_gone(server: Server) -> None:
     server.status = 404
     with pytest.raises(HarnessError, match=r"net\.pth: the server answers 404"):

@@ -48,7 +48,8 @@ def url_checkpoint(
     Raises:
         HarnessError: no network, no such file, or a wrong hash.
     """
-    name = Path(unquote(urlsplit(url).path)).name or "checkpoint"
+    name = Path(unquote(urlsplit(url).path)).name
+    name = name if name.strip(".") else "checkpoint"
     if sha256 is None:
         folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
     file = folder / name
