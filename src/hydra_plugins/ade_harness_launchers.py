@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ade_harness.config.schema import Config
 
 
-class _CheckedLauncher(Launcher):
+class _CheckedLauncher(Launcher, ABC):
     """What ours share: jobs are composed and checked before any starts."""
 
     def __init__(self, **settings: Any) -> None:
@@ -45,6 +46,7 @@ class _CheckedLauncher(Launcher):
         from ade_harness.cli.sweep import SweepJob
         from ade_harness.config.compose import compose_config
 
+        _check_sweep(self.config, job_overrides)
         extra = _config_dir(self.config)
         jobs, mistakes = [], []
         for number, words in enumerate(job_overrides, start=initial_job_idx):
@@ -60,12 +62,13 @@ class _CheckedLauncher(Launcher):
             raise HarnessError(
                 f"{len(mistakes)} of {len(job_overrides)} jobs cannot run, so none was started.\n" + "\n".join(mistakes)
             )
-        flags = [*_of_jobs(self.config), *(["--config-dir", str(extra.resolve())] if extra else [])]
+        # a file may say that everything is a sweep: a job is not one, or it would start jobs without end
+        flags = [*_of_jobs(self.config), "hydra.mode=RUN", *(["--config-dir", str(extra.resolve())] if extra else [])]
         return self.run(jobs, flags)
 
+    @abstractmethod  # Hydra registers no abstract classes
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Run checked jobs; `flags`, also overrides of Hydra's own, go to each command."""
-        raise TypeError(f"{type(self).__name__} does not say how jobs run")
 
     def _directory(self, number: int, words: Sequence[str], extra: Path | None, config: Config) -> Path:
         """Return where a job writes: ``run.dir``, or Hydra's own directory of the job."""
@@ -122,7 +125,9 @@ class OneJobLauncher(_CheckedLauncher):
         words += ["--json"] if output() is Output.stderr else []
         code = subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode
         if code:
-            raise SystemExit(code if code > 0 else 128 - code)
+            from ade_harness.runtime.lifetime import CommandEnded
+
+            raise CommandEnded(code if code > 0 else 128 - code)
         return [_returned(job, code, None)]
 
 
@@ -152,6 +157,25 @@ class SlurmLauncher(_CheckedLauncher):
 
         submit([[*job.overrides, *flags] for job in jobs], [job.config for job in jobs], self.settings)
         return [_returned(job, 0, None) for job in jobs]
+
+
+def _check_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:
+    """Refuse sweeps whose jobs would be something else than what was asked for, or of which there are none."""
+    from ade_harness.cli.sweep import NO_OTHER_PRIMARY, command
+    from ade_harness.config.files import conf_dir
+
+    main = next((str(s.path) for s in config.hydra.runtime.config_sources if s.provider == "main"), "")
+    require(
+        config.hydra.job.config_name == "config" and (not main or Path(main).resolve() == conf_dir().resolve()),
+        NO_OTHER_PRIMARY,
+    )
+    require(
+        command.get() == "evaluate",
+        f"{command.get()}: cannot be swept (hydra.mode=MULTIRUN): each training is a command of its own.",
+    )
+    require(
+        len(job_overrides) > 0, "the sweep has no jobs: no choice fits its glob(...), or a list of values is empty."
+    )
 
 
 def check_files(config: Config) -> None:

@@ -18,7 +18,7 @@ from ade_harness.cli.sweep import Sweep, SweepJob
 from ade_harness.config.arguments import prepare
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
-from tests.cli.test_cli import FAST, Call
+from tests.cli.test_cli import FAST, Call, one_message
 from tests.conftest import Done
 
 Cli = Callable[..., Done]
@@ -419,3 +419,68 @@ def test_an_interpolation_in_place_of_a_node_or_a_list_is_refused(key: str, valu
         HarnessError, match=f"^{key}=.* where (fields are expected: {key}.NAME=VALUE|a list is expected)"
     ):
         compose_config([f"{key}={value}"])
+
+
+@pytest.mark.slow
+def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
+    cli: Callable[..., Done], tmp_path: Path
+) -> None:
+    """Hydra's own pattern for experiments; each job is composed with the same file."""
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/sw.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      dataset.limit: 1,2\n"
+    )
+    done = cli("-cd", "mine", "+experiment=sw", *FAST, "dataset.images=2", "hydra.sweep.dir=swept", timeout=100)
+    assert done.code == 0, done.err
+    rows = json.loads((tmp_path / "swept/sweep.json").read_text())
+    assert [row["state"] for row in rows] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hydra.mode=MULTIRUN", "-cd", "mine", "-cn", "nightly"], "the jobs of a sweep are composed from the packaged"),
+        (["-cd", "mine", "-cn", "all"], "the jobs of a sweep are composed from the packaged"),
+        (["-m", "model=glob(nope*)"], "the sweep has no jobs"),
+        (["hydra/launcher=slurm"], "hydra/launcher=slurm: starts the jobs of a sweep: add -m"),
+        (["hydra/launcher=list"], "hydra/launcher=list: starts the jobs of a sweep: add -m"),
+        (["-p", "inference"], "--package: says which part --cfg prints"),
+        (["--json", "--cfg", "job"], "--json: --cfg prints text of Hydra's"),
+        (["hydra.run.dir=a", "run.dir=b"], "both name the run's directory"),
+        (["model.label=${nope.x}"], "nope"),
+        (["model.label=${foo:1}"], "foo"),
+        (["model.label=${oc.env:UNSET_OF_MINE}"], "UNSET_OF_MINE"),
+        (["hydra.job.env_copy=[UNSET_OF_MINE]"], "UNSET_OF_MINE"),
+        (["probe", "hydra.mode=MULTIRUN", "model=timm", "model.backbone=test_vit", "probe=dinov3_linear"],
+         "probe: cannot be swept"),
+        (["inference.resize.rule=exact", "inference.resize.height=100000"], "inference.resize.height=100000: expected 1 to"),
+        (["inference.resize.multiple_of=1000000000"], "inference.resize.multiple_of=1000000000: expected 1 to 16,384"),
+        (["inference.resize.pad_value=nan"], "inference.resize.pad_value=nan: expected 0 to 255"),
+        (["inference.resize.rule=exact", "inference.resize.height=16000", "inference.resize.width=16000"],
+         "over 134,217,728 pixels"),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_or_no_end_is_refused(
+    call: Call, tmp_path: Path, words: list[str], message: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/nightly.yaml").write_text("defaults: [config, _self_]\ndataset:\n  limit: 2\n")
+    (tmp_path / "mine/all.yaml").write_text("defaults: [config, _self_]\nhydra:\n  mode: MULTIRUN\n")
+    more = [] if words[0].startswith("-") and "-cd" not in words else ["tracking=none", "dataset.images=2"]
+    one_message(call(*words, *more), message)
+    assert not list(tmp_path.glob("**/metrics.json"))
+
+
+def test_a_directory_of_hydras_in_a_file_is_the_runs(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine/where").mkdir(parents=True)
+    (tmp_path / "mine/where/there.yaml").write_text("# @package _global_\nhydra:\n  run:\n    dir: from_file\n")
+    assert call("-r", "-cd", "mine", "+where=there", *FAST, "dataset.images=2").code == 0
+    assert (tmp_path / "from_file/metrics.json").exists()
+    for word in ("hydra.verbose=true", "run.dir=other"):
+        one_message(call("resume", "from_file", word), word)
+
+
+def test_help_of_one_command(call: Call) -> None:
+    assert "--trust" in call("help", "resume").out
+    one_message(call("help", "nope"), "'nope' is neither a command nor key=value")
+    assert "hydra" in call("probe", "--hydra-help").out.lower()

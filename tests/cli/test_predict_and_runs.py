@@ -12,7 +12,7 @@ from PIL import Image
 
 import ade_harness as ade
 from ade_harness.data.ade20k_labels import ade20k_classes
-from tests.cli.test_cli import Call
+from tests.cli.test_cli import Call, one_message
 
 SMALL = {"dataset.images": 4, "metrics.resamples": 0}
 
@@ -190,3 +190,22 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
         done = call("runs", *words)
         assert done.code == 2
         assert message in done.err
+
+
+def test_a_model_that_exits_predicts_nothing(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exits.py").write_text(
+        "import sys, torch\n\nclass AtInit(torch.nn.Module):\n    def __init__(self):\n        sys.exit(0)\n\n"
+        "class AtForward(torch.nn.Module):\n    def forward(self, x):\n        sys.exit(0)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    picture = np.zeros((32, 48, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.jpg")
+    for name in ("AtInit", "AtForward"):
+        done = call("predict", "model=custom", f"model._target_=exits.{name}", "inference=original_size", "a.jpg")
+        one_message(done, "called sys.exit(0) at ", "exits.py:")
+
+
+def test_options_of_evaluations_are_refused_by_predict(call: Call, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(tmp_path / "a.jpg")
+    for word in ("run.dir=x", "dataset.limit=3", "tracking=none"):
+        one_message(call("predict", "model=demo", word, "a.jpg"), f"{word}: has no effect on predict")

@@ -40,13 +40,13 @@ _HYDRA = (
     _CONFIG_DIR,
     Argument("-cn", "--config-name", metavar="NAME", help="another primary configuration, such as one in --config-dir"),
     Argument("-cp", "--config-path", metavar="DIR", help="another folder of configurations than the packaged one"),
-    Argument("-c", "--cfg", choices=("job", "hydra", "all"), help="print the composed configuration and stop"),
+    Argument("-c", "--cfg", choices=("job", "hydra", "all"), help="print the composed configuration and exit"),
     Argument("-p", "--package", metavar="NODE", help="with --cfg: this node of it alone, such as inference.tta"),
     Argument("--resolve", action="store_true", help="with --cfg: interpolations resolved"),
     Argument(
         "-i", "--info", nargs="?", const="all",
         choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
-        help="print what Hydra knows and stop",
+        help="print Hydra's information and exit",
     ),
     Argument("-sc", "--shell-completion", action="store_true", help="install=bash|zsh|fish prints completion to eval"),
     Argument("--hydra-help", action="store_true", help="Hydra's own help"),
@@ -56,7 +56,8 @@ _SWEEP = (
         "-m", "--multirun", action="store_true",
         help="run a sweep: a,b  range(1,4)  glob(segformer*); hydra/launcher=slurm submits it",
     ),
-    Argument("--list", action="store_true", help="with -m: print the jobs and stop"),
+    Argument("-r", "--run", action="store_true", help="run one configuration (default; Hydra's opposite of -m)"),
+    Argument("--list", action="store_true", help="with -m: print the jobs and exit"),
     Argument("--job", type=int, metavar="N", help="with -m: run the N-th job alone, from 0 (for SLURM job arrays)"),
 )  # fmt: skip
 _EVALUATE_DETAILS = """\

@@ -29,7 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.launch import launch
-from ade_harness.cli.sweep import listed, sweeps
+from ade_harness.cli.sweep import NO_OTHER_PRIMARY, listed, sweeps
+from ade_harness.cli.sweep import command as current_command
 from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
 from ade_harness.config.compose import checked, compose_config, explain, register_schemas, stored_config
 from ade_harness.config.fields import place_keys
@@ -47,6 +48,7 @@ from ade_harness.runtime.console import print_error
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 """Options of Hydra's that print something instead of running."""
 
+_MULTIRUN = "hydra.mode=MULTIRUN"
 _OLD_PROBE = (
     "{path}: this probe was begun before probes kept their configuration: give its `probe` command again, with"
     " run.dir={path}."
@@ -64,18 +66,24 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         options.multirun or not (options.list or options.job is not None),
         "--job and --list are about the jobs of a sweep: add -m.",
     )
+    require(not options.multirun or not (options.config_name or options.config_path), NO_OTHER_PRIMARY)
+    launcher = next((word for word in overrides if word.startswith("hydra/launcher=")), None)
     require(
-        not options.multirun or not (options.config_name or options.config_path),
-        "--config-name and --config-path: the jobs of a sweep are composed from the packaged primary configuration, so"
-        " these would have no effect. Give their values as overrides, or as a group of --config-dir.",
+        options.multirun or launcher in (None, "hydra/launcher=process") or _MULTIRUN in overrides,
+        f"{launcher}: starts the jobs of a sweep: add -m.",
     )
+    _check_shown(options)
     if options.list:
         overrides.append("hydra/launcher=list")
     elif options.job is not None:
         overrides += ["hydra/launcher=one_job", f"hydra.launcher.number={options.job}"]
     elif "hydra/launcher=slurm" in overrides and not any(word.startswith("runtime=") for word in overrides):
         overrides.append("runtime=slurm")
-    ready = overrides if _shows(options) else prepare(overrides, _config_dir(options), options.multirun)
+    ready = (
+        overrides
+        if _shows(options)
+        else prepare(overrides, _config_dir(options), options.multirun or _MULTIRUN in overrides)
+    )
     return _run_hydra(options, ready, "evaluate", _evaluate)
 
 
@@ -83,7 +91,9 @@ def run_probe(options: argparse.Namespace) -> Answer:
     """Train a linear head; raises as :func:`run_evaluate`."""
     extra = _config_dir(options)
     options.multirun = False
-    return _run_hydra(options, prepare(with_recipe(options.overrides, extra), extra), "probe", _train)
+    _check_shown(options)
+    ready = list(options.overrides) if _shows(options) else prepare(with_recipe(options.overrides, extra), extra)
+    return _run_hydra(options, ready, "probe", _train)
 
 
 def run_resume(options: argparse.Namespace) -> Answer:
@@ -95,6 +105,13 @@ def run_resume(options: argparse.Namespace) -> Answer:
     path = Path(options.run).expanduser()
     wrong = next((word for word in options.overrides if "=" not in word), None)
     require(wrong is None, f"{wrong!r}: expected key=value; resume takes one run directory.")
+    for word in options.overrides:
+        require(
+            not word.lstrip("+~").startswith("hydra"), f"{word}: has no effect on a run that is resumed. Remove it."
+        )
+        require(
+            not word.startswith("run.dir="), f"{word}: a run is resumed in its own directory. Move it, or remove this."
+        )
     manifest = read_manifest(path)
     file = path / "config.yaml"
     if not file.exists():
@@ -182,18 +199,20 @@ def _run_hydra(
             return None
 
     def run(tree: DictConfig) -> float | None:
-        given = list(HydraConfig.get().overrides.task)
-        own = tree.inference.name in OWN_PROTOCOLS  # of a sweep: each job knows its model only now
-        config = compose_config(given, _config_dir(options)) if own else checked(tree)
-        if _hydras_directory(config):
-            config.run.dir = str(HydraConfig.get().runtime.output_dir)
-        require_data(config)
         mine = HydraConfig.get()
-        handed_over = {
-            "work": command,
-            "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
-            "verbose": mine.verbose if isinstance(mine.verbose, bool | str) else list(mine.verbose),
-        }
+        try:
+            own = tree.inference.name in OWN_PROTOCOLS  # of a sweep: each job knows its model only now
+            config = compose_config(list(mine.overrides.task), _config_dir(options)) if own else checked(tree)
+            handed_over = {
+                "work": command,
+                "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
+                "verbose": mine.verbose if isinstance(mine.verbose, bool | str) else list(mine.verbose),
+            }
+        except OmegaConfBaseException as error:
+            raise HarnessError(explain(error, options.overrides)) from error
+        if _hydras_directory(config):
+            config.run.dir = str(mine.runtime.output_dir)
+        require_data(config)
         code, run_dir = launch(config, options.in_this_process, lambda found: work(config, found), handed_over)
         ends.append((code, run_dir))
         if code and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -201,6 +220,7 @@ def _run_hydra(
         found = _result(run_dir) if code == 0 and command == "evaluate" else None
         return float(found["mIoU"]) if found else None  # what a sweeper that optimises looks at
 
+    running = current_command.set(command)
     known = len(sweeps)
     listed.clear()
     check_plugins()
@@ -216,6 +236,7 @@ def _run_hydra(
             raise
         raise HarnessError(explain(error, options.overrides)) from error
     finally:  # also after jobs that failed
+        current_command.reset(running)
         for sweep in sweeps[known:]:
             sweep.show()
     if errors:
@@ -268,8 +289,15 @@ def _is_hydras(error: Exception) -> bool:
 
     They check few types of their own options: ``hydra.launcher=3`` is a TypeError, ``hydra.verbose={a:1}`` asserts.
     """
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return bool({"hydra", "omegaconf", "logging"} & set(raised_in.parts)) and not isinstance(error, HarnessError)
+    if isinstance(error, HarnessError):
+        return False
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):  # the standard library is at the end of some
+        parts = set(Path(frame.filename).parts)
+        if {"hydra", "omegaconf"} & parts:
+            return True
+        if {"ade_harness", "hydra_plugins", "site-packages"} & parts:
+            return False
+    return False
 
 
 @contextmanager
@@ -317,10 +345,26 @@ def _config_dir(options: argparse.Namespace) -> Path | None:
 
 
 def _hydras_directory(config: Config) -> bool:
-    """Whether Hydra's own option for a job's directory names the run's: ``hydra.run.dir``, or that of a sweep."""
+    """Whether Hydra's own option for a job's directory names the run's: ``hydra.run.dir``, or that of a sweep.
+
+    Raises:
+        HarnessError: both were typed.
+    """
     mine = HydraConfig.get()
-    given = any(word.startswith("hydra.run.dir=") for word in mine.overrides.hydra)
+    typed = any(word.startswith("hydra.run.dir=") for word in mine.overrides.hydra)
+    require(
+        not (typed and config.run.dir is not None and mine.mode == RunMode.RUN),
+        f"hydra.run.dir and run.dir={config.run.dir}: both name the run's directory. Remove one of them.",
+    )
+    given = typed or mine.run.dir != "."  # the packaged one; a file of the user's may have another
     return config.run.dir is None and (given or mine.mode == RunMode.MULTIRUN)
+
+
+def _check_shown(options: argparse.Namespace) -> None:
+    """Refuse options that would have no effect beside those that print something."""
+    require(options.cfg or not options.package, "--package: says which part --cfg prints. Add --cfg job.")
+    printed = next((f"--{name.replace('_', '-')}" for name in _SHOWS if getattr(options, name)), None)
+    require(not (options.json and printed), f"--json: {printed} prints text of Hydra's. Remove one of them.")
 
 
 def _result(run_dir: Path | None) -> dict[str, Any] | None:

@@ -82,6 +82,10 @@ def _dispatch(arguments: list[str], in_this_process: bool) -> int:
 
         print(describe_code(code_state()))
         return 0
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        command, _ = find_command(arguments[1:])
+        print(parser_of(command, _choices()).format_help(), end="")
+        return 0
     if arguments[:1] in (["help"], ["-h"], ["--help"]):
         print(overview())
         return 0
@@ -96,9 +100,11 @@ def _dispatch(arguments: list[str], in_this_process: bool) -> int:
         function: Callable[[argparse.Namespace], Answer] = getattr(import_module(f"ade_harness.cli.{module}"), name)
         try:
             answer = function(options)
-        except SystemExit as end:  # of a model, or a library of its
-            from ade_harness.runtime.lifetime import place_of_exit
+        except SystemExit as end:
+            from ade_harness.runtime.lifetime import CommandEnded, place_of_exit
 
+            if isinstance(end, CommandEnded):
+                raise
             raise HarnessError(place_of_exit(end)) from end
     if options.json and answer.content is not None:
         print(json.dumps(answer.content, indent=2))

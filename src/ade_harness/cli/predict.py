@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from rich.console import Console
 
 from ade_harness.api.predictors import Segmenter, read_image
 from ade_harness.cli.answer import Answer
@@ -36,6 +35,7 @@ from ade_harness.runtime.progress import ProgressReporter
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _RECORD = "predictions.json"
+_OF_EVALUATIONS = ("run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images")
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
 _SHOWN = 5
 
@@ -61,6 +61,8 @@ def run_predict(options: argparse.Namespace) -> Answer:
     output = Path(options.output).expanduser()
     files = list(_images([Path(path).expanduser() for path in paths], output))
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
+    idle = next((o for o in overrides if o.lstrip("+~").startswith(_OF_EVALUATIONS)), None)
+    require(idle is None, f"{idle}: has no effect on predict. Remove it.")
     extra = Path(options.config_dir) if options.config_dir else None
     cfg = compose_config([*overrides, "tracking=none"], extra)
     require(
@@ -80,7 +82,7 @@ def run_predict(options: argparse.Namespace) -> Answer:
     print_fact(console, "model", f"{cfg.model.name}, inference={cfg.inference.name}, {_weights(segmenter)}")
     for mark in _marks(segmenter):
         print_line(console, mark, style="bold yellow")
-    failed, constant = _predict_all(segmenter, files, output, cfg.inference.exif, console)
+    failed, constant = _predict_all(segmenter, files, output, cfg.inference.exif)
     print_fact(console, "labels", str(output / "labels"))
     print_fact(console, "pictures", str(output / "pictures"))
     if constant:
@@ -99,10 +101,10 @@ def run_predict(options: argparse.Namespace) -> Answer:
 
 
 def _predict_all(
-    segmenter: Segmenter, files: Sequence[tuple[Path, str]], output: Path, exif: bool, console: Console
+    segmenter: Segmenter, files: Sequence[tuple[Path, str]], output: Path, exif: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Return the message of each file that failed, and the files that look like label maps."""
-    reporter = ProgressReporter(console, len(files), title="predicting")
+    reporter = ProgressReporter(make_console(result=False), len(files), title="predicting")
     reporter.start()
     failed: dict[str, str] = {}
     constant: list[str] = []

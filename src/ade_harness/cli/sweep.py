@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,12 @@ from ade_harness.runtime.console import make_console, print_fact
 if TYPE_CHECKING:
     from ade_harness.config.schema import Config
 
+command: ContextVar[str] = ContextVar("command", default="evaluate")
+"""Which command Hydra runs now."""
+NO_OTHER_PRIMARY = (
+    "--config-name and --config-path: the jobs of a sweep are composed from the packaged primary configuration, so"
+    " these would have no effect. Give their values as overrides, or as a group of --config-dir."
+)
 TABLE = "sweep"
 """Name of the table's files, without their endings."""
 _JOBS = "jobs.json"

@@ -27,6 +27,10 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+class CommandEnded(SystemExit):
+    """Ends a command of ours with the exit code of a process that it has started; no model's exit."""
+
+
 def place_of_exit(error: SystemExit) -> str:
     """Say where a ``sys.exit`` was called: an evaluation that a model ends has no score, whatever its exit code."""
     frames = traceback.extract_tb(error.__traceback__)
