@@ -43,10 +43,12 @@ def cpu(rounds: int, largest: bool = True, size: tuple[int, int] = INPUT) -> Non
     mmseg = mmseg_counts() if have("mmseg") else None
     compiled, plain = select("numba", "cpu"), select("torch", "cpu")
     target = torch.from_numpy(np.random.default_rng(0).integers(0, 150, size).astype(np.uint8))
-    for kind in ("peaky", "white"):
+    for kind in ("confident", "white"):
         scores = stride4_logits(size, kind)
         cases = [("one step", (size,)), ("two steps", (size, original))]
-        for title, sizes in cases + ([("the largest image", (size, LARGEST))] if kind == "peaky" and largest else []):
+        for title, sizes in cases + (
+            [("the largest image", (size, LARGEST))] if kind == "confident" and largest else []
+        ):
             views = [whole(scores, sizes[0])]
             expected = naive(scores, *sizes)
             variants: dict[str, Callable[[], Any]] = {
@@ -66,7 +68,7 @@ def cpu(rounds: int, largest: bool = True, size: tuple[int, int] = INPUT) -> Non
         if mmseg is not None:
             variants["F.interpolate, argmax, mmseg IoUMetric"] = partial(_naive_counts, mmseg, scores, target)
         show(f"label map and count, {kind}", add_peaks(interleave(variants, rounds), variants))
-    labels = naive(stride4_logits(size, "peaky"), size)
+    labels = naive(stride4_logits(size, "confident"), size)
     small = labels.to(torch.uint8)
     metrics = torchmetrics_counts()
     variants = {
@@ -91,7 +93,7 @@ def gpu(rounds: int, largest: bool = True) -> None:
     print(torch.cuda.get_device_name(), machine_line(("torch", "triton")))
     triton: Kernels = select("triton", "cuda")
     plain = select("torch", "cuda")
-    for kind in ("peaky", "white"):
+    for kind in ("confident", "white"):
         for dtype in (torch.float32, torch.bfloat16):
             scores = stride4_logits(INPUT, kind).cuda().to(dtype)
             for sizes in ((INPUT,), (INPUT, ORIGINAL)):

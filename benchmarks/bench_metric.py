@@ -69,7 +69,7 @@ def main() -> None:
     draw = np.random.default_rng(0)
     target = torch.from_numpy(draw.integers(0, CLASSES, (1, *size)))
     target[torch.from_numpy(draw.random((1, *size)) < 0.1)] = 255
-    scores = stride4_logits(size, "peaky")
+    scores = stride4_logits(size, "confident")
     labels = upsampled(scores, size)
     calls = {name: partial(update, labels, target) for name, update in updates().items()}
     bytes_of_labels = (labels.nbytes + target.nbytes) / 1e6

@@ -77,12 +77,12 @@ def make_folder(folder: Path, count: int = 64, seed: int = 0) -> list[tuple[Path
     return pairs
 
 
-def stride4_logits(size: Size, kind: str = "peaky", seed: int = 0) -> Tensor:
+def stride4_logits(size: Size, kind: str = "confident", seed: int = 0) -> Tensor:
     """Return synthetic scores at a quarter of a network's input size: float32 [150, ceil(h / 4), ceil(w / 4)].
 
     Args:
         size: (height, width) of the network's input.
-        kind: "white" is independent normal numbers, the worst case for anything that skips work; "peaky" is like
+        kind: "white" is independent normal numbers, the worst case for anything that skips work; "confident" is like
             a trained network: regions with +8 on their class, and smooth noise on all classes.
         seed: the same seed gives the same numbers.
 
@@ -93,8 +93,8 @@ def stride4_logits(size: Size, kind: str = "peaky", seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if kind == "white":
         return torch.randn(CLASSES, height, width, generator=generator)
-    if kind != "peaky":
-        raise ValueError(f"kind {kind!r}: white or peaky")
+    if kind != "confident":
+        raise ValueError(f"kind {kind!r}: white or confident")
     coarse = torch.randn(1, CLASSES, height // 8 + 2, width // 8 + 2, generator=generator)
     scores = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)[0].contiguous()
     random = np.random.default_rng([seed, height, width])

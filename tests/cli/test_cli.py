@@ -153,7 +153,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["dataset.limt=3"], ["dataset.limt: no such option", "'dataset.limit'"]),
         (["devices=2"], ["'runtime.devices'"]),
         (["modle=demo"], ["Did you mean 'model'"]),
-        (["evalute"], ["'evalute' is neither a command nor key=value", "'evaluate'"]),
+        (["evalute"], ["'evalute' is neither a command nor a key=value override", "'evaluate'"]),
         (["--confg", "job"], ["unrecognized arguments: --confg", "--cfg"]),
         (["dataset.limit=many"], ["dataset.limit", "Integer"]),
         (["dataset.limit=0"], ["dataset.limit=0: expected 1 or more"]),
@@ -414,7 +414,7 @@ def test_random_weights_are_marked_on_every_output(call: Call, tiny_ade: Path, t
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.out.count("RANDOM WEIGHTS") == 3  # at the start, above the result, beside the published score
-    assert "not to be compared with the published 37.4: RANDOM WEIGHTS" in done.out
+    assert "not comparable with the published 37.4: RANDOM WEIGHTS" in done.out
     for name in ("metrics.json", "manifest.json", "config.yaml", "per_class.csv"):
         assert "RANDOM WEIGHTS" in (tmp_path / "run" / name).read_text()
     assert "published by others" in done.out
@@ -457,7 +457,7 @@ def test_doctor_finds_what_ends_every_run(call: Call, monkeypatch: pytest.Monkey
     monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=broken, util=importlib.util))
     done = call("doctor")
     assert done.code == 2
-    assert "STOPS EVERY RUN: lightning.pytorch (RuntimeError: operator torchvision::nms does not exist)" in done.out
+    assert "BLOCKS ALL RUNS: lightning.pytorch (RuntimeError: operator torchvision::nms does not exist)" in done.out
     assert "torchvision has to be of the same release as torch" in done.out
     monkeypatch.undo()
     (tmp_path / "file").write_text("")

@@ -373,11 +373,11 @@ FAULTY = {
     "utf16": ("name: mine".encode("utf-16"), "utf16.yaml, line 1: is not UTF-8"),
     "tab": (
         b"name: mine\ninput:\n\tmean: [0, 0, 0]\n",
-        "tab.yaml, line 3, column 1: is no YAML of plain values (found",
+        "tab.yaml, line 3, column 1: is not plain YAML (found",
     ),
-    "tag": (b"name: !!python/object/apply:os.getcwd []\n", "tag.yaml, line 1, column 7: is no YAML of plain values"),
-    "nul": (b"name: a\0b\n", "nul.yaml: is no YAML of plain values"),
-    "open": (b"name: [a, b\n", "open.yaml, line 2, column 1: is no YAML of plain values"),
+    "tag": (b"name: !!python/object/apply:os.getcwd []\n", "tag.yaml, line 1, column 7: is not plain YAML"),
+    "nul": (b"name: a\0b\n", "nul.yaml: is not plain YAML"),
+    "open": (b"name: [a, b\n", "open.yaml, line 2, column 1: is not plain YAML"),
     "deep": (b"kwargs: " + b"[" * 2000 + b"]" * 2000, "deep.yaml: is nested too deeply"),
     "cycle": (b"defaults: [cycle, _self_]\nname: a\n", "lead back to itself"),
     "twice": (b"name: a\nname: b\n", "found duplicate key name"),
@@ -482,5 +482,5 @@ def test_a_directory_of_hydras_in_a_file_is_the_runs(call: Call, tmp_path: Path)
 
 def test_help_of_one_command(call: Call) -> None:
     assert "--trust" in call("help", "resume").out
-    one_message(call("help", "nope"), "'nope' is neither a command nor key=value")
+    one_message(call("help", "nope"), "'nope' is neither a command nor a key=value override")
     assert "hydra" in call("probe", "--hydra-help").out.lower()

@@ -180,7 +180,7 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
     one = json.loads(call("runs", "--json", "--where", "model.name=demo", "--where", "marks!=*PARTIAL*").out)["runs"]
     assert [Path(row["run"]).name for row in one] == ["first"]
     assert one[0]["images"] == 4
-    assert "no run fits --where" in call("runs", "--where", "model=beit3").out
+    assert "no run matches --where" in call("runs", "--where", "model=beit3").out
     for words, message in (
         (("--where", "model"), "expected COLUMN=VALUE"),
         (("--sort", "mIoUs"), "mIoUs: no such column. Did you mean 'mIoU'"),

@@ -59,7 +59,7 @@ def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, words:
     timings = json.loads((tmp_path / "run/manifest.json").read_text())["timings"]
     begin = time.monotonic()
     again = call("resume", "run", "runtime.sharding=plan")  # finished: the same result, at once
-    assert "every image had been counted before" in again.out
+    assert "all images were already evaluated" in again.out
     assert json.loads((tmp_path / "run/manifest.json").read_text())["timings"] == timings  # it did nothing
     assert again.code == 0
     assert "continuing: 7 images are done" in again.out

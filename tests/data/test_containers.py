@@ -129,7 +129,7 @@ def test_palettes_of_fewer_classes_are_known_too() -> None:
         if fits:
             assert np.array_equal(decode_labels(palette_png(unlabelled, palette), "a.png"), unlabelled)
         else:
-            with pytest.raises(HarnessError, match="indices need not be its labels"):
+            with pytest.raises(HarnessError, match="indices may not be its labels"):
                 decode_labels(palette_png(unlabelled, palette), "a.png")
 
 
@@ -146,7 +146,7 @@ def test_a_palette_that_may_only_number_the_labels_is_refused(change: str) -> No
         + chunk(b"IEND", b""),
         "quantised": encoded(Image.fromarray(np.stack([LABELS, LABELS, 255 - LABELS], 2)).quantize(64)),
     }[change]
-    with pytest.raises(HarnessError, match=r"a\.png: a palette PNG whose indices need not be its labels: index \d+ "):
+    with pytest.raises(HarnessError, match=r"a\.png: a palette PNG whose indices may not be its labels: index \d+ "):
         decode_labels(data, "a.png")
 
 
@@ -184,8 +184,8 @@ def test_storage_that_is_named_is_read() -> None:
         (encoded(Image.fromarray(LABELS).convert("1")), "grey with 1 bits a pixel, expected one 8-bit channel"),
         (encoded(Image.fromarray(LABELS.astype(np.uint16))), "grey with 16 bits a pixel"),
         (cv2.imencode(".png", np.stack([LABELS] * 3, 2).astype(np.uint16) * 257)[1].tobytes(), "a colour image"),
-        (grey()[:-12], "it is cut off"),
-        (grey()[:60], "it is cut off"),
+        (grey()[:-12], "it is truncated"),
+        (grey()[:60], "it is truncated"),
     ],
 )  # fmt: skip
 def test_other_label_files_are_refused_by_what_they_are(data: bytes, message: str) -> None:
@@ -242,7 +242,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def test_the_end_of_a_png_is_checked_too() -> None:
     data = grey()
     for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-12], data[:-30]):
-        with pytest.raises(HarnessError, match=r"a\.png: .*(a checksum is wrong, in the chunk b'IEND'|it is cut off)"):
+        with pytest.raises(
+            HarnessError, match=r"a\.png: .*(a checksum is wrong, in the chunk b'IEND'|it is truncated)"
+        ):
             decode_labels(damaged, "a.png")
     assert np.array_equal(decode_labels(data + b"x" * 20, "a.png"), LABELS)  # what follows the end is nobody's
 
@@ -267,7 +269,7 @@ def test_chunks_are_taken_for_what_they_are() -> None:
     assert (found.height, found.width, found.depth, found.colour_type) == (1, 3, 8, 3)
     assert found.palette is not None
     assert found.palette.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]  # the tenth byte is no entry
-    with pytest.raises(HarnessError, match=r"a\.png: .*it is cut off"):
+    with pytest.raises(HarnessError, match=r"a\.png: .*it is truncated"):
         read_png_header(PNG + header[:8], "a.png", "image")
     damaged = text[:-1] + bytes([text[-1] ^ 1])
     data = grey()
@@ -539,7 +541,7 @@ def test_headers_find_annotations_that_are_not_what_they_seem(tiny_ade: Path) ->
         path.write_bytes(change(np.array(Image.open(path))))
     wrong = open_ade20k(tiny_ade).read_headers()[1]
     assert list(wrong) == ["ADE_val_00001000", "ADE_val_00001001"]
-    assert "indices need not be its labels" in wrong["ADE_val_00001000"]
+    assert "indices may not be its labels" in wrong["ADE_val_00001000"]
     assert "JPEG" in wrong["ADE_val_00001001"]
 
 

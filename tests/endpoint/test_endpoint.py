@@ -384,9 +384,9 @@ def hang_up(handler: Handler, _: bytes) -> None:
         (drip_body, "no whole reply within 0.4 s (model.http.timeout_s); 1 try"),
         (drip_headers, "no whole reply within 0.4 s"),
         (silent, "no whole reply within 0.4 s"),
-        (cut_off, "the connection ended after 4 of 50 bytes"),
-        (no_http, "the reply is no whole HTTP reply (BadStatusLine)"),
-        (hang_up, "the reply is no whole HTTP reply (RemoteDisconnected)|no connection"),
+        (cut_off, "the connection was closed after 4 of 50 bytes"),
+        (no_http, "the reply is an incomplete HTTP response (BadStatusLine)"),
+        (hang_up, "the reply is an incomplete HTTP response (RemoteDisconnected)|no connection"),
         (endless, "more than the 66,736 bytes that were expected"),
     ],
 )

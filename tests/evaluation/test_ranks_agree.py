@@ -51,5 +51,5 @@ def test_equal_ranks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, what: str, value: str) -> None:
     with pytest.raises(HarnessError) as raised:
         compare(monkeypatch, **{what: value})
-    assert "rank 1 on n2 sees something else than rank 0 on" in str(raised.value)
+    assert "rank 1 on n2 differs from rank 0 on" in str(raised.value)
     assert f"{what} is {value}, not " in str(raised.value)

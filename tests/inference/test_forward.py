@@ -279,7 +279,7 @@ def test_every_canvas_of_the_published_protocols_is_covered() -> None:
         (["inference.mode=slide"], "inference.window.crop=None: mode=slide needs"),
         (["inference.mode=slide", "inference.window.crop=64"], "inference.window.stride=None"),
         (["inference.mode=slide", "inference.window.crop=64", "inference.window.stride=65"], "is over inference.window.crop=64, so pixels"),
-        (["inference.tta.scales=[1,1e9]"], r"inference.tta.scales=\[1.0, 1000000000.0\]: \[1000000000.0\] is too much, at most 16"),
+        (["inference.tta.scales=[1,1e9]"], r"inference.tta.scales=\[1.0, 1000000000.0\]: \[1000000000.0\] is too large, at most 16"),
         (["inference.mode=tiles"], "inference.mode=tiles: unknown value, expected one of whole, slide, long_side"),
         (["inference.tta.scales=[]"], "is empty"),
         (["inference.tta.scales=[1.0,0.0]"], r"\[0.0\] makes no image"),

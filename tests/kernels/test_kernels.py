@@ -26,7 +26,7 @@ from tests.kernels.conftest import fused
 
 GPU = torch.cuda.is_available()
 TRITON = pytest.param("triton_gpu", marks=pytest.mark.slow)  # its interpreter takes seconds
-KINDS = ("random", "tied", "peaky", "infinite", "huge", "flat")
+KINDS = ("random", "tied", "confident", "infinite", "huge", "flat")
 
 
 def implementation(name: str) -> Kernels:
@@ -48,7 +48,7 @@ def scores_of(kind: str, shape: tuple[int, int, int], seed: int) -> Tensor:
         return torch.zeros(shape)
     if kind == "huge":
         return scores * 1e38
-    if kind == "peaky":
+    if kind == "confident":
         owner = torch.randint(0, shape[0], (1, -(-shape[1] // 5), -(-shape[2] // 5)), generator=generator)
         owner = owner.repeat_interleave(5, 1).repeat_interleave(5, 2)[:, : shape[1], : shape[2]]
         return (scores * 0.3).scatter_add_(0, owner, torch.full(owner.shape, 8.0))
@@ -433,7 +433,7 @@ def test_a_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation("numba_cpu"), "agrees_with_torch", lambda: False)
     chosen, reason = kernels.selection("auto", "cpu")
     assert chosen is reference
-    assert str(reason).endswith("it rounds otherwise than torch on this machine")
+    assert str(reason).endswith("it rounds differently from torch on this machine")
     assert kernels.name_of(reference) == "reference"
 
 

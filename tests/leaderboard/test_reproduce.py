@@ -273,7 +273,7 @@ def test_mistakes_are_one_message(demo: Path, call: Call, tmp_path: Path) -> Non
     one_message(
         call("reproduce", demo, "inference.batch=4"), "would be another evaluation", "dataset.root", "runtime.*"
     )
-    one_message(call("reproduce", demo, "tracking=none"), "a repetition is not tracked", "--output")
+    one_message(call("reproduce", demo, "tracking=none"), "reruns are not tracked", "--output")
     one_message(call("reproduce", demo, "--fast"), "unrecognized arguments: --fast")
     one_message(call("reproduce", demo, "--output"), "argument --output: expected one argument")
     one_message(call("reproduce", tmp_path / "none"), "holds no run")

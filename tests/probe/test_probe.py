@@ -295,7 +295,7 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
     [
         (
             ["model=segformer_b0"],
-            "no recipe was published for it. Choose one: probe=NAME (dinov2_linear, dinov2_ms, dinov3_linear",
+            "no recipe is published for it. Choose one: probe=NAME (dinov2_linear, dinov2_ms, dinov3_linear",
         ),
         (["model=segformer_b0", "probe=dinov3_linear"], "model=segformer_b0: has no linear head on a frozen backbone."),
         (["probe=dinov3"], "probe=dinov3: unknown value. Did you mean"),

@@ -139,7 +139,7 @@ def test_nodes_with_different_data_or_weights_are_refused(run: Run, tmp_path: Pa
     assert run(tmp_path / "size", 2, *words, words_of=roots) == [2, 2]
     text = logs(tmp_path / "size")
     assert "rank 1 on " in text
-    assert " sees something else than rank 0 on " in text
+    assert " differs from rank 0 on " in text
     assert "the data set's names and sizes (sha256) is" in text
     image.unlink()
     (other / "annotations/validation/ADE_val_00001003.png").unlink()

@@ -135,7 +135,7 @@ def test_restarts_continue_by_themselves(start: Callable[..., Started], expected
     started.ranks()[0].kill()
     done = started.end(120)
     assert done.code == 0, done.err
-    assert "restart 1 of 2: what is counted is kept." in done.err
+    assert "restart 1 of 2: completed images are saved." in done.err
     assert_same(started.run, expected)
     assert len(json.loads((started.run / "manifest.json").read_text())["earlier"]) == 1
 

@@ -34,21 +34,21 @@ class Command:
 
 _OVERRIDES = Argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the configuration")
 _RUN = Argument("run", metavar="RUN", help="a run directory")
-_TRUST = "run the code, and use the addresses and variables, that a run of somebody else's names"
+_TRUST = "allow a run made by someone else to import code and use its URLs and environment variables"
 _CONFIG_DIR = Argument("-cd", "--config-dir", metavar="DIR", help="your own YAML files, such as DIR/model/mine.yaml")
 _HYDRA = (
     _CONFIG_DIR,
     Argument("-cn", "--config-name", metavar="NAME", help="another primary configuration, such as one in --config-dir"),
-    Argument("-cp", "--config-path", metavar="DIR", help="another folder of configurations than the packaged one"),
+    Argument("-cp", "--config-path", metavar="DIR", help="use this configuration folder instead of the packaged one"),
     Argument("-c", "--cfg", choices=("job", "hydra", "all"), help="print the composed configuration and exit"),
-    Argument("-p", "--package", metavar="NODE", help="with --cfg: this node of it alone, such as inference.tta"),
-    Argument("--resolve", action="store_true", help="with --cfg: interpolations resolved"),
+    Argument("-p", "--package", metavar="NODE", help="with --cfg: only this node, such as inference.tta"),
+    Argument("--resolve", action="store_true", help="with --cfg: resolve interpolations"),
     Argument(
         "-i", "--info", nargs="?", const="all",
         choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
         help="print Hydra's information and exit",
     ),
-    Argument("-sc", "--shell-completion", action="store_true", help="install=bash|zsh|fish prints completion to eval"),
+    Argument("-sc", "--shell-completion", action="store_true", help="install=bash|zsh|fish: print a completion script"),
     Argument("--hydra-help", action="store_true", help="Hydra's own help"),
 )  # fmt: skip
 _SWEEP = (
@@ -58,7 +58,7 @@ _SWEEP = (
     ),
     Argument("-r", "--run", action="store_true", help="run one configuration (default; Hydra's opposite of -m)"),
     Argument("--list", action="store_true", help="with -m: print the jobs and exit"),
-    Argument("--job", type=int, metavar="N", help="with -m: run the N-th job alone, from 0 (for SLURM job arrays)"),
+    Argument("--job", type=int, metavar="N", help="with -m: run only job N, from 0 (for SLURM job arrays)"),
 )  # fmt: skip
 _EVALUATE_DETAILS = """\
 most used overrides:
@@ -68,20 +68,20 @@ most used overrides:
   model.id=ID                   hub id or folder (model=hf)
   model._target_=pkg.mod.Net    your own nn.Module (model=custom), model.kwargs.NAME=VALUE its arguments
   model.checkpoint=PATH         your own weight file; model.weights=random model.seed=0 needs none
-  model.backbone_checkpoint=PATH    the frozen backbone's, if that file holds a linear head alone
+  model.backbone_checkpoint=PATH    the frozen backbone's weights, if the checkpoint has only the head
   model.class_map=[null,0,1]    per output channel: class 0..149, or null to leave it out
   dataset=ade20k dataset.root=PATH    folder or zip (or set ADE20K_ROOT); dataset.limit=N, dataset.ids=[...]
   inference=ss|ms               the model's own single-scale or multi-scale protocol, or one by name:
                                 {inference}
   runtime.devices=N             ranks on this machine (GPUs, or CPU processes with runtime.accelerator=cpu)
-  runtime.max_restarts=N        start all ranks again, up to N times, if one of them dies
+  runtime.max_restarts=N        restart all ranks up to N times if one fails
   run.dir=PATH                  write there; a run that was interrupted continues there
-  run.on_error=skip             leave out images that fail: a partial score, marked so
+  run.on_error=skip             skip images that fail; the score is marked PARTIAL
   tracking=none|wandb           W&B is offline unless a key is set
-Paths and URLs need no quotes of Hydra's grammar: model.checkpoint=/data/ep=99, v2 (1)/x.ckpt is one word of the shell.
+Paths and URLs need no Hydra quoting: model.checkpoint=/data/ep=99, v2 (1)/x.ckpt is one shell argument.
 """
 _PROBE_DETAILS = """\
-overrides: as of evaluate, on dataset.split=training, and
+overrides: those of evaluate, with dataset.split=training, and
   probe=NAME                    recipe: {probe}; default: the model's own
   probe.KEY=VALUE               its fields: --cfg job --package probe prints them
   run.dir=PATH                  write there; the same command continues a training that was interrupted
@@ -89,7 +89,7 @@ overrides: as of evaluate, on dataset.split=training, and
 
 COMMANDS = (
     Command(
-        "evaluate", "evaluate a model (the default command; without arguments: the built-in demo)",
+        "evaluate", "evaluate a model (default; no arguments: run the demo)",
         "evaluate:run_evaluate", (_OVERRIDES, *_SWEEP, *_HYDRA), _EVALUATE_DETAILS,
     ),
     Command(
@@ -97,11 +97,11 @@ COMMANDS = (
         (_RUN, _OVERRIDES, Argument("--trust", action="store_true", help=_TRUST)),
     ),
     Command(
-        "predict", "label maps and pictures of images without annotations", "predict:run_predict",
+        "predict", "predict label maps for unlabelled images", "predict:run_predict",
         (
             Argument(
                 "arguments", nargs="+", metavar="KEY=VALUE|IMAGE|FOLDER",
-                help="the model and its options as for `evaluate`, and JPEG or PNG images, or folders of them",
+                help="model options as for `evaluate`, then JPEG or PNG files or folders",
             ),
             Argument("--output", default="predictions", metavar="DIR", help="default: predictions"),
             _CONFIG_DIR,
@@ -115,15 +115,15 @@ COMMANDS = (
             Argument("--reverse", action="store_true", help="the largest first"),
             Argument(
                 "--where", action="append", default=[], metavar="COLUMN=VALUE",
-                help="only these; VALUE may hold *; COLUMN!=VALUE: only the others; may be given several times",
+                help="only these; VALUE may hold *; COLUMN!=VALUE: only the others; repeatable",
             ),
             Argument(
                 "--output", action="append", default=[], metavar="FILE",
-                help=".csv, .json or .md; may be given several times",
+                help=".csv, .json or .md; repeatable",
             ),
         ),
     ),
-    Command("status", "how far a run is, from any shell", "status:run_status", (_RUN,)),
+    Command("status", "show the progress of a run", "status:run_status", (_RUN,)),
     Command(
         "report", "write one HTML page that explains a run, for any browser", "report:run_report",
         (
@@ -133,7 +133,7 @@ COMMANDS = (
         ),
     ),
     Command(
-        "compare", "do runs differ? table, paired tests, page", "report:run_compare",
+        "compare", "compare runs: table, paired tests, HTML page", "report:run_compare",
         (
             Argument("runs", nargs="+", metavar="RUN", help="run directories, or wandb:ENTITY/PROJECT/RUN"),
             Argument("--output", metavar="FILE", help="of the page; default: comparison.html"),
@@ -145,7 +145,7 @@ COMMANDS = (
     ),
     Command(
         "models", "the leaderboard's systems, and which can be run", "models:run_models",
-        (Argument("names", nargs="*", metavar="NAME", help="say more of these: source, protocols, how checked"),),
+        (Argument("names", nargs="*", metavar="NAME", help="show details: source, protocols, how checked"),),
     ),
     Command(
         "leaderboard", "published rows with your complete runs merged in; chart", "leaderboard:run_leaderboard",
@@ -154,7 +154,7 @@ COMMANDS = (
             Argument("--root", metavar="DIR", help="folder of runs; default: runs"),
             Argument(
                 "--output", action="append", default=[], metavar="FILE",
-                help=".md, .csv, or the chart as .png, .svg, .pdf; may be given several times",
+                help=".md, .csv, or the chart as .png, .svg, .pdf; repeatable",
             ),
         ),
     ),
@@ -162,7 +162,7 @@ COMMANDS = (
         "submit", "make what the leaderboard asks for, checked; or check somebody's", "leaderboard:run_submit",
         (
             Argument("run", nargs="?", metavar="RUN", help="a complete run"),
-            Argument("--check", metavar="DIR", help="check a submission; nothing in it is run"),
+            Argument("--check", metavar="DIR", help="check a submission; no code from it is executed"),
             Argument("--contact", metavar="ADDRESS", help="e-mail or page of who submits"),
             Argument("--output", metavar="DIR", help="default: submission-RUN"),
             Argument("--checkpoint", metavar="URL", help="where the weights are public; default: from the run"),
@@ -218,16 +218,16 @@ COMMANDS = (
     ),
     Command(
         "convert",
-        "take the tensors out of a file that holds pickled objects; runs no code of it",
+        "convert a pickled checkpoint to safetensors without executing code from it",
         "convert:run_convert",
         (
             Argument("file", metavar="FILE", help="a torch file or pickle, as trainers write them"),
             Argument("output", metavar="OUT.safetensors", help="to write"),
-            Argument("--weights", choices=("ema", "model"), help="where it holds averaged weights and those trained"),
-            Argument("--prefix", metavar="PREFIX", help="only weights whose names begin so, such as student."),
+            Argument("--weights", choices=("ema", "model"), help="if it holds both EMA and trained weights"),
+            Argument("--prefix", metavar="PREFIX", help="only weights with this name prefix, such as student."),
         ),
     ),
-    Command("doctor", "what this machine can run", "doctor:run_doctor"),
+    Command("doctor", "check this machine's installation", "doctor:run_doctor"),
 )  # fmt: skip
 EVERYWHERE = (
     Argument("-q", "--quiet", action="store_true", help="results and errors only"),
@@ -265,7 +265,7 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         ends = [name.split()[1] for name in below]
         raise HarnessError(f"{arguments[0]} {given}: expected {' or '.join(below)}.{did_you_mean(given, ends)}")
     raise HarnessError(
-        f"{arguments[0]!r} is neither a command nor key=value.{did_you_mean(arguments[0], FIRST_WORDS)}"
+        f"{arguments[0]!r} is neither a command nor a key=value override.{did_you_mean(arguments[0], FIRST_WORDS)}"
         f" Commands: {', '.join(FIRST_WORDS)}; see --help."
     )
 

@@ -135,7 +135,7 @@ def _print_report(console: Console, report: VerifyReport) -> None:
     if len(report.problems) > _PROBLEMS_SHOWN:
         say(f"... and {len(report.problems) - _PROBLEMS_SHOWN} more problems")
     say(
-        "whole and undamaged"
+        "complete and intact"
         if report.is_whole
         else "NOT the whole official set: a score on it would be partial or wrong"
     )

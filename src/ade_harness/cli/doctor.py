@@ -77,7 +77,7 @@ def findings() -> list[tuple[str, str]]:
     ]
 
 
-_STOPS = "STOPS EVERY RUN"
+_STOPS = "BLOCKS ALL RUNS"
 """In a finding: nothing can be evaluated until this is fixed."""
 _IMPORTED = (
     "lightning.pytorch", "transformers", "safetensors", "huggingface_hub", "onnxruntime", "cv2", "simplejpeg", "PIL",
@@ -136,7 +136,7 @@ def _cuda(version: str | None, driver: str | None) -> str:
     if version is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
-        return f"built for {version}, but no GPU can be used (no driver, or one that is too old)"
+        return f"built for {version}, but no usable GPU (no driver, or one that is too old)"
     return f"{version}, driver {driver}"
 
 

@@ -40,7 +40,7 @@ def say_how_to_continue(why: str) -> None:
     if not has_last_word():
         return
     if not _current_run:
-        print_error(f"\n{why}: nothing was evaluated yet.")
+        print_error(f"\n{why}: no image was evaluated.")
     else:
         print_error(f"\n{why}. The counts so far are kept; this continues:\n  {resume_command(_current_run[-1])}")
 
@@ -91,7 +91,7 @@ def _rank(work: Callable[[Callable[[Path], None]], Any]) -> int:
         say_how_to_continue(str(stop).capitalize())
         return EXIT_MESSAGE if str(stop) == "interrupted" else EXIT_STOPPED
     except RankLostError as lost:
-        print_error(f"error: {lost}; what this rank counted is kept.")
+        print_error(f"error: {lost}; completed images of this rank are saved.")
         return EXIT_RANK_LOST
     return 0
 

@@ -103,7 +103,7 @@ def _check(console: Console, folder: Path) -> Answer:
     if problems:
         raise HarnessError(f"{folder}: not a valid submission:\n" + listed(problems))
     claim = read_claim(folder)
-    print_fact(console, "submission", f"{folder}: valid; nothing in it was run")
+    print_fact(console, "submission", f"{folder}: valid; no code was executed")
     print_fact(console, "system", json.dumps(claim["system"]))
     print_fact(console, "rows", ", ".join(f"{r['metric']} {r['value']:.2f}" for r in claim["results"]))
     print_fact(console, "ledger", f"2,000 images sum to this score; sha256 {claim['ledger_sha256']}")

@@ -47,7 +47,7 @@ def _table(title: str) -> Table:
 def _print(console: Console, models: dict[str, dict[str, Any]]) -> None:
     """Print one line for each system, in 80 columns."""
     rows = published_rows()
-    table = _table("ADE20K leaderboard: scores are those that others published")
+    table = _table("ADE20K leaderboard: published scores")
     for name, width in (("model=", 23), ("leaderboard", 23), ("score", 5), ("SS / MS", 13), ("weights", 11)):
         table.add_column(name, overflow="fold", width=width, justify="right" if name == "score" else "left")
     for row in rows:
@@ -62,8 +62,8 @@ def _print(console: Console, models: dict[str, dict[str, Any]]) -> None:
         if name not in {row.config for row in rows}:
             systems.add_row(name, model.get("label", ""), _published(model), _weights(model))
     console.print(systems)
-    print_line(console, "SS single scale, MS multi-scale and mirrored: percent mIoU as published.")
-    print_line(console, "`models NAME` says more: sources, protocols, how it was checked.")
+    print_line(console, "SS single scale, MS multi-scale with flip: percent mIoU as published.")
+    print_line(console, "`models NAME` shows details: sources, protocols, how it was checked.")
 
 
 def _describe(console: Console, name: str, model: dict[str, Any]) -> None:

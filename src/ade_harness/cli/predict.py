@@ -88,8 +88,8 @@ def run_predict(options: argparse.Namespace) -> Answer:
     if constant:
         print_line(
             console,
-            f"{len(constant)} of {len(files)} files are grey PNGs of few even areas, the first is {constant[0]}: are"
-            " they label maps? They were predicted as pictures.",
+            f"{len(constant)} of {len(files)} files are greyscale PNGs with few constant regions, such as {constant[0]}:"
+            " are they label maps? They were treated as images.",
             style="yellow",
         )
     if failed:
@@ -182,11 +182,13 @@ def _marks(segmenter: Segmenter) -> list[str]:
     facts = segmenter.facts
     marks = []
     if facts.get("weights") == "demo":
-        marks.append("DEMO: this network knows the synthetic images alone, on photographs it is wrong")
+        marks.append(
+            "DEMO: this network was trained on synthetic images only: its predictions on photographs are meaningless"
+        )
     if facts.get("weights") == "random":
-        marks.append("RANDOM WEIGHTS: the pictures say nothing about the model")
+        marks.append("RANDOM WEIGHTS: the predictions say nothing about the model")
     if facts.get("random_keys"):
-        marks.append("RANDOM LAYERS: the pictures say nothing about the model")
+        marks.append("RANDOM LAYERS: the predictions say nothing about the model")
     return marks
 
 
@@ -200,7 +202,7 @@ def _read(file: Path, exif: bool) -> npt.NDArray[np.uint8]:
     """Return the pixels of a picture; raises HarnessError for a label map in colours, or what is no picture."""
     require(
         file.suffix.lower() != ".png" or not is_label_file(read_regular(file, MAX_FILE_BYTES)),
-        f"{file}: is a label map (a PNG with the palette of a data set), no picture. Name the images alone.",
+        f"{file}: is a label map (a PNG with the palette of a data set), not an image. Name image files only.",
     )
     return read_image(file, exif)[0]
 

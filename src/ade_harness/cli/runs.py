@@ -46,7 +46,7 @@ def run_runs(options: argparse.Namespace) -> Answer:
     if rows:
         console.print(_table(rows))
     else:
-        print_line(console, "no run fits --where")
+        print_line(console, "no run matches --where")
     for name in options.output:
         path = Path(name).expanduser()
         write = _WRITERS.get(path.suffix.lower())

@@ -27,7 +27,10 @@ def run_serve(options: argparse.Namespace) -> Answer:
         line = f"{service.name} on {service.device}: model=http model.url={address}   (Ctrl-C ends it)"
         print_line(console, line)
         if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
-            print_line(console, "anybody who reaches this address can use it: --token-env=NAME asks for a token")
+            print_line(
+                console,
+                "no authentication: anybody who reaches this address can use it. --token-env=NAME asks for a token",
+            )
         try:
             server.serve_forever()
         except KeyboardInterrupt:

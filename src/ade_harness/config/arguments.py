@@ -71,7 +71,7 @@ def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str
         recipe = read_choice("model", name, extra).get("probe")
         known = ", ".join(choices("probe", extra))
         if recipe is None:
-            raise HarnessError(f"model={name}: no recipe was published for it. Choose one: probe=NAME ({known}).")
+            raise HarnessError(f"model={name}: no recipe is published for it. Choose one: probe=NAME ({known}).")
         own.insert(0, f"+probe={recipe}")
     return own
 

@@ -63,7 +63,7 @@ def _merged(group: str, name: str, extra: Path | None, above: tuple[str, ...]) -
     paths = [folder / group / f"{name}.yaml" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[-1])
     if name in above:
-        raise HarnessError(f"{path}: its defaults lead back to itself: {' -> '.join((*above, name))}.")
+        raise HarnessError(f"{path}: its defaults are circular: {' -> '.join((*above, name))}.")
     content = _read(path)
     merged: dict[str, Any] = {}
     for below in content.pop("defaults", ()):
@@ -104,7 +104,7 @@ def _reason(error: yaml.YAMLError) -> str:
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
     said = problem or " ".join(str(error).split())
     hint = " YAML is indented by spaces." if "'\\t'" in said or "\\t" in said else ""
-    return f"{where}: is no YAML of plain values ({said[:200]}).{hint}"
+    return f"{where}: is not plain YAML ({said[:200]}).{hint}"
 
 
 def unreadable_file(error: Exception) -> str | None:
@@ -125,5 +125,5 @@ def unreadable_file(error: Exception) -> str | None:
     except HarnessError as found:
         return str(found)
     if isinstance(error, RecursionError):
-        return f"{places[-1] if places else 'a file'}: is nested too deeply, or its defaults lead back to itself."
+        return f"{places[-1] if places else 'a file'}: is nested too deeply, or its defaults are circular."
     return None

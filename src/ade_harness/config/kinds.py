@@ -103,7 +103,7 @@ KINDS: dict[str, Kind] = {
     "custom": Kind(
         f"{_FORMATS}.python:load", Gives.network, "_target_",
         "the import path of your nn.Module, such as my_pkg.my_module.MyNet", is_code=True,
-        trust="would import code of its own and run it",
+        trust="would import and execute code of its own",
     ),
     "torchscript": Kind(
         f"{_FORMATS}.torchscript:load", Gives.network, "path", "the TorchScript file", Source.file, as_exported=True,

@@ -130,7 +130,7 @@ class PublishedConfig:
 
     mIoU: float | None = None  # percent, as printed in the source, by the protocol that the model's YAML chooses
     ss: float | None = None  # single scale
-    ms: float | None = None  # multi-scale and mirrored
+    ms: float | None = None  # multi-scale with flip
     protocol: str = ""
     source: str = ""
 

@@ -155,10 +155,12 @@ def _check_views(inference: InferenceConfig) -> None:
     require(len(views) > 0, f"inference.tta.{key}: is empty. [1.0] is a single scale.")
     makes_an_image: Callable[[float], bool] = (lambda v: v > 0) if tta.sides is None else (lambda v: v >= 1)
     wrong = [v for v in views if not makes_an_image(v)]
-    require(not wrong, f"inference.tta.{key}={list(views)}: {wrong[:1]} makes no image. Expected numbers over 0.")
+    require(
+        not wrong, f"inference.tta.{key}={list(views)}: {wrong[:1]} gives an empty image. Expected positive numbers."
+    )
     maximum = _MAX_SCALE if tta.sides is None else MAX_SIDE
     large = [v for v in views if v > maximum]
-    require(not large, f"inference.tta.{key}={list(views)}: {large[:1]} is too much, at most {maximum:,}.")
+    require(not large, f"inference.tta.{key}={list(views)}: {large[:1]} is too large, at most {maximum:,}.")
     require(
         tta.sides is None or resize.rule == ResizeRule.short_side,
         f"inference.tta.sides: are short sides, the protocol's rule is {resize.rule}. Use tta.scales.",
@@ -198,7 +200,7 @@ def _check_model(config: Config) -> None:
     for name in ("mean", "std"):
         values = getattr(model.input, name)
         require(len(values) == 3, f"model.input.{name}: expected three numbers, got {list(values)}.")
-    require(all(v > 0 for v in model.input.std), "model.input.std: expected numbers over 0.")
+    require(all(v > 0 for v in model.input.std), "model.input.std: expected positive numbers.")
     require(
         model.dtype == Dtype.fp32 or model.dtype == str(config.inference.precision),
         f"model.dtype={model.dtype} needs inference.precision={model.dtype} (it is {config.inference.precision}):"

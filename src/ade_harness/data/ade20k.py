@@ -250,7 +250,7 @@ def open_ade20k(
         if alone:
             suffix = ".png" if kind == "image" else ".jpg"
             raise HarnessError(
-                f"{root}: {len(alone)} of {len(left)} {kind}s in {split} have no partner, the first is {alone[0]}"
+                f"{root}: {len(alone)} of {len(left)} {kind}s in {split} have no counterpart, the first is {alone[0]}"
                 f" (missing: {missing}/{alone[0]}{suffix}). Extract the archive again; `data verify` lists all."
             )
     refuse_foreign(images, split, root)
@@ -335,6 +335,6 @@ def _nothing_here(root: Path, split: str, names: list[str]) -> str:
     other = recognise(names)
     found = f"it looks like {other}" if other else f"found {len(names)} other files, such as {names[0]}"
     return (
-        f"{root}: no ADEChallengeData2016 here: {found}. Expected images/{split}/*.jpg and"
+        f"{root}: ADEChallengeData2016 not found: {found}. Expected images/{split}/*.jpg and"
         f" annotations/{split}/*.png (150 classes). `python -m ade_harness data download` fetches it."
     )

@@ -132,7 +132,7 @@ def check_png(data: bytes, name: str, what: str) -> PngHeader:
         if kind == b"IEND":
             break
     if last != b"IEND":
-        raise unreadable(name, what, "it is cut off")
+        raise unreadable(name, what, "it is truncated")
     if headers > 1:
         raise unreadable(name, what, "it has several headers")
     header = read_png_header(data, name, what)
@@ -220,7 +220,7 @@ def _chunks(data: bytes, name: str, what: str) -> Iterator[tuple[bytes, bytes]]:
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
         if end > len(data) and kind != b"IDAT":
-            raise unreadable(name, what, "it is cut off")
+            raise unreadable(name, what, "it is truncated")
         content = data[place + 8 : end - 4]
         if end <= len(data) and not kind[0] & 0x20:  # critical: ancillary ones may be damaged
             (expected,) = struct.unpack_from(">I", data, end - 4)

@@ -161,7 +161,7 @@ def decode_labels(data: bytes, name: str, storage: LabelStorage = LabelStorage()
 def _misleading(palette: npt.NDArray[np.uint8], index: int, name: str, storage: LabelStorage) -> HarnessError:
     entry = f"has the colour {tuple(map(int, palette[index]))}" if index < len(palette) else "is not in it"
     return HarnessError(
-        f"{name}: a palette PNG whose indices need not be its labels: index {index} {entry}, which is neither that grey"
+        f"{name}: a palette PNG whose indices may not be its labels: index {index} {entry}, which is neither that grey"
         f" level nor of a known palette. PNG optimisers and colour quantisers write such files. {storage.advice}"
     )
 

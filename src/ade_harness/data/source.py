@@ -126,7 +126,7 @@ class ZipSource:
             with self._open().open(name) as member:
                 size = self._open().getinfo(name).file_size
                 if size > MAX_FILE_BYTES:  # a few bytes can unpack to anything
-                    raise HarnessError(f"{self.location}: {name} unpacks to {size:,} bytes; no image has so many.")
+                    raise HarnessError(f"{self.location}: {name} unpacks to {size:,} bytes; too large for an image.")
                 return member.read() if limit is None else member.read(limit)
         except HarnessError:
             raise

@@ -94,7 +94,7 @@ def exchange(
     except OSError as error:
         raise NoReplyError(f"no connection ({error.strerror or type(error).__name__})") from error
     except (HTTPException, ValueError) as error:
-        raise NoReplyError(f"the reply is no whole HTTP reply ({type(error).__name__})") from error
+        raise NoReplyError(f"the reply is an incomplete HTTP response ({type(error).__name__})") from error
     finally:
         if connection is not None:
             connection.close()
@@ -195,5 +195,5 @@ def _read(response: HTTPResponse, max_bytes: int, quote: int) -> Reply:
     if good and len(body) > maximum:
         raise NoReplyError(f"the reply has more than the {maximum:,} bytes that were expected", passing=False)
     if good and announced is not None and len(body) < announced:
-        raise NoReplyError(f"the connection ended after {len(body):,} of {announced:,} bytes")
+        raise NoReplyError(f"the connection was closed after {len(body):,} of {announced:,} bytes")
     return Reply(response.status, response.reason, headers, bytes(body[:maximum]))

@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             path = urlsplit(self.path).path
             expected = {"/info": "GET", "/predict": "POST"}.get(path)
             if expected is None:
-                raise RefusedError(404, "no such address: /predict and /info are there")
+                raise RefusedError(404, "no such address: available: /predict, /info")
             if method != expected:
                 raise RefusedError(405, f"{path} takes {expected}", Allow=expected)
             self._check_token()

@@ -195,7 +195,7 @@ def conclude(
     check_exact(rows, matrix, dataset.ids)
     if not matrix.any():
         raise HarnessError(
-            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to be right or wrong"
+            f"No score: none of the {len(rows)} images has a labelled pixel, so no score can be computed"
             " about. Are these the annotations of this data set?"
         )
     advice = None if opened.predictor.facts().get("weights") == "random" else diagnose(rows, dataset.classes)

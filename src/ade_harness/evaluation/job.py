@@ -136,7 +136,7 @@ def _machine_notes(cfg: Config, device: str) -> list[str]:
     cores, ranks = usable_cores(), local_ranks()
     if cores < 2 * ranks:
         notes.append(
-            f"{ranks} ranks share {cores} CPU cores, and their GPUs will wait: ask for two cores a rank at least"
+            f"{ranks} ranks share {cores} CPU cores, and their GPUs will wait: request at least two cores per rank"
             " (sbatch --cpus-per-gpu=8)"
         )
     return [note for note in notes if note is not None]
@@ -180,7 +180,7 @@ def _compare_ranks(
             per_node = what.startswith(("the data set's", "the code's", "the model's weights"))
             if value != expected[what] and (first or not per_node):
                 raise HarnessError(
-                    f"rank {rank} on {other_host} sees something else than rank 0 on {host}: {what} is {value}, not"
+                    f"rank {rank} on {other_host} differs from rank 0 on {host}: {what} is {value}, not"
                     f" {expected[what]}. Give every node the same files."
                 )
     devices = sorted({d for _, _, _, d in reported})

@@ -277,7 +277,7 @@ def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor
     for row in rows:
         if row.image_id not in index_of:
             raise HarnessError(
-                f"{row.image_id}: this run has counted it, but it is not in the data set now (or cannot be read)."
+                f"{row.image_id}: this run has counted it, but it is no longer in the data set (or cannot be read)."
                 " Put its files back, or start a new run."
             )
         now = dataset.content_hash(index_of[row.image_id]) + predictor.source_hash(row.image_id)

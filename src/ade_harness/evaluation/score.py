@@ -87,7 +87,7 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
     if not work.matrix.any():
         record.leave("incomplete", lost)
         raise HarnessError(
-            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to be right or wrong"
+            f"No score: none of the {len(rows)} images has a labelled pixel, so no score can be computed"
             " about. Are these the annotations of this data set?"
         )
     if lost:

@@ -92,7 +92,7 @@ def checked(content: Any, shape: Shape, where: str) -> Any:
 
 def damaged(where: str, what: str) -> HarnessError:
     """Return the error of a file of a run or a submission that is not what this package wrote."""
-    return HarnessError(f"{escaped(where)}: damaged: {escaped(what)}. Restore it, or do without this directory.")
+    return HarnessError(f"{escaped(where)}: damaged: {escaped(what)}. Restore it, or remove this directory.")
 
 
 if TYPE_CHECKING:

@@ -114,7 +114,7 @@ def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
                             on_bytes(have, total_bytes)
                 if total_bytes is None or have == total_bytes:
                     return
-                problem = f"the connection ended after {have} of {total_bytes} bytes"
+                problem = f"the connection was closed after {have} of {total_bytes} bytes"
         except requests.ConnectionError:
             problem = f"no connection to {urlsplit(url).hostname}"
         except requests.RequestException as error:

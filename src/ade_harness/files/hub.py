@@ -39,7 +39,7 @@ def hub_explained(where: str, advice: str) -> Iterator[None]:
             f"{where}: this repository is gated. Accept its licence on its page, then log in: `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise HarnessError(f"{where}: this revision is not on the hub any more. {advice}") from error
+        raise HarnessError(f"{where}: this revision is no longer on the hub. {advice}") from error
     except LocalEntryNotFoundError as error:
         raise HarnessError(f"{where}: not in the cache, and the hub cannot be reached. {advice}") from error
     except RepositoryNotFoundError as error:

@@ -18,7 +18,7 @@ def read_regular(path: Path, maximum: int, limit: int | None = None) -> bytes:
         limit: return only its first bytes.
 
     Raises:
-        HarnessError: it cannot be read, is larger, or is no regular file: a pipe would be waited for, a device read
+        HarnessError: it cannot be read, is larger, or is not a regular file: a pipe would be waited for, a device read
             for ever.
     """
     try:
@@ -26,7 +26,7 @@ def read_regular(path: Path, maximum: int, limit: int | None = None) -> bytes:
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise HarnessError(f"{path}: is no regular file (a folder, pipe or device). Expected a file.")
+                raise HarnessError(f"{path}: is not a regular file (a folder, pipe or device). Expected a file.")
             if found.st_size > maximum:
                 raise HarnessError(f"{path}: has {found.st_size:,} bytes; at most {maximum:,} are read.")
             return file.read() if limit is None else file.read(limit)

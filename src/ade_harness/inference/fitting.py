@@ -55,7 +55,7 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
     if gaps:
         raise HarnessError(
             f"{image_id}: with {name}, {gaps} rows or columns of the {plan.canvas[1]}x{plan.canvas[0]} input"
-            f" lie in none of its windows ({plan.window[1]}x{plan.window[0]}, stride"
+            f" are not covered by any window ({plan.window[1]}x{plan.window[0]}, stride"
             f" {cfg.window.stride}). Choose a smaller inference.window.stride."
         )
     if min(plan.window) < stride:

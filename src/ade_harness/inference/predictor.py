@@ -275,7 +275,7 @@ class NetworkPredictor:
         if self.cfg.resize.rule == "fit":
             size = "images as they are" if self.cfg.resize.height is None else "images fitted into the model's input"
             notes.append(
-                f"inference={self.cfg.name} is no published protocol ({size}, pixels normalised with mean"
+                f"inference={self.cfg.name} is not a published protocol ({size}, pixels normalised with mean"
                 f" {_written(self.model.mean)} and std {_written(self.model.std)}): choose the model's own"
             )
         notes += [

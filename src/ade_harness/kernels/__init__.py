@@ -73,7 +73,7 @@ def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
     elif module is not None and device != device_type:
         raise HarnessError(f"runtime.kernels={choice}: works on {device} only, this run is on {device_type}. Use auto.")
     if module is not None:
-        reason = "it rounds otherwise than torch on this machine"
+        reason = "it rounds differently from torch on this machine"
         try:
             found = importlib.import_module(f"ade_harness.kernels.{module}")
             if found.agrees_with_torch():

@@ -337,4 +337,4 @@ def shortcoming() -> str | None:
     """Say what is left to plain torch on this device; None if nothing is."""
     if softmax_agrees_with_torch():
         return None
-    return "the softmax of views rounds otherwise than torch's here, so plain torch averages probabilities"
+    return "the softmax of views rounds differently from torch's here, so plain torch averages probabilities"

@@ -73,7 +73,7 @@ def why_not_ranked(run: FinishedRun) -> str | None:
     if run.marks:
         return run.marks[0]
     if run.config["dataset"]["kind"] != "ade20k" or run.manifest["dataset"]["name"] != "ade20k":
-        return f"{OTHER_DATASET} {run.manifest['dataset']['name']}: the leaderboard is of ADE20K validation alone"
+        return f"{OTHER_DATASET} {run.manifest['dataset']['name']}: the leaderboard covers ADE20K validation only"
     if not run.complete:
         return "not all images of ADE20K validation"
     official = validation_sizes()

@@ -76,7 +76,7 @@ def compare(
         ValueError: other images, or another truth: see :func:`ade_harness.runs.matching.match_runs`.
     """
     if first.ids != second.ids or not np.array_equal(first.truth, second.truth):
-        raise ValueError("the runs have other images, or another ground truth")
+        raise ValueError("the runs have different images, or another ground truth")
     names = list(area_scores(*split_areas(first.stacked[0])))
     resampled = _resample(first, second, names, resamples, seed)
     value = resampled.value

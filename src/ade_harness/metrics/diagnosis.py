@@ -61,7 +61,7 @@ def diagnose(rows: Sequence[Row], classes: Classes) -> str | None:
         return None
     truth, predicted = moved[0]
     return (
-        "The score is near zero, and the class order may be another one: what is called"
+        "The score is near zero, and the class order may differ: what is called"
         f" {classes.names[predicted]!r} is mostly {classes.names[truth]!r}, and so on for {len(moved)} classes; with"
         f" the order that fits half of the images, in the other half {evidence}. Check model.class_map"
     )

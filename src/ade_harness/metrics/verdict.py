@@ -28,7 +28,7 @@ def judge(measured: float, interval: Interval | None, published: float, marks: S
         marks: what the run's score is not; a run that has any cannot be compared.
     """
     if marks:
-        return Verdict("not comparable", f"not to be compared with the published {published}: {marks[0]}")
+        return Verdict("not comparable", f"not comparable with the published {published}: {marks[0]}")
     digits = max(0, -int(Decimal(str(published)).as_tuple().exponent))
     half, away = 0.5 * 10**-digits, 100 * measured - published
     shown = f"{100 * measured:.2f}"

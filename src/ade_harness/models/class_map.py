@@ -105,7 +105,7 @@ def _refuse_other_order(found: list[int | None], names: Sequence[str], classes: 
         wrong = wrong if len(wrong) > len(classes) // 10 else exact
         channel, actual = wrong[0]
         raise HarnessError(
-            f"The model's own names are not in {classes.dataset}'s order: channel {channel} is {names[channel]!r},"
+            f"The model's own names are not in the order of {classes.dataset}: channel {channel} is {names[channel]!r},"
             f" which is class {actual}, not {channel} ({classes.names[channel]!r}); {len(wrong)} channels differ."
             f" {_proposal(found, names)}"
         )

@@ -60,7 +60,7 @@ def from_official(name: str, state_dict: Mapping[str, Any], **architecture: Any)
         name: of the system, as in ``conf/model/``: see :func:`systems`.
         state_dict: tensors or arrays by name. Systems whose backbone and head are two files take both in one mapping,
             or ``{"backbone": {...}, "head": {...}}``. The names of mmsegmentation and of the hub are known too.
-        architecture: fields that go before what shapes say.
+        architecture: fields that take precedence over what shapes say.
 
     Returns:
         The network in evaluation mode, on the CPU, in float32. Its scores are those of the official head, at the head's

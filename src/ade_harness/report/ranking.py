@@ -149,7 +149,7 @@ def print_ranking(console: Console, ranking: Ranking, level: float) -> None:
 def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) -> None:
     one, two = ranking.runs[pair.first].name, ranking.runs[pair.second].name
     console.print(Text(f"{two} minus {one}", style="bold"))
-    differs = "they differ" if pair.headline.significant(level) else "no difference could be shown"
+    differs = "they differ" if pair.headline.significant(level) else "no significant difference"
     print_line(console, f"  mIoU {difference_words(pair.headline)}: {differs}")
     accuracy = pair.comparison.scores["pixel_accuracy"]
     print_line(console, f"  pixel accuracy {difference_words(accuracy)}")
@@ -161,7 +161,7 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     words = ", ".join(f"{names[c]} {100 * d.value:+z.1f}" for c, d in shown)
     print_line(console, f"  {what}; most: {words}")
     images = ", ".join(f"{i} {100 * v:+z.3f}" for i, v in pair.changed_images(_SHOWN))
-    print_line(console, f"  images that move mIoU most: {images or 'none'}")
+    print_line(console, f"  images with the largest contribution to the difference: {images or 'none'}")
     for remark in pair.remarks:
         print_line(console, f"  note: {one_line(remark)}", style="yellow")
 

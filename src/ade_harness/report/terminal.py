@@ -35,7 +35,7 @@ def print_result(console: Console, result: Result) -> None:
     ranks = "1 rank" if result.world_size == 1 else f"{result.world_size} ranks"
     speed = f"{result.images_per_second:.1f} images/s while evaluating"
     if not result.images_per_second:
-        speed = "every image had been counted before"  # a run that was finished, and is resumed
+        speed = "all images were already evaluated"  # a run that was finished, and is resumed
     lines = [
         ("time", f"{format_seconds(result.seconds)} on {ranks}; {speed}"),
         *([("balance", _balance(result.balance))] if result.world_size > 1 else []),
@@ -89,8 +89,8 @@ def _remarks(result: Result) -> Text:
     lines = [f"{result.pixels:,} pixels; mIoU is the mean over classes in truth or prediction (mmseg)"]
     if len({scores.mIoU, scores.mIoU_csail, scores.mIoU_detectron2}) > 1:
         lines += [
-            f"some classes are absent here, so conventions differ: CSAIL {percent(scores.mIoU_csail)} (absent = 0),"
-            f" detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
+            "some classes are absent from these images, so conventions differ:"
+            f" CSAIL {percent(scores.mIoU_csail)} (absent = 0), detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
         ]
     if any(result.intervals.values()):
         lines += ["interval: other images of the same kind, by bootstrap"]

@@ -51,7 +51,9 @@ def make_run_dir(directory: str | None, root: str, model: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=directory is not None)
         if not is_new(path) and not (path / MANIFEST).is_file():
-            raise HarnessError(f"run.dir={path}: this folder is not empty and holds no run. Nothing was changed.")
+            raise HarnessError(
+                f"run.dir={path}: this folder is not empty and is not a run directory. Nothing was changed."
+            )
         probe = path / f".writable-{uuid.uuid4().hex[:8]}"
         probe.touch()
         probe.unlink()
@@ -99,7 +101,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise HarnessError(
             f"{path}: a run of another version of this package (schema {version}, this one reads {SCHEMA_VERSION})."
-            " Continue it with the version that began it, or start a new run."
+            " Continue it with the version that started it, or start a new run."
         )
     checked(content, MANIFEST_SHAPE, str(manifest))
     return content

@@ -68,6 +68,6 @@ def incomplete(failures: Mapping[str, str], counted: int, images: int, run_dir: 
     return (
         "\n".join(shown)
         + more
-        + f"\nNo score: {counted} of {images} images are counted. They are kept: after mending this,"
+        + f"\nNo score: {counted} of {images} images are counted. They are kept: after fixing this,"
         f" `python -m ade_harness resume {run_dir}` does the rest; run.on_error=skip would leave out images that fail."
     )

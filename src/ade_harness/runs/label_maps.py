@@ -75,7 +75,7 @@ class LabelMaps:
 
     def _write(self, path: Path, labels: npt.NDArray[np.uint8]) -> None:
         _, content = cv2.imencode(".png", labels + np.uint8(1), [cv2.IMWRITE_PNG_COMPRESSION, _COMPRESSION])
-        with replaced(path, durable=False, hint="Make room, then go on.", error=LedgerError) as temporary:
+        with replaced(path, durable=False, hint="Free disk space, then resume.", error=LedgerError) as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content.tobytes())
 

@@ -182,7 +182,7 @@ def _read_segment(path: Path) -> list[dict[str, Any]]:
         ArrowException, OSError: damaged.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise HarnessError(f"{path}: is no regular file.")
+        raise HarnessError(f"{path}: is not a regular file.")
     with pq.ParquetFile(path, page_checksum_verification=True) as file:  # read_table imports far more
         if not file.schema_arrow.equals(SCHEMA):
             raise HarnessError(f"{path}: a ledger of another version of this package. Start a new run.")

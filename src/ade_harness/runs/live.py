@@ -127,6 +127,6 @@ def slow_ranks(beats: Sequence[Beat]) -> dict[int, str]:
         if pace[beat.rank] > SLOW_FACTOR * typical:
             found[beat.rank] = (
                 f"rank {beat.rank} on {beat.host} takes {pace[beat.rank] / typical:.1f} times as long as the median"
-                " rank for the same work: look for a throttled device, or another job on it"
+                " rank for the same work: check for a throttled device, or another job on it"
             )
     return found

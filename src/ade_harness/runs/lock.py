@@ -163,7 +163,7 @@ def _refusal(path: Path, holder: dict[str, Any]) -> str:
     job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
     return (
         f"{path.parent}: another job is working on this run (process {holder.get('pid')} on {holder.get('host')}{job})."
-        f" Wait for it, end it, or choose another run.dir; `python -m ade_harness status {path.parent}` shows how far"
+        f" Wait for it, stop it, or choose another run.dir; `python -m ade_harness status {path.parent}` shows how far"
         " it is."
     )
 

@@ -72,7 +72,7 @@ def match_rows(
     common = [image_id for image_id in ones if image_id in twos]
     if not common:
         raise HarnessError(
-            f"{names}: not comparable: they have no image in common (the first images are {first[0].image_id} and"
+            f"{names}: not comparable: they share no images (the first images are {first[0].image_id} and"
             f" {second[0].image_id})."
         )
     for image_id in common:

@@ -56,7 +56,7 @@ def published_score(cfg: Config) -> Published | None:
     published = model.published
     if cfg.dataset.kind != "ade20k":
         return None
-    for kind, words in (("ss", "single scale"), ("ms", "multi-scale and mirrored")):
+    for kind, words in (("ss", "single scale"), ("ms", "multi-scale with flip")):
         score: float | None = getattr(published, kind)
         if getattr(model.protocols, kind) == name and score is not None:
             same = score == published.mIoU

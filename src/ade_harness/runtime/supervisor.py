@@ -181,7 +181,7 @@ class Supervisor:
                 if not ending.restartable or attempt == self.max_restarts or self.received is not None:
                     return self._final(ending)
                 attempt += 1
-                self.say(f"restart {attempt} of {self.max_restarts}: what is counted is kept.")
+                self.say(f"restart {attempt} of {self.max_restarts}: completed images are saved.")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -103,9 +103,7 @@ def _state(cfg: TrackingConfig) -> str:
     except (CommError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         if "ould not find" not in reason:  # a server that is away, a key that is refused, a WANDB_BASE_URL that is none
-            raise HarnessError(
-                f"tracking.run_id={cfg.run_id}: W&B does not say anything of {path} ({reason})"
-            ) from error
+            raise HarnessError(f"tracking.run_id={cfg.run_id}: W&B gave no information on {path} ({reason})") from error
         raise NoSuchRunError(
             f"tracking.run_id={cfg.run_id}: W&B has no run {path} ({reason}). Give the last part of its page's address,"
             " and tracking.project and tracking.entity as that address has them"

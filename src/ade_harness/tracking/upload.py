@@ -23,7 +23,7 @@ LIMITS = {
     "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3",
     "WANDB_ERROR_REPORTING": "false",  # else wandb waits 10 s for a dead server before it exits
 }
-"""Settings of wandb that go before its defaults, which retry for minutes; the user's own go before these."""
+"""Settings of wandb in place of its defaults, which retry for minutes; the user's own take precedence."""
 
 
 @contextmanager

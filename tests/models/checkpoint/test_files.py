@@ -283,7 +283,7 @@ def test_an_older_file_will_do(hub: HubOfFiles, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("RevisionNotFound", "this revision is not on the hub any more"),
+        ("RevisionNotFound", "this revision is no longer on the hub"),
         ("RepoNotFound", "not found on the hub"),
         ("GatedRepo", "this repository is gated. Accept its licence"),
     ],

@@ -96,12 +96,12 @@ def compare_runs(first: FinishedRun, second: FinishedRun) -> LabelComparison:
     """Compare two runs that should be the same, image by image.
 
     Raises:
-        HarnessError: they have no image in common.
+        HarnessError: they share no images.
     """
     ones, twos = ({row.image_id: row for row in run.rows} for run in (first, second))
     common = sorted(ones.keys() & twos.keys())
     if not common:
-        raise HarnessError(f"{first.path} and {second.path}: have no image in common.")
+        raise HarnessError(f"{first.path} and {second.path}: share no images.")
     different = [_difference(ones[i], twos[i]) for i in common if ones[i].label_hash != twos[i].label_hash]
     return LabelComparison(
         images=len(common),

@@ -60,8 +60,8 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
         places = ", ".join(f"{place}*" if place.endswith(".") else place for place in _PLACES)
         why = "would be another evaluation"
         if other.startswith(("tracking", "run.")):
-            why = "a repetition is not tracked, and --output says where it goes"
-        raise HarnessError(f"{other}: {why}. What may be given: {places}.")
+            why = "reruns are not tracked, and --output says where it goes"
+        raise HarnessError(f"{other}: {why}. Allowed: {places}.")
     first = _read(source)
     repeat = first.manifest.get("repeat")
     if not repeat:
@@ -70,7 +70,7 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     if foreign is not None:
         raise HarnessError(
             f"{first.path}: damaged: manifest.json, repeat: {escaped(foreign)} is no override that decides the counts."
-            " Restore it, or do without this directory."
+            " Restore it, or remove this directory."
         )
     if not trust and (is_bundle(source) or not is_own(first.path, first.manifest)):
         _check_trust(repeat, source)

@@ -1,4 +1,4 @@
-"""Read and check a submission that somebody else has made; nothing in it is run, and nothing in it is believed."""
+"""Read and check a submission made by somebody else: no code from it is executed, and nothing in it is believed."""
 
 from __future__ import annotations
 

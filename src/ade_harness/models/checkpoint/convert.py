@@ -141,7 +141,7 @@ def _read(file: Path) -> tuple[Any, list[str]]:
         raise
     except Exception as error:  # a damaged file fails in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HarnessError(f"{file}: not a readable torch file or pickle ({reason}). Fetch it again.") from error
+        raise HarnessError(f"{file}: not a readable torch file or pickle ({reason}). Download it again.") from error
 
 
 def _opened(value: Any, depth: int = 0, done: dict[int, Any] | None = None) -> Any:

@@ -55,7 +55,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Fields that shapes do not say."""
     shapes_first: bool = False
-    """What shapes say goes before a configuration, whose values are not certain."""
+    """What shapes say takes precedence over a configuration, whose values are not certain."""
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """Applied to a state_dict before its names are looked up."""
     published: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = lambda hub, _: hub
@@ -92,7 +92,7 @@ class Family:
         classes: Classes | None = None,
         published: bool = False,
     ) -> nn.Module:
-        """Build the system; `architecture` goes before what the shapes of `state` say.
+        """Build the system; `architecture` takes precedence over what the shapes of `state` say.
 
         Args:
             architecture: fields of the family, as ``model.architecture`` or flat (see :meth:`flat`); with a `state`,
@@ -171,7 +171,7 @@ class Family:
             if whole:
                 return {}  # the architecture is given: the strict loading that follows names what is missing
             found = f"it has {len(hub)} others, such as {', '.join(list(hub)[:3])}" if hub else "it is empty"
-            raise HarnessError(f"{keys.origin}: {error} is missing; {found}. Is it of another system?") from error
+            raise HarnessError(f"{keys.origin}: {error} is missing; {found}. Is it from another model?") from error
 
     def _check_classes(self, hub: Mapping[str, Tensor], keys: Strictness, expected: Classes) -> None:
         weight = hub.get(self.classifier)

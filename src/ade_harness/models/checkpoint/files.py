@@ -39,7 +39,7 @@ def read_content(path: Path) -> Any:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise HarnessError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
+            raise HarnessError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
     if path.suffix == ".npz":
         return _read_npz(path)
     if path.suffix == ".pkl" and not zipfile.is_zipfile(path):  # torch.save writes archives, whatever their name
@@ -88,7 +88,7 @@ def _unpacked(archive: Path) -> Path:
                         shutil.copyfileobj(source, out, 1 << 20)
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         raise HarnessError(
-            f"{archive}: cannot be unpacked ({error}). Fetch it again, or unpack it yourself."
+            f"{archive}: cannot be unpacked ({error}). Download it again, or unpack it yourself."
         ) from error
     return target
 
@@ -149,7 +149,9 @@ def _read_pickle(path: Path) -> StateDict:
     except HarnessError:
         raise
     except Exception as error:  # a damaged pickle fails in any way
-        raise HarnessError(f"{path}: not a whole pickle ({type(error).__name__}: {error}). Fetch it again.") from error
+        raise HarnessError(
+            f"{path}: not a whole pickle ({type(error).__name__}: {error}). Download it again."
+        ) from error
     found = content.get("model", content) if isinstance(content, Mapping) else {}
     arrays = {str(k): from_numpy(np.asarray(v)) for k, v in found.items() if isinstance(v, np.ndarray | np.generic)}
     if not arrays or len(arrays) != len(found):

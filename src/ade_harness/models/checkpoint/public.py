@@ -118,7 +118,7 @@ def shards(index: Path) -> list[str]:
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names no files, or files elsewhere")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HarnessError(f"{index}: not an index of weight files ({error}). Fetch it again.") from error
+        raise HarnessError(f"{index}: not an index of weight files ({error}). Download it again.") from error
     return names
 
 

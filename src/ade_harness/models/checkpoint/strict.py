@@ -115,7 +115,7 @@ def require_all_keys(
                 f" model.checkpoint_prefix={prefixes[0]}"
             )
         if not wrong_missing and not shapes:
-            advice += " Keys that take no part in the forward can be named in model.allow_unexpected_keys."
+            advice += " Keys that the forward does not use can be named in model.allow_unexpected_keys."
         raise HarnessError(f"{keys.origin}: these weights do not fit the model. {'; '.join(parts)}. {advice}")
     if of_file is not None and 2 * (of_file - unused) < of_file:
         raise HarnessError(

@@ -216,7 +216,7 @@ def _pixel_statistics(model_id: str, revision: str | None) -> tuple[list[float],
         values, _ = ImageProcessingMixin.get_image_processor_dict(model_id, revision=revision)
     except (OSError, ValueError) as error:
         if (Path(model_id) / PREPROCESSOR).is_file():
-            raise HarnessError(f"model.id={model_id}: its {PREPROCESSOR} cannot be read. Mend or remove it.") from error
+            raise HarnessError(f"model.id={model_id}: its {PREPROCESSOR} cannot be read. Fix or remove it.") from error
         return None
     if values.get("do_flip_channel_order"):
         raise HarnessError(
