@@ -39,7 +39,7 @@ from ade_harness.inference.predictor import Prediction
 from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runtime.coordination import Coordinator
-from ade_harness.runtime.queue import quiet_worker
+from ade_harness.runtime.queue import ignore_signals
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def work(folder: Path, images: int, workers: int, label_maps: str, threaded: boo
         return [Prediction(labels)]
 
     loader = DataLoader(
-        ImageItems(dataset, order, made, set()), batch_size=None, num_workers=workers, worker_init_fn=quiet_worker,
+        ImageItems(dataset, order, made, set()), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
         prefetch_factor=4 if workers else None, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:

@@ -34,7 +34,7 @@ from ade_harness.data.ade20k import open_ade20k
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.checkpoint.family import random_network
 from ade_harness.models.checkpoint.parts import read_state_dict
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.loaded import LoadedModel
@@ -85,7 +85,7 @@ def pair(name: str, kind: str, fields: dict[str, Any]) -> tuple[nn.Module, Queri
     torch.manual_seed(0)
     library = of_transformers(kind, fields)
     if library is None:
-        network = quietly_random(family_of(kind), fields, 0).eval().to(DEVICE)
+        network = random_network(family_of(kind), fields, 0).eval().to(DEVICE)
 
         def reference(images: Tensor) -> tuple[Tensor, Tensor]:
             with reference_operations():

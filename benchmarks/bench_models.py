@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ade_harness.data.ade20k import open_ade20k
-from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.checkpoint.family import random_network
 from ade_harness.models.systems.segformer import SEGFORMER
 
 B0 = {
@@ -52,7 +52,7 @@ def main() -> None:
     for column in ("model", "protocol", "images", "images/s", *(f"{s} %" for s in STAGES), "peak MiB"):
         table.add_column(column, justify="right" if column not in ("model", "protocol") else "left")
     for name in options.models:
-        network = quietly_random(SEGFORMER, B0 if name == "b0" else B5, 0).eval().to(DEVICE)
+        network = random_network(SEGFORMER, B0 if name == "b0" else B5, 0).eval().to(DEVICE)
         parameters = sum(p.numel() for p in network.parameters()) / 1e6
         for protocol in options.protocols:
             images = max(2, options.images // (4 if protocol.endswith("_ms") else 1) // (4 if name == "b5" else 1))

@@ -21,7 +21,7 @@ from torch import nn
 
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import select, whole
-from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.checkpoint.family import random_network
 from ade_harness.models.systems.segformer import SEGFORMER
 
 SIZES = ((512, 683), (256, 256), (512, 768), (300, 400))
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     if "slide" in wanted:
         slide(TrivialNetwork().eval(), "free network", options.rounds, False)
     if "segformer" in wanted:
-        slide(quietly_random(SEGFORMER, B0, 0).eval(), "SegFormer-B0", options.rounds, True)
+        slide(random_network(SEGFORMER, B0, 0).eval(), "SegFormer-B0", options.rounds, True)
     if "merge" in wanted:
         merge(max(2, options.rounds // 2))
     if "tta" in wanted:

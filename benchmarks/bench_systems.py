@@ -30,7 +30,7 @@ from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.checkpoint.family import random_network
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.registry import family_of, systems
 
@@ -77,7 +77,7 @@ def measure(name: str, images: int, protocol: str) -> tuple[str, float, float, f
     """Return (protocol, millions of parameters, our seconds, plain seconds, share of equal labels) per image."""
     cfg = compose_config([f"model={name}", f"inference={protocol}", "dataset=ade20k", "dataset.root=."])
     architecture = cfg.model.architecture
-    network = quietly_random(family_of(systems()[name]), architecture, 0).eval().to(DEVICE)
+    network = random_network(family_of(systems()[name]), architecture, 0).eval().to(DEVICE)
     mean, std = tuple(cfg.model.input.mean), tuple(cfg.model.input.std)
     predictor = NetworkPredictor(LoadedModel(network, "random", mean, std, channels=150), cfg.inference, cfg.model)
     folder = Path(tempfile.gettempdir()) / f"ade_harness_bench/images{images}"

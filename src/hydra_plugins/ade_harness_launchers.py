@@ -49,8 +49,8 @@ class _CheckedLauncher(Launcher, ABC):
         _check_sweep(self.config, job_overrides)
         extra = _config_dir(self.config)
         jobs, mistakes = [], []
-        for number, words in enumerate(job_overrides, start=initial_job_idx):
-            plain = list(filter_overrides(words))
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            plain = list(filter_overrides(overrides))
             try:
                 config = compose_config(plain, extra)
                 check_files(config)
@@ -70,13 +70,13 @@ class _CheckedLauncher(Launcher, ABC):
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Run checked jobs; `flags`, also overrides of Hydra's own, go to each command."""
 
-    def _directory(self, number: int, words: Sequence[str], extra: Path | None, config: Config) -> Path:
+    def _directory(self, number: int, overrides: Sequence[str], extra: Path | None, config: Config) -> Path:
         """Return where a job writes: ``run.dir``, or Hydra's own directory of the job."""
         from ade_harness.config.arguments import prepare
 
         if config.run.dir is not None:
             return Path(config.run.dir)
-        sweep: Any = self.context.config_loader.load_sweep_config(self.config, prepare(words, extra))
+        sweep: Any = self.context.config_loader.load_sweep_config(self.config, prepare(overrides, extra))
         with open_dict(sweep):
             sweep.hydra.job.id = sweep.hydra.job.num = number
         return Path(str(OmegaConf.select(sweep, "hydra.sweep.dir"))) / str(
@@ -102,8 +102,8 @@ class ProcessLauncher(_CheckedLauncher):
         for place, job in enumerate(jobs, start=1):
             batch = f"{place} of {len(jobs)}" if job.number < len(jobs) else f"job {job.number}"
             print_line(make_console(), f"[{batch}] {' '.join(job.overrides)}")
-            words = [*job.arguments, *flags]
-            codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode)
+            arguments = [*job.arguments, *flags]
+            codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *arguments], check=False).returncode)
         rows = self._sweep.add(jobs, codes)
         return [_returned(job, code, row.mIoU) for job, code, row in zip(jobs, codes, rows, strict=True)]
 
@@ -121,9 +121,9 @@ class OneJobLauncher(_CheckedLauncher):
         job = jobs[number]
         from ade_harness.runtime.console import Output, output
 
-        words = ["evaluate", *job.overrides, *flags]  # its directory is its own: the jobs of an array do not meet
-        words += ["--json"] if output() is Output.stderr else []
-        code = subprocess.run([sys.executable, "-m", "ade_harness", *words], check=False).returncode
+        arguments = ["evaluate", *job.overrides, *flags]  # its directory is its own: the jobs of an array do not meet
+        arguments += ["--json"] if output() is Output.stderr else []
+        code = subprocess.run([sys.executable, "-m", "ade_harness", *arguments], check=False).returncode
         if code:
             from ade_harness.runtime.lifetime import CommandEnded
 
@@ -142,8 +142,8 @@ class ListLauncher(Launcher):
         from ade_harness.cli.sweep import listed
         from ade_harness.runtime.console import make_console, print_line
 
-        for number, words in enumerate(job_overrides, start=initial_job_idx):
-            listed.append(list(filter_overrides(words)))
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            listed.append(list(filter_overrides(overrides)))
             print_line(make_console(), f"{number}: {' '.join(listed[-1])}")
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in job_overrides]
 
@@ -202,7 +202,7 @@ def _of_jobs(config: DictConfig) -> list[str]:
     """Return the overrides of Hydra's own options that are about a job, such as its log, not about the sweep."""
     of_sweep = re.compile(r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sweep|mode|run)\b)")
     given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)  # each job resolves its own
-    return [word for word in given if not of_sweep.match(word)]
+    return [override for override in given if not of_sweep.match(override)]
 
 
 def _config_dir(config: DictConfig) -> Path | None:

@@ -71,7 +71,7 @@ def test_models_lists_the_catalogue(call: Call) -> None:
         assert row.system.split(" ")[0] in done.out
     assert "never" in done.out
     assert {row.config for row in published_rows()} <= set(choices("model"))  # every row can be run
-    assert "others published" in done.out
+    assert "published scores" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     assert len(done.out.splitlines()) < 80
     told = call("models", "mask2former_swin_l", "segformer_b0")
@@ -162,7 +162,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["inference.resize.rule=short"], ["'short_side'"]),
         (["inference.resize.rule=exact"], ["inference.resize.height=None"]),
         (["inference=fit_512", "inference.output.upsample=one_step"], ["does not go with padding"]),
-        (["model.input.std=[1,0,1]"], ["model.input.std: expected numbers over 0"]),
+        (["model.input.std=[1,0,1]"], ["model.input.std: expected positive numbers"]),
         (["model.class_map=[0,150]"], ["model.class_map[1]=150: expected 0..149"]),
         (["model=onnx"], ["model.path must be set"]),
         (["model=custom"], ["model._target_ must be set"]),

@@ -379,7 +379,7 @@ FAULTY = {
     "nul": (b"name: a\0b\n", "nul.yaml: is not plain YAML"),
     "open": (b"name: [a, b\n", "open.yaml, line 2, column 1: is not plain YAML"),
     "deep": (b"kwargs: " + b"[" * 2000 + b"]" * 2000, "deep.yaml: is nested too deeply"),
-    "cycle": (b"defaults: [cycle, _self_]\nname: a\n", "lead back to itself"),
+    "cycle": (b"defaults: [cycle, _self_]\nname: a\n", "its defaults are circular"),
     "twice": (b"name: a\nname: b\n", "found duplicate key name"),
     "listed": (b"- a\n", "list is not a subclass of ModelConfig"),
     "text": (b"only text\n", "'only text' not in 'ModelConfig'"),

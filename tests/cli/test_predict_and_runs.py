@@ -33,7 +33,7 @@ def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) 
     done = call("predict", "model=demo", photos, "--output", "out")
     assert done.code == 0, done.err
     assert "3 of 3 images" in done.out
-    assert "DEMO: this network knows the synthetic images alone" in done.out
+    assert "DEMO: this network was trained on synthetic images only" in done.out
     segmenter, classes = ade.load_model("demo"), ade20k_classes()
     for source, name in (
         ("street.jpg", "street"),
@@ -147,7 +147,7 @@ def test_label_maps_are_no_pictures(call: Call, photos: Path, tmp_path: Path) ->
     Image.fromarray(grey).save(photos / "annotation.png")
     done = call("predict", "model=demo", photos / "annotation.png", photos / "street.jpg", "--output", "out")
     assert done.code == 0
-    assert "1 of 2 files are grey PNGs of few even areas" in " ".join(done.out.split())
+    assert "1 of 2 files are greyscale PNGs with few constant regions" in " ".join(done.out.split())
     # a picture whose colours a program has put in a palette
     Image.open(photos / "street.jpg").quantize(64).save(photos / "quantised.png")
     Image.open(photos / "street.jpg").convert("L").convert("P").save(photos / "grey.png")

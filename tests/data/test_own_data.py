@@ -114,7 +114,7 @@ def test_nineteen_classes_through_the_whole_pipeline(
     assert [row.image_id for row in finished.rows] == sorted(row.image_id for row in finished.rows)
     assert (run / "label_maps" / "ulm" / "000.png").is_file()
     assert len((run / "per_class.csv").read_text().splitlines()) == 20
-    assert str(why_not_ranked(finished)).startswith("evaluated on streets: the leaderboard is of ADE20K")
+    assert str(why_not_ranked(finished)).startswith("evaluated on streets: the leaderboard covers ADE20K")
     one_message(
         call("submit", run, "--output", streets / "bundle"),
         "cannot be submitted",

@@ -803,7 +803,7 @@ JPEG = {"Content-Type": "image/jpeg"}
 @pytest.mark.parametrize(
     ("method", "path", "headers", "body", "code", "words"),
     [
-        ("GET", "/", {}, None, 404, "/predict and /info"),
+        ("GET", "/", {}, None, 404, "available: /predict, /info"),
         ("GET", "/predict", {}, None, 405, "takes POST"),
         ("POST", "/info", {}, b"", 405, "takes GET"),
         ("POST", "/predict", {"Content-Type": "text/plain"}, b"x", 415, "image/png or image/jpeg"),

@@ -17,7 +17,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation import data, job
 from ade_harness.inference import predictor
-from ade_harness.inference.forward import is_shortage
+from ade_harness.inference.forward import is_out_of_memory
 from ade_harness.inference.opening import open_network
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.runtime import cluster
@@ -70,8 +70,8 @@ def test_few_cores_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch) 
              "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation"],
 )  # fmt: skip
 def test_a_librarys_shortage_of_memory_is_one(text: str) -> None:
-    assert is_shortage(RuntimeError(text))
-    assert not is_shortage(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -43,7 +43,7 @@ def test_equal_ranks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cuDNN", "8"),
         ("torch's allow_tf32", "True"),
         ("torch's CUBLAS_WORKSPACE_CONFIG", ":16:8"),
-        ("the implementation of the label kernels' remainder", "the softmax of views rounds otherwise"),
+        ("the implementation of the label kernels' remainder", "the softmax of views rounds differently"),
         ("the checkpoint (sha256)", "b"),
         ("the code's commit", "c"),
     ],

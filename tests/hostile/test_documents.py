@@ -157,14 +157,14 @@ def test_ledgers(seeds: range, good: Path, tmp_path: Path) -> None:
 def test_submissions(seeds: range, good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "submission"
     folder.mkdir()
-    claim = {
+    declaration = {
         "schema": 1, "system": "s", "contact": "a@b.c", "seeds": {"a": 0}, "command": ["model=demo"], "files": {"a": "b"},
         "code": {"commit": "0" * 40, "repository": "https://example.org/a/b"}, "results": [{"metric": "mIoU", "value": 1.0}],
         "references": [{"address": "https://example.org/w"}], "environment": {"python": "3.11", "gpus": [], "packages": {}},
     }  # fmt: skip
 
     def door(seed: int) -> None:
-        text = yaml.safe_dump(changed_document(claim, seed), allow_unicode=True)
+        text = yaml.safe_dump(changed_document(declaration, seed), allow_unicode=True)
         (folder / "submission.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
         mutated(good, folder, seed)
         assert bundle_problems(folder)

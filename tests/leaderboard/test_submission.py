@@ -24,8 +24,8 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.kinds import Source
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
-from ade_harness.leaderboard.submission.bundle import bundle_problems, read_claim
-from ade_harness.leaderboard.submission.claim import is_safe_word
+from ade_harness.leaderboard.submission.bundle import bundle_problems, read_declaration
+from ade_harness.leaderboard.submission.declaration import is_safe_override
 from ade_harness.leaderboard.submission.public_files import (
     PublicSource,
     check_public,
@@ -67,14 +67,14 @@ def bundle(valid: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None], again: bool = True) -> None:
-    """Change the claim as a careful forger would: with a new recipe and new hashes."""
-    claim = yaml.safe_load((bundle / "submission.yaml").read_text())
-    change(claim)
+    """Change the declaration as a careful forger would: with a new recipe and new hashes."""
+    declaration = yaml.safe_load((bundle / "submission.yaml").read_text())
+    change(declaration)
     if again:
-        for name, text in script_files(claim).items():
+        for name, text in script_files(declaration).items():
             (bundle / name).write_text(text)
-        claim["files"] = {name: file_hash(bundle / name, "sha256") for name in claim["files"]}
-    (bundle / "submission.yaml").write_text(yaml.safe_dump(claim, sort_keys=False))
+        declaration["files"] = {name: file_hash(bundle / name, "sha256") for name in declaration["files"]}
+    (bundle / "submission.yaml").write_text(yaml.safe_dump(declaration, sort_keys=False))
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -91,20 +91,20 @@ def test_a_submission_holds_what_the_leaderboard_asks_for(valid: Path, whole: Pa
         "Dockerfile", "constraints.txt", "reproduce.sh", "run/config.yaml", "run/ledger/ledger.parquet", "run/manifest.json",
         "run/metrics.json", "submission.yaml",
     ]  # fmt: skip
-    claim, run = read_claim(valid), load_run(whole)
-    assert [r["metric"] for r in claim["results"]] == ["mIoU", "miou"]
-    assert {r["fraction"] for r in claim["results"]} == {run.metrics["mIoU"]} == {scores(run.matrix).mIoU}
-    assert claim["results"][0]["interval"] == [run.metrics["intervals"]["mIoU"][k] for k in ("low", "high")]
-    (reference,) = claim["references"]
+    declaration, run = read_declaration(valid), load_run(whole)
+    assert [r["metric"] for r in declaration["results"]] == ["mIoU", "miou"]
+    assert {r["fraction"] for r in declaration["results"]} == {run.metrics["mIoU"]} == {scores(run.matrix).mIoU}
+    assert declaration["results"][0]["interval"] == [run.metrics["intervals"]["mIoU"][k] for k in ("low", "high")]
+    (reference,) = declaration["references"]
     assert reference["address"] == f"hub:{MODEL['origin']}"
     assert reference["sha256"] == MODEL["sha256"]
-    assert claim["contact"] == "me@example.org"
-    assert claim["code"] == {
+    assert declaration["contact"] == "me@example.org"
+    assert declaration["code"] == {
         "repository": "https://example.org/group/ade-harness.git",
         "commit": COMMIT,
         "version": "0.1.0",
     }
-    packages = claim["environment"]["packages"]
+    packages = declaration["environment"]["packages"]
     assert {"torch", "numpy", "lightning", "transformers"} <= packages.keys()
     assert all(len(p["sha256"]) == 64 for p in packages.values() if p["sha256"])
     assert "ade-harness" not in packages
@@ -248,8 +248,8 @@ def test_own_code_must_be_public_too(whole: Path) -> None:
     run = variant(whole, facts=facts, model={"kind": "custom", "_target_": "mine.Net"})
     assert "--model-code https" in refusal(run)
     given = {**ME, "--model-code": "https://example.org/mine/tree/1"}
-    claim, _ = prepare(run, given, lambda reference: reference)
-    assert claim["model_code"] == "https://example.org/mine/tree/1"
+    declaration, _ = prepare(run, given, lambda reference: reference)
+    assert declaration["model_code"] == "https://example.org/mine/tree/1"
 
 
 # public references
@@ -265,11 +265,11 @@ def test_files_from_disk_get_their_public_address(whole: Path) -> None:
     run = variant(whole, facts=own, model={"checkpoint": weights})
     run.manifest["repeat"] = [*run.manifest["repeat"], f"model.checkpoint={weights}"]
     assert "nobody else has" in refusal(run)
-    claim, _ = prepare(run, {**ME, "--checkpoint": "https://example.org/w.safetensors"}, lambda r: r)
-    assert "model.official.url='https://example.org/w.safetensors'" in claim["command"]
-    assert f"model.official.sha256='{'c' * 64}'" in claim["command"]
-    assert not [word for word in claim["command"] if word.startswith(("model.checkpoint=", "dataset.root="))]
-    cfg = compose_config([*claim["command"], "dataset.root=/anywhere"])
+    declaration, _ = prepare(run, {**ME, "--checkpoint": "https://example.org/w.safetensors"}, lambda r: r)
+    assert "model.official.url='https://example.org/w.safetensors'" in declaration["command"]
+    assert f"model.official.sha256='{'c' * 64}'" in declaration["command"]
+    assert not [word for word in declaration["command"] if word.startswith(("model.checkpoint=", "dataset.root="))]
+    cfg = compose_config([*declaration["command"], "dataset.root=/anywhere"])
     assert (cfg.model.official.url, cfg.model.source) == ("https://example.org/w.safetensors", "official")
 
 
@@ -401,7 +401,7 @@ def test_a_bundle_that_passes(bundle: Path) -> None:
 
 def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
     """Damage a submission in one of many ways."""
-    claim = bundle / "submission.yaml"
+    declaration = bundle / "submission.yaml"
     ledger = bundle / "run/ledger/ledger.parquet"
     if change == "score":
         rewrite(bundle, lambda c: [r.update(fraction=0.9, value=90.0) for r in c["results"]])
@@ -476,15 +476,15 @@ def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
     elif change == "missing file":
         (bundle / "run/config.yaml").unlink()
     elif change == "object":
-        claim.write_text("!!python/object/apply:os.system ['touch /tmp/owned']\n")
+        declaration.write_text("!!python/object/apply:os.system ['touch /tmp/owned']\n")
     elif change == "bomb":
-        claim.write_text("a: &a [x, x]\nb: &b [*a, *a]\n")
+        declaration.write_text("a: &a [x, x]\nb: &b [*a, *a]\n")
     elif change == "deep":
-        claim.write_text("[" * 100_000)
+        declaration.write_text("[" * 100_000)
     elif change == "not yaml":
-        claim.write_bytes(b"\xff\xfe\x00")
+        declaration.write_bytes(b"\xff\xfe\x00")
     elif change == "empty":
-        claim.write_text("")
+        declaration.write_text("")
     elif change == "deep json":
         (bundle / "run/metrics.json").write_text("[" * 100_000)
         rewrite(bundle, lambda c: None)
@@ -557,10 +557,10 @@ def test_only_options_of_the_evaluation_are_safe() -> None:
         "runtime.seed=0",
         "run.on_error=skip",
     ):
-        assert is_safe_word(word)
+        assert is_safe_override(word)
     for word in ("--config-dir=/tmp", "hydra/launcher=slurm", "tracking.entity=x", "run.dir=/tmp/x", "runtime.slurm.setup=[x]", 3,
                  "model.label=${oc.env:X}", "~model.label", "model.label=a\nb"):  # fmt: skip
-        assert not is_safe_word(word)
+        assert not is_safe_override(word)
 
 
 def test_one_bit_anywhere_is_noticed(bundle: Path) -> None:

@@ -240,7 +240,7 @@ def test_false_claims_are_as_rare_as_the_level_says() -> None:
 
 
 def test_compare_refuses_other_images() -> None:
-    with pytest.raises(ValueError, match="other images"):
+    with pytest.raises(ValueError, match="different images"):
         compare(image_areas(make_rows(5), 150), image_areas(make_rows(6), 150))
 
 

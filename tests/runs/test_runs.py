@@ -351,7 +351,7 @@ def test_a_run_killed_before_its_manifest_starts_again(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(HarnessError, match="not empty and holds no run. Nothing was changed"):
+    with pytest.raises(HarnessError, match="not empty and is not a run directory. Nothing was changed"):
         make_run_dir(str(tmp_path), "runs", "m")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 

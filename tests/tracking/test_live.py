@@ -27,7 +27,7 @@ from ade_harness.runs.progress import read_losses
 from ade_harness.tracking import live as module
 from ade_harness.tracking import session
 from ade_harness.tracking.attaching import NoSuchRunError, require_attachable
-from ade_harness.tracking.content import Curve, Failed
+from ade_harness.tracking.content import CurveContent, FailedContent
 from ade_harness.tracking.live import LiveRun
 from ade_harness.tracking.opening import Entry
 from ade_harness.tracking.run import _write, log_curve, read_tracking, run_id
@@ -218,7 +218,7 @@ def test_what_a_server_gets_while_it_works(
     monkeypatch.setattr(module, "EVERY_S", 600.0)
     (folder / "logs").mkdir(exist_ok=True)
     (folder / "logs/rank00000.log").write_text("the last words of a rank\n")
-    assert live.end(Failed(entry, "an image"), 120).problem == ""
+    assert live.end(FailedContent(entry, "an image"), 120).problem == ""
     assert opened == [f"{online.base}/team/ade20k/runs/live-progress"]
     [row] = history(online, "live-progress")
     assert row["progress/done"] == 3
@@ -240,7 +240,7 @@ def test_a_training_ends_with_the_losses_that_are_missing(online: StubServer, tm
     losses = tuple({"step": step, "loss": 1.0 / step} for step in (1, 10, 20))
     for rows in (losses[:2], losses):
         live = LiveRun(compose_config([]).tracking, entry, "live-probe")
-        assert live.end(Curve(entry, rows), 120).problem == ""
+        assert live.end(CurveContent(entry, rows), 120).problem == ""
     assert [(row["_step"], row["loss"]) for row in history(online, "live-probe")] == [
         (row["step"], row["loss"]) for row in losses
     ]
@@ -322,7 +322,7 @@ def test_a_run_that_is_not_open_in_time_says_so(
 ) -> None:
     monkeypatch.setattr(module, "_OPEN_S", 0.0)
     entry = entry_of(tmp_path / "run")
-    ended = LiveRun(compose_config([]).tracking, entry, "live-late").end(Failed(entry, "an image"), 30)
+    ended = LiveRun(compose_config([]).tracking, entry, "live-late").end(FailedContent(entry, "an image"), 30)
     assert ended == module.Ended(None, "not open within 0 seconds")
 
 
@@ -334,7 +334,7 @@ def test_nothing_is_imported_from_a_directory_that_somebody_else_has_written(
         (entry.folder / f"{name}.py").write_text("import os, pathlib\npathlib.Path('was_imported').touch()\n")
     monkeypatch.setattr(module, "subprocess", subprocess)  # as it is started
     monkeypatch.chdir(entry.folder)
-    content = Curve(entry, ({"step": 0, "loss": 1.0},))
+    content = CurveContent(entry, ({"step": 0, "loss": 1.0},))
     assert LiveRun(compose_config([]).tracking, entry, "live-clean").end(content, 120).problem == ""
     offline = _write(compose_config([]).tracking, entry, content)
     assert upload(offline, 120).problem == ""
@@ -382,7 +382,7 @@ def training(online: StubServer, tmp_path: Path) -> Iterator[str]:
     identifier = f"train{os.getpid()}-{len(online.runs)}"
     live = LiveRun(compose_config([]).tracking, entry, identifier)
     losses = tuple({"step": step, "loss": 3.0 - step} for step in range(3))
-    assert live.end(Curve(entry, losses), 120).problem == ""
+    assert live.end(CurveContent(entry, losses), 120).problem == ""
     yield identifier
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_harness.cli.failures import last_error, tell_failure
+from ade_harness.cli.failures import last_error, report_failure
 from ade_harness.cli.main import main
 from ade_harness.config.compose import compose_config
 from ade_harness.runs.finished import load_run
@@ -295,8 +295,8 @@ def test_the_last_error_of_the_logs_is_found(tmp_path: Path) -> None:
 def test_without_tracking_a_failure_leaves_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     for words, folder in ((["tracking=none"], tmp_path), ([], None)):
-        tell_failure(compose_config(words), folder, "why", said.append)
-    tell_failure(compose_config([]), tmp_path, "why", said.append)  # no manifest: no run
+        report_failure(compose_config(words), folder, "why", said.append)
+    report_failure(compose_config([]), tmp_path, "why", said.append)  # no manifest: no run
     assert said == []
     assert list(tmp_path.iterdir()) == []
 

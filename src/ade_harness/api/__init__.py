@@ -1,4 +1,4 @@
-"""The Python door: what ``import ade_harness`` offers."""
+"""The Python API: what ``import ade_harness`` offers."""
 
 from ade_harness.api.evaluation import evaluate
 from ade_harness.api.loading import load_model

@@ -75,7 +75,7 @@ class ADE20KEvaluation(pl.Callback):
             self._composed = Composed(config, None, protocol_changes(config.inference))
         self._composed.config.model.label = "network in training"
         self.result: Evaluation | None = None
-        """Of the last evaluation, on every rank."""
+        """The result of the last evaluation, on every rank."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before hours of training."""

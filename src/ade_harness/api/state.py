@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ade_harness.errors import HarnessError
-from ade_harness.runtime.lifetime import place_of_exit
+from ade_harness.runtime.lifetime import exit_location
 
 _composing = threading.RLock()
 _process = threading.Lock()
@@ -49,7 +49,7 @@ class _Before:
     matmul: str | None
     """``torch.get_float32_matmul_precision``, if torch gives it: not after ``allow_tf32`` was set."""
     precisions: tuple[str, ...]
-    """Of torch's newer switches, in the order of :func:`_newer`."""
+    """Values of torch's newer switches, in the order of :func:`_newer`."""
     strict: bool
     warns: bool
 
@@ -99,7 +99,7 @@ def callers_process() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        raise HarnessError(place_of_exit(error)) from error
+        raise HarnessError(exit_location(error)) from error
     finally:
         with _process:
             _active.number -= 1

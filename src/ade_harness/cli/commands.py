@@ -23,7 +23,7 @@ class Command:
     """One command."""
 
     name: str
-    """One word, or two: ``data verify``."""
+    """One name, or two: ``data verify``."""
     summary: str
     function: str
     """``module:function`` below this package, imported when the command is given: takes the parsed options."""
@@ -234,7 +234,7 @@ EVERYWHERE = (
     Argument("-v", "--verbose", action="store_true", help="debug messages, and tracebacks behind errors"),
     Argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr"),
 )
-FIRST_WORDS = tuple(dict.fromkeys(command.name.split()[0] for command in COMMANDS))
+COMMAND_NAMES = tuple(dict.fromkeys(command.name.split()[0] for command in COMMANDS))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -265,8 +265,8 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         ends = [name.split()[1] for name in below]
         raise HarnessError(f"{arguments[0]} {given}: expected {' or '.join(below)}.{did_you_mean(given, ends)}")
     raise HarnessError(
-        f"{arguments[0]!r} is neither a command nor a key=value override.{did_you_mean(arguments[0], FIRST_WORDS)}"
-        f" Commands: {', '.join(FIRST_WORDS)}; see --help."
+        f"{arguments[0]!r} is neither a command nor a key=value override.{did_you_mean(arguments[0], COMMAND_NAMES)}"
+        f" Commands: {', '.join(COMMAND_NAMES)}; see --help."
     )
 
 

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from ade_harness.cli.answer import Answer
-from ade_harness.config.files import data_places
+from ade_harness.config.files import default_data_roots
 from ade_harness.data.hub_copy import REPOSITORY, write_copy
 from ade_harness.data.verify import VerifyReport, verify
 from ade_harness.errors import require
@@ -106,7 +106,7 @@ def run_verify(options: argparse.Namespace) -> Answer:
     """
     console = make_console()
     given = options.root or os.environ.get("ADE20K_ROOT")
-    places = data_places()
+    places = default_data_roots()
     root = Path(given).expanduser() if given else next((p for p in places if p.exists()), places[0])
     report = _watched(console, "checking", lambda on_pair: verify(root, options.split, on_pair))
     _print_report(console, report)

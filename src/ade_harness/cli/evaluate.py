@@ -67,7 +67,7 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         "--job and --list are about the jobs of a sweep: add -m.",
     )
     require(not options.multirun or not (options.config_name or options.config_path), NO_OTHER_PRIMARY)
-    launcher = next((word for word in overrides if word.startswith("hydra/launcher=")), None)
+    launcher = next((override for override in overrides if override.startswith("hydra/launcher=")), None)
     require(
         options.multirun or launcher in (None, "hydra/launcher=process") or _MULTIRUN in overrides,
         f"{launcher}: starts the jobs of a sweep: add -m.",
@@ -77,7 +77,7 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         overrides.append("hydra/launcher=list")
     elif options.job is not None:
         overrides += ["hydra/launcher=one_job", f"hydra.launcher.number={options.job}"]
-    elif "hydra/launcher=slurm" in overrides and not any(word.startswith("runtime=") for word in overrides):
+    elif "hydra/launcher=slurm" in overrides and not any(override.startswith("runtime=") for override in overrides):
         overrides.append("runtime=slurm")
     ready = (
         overrides
@@ -103,14 +103,16 @@ def run_resume(options: argparse.Namespace) -> Answer:
         HarnessError: no run, or a damaged one; or nothing was scored.
     """
     path = Path(options.run).expanduser()
-    wrong = next((word for word in options.overrides if "=" not in word), None)
+    wrong = next((override for override in options.overrides if "=" not in override), None)
     require(wrong is None, f"{wrong!r}: expected key=value; resume takes one run directory.")
-    for word in options.overrides:
+    for override in options.overrides:
         require(
-            not word.lstrip("+~").startswith("hydra"), f"{word}: has no effect on a run that is resumed. Remove it."
+            not override.lstrip("+~").startswith("hydra"),
+            f"{override}: has no effect on a run that is resumed. Remove it.",
         )
         require(
-            not word.startswith("run.dir="), f"{word}: a run is resumed in its own directory. Move it, or remove this."
+            not override.startswith("run.dir="),
+            f"{override}: a run is resumed in its own directory. Move it, or remove this.",
         )
     manifest = read_manifest(path)
     file = path / "config.yaml"
@@ -149,7 +151,7 @@ def _where_it_was_started(there: Path, config: Config, path: Path, overrides: Se
             print_error(f"{path} was started in {there}, which is not here: its relative paths are taken from {here}.")
         yield
         return
-    for key in {word.partition("=")[0] for word in overrides} & set(place_keys(Config)):
+    for key in {override.partition("=")[0] for override in overrides} & set(place_keys(Config)):
         node, _, name = key.rpartition(".")
         owner = attrgetter(node)(config)
         given = getattr(owner, name)
@@ -351,7 +353,7 @@ def _hydras_directory(config: Config) -> bool:
         HarnessError: both were typed.
     """
     mine = HydraConfig.get()
-    typed = any(word.startswith("hydra.run.dir=") for word in mine.overrides.hydra)
+    typed = any(override.startswith("hydra.run.dir=") for override in mine.overrides.hydra)
     require(
         not (typed and config.run.dir is not None and mine.mode == RunMode.RUN),
         f"hydra.run.dir and run.dir={config.run.dir}: both name the run's directory. Remove one of them.",

@@ -1,4 +1,4 @@
-"""Tell tracking of a run that ended without a score: after the message, once, by the process with the last word."""
+"""Report a run that ended without a score to W&B: after the message, once, by the process that reports for the run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
-from ade_harness.runtime.cluster import has_last_word
+from ade_harness.runtime.cluster import is_reporting_process
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST
 
 _LOG_TAIL_BYTES = 8192
 
 
-def tell_failure(cfg: Config, run_dir: Path | None, why: str, say: Callable[[str], None]) -> None:
+def report_failure(cfg: Config, run_dir: Path | None, why: str, say: Callable[[str], None]) -> None:
     """Log a failed run, with an alert; never raises.
 
     Args:
@@ -39,7 +39,7 @@ def tell_failure(cfg: Config, run_dir: Path | None, why: str, say: Callable[[str
         say(f"W&B: marked as failed: {where}")
 
 
-def work_or_tell(cfg: Config, runs: list[Path], work: Callable[[], int], say: Callable[[str], None]) -> int:
+def run_and_report(cfg: Config, runs: list[Path], work: Callable[[], int], say: Callable[[str], None]) -> int:
     """Do a rank's work; if it fails, say why and tell tracking, unless a supervisor or rank 0 is to do that.
 
     Args:
@@ -51,7 +51,7 @@ def work_or_tell(cfg: Config, runs: list[Path], work: Callable[[], int], say: Ca
     Raises:
         HarnessError: only with ADE_HARNESS_TRACEBACK.
     """
-    if not has_last_word():
+    if not is_reporting_process():
         return work()
     known = len(runs)
 
@@ -64,13 +64,13 @@ def work_or_tell(cfg: Config, runs: list[Path], work: Callable[[], int], say: Ca
         if os.environ.get("ADE_HARNESS_TRACEBACK"):
             raise
         say(f"error: {error}")
-        tell_failure(cfg, run_dir(), str(error), say)
+        report_failure(cfg, run_dir(), str(error), say)
         return EXIT_MESSAGE
     except Exception as error:  # a fault of a model or of this package; its traceback follows
-        tell_failure(cfg, run_dir(), f"{type(error).__name__}: {error}", say)
+        report_failure(cfg, run_dir(), f"{type(error).__name__}: {error}", say)
         raise
     if code == EXIT_RANK_LOST:
-        tell_failure(cfg, run_dir(), "another rank was lost", say)
+        report_failure(cfg, run_dir(), "another rank was lost", say)
     return code
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ade_harness.cli.failures import tell_failure, work_or_tell
+from ade_harness.cli.failures import report_failure, run_and_report
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import (
     REQUEUED,
     find_node,
-    has_last_word,
     is_rank,
+    is_reporting_process,
     requeue_slurm_job,
     resolve_devices,
 )
@@ -35,9 +35,9 @@ _current_run: list[Path] = []
 """The run directory in use, for the message after Ctrl-C."""
 
 
-def say_how_to_continue(why: str) -> None:
+def print_resume_hint(why: str) -> None:
     """Print what to do after an end from outside; of several ranks the first speaks, or their supervisor."""
-    if not has_last_word():
+    if not is_reporting_process():
         return
     if not _current_run:
         print_error(f"\n{why}: no image was evaluated.")
@@ -66,7 +66,7 @@ def launch(
         HarnessError: a score that is to be added to a run of W&B's cannot be.
     """
     known = len(_current_run)
-    require_attachable(config.tracking, ask=has_last_word())
+    require_attachable(config.tracking, ask=is_reporting_process())
     if in_this_process or is_rank() or not config.runtime.supervise:
         if not in_this_process:  # the process is ours alone: nobody else's imports are changed
             with importing():
@@ -79,7 +79,7 @@ def launch(
 
 def be_rank(config: Config, work: Callable[[Callable[[Path], None]], Any]) -> int:
     """Do a rank's work; what goes wrong is reported to the user, and to W&B."""
-    return work_or_tell(config, _current_run, lambda: _rank(work), print_error)
+    return run_and_report(config, _current_run, lambda: _rank(work), print_error)
 
 
 def _rank(work: Callable[[Callable[[Path], None]], Any]) -> int:
@@ -88,7 +88,7 @@ def _rank(work: Callable[[Callable[[Path], None]], Any]) -> int:
     try:
         work(_current_run.append)
     except StopRequestedError as stop:
-        say_how_to_continue(str(stop).capitalize())
+        print_resume_hint(str(stop).capitalize())
         return EXIT_MESSAGE if str(stop) == "interrupted" else EXIT_STOPPED
     except RankLostError as lost:
         print_error(f"error: {lost}; completed images of this rank are saved.")
@@ -120,9 +120,9 @@ def _supervise(config: Config, handed_over: Mapping[str, Any]) -> int:
     if supervisor.run_dir is not None:
         _current_run.append(Path(supervisor.run_dir))
     if code in (EXIT_MESSAGE, EXIT_STOPPED) and supervisor.received is not None and node.rank == 0:
-        say_how_to_continue("Interrupted" if supervisor.received == signal.SIGINT else "Stopped")
+        print_resume_hint("Interrupted" if supervisor.received == signal.SIGINT else "Stopped")
     if code not in (0, EXIT_STOPPED) and supervisor.received is None and node.rank == 0:
-        tell_failure(config, _current_run[-1] if supervisor.run_dir else None, "\n".join(said), print_error)
+        report_failure(config, _current_run[-1] if supervisor.run_dir else None, "\n".join(said), print_error)
     if code == EXIT_STOPPED and config.runtime.requeue and supervisor.received == signal.SIGUSR1:
         if node.rank != 0:
             return 0  # a failure here would make srun kill node 0 before it has requeued the job

@@ -80,37 +80,37 @@ def run_submit(options: argparse.Namespace) -> Answer:
     if output.exists():
         raise HarnessError(f"{output}: is there already. Name another folder: --output DIR.")
     given = {f"--{k.replace('_', '-')}": v for k, v in vars(options).items() if isinstance(v, str) and k != "run"}
-    claim, texts = prepare(
+    declaration, texts = prepare(
         run, given, lambda reference: reference if options.no_network else look_up(console, reference)
     )
-    build(run, output, claim, texts)
-    for reference in claim["references"]:
+    build(run, output, declaration, texts)
+    for reference in declaration["references"]:
         print_fact(console, reference["role"], f"{reference['address']} ({reference['checked']})")
-    for row in claim["results"]:
+    for row in declaration["results"]:
         print_fact(console, row["metric"], f"{row['value']:.2f}")
     if run.verdict:
         print_fact(console, "published", run.verdict)
     print_fact(console, "submission", f"{output} (its check passed)")
     print_fact(console, "try it", f"ADE20K_ROOT=... {output / SCRIPT}")
-    return Answer({"submission": str(output), "claim": json_safe(claim)})
+    return Answer({"submission": str(output), "claim": json_safe(declaration)})
 
 
 def _check(console: Console, folder: Path) -> Answer:
-    from ade_harness.leaderboard.submission.bundle import bundle_problems, read_claim
+    from ade_harness.leaderboard.submission.bundle import bundle_problems, read_declaration
     from ade_harness.leaderboard.submission.submit import listed
 
     problems = bundle_problems(folder)
     if problems:
         raise HarnessError(f"{folder}: not a valid submission:\n" + listed(problems))
-    claim = read_claim(folder)
+    declaration = read_declaration(folder)
     print_fact(console, "submission", f"{folder}: valid; no code was executed")
-    print_fact(console, "system", json.dumps(claim["system"]))
-    print_fact(console, "rows", ", ".join(f"{r['metric']} {r['value']:.2f}" for r in claim["results"]))
-    print_fact(console, "ledger", f"2,000 images sum to this score; sha256 {claim['ledger_sha256']}")
-    for reference in claim["references"]:
+    print_fact(console, "system", json.dumps(declaration["system"]))
+    print_fact(console, "rows", ", ".join(f"{r['metric']} {r['value']:.2f}" for r in declaration["results"]))
+    print_fact(console, "ledger", f"2,000 images sum to this score; sha256 {declaration['ledger_sha256']}")
+    for reference in declaration["references"]:
         print_fact(console, reference["role"], f"{reference['address']} ({json.dumps(reference['checked'])})")
     print_fact(console, "next", f"python -m ade_harness reproduce {folder} dataset.root=... runs it again")
-    return Answer({"submission": str(folder), "valid": True, "claim": json_safe(claim)})
+    return Answer({"submission": str(folder), "valid": True, "claim": json_safe(declaration)})
 
 
 def run_reproduce(options: argparse.Namespace) -> Answer:

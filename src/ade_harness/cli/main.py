@@ -67,9 +67,9 @@ def guarded(work: Callable[[], int]) -> int:
         print_error(f"error: {error}")
         return EXIT_MESSAGE
     except KeyboardInterrupt:
-        from ade_harness.cli.launch import say_how_to_continue
+        from ade_harness.cli.launch import print_resume_hint
 
-        say_how_to_continue("Interrupted")
+        print_resume_hint("Interrupted")
         return EXIT_MESSAGE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... | head` is no error
@@ -101,11 +101,11 @@ def _dispatch(arguments: list[str], in_this_process: bool) -> int:
         try:
             answer = function(options)
         except SystemExit as end:
-            from ade_harness.runtime.lifetime import CommandEnded, place_of_exit
+            from ade_harness.runtime.lifetime import CommandEnded, exit_location
 
             if isinstance(end, CommandEnded):
                 raise
-            raise HarnessError(place_of_exit(end)) from end
+            raise HarnessError(exit_location(end)) from end
     if options.json and answer.content is not None:
         print(json.dumps(answer.content, indent=2))
     return answer.code

@@ -78,7 +78,7 @@ def run_predict(options: argparse.Namespace) -> Answer:
         "model": cfg.model.name, "protocol": cfg.inference.name, "state_sha256": state_hash(segmenter.network),
         "dataset": segmenter.classes.dataset, **({"sha256": str(file)} if file else {}),
     }  # fmt: skip
-    _claim(output, made_by, segmenter.facts)
+    _mark_output(output, made_by, segmenter.facts)
     print_fact(console, "model", f"{cfg.model.name}, inference={cfg.inference.name}, {_weights(segmenter)}")
     for mark in _marks(segmenter):
         print_line(console, mark, style="bold yellow")
@@ -88,8 +88,8 @@ def run_predict(options: argparse.Namespace) -> Answer:
     if constant:
         print_line(
             console,
-            f"{len(constant)} of {len(files)} files are greyscale PNGs with few constant regions, such as {constant[0]}:"
-            " are they label maps? They were treated as images.",
+            f"{len(constant)} of {len(files)} files are greyscale PNGs with few constant regions, such as"
+            f" {constant[0]}: are they label maps? They were treated as images.",
             style="yellow",
         )
     if failed:
@@ -123,8 +123,8 @@ def _predict_all(
     return failed, constant
 
 
-def _claim(output: Path, made_by: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-    """Say in the output folder which model's predictions it holds.
+def _mark_output(output: Path, made_by: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+    """Write a record of the model into the folder of its predictions.
 
     Raises:
         HarnessError: it holds those of another one, or files of which nobody knows, or cannot be written.
@@ -193,7 +193,7 @@ def _marks(segmenter: Segmenter) -> list[str]:
 
 
 def _weights(segmenter: Segmenter) -> str:
-    """Return where the weights come from, in a few words."""
+    """Return where the weights come from, as short text."""
     facts = segmenter.facts
     return str(facts.get("origin") or facts.get("checkpoint") or f"weights: {facts.get('weights')}")
 

@@ -21,14 +21,14 @@ from ade_harness.runtime.cluster import HANDOVER
 from ade_harness.runtime.lean import import_lightning
 from ade_harness.runtime.lifetime import importing, leave
 from ade_harness.runtime.notes import note_done
-from ade_harness.runtime.orphans import end_if_orphaned
+from ade_harness.runtime.orphans import exit_with_supervisor
 
 _POLL_S = 0.01
 
 
 def main() -> int:
     """Do a rank's share of what the supervisor hands over; returns the exit code."""
-    end_if_orphaned()
+    exit_with_supervisor()
     code = guarded(_run)
     if code == 0:
         note_done()

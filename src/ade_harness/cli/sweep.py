@@ -48,7 +48,7 @@ class SweepJob:
     @property
     def arguments(self) -> list[str]:
         """Arguments of the command that runs it."""
-        kept = [word for word in self.overrides if not word.startswith("run.dir=")]
+        kept = [override for override in self.overrides if not override.startswith("run.dir=")]
         return ["evaluate", *kept, f"run.dir={quote(str(self.run_dir))}"]
 
 
@@ -111,7 +111,7 @@ class Sweep:
 
 
 sweeps: list[Sweep] = []
-"""Of this process, the newest last: a launcher begins one, and the command shows it when its sweeper has ended."""
+"""Sweeps of this process, the newest last: a launcher begins one, and the command shows it when its sweeper ends."""
 
 
 def placed(jobs: Sequence[SweepJob], folder: Path) -> list[SweepJob]:

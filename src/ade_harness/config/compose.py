@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import NODES, nearest, prepare, with_recipe
 from ade_harness.config.fields import check_lists
-from ade_harness.config.files import UNREADABLE, choices, conf_dir, data_places, unreadable_file
+from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.kinds import kind_of
 from ade_harness.config.plain import as_dict
@@ -110,7 +110,7 @@ def checked(tree: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise HarnessError(explain(error, ())) from error
     if config.dataset.kind == DatasetKind.ade20k and not config.dataset.root:
-        config.dataset.root = next((str(place) for place in data_places() if place.exists()), None)
+        config.dataset.root = next((str(place) for place in default_data_roots() if place.exists()), None)
     if config.inference.name == AS_SAVED and kind_of(config.model.kind).saves_protocol:
         apply_saved(config.inference, config.model)
     validate(config)

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ade_harness.errors import require
 
 MAX_SEED = 2**32 - 1
-"""Of numpy's and Lightning's generators."""
+"""The largest seed that NumPy's and Lightning's generators take."""
 
 
 def bounded(

@@ -26,7 +26,7 @@ def conf_dir() -> Path:
 _ADE20K = "ADEChallengeData2016"
 
 
-def data_places() -> list[Path]:
+def default_data_roots() -> list[Path]:
     """Return where ADE20K is looked for if nothing says where it is: here, and where `data download` puts it."""
     from ade_harness.files.fetch import cache_dir  # here: reading a choice needs no HTTP
 

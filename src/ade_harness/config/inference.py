@@ -80,7 +80,7 @@ class ResizeConfig:
 
 
 class Mode(StrEnum):
-    """What one forward sees."""
+    """What one forward gets: the image, or windows of it."""
 
     whole = "whole"
     slide = "slide"  # windows
@@ -88,7 +88,7 @@ class Mode(StrEnum):
 
 
 class Shrink(StrEnum):
-    """An image that is smaller than the crop."""
+    """How an image that is smaller than the crop is handled."""
 
     each = "each"  # each side alone (mmseg)
     both = "both"  # both to the shorter (dinov3)

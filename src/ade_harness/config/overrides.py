@@ -43,7 +43,7 @@ _FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"
 def overrides_of(cfg: Config) -> list[str] | None:
     """Return overrides for ``python -m ade_harness`` that compose what decides the counts of `cfg`.
 
-    The configuration files are named where they are this package's; every value that differs from them is a word of
+    The configuration files are named where they are this package's; every value that differs from them is a override of
     its own, so that the overrides say the same without files of the user's. Paths become absolute.
 
     Args:
@@ -61,7 +61,7 @@ def overrides_of(cfg: Config) -> list[str] | None:
             return None
     except HarnessError:
         return None
-    return [_absolute(word, wanted) for word in [*overrides, *changes]]
+    return [_absolute(override, wanted) for override in [*overrides, *changes]]
 
 
 @cache
@@ -90,9 +90,9 @@ def _base(group: str, name: str) -> str:
     return name if name in choices(group) else _FALLBACKS[group]
 
 
-def foreign_override(overrides: Sequence[str]) -> str | None:
+def unexpected_override(overrides: Sequence[str]) -> str | None:
     """Return the first override that :func:`overrides_of` never writes, such as one of Hydra's own; None if all are."""
-    return next((word for word in overrides if not _OWN.fullmatch(word)), None)
+    return next((override for override in overrides if not _OWN.fullmatch(override)), None)
 
 
 def composed_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -149,11 +149,11 @@ def as_override_value(value: Any) -> str:
     return repr(value)
 
 
-def _absolute(word: str, wanted: Mapping[str, Any]) -> str:
-    key, _, _ = word.partition("=")
+def _absolute(override: str, wanted: Mapping[str, Any]) -> str:
+    key, _, _ = override.partition("=")
     value = wanted.get(key)
     if key == "model.id" and not Path(str(value)).is_dir():
-        return word  # of the hub
+        return override  # of the hub
     if key not in (*PATHS, "model.id") or value is None:
-        return word
+        return override
     return f"{key}={as_override_value(str(Path(value).expanduser().resolve()))}"

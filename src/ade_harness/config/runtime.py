@@ -59,7 +59,7 @@ class SlurmConfig:
 
 @dataclass
 class RuntimeConfig:
-    """Where it runs."""
+    """Ranks, devices and kernels."""
 
     accelerator: Accelerator = Accelerator.auto
     # Any: a number or "auto"; OmegaConf 2.3 cannot merge a Union in a nested node (validate.py checks both)

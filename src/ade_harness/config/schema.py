@@ -65,7 +65,7 @@ class TrackingMode(StrEnum):
 
 @dataclass
 class DatasetConfig:
-    """Which images."""
+    """The data set."""
 
     name: str = MISSING
     kind: DatasetKind = MISSING
@@ -127,7 +127,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """Everything."""
+    """The complete configuration."""
 
     model: ModelConfig = MISSING
     dataset: DatasetConfig = MISSING

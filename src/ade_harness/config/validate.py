@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from ade_harness.config.fields import check_lists, check_ranges
-from ade_harness.config.files import data_places
+from ade_harness.config.files import default_data_roots
 from ade_harness.config.inference import (
     MAX_SIDE,
     InferenceConfig,
@@ -145,7 +145,7 @@ def _check_windows(inference: InferenceConfig) -> None:
 
 
 _MAX_SCALE = 16
-"""Of an image that is evaluated again: published protocols go to 3."""
+"""The largest scale of test-time augmentation: published protocols go to 3."""
 
 
 def _check_views(inference: InferenceConfig) -> None:
@@ -311,7 +311,7 @@ def require_data(config: Config) -> None:
     require(
         config.dataset.kind != DatasetKind.ade20k or bool(config.dataset.root),
         "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT). It is not in"
-        f" {', '.join(map(str, data_places()))}. `python -m ade_harness data download --root data` fetches it;"
+        f" {', '.join(map(str, default_data_roots()))}. `python -m ade_harness data download --root data` fetches it;"
         " dataset=demo tries this command on synthetic images.",
     )
 

@@ -200,7 +200,7 @@ def official_ids(split: str) -> frozenset[str]:
     return frozenset(f"ADE_train_{number:08d}" for number in range(1, TRAINING_IMAGES + 1))
 
 
-def refuse_foreign(ids: Iterable[str], split: str, root: Path) -> None:
+def check_official_ids(ids: Iterable[str], split: str, root: Path) -> None:
     """Refuse images that ADEChallengeData2016 does not have: their score would stand under its name.
 
     Raises:
@@ -253,7 +253,7 @@ def open_ade20k(
                 f"{root}: {len(alone)} of {len(left)} {kind}s in {split} have no counterpart, the first is {alone[0]}"
                 f" (missing: {missing}/{alone[0]}{suffix}). Extract the archive again; `data verify` lists all."
             )
-    refuse_foreign(images, split, root)
+    check_official_ids(images, split, root)
     pairs = tuple(Pair(i, images[i], annotations[i]) for i in sorted(images))
     return SegmentationDataset(
         name="ade20k",

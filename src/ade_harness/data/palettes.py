@@ -22,9 +22,9 @@ _CITYSCAPES: tuple[Color, ...] = (
     (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
     (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
 )  # fmt: skip
-"""Of train ids 0..18 (cityscapesscripts/helpers/labels.py)."""
+"""Colours of the train ids 0..18 (cityscapesscripts/helpers/labels.py)."""
 _MIN_ENTRIES = 3
-"""Of a palette that tells whose it is."""
+"""Entries of a palette that identify the data set."""
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
 

@@ -215,7 +215,7 @@ class Endpoint:
 
     def _give_up(self, text: str) -> NoReturn:
         """End this and every other request of this rank with one message."""
-        self._refuse_if_over()  # whoever was first has the word
+        self._refuse_if_over()  # the first error wins
         self._write_over(text)
         raise EveryImageError(text)
 

@@ -31,7 +31,7 @@ from ade_harness.kernels import reference
 from ade_harness.runtime.ranks import make_trainer
 
 _MAX_PIXELS = 64_000_000
-"""Of one image, and of all at a time; a network needs a hundred bytes and more for each."""
+"""Pixels of one image, and of all at a time; a network needs a hundred bytes and more for each."""
 _MAX_WAITING = 64
 
 
@@ -48,7 +48,7 @@ class ModelService:
     _lock: Lock = field(default_factory=Lock)
     _waiting: int = 0
     _pixels: int = 0
-    """Of all images that are being decoded, are waiting, or are in the network."""
+    """Pixels of all images that are being decoded, are waiting, or are in the network."""
 
     def info(self) -> dict[str, Any]:
         """Return what GET /info tells."""

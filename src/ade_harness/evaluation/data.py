@@ -25,7 +25,7 @@ from ade_harness.inference.predictor import Predictor, Prepared
 from ade_harness.runtime.cluster import host_name, local_ranks
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.limits import usable_cores
-from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, quiet_worker
+from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, ignore_signals
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class EvaluationData(pl.LightningDataModule):
             prefetch_factor=self.prefetch,
             multiprocessing_context="fork" if self.workers else None,  # nothing of the network is sent to workers
             pin_memory=trainer.strategy.root_device.type == "cuda",
-            worker_init_fn=quiet_worker,
+            worker_init_fn=ignore_signals,
         )
 
     def on_exception(self, exception: BaseException) -> None:

@@ -21,7 +21,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job
 from ade_harness.evaluation.recorder import CountedImage, Recorder
-from ade_harness.inference.forward import is_shortage
+from ade_harness.inference.forward import is_out_of_memory
 from ade_harness.inference.predictor import Prediction, Predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.confidence import count_confidence
@@ -155,7 +155,7 @@ class EvaluationModule(pl.LightningModule):
         try:
             return self._launch(images, device)
         except RuntimeError as error:
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
         # outside of the except block, where the traceback would keep tensors
         while self._launched:
@@ -165,7 +165,7 @@ class EvaluationModule(pl.LightningModule):
         try:
             return self._launch(images, device)
         except RuntimeError as error:
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
             height, width = images[0].prepared.original_size
             names = ", ".join(image.image_id for image in images)

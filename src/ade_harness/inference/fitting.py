@@ -19,7 +19,7 @@ def fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConf
 
 
 _MAX_PIXELS = 2**27
-"""Of an input, as of an image that is decoded: 1.5 GB in float32, before the network makes anything of it."""
+"""The most pixels of an input: 1.5 GB in float32, before the network makes anything of it."""
 
 
 def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: LoadedModel, stride: int) -> None:

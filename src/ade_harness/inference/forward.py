@@ -17,7 +17,7 @@ from ade_harness.models.outputs import LabelMap, MaskLogits, other_scores, read_
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-_SHORTAGES = (
+_OUT_OF_MEMORY = (
     "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
     # of the CUDA driver, where the allocator holds what is left: a library or a kernel that is loaded at its first use
     "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -71,7 +71,7 @@ class BatchedForward:
             except torch.OutOfMemoryError as error:
                 short = error
             except RuntimeError as error:
-                if not is_shortage(error):
+                if not is_out_of_memory(error):
                     raise
                 short = error
             # outside of the except block, where the traceback would keep the failed batch's tensors
@@ -160,7 +160,7 @@ class BatchedForward:
         except (HarnessError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the network may be anybody's code
-            if is_shortage(error) or "CUDA error" in str(error):
+            if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise  # the first is dealt with above; after the second this process cannot use its GPU any more
             reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
@@ -204,9 +204,9 @@ def _said(error: BaseException) -> str:
     return text.removeprefix(f"{type(error).__name__}: ")
 
 
-def is_shortage(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short: torch's own, the CPU's, cuBLAS's and cuDNN's ways to say it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _SHORTAGES)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 @contextmanager

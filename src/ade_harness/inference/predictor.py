@@ -18,7 +18,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.inference.fitting import check_one_size, check_plan, fitted
-from ade_harness.inference.forward import BatchedForward, is_shortage
+from ade_harness.inference.forward import BatchedForward, is_out_of_memory
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views
 from ade_harness.inference.resize import resize_image, resize_labels
@@ -234,7 +234,7 @@ class NetworkPredictor:
                 confidence = self._confidence(plans, outputs, prepared.original_size) if self.confident else None
                 return Prediction(labels, nan_share, confidence)
             except RuntimeError as error:
-                if not is_shortage(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             # outside of the except block, where the traceback would keep tensors

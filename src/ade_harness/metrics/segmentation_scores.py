@@ -17,7 +17,7 @@ from ade_harness.errors import ArgumentError
 from ade_harness.metrics.confusion import area_scores, class_iou
 
 _MAX_CLASSES = 2**14
-"""Of a matrix of 2 GiB."""
+"""Classes whose matrix takes 2 GiB."""
 _KERNELS = ("auto", "torch", "numba", "triton")
 
 

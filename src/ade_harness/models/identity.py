@@ -28,7 +28,7 @@ from ade_harness.runtime.limits import usable_cores
 
 _LOCATION = b"\n\x08location\x12"
 """An entry's key (field 1, 8 bytes), and the tag of its value (field 2)."""
-_LONGEST_PATH = 4096
+_MAX_PATH_LENGTH = 4096
 _THIS = Path(ade_harness.__file__).resolve().parent
 """This package: the manifest has its commit."""
 
@@ -123,7 +123,7 @@ def _locations(content: mmap.mmap) -> Iterator[str]:
             if byte < 128 or shift > 28:
                 break
         with suppress(UnicodeDecodeError):
-            yield content[place : place + min(length, _LONGEST_PATH)].decode()
+            yield content[place : place + min(length, _MAX_PATH_LENGTH)].decode()
         place = content.find(_LOCATION, place)
 
 

@@ -17,7 +17,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.backbones.vit import Beit3Trunk
-from ade_harness.models.checkpoint.family import Family, add_delta, quietly_random
+from ade_harness.models.checkpoint.family import Family, add_delta, random_network
 from ade_harness.models.checkpoint.files import StateDict
 from ade_harness.models.checkpoint.parts import Known, read_part
 from ade_harness.models.checkpoint.sources import (
@@ -98,7 +98,7 @@ def _convert(module: nn.Module, dtype: torch.dtype) -> None:
 def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedModel:
     """Load a published system: of models/systems/."""
     if cfg.weights == "random":
-        module = quietly_random(family, cfg.architecture, cfg.seed, classes)
+        module = random_network(family, cfg.architecture, cfg.seed, classes)
         facts = {"origin": f"random, seed {cfg.seed}"}
         return _system(cfg, module, "random", facts, classes)
     checkpoint = chosen_checkpoint(cfg)
@@ -196,7 +196,7 @@ def load_for_probe(cfg: ModelConfig) -> LoadedModel:
         return headless
     assert family is not None
     if cfg.weights == "random":
-        module, facts = quietly_random(family, cfg.architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
+        module, facts = random_network(family, cfg.architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
         return LoadedModel(module.eval(), "random", **statistics(cfg), facts=facts)
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
     keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)

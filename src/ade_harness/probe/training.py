@@ -382,5 +382,5 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
 def _evaluation_of(cfg: Config, head: Path) -> list[str]:
     """Return the arguments that evaluate a head on the network and the data set that it was trained on."""
     repeated = overrides_of(cfg) or [f"model={cfg.model.name}"]
-    kept = [word for word in repeated if re.match(r"(model|inference)[.=]|dataset=|dataset\.root=", word)]
+    kept = [override for override in repeated if re.match(r"(model|inference)[.=]|dataset=|dataset\.root=", override)]
     return [*kept, f"model.checkpoint={as_override_value(str(head.absolute()))}"]

@@ -52,7 +52,7 @@ class Example:
     legend: tuple[tuple[str, str], ...]
     """(class name, CSS colour) of the classes that cover most."""
     class_names: tuple[str, ...]
-    """Of the classes that are in the truth, in the order of the data set."""
+    """Names of the classes that are in the ground truth, in the order of the data set."""
 
 
 def kept_images(run: FinishedRun) -> set[str]:

@@ -16,7 +16,7 @@ from ade_harness.files.atomic import write_text
 from ade_harness.report.contents import run_contents
 from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
 from ade_harness.report.page import render_page, write_run_page
-from ade_harness.report.ranking import Ranking, p_words
+from ade_harness.report.ranking import Ranking, format_p_value
 from ade_harness.runs.finished import FinishedRun
 
 PAGE = "report.html"
@@ -94,7 +94,7 @@ def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
         examples=examples,
         notes=notes,
         level=level,
-        p_words=p_words,
+        format_p_value=format_p_value,
     )
     write_text(path, page)
 

@@ -109,14 +109,14 @@ def _names(runs: Sequence[FinishedRun]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
-def difference_words(difference: Difference) -> str:
+def format_difference(difference: Difference) -> str:
     """Return a difference in points with interval and p-value."""
     interval = difference.interval
     within = f" [{100 * interval.low:+z.2f}, {100 * interval.high:+z.2f}]" if interval else ""
-    return f"{100 * difference.value:+z.2f}{within}, p = {p_words(difference.p_corrected)}"
+    return f"{100 * difference.value:+z.2f}{within}, p = {format_p_value(difference.p_corrected)}"
 
 
-def p_words(p: float) -> str:
+def format_p_value(p: float) -> str:
     """Return a p-value for people."""
     return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
 
@@ -150,16 +150,16 @@ def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) ->
     one, two = ranking.runs[pair.first].name, ranking.runs[pair.second].name
     console.print(Text(f"{two} minus {one}", style="bold"))
     differs = "they differ" if pair.headline.significant(level) else "no significant difference"
-    print_line(console, f"  mIoU {difference_words(pair.headline)}: {differs}")
+    print_line(console, f"  mIoU {format_difference(pair.headline)}: {differs}")
     accuracy = pair.comparison.scores["pixel_accuracy"]
-    print_line(console, f"  pixel accuracy {difference_words(accuracy)}")
+    print_line(console, f"  pixel accuracy {format_difference(accuracy)}")
     names = ranking.runs[0].run.classes.names
     claimed = [(c, d) for c, d in pair.changed_classes() if d.significant(level)]
     shown = claimed[:_SHOWN] or pair.changed_classes()[:_SHOWN]
     differ = "1 class differs" if len(claimed) == 1 else f"{len(claimed)} classes differ"
     what = f"{differ} (corrected for {len(pair.comparison.classes)} tests)"
-    words = ", ".join(f"{names[c]} {100 * d.value:+z.1f}" for c, d in shown)
-    print_line(console, f"  {what}; most: {words}")
+    listed = ", ".join(f"{names[c]} {100 * d.value:+z.1f}" for c, d in shown)
+    print_line(console, f"  {what}; largest: {listed}")
     images = ", ".join(f"{i} {100 * v:+z.3f}" for i, v in pair.changed_images(_SHOWN))
     print_line(console, f"  images with the largest contribution to the difference: {images or 'none'}")
     for remark in pair.remarks:

@@ -90,7 +90,8 @@ def _remarks(result: Result) -> Text:
     if len({scores.mIoU, scores.mIoU_csail, scores.mIoU_detectron2}) > 1:
         lines += [
             "some classes are absent from these images, so conventions differ:"
-            f" CSAIL {percent(scores.mIoU_csail)} (absent = 0), detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
+            f" CSAIL {percent(scores.mIoU_csail)} (absent = 0),"
+            f" detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
         ]
     if any(result.intervals.values()):
         lines += ["interval: other images of the same kind, by bootstrap"]

@@ -58,7 +58,7 @@ _MAX_ROWS = 2**20
 _MAX_VALUES = 2**27
 """Counts of a ledger: a thousand for each of a hundred thousand images."""
 _MAX_BYTES = 2**31
-"""Of one segment, unpacked."""
+"""Bytes of one segment, unpacked."""
 
 
 class LedgerWriter:

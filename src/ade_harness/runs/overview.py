@@ -51,7 +51,7 @@ class RunRow:
     mean_dice: float | None = None
     parameters: int | None = None
     flops: int | None = None
-    """Of the run's first image."""
+    """Floating-point operations for the run's first image."""
     seconds: float | None = None
     marks: str = ""
     """What the score is not: demo, partial, random weights."""

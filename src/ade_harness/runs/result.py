@@ -56,11 +56,11 @@ def published_score(cfg: Config) -> Published | None:
     published = model.published
     if cfg.dataset.kind != "ade20k":
         return None
-    for kind, words in (("ss", "single scale"), ("ms", "multi-scale with flip")):
+    for kind, described in (("ss", "single scale"), ("ms", "multi-scale with flip")):
         score: float | None = getattr(published, kind)
         if getattr(model.protocols, kind) == name and score is not None:
             same = score == published.mIoU
-            return Published(score, published.protocol if same else words, published.source)
+            return Published(score, published.protocol if same else described, published.source)
     if published.mIoU is None:
         return None
     own = all(protocol in (None, name) for protocol in (model.protocols.ss, model.protocols.ms))
@@ -131,7 +131,7 @@ class Result:
     stages: Mapping[str, float]
     """Seconds in each stage, added up over ranks; decode happens in loader processes, beside the rest."""
     costs: Mapping[str, Any] = field(default_factory=dict)
-    """Of the network: parameters, flops of the image of `flops_image`, gpu_peak_bytes; None where it is not known."""
+    """The network's parameters, flops (of the image of `flops_image`), gpu_peak_bytes; None where it is not known."""
 
     @property
     def convention(self) -> str:

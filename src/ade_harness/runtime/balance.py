@@ -39,14 +39,14 @@ class Balance:
     @property
     def efficiency(self) -> float:
         """Mean over maximum of the ranks' active time: 1 if all end together."""
-        longest = max(share.active_seconds for share in self.shares)
-        return fmean(share.active_seconds for share in self.shares) / longest if longest else 1.0
+        max_active_seconds = max(share.active_seconds for share in self.shares)
+        return fmean(share.active_seconds for share in self.shares) / max_active_seconds if max_active_seconds else 1.0
 
     @property
     def idle_seconds(self) -> float:
         """How long a rank waited for the last one, on average."""
-        longest = max(share.active_seconds for share in self.shares)
-        return fmean(longest - share.active_seconds for share in self.shares)
+        max_active_seconds = max(share.active_seconds for share in self.shares)
+        return fmean(max_active_seconds - share.active_seconds for share in self.shares)
 
 
 def measure_balance(shares: Sequence[RankShare]) -> Balance:

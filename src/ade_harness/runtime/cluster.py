@@ -53,7 +53,7 @@ def is_rank() -> bool:
     return "LOCAL_RANK" in os.environ  # mpirun's and others' wrappers
 
 
-def has_last_word() -> bool:
+def is_reporting_process() -> bool:
     """Whether this process speaks for the whole run: rank 0, where no supervisor does."""
     return not is_supervised() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 

@@ -31,7 +31,7 @@ class CommandEnded(SystemExit):
     """Ends a command of ours with the exit code of a process that it has started; no model's exit."""
 
 
-def place_of_exit(error: SystemExit) -> str:
+def exit_location(error: SystemExit) -> str:
     """Say where a ``sys.exit`` was called: an evaluation that a model ends has no score, whatever its exit code."""
     frames = traceback.extract_tb(error.__traceback__)
     while frames and frames[-1].name == "exit" and "wandb" in frames[-1].filename:  # which puts its own in its place

@@ -14,18 +14,18 @@ _POLL_S = 0.2
 _watched = threading.Event()
 
 
-def is_orphan() -> bool:
+def supervisor_exited() -> bool:
     """Whether the supervisor that started this rank is gone; False without one."""
     expected = os.environ.get(SUPERVISOR)
     return expected is not None and str(os.getppid()) != expected
 
 
-def end_if_orphaned() -> None:
+def exit_with_supervisor() -> None:
     """Begin to watch, until the rank's watchdog does; before that, nothing has been counted that could be saved."""
 
     def watch() -> None:
         while not _watched.is_set():
-            if is_orphan():
+            if supervisor_exited():
                 try:  # what reads this rank's output may be gone too
                     print("error: the process that started this rank is gone", file=sys.stderr, flush=True)
                 finally:
@@ -36,5 +36,5 @@ def end_if_orphaned() -> None:
 
 
 def hand_over_to_watchdog() -> None:
-    """End what :func:`end_if_orphaned` began."""
+    """End what :func:`exit_with_supervisor` began."""
     _watched.set()

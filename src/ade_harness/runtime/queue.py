@@ -133,7 +133,7 @@ class Numbered(Dataset[Any]):
         return item, None if item == NOTHING else self._items[item]
 
 
-def quiet_worker(_: int) -> None:
+def ignore_signals(_: int) -> None:
     """Let signals reach the main process only, which ends its workers."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -36,7 +36,7 @@ from ade_harness.runtime.cluster import (
     slurm_first_address,
 )
 from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
-from ade_harness.runtime.lifetime import place_of_exit
+from ade_harness.runtime.lifetime import exit_location
 from ade_harness.runtime.progress import ProgressReporter
 from ade_harness.runtime.queue import SharedItems
 from ade_harness.runtime.signals import handled_signals
@@ -56,7 +56,7 @@ class Ranks:
     install_signals: Callable[[], None]
 
     def part(self) -> None:
-        """Let every rank go its own way: no word is exchanged after this."""
+        """Let every rank go its own way: nothing is exchanged after this."""
         if is_distributed():
             self.coordinator.meet("parted")
             self.watchdog.close()
@@ -272,7 +272,7 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
         try:
             launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
         except dist.DistError as missing:
-            raise HarnessError(_who_did_not_come(cfg, str(missing))) from missing
+            raise HarnessError(_connection_error(cfg, str(missing))) from missing
     coordinator = Coordinator()
     watchdog = Watchdog(coordinator, cfg.dead_after_s)
     watchdog.start()
@@ -284,7 +284,7 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
         # Lightning turns Ctrl-C into an exit, and calls a trainer interrupted after any error
         interrupted = isinstance(caught, KeyboardInterrupt) or isinstance(caught.__context__, KeyboardInterrupt)
         if isinstance(caught, SystemExit) and not interrupted:
-            error = HarnessError(place_of_exit(caught))
+            error = HarnessError(exit_location(caught))
         _leave(coordinator, launcher, error)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             if coordinator.lost is not None:
@@ -299,7 +299,7 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
         watchdog.close()
 
 
-def _who_did_not_come(cfg: RuntimeConfig, reason: str) -> str:
+def _connection_error(cfg: RuntimeConfig, reason: str) -> str:
     """Say why ranks did not find each other, and what to look at: the commonest failure of several nodes."""
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "?")
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -95,7 +95,7 @@ class RankProcess:
                 self._log.write(line)
 
     @property
-    def left_early(self) -> bool:
+    def exited_early(self) -> bool:
         """Whether it ended as if all were well, without having come to the end of its work (``os._exit(0)``)."""
         return self.process.returncode == 0 and DONE not in Note.read(self.note)
 
@@ -104,7 +104,7 @@ class RankProcess:
         """How much this rank's end tells about what went wrong; of equals the first."""
         code = self.process.returncode
         ranking = {0: -1, -SIBLING_DIED: 0, EXIT_RANK_LOST: 1, EXIT_STOPPED: 2, EXIT_MESSAGE: 3}
-        level = 0 if self.killed_here else 4 if self.left_early else ranking.get(code, 4)
+        level = 0 if self.killed_here else 4 if self.exited_early else ranking.get(code, 4)
         return level, -(self.ended_at or 0.0)
 
     def finish(self) -> None:
@@ -222,9 +222,9 @@ class Supervisor:
             for rank in self._processes:
                 if rank.ended_at is None and rank.process.poll() is not None:
                     rank.ended_at = time.monotonic()
-                    failed = failed or rank.process.returncode != 0 or rank.left_early
+                    failed = failed or rank.process.returncode != 0 or rank.exited_early
                     # of an orderly end all ranks know
-                    died = died or rank.process.returncode not in (0, *_ORDERLY) or rank.left_early
+                    died = died or rank.process.returncode not in (0, *_ORDERLY) or rank.exited_early
             if failed:
                 self._asked_at = self._asked_at or time.monotonic()
             waited = 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
@@ -280,7 +280,7 @@ class Supervisor:
     def _ending(self, notes: dict[int, dict[str, str]], run_dir: str | None) -> Ending:
         worst = max(self._processes, key=lambda rank: rank.severity)
         code = worst.process.returncode
-        if code == 0 and not worst.left_early:
+        if code == 0 and not worst.exited_early:
             return Ending(0, False, run_dir=run_dir)
         if self.received is not None:
             return Ending(EXIT_MESSAGE if self.received == signal.SIGINT else EXIT_STOPPED, False, run_dir=run_dir)
@@ -288,7 +288,7 @@ class Supervisor:
             shown = any(r.forwarded and r.process.returncode == code for r in self._processes)
             return Ending(code, code == EXIT_RANK_LOST, "" if shown else "\n".join(worst.tail), run_dir)
         message = _obituary(worst, notes.get(worst.rank, {}), run_dir)
-        if worst.left_early:
+        if worst.exited_early:
             return Ending(1, False, message, run_dir)
         return Ending(code if code > 0 else 128 - code, True, message, run_dir)
 
@@ -299,7 +299,7 @@ def _obituary(rank: RankProcess, note: dict[str, str], run_dir: str | None) -> s
         name = signal.Signals(-code)
         cause = _SIGNAL_CAUSES.get(name)
         how = f"was killed by {name.name}{f' ({cause})' if cause else ''}"
-    elif rank.left_early:
+    elif rank.exited_early:
         how = "left in the middle of its work, with exit code 0 (the model, or a library of its, called os._exit)"
     else:
         how = f"ended with exit code {code}"

@@ -19,7 +19,7 @@ from typing import Any
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator, open_store, rank_and_world_size
 from ade_harness.runtime.notes import EXIT_RANK_LOST, open_note
-from ade_harness.runtime.orphans import hand_over_to_watchdog, is_orphan
+from ade_harness.runtime.orphans import hand_over_to_watchdog, supervisor_exited
 
 BEAT_EVERY_S = 1.0
 GRACE_S = 5.0
@@ -157,7 +157,7 @@ class Watchdog:
             if now - before > self.silent_s / 2:  # stopped (Ctrl-Z) and continued
                 self._heard = now
             before = now
-            if is_orphan():
+            if supervisor_exited():
                 self._lose("the process that started this rank is gone")
             if now - self._heard > self.silent_s:
                 self._lose(f"rank 0's store does not answer for {self.silent_s:g} s")

@@ -50,7 +50,7 @@ class Content(Protocol):
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedContent:
     """An evaluation with its result, as a run of its own."""
 
     entry: Entry
@@ -64,7 +64,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedContent:
     """A score that is added to the run of a training."""
 
     result: Result
@@ -91,7 +91,7 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedContent:
     """A run that ended without a score."""
 
     entry: Entry
@@ -108,7 +108,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Curve:
+class CurveContent:
     """A finished training."""
 
     entry: Entry

@@ -23,7 +23,7 @@ from ade_harness.files.documents import read_json, read_yaml
 from ade_harness.runs.directory import read_manifest
 from ade_harness.runs.record import short_manifest
 from ade_harness.runs.result import Result
-from ade_harness.tracking.content import Added, Content, Curve, Failed, Finished
+from ade_harness.tracking.content import AddedContent, Content, CurveContent, FailedContent, FinishedContent
 from ade_harness.tracking.live import LiveRun
 from ade_harness.tracking.opening import Entry, open_run, staging
 from ade_harness.tracking.upload import Uploaded, limits, upload, wandb_mode
@@ -72,7 +72,9 @@ def log_result(
     """
     tags = (result.dataset, config["inference"]["name"], *_mark_tags(result.marks))
     entry = _entry(cfg, result.run_dir, "evaluate", config, manifest, tags)
-    content = Finished(entry, result, manifest) if cfg.run_id is None else Added(result, manifest, cfg.step)
+    content = (
+        FinishedContent(entry, result, manifest) if cfg.run_id is None else AddedContent(result, manifest, cfg.step)
+    )
     return _track(cfg, entry, content, live)
 
 
@@ -97,7 +99,7 @@ def log_failure(cfg: TrackingConfig, folder: Path, why: str) -> str | None:
     manifest = short_manifest(manifest)
     tags = ("failed", *_mark_tags(manifest.get("marks", ())))
     entry = _entry(cfg, folder, _job_type(manifest), config, manifest, tags)
-    return _track(cfg, entry, Failed(entry, why))
+    return _track(cfg, entry, FailedContent(entry, why))
 
 
 def log_curve(
@@ -117,7 +119,7 @@ def log_curve(
         As :func:`log_result`.
     """
     entry = Entry(folder, "probe", cfg.group, tuple(cfg.tags), facts)
-    return _track(cfg, entry, Curve(entry, tuple(rows)), live)
+    return _track(cfg, entry, CurveContent(entry, tuple(rows)), live)
 
 
 def run_id(folder: Path) -> str:

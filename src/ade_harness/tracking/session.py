@@ -35,7 +35,7 @@ _ORPHAN_S = 30
 """How long an evaluation's run may take to end once the evaluation is gone."""
 _LOCK_S = 20.0
 _MAX_LOG_BYTES = 1 << 20
-"""Of one log, between two looks at it."""
+"""Bytes of one log that are sent between two looks at it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Start:
     cfg: TrackingConfig
     entry: Entry
     identifier: str
-    """Of the W&B run."""
+    """The id of the W&B run."""
     watched: int
     """The process whose use of the machine is shown."""
     every_s: float

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ade_harness.errors import HarnessError
 from ade_harness.kernels import select, whole
-from ade_harness.models.checkpoint.family import quietly_random
+from ade_harness.models.checkpoint.family import random_network
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.systems.segformer import SEGFORMER
 from tests.models.golden_weights import draw, fill
@@ -88,9 +88,9 @@ def test_missing_unexpected_and_wrong_keys_stop(official: dict[str, torch.Tensor
 
 def test_random_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
-    first = quietly_random(SEGFORMER, B0, 5).state_dict()
+    first = random_network(SEGFORMER, B0, 5).state_dict()
     torch.manual_seed(2)
-    again, other = quietly_random(SEGFORMER, B0, 5).state_dict(), quietly_random(SEGFORMER, B0, 6).state_dict()
+    again, other = random_network(SEGFORMER, B0, 5).state_dict(), random_network(SEGFORMER, B0, 6).state_dict()
     key = "network.decode_head.classifier.weight"
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first[key], other[key])

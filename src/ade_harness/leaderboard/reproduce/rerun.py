@@ -17,14 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ade_harness.config.kinds import Source, kind_of
-from ade_harness.config.overrides import PATHS, as_override_value, composed_values, foreign_override
+from ade_harness.config.overrides import PATHS, as_override_value, composed_values, unexpected_override
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.files.escapes import escaped
 from ade_harness.files.fetch import cache_dir
 from ade_harness.leaderboard.reproduce.checkout import code_of
 from ade_harness.leaderboard.reproduce.comparison import LabelComparison, compare_runs, what_differs
-from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_claim
+from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_declaration
 from ade_harness.models.checkpoint.public import hub_checkpoint, url_checkpoint
 from ade_harness.runs.directory import new_run_name
 from ade_harness.runs.finished import FinishedRun, load_run
@@ -55,7 +55,7 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     Raises:
         HarnessError: it cannot be repeated: see the message. The exit code of a repetition that fails is passed on.
     """
-    other = next((word for word in overrides if not word.startswith(_PLACES)), None)
+    other = next((override for override in overrides if not override.startswith(_PLACES)), None)
     if other is not None:
         places = ", ".join(f"{place}*" if place.endswith(".") else place for place in _PLACES)
         why = "would be another evaluation"
@@ -66,7 +66,7 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
     repeat = first.manifest.get("repeat")
     if not repeat:
         raise HarnessError(f"{first.path}: its configuration cannot be written as overrides.")
-    foreign = foreign_override(repeat)
+    foreign = unexpected_override(repeat)
     if foreign is not None:
         raise HarnessError(
             f"{first.path}: damaged: manifest.json, repeat: {escaped(foreign)} is no override that decides the counts."
@@ -113,9 +113,11 @@ def _read(source: Path) -> FinishedRun:
 
 def _check_trust(repeat: Sequence[str], source: Path) -> None:
     """Refuse what the overrides of an untrusted run would do: they are used, and config.yaml may say something else."""
-    for word in repeat:
-        if "${" in word:
-            raise HarnessError(f"{source}: was not made by you on this machine, and would read {word}. Add --trust.")
+    for override in repeat:
+        if "${" in override:
+            raise HarnessError(
+                f"{source}: was not made by you on this machine, and would read {override}. Add --trust."
+            )
     nested: dict[str, Any] = {}
     for key, value in composed_values(repeat).items():
         *groups, name = key.split(".")
@@ -132,9 +134,9 @@ def _fetched(folder: Path, kind: str, overrides: Sequence[str], trusted: bool) -
     Raises:
         HarnessError: the submission is not trusted, so its address is not contacted; or the file cannot be had.
     """
-    if kind_of(kind).source is not Source.file or any(word.startswith("model.path=") for word in overrides):
+    if kind_of(kind).source is not Source.file or any(override.startswith("model.path=") for override in overrides):
         return []
-    reference = read_claim(folder)["references"][0]
+    reference = read_declaration(folder)["references"][0]
     address, sha256 = reference["address"], reference["sha256"]
     if not trusted:
         raise HarnessError(
@@ -152,7 +154,7 @@ def _fetched(folder: Path, kind: str, overrides: Sequence[str], trusted: bool) -
 
 def _command(first: FinishedRun, repeat: Sequence[str], overrides: Sequence[str], output: Path) -> list[str]:
     """Return the command that evaluates again; a later override of a key takes precedence."""
-    given = {word.partition("=")[0]: word for word in [*repeat, *overrides]}
+    given = {override.partition("=")[0]: override for override in [*repeat, *overrides]}
     device = first.manifest["device"]
     if "runtime.accelerator" not in given and (device == "cpu" or torch.cuda.is_available()):
         given["runtime.accelerator"] = f"runtime.accelerator={device}"

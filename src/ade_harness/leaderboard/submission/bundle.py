@@ -19,7 +19,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.documents import PlainLoader
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.reading import read_regular
-from ade_harness.leaderboard.submission.claim import CLAIM, claim_problems, is_safe_word
+from ade_harness.leaderboard.submission.declaration import CLAIM, declaration_problems, is_safe_override
 from ade_harness.leaderboard.submission.scripts import script_files
 from ade_harness.leaderboard.table import why_not_ranked
 from ade_harness.metrics.bootstrap import bootstrap
@@ -48,7 +48,7 @@ def bundle_problems(folder: Path) -> list[str]:
     """Return everything that is wrong with a submission; nothing if it is valid.
 
     The files are compared with the list of hashes, the ledger with the official images, their sizes and the score, the
-    script and the container with what this version makes of the claim.
+    script and the container with what this version makes of the declaration.
 
     Args:
         folder: of the submission.
@@ -62,12 +62,15 @@ def bundle_problems(folder: Path) -> list[str]:
             return problems
         if CLAIM not in names:
             return [f"{CLAIM}: missing. `python -m ade_harness submit RUN --contact ...` makes a submission"]
-        claim = read_claim(folder)
-        problems = claim_problems(claim)
+        declaration = read_declaration(folder)
+        problems = declaration_problems(declaration)
         if problems:
             return [f"{CLAIM}: {_printable(problem)}" for problem in problems]
-        problems = _file_problems(folder, names, claim["files"])
-        return [_printable(p) for p in problems or [*_script_problems(folder, claim), *_run_problems(folder, claim)]]
+        problems = _file_problems(folder, names, declaration["files"])
+        return [
+            _printable(p)
+            for p in problems or [*_script_problems(folder, declaration), *_run_problems(folder, declaration)]
+        ]
     except HarnessError as error:
         return [_printable(str(error))]
     except OSError as error:
@@ -80,7 +83,7 @@ def _printable(text: str) -> str:
     return shown if len(shown) <= 400 else f"{shown[:400]}..."
 
 
-def read_claim(folder: Path) -> dict[str, Any]:
+def read_declaration(folder: Path) -> dict[str, Any]:
     """Read submission.yaml, which makes no objects.
 
     Raises:
@@ -126,7 +129,7 @@ def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, int]]:
 
 
 def _file_problems(folder: Path, names: list[str], listed: Mapping[Any, Any]) -> list[str]:
-    """Compare the files with the claim's list."""
+    """Compare the files with the declaration's list."""
     problems = []
     for name in listed:
         outside = not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
@@ -145,15 +148,15 @@ def _file_problems(folder: Path, names: list[str], listed: Mapping[Any, Any]) ->
     return problems
 
 
-def _script_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
-    """Compare script, container and pins with what the claim makes."""
+def _script_problems(folder: Path, declaration: Mapping[str, Any]) -> list[str]:
+    """Compare script, container and pins with what the declaration makes."""
     problems = []
-    for name, text in script_files(claim).items():
+    for name, text in script_files(declaration).items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: is missing")
         elif path.read_bytes() != text.encode():
-            version = claim["code"]["version"]
+            version = declaration["code"]["version"]
             other = (
                 ""
                 if version == ade_harness.__version__
@@ -163,12 +166,12 @@ def _script_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _run_problems(folder: Path, claim: Mapping[str, Any]) -> list[str]:
-    """Compare the run's record with the official images and with the claim."""
+def _run_problems(folder: Path, declaration: Mapping[str, Any]) -> list[str]:
+    """Compare the run's record with the official images and with the declaration."""
     try:
         run = load_run(folder / RUN)
         check_rows(run.rows, validation_sizes())
-        return _record_problems(run, claim)
+        return _record_problems(run, declaration)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         return [f"{RUN}: damaged, or of another version ({type(error).__name__}: {error})"]
 
@@ -185,7 +188,7 @@ def _same_interval(run: FinishedRun, results: Sequence[Mapping[str, Any]]) -> bo
     return all(np.allclose([*row["interval"], row["level"]], ends, rtol=0, atol=1e-9) for row in results)
 
 
-def _record_problems(run: FinishedRun, claim: Mapping[str, Any]) -> list[str]:
+def _record_problems(run: FinishedRun, declaration: Mapping[str, Any]) -> list[str]:
     manifest, code = run.manifest, run.manifest["code"]
     ids, official = {row.image_id for row in run.rows}, validation_sizes()
     if ids != official.keys():
@@ -203,21 +206,21 @@ def _record_problems(run: FinishedRun, claim: Mapping[str, Any]) -> list[str]:
     found = scores(run.matrix).as_dict()
     data = hashlib.sha256("".join(f"{row.image_id} {row.content_hash}\n" for row in run.rows).encode()).hexdigest()
     environment = {key: manifest["environment"].get(key) for key in ("python", "cpu", "gpus", "cuda", "driver")}
-    declared = {key: claim["environment"][key] for key in environment}
+    declared = {key: declaration["environment"][key] for key in environment}
     digests = {manifest["model"].get(key) for key in ("sha256", "head_sha256", "backbone_sha256")}
     for what, equal in (
-        ("the score", claim["results"][0]["fraction"] == found["mIoU"]),
-        ("the interval", _same_interval(run, claim["results"])),
-        ("the ledger's hash", claim["ledger_sha256"] == run.ledger_hash),
-        ("the data's hash", claim["data_sha256"] == data == manifest["dataset"]["content_hash"]),
-        ("the commit", claim["code"]["commit"] == code["commit"]),
-        ("the seeds", claim["seeds"] == manifest["seeds"]),
-        ("the command", claim["command"] == manifest["repeat"]),
+        ("the score", declaration["results"][0]["fraction"] == found["mIoU"]),
+        ("the interval", _same_interval(run, declaration["results"])),
+        ("the ledger's hash", declaration["ledger_sha256"] == run.ledger_hash),
+        ("the data's hash", declaration["data_sha256"] == data == manifest["dataset"]["content_hash"]),
+        ("the commit", declaration["code"]["commit"] == code["commit"]),
+        ("the seeds", declaration["seeds"] == manifest["seeds"]),
+        ("the command", declaration["command"] == manifest["repeat"]),
         ("the environment", declared == environment),
-        ("the packages", claim["environment"]["packages"] == manifest["environment"]["distributions"]),
-        ("the weights' hash", all(r["sha256"] in (None, *digests) for r in claim["references"])),
+        ("the packages", declaration["environment"]["packages"] == manifest["environment"]["distributions"]),
+        ("the weights' hash", all(r["sha256"] in (None, *digests) for r in declaration["references"])),
     ):
         if not equal:
             problems.append(f"{CLAIM}: {what} is not the run's")
-    problems += [f"{RUN}: its command has {w!r}" for w in manifest["repeat"] if not is_safe_word(w)]
+    problems += [f"{RUN}: its command has {w!r}" for w in manifest["repeat"] if not is_safe_override(w)]
     return problems

@@ -10,13 +10,13 @@ from typing import Any
 SCRIPT, DOCKERFILE, CONSTRAINTS = "reproduce.sh", "Dockerfile", "constraints.txt"
 
 
-def script_files(claim: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of reproduce.sh, Dockerfile and constraints.txt: a pure function of the claim.
+def script_files(declaration: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts of reproduce.sh, Dockerfile and constraints.txt: a pure function of the declaration.
 
     Args:
-        claim: the content of submission.yaml, checked (:mod:`ade_harness.leaderboard.submission.claim`).
+        declaration: the content of submission.yaml, checked (:mod:`ade_harness.leaderboard.submission.declaration`).
     """
-    return {SCRIPT: _script(claim), DOCKERFILE: _dockerfile(claim), CONSTRAINTS: _constraints(claim)}
+    return {SCRIPT: _script(declaration), DOCKERFILE: _dockerfile(declaration), CONSTRAINTS: _constraints(declaration)}
 
 
 def _plain(text: Any) -> str:
@@ -24,19 +24,19 @@ def _plain(text: Any) -> str:
     return re.sub(r"[^\x20-\x7e]", "?", str(text))
 
 
-def _python(claim: Mapping[str, Any]) -> str:
+def _python(declaration: Mapping[str, Any]) -> str:
     """Return major.minor."""
-    return ".".join(str(claim["environment"]["python"]).split(".")[:2])
+    return ".".join(str(declaration["environment"]["python"]).split(".")[:2])
 
 
-def _script(claim: Mapping[str, Any]) -> str:
-    code = claim["code"]
-    command = " ".join(map(shlex.quote, claim["command"]))
-    seeds = _plain(", ".join(f"{name}={value}" for name, value in claim["seeds"].items()))
-    score = f"{claim['results'][0]['value']:.2f}"
+def _script(declaration: Mapping[str, Any]) -> str:
+    code = declaration["code"]
+    command = " ".join(map(shlex.quote, declaration["command"]))
+    seeds = _plain(", ".join(f"{name}={value}" for name, value in declaration["seeds"].items()))
+    score = f"{declaration['results'][0]['value']:.2f}"
     return f"""\
 #!/usr/bin/env bash
-# Repeats: {_plain(claim["system"])}, mIoU {score}. Needs git, Python {_python(claim)} and the data set.
+# Repeats: {_plain(declaration["system"])}, mIoU {score}. Needs git, Python {_python(declaration)} and the data set.
 #   ADE20K_ROOT=/path/to/ADEChallengeData2016 ./{SCRIPT} [runtime.devices=8 ...]
 # ADE_HARNESS_REPOSITORY names a mirror of the repository, WORK the folder for code and virtual environment,
 # PYTHON the interpreter.
@@ -49,7 +49,7 @@ work=${{WORK:-$PWD/ade-harness-${{commit:0:12}}}}
 
 [ -e "$work/.git" ] || git clone --quiet "$repository" "$work"
 git -C "$work" checkout --quiet --detach "$commit"
-[ -x "$work/.venv/bin/python" ] || "${{PYTHON:-python{_python(claim)}}}" -m venv "$work/.venv"
+[ -x "$work/.venv/bin/python" ] || "${{PYTHON:-python{_python(declaration)}}}" -m venv "$work/.venv"
 "$work/.venv/bin/python" -m pip install -q -c "$bundle/{CONSTRAINTS}" -e "$work"
 
 # This runs the evaluation again and compares it image by image. The evaluation alone, its seeds frozen
@@ -59,8 +59,8 @@ exec "$work/.venv/bin/python" -m ade_harness reproduce "$bundle" dataset.root="$
 """
 
 
-def _dockerfile(claim: Mapping[str, Any]) -> str:
-    code, environment = claim["code"], claim["environment"]
+def _dockerfile(declaration: Mapping[str, Any]) -> str:
+    code, environment = declaration["code"], declaration["environment"]
     machine = {
         "machine": f"{environment['platform']}, {environment['cpu']}",
         "GPU": ", ".join(environment["gpus"]) or "none",
@@ -73,7 +73,7 @@ def _dockerfile(claim: Mapping[str, Any]) -> str:
 {measured}
 #   docker build -t submission .
 #   docker run --gpus all --ipc=host -v /path/to/ADEChallengeData2016:/data:ro -v "$PWD/again:/again" submission
-FROM python:{_python(claim)}-slim
+FROM python:{_python(declaration)}-slim
 RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
 RUN git clone {shlex.quote(code["repository"])} /ade-harness && git -C /ade-harness checkout --detach {code["commit"]}
 COPY {CONSTRAINTS} /tmp/{CONSTRAINTS}
@@ -83,10 +83,12 @@ ENTRYPOINT ["python", "-m", "ade_harness", "reproduce", "/submission", "dataset.
 """
 
 
-def _constraints(claim: Mapping[str, Any]) -> str:
+def _constraints(declaration: Mapping[str, Any]) -> str:
     """Return pins; a build's name (2.13.0+cpu) is no version that an index has, so it is a comment."""
-    lines = [f"# Versions of the run, Python {claim['environment']['python']}; content hashes are in submission.yaml"]
-    for name, package in claim["environment"]["packages"].items():
+    lines = [
+        f"# Versions of the run, Python {declaration['environment']['python']}; content hashes are in submission.yaml"
+    ]
+    for name, package in declaration["environment"]["packages"].items():
         version, _, build = str(package["version"]).partition("+")
         lines.append(f"{name}=={version}{f'  # build {build}' if build else ''}")
     return "\n".join(lines) + "\n"

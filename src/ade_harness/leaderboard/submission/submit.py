@@ -20,7 +20,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
 from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems
-from ade_harness.leaderboard.submission.claim import CLAIM, check_contact, check_repository, make_claim
+from ade_harness.leaderboard.submission.declaration import CLAIM, check_contact, check_repository, make_declaration
 from ade_harness.leaderboard.submission.public_files import PublicSource, check_public, overrides_for, sources_of
 from ade_harness.leaderboard.submission.scripts import SCRIPT, script_files
 from ade_harness.leaderboard.table import OTHER_DATASET, why_not_ranked
@@ -51,7 +51,7 @@ def prepare(
         look: checks that a reference is public.
 
     Returns:
-        The claim without its ``files``, and the texts of its scripts.
+        The declaration without its ``files``, and the texts of its scripts.
 
     Raises:
         HarnessError: all reasons against it at once.
@@ -82,8 +82,8 @@ def prepare(
         raise HarnessError(f"{run.path}: cannot be submitted:\n" + listed(problems))
     about = {flag.strip("-").replace("-", "_"): value for flag, value in options.items()}
     repository = re.sub(r"^git@([\w.-]+):", r"https://\1/", str(repository))
-    claim = make_claim(run, about, references, repository, public_overrides(run, references))
-    return claim, script_files(claim)
+    declaration = make_declaration(run, about, references, repository, public_overrides(run, references))
+    return declaration, script_files(declaration)
 
 
 def run_problems(run: FinishedRun) -> list[str]:
@@ -118,13 +118,13 @@ def public_overrides(run: FinishedRun, references: Sequence[PublicSource]) -> li
         from_disk = model.get(local[reference.role]) is not None
         if from_disk or source is Source.repository:
             new = overrides_for(reference, source)
-            keys = {word.partition("=")[0] for word in new}
+            keys = {override.partition("=")[0] for override in new}
             overrides = [o for o in overrides if o.partition("=")[0] not in keys] + new
     seeds = run.manifest["seeds"]
     return [o for o in overrides if o.partition("=")[0] not in seeds] + [f"{key}={seed}" for key, seed in seeds.items()]
 
 
-def build(run: FinishedRun, output: Path, claim: dict[str, Any], texts: Mapping[str, str]) -> None:
+def build(run: FinishedRun, output: Path, declaration: dict[str, Any], texts: Mapping[str, str]) -> None:
     """Write a submission and check it as a stranger would; it gets its name only if it passes.
 
     Raises:
@@ -135,13 +135,13 @@ def build(run: FinishedRun, output: Path, claim: dict[str, Any], texts: Mapping[
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".submission-") as temporary:
             folder = Path(temporary) / output.name
             (folder / RUN / LEDGER).mkdir(parents=True)
-            _write_run(run, folder / RUN, claim)
+            _write_run(run, folder / RUN, declaration)
             for name, text in texts.items():
                 write_text(folder / name, text)
             (folder / SCRIPT).chmod(0o755)
             names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-            claim["files"] = {name: file_hash(folder / name, "sha256") for name in names}
-            write_text(folder / CLAIM, yaml.dump(claim, Dumper=_NoAliases, sort_keys=False, allow_unicode=True))
+            declaration["files"] = {name: file_hash(folder / name, "sha256") for name in names}
+            write_text(folder / CLAIM, yaml.dump(declaration, Dumper=_NoAliases, sort_keys=False, allow_unicode=True))
             problems = bundle_problems(folder)
             if problems:  # what one cannot check oneself nobody can
                 raise HarnessError(f"{run.path}: its submission would not pass its check:\n" + listed(problems))
@@ -155,7 +155,7 @@ class _NoAliases(yaml.SafeDumper):
         return True
 
 
-def _write_run(run: FinishedRun, folder: Path, claim: Mapping[str, Any]) -> None:
+def _write_run(run: FinishedRun, folder: Path, declaration: Mapping[str, Any]) -> None:
     """Write the run's record without what is about its machine alone: host names, paths, the user."""
     hosts = {host: f"node{number}" for number, host in enumerate(sorted({row.host for row in run.rows}))}
     write_ledger(folder / LEDGER / "ledger.parquet", [replace(row, host=hosts[row.host]) for row in run.rows])
@@ -164,8 +164,8 @@ def _write_run(run: FinishedRun, folder: Path, claim: Mapping[str, Any]) -> None
     # only whole paths: what is relative tells nothing of a machine, and "data" is a word of many texts
     places = {path: name for path, name in places.items() if path.startswith("/") and path != "/"}
     manifest = {key: run.manifest[key] for key in _KEPT}
-    manifest["command"] = ["python", "-m", "ade_harness", *claim["command"]]
-    manifest["repeat"] = list(claim["command"])
+    manifest["command"] = ["python", "-m", "ade_harness", *declaration["command"]]
+    manifest["repeat"] = list(declaration["command"])
     manifest["code"] = {k: v for k, v in manifest["code"].items() if k != "origin"}
     config = {group: run.config[group] for group in ("model", "dataset", "inference", "metrics", "runtime")}
     metrics = {**run.metrics, "notes": [_rename_hosts(note, hosts) for note in run.metrics["notes"]]}

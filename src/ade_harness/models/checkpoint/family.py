@@ -155,7 +155,7 @@ class Family:
         theirs = _config_fields(self.config) if self.config else ()
         own = {"head": self.head_fields, "adapter": self.adapter_fields, "backbone": (*self.backbone_fields, *theirs)}
         section = next((section for section, names in own.items() if name in names), None)
-        if section is None and name not in _SAID_BY_SHAPES:
+        if section is None and name not in _INFERRED_FROM_SHAPES:
             dotted = {n: f"{s}.{n}" for s, names in own.items() for n in names}
             near = [dotted[n] for n in difflib.get_close_matches(name, dotted, n=2)]
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -190,7 +190,7 @@ def _config_fields(config: str) -> tuple[str, ...]:
     return tuple(n for n in vars(getattr(transformers, config)()) if not n.startswith("_"))
 
 
-_SAID_BY_SHAPES = ("dim", "dims", "depth", "heads", "window", "img", "img_size", "head", "auxiliary", "layers")
+_INFERRED_FROM_SHAPES = ("dim", "dims", "depth", "heads", "window", "img", "img_size", "head", "auxiliary", "layers")
 """Words of the official code that may be given to `from_official`, and that the shapes of weights say anyway."""
 
 
@@ -235,7 +235,7 @@ def load_hub_names(cls: Any, config: Any, state: Mapping[str, Tensor] | None, ke
     return load_into_transformers(cls, config, state, keys)
 
 
-def quietly_random(
+def random_network(
     family: Family, architecture: Mapping[str, Any], seed: int, classes: Classes | None = None
 ) -> nn.Module:
     """Return a system with random weights that depend on `seed` alone."""

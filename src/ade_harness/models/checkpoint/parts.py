@@ -186,7 +186,7 @@ def _counts_steps(name: str, value: Tensor) -> bool:
 
 
 def _which(plain: list[str], averaged: list[str], swapped: bool, path: Path, choice: Choice) -> tuple[str, list[str]]:
-    """Return the entry to take, and a word on what is left beside it."""
+    """Return the entry to take, and a note on what is left beside it."""
     if not plain and not averaged:
         raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
     if len(plain) > 1 and plain[0] not in _PLAIN:

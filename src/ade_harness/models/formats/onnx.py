@@ -65,7 +65,7 @@ class OnnxModel(nn.Module):
             others = ", ".join(o.name for o in outputs[1:])
             self.notes = (f"of the file's outputs {self.output_name} is taken, not {others}: model.output chooses",)
         self.channels: int | None = None
-        """Of the scores, if the file says so."""
+        """Number of channels of the scores, if the file says so."""
         if chosen[0].type in _SCORES and isinstance(chosen[0].shape[1], int):
             self.channels = chosen[0].shape[1]
 

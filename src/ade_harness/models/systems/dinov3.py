@@ -89,7 +89,7 @@ timm leaves out the biases of query, key and value where the official ones are z
 periods of the rotary positions.
 """
 MASK_TOKEN = "embeddings.mask_token"
-"""Of pre-training alone; transformers' class has it."""
+"""A weight of pre-training alone, which transformers' class has."""
 
 
 def with_mask_token(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

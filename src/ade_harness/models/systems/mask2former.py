@@ -75,7 +75,7 @@ HUB: Table = (
 
 
 def with_pixel_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the word that names in old files of Mask2Former and MaskFormer lack, and take away what OneFormer doubled."""
+    """Add the component that names in old files of (Mask2)MaskFormer lack, and take away what OneFormer doubled."""
     head, inner = "sem_seg_head.", "sem_seg_head.pixel_decoder."
     renamed = {}
     for key, value in state.items():

@@ -18,7 +18,7 @@ BENCHMARK = "ADE20K Scene Parsing Benchmark (2,000 validation images, 150 classe
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTACT = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+|https://\S+\.\S+")
-_WORD = re.compile(r"(\+\+)?(model|dataset|inference|metrics|runtime|run)(\.[\w.-]+)?=[^\x00-\x1f\x7f]*")
+_OVERRIDE = re.compile(r"(\+\+)?(model|dataset|inference|metrics|runtime|run)(\.[\w.-]+)?=[^\x00-\x1f\x7f]*")
 _UNSAFE = ("run.dir", "run.root", "runtime.slurm")
 _NOTHING = type(None)
 _SHAPE: Mapping[str, Any] = {
@@ -35,14 +35,14 @@ _SHAPE: Mapping[str, Any] = {
 """Types of everything but `files`' and `packages`' entries."""
 
 
-def make_claim(
+def make_declaration(
     run: FinishedRun,
     about: Mapping[str, str | None],
     references: Sequence[PublicSource],
     repository: str,
     command: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the claim of a run, without its ``files``.
+    """Return the declaration of a run, without its ``files``.
 
     Args:
         run: complete and clean.
@@ -97,42 +97,57 @@ def check_repository(repository: str | None) -> None:
     check_url(address, "--repository", "A submission is public.", "https://example.org/group/ade-harness")
 
 
-def claim_problems(claim: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a claim that somebody else may have written; nothing in it is trusted."""
-    problems = _shape_problems(claim, _SHAPE, "")
+def declaration_problems(declaration: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a declaration that somebody else may have written; nothing in it is trusted."""
+    problems = _shape_problems(declaration, _SHAPE, "")
     if problems:
         return problems
+    environment = declaration["environment"]
     checks = [
-        (claim["schema"] == SCHEMA, f"schema: {claim['schema']}, this version reads {SCHEMA}"),
-        (bool(_COMMIT.fullmatch(claim["code"]["commit"])), "code.commit: expected 40 hexadecimal digits"),
-        (bool(claim["system"].strip()), "system: is empty"),
-        (bool(claim["seeds"]), "seeds: none are declared"),
-        (all(type(v) is int for v in claim["seeds"].values()), "seeds: expected whole numbers"),
-        (bool(re.fullmatch(r"\d+\.\d+[\w.+]*", claim["environment"]["python"])), "environment.python: no version"),
-        (all(isinstance(g, str) for g in claim["environment"]["gpus"]), "environment.gpus: expected names"),
-        (bool(claim["environment"]["packages"]), "environment.packages: none are declared"),
-        (claim["environment"]["device"] == "cpu" or bool(claim["environment"]["gpus"]), "environment.gpus: none"),
-        *((bool(_SHA256.fullmatch(claim[k])), f"{k}: expected 64 digits") for k in ("ledger_sha256", "data_sha256")),
+        (declaration["schema"] == SCHEMA, f"schema: {declaration['schema']}, this version reads {SCHEMA}"),
+        (bool(_COMMIT.fullmatch(declaration["code"]["commit"])), "code.commit: expected 40 hexadecimal digits"),
+        (bool(declaration["system"].strip()), "system: is empty"),
+        (bool(declaration["seeds"]), "seeds: none are declared"),
+        (all(type(v) is int for v in declaration["seeds"].values()), "seeds: expected whole numbers"),
+        (
+            bool(re.fullmatch(r"\d+\.\d+[\w.+]*", environment["python"])),
+            "environment.python: no version",
+        ),
+        (all(isinstance(g, str) for g in environment["gpus"]), "environment.gpus: expected names"),
+        (bool(environment["packages"]), "environment.packages: none are declared"),
+        (
+            environment["device"] == "cpu" or bool(environment["gpus"]),
+            "environment.gpus: none",
+        ),
+        *(
+            (bool(_SHA256.fullmatch(declaration[k])), f"{k}: expected 64 digits")
+            for k in ("ledger_sha256", "data_sha256")
+        ),
     ]
     problems = [text for holds, text in checks if not holds]
-    for name, package in claim["environment"]["packages"].items():
+    for name, package in declaration["environment"]["packages"].items():
         fine = isinstance(package, dict) and isinstance(package.get("version"), str) and "sha256" in package
         if not fine or not re.fullmatch(r"[\w.-]+", str(name)) or not re.fullmatch(r"[\w.+!-]+", package["version"]):
             problems.append(f"environment.packages.{name}: expected version and sha256")
-    for check, value in ((check_contact, claim["contact"]), (check_repository, claim["code"]["repository"])):
+    for check, value in (
+        (check_contact, declaration["contact"]),
+        (check_repository, declaration["code"]["repository"]),
+    ):
         try:
             check(value)
         except HarnessError as error:
             problems.append(str(error))
-    problems += [f"command: {word!r} is not allowed" for word in claim["command"] if not is_safe_word(word)]
-    return problems + _result_problems(claim["results"]) + _reference_problems(claim["references"])
+    problems += [
+        f"command: {override!r} is not allowed" for override in declaration["command"] if not is_safe_override(override)
+    ]
+    return problems + _result_problems(declaration["results"]) + _reference_problems(declaration["references"])
 
 
-def is_safe_word(word: Any) -> bool:
-    """Whether a word of somebody else's command sets an option of the evaluation and nothing else."""
-    if not isinstance(word, str) or _WORD.fullmatch(word) is None or "${" in word:
+def is_safe_override(override: Any) -> bool:
+    """Whether a override of somebody else's command sets an option of the evaluation and nothing else."""
+    if not isinstance(override, str) or _OVERRIDE.fullmatch(override) is None or "${" in override:
         return False
-    return not word.lstrip("+").startswith(_UNSAFE)
+    return not override.lstrip("+").startswith(_UNSAFE)
 
 
 def _shape_problems(content: Any, shape: Mapping[str, Any], where: str) -> list[str]:
