@@ -283,6 +283,39 @@ def test_ranks_of_a_network_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         ade.evaluate(network, dataset="demo", devices=2)
 
 
+def test_a_compiled_network_is_evaluated_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    network = Colours()
+    compiled: Any = torch.compile(network, backend="eager")
+    found = ade.evaluate(compiled, dataset="demo", limit=1, options=SMALL)
+    assert not [w for w in recwarn if "torch.compile" in str(w.message)]
+    assert found.label == "Colours"
+    plain = ade.evaluate(network, dataset="demo", limit=1, options=SMALL)
+    assert np.array_equal(found.matrix, plain.matrix)
+    assert found.metrics["flops"] == plain.metrics["flops"]
+
+
+def test_a_default_device_of_torch_is_refused() -> None:
+    torch.set_default_device("meta")
+    try:
+        with pytest.raises(HarnessError, match="default device is meta"):
+            ade.evaluate(Colours(), dataset="demo", limit=1, options=SMALL)
+        with pytest.raises(HarnessError, match="default device is meta"):
+            ade.load_model("demo")
+    finally:
+        torch.set_default_device(None)
+
+
+def test_messages_that_name_the_way_out(tmp_path: Path) -> None:
+    torch.save(Colours().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(HarnessError, match=r"is a file of weights, by its name: name its system too"):
+        ade.evaluate(tmp_path / "weights.pth", dataset="demo")
+    with pytest.raises(HarnessError, match=r"a function runs in this one\. devices=1"):
+        ade.evaluate(lambda image: image[..., 0], dataset="demo", devices=2)
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(HarnessError, match=r"pointer\.pth: a pointer of Git LFS"):
+        ade.evaluate("segformer_b0", checkpoint=tmp_path / "pointer.pth", dataset="demo")
+
+
 def test_a_network_with_two_heads_says_which_is_evaluated(tmp_path: Path) -> None:
     class Two(Colours):
         def forward(self, images: torch.Tensor) -> Any:

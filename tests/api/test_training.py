@@ -330,6 +330,60 @@ def test_two_ranks_count_each_image_once(tmp_path: Path) -> None:
     assert first["ranks"] == [0, 1]
 
 
+def test_one_score_alone_is_a_number_for_log_and_tracker() -> None:
+    class Logs(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 5, 1)
+            self.scores = SegmentationScores(5, score="mIoU")
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            output: torch.Tensor = self.layer(batch)
+            self.scores.update(output.detach(), output.detach().argmax(1).roll(index, 1))
+            self.log("mIoU", self.scores, on_step=False, on_epoch=True)  # Lightning computes and resets it
+            return output.square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    module = Logs()
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    trainer.fit(module, torch.utils.data.DataLoader(images, batch_size=1))
+    every = SegmentationScores(5)
+    for index, image in enumerate(images):
+        output = module.layer(image[None])
+        every.update(output, output.argmax(1).roll(index, 1))
+    assert float(trainer.callback_metrics["mIoU"]) == pytest.approx(float(every.compute()["mIoU"]), abs=1e-6)  # float32
+
+    tracker = torchmetrics.MetricTracker(SegmentationScores(2, score="pixel_accuracy"))
+    for right in (1, 3, 2):
+        tracker.increment()
+        labels = torch.tensor([[[0] * right + [1] * (4 - right)]])
+        tracker.update(labels, torch.zeros(1, 1, 4, dtype=torch.int64))
+    assert tracker.best_metric() == 0.75
+    with pytest.raises(ValueError, match="score='miou': expected one of mIoU, "):
+        SegmentationScores(score="miou")
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        (torch.randn(1, 4, 8, 8).to_sparse(), "predictions: a sparse_coo tensor, expected a dense one"),
+        (torch.full((1, 4, 8, 8), torch.nan), "predictions hold NaN"),
+        (torch.quantize_per_tensor(torch.rand(1, 4, 8, 8), 0.1, 0, torch.quint8), "predictions: a quantised tensor"),
+    ],
+)
+def test_scores_without_a_best_class_are_refused(predictions: torch.Tensor, message: str) -> None:
+    metric = SegmentationScores(4)
+    assert all(np.isnan(float(value)) for value in metric.compute().values())  # nothing counted is not 0 %
+    metric = SegmentationScores(4)
+    with pytest.raises(ValueError, match=message):
+        metric.update(predictions, torch.zeros(1, 8, 8, dtype=torch.int64))
+    assert int(metric.matrix.sum()) == 0
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
 )

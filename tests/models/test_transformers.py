@@ -233,6 +233,26 @@ def test_what_is_set_stays(tmp_path: Path) -> None:
     assert composed(tmp_path, "inference=mmseg_slide_512").name == "mmseg_slide_512"
 
 
+def test_a_processor_that_does_not_resize_leaves_the_image(tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": "segformer"}, {"do_resize": False, "size": {"height": 512, "width": 512}})
+    inference = composed(tmp_path)
+    assert inference.name == "as_saved_whole"
+    assert (str(inference.resize.rule), inference.resize.pad_multiple) == ("none", 32)
+
+
+def test_a_background_channel_that_no_name_says_is_noted(tmp_path: Path) -> None:
+    for first, noted in (("cls0", True), ("background", False)):
+        names = {0: first, **{i: f"cls{i}" for i in range(1, 151)}}
+        config = transformers.SegformerConfig(
+            num_encoder_blocks=4, depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, sr_ratios=[8, 4, 2, 1],
+            decoder_hidden_size=8, id2label=names, label2id={n: i for i, n in names.items()},
+        )  # fmt: skip
+        transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / first)
+        (tmp_path / first / "preprocessor_config.json").write_text("{}")
+        model = load_model(compose_config(["model=hf", f"model.id={tmp_path / first}"]).model)
+        assert any("first is taken for the background" in note for note in model.notes) == noted
+
+
 def test_a_background_channel_is_left_out(tmp_path: Path) -> None:
     config = {"model_type": "segformer", "id2label": {str(i): str(i) for i in range(151)}}
     write(tmp_path, config, {"do_reduce_labels": False})

@@ -124,6 +124,11 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
             overrides = ["model=hf", f"model.id={as_override_value(str(path))}"]
         elif path.suffix in _FILES and path.is_file():
             overrides = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
+        elif path.is_file():
+            raise HarnessError(
+                f"{text!r}: is a file of weights, by its name: name its system too: model='segformer_b0',"
+                f" checkpoint={text!r}. Files that hold a network end in {', '.join(_FILES)}."
+            )
         else:
             raise HarnessError(
                 f"{text!r}: no such system, file or folder.{did_you_mean(text, names)} Expected a name that"
@@ -137,7 +142,7 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
             " the name of a system, a path, or a function from an image to labels."
         )
     else:
-        kind = type(model)
+        kind = type(getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
         named = getattr(model, "__qualname__", kind.__qualname__)
         overrides = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
                  f"model.label={as_override_value(str(named))}"]  # fmt: skip

@@ -293,11 +293,12 @@ def _pickled(model: Model, path: Path, devices: int) -> list[str]:
     kind = type(model)
     parts = [type(module) for module in model.modules()] if isinstance(model, nn.Module) else []
     local = next((part for part in parts if part.__module__ == "__main__"), None)
-    if not parts or local is not None:
-        what = "function" if local is None else f"{local.__name__} of __main__"
+    if not parts:
+        raise HarnessError(f"devices={devices}: ranks are other processes, and a function runs in this one. devices=1.")
+    if local is not None:
         raise HarnessError(
-            f"devices={devices}: ranks are other processes, which cannot import this {what}. Put the class into a"
-            " module, give the model by name, or use devices=1."
+            f"devices={devices}: ranks are other processes, which cannot import this {local.__name__} of __main__. Put"
+            " the class into a module, give the model by name, or use devices=1."
         )
     try:
         torch.save(model, path)

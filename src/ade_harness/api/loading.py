@@ -10,7 +10,7 @@ import torch
 
 from ade_harness.api.arguments import model_overrides, option_overrides, place_of
 from ade_harness.api.predictors import Segmenter
-from ade_harness.api.state import callers_hydra
+from ade_harness.api.state import callers_hydra, require_usual_device
 from ade_harness.config.compose import compose_config
 from ade_harness.data.opening import open_classes
 from ade_harness.errors import HarnessError
@@ -39,6 +39,7 @@ def load_model(
     """
     if not isinstance(name, str | Path):
         raise HarnessError(f"load_model takes a name or a path, not a {type(name).__name__}.")
+    require_usual_device()
     overrides = [*model_overrides(name, checkpoint), "tracking=none", "dataset=demo"]
     if protocol is not None:
         overrides.append(f"inference={protocol}")

@@ -128,11 +128,7 @@ def begin(precision: str, seed: int) -> None:
             " torch.set_default_dtype(torch.float32) before, and back afterwards; inference.precision chooses how the"
             " network computes."
         )
-    if torch.get_default_device().type != "cpu":
-        raise HarnessError(
-            f"torch's default device is {torch.get_default_device()}: images and counts would be made there."
-            " torch.set_default_device('cpu') before, and back afterwards; device= chooses where the network computes."
-        )
+    require_usual_device()
     with _process:
         if _active.precision is None:
             _active.precision = precision
@@ -143,6 +139,15 @@ def begin(precision: str, seed: int) -> None:
                 f" torch has one switch of TF32 for all threads: wait for it, or evaluate {precision} in a process of"
                 " its own."
             )
+
+
+def require_usual_device() -> None:
+    """Raise HarnessError if torch's default device is not the CPU, where images are prepared and counts are kept."""
+    if torch.get_default_device().type != "cpu":
+        raise HarnessError(
+            f"torch's default device is {torch.get_default_device()}: images and counts would be made there."
+            " torch.set_default_device('cpu') before, and back afterwards; device= chooses where the network computes."
+        )
 
 
 @contextmanager

@@ -226,6 +226,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if "is not a ListConfig, list or tuple" in text:
         single = re.search(r"Error merging override \+*([^=\s]+)=(.*?) Invalid value", text)
         name, value = (single[1], single[2]) if single else (key[1] if key else "a key", "...")
+        if value in ("true", "false"):
+            return f"{name}={value}: expected a list of texts or numbers: {name}=[...]."
         return f"{name}={value}: expected a list: {name}=[{value}]."
     where = f" (key {key[1]})" if key and key[1] not in text else ""
     given = " ".join(overrides) or "(nothing)"

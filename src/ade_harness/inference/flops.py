@@ -28,6 +28,7 @@ def flops_of_image(network: nn.Module | None, inference: InferenceConfig, size: 
     Returns:
         None where the network has operators without shape functions, such as those of exported programs.
     """
+    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper would be traced, with a warning
     if network is None or isinstance(network, torch.jit.ScriptModule):
         return None
     windows = Counter(plan.window for plan in plan_views(size, inference) for _ in plan.origins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from torchmetrics import Metric
 from ade_harness import kernels
 from ade_harness.data.labels import IGNORE_INDEX, MAX_CLASSES
 from ade_harness.errors import ArgumentError
-from ade_harness.metrics.confusion import area_scores, class_iou
+from ade_harness.metrics.confusion import Scores, area_scores, class_iou
 
 _MAX_CLASSES = 2**14
 """Classes whose matrix takes 2 GiB."""
+_SCORES = tuple(field.name for field in fields(Scores))
 _KERNELS = ("auto", "torch", "numba", "triton")
 
 
@@ -38,11 +40,13 @@ class SegmentationScores(Metric):
         num_classes: C.
         ignore_index: value of the target where nothing is counted; None counts every pixel.
         validate_args: look for targets that are neither a class nor `ignore_index`; on a GPU it waits for the device.
+        score: name of one score, such as ``mIoU``: `compute` then returns that number alone, for
+            ``self.log("val/mIoU", metric)`` and torchmetrics' MetricTracker.
         kernels_choice: ``auto``, ``torch``, ``numba`` or ``triton``: which implementation counts.
         options: of ``torchmetrics.Metric``, such as ``dist_sync_on_step``.
 
     Raises:
-        ArgumentError: `num_classes` or `ignore_index` that make no sense; it is a ValueError.
+        ArgumentError: `num_classes`, `ignore_index` or `score` that make no sense; it is a ValueError.
     """
 
     is_differentiable = False
@@ -60,7 +64,7 @@ class SegmentationScores(Metric):
 
     def __init__(
         self, num_classes: int = 150, ignore_index: int | None = IGNORE_INDEX, validate_args: bool = True,
-        kernels_choice: str = "auto", **options: Any,
+        kernels_choice: str = "auto", score: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         try:
             super().__init__(**options)
@@ -68,6 +72,8 @@ class SegmentationScores(Metric):
             raise ArgumentError(f"torchmetrics.Metric: {error}") from error
         if kernels_choice not in _KERNELS:
             raise ArgumentError(f"kernels_choice={kernels_choice!r}: expected one of {', '.join(_KERNELS)}.")
+        if score is not None and score not in _SCORES:
+            raise ArgumentError(f"score={score!r}: expected one of {', '.join(_SCORES)}, or None for all.")
         if not _is_whole(num_classes) or num_classes < 1:
             raise ArgumentError(f"num_classes={num_classes!r}: expected a whole number from 1 up.")
         if ignore_index is not None and not _is_whole(ignore_index):
@@ -78,7 +84,7 @@ class SegmentationScores(Metric):
                 f" {_MAX_CLASSES:,} classes are counted."
             )
         self.num_classes, self.ignore_index, self.validate_args = num_classes, ignore_index, validate_args
-        self.kernels_choice = kernels_choice
+        self.kernels_choice, self.score = kernels_choice, score
         self.add_state("matrix", torch.zeros(num_classes, num_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
         ignored = torch.tensor([ignore_index is not None, ignore_index or 0], dtype=torch.int64)
         self.add_state("ignored", ignored, dist_reduce_fx="max")
@@ -172,14 +178,15 @@ class SegmentationScores(Metric):
         size = (target.shape[0], target.shape[1])
         return chosen.label_map(scores.detach().float().contiguous(), size).long()
 
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self) -> Any:
         """Return every score by name, float64, 0..1: see :class:`ade_harness.metrics.confusion.Scores`.
 
-        All are NaN while no pixel is counted.
+        Of a metric that was made with `score`, that one alone. All are NaN while no pixel is counted.
         """
         matrix = self._on_host()
         found = area_scores(np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :-1].sum(0))
-        return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in found.items()}
+        numbers = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in found.items()}
+        return numbers if self.score is None else numbers[self.score]
 
     def class_iou(self) -> Tensor:
         """Return IoU per class, float64 [C], 0..1; NaN for a class in neither truth nor predictions (of this rank)."""
@@ -189,7 +196,10 @@ class SegmentationScores(Metric):
         found: npt.NDArray[np.int64] = self.matrix.cpu().numpy()
         return found
 
-    def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:
+    def plot(
+        self, val: dict[str, Tensor] | Tensor | Sequence[dict[str, Tensor]] | Sequence[Tensor] | None = None,
+        ax: Any = None,
+    ) -> Any:  # fmt: skip
         """Plot one or several results of `compute`; returns matplotlib's figure and axis."""
         return self._plot(val, ax)
 

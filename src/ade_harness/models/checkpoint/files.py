@@ -50,8 +50,10 @@ def read_content(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
-            head = file.read(2)
-        if head != b"PK" and head[:1] != b"\x80":  # neither torch's zip nor a pickle
+            head = file.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            raise HarnessError(f"{path}: a pointer of Git LFS, no weights. `git lfs pull` fetches them.") from error
+        if head[:2] != b"PK" and head[:1] != b"\x80":  # neither torch's zip nor a pickle
             raise HarnessError(
                 f"{path}: not a torch file. Expected .safetensors, or a .pth or .bin of tensors."
             ) from error
