@@ -488,6 +488,21 @@ def test_modes(
     assert wandb_mode(configured) == expected
 
 
+def test_a_settings_file_that_wandb_refuses_keeps_results_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """W&B leaves out all of such a file, also a mode that stands in it."""
+    no_settings(monkeypatch, tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    folder = tmp_path / "config"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder))
+    assert wandb_upload.wandb_mode(None) == "online"
+    (folder / "settings").write_text("[default]\nignore_globs = a,b\n")
+    assert wandb_upload.wandb_mode(None) == "online"
+    (folder / "settings").write_text("[default]\ndisabled = true\nmode = offline\n")
+    with pytest.warns(UserWarning, match="offline, since its mode cannot be understood"):
+        assert wandb_upload.wandb_mode(None) == "offline"
+
+
 def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_PROJECT", "mine")

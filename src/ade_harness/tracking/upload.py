@@ -87,8 +87,21 @@ def wandb_mode(configured: str | None) -> str:
 
 
 def _mode_of_files() -> str:
-    """Return the mode by W&B's own settings, of the machine's user and of the working directory."""
-    return str(_settings_of_files().mode)
+    """Return the mode by W&B's own settings, of the machine's user and of the working directory.
+
+    Raises:
+        ValueError: a file holds what W&B cannot understand, and so leaves out with all the rest of it.
+    """
+    import wandb
+
+    found = _settings_of_files()
+    written = found.read_system_settings().all()
+    wandb.Settings(silent=True, **{key: value for key, value in written.items() if key not in _ALWAYS_TAKEN})
+    return str(found.mode)
+
+
+_ALWAYS_TAKEN = ("ignore_globs", "anonymous")
+"""Keys that W&B takes in files in another form than as a setting."""
 
 
 def _settings_of_files() -> Any:
