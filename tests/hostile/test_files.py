@@ -22,10 +22,10 @@ from ade_harness.endpoint.client import Endpoint
 from ade_harness.endpoint.http import Reply
 from ade_harness.endpoint.predictor import EndpointPredictor, read_scores
 from ade_harness.inference.folder import FolderPredictor
-from ade_harness.models.checkpoint.parts import read_state_dict
 from ade_harness.models.loading import load_model
 from tests.hostile.conftest import attack
 from tests.hostile.mutations import damaged_bytes
+from tests.models.checkpoint.reading import read_state_dict
 from tests.models.test_loading import write_onnx
 
 RNG = np.random.default_rng(0)

@@ -23,7 +23,6 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes, default_colors
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.parts import read_state_dict
 from ade_harness.models.checkpoint.public import hub_checkpoint
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.class_map import ClassMap, resolve_class_map
@@ -32,6 +31,7 @@ from ade_harness.models.loading import load_model
 from ade_harness.models.outputs import MaskLogits, other_scores, read_output
 from ade_harness.models.registry import family_of
 from ade_harness.models.systems.segformer import SEGFORMER
+from tests.models.checkpoint.reading import read_state_dict
 from tests.models.systems.test_segformer import B0, official
 
 __all__ = ["official"]

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.parts import read_state_dict
 from ade_harness.models.checkpoint.public import hub_checkpoint
 from ade_harness.models.loading import load_model
 from ade_harness.models.systems.siglip2 import SIGLIP2
 from tests.conftest import Done
 from tests.files.test_fetch import Handler, Server
+from tests.models.checkpoint.reading import read_state_dict
 from tests.models.systems.test_dense_systems import official_weights
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds

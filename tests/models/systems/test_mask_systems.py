@@ -26,13 +26,13 @@ from ade_harness.kernels.reference import accumulate
 from ade_harness.models import from_official
 from ade_harness.models.checkpoint.family import add_delta
 from ade_harness.models.checkpoint.key_tables import known_keys, rename
-from ade_harness.models.checkpoint.parts import read_state_dict
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.loading import load_model
 from ade_harness.models.ops.attention import reference_operations
 from ade_harness.models.registry import family_of
 from tests.conftest import Done
+from tests.models.checkpoint.reading import read_state_dict
 from tests.models.golden_weights import draw, fill_mask_system
 from tests.models.systems.test_dense_systems import architecture, packed
 

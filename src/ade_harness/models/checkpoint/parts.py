@@ -87,11 +87,6 @@ def read_part(path: Path, choice: Choice | None = None, known: Known | None = No
     return take_part(read_content(path), path, choice, known)
 
 
-def read_state_dict(path: Path) -> StateDict:
-    """Read the weights of a file as :func:`read_part` does without a choice; raises the same."""
-    return read_part(path).state
-
-
 def take_part(content: Any, path: Path, choice: Choice, known: Known | None = None) -> Part:
     """Return the network's weights in what a file holds; as :func:`read_part`, whose errors it raises."""
     part = _unwrapped(content, path, choice)
