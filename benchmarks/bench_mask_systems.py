@@ -35,7 +35,7 @@ from ade_harness.inference.plan import plan_views
 from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.family import random_network
-from ade_harness.models.checkpoint.parts import read_state_dict
+from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.ops.attention import reference_operations
@@ -96,7 +96,7 @@ def pair(name: str, kind: str, fields: dict[str, Any]) -> tuple[nn.Module, Queri
         library.attn_mask_probs.zero_()
     with tempfile.TemporaryDirectory() as folder:
         library.save_pretrained(folder)
-        state = read_state_dict(Path(folder) / "model.safetensors")
+        state = dict(read_part(Path(folder) / "model.safetensors").state)
         network = family_of(kind).load(fields, state, Strictness()).eval().to(DEVICE)
     library = library.eval().to(DEVICE)
     extra = {}
