@@ -352,3 +352,13 @@ def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path:
         with pytest.raises(HarnessError, match=message):
             _check_trust(words, tmp_path)  # whatever the submission's config.yaml says: these are what runs
     _check_trust(["model=segformer_b0", "dataset=ade20k"], tmp_path)
+
+
+@pytest.mark.parametrize("value", ["a${x}", "a\\${x}", "a\\\\${b}'c\\", "${run.dir}", "x'${y}'", "${oc.env:HOME}"])
+def test_what_looks_like_an_interpolation_in_a_value_is_text(value: str) -> None:
+    assert compose_config([f"run.dir={as_override_value(value)}"]).run.dir == value
+    cfg = compose_config(["model=segformer_b0", "dataset=ade20k"])
+    cfg.dataset.root = f"/data/{value}"
+    words = overrides_of(cfg)
+    assert words is not None
+    assert compose_config(words).dataset.root == f"/data/{value}"

@@ -15,7 +15,7 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
-from ade_harness.config.arguments import quote
+from ade_harness.config.arguments import literal
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
 from ade_harness.files.documents import read_json
@@ -49,7 +49,7 @@ class SweepJob:
     def arguments(self) -> list[str]:
         """Arguments of the command that runs it."""
         kept = [override for override in self.overrides if not override.startswith("run.dir=")]
-        return ["evaluate", *kept, f"run.dir={quote(str(self.run_dir))}"]
+        return ["evaluate", *kept, f"run.dir={literal(str(self.run_dir))}"]
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,11 @@ def quote(value: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
 
 
+def literal(value: str) -> str:
+    """Return text in quotes that means itself: what looks like an interpolation in it is none."""
+    return quote(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+
+
 def _quoted(text: str, multirun: bool) -> str:
     """Quote a path, URL or id; what is quoted already, null or an interpolation stays as it is."""
     key, equals, value = text.partition("=")

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config.arguments import prepare, quote
+from ade_harness.config.arguments import literal, prepare
 from ade_harness.config.compose import checked, compose_tree
 from ade_harness.config.files import choices
 from ade_harness.config.plain import as_dict
@@ -145,7 +145,7 @@ def as_override_value(value: Any) -> str:
     if isinstance(value, str):
         if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
             return value
-        return quote(value)
+        return literal(value)
     return repr(value)
 
 
