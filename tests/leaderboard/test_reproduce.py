@@ -276,7 +276,7 @@ def test_mistakes_are_one_message(demo: Path, call: Call, tmp_path: Path) -> Non
     one_message(call("reproduce", demo, "tracking=none"), "reruns are not tracked", "--output")
     one_message(call("reproduce", demo, "--fast"), "unrecognized arguments: --fast")
     one_message(call("reproduce", demo, "--output"), "argument --output: expected one argument")
-    one_message(call("reproduce", tmp_path / "none"), "holds no run")
+    one_message(call("reproduce", tmp_path / "none"), "no such folder")
     edited = Path(shutil.copytree(demo, tmp_path / "edited"))
     manifest = json.loads((edited / "manifest.json").read_text())
     (edited / "manifest.json").write_text(json.dumps({**manifest, "repeat": None}))

@@ -232,7 +232,7 @@ def test_flags(tmp_path: Path, whole: Path, call: Call, valid: Path) -> None:
     one_message(call("submit", whole, "--contract", "a@b.c"), "unrecognized arguments: --contract", "--contact")
     one_message(call("submit", whole, "--contact"), "argument --contact: expected one argument")
     one_message(call("submit", whole, "--check", valid), "takes one folder")
-    one_message(call("submit", tmp_path / "none", "--contact", "a@b.cd"), "holds no run")
+    one_message(call("submit", tmp_path / "none", "--contact", "a@b.cd"), "no such folder")
     one_message(call("submit", "--check", tmp_path / "none"), "no such folder")
     one_message(call("submit", "--check", whole), "submission.yaml: missing")
     one_message(call("submit", whole, "--contact", "a@b.cd", "--output", valid), "is there already")

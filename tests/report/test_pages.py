@@ -235,7 +235,7 @@ def test_a_report_without_its_images_says_so(runs: dict[str, Path], tmp_path: Pa
 def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: Path) -> None:
     for words, message in (
         (["report"], "report: the following arguments are required: RUN"),
-        (["report", "nothing"], "holds no run"),
+        (["report", "nothing"], "nothing: no such folder"),
         (["report", runs["run"], "--nothing"], "unrecognized arguments: --nothing"),
         (["report", runs["run"], "--output"], "argument --output: expected one argument"),
         (["report", runs["run"], "--output", tmp_path / "no" / "where.html"], "cannot be written"),

@@ -370,7 +370,8 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
     write_json(training.run_dir / MANIFEST, manifest)
     for mark in manifest["marks"]:
         print_line(console, mark, style="yellow")
-    console.print(f"loss: {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f} in {training.step:,} iterations")
+    begin = f"{rows[0]['loss']:.4f} -> " if len(rows) > 1 else ""
+    console.print(f"loss: {begin}{rows[-1]['loss']:.4f} in {training.step:,} iterations")
     print_line(console, f"head: {path}")
     print_line(console, f"evaluate it: python -m ade_harness {shlex.join(_evaluation_of(cfg, path))}")
     if cfg.tracking.kind == "wandb":

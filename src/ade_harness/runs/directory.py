@@ -95,7 +95,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not os.path.lexists(manifest):
         shown, below = escaped(str(path)), next(path.glob(f"*/{MANIFEST}"), None) if path.is_dir() else None
         where = f" Runs are below it: `python -m ade_harness runs {shown}` lists them." if below else ""
-        raise HarnessError(f"{shown}: holds no run (no {MANIFEST}).{where}")
+        there = f"holds no run (no {MANIFEST})" if path.exists() else "no such folder"
+        raise HarnessError(f"{shown}: {there}.{where}")
     content: dict[str, Any] = read_json(manifest, {"schema": int})
     version = content["schema"]
     if version != SCHEMA_VERSION:

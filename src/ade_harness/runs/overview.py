@@ -125,7 +125,7 @@ def _row(path: Path) -> RunRow:
         started=manifest.get("started"),
         label=of_config.get("label") or of_config.get("name"),
         model=of_config.get("name") or model.get("name"),
-        checkpoint=model.get("sha256"),
+        checkpoint=model.get("sha256") or model.get("state_sha256"),  # of a network in memory
         dataset=dataset.get("name"),
         protocol=config.get("inference", {}).get("name"),
         commit=manifest.get("code", {}).get("commit"),
