@@ -63,6 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not {"cli", "cold_cli", "demo"}.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        if limit is not None and limit.args and limit.args[0] >= 900:  # one program of minutes for all its tests
+            slow[item.path] = 1000
     items.sort(key=lambda item: -slow[item.path])  # stable: files stay together in their own order
 
 

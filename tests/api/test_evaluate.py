@@ -196,7 +196,7 @@ def test_what_a_function_may_not_return(function: Any, message: str) -> None:
         (Colours(), {"options": {"inference.bach": 2}}, "inference.bach: no such option. Did you mean 'inference.batch'"),
         (Colours(), {"device": "gpu"}, "device='gpu'"),
         (Colours(), {"devices": 2, "device": "cuda:1"}, "device=cuda:1: with devices=2 each rank has its own"),
-        (lambda image: image, {"devices": 2}, "devices=2: ranks are other processes, which cannot import this function"),
+        (lambda image: image, {"devices": 2}, "devices=2: ranks are other processes, and a function runs in this one"),
         (Colours(7), {}, "class map|channels"),
     ],
     ids=lambda value: str(value)[:20],

@@ -473,7 +473,7 @@ def test_a_few_names_in_another_order_are_refused() -> None:
     # names of which only half are ADE20K's say nothing about the order
     half = [name if index % 2 else f"thing {index}" for index, name in enumerate(rotated_names(150))]
     assert resolve_class_map(150, None, half, ade20k_classes()).class_of == tuple(range(150))
-    with pytest.raises(HarnessError, match="not in ADE20K's order"):
+    with pytest.raises(HarnessError, match="not in the order of ADE20K"):
         resolve_class_map(150, None, [rotated_names(150)[0], *half[1:]], ade20k_classes())
 
 
@@ -487,7 +487,7 @@ def test_a_few_names_in_another_order_are_refused() -> None:
         (3, [0, 1], None, r"has 2 entries, but the model outputs 3 channels: one entry per channel \(0\.\.149"),
         (2, [0, 150], None, r"model\.class_map: 150: ADE20K has the classes 0\.\.149"),
         (150, None, rotated_names(16), "16 channels differ"),
-        (150, None, list(ade20k_classes().names)[::-1], "not in ADE20K's order: channel 0 is 'flag'"),
+        (150, None, list(ade20k_classes().names)[::-1], "not in the order of ADE20K: channel 0 is 'flag'"),
     ],
 )
 def test_maps_that_do_not_fit(channels: int, class_map: Any, names: Any, message: str) -> None:

@@ -355,7 +355,8 @@ def _hydras_directory(config: Config) -> bool:
     mine = HydraConfig.get()
     typed = any(override.startswith("hydra.run.dir=") for override in mine.overrides.hydra)
     require(
-        not (typed and config.run.dir is not None and mine.mode == RunMode.RUN),
+        # Lightning's own launcher gives its ranks one of Hydra's
+        not (typed and config.run.dir is not None and mine.mode == RunMode.RUN) or "LOCAL_RANK" in os.environ,
         f"hydra.run.dir and run.dir={config.run.dir}: both name the run's directory. Remove one of them.",
     )
     given = typed or mine.run.dir != "."  # the packaged one; a file of the user's may have another
