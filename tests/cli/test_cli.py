@@ -602,3 +602,15 @@ def test_a_system_by_its_name_means_ade20k(call: Call, tiny_ade: Path, tmp_path:
     assert yaml.safe_load(call(*words, "dataset=demo", "--cfg", "job").out)["dataset"]["kind"] == "demo"
     done = call("data", "verify")  # of what is found here
     assert "data/ADEChallengeData2016: 7 of 2000 validation pairs" in done.out
+
+
+def test_a_command_without_standard_output_runs(tmp_path: Path) -> None:
+    """As cron and daemons start it: the next file that is opened would get the number of the missing stream."""
+    words = " ".join(["dataset.images=2", *FAST, "metrics.resamples=0", "run.dir=run"])
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m ade_harness {words} >&- <&-"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run/metrics.json").exists()

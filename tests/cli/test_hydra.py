@@ -482,5 +482,8 @@ def test_a_directory_of_hydras_in_a_file_is_the_runs(call: Call, tmp_path: Path)
 
 def test_help_of_one_command(call: Call) -> None:
     assert "--trust" in call("help", "resume").out
+    assert "data download" in call("data", "--help").out
+    assert "data verify" in call("data", "--help").out
+    one_message(call("data"), "data: expected data ")
     one_message(call("help", "nope"), "'nope' is neither a command nor a key=value override")
     assert "hydra" in call("probe", "--hydra-help").out.lower()

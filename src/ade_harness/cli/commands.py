@@ -263,7 +263,8 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     if below:
         given = arguments[1] if len(arguments) > 1 else ""
         ends = [name.split()[1] for name in below]
-        raise HarnessError(f"{arguments[0]} {given}: expected {' or '.join(below)}.{did_you_mean(given, ends)}")
+        shown = " ".join([arguments[0], *([given] if given else [])])
+        raise HarnessError(f"{shown}: expected {' or '.join(below)}.{did_you_mean(given, ends)}")
     raise HarnessError(
         f"{arguments[0]!r} is neither a command nor a key=value override.{did_you_mean(arguments[0], COMMAND_NAMES)}"
         f" Commands: {', '.join(COMMAND_NAMES)}; see --help."

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from ade_harness.cli.answer import Answer
-from ade_harness.cli.commands import find_command, overview, parser_of
+from ade_harness.cli.commands import COMMANDS, find_command, overview, parser_of
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.console import OUTPUT, Output, print_error
 from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE
@@ -88,6 +88,10 @@ def _dispatch(arguments: list[str], in_this_process: bool) -> int:
         return 0
     if arguments[:1] in (["help"], ["-h"], ["--help"]):
         print(overview())
+        return 0
+    group = [command for command in COMMANDS if arguments and command.name.startswith(f"{arguments[0]} ")]
+    if group and arguments[1:2] in (["-h"], ["--help"]):
+        print("\n".join(parser_of(command).format_help() for command in group), end="")
         return 0
     command, rest = find_command(arguments)
     if "-h" in rest or "--help" in rest:
