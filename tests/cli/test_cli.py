@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -471,6 +472,26 @@ def test_a_set_without_a_labelled_pixel_has_no_score(call: Call, tiny_ade: Path,
     words = ("model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST)
     one_message(call(*words, "run.dir=run"), "No score: none of the 7 images has a labelled pixel")
     assert not (tmp_path / "run/metrics.json").exists()
+
+
+def test_images_without_a_labelled_pixel_are_no_zeros(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
+    """Their groups show no score, and resamples of them alone do not pull the interval down to 0."""
+    folder = tiny_ade / "annotations/validation"
+    shutil.copytree(folder, tmp_path / "predicted")
+    for path in sorted(folder.iterdir())[:5]:
+        Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
+    done = call(
+        "model=predictions", f"model.path={tmp_path / 'predicted'}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST,
+        "metrics.resamples=1000", "run.dir=run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert found["mIoU"] == 1.0
+    assert found["intervals"]["mIoU"] is None or found["intervals"]["mIoU"]["low"] == 1.0
+    assert call("report", "run").code == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "nan" not in re.findall(r'<td class="n" data-v="[^"]*">([^<]*)</td>', page)
+    assert '<td class="n" data-v="">–</td>' in page
 
 
 def damaged_run(call: Call, tiny_ade: Path) -> Done:
