@@ -45,8 +45,8 @@ _TURNS = {
 """How an image of each EXIF orientation is turned to be shown."""
 _AT_THE_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 """A warning of libjpeg after which every pixel is there: bytes between the last of them and the end."""
-_MAX_PADDING = 64
-"""Bytes that writers put there. Zeros that stand for lost data are codes too: thousands are left over after them."""
+_MAX_PADDING = 16
+"""Bytes that writers put there. Zeros that stand for lost data are codes too, and mostly many more are left over."""
 _METADATA = re.compile(r"unknown JFIF revision|Unknown Adobe color transform", re.IGNORECASE)
 """Warnings that say nothing of the pixels; libjpeg reports only the first warning, so others may follow."""
 _APP0, _APP14, _SCAN = 0xE0, 0xEE, 0xDA
