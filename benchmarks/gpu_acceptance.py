@@ -422,16 +422,16 @@ def short_memory() -> None:
 
 
 def _run(command: list[str], seconds: float) -> tuple[int, str]:
-    """Run a command with its ranks, and end them all when the time is up; returns its exit code and what it said."""
+    """Run a command with its ranks, and end them all when the time is up; returns its exit code and standard error."""
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        _, said = process.communicate(timeout=seconds)
+        _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return -signal.SIGKILL, f"not done within {seconds:.0f} s"
-    return process.returncode, said
+    return process.returncode, errors
 
 
 def ranks() -> None:
@@ -456,10 +456,10 @@ def ranks() -> None:
             begin = time.perf_counter()
             common = [f"dataset.images={images}", "tracking=none", f"run.dir={run}", "run.overlays=0"]
             command = [sys.executable, "-m", "ade_harness", *system, *overrides, *common]
-            code, said = _run(command, min(left, 400))
+            code, errors = _run(command, min(left, 400))
             seconds = time.perf_counter() - begin
             if code:
-                check(False, f"a run with {name}", code=code, error=said[-300:])
+                check(False, f"a run with {name}", code=code, error=errors[-300:])
                 continue
             hashes = {row.image_id: row.label_hash for row in read_rows(run / "ledger")[0]}
             first = first or hashes

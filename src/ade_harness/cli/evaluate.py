@@ -67,9 +67,10 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         "--job and --list are about the jobs of a sweep: add -m.",
     )
     require(not options.multirun or not (options.config_name or options.config_path), NO_OTHER_PRIMARY)
+    several = options.multirun or _MULTIRUN in overrides
     launcher = next((override for override in overrides if override.startswith("hydra/launcher=")), None)
     require(
-        options.multirun or launcher in (None, "hydra/launcher=process") or _MULTIRUN in overrides,
+        several or launcher in (None, "hydra/launcher=process"),
         f"{launcher}: starts the jobs of a sweep: add -m.",
     )
     _check_shown(options)
@@ -79,11 +80,7 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         overrides += ["hydra/launcher=one_job", f"hydra.launcher.number={options.job}"]
     elif "hydra/launcher=slurm" in overrides and not any(override.startswith("runtime=") for override in overrides):
         overrides.append("runtime=slurm")
-    ready = (
-        overrides
-        if _shows(options)
-        else prepare(overrides, _config_dir(options), options.multirun or _MULTIRUN in overrides)
-    )
+    ready = overrides if _shows(options) else prepare(overrides, _config_dir(options), several)
     return _run_hydra(options, ready, "evaluate", _evaluate)
 
 

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from ade_harness.config.fields import bounded
 
 MAX_SIDE = 16_384
-"""Pixels of a side of any input, window or padding: published protocols go to 2,560."""
+"""Pixels of a side of any input, window or padding; the packaged protocols go to 4,480."""
 
 
 class ResizeRule(StrEnum):
@@ -59,10 +59,9 @@ class ResizeConfig:
     """How the network's input is made from the image, in uint8."""
 
     rule: ResizeRule = ResizeRule.none
-    height: int | None = bounded(
-        None, at_least=1, at_most=MAX_SIDE
-    )  # exact; cover: at least this; fit (null: what the model takes, if only one size)
-    width: int | None = None
+    # exact; cover: at least this; fit (null: what the model takes, if only one size)
+    height: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)
+    width: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)
     side: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # short_side, longest_side
     max_side: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # short_side: cap of the long side
     rounding: Rounding = Rounding.mmseg
@@ -74,9 +73,8 @@ class ResizeConfig:
     pad_at_least: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # or each side that is shorter, to this
     pad_multiple: int = bounded(1, at_least=1, at_most=MAX_SIDE)  # or each side to a multiple of this
     pad_position: PadPosition = PadPosition.corner
-    pad_value: float | None = bounded(
-        None, at_least=0, at_most=255
-    )  # 0..255 before normalisation; null pads zeros after it
+    # 0..255 before normalisation; null pads zeros after it
+    pad_value: float | None = bounded(None, at_least=0, at_most=255)
 
 
 class Mode(StrEnum):
@@ -132,15 +130,12 @@ class AugmentationConfig:
     scales: list[float] = field(default_factory=lambda: [1.0])
     sides: list[int] | None = None  # short sides in pixels, in place of scales
     source: ScaleSource = ScaleSource.protocol
-    max_side: int | None = bounded(
-        None, at_least=1, at_most=MAX_SIDE
-    )  # cap of the long side for `sides`; null scales the protocol's
-    min_side: int | None = bounded(
-        None, at_least=1, at_most=MAX_SIDE
-    )  # no scaled short side is below this, and no cap then (BEiT)
-    round_up: int = bounded(
-        1, at_least=1, at_most=MAX_SIDE
-    )  # scaled sides below the protocol's go up to a multiple of this (DINOv3)
+    # cap of the long side for `sides`; null scales the protocol's
+    max_side: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)
+    # no scaled short side is below this, and no cap then (BEiT)
+    min_side: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)
+    # scaled sides below the protocol's go up to a multiple of this (DINOv3)
+    round_up: int = bounded(1, at_least=1, at_most=MAX_SIDE)
     flip: bool = False  # each view also mirrored
     order: ViewOrder = ViewOrder.scale_first
     average: Average = Average.probabilities

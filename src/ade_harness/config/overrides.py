@@ -43,8 +43,8 @@ _FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"
 def overrides_of(cfg: Config) -> list[str] | None:
     """Return overrides for ``python -m ade_harness`` that compose what decides the counts of `cfg`.
 
-    The configuration files are named where they are this package's; every value that differs from them is a override of
-    its own, so that the overrides say the same without files of the user's. Paths become absolute.
+    The configuration files are named where they are this package's; every value that differs from them is an
+    override of its own, so that the overrides say the same without files of the user's. Paths become absolute.
 
     Args:
         cfg: a composed configuration.

@@ -109,8 +109,8 @@ def area_scores(intersection: Areas, truth: Areas, predicted: Areas) -> dict[str
         predicted: [..., C] valid pixels predicted as each class.
 
     Returns:
-        By score, float64 [...], 0..1, NaN where no pixel is counted. One set gives the same bits as the same set among
-        many.
+        By score, float64 [...], 0..1, NaN where no pixel is counted. A set's scores are bit-identical
+        alone and among others.
     """
     iou = area_iou(intersection, truth, predicted)
     counted, present, pixels = ~np.isnan(iou), truth > 0, truth.sum(-1)
