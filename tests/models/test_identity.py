@@ -51,6 +51,25 @@ def test_the_hash_of_a_state_is_that_of_every_tensor() -> None:
     assert len({first, *hashes[:-1]}) == len(changes)
 
 
+def test_numbers_that_a_network_keeps_are_hashed_in_any_nesting() -> None:
+    def hashed(value: Any) -> str:
+        kept = network()
+        kept.kept = value
+        return state_hash(kept, attributes=True)
+
+    values: list[Any] = [
+        0, 1, True, 0.5, -0.0, [0, 1], [1, 0], [[0, 1]], (0, 1, [2]), {"a": 0}, {"b": 0}, {"a": {"b": [1]}}, 2**70, float("nan"),
+        [torch.zeros(1), 3], [torch.zeros(1), 4], np.float32(3),
+    ]  # fmt: skip
+    assert len({hashed(value) for value in values}) == len(values)
+    assert hashed([0, 1]) == hashed([0, 1])
+    assert hashed("a text") == hashed(None) == hashed([])  # paths and names may differ between machines
+    around: list[Any] = [1, {"b": 2}]
+    around += [around] * 1000  # holds itself: visited once
+    many = list(range(1_000_000))
+    assert len({hashed(around), hashed(many), hashed(many[:-1])}) == 3
+
+
 def test_tensors_of_every_kind_are_hashed() -> None:
     kinds = nn.Module()
     kinds.register_buffer("none", None)

@@ -66,22 +66,34 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in vars(part).items():
             if name == "training" or (name.startswith("_") and name in vars(_EMPTY)):
                 continue  # parameters, buffers and hooks
-            yield from _tensors_in(value, f"{prefix}:{name}:", 0)
+            yield from _tensors_in(value, f"{prefix}:{name}:", 0, set())
 
 
 _MAX_NESTING = 8
 
 
-def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a value holds; numbers of one list or mapping together, and a container that holds itself once."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iufb":
         yield name, torch.from_numpy(np.array(value))
     elif isinstance(value, bool | int | float):
-        yield name, torch.frombuffer(bytearray(repr(value).encode()), dtype=torch.uint8)  # of any size, to the last bit
-    elif isinstance(value, Mapping | list | tuple) and depth < _MAX_NESTING:
-        for key, below in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
-            yield from _tensors_in(below, f"{name}{'.' if depth else ''}{key}", depth + 1)
+        yield name, _written(value)
+    elif isinstance(value, Mapping | list | tuple) and depth < _MAX_NESTING and id(value) not in seen:
+        seen.add(id(value))
+        items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
+        numbers = [(str(key), below) for key, below in items if isinstance(below, bool | int | float)]
+        if numbers:  # there may be a million
+            yield f"{name}{'.' if depth else ''}", _written(numbers)
+        for key, below in items:
+            if not isinstance(below, bool | int | float):
+                yield from _tensors_in(below, f"{name}{'.' if depth else ''}{key}", depth + 1, seen)
+
+
+def _written(numbers: Any) -> Tensor:
+    """Return the text of numbers, which says them to the last bit, as bytes."""
+    return torch.frombuffer(bytearray(repr(numbers).encode()), dtype=torch.uint8)
 
 
 _EMPTY = nn.Module()

@@ -19,7 +19,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.documents import PlainLoader
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.reading import read_regular
-from ade_harness.leaderboard.submission.declaration import CLAIM, declaration_problems, is_safe_override
+from ade_harness.leaderboard.submission.declaration import DECLARATION, declaration_problems, is_safe_override
 from ade_harness.leaderboard.submission.scripts import script_files
 from ade_harness.leaderboard.table import why_not_ranked
 from ade_harness.metrics.bootstrap import bootstrap
@@ -41,7 +41,7 @@ _MAX_RESAMPLES = 100_000
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder says that it is a submission."""
-    return (folder / CLAIM).is_file()
+    return (folder / DECLARATION).is_file()
 
 
 def bundle_problems(folder: Path) -> list[str]:
@@ -60,12 +60,12 @@ def bundle_problems(folder: Path) -> list[str]:
         names, problems = _list_files(folder)
         if problems:
             return problems
-        if CLAIM not in names:
-            return [f"{CLAIM}: missing. `python -m ade_harness submit RUN --contact ...` makes a submission"]
+        if DECLARATION not in names:
+            return [f"{DECLARATION}: missing. `python -m ade_harness submit RUN --contact ...` makes a submission"]
         declaration = read_declaration(folder)
         problems = declaration_problems(declaration)
         if problems:
-            return [f"{CLAIM}: {_printable(problem)}" for problem in problems]
+            return [f"{DECLARATION}: {_printable(problem)}" for problem in problems]
         problems = _file_problems(folder, names, declaration["files"])
         return [
             _printable(p)
@@ -89,13 +89,13 @@ def read_declaration(folder: Path) -> dict[str, Any]:
     Raises:
         HarnessError: too large, or no mapping.
     """
-    path = folder / CLAIM
+    path = folder / DECLARATION
     try:
         content = yaml.load(read_regular(path, _MAX_TEXT_BYTES).decode("utf-8"), PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise HarnessError(f"{CLAIM}: no YAML ({(str(error).splitlines() or ['damaged'])[0]}).") from error
+        raise HarnessError(f"{DECLARATION}: no YAML ({(str(error).splitlines() or ['damaged'])[0]}).") from error
     if not isinstance(content, dict):
-        raise HarnessError(f"{CLAIM}: expected a mapping.")
+        raise HarnessError(f"{DECLARATION}: expected a mapping.")
     return content
 
 
@@ -137,7 +137,7 @@ def _file_problems(folder: Path, names: list[str], listed: Mapping[Any, Any]) ->
             problems.append(f"files: {name!r} is not the name of a file of a submission")
     if problems:
         return problems
-    problems += [f"{name}: is not in the list of files" for name in names if name not in listed and name != CLAIM]
+    problems += [f"{name}: is not in the list of files" for name in names if name not in listed and name != DECLARATION]
     problems += [f"{name}: is missing" for name in (*listed, *_NEEDED) if name not in names]
     if problems:
         return problems
@@ -162,7 +162,7 @@ def _script_problems(folder: Path, declaration: Mapping[str, Any]) -> list[str]:
                 if version == ade_harness.__version__
                 else f" (it was made by version {version}, this is {ade_harness.__version__})"
             )
-            problems.append(f"{name}: is not what {CLAIM} gives{other}. Do not run it before you have read it")
+            problems.append(f"{name}: is not what {DECLARATION} gives{other}. Do not run it before you have read it")
     return problems
 
 
@@ -221,6 +221,6 @@ def _record_problems(run: FinishedRun, declaration: Mapping[str, Any]) -> list[s
         ("the weights' hash", all(r["sha256"] in (None, *digests) for r in declaration["references"])),
     ):
         if not equal:
-            problems.append(f"{CLAIM}: {what} is not the run's")
+            problems.append(f"{DECLARATION}: {what} is not the run's")
     problems += [f"{RUN}: its command has {w!r}" for w in manifest["repeat"] if not is_safe_override(w)]
     return problems

@@ -12,7 +12,7 @@ from ade_harness.leaderboard.submission.public_files import PublicSource, is_loc
 from ade_harness.leaderboard.table import METRICS
 from ade_harness.runs.finished import FinishedRun
 
-CLAIM = "submission.yaml"
+DECLARATION = "submission.yaml"
 SCHEMA = 1
 BENCHMARK = "ADE20K Scene Parsing Benchmark (2,000 validation images, 150 classes)"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -144,7 +144,7 @@ def declaration_problems(declaration: Mapping[str, Any]) -> list[str]:
 
 
 def is_safe_override(override: Any) -> bool:
-    """Whether a override of somebody else's command sets an option of the evaluation and nothing else."""
+    """Whether an override of somebody else's command sets an option of the evaluation and nothing else."""
     if not isinstance(override, str) or _OVERRIDE.fullmatch(override) is None or "${" in override:
         return False
     return not override.lstrip("+").startswith(_UNSAFE)
@@ -152,7 +152,7 @@ def is_safe_override(override: Any) -> bool:
 
 def _shape_problems(content: Any, shape: Mapping[str, Any], where: str) -> list[str]:
     if not isinstance(content, Mapping):
-        return [f"{where.rstrip('.') or CLAIM}: expected a mapping"]
+        return [f"{where.rstrip('.') or DECLARATION}: expected a mapping"]
     problems = [f"{where}{key}: missing" for key in shape if key not in content]
     problems += [f"{where}{key}: unknown" for key in content if key not in shape]
     for key, expected in shape.items():

@@ -20,7 +20,12 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
 from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems
-from ade_harness.leaderboard.submission.declaration import CLAIM, check_contact, check_repository, make_declaration
+from ade_harness.leaderboard.submission.declaration import (
+    DECLARATION,
+    check_contact,
+    check_repository,
+    make_declaration,
+)
 from ade_harness.leaderboard.submission.public_files import PublicSource, check_public, overrides_for, sources_of
 from ade_harness.leaderboard.submission.scripts import SCRIPT, script_files
 from ade_harness.leaderboard.table import OTHER_DATASET, why_not_ranked
@@ -141,7 +146,9 @@ def build(run: FinishedRun, output: Path, declaration: dict[str, Any], texts: Ma
             (folder / SCRIPT).chmod(0o755)
             names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
             declaration["files"] = {name: file_hash(folder / name, "sha256") for name in names}
-            write_text(folder / CLAIM, yaml.dump(declaration, Dumper=_NoAliases, sort_keys=False, allow_unicode=True))
+            write_text(
+                folder / DECLARATION, yaml.dump(declaration, Dumper=_NoAliases, sort_keys=False, allow_unicode=True)
+            )
             problems = bundle_problems(folder)
             if problems:  # what one cannot check oneself nobody can
                 raise HarnessError(f"{run.path}: its submission would not pass its check:\n" + listed(problems))
