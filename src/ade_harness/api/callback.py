@@ -72,7 +72,7 @@ class ADE20KEvaluation(pl.Callback):
             config = compose_config(overrides + option_overrides(options, memory=True))
         require_data(config)
         with callers_hydra():
-            self._composed = Composed(config, None, protocol_changes(config.inference))
+            self._composed = Composed(config, None, protocol_changes(config))
         self._composed.config.model.label = "network in training"
         self.result: Evaluation | None = None
         """The result of the last evaluation, on every rank."""

@@ -133,7 +133,7 @@ def evaluate(
         with callers_hydra():
             config = compose_config(overrides)
             repeat = None if in_memory(model) else overrides_of(config)
-            composed = Composed(config, repeat, protocol_changes(config.inference))
+            composed = Composed(config, repeat, protocol_changes(config))
         cfg = composed.config
         require_data(cfg)
         require_attachable(cfg.tracking)

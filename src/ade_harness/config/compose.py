@@ -41,6 +41,9 @@ _LAUNCHERS: dict[str, dict[str, Any]] = {
 """Hydra launchers of :mod:`hydra_plugins.ade_harness_launchers`; null of slurm's: what ``runtime.slurm`` says."""
 
 
+_PLAINEST = {"model": "custom", "dataset": "demo", "inference": "original_size"}
+
+
 def register_schemas() -> None:
     """Tell Hydra the types, unless its store has them."""
     store = ConfigStore.instance()
@@ -117,14 +120,29 @@ def checked(tree: DictConfig) -> Config:
     return config
 
 
-def protocol_changes(inference: InferenceConfig) -> list[str]:
+def packaged_choices(config: Config) -> list[str]:
+    """Return the overrides that choose the package's files of a configuration, or the plainest where it has its own."""
+    names = {group: getattr(config, group).name for group in _PLAINEST}
+    return [f"{group}={names[group] if names[group] in choices(group) else _PLAINEST[group]}" for group in _PLAINEST]
+
+
+@cache
+def packaged_tree(overrides: tuple[str, ...]) -> DictConfig:
+    """Return what choices of packaged files compose; these do not change while a process runs."""
+    return compose_tree(prepare(overrides))
+
+
+def protocol_changes(config: Config) -> list[str]:
     """Return what of a protocol is not as the YAML file of its name says, such as ``tta.flip``.
 
     How it is computed (batches, precision, compilation) is not part of the protocol.
     """
+    inference: InferenceConfig = config.inference
     if inference.name not in choices("inference"):
         return []
-    written, used = _written(inference.name), as_dict(inference)
+    # the same composition as that of `overrides_of`
+    packaged: Any = OmegaConf.to_object(packaged_tree(tuple(packaged_choices(config))).inference)
+    written, used = as_dict(packaged), as_dict(inference)
     changed = []
     for group in ("exif", "resize", "mode", "window", "tta", "masks", "output"):
         one, two = written[group], used[group]
@@ -133,12 +151,6 @@ def protocol_changes(inference: InferenceConfig) -> list[str]:
         elif one != two:
             changed.append(group)
     return changed
-
-
-@cache
-def _written(name: str) -> dict[str, Any]:
-    """Return a packaged protocol; files of the package do not change while a process runs."""
-    return as_dict(compose_config([f"inference={name}"]).inference)
 
 
 def stored_config(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -22,12 +22,12 @@ class Composed:
 
     @staticmethod
     def of(config: Config) -> Composed:
-        """Return a configuration with all that; composes it twice, which takes most of a second."""
+        """Return a configuration with all that; composes its packaged files once more."""
         # here: ranks take what is composed, and need not import Hydra
         from ade_harness.config.compose import protocol_changes
         from ade_harness.config.overrides import overrides_of
 
-        return Composed(config, overrides_of(config), protocol_changes(config.inference))
+        return Composed(config, overrides_of(config), protocol_changes(config))
 
     def as_json(self, **more: Any) -> str:
         """Return it for :meth:`from_json`, with `more` keys of the caller's."""

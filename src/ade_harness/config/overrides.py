@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import literal, prepare
-from ade_harness.config.compose import checked, compose_tree
-from ade_harness.config.files import choices
+from ade_harness.config.compose import checked, compose_tree, packaged_choices, packaged_tree
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
@@ -37,7 +35,6 @@ _OWN = re.compile(
     re.DOTALL,
 )
 """Overrides that decide the counts."""
-_FALLBACKS = {"model": "custom", "dataset": "demo", "inference": "original_size"}
 
 
 def overrides_of(cfg: Config) -> list[str] | None:
@@ -52,22 +49,16 @@ def overrides_of(cfg: Config) -> list[str] | None:
     Returns:
         The overrides, without ``run`` and ``tracking``; None if a key cannot be written on a command line.
     """
-    overrides = [f"{group}={_base(group, getattr(cfg, group).name)}" for group in _FALLBACKS]
+    overrides = packaged_choices(cfg)
     try:
         wanted = _decisive(as_dict(cfg))
-        base = _base_tree(tuple(overrides))
+        base = packaged_tree(tuple(overrides))
         changes = _changes(_values_of(base), wanted)
         if changes and _decisive(as_dict(checked(_changed(base, changes)))) != wanted:
             return None
     except HarnessError:
         return None
     return [_absolute(override, wanted) for override in [*overrides, *changes]]
-
-
-@cache
-def _base_tree(overrides: tuple[str, ...]) -> DictConfig:
-    """Return what choices of packaged files compose; these do not change while a process runs."""
-    return compose_tree(prepare(overrides))
 
 
 def _changed(base: DictConfig, changes: Sequence[str]) -> DictConfig:
@@ -84,10 +75,6 @@ def _changed(base: DictConfig, changes: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise HarnessError(str(error)) from error
     return tree
-
-
-def _base(group: str, name: str) -> str:
-    return name if name in choices(group) else _FALLBACKS[group]
 
 
 def unexpected_override(overrides: Sequence[str]) -> str | None:
