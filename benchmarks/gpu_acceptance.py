@@ -48,6 +48,7 @@ from ade_harness.kernels import View, reference, triton_gpu, triton_jit, whole  
 from ade_harness.models.loaded import LoadedModel  # noqa: E402
 from ade_harness.models.ops import deformable  # noqa: E402
 from ade_harness.runs.ledger import read_rows  # noqa: E402
+from ade_harness.runtime.cluster import usable_gpus  # noqa: E402
 from ade_harness.runtime.ranks import set_arithmetic  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -60,6 +61,8 @@ MODELS = (
 _lines: list[dict[str, Any]] = []
 _SLEEP_CYCLES = 200_000_000
 """About 0.1 s of a GPU."""
+_QUEUE = 900
+"""Launches that a GPU's queue certainly holds: with more, the host waits for the first to end."""
 _end = [float("inf")]
 """When the time is up, on the clock of `time.monotonic`."""
 
@@ -133,7 +136,7 @@ def milliseconds(function: Callable[[], Any], seconds: float = 0.4) -> float:
 
 def environment() -> None:
     """Say what this is."""
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = [torch.cuda.get_device_name(i) for i in range(usable_gpus())]
     cudnn = torch.backends.cudnn.version() if CUDA else None
     tell("INFO", "environment", torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda,
          cudnn=cudnn, gpus=names or "none", cores=len(os.sched_getaffinity(0)))  # fmt: skip
@@ -184,7 +187,7 @@ def exact() -> None:
     labels = truth.roll(3, 1)
     counted, expected = triton_gpu.count(labels, truth, CLASSES), reference.count(labels, truth, CLASSES)
     check(torch.equal(counted, expected), "counts equal plain torch")
-    for number in range(torch.cuda.device_count() if CUDA else 0):
+    for number in range(usable_gpus()):
         with torch.cuda.device(number):
             check(triton_gpu.agrees_with_torch(), f"all kernels equal torch on GPU {number}")
         # tensors on one GPU while another is the current one
@@ -243,10 +246,13 @@ def bound() -> None:
     Bytes: low-resolution scores read once and labels written once, at the rate of a large copy here. Instructions:
     those of the kernel's machine code, every scheduler issuing one a cycle at the GPU's highest clock.
     """
-    if not CUDA:
-        tell("SKIP", "bounds of the label step", needs="a GPU")
+    if not CUDA or torch.version.hip:
+        tell("SKIP", "bounds of the label step", needs="a GPU of Nvidia's")
         return
     gpu = torch.cuda.get_device_properties(DEVICE)
+    if not getattr(gpu, "clock_rate", 0):
+        tell("SKIP", "bounds of the label step", needs="the GPU's clock rate, which CUDA does not say here")
+        return
     large_copy = torch.empty((2, 1 << 30), dtype=torch.uint8, device=DEVICE)
     gib_per_ms = 2 / gpu_milliseconds(lambda: large_copy[0].copy_(large_copy[1]))
     scores, launched = scores_of("regions"), triton_jit.label_tile
@@ -260,6 +266,9 @@ def bound() -> None:
             triton_jit.label_tile = launched
         code = machine_code.read(kept.made.asm["cubin"])
         warps = kept.grid[0] * kept.grid[1] * kept.made.metadata.num_warps
+        if len(code.loops) != 1:
+            tell("SKIP", f"bounds of the label step, {name}", needs="machine code of one loop", loops=code.loops)
+            continue
         executed = code.executed(triton.cdiv(CLASSES, triton_gpu.BLOCKS["cuda"][block]))
         by_code = machine_code.least_milliseconds(warps, executed, gpu.multi_processor_count, gpu.clock_rate)
         by_bytes = (scores.numel() * scores.element_size() + size[0] * size[1]) / 2**30 / gib_per_ms
@@ -300,9 +309,12 @@ def waits() -> None:
         once()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
+        # an image of another size: what is kept of sizes seen before hides nothing
+        other = predictor.prepare("other", np.zeros((SIZE[0] - 40, SIZE[1] - 24, 3), np.uint8))
+        other = replace(other, pixels=tuple(p.pin_memory() for p in other.pixels))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            once()
+            once(prepared=other, target=target[: SIZE[0] - 40, : SIZE[1] - 24])
         torch.cuda.set_sync_debug_mode("default")
         where = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
@@ -320,14 +332,20 @@ def waits() -> None:
         begin = time.perf_counter()
         once()
         queued = time.perf_counter() - begin
-        check(not asleep.query(), f"the host has queued an image before the GPU has begun: {name}",
-              host_ms=round(1000 * queued, 2))  # fmt: skip
+        text, asleep_still = f"the host has queued an image before the GPU has begun: {name}", not asleep.query()
+        if launches < _QUEUE:
+            check(asleep_still, text, host_ms=round(1000 * queued, 2))
+        else:
+            tell("INFO", text, held=asleep_still, host_ms=round(1000 * queued, 2), needs=f"under {_QUEUE} launches")
         torch.cuda.synchronize()
         plans = plan_views(SIZE, predictor.cfg)
         parts = max(len(plans), sum(len(p.origins) for p in plans))
         allowed = 3 * parts + 8 if "mask2former" not in name else 32
-        check(0 < beside <= allowed, f"launches beside the network: {name}", launches=beside, allowed=allowed,
-              network=launches - beside)  # fmt: skip
+        if launches:
+            check(0 < beside <= allowed, f"launches beside the network: {name}", launches=beside, allowed=allowed,
+                  network=launches - beside)  # fmt: skip
+        else:
+            tell("SKIP", f"launches beside the network: {name}", needs="CUPTI, by which torch's profiler sees launches")
         system = words[0].partition("=")[2]
         computed = peaks()[system]["fp32"] / 1024
         check(peak <= computed + 1.5, f"peak memory is what was computed: {name}", gib=round(peak, 2),
@@ -439,7 +457,7 @@ def ranks() -> None:
 
     Scaling is the images/s of the loop alone (without the start) on N GPUs over N times those on one.
     """
-    maximum = torch.cuda.device_count() if CUDA else 2
+    maximum = usable_gpus() if CUDA else 2
     counts = sorted({1, min(2, maximum), maximum})
     images = 600 if CUDA else 4
     system = ["model=segformer_b0", "model.weights=random", "dataset=demo"] if CUDA else []

@@ -9,18 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _sync_module_states
 
 from ade_harness import kernels
+from ade_harness.cli import doctor
 from ade_harness.config.compose import compose_config
-from ade_harness.config.runtime import RuntimeConfig
+from ade_harness.config.runtime import Accelerator, RuntimeConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation import data, job
+from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference import predictor
-from ade_harness.inference.forward import is_out_of_memory
+from ade_harness.inference.forward import is_out_of_memory, short_memory_named
 from ade_harness.inference.opening import open_network
 from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.runs.provenance import environment
 from ade_harness.runtime import cluster
+from ade_harness.runtime.coordination import Coordinator, LocalStore
 from tests.cli.test_cli import FAST, Call
 
 
@@ -124,3 +130,60 @@ def test_short_memory_anywhere_costs_one_image(
         assert any(mark.startswith("PARTIAL: 3 of 4 images, 1 failed") for mark in metrics["marks"])
         failures = json.loads((tmp_path / "run/manifest.json").read_text())["failures"]
         assert "out of memory" in str(failures)
+
+
+def test_gpus_that_cuda_cannot_use_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's library counts them whatever torch was built for: a driver that is too old for it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cluster, "_has_gpu_files", lambda: True)
+    assert environment()["gpus"] == []  # which every manifest holds
+    assert cluster.resolve_devices(RuntimeConfig(accelerator=Accelerator.cpu)) == ("cpu", 1)
+    for accelerator in (Accelerator.auto, Accelerator.cuda):
+        with pytest.raises(HarnessError, match=r"2 GPUs are here that torch, built for CUDA .*driver is too old"):
+            cluster.resolve_devices(RuntimeConfig(accelerator=accelerator))
+    assert "driver is too old" in doctor._cuda("13.0", None)
+    assert doctor._kernels().count("GPU") == 0
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(HarnessError, match="this torch is built without CUDA: install its CUDA build"):
+        cluster.resolve_devices(RuntimeConfig())
+
+
+def test_a_part_of_a_gpu_is_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 1, raising=False)
+    assert cluster.usable_gpus() == 1
+    assert cluster.unusable_gpus() is None
+
+
+def test_short_memory_beside_images_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as in Lightning, which brings the network to its GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 24 * 2**30))
+    with (
+        pytest.raises(HarnessError, match=r"out of memory while it is moved.*GPU 1 has 1\.0 of 24\.0 GiB free"),
+        short_memory_named("it is moved"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="a bug"), short_memory_named("it is moved"):
+        raise RuntimeError("a bug")
+
+
+def test_no_weights_are_broadcast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Lightning's strategy does so before a test: of 7 B parameters 28 GB by way of the host, at each start."""
+    sent: list[int] = []
+    monkeypatch.setattr(dist, "_broadcast_coalesced", lambda group, tensors, *rest: sent.append(len(tensors)))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        cfg = compose_config([])
+        predictor_ = open_network(cfg, ade20k_classes())
+        recorder: Any = SimpleNamespace(classes=ade20k_classes())
+        module = EvaluationModule(predictor_, recorder, Coordinator(LocalStore()))
+        _sync_module_states(module)
+        assert sent == []
+        _sync_module_states(torch.nn.Sequential(predictor_.network))
+        assert sum(sent) == len(list(predictor_.network.parameters())) + len(list(predictor_.network.buffers()))
+    finally:
+        dist.destroy_process_group()

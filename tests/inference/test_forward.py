@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import group_images
-from ade_harness.inference.forward import arithmetic_of
+from ade_harness.inference.forward import BatchedForward, arithmetic_of
 from ade_harness.inference.plan import uncovered, window_grid
 from ade_harness.inference.predictor import NetworkPredictor, Prediction
 from ade_harness.inference.stopwatch import Stopwatch
@@ -322,3 +323,34 @@ def test_the_precision_holds_after_a_model_used_the_newer_switches(precision: st
         assert not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def test_outputs_of_cuda_graphs_are_kept_apart() -> None:
+    """A graph writes each output into the same memory; here a network that does so plays it."""
+
+    class Static(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = torch.zeros(1, 3, 4, 4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.memory.copy_(images[:, :1].mean((2, 3), keepdim=True))
+
+    cfg = compose_config(["inference.batch=1"]).inference
+    forward = BatchedForward(LoadedModel(Static(), "random", (0.0,) * 3, (1.0,) * 3), cfg, 3)
+    images = [torch.full((3, 8, 8), float(value)) for value in range(3)]
+    forward._module = forward.model.module  # as if compiled
+    cfg.compile = "cudagraphs"
+    assert [float(output.mean()) for output in forward(images, "x")] == [0.0, 1.0, 2.0]
+
+
+def test_torchscript_is_not_fused_on_a_gpu() -> None:
+    """There it would be for the sizes seen so far, and bits would depend on a rank's earlier images."""
+    scripted = torch.jit.script(nn.Conv2d(3, 3, 1))
+    forward = BatchedForward(LoadedModel(scripted, "random", (0.0,) * 3, (1.0,) * 3), compose_config([]).inference, 3)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert torch._C._get_graph_executor_optimize()
+    with forward._as_scripted(on_gpu):
+        assert not torch._C._get_graph_executor_optimize()
+    with forward._as_scripted(torch.zeros(1)):
+        assert torch._C._get_graph_executor_optimize()

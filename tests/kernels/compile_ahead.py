@@ -61,10 +61,8 @@ KERNELS = {
     "normalise_tile": Kernel(
         triton_jit.normalise_tile,
         {"pixels": "*u8", "canvas": "*fp32", "means": "*fp32", "scale": "fp32", "pad": "fp32"}
-        | dict.fromkeys(_PLACES, "i32"),
-        tuple(
-            {**_RUN, "REVERSED": on, "FLIPPED": on, "SCALED": on, "PADDED": on, "CUDA": True} for on in (False, True)
-        ), triton_gpu.EXACT,
+        | dict.fromkeys((*_PLACES, "reverse", "flipped", "padded"), "i32"),
+        ({**_RUN, "CUDA": True},), triton_gpu.EXACT,
     ),
     "count_nan": Kernel(triton_jit.count_nan, {"table": "*i64", "first": "*{dtype}", "total": "*i64"}, (_RUN,), triton_gpu.EXACT),
     "_aggregate": Kernel(

@@ -45,3 +45,13 @@ def exact_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_fma", create_fma)
         yield
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    """Let each test ask whether kernels can be used, which a process asks once."""
+    from ade_harness import kernels
+
+    kernels.why_not.cache_clear()
+    yield
+    kernels.why_not.cache_clear()

@@ -430,11 +430,43 @@ def test_a_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HarnessError, match=r"runtime\.kernels=triton: cannot be used \(RuntimeError: Failed to find C"):
         kernels.select("triton", "cuda")
     monkeypatch.undo()
+    kernels.why_not.cache_clear()
     monkeypatch.setattr(implementation("numba_cpu"), "agrees_with_torch", lambda: False)
     chosen, reason = kernels.selection("auto", "cpu")
     assert chosen is reference
     assert str(reason).endswith("it rounds differently from torch on this machine")
     assert kernels.name_of(reference) == "reference"
+
+
+def test_what_cannot_be_used_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt would start a compiler, for each image; and a later success would change the kernels midway."""
+    tried = []
+
+    def broken() -> bool:
+        tried.append(1)
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(implementation("numba_cpu"), "agrees_with_torch", broken)
+    for _ in range(3):
+        chosen, reason = kernels.selection("auto", "cpu")
+        assert chosen is reference
+        assert "Failed to find C compiler" in str(reason)
+    assert len(tried) == 1
+
+
+def test_a_gpu_without_memory_is_no_reason_for_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB\nmore")
+
+    monkeypatch.setattr(implementation("numba_cpu"), "agrees_with_torch", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 2**35))
+    for _ in range(2):
+        with pytest.raises(HarnessError, match=r"too little to begin with \(OutOfMemoryError: CUDA out of memory"):
+            kernels.selection("auto", "cpu")
+    broken = implementation("numba_cpu")
+    monkeypatch.setattr(importlib, "import_module", lambda _: broken)
+    with pytest.raises(HarnessError, match=r"GPU 3 has 0\.5 of 32\.0 GiB free, too little"):
+        kernels.why_not("triton_gpu", 3)
 
 
 def test_a_gpu_takes_all_channels_of_an_ordinary_image_at_once() -> None:

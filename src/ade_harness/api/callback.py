@@ -128,10 +128,10 @@ class ADE20KEvaluation(pl.Callback):
                 opened = open_here(cfg, lambda classes: network_predictor(network, cfg, classes))
                 numbers = share_of(opened.costs, rank, world_size)
                 counted = count_here(opened, numbers, device, str(cfg.runtime.kernels), self.workers, rank=rank)
-            except HarnessError as error:
+            except Exception as error:  # of any kind, such as short memory: the others would wait for this rank
                 if world_size == 1:
                     raise
-                failure = str(error)  # the others would wait for this rank
+                failure = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
             parts: list[tuple[Counted | None, str]] = [(counted, failure)]
             if world_size > 1:
                 parts = [(None, "")] * world_size

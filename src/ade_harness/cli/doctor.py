@@ -23,6 +23,7 @@ from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
 from ade_harness.models.ops import deformable
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, environment
+from ade_harness.runtime.cluster import unusable_gpus, usable_gpus
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.limits import usable_cores, usable_memory
 from ade_harness.tracking.upload import wandb_mode
@@ -58,7 +59,7 @@ def findings() -> list[tuple[str, str]]:
         ("CUDA", _cuda(facts["cuda"], facts["driver"])),
         (
             "GPUs",
-            ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none: evaluation runs on the CPU",
+            ", ".join(_gpu(i) for i in range(usable_gpus())) or "none: evaluation runs on the CPU",
         ),
         ("imports", _imports()),
         ("kernels", _kernels()),
@@ -135,15 +136,18 @@ def _shared() -> str:
 def _cuda(version: str | None, driver: str | None) -> str:
     if version is None:
         return "this torch is built without CUDA"
+    reason = unusable_gpus()
+    if reason is not None:
+        return f"{reason}. {_STOPS} here unless it says runtime.accelerator=cpu"
     if not torch.cuda.is_available():
-        return f"built for {version}, but no usable GPU (no driver, or one that is too old)"
+        return f"built for {version}, but no GPU is here"
     return f"{version}, driver {driver}"
 
 
 def _kernels() -> str:
     """Try the compiled kernels on the CPU and on every GPU."""
     found = [f"CPU: {_tried('cpu', None)}"]
-    for index in range(torch.cuda.device_count()):
+    for index in range(usable_gpus()):
         with torch.cuda.device(index):
             found.append(f"GPU {index}: {_tried('cuda', index)}")
     return "; ".join(found)

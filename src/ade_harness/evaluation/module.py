@@ -74,6 +74,9 @@ class EvaluationModule(pl.LightningModule):
     ) -> None:  # fmt: skip
         super().__init__()
         self.network = predictor.network  # Lightning moves it to the device
+        # and would broadcast all weights from rank 0, by way of the host: each rank has read them, and their hashes
+        # were compared
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
         self.predictor, self.recorder, self.coordinator = predictor, recorder, coordinator
         self.kernels_choice, self.skip_failures, self.counted = kernels_choice, skip_failures, counted
         self.failures: list[Failure] = []
@@ -264,6 +267,7 @@ def _to_host(tensor: Tensor | None) -> Tensor:
         return torch.zeros(())
     if tensor.device.type == "cpu":
         return tensor
+    tensor = tensor.contiguous()  # what is not goes through memory that is not pinned, and waits
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 

@@ -24,6 +24,7 @@ from ade_harness.evaluation.data import Failure, make_data
 from ade_harness.evaluation.job import Job, build_job, open_run
 from ade_harness.evaluation.module import counted_before, make_module, sum_stages
 from ade_harness.evaluation.score import Work, score
+from ade_harness.inference.forward import short_memory_named
 from ade_harness.metrics.counts import matrix_of
 from ade_harness.runs.directory import wait_to_see
 from ade_harness.runs.live import LiveStatus
@@ -92,7 +93,8 @@ def _work(
     with closing(callback):
         try:
             if data.costs:
-                ranks.trainer.test(module, datamodule=data, verbose=False)
+                with short_memory_named("the network is brought to its GPU, or an image is evaluated"):
+                    ranks.trainer.test(module, datamodule=data, verbose=False)
         finally:
             module.close(coordinator.rank)  # also after Ctrl-C: what was counted stays counted
         share = RankShare.of(watchdog.beat, time.monotonic() - begin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class BatchedForward:
                 )
         if isinstance(output, MaskLogits):
             parts = [(output.classes[i : i + 1], output.masks[i : i + 1]) for i in range(len(images))]
-            return [MaskLogits(c.detach().float(), m.detach().float()) for c, m in parts]
+            return [MaskLogits(self._kept(c), self._kept(m)) for c, m in parts]
         if self._is_channels_last(output.shape, batch.shape):
             raise HarnessError(
                 f"{what}: the model returned {list(output.shape)} for an input of {list(batch.shape)}: the"
@@ -132,7 +132,12 @@ class BatchedForward:
                 " seem to have changed places. Expected logits [N, C, h, w]: transpose(2, 3)."
             )
         # a network may have turned gradients on for itself
-        return [output[i : i + 1].detach().float() for i in range(len(images))]
+        return [self._kept(output[i : i + 1]) for i in range(len(images))]
+
+    def _kept(self, scores: Tensor) -> Tensor:
+        """Return scores as float32 that the next forward leaves alone: CUDA graphs write into the same memory again."""
+        kept = scores.detach().float()
+        return kept.clone() if self.cfg.compile == "cudagraphs" else kept
 
     def _is_channels_last(self, output: Sequence[int], images: Sequence[int]) -> bool:
         """Whether scores look like [N, h, w, C]: the last axis has all channels, the two before are the image's."""
@@ -155,7 +160,7 @@ class BatchedForward:
             batch = batch.contiguous(memory_format=torch.channels_last)
         try:
             without_gradients = torch.no_grad if self.model.of_caller else torch.inference_mode
-            with arithmetic_of(self.cfg.precision, batch.device.type), without_gradients():
+            with arithmetic_of(self.cfg.precision, batch.device.type), without_gradients(), self._as_scripted(batch):
                 return self._callable(batch.device)(batch)
         except (HarnessError, torch.OutOfMemoryError):
             raise
@@ -167,6 +172,16 @@ class BatchedForward:
                 f"{what}: the model failed on an input of {list(batch.shape)}"
                 f" ({type(error).__name__}: {reason}).{self._of_type(reason)} ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
+
+    def _as_scripted(self, batch: Tensor) -> AbstractContextManager[Any]:
+        """Keep TorchScript from fusing operators on a GPU.
+
+        It does so after a few inputs, for the sizes seen by then, with other roundings: an image's bits would depend on
+        the images that its rank had before.
+        """
+        scripted = batch.device.type == "cuda" and isinstance(self.model.module, torch.jit.ScriptModule)
+        unfused: Any = torch.jit.optimized_execution  # type: ignore[attr-defined]
+        return unfused(False) if scripted else nullcontext()
 
     def _of_type(self, reason: str) -> str:
         """Return what to do where weights are of another type than the images, which are float32; else nothing."""
@@ -207,6 +222,28 @@ def _said(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short: torch's own, the CPU's, cuBLAS's and cuDNN's ways to say it."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def short_memory_named(when: str) -> Iterator[None]:
+    """Say in one message what is left of a GPU's memory, where a shortage ends the work.
+
+    Raises:
+        HarnessError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, HarnessError) or not is_out_of_memory(error):
+            raise
+        left = ""
+        if torch.cuda.is_available():
+            free, total = (number / 2**30 for number in torch.cuda.mem_get_info())
+            left = f" GPU {torch.cuda.current_device()} has {free:.1f} of {total:.1f} GiB free."
+        raise HarnessError(
+            f"out of memory while {when} ({str(error).splitlines()[0]}).{left} Another program may use it (`nvidia-smi`"
+            " names it; CUDA_VISIBLE_DEVICES chooses another GPU); model.dtype=bf16 halves the weights."
+        ) from error
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from ade_harness.errors import HarnessError
@@ -72,18 +74,47 @@ def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
         module = {"cpu": "numba_cpu", "cuda": "triton_gpu"}.get(device_type)
     elif module is not None and device != device_type:
         raise HarnessError(f"runtime.kernels={choice}: works on {device} only, this run is on {device_type}. Use auto.")
+    reason = None
     if module is not None:
-        reason = "it rounds differently from torch on this machine"
-        try:
+        gpu = torch.cuda.current_device() if device_type == "cuda" and torch.cuda.is_available() else None
+        reason = why_not(module, gpu)
+        if reason is None:
             found = importlib.import_module(f"ade_harness.kernels.{module}")
-            if found.agrees_with_torch():
-                return cast(Kernels, found), found.shortcoming() if choice == "auto" else None
-        except Exception as error:  # a missing package, or a compiler that fails in any way
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return cast(Kernels, found), found.shortcoming() if choice == "auto" else None
         if choice != "auto":
             raise HarnessError(f"runtime.kernels={choice}: cannot be used ({reason}). runtime.kernels=torch works.")
     plain = cast(Kernels, importlib.import_module("ade_harness.kernels.reference"))
-    return plain, f"plain torch is used, which is slower: {reason}" if module is not None else None
+    return plain, f"plain torch is used, which is slower: {reason}" if reason is not None else None
+
+
+@cache
+def why_not(module: str, gpu: int | None) -> str | None:
+    """Return why an implementation cannot be used here; None if it can.
+
+    It is asked once in a process: each attempt would start a compiler anew, and a second answer would change the
+    kernels in the middle of a run.
+
+    Args:
+        module: of this package.
+        gpu: the current one, None for the CPU.
+
+    Raises:
+        HarnessError: no memory is left to try it.
+    """
+    try:
+        if importlib.import_module(f"ade_harness.kernels.{module}").agrees_with_torch():
+            return None
+    except Exception as error:  # a missing package, or a compiler that fails in any way
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            free, total = (b / 2**30 for b in torch.cuda.mem_get_info()) if gpu is not None else (0.0, 0.0)
+            left = f"GPU {gpu} has {free:.1f} of {total:.1f} GiB free" if gpu is not None else "memory is short"
+            raise HarnessError(
+                f"{left}, too little to begin with ({first}). Most often another program uses it: `nvidia-smi` names"
+                " it; CUDA_VISIBLE_DEVICES chooses another GPU."
+            ) from error
+        return first
+    return "it rounds differently from torch on this machine"
 
 
 def name_of(kernels: Kernels) -> str:

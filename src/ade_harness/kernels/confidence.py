@@ -27,4 +27,4 @@ def count_confidence(confidence: Tensor, labels: Tensor, target: Tensor) -> Tens
     columns = torch.zeros((3, CONFIDENCE_BINS + 1), dtype=torch.int64, device=bins.device)
     for column, values in zip(columns, (torch.ones_like(units), (labels == target).long(), units), strict=True):
         column.scatter_add_(0, bins, values.view(-1))  # of integers: exact, in any order
-    return columns[:, :CONFIDENCE_BINS].T
+    return columns[:, :CONFIDENCE_BINS].T.contiguous()

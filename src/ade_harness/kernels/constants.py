@@ -26,4 +26,5 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 @lru_cache(maxsize=1024)
 def _constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
-        return torch.tensor(values, device=device, dtype=dtype)
+        # not torch.tensor(..., device): of each new size of an image the host would wait once
+        return to_device(torch.tensor(values, dtype=dtype), device)

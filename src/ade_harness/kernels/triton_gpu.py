@@ -32,8 +32,9 @@ RUN = 1024
 _NAN_PROGRAMS = 512
 EXACT = {"enable_fp_fusion": False}
 """Launch option: products and sums are fused where :mod:`triton_jit` says so, and nowhere else."""
-OF_VIEWS = {**EXACT, "maxnreg": 128}
-"""Launch options of the two large kernels: left alone, ptxas spills three registers of one of them to use but 40."""
+OF_VIEWS: dict[str, Any] = EXACT if torch.version.hip else {**EXACT, "maxnreg": 128}
+"""Launch options of the two large kernels: left alone, ptxas spills three registers of one of them to use but 40. AMD's
+compiler has no such option."""
 
 
 def normalise(pixels: Tensor, statistics: PixelStatistics, placement: Placement | None = None) -> Tensor:
@@ -192,9 +193,8 @@ def launch_normalise(pixels: Tensor, means: Tensor, numbers: Sequence[int], scal
     cuda = pixels.device.type == "cuda"
     canvas = torch.empty((3, canvas_height, canvas_width), device=pixels.device)
     triton_jit.normalise_tile[(triton.cdiv(canvas_height * canvas_width, RUN),)](
-        pixels, canvas, means, canvas_height, canvas_width, top, left, pixels.shape[0], pixels.shape[1],
-        1 / scale if cuda else scale, pad, REVERSED=bool(reverse), FLIPPED=bool(flipped), SCALED=scale != 1,
-        PADDED=bool(padded), CUDA=cuda, SIZE=RUN, **EXACT,
+        pixels, canvas, means, canvas_height, canvas_width, top, left, pixels.shape[0], pixels.shape[1], reverse,
+        flipped, padded, 1 / scale if cuda else scale, pad, CUDA=cuda, SIZE=RUN, **EXACT,
     )  # fmt: skip
     return canvas
 
@@ -306,18 +306,23 @@ def _gpu() -> int | None:
 @cache
 def _agrees(gpu: int | None) -> bool:
     views = _sample_views()
-    for case in (*([view] for view in (*views, *_more_cases())), views):
+    # of three the average rounds: torch multiplies by a third on CUDA, and divides on the CPU
+    for case in (*([view] for view in (*views, *_more_cases())), views, views[:3]):
         if not torch.equal(_merge(case, _SIZE, False), reference.merge(case, _SIZE, False)):
             return False
     labels = reference.merge(views, _SIZE, False)
     target = reference.merge(views[:1], _SIZE, False)
     target[:3] = IGNORE_INDEX
     pixels = torch.arange(30 * 40 * 3, device=labels.device).remainder(256).to(torch.uint8).view(30, 40, 3)
-    statistics = PixelStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), True)
-    placement = Placement((36, 40), (2, 0), True, 0.0)
+    of_bytes = PixelStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), True)
+    of_shares = PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), False, 1.0)
+    for statistics in (of_bytes, of_shares):
+        for placement in (Placement((36, 40), (2, 0), True, 0.0), Placement((33, 44), (1, 2)), Placement((30, 40))):
+            expected = reference.normalise(pixels, statistics, placement)
+            if not torch.equal(normalise(pixels, statistics, placement), expected):
+                return False
     return (
         torch.equal(count(labels, target, 12), reference.count(labels, target, 12))
-        and torch.equal(normalise(pixels, statistics, placement), reference.normalise(pixels, statistics, placement))
         and float(nan_share([views[0].scores, torch.full_like(labels, torch.nan, dtype=torch.float32)])) > 0
     )
 
@@ -329,7 +334,7 @@ def softmax_agrees_with_torch() -> bool:
 
 @cache
 def _softmax_agrees(gpu: int | None) -> bool:
-    views = _sample_views()[::2]
+    views = _sample_views()[:3]
     return torch.equal(_merge(views, _SIZE, True), reference.merge(views, _SIZE, True))
 
 

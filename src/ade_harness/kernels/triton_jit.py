@@ -303,30 +303,33 @@ def count_tile(labels, target, counts, pixels, classes, SIZE: tl.constexpr):
     tl.atomic_add(counts + tl.maximum(key, 0), tl.full((SIZE,), 1, tl.int64), mask=key >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["canvas_height", "canvas_width", "top", "left", "height", "width"])
+@triton.jit(
+    do_not_specialize=[
+        "canvas_height", "canvas_width", "top", "left", "height", "width", "reverse", "flipped", "padded", "scale",
+        "pad",
+    ]
+)  # fmt: skip
 def normalise_tile(
-    pixels, canvas, means, canvas_height, canvas_width, top, left, height, width, scale, pad,
-    REVERSED: tl.constexpr, FLIPPED: tl.constexpr, SCALED: tl.constexpr, PADDED: tl.constexpr, CUDA: tl.constexpr,
-    SIZE: tl.constexpr,
+    pixels, canvas, means, canvas_height, canvas_width, top, left, height, width, reverse, flipped, padded, scale, pad,
+    CUDA: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Fill one run of pixels of canvas float32 [3, H, W] from pixels uint8 [h, w, 3]; means float32 [2, 3]."""
+    """Fill one run of pixels of canvas float32 [3, H, W] from pixels uint8 [h, w, 3]; means float32 [2, 3].
+
+    What differs between models and views is a number: a kernel for each would be compiled in the middle of a run.
+    """
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = at < canvas_height * canvas_width
     y, x = at // canvas_width - top, at % canvas_width - left
     inside = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    if FLIPPED:
-        x = width - 1 - x
+    x = tl.where(flipped != 0, width - 1 - x, x)
     for plane in tl.static_range(3):
-        source = 2 - plane if REVERSED else plane
+        source = plane + reverse * (2 - 2 * plane)
         value = tl.load(pixels + (y * width + x) * 3 + source, mask=inside, other=0).to(tl.float32)
-        if PADDED:
-            value = tl.where(inside, value, pad)
-        if SCALED:
-            value = value * scale if CUDA else tl.div_rn(value, tl.zeros_like(value) + scale)
+        value = tl.where(inside, value, pad)
+        value = value * scale if CUDA else tl.div_rn(value, tl.zeros_like(value) + scale)  # by 1 it stays
         mean, std = tl.load(means + plane), tl.load(means + 3 + plane)
         value = tl.div_rn(value - mean, tl.zeros_like(value) + std)
-        if not PADDED:
-            value = tl.where(inside, value, 0.0)
+        value = tl.where(inside | (padded != 0), value, 0.0)
         tl.store(canvas + plane * canvas_height * canvas_width + at, value, mask=mask)
 
 

@@ -166,7 +166,8 @@ class SegmentationScores(Metric):
         if compact:  # the kernels count labels of one byte
             none = torch.full_like(target, IGNORE_INDEX)
             labels = torch.where((prediction >= 0) & (prediction < classes), prediction.to(target.dtype), none)
-            chosen = kernels.select(self.kernels_choice, target.device.type)
+            with torch.cuda.device_of(target):  # type: ignore[no-untyped-call]  # the GPU that is tried is that of the tensors
+                chosen = kernels.select(self.kernels_choice, target.device.type)
             truth = torch.where(counted, target, none).to(torch.uint8)
             return chosen.count(labels.to(torch.uint8).contiguous(), truth.contiguous(), classes)
         labels = torch.where((prediction >= 0) & (prediction < classes), prediction, classes)[counted].long()
@@ -174,7 +175,8 @@ class SegmentationScores(Metric):
         return torch.bincount(pairs, minlength=classes * (classes + 1)).view(classes, classes + 1)
 
     def _labels(self, scores: Tensor, target: Tensor) -> Tensor:
-        chosen = kernels.select(self.kernels_choice, target.device.type)
+        with torch.cuda.device_of(target):  # type: ignore[no-untyped-call]
+            chosen = kernels.select(self.kernels_choice, target.device.type)
         size = (target.shape[0], target.shape[1])
         return chosen.label_map(scores.detach().float().contiguous(), size).long()
 

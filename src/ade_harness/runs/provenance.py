@@ -18,6 +18,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 import ade_harness
+from ade_harness.runtime.cluster import usable_gpus
 from ade_harness.runtime.notes import COMMAND
 
 _PACKAGES = (
@@ -42,7 +43,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(usable_gpus())],
         "cuda": torch.version.cuda,
         "driver": _driver() if torch.cuda.is_available() else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

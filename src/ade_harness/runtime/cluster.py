@@ -65,14 +65,40 @@ def node_count(cfg: RuntimeConfig) -> int:
     return int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) if in_slurm_step() else 1
 
 
-def gpu_count() -> int:
-    """Return how many GPUs torch sees; torch is not imported where there can be none."""
+def _has_gpu_files() -> bool:
     others = (Path("/dev/dxg"), Path("/dev/kfd"))  # of WSL, and of AMD's ROCm, whose GPUs torch calls cuda too
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not any(p.exists() for p in others):
-        return 0
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(p.exists() for p in others)
+
+
+def gpu_count() -> int:
+    """Return how many GPUs torch can use; torch is not imported where there can be none."""
+    return usable_gpus() if _has_gpu_files() else 0
+
+
+def usable_gpus() -> int:
+    """Return how many GPUs CUDA can use here.
+
+    ``torch.cuda.device_count`` asks the driver's own library before CUDA has started, which also counts GPUs whose
+    driver is too old for this torch, and those behind parts (MIG) of which a process sees one.
+    """
     import torch
 
-    return torch.cuda.device_count()
+    return int(torch._C._cuda_getDeviceCount()) if torch.cuda.is_available() else 0
+
+
+def unusable_gpus() -> str | None:
+    """Say why GPUs that are there cannot be used; None if they can, or there are none."""
+    import torch
+
+    seen = torch.cuda.device_count() if not torch.cuda.is_available() else 0
+    if not seen:
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"{seen} GPUs are here, and this torch is built without CUDA: install its CUDA build"
+    return (
+        f"{seen} GPUs are here that torch, built for CUDA {torch.version.cuda}, cannot use: most often their driver is"
+        " too old for it. Update the driver, or install a torch for an older CUDA"
+    )
 
 
 _RANK_BYTES = 2**29
@@ -87,6 +113,11 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
     """
     gpus = gpu_count() if cfg.accelerator != "cpu" else 0
     accelerator = str(cfg.accelerator) if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
+    reason = unusable_gpus() if cfg.accelerator != "cpu" and not gpus and _has_gpu_files() else None
+    if reason is not None:
+        raise HarnessError(
+            f"runtime.accelerator={cfg.accelerator}: on {host_name()}, {reason}; runtime.accelerator=cpu uses none."
+        )
     if accelerator == "cuda" and not gpus:
         raise HarnessError(
             f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."

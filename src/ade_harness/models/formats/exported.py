@@ -28,7 +28,7 @@ class ExportedModel(nn.Module):
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__()
-        self.graph = program.module()
+        self.graph: nn.Module | None = program.module()
         self._program = program
         self._device = torch.device("cpu")
 
@@ -40,8 +40,10 @@ class ExportedModel(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """Return what the program returns."""
         if images.device != self._device:
+            self.graph = None  # else its weights would be on the device twice
             self.graph = move_to_device_pass(self._program, str(images.device)).module()
             self._device = images.device
+        assert self.graph is not None
         return self.graph(images)
 
 
