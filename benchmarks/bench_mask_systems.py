@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import open_ade20k
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import plan_views
-from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.family import random_network
 from ade_harness.models.checkpoint.parts import read_part

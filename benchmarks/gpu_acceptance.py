@@ -40,9 +40,10 @@ from ade_harness.data.ade20k_labels import ade20k_classes  # noqa: E402
 from ade_harness.errors import HarnessError  # noqa: E402
 from ade_harness.inference.forward import BatchedForward  # noqa: E402
 from ade_harness.inference.memory import peaks  # noqa: E402
+from ade_harness.inference.network import NetworkPredictor  # noqa: E402
 from ade_harness.inference.opening import open_network  # noqa: E402
 from ade_harness.inference.plan import plan_views  # noqa: E402
-from ade_harness.inference.predictor import NetworkPredictor, Prepared  # noqa: E402
+from ade_harness.inference.predictor import Prepared  # noqa: E402
 from ade_harness.inference.stopwatch import Stopwatch  # noqa: E402
 from ade_harness.kernels import View, reference, triton_gpu, triton_jit, whole  # noqa: E402
 from ade_harness.models.loaded import LoadedModel  # noqa: E402
@@ -425,13 +426,13 @@ def short_memory() -> None:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     cfg = compose_config([]).inference
-    forward = BatchedForward(LoadedModel(_Greedy(0.3, free), "random", (0.0,) * 3, (1.0,) * 3), cfg)
+    forward = BatchedForward(LoadedModel(_Greedy(0.3, free), "random", (0.0,) * 3, (1.0,) * 3), cfg, 150)
     images = [torch.full((3, 8, 8), float(i), device=DEVICE) for i in range(8)]
     found = [round(float(o.mean())) for o in forward(images, "test") if isinstance(o, Tensor)]
     check(found == list(range(8)) and forward.fits == 2, "a batch is halved until it fits", fits=forward.fits)
     torch.cuda.empty_cache()
     check(torch.cuda.mem_get_info()[0] > 0.97 * free, "its memory is given back")
-    greedy = BatchedForward(LoadedModel(_Greedy(1.5, free), "random", (0.0,) * 3, (1.0,) * 3), cfg)
+    greedy = BatchedForward(LoadedModel(_Greedy(1.5, free), "random", (0.0,) * 3, (1.0,) * 3), cfg, 150)
     try:
         greedy(images[:1], "test")
         check(False, "one image that does not fit is refused")

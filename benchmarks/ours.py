@@ -13,11 +13,12 @@ from torch import nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.config.schema import Config
-from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
+from ade_harness.data.ade20k import open_ade20k
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.evaluation.data import ImageItems, group_images
 from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.evaluation.recorder import Recorder
-from ade_harness.inference.predictor import NetworkPredictor
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerWriter

@@ -47,7 +47,7 @@ def test_the_python_reference_has_signatures_and_meanings(site: Path) -> None:
     page = (site / "reference/api/index.html").read_text()
     for name in ("evaluate", "Evaluation", "load_model", "compare", "SegmentationScores", "ADE20KEvaluation"):
         assert f'.{name}"' in page, name  # an anchor
-    assert "Afterwards" in page or "leave this process and the model as they were" in page
+    assert "Afterwards" in page or "the state of this process and of the model is restored" in page
     assert "<p>::</p>" not in page
     assert "doc-section-title" in page  # arguments and errors, out of the docstrings
 

@@ -1,4 +1,4 @@
-"""Exact, distributed evaluation of ADE20K scene parsing.
+"""Exact, distributed evaluation of semantic segmentation on ADE20K.
 
 ::
 

@@ -312,7 +312,7 @@ def test_messages_that_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match=r"a function runs in this one\. devices=1"):
         ade.evaluate(lambda image: image[..., 0], dataset="demo", devices=2)
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    with pytest.raises(HarnessError, match=r"pointer\.pth: a pointer of Git LFS"):
+    with pytest.raises(HarnessError, match=r"pointer\.pth: a Git LFS pointer"):
         ade.evaluate("segformer_b0", checkpoint=tmp_path / "pointer.pth", dataset="demo")
 
 
@@ -506,6 +506,6 @@ def test_nothing_is_advised_that_cannot_be() -> None:
     )
     expected = "ADE_val_00000001: broken\nNo score: 3 of 4 images are counted."
     assert evaluation._without_resume(message) == expected
-    stopped = "Stopped. The counts so far are kept; this continues:\n  python -m ade_harness resume /tmp/x/run"
+    stopped = "Stopped. Completed images are saved; to resume:\n  python -m ade_harness resume /tmp/x/run"
     assert evaluation._without_resume(stopped) == "Stopped."
     assert evaluation._without_resume("model=x: no such system.") == "model=x: no such system."

@@ -58,7 +58,7 @@ def test_each_command_shows_its_own_options(call: Call, command: Command) -> Non
         assert argument.settings["help"], argument.names  # an option without help is on no list
         assert argument.names[-1] in done.out or argument.settings.get("metavar", "") in done.out
     others = {a.names[-1] for c in COMMANDS for a in c.arguments} - {a.names[-1] for a in command.arguments}
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", done.out.partition("most used overrides")[0]))
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", done.out.partition("common overrides")[0]))
     assert not shown & {name for name in others if name.startswith("--")} - {"--with"}
     assert ("model.checkpoint=" in done.out) is (command.name == "evaluate")
 

@@ -128,7 +128,7 @@ def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> N
     (tmp_path / "mine/labels").mkdir(parents=True)
     done = call("predict", "model=demo", photos / "street.jpg", "--output", "mine")
     assert done.code == 2
-    assert "mine/labels: is there already" in done.err
+    assert "mine/labels: exists already" in done.err
     assert list((tmp_path / "mine").rglob("*.*")) == []
 
 

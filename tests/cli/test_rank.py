@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from ade_harness.config.compose import compose_config, compose_probe
+from ade_harness.config.compose import compose_config
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import choices
 from ade_harness.config.plain import as_dict, typed
 from ade_harness.config.schema import Config
+from tests.probe.composing import compose_probe
 
 NEEDED = {
     "custom": ["model._target_=a.b"], "hf": ["model.id=x"], "http": ["model.url=http://x"],

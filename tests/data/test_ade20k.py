@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_harness.data.ade20k import open_ade20k, recognise, validation_sizes
+from ade_harness.data.ade20k import open_ade20k, recognise, resized_images, validation_sizes
 from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes, ade20k_info
 from ade_harness.data.decode import decode_image, decode_labels
 from ade_harness.data.demo import make_sample, write_dataset
@@ -73,7 +73,7 @@ def test_images_of_another_size_than_the_official_ones_are_found(tiny_ade: Path)
     size = validation_sizes()["ADE_val_00000001"]
     write_pair(tiny_ade, "ADE_val_00000001", np.zeros((*size, 3), np.uint8), np.ones(size, np.uint8))
     dataset = open_ade20k(tiny_ade)
-    assert dataset.resized_images(list(dataset.read_headers()[0].values())) == dataset.ids[1:]
+    assert resized_images(dataset, list(dataset.read_headers()[0].values())) == dataset.ids[1:]
 
 
 @pytest.mark.parametrize(

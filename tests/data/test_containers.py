@@ -502,7 +502,7 @@ def test_images_that_take_too_much_are_refused_before_they_are_decoded() -> None
         decode_image(bomb, "a.png")
     with pytest.raises(HarnessError, match="more than 65,536 chunks"):
         decode_image(start + chunk(b"tEXt", b"a\0b") * 70_000, "a.png")
-    with pytest.raises(HarnessError, match="has 16 bits a channel, expected 8"):
+    with pytest.raises(HarnessError, match="has 16 bits per channel, expected 8"):
         decode_image(encoded(Image.fromarray(np.zeros((4, 4), np.uint16))), "a.png")
 
 
@@ -581,7 +581,7 @@ def test_predictions_in_each_encoding(tmp_path: Path, encoding: str, zero_based:
         (np.full((4, 4), -1), r"holds values of -1..-1; labels are 0..255"),
         (np.full((4, 4), 256), r"holds values of 256..256"),
         (np.array([[object()]]), "it holds object"),
-        (None, "is no NumPy array file"),
+        (None, "is not a .npy file"),
     ],
 )
 def test_arrays_that_are_no_labels_are_refused(tmp_path: Path, array: Any, message: str) -> None:
@@ -595,7 +595,7 @@ def test_arrays_that_are_no_labels_are_refused(tmp_path: Path, array: Any, messa
 
 def test_colours_that_are_none_of_the_data_sets_are_refused(tmp_path: Path) -> None:
     for color, message in (
-        ((1, 2, 3), r"the colour \(1, 2, 3\) is none of the 150 of the data set"),
+        ((1, 2, 3), r"the colour \(1, 2, 3\) is not one of the data set's 150"),
         (ade20k_classes().colors[48], r"the colour \(140, 140, 140\) stands for 2 labels \(6, 48\)"),
     ):
         (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (4, 4), color)))

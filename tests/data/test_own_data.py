@@ -222,7 +222,7 @@ def test_255_classes_are_the_most(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("names: [a, b", "is no YAML"),
+        ("names: [a, b", "is not valid YAML"),
         ("[a, b]", "expected a mapping with the key `names`"),
         ("nmaes: [a]", "nmaes: no such key. Did you mean 'names'"),
         ("ignore: [255]", "names: expected a list of class names"),

@@ -20,7 +20,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation import data, job
 from ade_harness.evaluation.module import EvaluationModule
-from ade_harness.inference import predictor
+from ade_harness.inference import network
 from ade_harness.inference.forward import is_out_of_memory, short_memory_named
 from ade_harness.inference.opening import open_network
 from ade_harness.inference.stopwatch import Stopwatch
@@ -85,7 +85,7 @@ def test_short_memory_while_labelling_is_one_images_failure(times: int, monkeypa
     cfg = compose_config([])
     made = open_network(cfg, ade20k_classes())
     image = made.prepare("ADE_val_1", torch.zeros(64, 80, 3, dtype=torch.uint8).numpy())
-    original, left = predictor.NetworkPredictor._labels, [times]
+    original, left = network.NetworkPredictor._labels, [times]
 
     def short(*arguments: Any) -> Any:
         if left[0]:
@@ -93,7 +93,7 @@ def test_short_memory_while_labelling_is_one_images_failure(times: int, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
         return original(*arguments)
 
-    monkeypatch.setattr(predictor.NetworkPredictor, "_labels", short)
+    monkeypatch.setattr(network.NetworkPredictor, "_labels", short)
     device = torch.device("cpu")
     if times == 1:  # the second try has an emptied cache
         assert made.predict([image], device, Stopwatch(device))[0].labels.shape == (64, 80)

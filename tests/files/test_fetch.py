@@ -112,7 +112,7 @@ def test_fetch_starts_again_where_ranges_are_ignored(server: Server, tmp_path: P
 
 
 def test_a_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(HarnessError, match=f"the sha1 of what came is {SHA1}, expected 00"):
+    with pytest.raises(HarnessError, match=f"the sha1 of the download is {SHA1}, expected 00"):
         fetch(url(server), tmp_path / "file.zip", algorithm="sha1", digest="00" * 20)
     assert not list(tmp_path.iterdir())
 

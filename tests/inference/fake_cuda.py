@@ -28,8 +28,8 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import Precision
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import plan_views
-from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.loaded import LoadedModel, statistics

@@ -15,8 +15,9 @@ from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import group_images
 from ade_harness.inference.forward import BatchedForward, arithmetic_of
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import uncovered, window_grid
-from ade_harness.inference.predictor import NetworkPredictor, Prediction
+from ade_harness.inference.predictor import Prediction
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.formats.demo import load_demo_network
 from ade_harness.models.loaded import LoadedModel

@@ -19,8 +19,9 @@ from ade_harness.config.schema import Config
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.inference.folder import FolderPredictor
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import plan_views
-from ade_harness.inference.predictor import NetworkPredictor, Prepared
+from ade_harness.inference.predictor import Prepared
 from ade_harness.inference.resize import padded_size, padding_offset, resize_image, resize_labels, target_sizes
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.reference import legacy_bilinear
@@ -300,7 +301,7 @@ def test_protocols_that_a_model_cannot_take() -> None:
     small = predictor(config("inference=fit_512", "inference.resize.pad_to=[256,512]"))
     with pytest.raises(HarnessError, match="a: 512x384 .* does not fit"):
         small.check({"a": (384, 512)})
-    with pytest.raises(HarnessError, match="a: inference=fit_input makes an image of 8x0"):
+    with pytest.raises(HarnessError, match="a: inference=fit_input scales the image to 8x0"):
         predictor(config("inference.resize.rule=longest_side", "inference.resize.side=8")).check({"a": (10, 3000)})
 
 

@@ -15,8 +15,8 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import MaskConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.inference.masks import mask_view
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import ViewPlan, plan_views
-from ade_harness.inference.predictor import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.loaded import LoadedModel

@@ -344,20 +344,6 @@ def test_count_equals_a_loop(name: str, classes: int, seed: int) -> None:
     assert np.array_equal(found.cpu().numpy(), expected)
 
 
-@pytest.mark.parametrize("name", ["reference", "numba_cpu"])
-def test_the_pair_equals_its_parts(name: str) -> None:
-    made = implementation(name)
-    scores = torch.randn(150, 20, 20, generator=torch.Generator().manual_seed(2))
-    target = torch.randint(0, 150, (80, 77), dtype=torch.uint8)
-    labels, counts = kernels.label_counts(made, scores, target, 150)
-    assert torch.equal(labels.long(), naive(scores, (80, 77)))
-    assert torch.equal(counts, reference.count(labels, target, 150))
-    views = [whole(scores, (90, 90))]
-    labels, counts = kernels.label_counts(made, scores, target, 150, views)
-    assert torch.equal(labels.long(), naive(scores, (90, 90), (80, 77)))
-    assert counts.sum() == 80 * 77
-
-
 @pytest.mark.parametrize("statistics", [
     PixelStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     PixelStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), reverse_channels=True),

@@ -198,13 +198,13 @@ def refusal(run: FinishedRun) -> str:
         ({"dirty": True, "diff_sha256": "1"}, "uncommitted changes.*commit and push them, then evaluate again"),
         ({"commit": None, "dirty": None}, "no commit: evaluate in a git clone"),
         ({"origin": None}, "no remote: name where others can clone"),
-        ({"origin": "/home/me/repo"}, "nobody else can clone from there"),
-        ({"origin": "http://10.0.0.7/x.git"}, "nobody else can clone from there"),
+        ({"origin": "/home/me/repo"}, "others cannot clone from there"),
+        ({"origin": "http://10.0.0.7/x.git"}, "others cannot clone from there"),
         ({"marks": ("PARTIAL: 1,999 of 2,000 images",)}, "PARTIAL.*resume.*leave dataset.limit"),
         ({"marks": ("MIXED: continued",)}, "MIXED.*evaluate all 2,000"),
         ({"facts": {"weights": "random", "origin": "random, seed 0"}}, "random.*Evaluate a published checkpoint"),
         ({"facts": {"weights": "pretrained", "origin": "/data/best.pth", "sha256": "a" * 64}},
-         "a file that nobody else has.*publish it, and say where: --checkpoint https"),
+         "a file that is not public.*publish it, and say where: --checkpoint https"),
         ({"facts": {"weights": "pretrained", "origin": "http://192.168.0.2/a.pth", "sha256": "a" * 64}}, "only this machine or network"),
     ],
 )  # fmt: skip
@@ -235,7 +235,7 @@ def test_flags(tmp_path: Path, whole: Path, call: Call, valid: Path) -> None:
     one_message(call("submit", tmp_path / "none", "--contact", "a@b.cd"), "no such folder")
     one_message(call("submit", "--check", tmp_path / "none"), "no such folder")
     one_message(call("submit", "--check", whole), "submission.yaml: missing")
-    one_message(call("submit", whole, "--contact", "a@b.cd", "--output", valid), "is there already")
+    one_message(call("submit", whole, "--contact", "a@b.cd", "--output", valid), "exists already")
 
 
 def test_a_demo_is_no_submission(call: Call, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_files_from_disk_get_their_public_address(whole: Path) -> None:
     own = {**same, "sha256": "c" * 64}
     run = variant(whole, facts=own, model={"checkpoint": weights})
     run.manifest["repeat"] = [*run.manifest["repeat"], f"model.checkpoint={weights}"]
-    assert "nobody else has" in refusal(run)
+    assert "a file that is not public" in refusal(run)
     declaration, _ = prepare(run, {**ME, "--checkpoint": "https://example.org/w.safetensors"}, lambda r: r)
     assert "model.official.url='https://example.org/w.safetensors'" in declaration["command"]
     assert f"model.official.sha256='{'c' * 64}'" in declaration["command"]

@@ -12,7 +12,9 @@ import pytest
 from ade_harness.config.compose import compose_config
 from ade_harness.config.overrides import overrides_of
 from ade_harness.config.plain import as_dict
-from ade_harness.data.ade20k import Pair, SegmentationDataset, validation_sizes
+from ade_harness.data.ade20k import validation_sizes
+from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes
+from ade_harness.data.dataset import Pair, SegmentationDataset
 from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
 from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runs.record import start_record
@@ -59,7 +61,7 @@ def write_whole_run(
     rows = whole_rows()
     config = as_dict(cfg)
     pairs = tuple(Pair(row.image_id, "", "") for row in rows)
-    dataset = SegmentationDataset("ade20k", None, pairs, len(rows))  # type: ignore[arg-type]
+    dataset = SegmentationDataset("ade20k", None, pairs, len(rows), ade20k_classes(), ADE20K_ENCODING)  # type: ignore[arg-type]
     about = {
         "device": "cpu", "kernels": "numba_cpu", "model": {"name": cfg.model.name, **(facts or MODEL)},
         "dataset": {"name": "ade20k", "root": cfg.dataset.root, "images": len(rows), "expected_images": len(rows),

@@ -114,7 +114,7 @@ def test_custom_model_with_arguments_and_checkpoint(tmp_path: Path) -> None:
         ("nothing.here.Net", "cannot be imported"),
         ("tests.models.test_loading.Missing", "cannot be imported"),
         ("Net", "cannot be imported .ImportError: Error loading 'Net'"),
-        ("tests.models.test_loading.exploding", r"making it failed \(RuntimeError: no luck\)"),
+        ("tests.models.test_loading.exploding", r"its construction failed \(RuntimeError: no luck\)"),
         ("builtins.dict", "is a type, expected an nn.Module class"),
         ("os.system", "is a builtin_function_or_method, expected an nn.Module class"),
         ("tests.models.test_loading.save_file", "is a function, expected an nn.Module class"),

@@ -327,7 +327,7 @@ def test_a_network_of_smp(tmp_path: Path) -> None:
     for given, text in (
         (("model=smp",), "name the network"),
         ((*words,), "give its weights as model.checkpoint=PATH"),
-        (("model=smp", "model.architecture.arch=nothing", words[2], "model.weights=random"), "smp cannot make it"),
+        (("model=smp", "model.architecture.arch=nothing", words[2], "model.weights=random"), "smp cannot build it"),
         (("model=smp", f"model.id={tmp_path}"), "smp cannot load it"),
         (
             (*words, "model.architecture.decoder_interpolatoin=bilinear", "model.weights=random"),

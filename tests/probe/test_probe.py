@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ade_harness.config.compose import compose_config, compose_probe
+from ade_harness.config.compose import compose_config
 from ade_harness.config.files import choices
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.data.demo import open_demo
@@ -30,6 +30,7 @@ from ade_harness.probe.schedule import learning_rate
 from ade_harness.runs.lock import RunLock
 from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
+from tests.probe.composing import compose_probe
 from tests.warm import WarmPopen
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds

@@ -134,7 +134,7 @@ def test_a_lock_that_is_none_is_watched_and_then_taken(
     path = tmp_path / LOCK
     if kind == "folder":
         path.mkdir()
-        with pytest.raises(HarnessError, match=r"\.lock: is a folder, and no lock of a run\. Remove it"):
+        with pytest.raises(HarnessError, match=r"\.lock: is a folder, expected a lock file\. Remove it"):
             RunLock(tmp_path).acquire()
         return
     if kind == "fifo":

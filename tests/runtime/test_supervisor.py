@@ -199,7 +199,7 @@ def test_sigterm_and_the_time_limits_signal_end_in_order(
     done = started.end()
     assert time.monotonic() - begin < 15
     assert done.code == 75, done.err
-    assert "Stopped. The counts so far are kept; this continues:\n  python -m ade_harness resume run" in done.err
+    assert "Stopped. Completed images are saved; to resume:\n  python -m ade_harness resume run" in done.err
     assert "Traceback" not in done.err
     assert 3 <= len(table(started.run)) < IMAGES
     again = cli("resume", "run", SLOW_MODEL_SECONDS="0")
@@ -254,8 +254,8 @@ def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started
     ("ranks", "call", "code", "message"),
     [
         (2, "sys.exit(0)", 2, r"error: the model, or a library of its, called sys\.exit\(0\) at \S+slow_model\.py:\d+, in forward"),
-        (1, "os._exit(0)", 1, r"error: rank 0 on \S+ .* left in the middle of its work, with exit code 0 .*os\._exit\) while processing"),
-        (2, "os._exit(0)", 1, r"error: rank 1 on \S+ .* left in the middle of its work, with exit code 0 .*os\._exit\) while processing"),
+        (1, "os._exit(0)", 1, r"error: rank 0 on \S+ .* exited early with code 0 .*os\._exit\) while processing"),
+        (2, "os._exit(0)", 1, r"error: rank 1 on \S+ .* exited early with code 0 .*os\._exit\) while processing"),
     ],
 )  # fmt: skip
 def test_a_model_that_exits_is_a_fault(

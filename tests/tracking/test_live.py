@@ -360,7 +360,7 @@ def test_a_variable_that_wandb_refuses_costs_only_itself(
     monkeypatch.setenv("WANDB_NOTES", "why")
     done = call(*WORDS, "run.dir=run", "run.overlays=0")
     assert done.code == 0, done.err
-    assert done.out.count("W&B: WANDB_TAGS cannot be understood, and is left out") in (
+    assert done.out.count("W&B: WANDB_TAGS is invalid and ignored") in (
         1,
         2,
     )  # at the beginning, at the end

@@ -150,13 +150,13 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_files_are_refused(stub: StubServer, name: str, tmp_path: Path) -> None:
     put(stub, "r3", {name: b"evil", "manifest.json": b"{}"})
     message = refusal(f"wandb:{ENTITY}/ade20k/r3")
-    assert "which is no file of a ledger. Nothing was downloaded" in message
+    assert "which is not a ledger file. Nothing was downloaded" in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_references_are_refused(stub: StubServer) -> None:
     put(stub, "r4", {"manifest.json": b"{}"}, ref="file:///etc/passwd")
-    assert "which is no file of a ledger" in refusal(f"wandb:{ENTITY}/ade20k/r4")
+    assert "which is not a ledger file" in refusal(f"wandb:{ENTITY}/ade20k/r4")
 
 
 @given(st.text(st.sampled_from("./\\ledgrmanifst.jopquc-_~ \n\0"), max_size=40))

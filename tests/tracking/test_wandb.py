@@ -458,7 +458,7 @@ def test_a_mode_that_cannot_be_understood_keeps_results_here(monkeypatch: pytest
     no_settings(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_MODE", "of")
-    with pytest.warns(UserWarning, match="W&B: offline, since its mode cannot be understood: 'of'"):
+    with pytest.warns(UserWarning, match="W&B: offline, since its mode is invalid: 'of'"):
         assert wandb_mode(None) == "offline"
 
 
@@ -499,7 +499,7 @@ def test_a_settings_file_that_wandb_refuses_keeps_results_here(monkeypatch: pyte
     (folder / "settings").write_text("[default]\nignore_globs = a,b\n")
     assert wandb_upload.wandb_mode(None) == "online"
     (folder / "settings").write_text("[default]\ndisabled = true\nmode = offline\n")
-    with pytest.warns(UserWarning, match="offline, since its mode cannot be understood"):
+    with pytest.warns(UserWarning, match="offline, since its mode is invalid"):
         assert wandb_upload.wandb_mode(None) == "offline"
 
 
@@ -509,7 +509,7 @@ def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeyp
     assert wandb_upload.user_settings().project == "mine"
     monkeypatch.setenv("WANDB_PROJECT", "a/b?c")  # no name that W&B takes
     monkeypatch.setenv("WANDB_NOTES", "why")
-    with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT cannot be understood, and is left out"):
+    with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT is invalid and ignored"):
         assert wandb_upload.user_settings() == wandb_upload.UserSettings(notes="why")
     monkeypatch.setenv("WANDB_TAGS", "x" * 65 + ",ok")  # 64 characters are W&B's bound
     with pytest.warns(UserWarning, match="W&B: WANDB_TAGS cannot be understood"):

@@ -78,7 +78,7 @@ def evaluate(
     progress: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Evaluate a model, and leave this process and the model as they were.
+    """Evaluate a model; the state of this process and of the model is restored.
 
     ::
 
@@ -90,7 +90,7 @@ def evaluate(
         model: an ``nn.Module`` (normalised images float32 [N, 3, H, W] to scores [N, C, h, w], or mask classification);
             the name of a system (``python -m ade_harness models``); a file (ONNX, TorchScript) or a folder of
             transformers; or a function from an image, uint8 [H, W, 3] RGB, to labels [H, W] of integers, 0..C-1, and
-            255 for none of the classes.
+            255 for unlabelled.
         root: folder or zip of ADEChallengeData2016; None takes ADE20K_ROOT.
         dataset: ``ade20k``, ``demo`` (synthetic images), or ``folder`` with its ``options``.
         protocol: how the image is resized, windowed and mirrored (``conf/inference``); None takes the system's own, and

@@ -19,7 +19,8 @@ from ade_harness.data.decode import decode_image
 from ade_harness.data.labels import NO_CLASS, Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.reading import read_regular
-from ade_harness.inference.predictor import NetworkPredictor, Prediction, Prepared
+from ade_harness.inference.network import NetworkPredictor
+from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import Size
 from ade_harness.models.identity import state_hash
@@ -115,7 +116,7 @@ class FunctionPredictor:
             what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             reason = " ".join(str(error).split())[:120]
             raise HarnessError(
-                f"{prepared.image_id}: the function returned {what}, which is no array ({reason}); expected integers"
+                f"{prepared.image_id}: the function returned {what}, not an array ({reason}); expected integers"
                 f" {list(size)}: a label for each pixel of the image."
             ) from error
         if found.shape != size or not (np.issubdtype(found.dtype, np.integer)):
@@ -250,7 +251,7 @@ def read_image(image: Any, exif: bool = True) -> tuple[npt.NDArray[np.uint8], st
         from PIL import ImageOps
 
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise HarnessError(f"the image has PIL's mode {image.mode}: expected 8 bits a channel. Scale it to them.")
+            raise HarnessError(f"the image has PIL's mode {image.mode}: expected 8 bits per channel. Convert it first.")
         try:
             turned = ImageOps.exif_transpose(image) if exif else image
             return np.array(turned.convert("RGB")), "the image"

@@ -1,4 +1,4 @@
-"""ONE table of commands: name, help, arguments with help, function. Parsers, help and completion come from it."""
+"""The table of commands: name, help, arguments and function. Parsers, help and completion are built from it."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ _SWEEP = (
     Argument("--job", type=int, metavar="N", help="with -m: run only job N, from 0 (for SLURM job arrays)"),
 )  # fmt: skip
 _EVALUATE_DETAILS = """\
-most used overrides:
+common overrides:
   model=NAME                    {model}
   model.path=PATH               the file (onnx, torchscript, exported) or the folder of label PNGs (predictions)
   model.url=URL                 an endpoint that answers with label maps or scores (model=http)
   model.id=ID                   hub id or folder (model=hf)
   model._target_=pkg.mod.Net    your own nn.Module (model=custom), model.kwargs.NAME=VALUE its arguments
-  model.checkpoint=PATH         your own weight file; model.weights=random model.seed=0 needs none
+  model.checkpoint=PATH         your own weight file; or model.weights=random model.seed=0
   model.backbone_checkpoint=PATH    the frozen backbone's weights, if the checkpoint has only the head
   model.class_map=[null,0,1]    per output channel: class 0..149, or null to leave it out
   dataset=ade20k dataset.root=PATH    folder or zip (or set ADE20K_ROOT); dataset.limit=N, dataset.ids=[...]
@@ -75,7 +75,7 @@ most used overrides:
                                 {inference}
   runtime.devices=N             ranks on this machine (GPUs, or CPU processes with runtime.accelerator=cpu)
   runtime.max_restarts=N        restart all ranks up to N times if one fails
-  run.dir=PATH                  write there; a run that was interrupted continues there
+  run.dir=PATH                  output directory; an interrupted run in it is resumed
   run.on_error=skip             skip images that fail; the score is marked PARTIAL
   tracking=none|wandb           W&B is offline unless a key is set
 Paths and URLs need no Hydra quoting: model.checkpoint=/data/ep=99, v2 (1)/x.ckpt is one shell argument.
@@ -84,7 +84,7 @@ _PROBE_DETAILS = """\
 overrides: those of evaluate, with dataset.split=training, and
   probe=NAME                    recipe: {probe}; default: the model's own
   probe.KEY=VALUE               its fields: --cfg job --package probe prints them
-  run.dir=PATH                  write there; the same command continues a training that was interrupted
+  run.dir=PATH                  output directory; the same command resumes an interrupted training
 """
 
 COMMANDS = (
@@ -93,7 +93,7 @@ COMMANDS = (
         "evaluate:run_evaluate", (_OVERRIDES, *_SWEEP, *_HYDRA), _EVALUATE_DETAILS,
     ),
     Command(
-        "resume", "evaluate the remaining images of a run, on any number of ranks", "evaluate:run_resume",
+        "resume", "evaluate the remaining images of a run, on any number of ranks", "resume:run_resume",
         (_RUN, _OVERRIDES, Argument("--trust", action="store_true", help=_TRUST)),
     ),
     Command(
@@ -108,14 +108,14 @@ COMMANDS = (
         ),
     ),
     Command(
-        "runs", "any number of runs as one table", "runs:run_runs",
+        "runs", "list runs in one table", "runs:run_runs",
         (
             Argument("folders", nargs="*", metavar="DIR", help="runs, or folders of runs; default: runs"),
             Argument("--sort", metavar="COLUMN", help="such as mIoU; default: by date"),
-            Argument("--reverse", action="store_true", help="the largest first"),
+            Argument("--reverse", action="store_true", help="sort in descending order"),
             Argument(
                 "--where", action="append", default=[], metavar="COLUMN=VALUE",
-                help="only these; VALUE may hold *; COLUMN!=VALUE: only the others; repeatable",
+                help="only matching runs; * in VALUE is a wildcard; != negates; repeatable",
             ),
             Argument(
                 "--output", action="append", default=[], metavar="FILE",
@@ -125,10 +125,10 @@ COMMANDS = (
     ),
     Command("status", "show the progress of a run", "status:run_status", (_RUN,)),
     Command(
-        "report", "write one HTML page that explains a run, for any browser", "report:run_report",
+        "report", "write a self-contained HTML report of a run", "report:run_report",
         (
             _RUN,
-            Argument("--output", metavar="FILE", help="of the page; default: report.html in the run directory"),
+            Argument("--output", metavar="FILE", help="default: report.html in the run directory"),
             Argument("--scenes", metavar="FILE", help="sceneCategories.txt; default: beside the images"),
         ),
     ),
@@ -136,8 +136,8 @@ COMMANDS = (
         "compare", "compare runs: table, paired tests, HTML page", "report:run_compare",
         (
             Argument("runs", nargs="+", metavar="RUN", help="run directories, or wandb:ENTITY/PROJECT/RUN"),
-            Argument("--output", metavar="FILE", help="of the page; default: comparison.html"),
-            Argument("--resamples", type=int, metavar="N", help="of the bootstrap, from 100 up"),
+            Argument("--output", metavar="FILE", help="the HTML file to write; default: comparison.html"),
+            Argument("--resamples", type=int, metavar="N", help="number of bootstrap resamples, at least 100"),
         ),
     ),
     Command(
@@ -148,7 +148,7 @@ COMMANDS = (
         (Argument("names", nargs="*", metavar="NAME", help="show details: source, protocols, how checked"),),
     ),
     Command(
-        "leaderboard", "published rows with your complete runs merged in; chart", "leaderboard:run_leaderboard",
+        "leaderboard", "compare your complete runs with the published rows", "leaderboard:run_leaderboard",
         (
             Argument("runs", nargs="*", metavar="RUN", help="run directories; default: all below --root"),
             Argument("--root", metavar="DIR", help="folder of runs; default: runs"),
@@ -159,29 +159,29 @@ COMMANDS = (
         ),
     ),
     Command(
-        "submit", "make what the leaderboard asks for, checked; or check somebody's", "leaderboard:run_submit",
+        "submit", "write a checked leaderboard submission, or check an existing one", "leaderboard:run_submit",
         (
             Argument("run", nargs="?", metavar="RUN", help="a complete run"),
             Argument("--check", metavar="DIR", help="check a submission; no code from it is executed"),
-            Argument("--contact", metavar="ADDRESS", help="e-mail or page of who submits"),
+            Argument("--contact", metavar="ADDRESS", help="e-mail address or web page of the submitter"),
             Argument("--output", metavar="DIR", help="default: submission-RUN"),
-            Argument("--checkpoint", metavar="URL", help="where the weights are public; default: from the run"),
-            Argument("--backbone", metavar="URL", help="likewise, of the frozen backbone"),
-            Argument("--repository", metavar="URL", help="of this code; default: the clone's origin"),
-            Argument("--model-code", metavar="URL", help="of a model=custom, at a commit"),
-            Argument("--system", metavar="NAME", help="how the row calls the system"),
-            Argument("--organization", metavar="NAME", help="of the row"),
-            Argument("--paper", metavar="URL", help="of the row"),
+            Argument("--checkpoint", metavar="URL", help="public location of the weights; default: from the run"),
+            Argument("--backbone", metavar="URL", help="public location of the frozen backbone's weights"),
+            Argument("--repository", metavar="URL", help="public repository of this code; default: the clone's origin"),
+            Argument("--model-code", metavar="URL", help="public code of a model=custom, at a commit"),
+            Argument("--system", metavar="NAME", help="name of the system in the leaderboard row"),
+            Argument("--organization", metavar="NAME", help="organization in the leaderboard row"),
+            Argument("--paper", metavar="URL", help="paper in the leaderboard row"),
             Argument("--no-network", action="store_true", help="do not check that files are public"),
         ),
     ),
     Command(
-        "reproduce", "run a run or a submission again, with its own commit; is it bit-identical?",
+        "reproduce", "rerun a run or a submission at its own commit and compare bit by bit",
         "leaderboard:run_reproduce",
         (
             Argument("source", metavar="RUN|SUBMISSION", help="a run directory, or the folder of a submission"),
             _OVERRIDES,
-            Argument("--output", metavar="DIR", help="of the new run; one that was interrupted continues there"),
+            Argument("--output", metavar="DIR", help="directory of the new run; an interrupted one is resumed"),
             Argument("--trust", action="store_true", help=_TRUST),
         ),
     ),
@@ -194,8 +194,8 @@ COMMANDS = (
                 "--source", choices=("archive", "hub"), default="archive",
                 help="hub: the Parquet copy of the validation split on the hub, where the official host is down",
             ),
-            Argument("--repository", metavar="ID", help="with --source hub: another copy than the authors'"),
-            Argument("--sha1", metavar="HEX", help="of the archive"),
+            Argument("--repository", metavar="ID", help="with --source hub: a copy other than the authors'"),
+            Argument("--sha1", metavar="HEX", help="expected SHA-1 of the archive"),
             Argument("--zip-only", action="store_true", help="do not extract it"),
         ),
     ),
@@ -222,7 +222,7 @@ COMMANDS = (
         "convert:run_convert",
         (
             Argument("file", metavar="FILE", help="a torch file or pickle, as trainers write them"),
-            Argument("output", metavar="OUT.safetensors", help="to write"),
+            Argument("output", metavar="OUT.safetensors", help="the file to write"),
             Argument("--weights", choices=("ema", "model"), help="if it holds both EMA and trained weights"),
             Argument("--prefix", metavar="PREFIX", help="only weights with this name prefix, such as student."),
         ),

@@ -125,7 +125,7 @@ def _print_report(console: Console, report: VerifyReport) -> None:
     say(f"{report.root}: {report.pairs} of {report.expected} {report.split} pairs")
     say(
         f"{pixels:,} labelled and {report.ignored_pixels:,} unlabelled pixels,"
-        f" {(report.class_pixels > 0).sum()} of 150 classes occur"
+        f" {(report.class_pixels > 0).sum()} of {len(report.class_pixels)} classes occur"
     )
     if report.missing:
         shown = ", ".join(report.missing[:5])

@@ -109,7 +109,7 @@ def _run_place(folder: Path) -> str:
             lock.release()
     except (HarnessError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        return f"{_STOPS} that begins here: {folder} cannot be written ({reason}). run.root=PATH chooses another place"
+        return f"{_STOPS} started here: {folder} cannot be written ({reason}). run.root=PATH chooses another place"
     return f"below {folder}, which can be written and locked"
 
 

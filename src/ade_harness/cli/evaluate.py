@@ -1,4 +1,4 @@
-"""The commands `evaluate`, `probe` and `resume`: a configuration, composed by Hydra, to a run.
+"""The commands `evaluate` and `probe`: a configuration, composed by Hydra, to a run.
 
 `evaluate` and `probe` are ordinary Hydra applications (``hydra.main``): what Hydra's documentation says of a command
 line holds here. ``hydra.run.dir`` and ``hydra.sweep.dir`` name where runs are written.
@@ -7,52 +7,39 @@ line holds here. ``hydra.run.dir`` and ``hydra.sweep.dir`` name where runs are w
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.cli.answer import Answer
+from ade_harness.cli.hydra_errors import check_plugins, is_hydras, while_composing
 from ade_harness.cli.launch import launch
 from ade_harness.cli.sweep import NO_OTHER_PRIMARY, listed, sweeps
 from ade_harness.cli.sweep import command as current_command
+from ade_harness.cli.work import WORK, score_of, training_of
 from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
-from ade_harness.config.compose import checked, compose_config, explain, register_schemas, stored_config
-from ade_harness.config.fields import place_keys
+from ade_harness.config.compose import checked, compose_config, explain, register_schemas
+from ade_harness.config.composed import Composed
 from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import require_data
 from ade_harness.errors import HarnessError, require
-from ade_harness.files.documents import read_yaml
-from ade_harness.runs.directory import PROBE, read_manifest
-from ade_harness.runs.record import is_own
-from ade_harness.runs.shapes import CONFIG
-from ade_harness.runs.trust import require_trust
-from ade_harness.runtime.console import print_error
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 """Options of Hydra's that print something instead of running."""
 
 _MULTIRUN = "hydra.mode=MULTIRUN"
-_OLD_PROBE = (
-    "{path}: this probe was begun before probes kept their configuration: give its `probe` command again, with"
-    " run.dir={path}."
-)
 
 
 def run_evaluate(options: argparse.Namespace) -> Answer:
@@ -81,7 +68,7 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
     elif "hydra/launcher=slurm" in overrides and not any(override.startswith("runtime=") for override in overrides):
         overrides.append("runtime=slurm")
     ready = overrides if _shows(options) else prepare(overrides, _config_dir(options), several)
-    return _run_hydra(options, ready, "evaluate", _evaluate)
+    return _run_hydra(options, ready, "evaluate")
 
 
 def run_probe(options: argparse.Namespace) -> Answer:
@@ -90,96 +77,10 @@ def run_probe(options: argparse.Namespace) -> Answer:
     options.multirun = False
     _check_shown(options)
     ready = list(options.overrides) if _shows(options) else prepare(with_recipe(options.overrides, extra), extra)
-    return _run_hydra(options, ready, "probe", _train)
+    return _run_hydra(options, ready, "probe")
 
 
-def run_resume(options: argparse.Namespace) -> Answer:
-    """Continue a run as its own config.yaml says.
-
-    Raises:
-        HarnessError: no run, or a damaged one; or nothing was scored.
-    """
-    path = Path(options.run).expanduser()
-    wrong = next((override for override in options.overrides if "=" not in override), None)
-    require(wrong is None, f"{wrong!r}: expected key=value; resume takes one run directory.")
-    for override in options.overrides:
-        require(
-            not override.lstrip("+~").startswith("hydra"),
-            f"{override}: has no effect on a run that is resumed. Remove it.",
-        )
-        require(
-            not override.startswith("run.dir="),
-            f"{override}: a run is resumed in its own directory. Move it, or remove this.",
-        )
-    manifest = read_manifest(path)
-    file = path / "config.yaml"
-    if not file.exists():
-        require(manifest.get("kind") != PROBE, _OLD_PROBE.format(path=path))
-    content = read_yaml(file, CONFIG)
-    own = is_own(path, manifest)
-    if not options.trust and not own:
-        require_trust(content, str(path))
-    # the directory of a stranger's run may be anywhere, with settings files of theirs in it
-    directory = Path(manifest.get("directory") or Path.cwd())
-    if not own and not options.trust and directory != Path.cwd():
-        print_error(f"{path} was not made by you on this machine: its relative paths are taken from {Path.cwd()}.")
-        directory = Path.cwd()
-    config = stored_config(content, options.overrides)
-    work = _train if manifest.get("kind") == PROBE else _evaluate
-    with _where_it_was_started(directory, config, path, options.overrides):
-        code, run_dir = launch(
-            config, options.in_this_process, lambda found: work(config, found),
-            {"work": "probe" if work is _train else "evaluate", "logging": None, "verbose": False},
-        )  # fmt: skip
-        return Answer(_result(run_dir), code)
-
-
-@contextmanager
-def _where_it_was_started(there: Path, config: Config, path: Path, overrides: Sequence[str]) -> Iterator[None]:
-    """Be in the directory where a run was started: its relative paths, and modules of its own, belong there.
-
-    What is given now belongs to the present directory. A run that was moved to a machine without that directory is
-    continued in the present one.
-    """
-    here = Path.cwd()
-    config.run.dir = str(path)
-    if there == here or not there.is_absolute() or not there.is_dir():
-        if there != here:
-            print_error(f"{path} was started in {there}, which is not here: its relative paths are taken from {here}.")
-        yield
-        return
-    for key in {override.partition("=")[0] for override in overrides} & set(place_keys(Config)):
-        node, _, name = key.rpartition(".")
-        owner = attrgetter(node)(config)
-        given = getattr(owner, name)
-        if given is not None and Path(given).expanduser().exists():
-            setattr(owner, name, str(Path(given).expanduser().absolute()))
-    config.run.dir = str(path.absolute())
-    print_error(f"relative paths of this run belong to {there}, where it was started.")
-    with chdir(there):
-        yield
-
-
-def _evaluate(config: Config, on_run_dir: Callable[[Path], None]) -> None:
-    from ade_harness.config.composed import Composed
-    from ade_harness.evaluation.outcome import run_session
-
-    run_session(Composed.of(config), on_run_dir)
-
-
-def _train(config: Config, on_run_dir: Callable[[Path], None]) -> None:
-    from ade_harness.probe.training import train_probe
-    from ade_harness.runtime.console import make_console
-
-    train_probe(config, make_console(result=False), on_run_dir)
-
-
-def _run_hydra(
-    options: argparse.Namespace,
-    overrides: Sequence[str],
-    command: str,
-    work: Callable[[Config, Callable[[Path], None]], None],
-) -> Answer:
+def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: str) -> Answer:
     """Run a command as a Hydra application."""
     register_schemas()
     if _shows(options):
@@ -212,11 +113,15 @@ def _run_hydra(
         if _hydras_directory(config):
             config.run.dir = str(mine.runtime.output_dir)
         require_data(config)
-        code, run_dir = launch(config, options.in_this_process, lambda found: work(config, found), handed_over)
+
+        def work(on_run_dir: Callable[[Path], None]) -> None:
+            WORK[command](Composed.of(config), on_run_dir)
+
+        code, run_dir = launch(config, options.in_this_process, work, handed_over)
         ends.append((code, run_dir))
         if code and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise HarnessError(f"a job ended with exit code {code}: see its messages.")
-        found = _result(run_dir) if code == 0 and command == "evaluate" else None
+        found = score_of(run_dir) if code == 0 and command == "evaluate" else None
         return float(found["mIoU"]) if found else None  # what a sweeper that optimises looks at
 
     running = current_command.set(command)
@@ -227,11 +132,11 @@ def _run_hydra(
         with _arguments(options, overrides):
             job()
     except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
-        if isinstance(error, UNREADABLE) and not _while_composing(error):
+        if isinstance(error, UNREADABLE) and not while_composing(error):
             raise
         raise HarnessError(explain(error, options.overrides)) from error
     except Exception as error:
-        if isinstance(error, BrokenPipeError) or not _is_hydras(error):
+        if isinstance(error, BrokenPipeError) or not is_hydras(error):
             raise
         raise HarnessError(explain(error, options.overrides)) from error
     finally:  # also after jobs that failed
@@ -246,57 +151,7 @@ def _run_hydra(
     if sweeps[known:]:
         rows = [asdict(row) for sweep in sweeps[known:] for row in sweep.rows]
         return Answer({"sweep": [str(sweep.folder) for sweep in sweeps[known:]], "runs": rows}, code)
-    return Answer(_result(run_dir) if command == "evaluate" else _trained(run_dir), code)
-
-
-def _trained(run_dir: Path | None) -> dict[str, Any] | None:
-    """Return what ``probe --json`` prints; None for a training that is not finished."""
-    if run_dir is None:
-        return None
-    from ade_harness.probe.training import HEAD
-
-    manifest = read_manifest(run_dir)
-    if manifest["status"] != "finished":
-        return None
-    facts = {key: manifest.get(key) for key in ("loss", "iterations")}
-    return {"run": str(run_dir), "head": str(run_dir / HEAD), **facts}
-
-
-def check_plugins() -> None:
-    """Let Hydra import the plugins that are installed, which it would do with the first command line.
-
-    Raises:
-        HarnessError: one of them cannot be imported: it names the file.
-    """
-    try:
-        Plugins.instance()
-    except Exception as error:  # whatever another package raises
-        file = traceback.extract_tb(error.__traceback__)[-1].filename
-        raise HarnessError(
-            f"a Hydra plugin that is installed cannot be imported ({file}: {' '.join(str(error).split())}). Hydra"
-            " imports every plugin it finds: update that package, or uninstall it."
-        ) from error
-
-
-def _while_composing(error: Exception) -> bool:
-    """Whether an error was raised below Hydra's loader of configurations, not in the work of a job."""
-    return any("config_loader_impl" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
-
-
-def _is_hydras(error: Exception) -> bool:
-    """Whether an error was raised by Hydra, OmegaConf or the logging that Hydra configures, of what it was given.
-
-    They check few types of their own options: ``hydra.launcher=3`` is a TypeError, ``hydra.verbose={a:1}`` asserts.
-    """
-    if isinstance(error, HarnessError):
-        return False
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):  # the standard library is at the end of some
-        parts = set(Path(frame.filename).parts)
-        if {"hydra", "omegaconf"} & parts:
-            return True
-        if {"ade_harness", "hydra_plugins", "site-packages"} & parts:
-            return False
-    return False
+    return Answer((score_of if command == "evaluate" else training_of)(run_dir), code)
 
 
 @contextmanager
@@ -365,12 +220,3 @@ def _check_shown(options: argparse.Namespace) -> None:
     require(options.cfg or not options.package, "--package: says which part --cfg prints. Add --cfg job.")
     printed = next((f"--{name.replace('_', '-')}" for name in _SHOWS if getattr(options, name)), None)
     require(not (options.json and printed), f"--json: {printed} prints text of Hydra's. Remove one of them.")
-
-
-def _result(run_dir: Path | None) -> dict[str, Any] | None:
-    """Return what a finished run found, and where it is."""
-    try:
-        content: dict[str, Any] = json.loads(((run_dir or Path()) / "metrics.json").read_text()) if run_dir else {}
-    except OSError:
-        return None
-    return {"run": str(run_dir), **content} if content else None

@@ -78,7 +78,7 @@ def run_submit(options: argparse.Namespace) -> Answer:
     run = load_run(Path(options.run).expanduser())
     output = Path(options.output or f"submission-{run.name}").expanduser()
     if output.exists():
-        raise HarnessError(f"{output}: is there already. Name another folder: --output DIR.")
+        raise HarnessError(f"{output}: exists already. Choose another folder: --output DIR.")
     given = {f"--{k.replace('_', '-')}": v for k, v in vars(options).items() if isinstance(v, str) and k != "run"}
     declaration, texts = prepare(
         run, given, lambda reference: reference if options.no_network else look_up(console, reference)

@@ -142,7 +142,7 @@ def _mark_output(output: Path, made_by: Mapping[str, str], facts: Mapping[str, A
         )
     elif there:
         raise HarnessError(
-            f"{there[0]}: is there already, and no {_RECORD} beside it says which model made it. Name another folder"
+            f"{there[0]}: exists already, and no {_RECORD} beside it names its model. Choose another folder"
             " with --output, or remove this one."
         )
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ade_harness.cli.launch import be_rank
 from ade_harness.cli.main import guarded
+from ade_harness.cli.work import WORK
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import HANDOVER
 from ade_harness.runtime.lean import import_lightning
@@ -39,19 +40,14 @@ def _run() -> int:
     path = Path(os.environ[HANDOVER])
     with importing():  # here, before anything is known: both kinds of work need it
         import_lightning()
-        from ade_harness.evaluation.outcome import run_session
+        import ade_harness.evaluation.outcome  # noqa: F401
     while not path.exists():
         time.sleep(_POLL_S)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content["logging"] is not None:
         _configure_log(content["logging"], content["verbose"])
     composed = Composed.from_json(content)
-    if content["work"] == "probe":
-        from ade_harness.probe.training import train_probe
-        from ade_harness.runtime.console import make_console
-
-        return be_rank(composed.config, lambda found: train_probe(composed.config, make_console(result=False), found))
-    return be_rank(composed.config, lambda found: run_session(composed, found))
+    return be_rank(composed.config, lambda found: WORK[content["work"]](composed, found))
 
 
 def _configure_log(settings: dict[str, Any], verbose: bool | str | list[str]) -> None:

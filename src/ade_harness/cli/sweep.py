@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
+from ade_harness.cli.work import score_of
 from ade_harness.config.arguments import literal
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
@@ -154,9 +154,10 @@ def _row(job: SweepJob, code: int) -> SweepRow:
     found: dict[str, Any] = {}
     try:
         if code == 0:
-            found = json.loads((job.run_dir / "metrics.json").read_text())
-    except (OSError, ValueError):
+            found = score_of(job.run_dir) or {}
+    except HarnessError:
         code = 1
+    code = code if found or code else 1
     interval = (found.get("intervals") or {}).get("mIoU") or {}
     return SweepRow(
         job=job.number,

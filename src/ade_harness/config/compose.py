@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config.arguments import NODES, nearest, prepare, with_recipe
+from ade_harness.config.arguments import NODES, nearest, prepare
 from ade_harness.config.fields import check_lists
 from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
 from ade_harness.config.inference import InferenceConfig
@@ -73,19 +73,6 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> Confi
     return checked(compose_tree(prepare(overrides, extra), extra))
 
 
-def compose_probe(overrides: Sequence[str], extra: Path | None = None) -> Config:
-    """Compose the configuration of a training: with a ``probe`` node, the model's own recipe unless one is chosen.
-
-    Args:
-        overrides: as of :func:`compose_config`; ``probe=NAME`` and ``probe.field=value`` too.
-        extra: as of :func:`compose_config`.
-
-    Raises:
-        HarnessError: as :func:`compose_config`; or no recipe is known for the model.
-    """
-    return checked(compose_tree(prepare(with_recipe(overrides, extra), extra), extra))
-
-
 def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
     """Compose Hydra's tree of a configuration, in which mandatory values may be missing; raises as above."""
     register_schemas()
@@ -115,7 +102,7 @@ def checked(tree: DictConfig) -> Config:
     if config.dataset.kind == DatasetKind.ade20k and not config.dataset.root:
         config.dataset.root = next((str(place) for place in default_data_roots() if place.exists()), None)
     if config.inference.name == AS_SAVED and kind_of(config.model.kind).saves_protocol:
-        apply_saved(config.inference, config.model)
+        apply_saved(config.inference, config.model, config.dataset.kind != DatasetKind.folder)
     validate(config)
     return config
 

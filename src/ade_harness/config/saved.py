@@ -60,11 +60,16 @@ def _of_hub(repository: str, name: str, revision: str | None) -> Any:
     return answer.json()
 
 
-def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
+def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool) -> None:
     """Fill in what the user left open of ``inference=as_saved``; its name then says what it became.
 
     A network of 151 channels whose processor does not reduce labels has the background as its channel 0, or as its
     last one by its names; it is left out (``model.class_map``).
+
+    Args:
+        inference: is changed.
+        model: is changed.
+        of_ade20k: whether the classes to predict are ADE20K's 150.
     """
     config = read_saved(model, CONFIG) or {}
     processor = read_processor(model) if config else {}
@@ -99,7 +104,9 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig) -> None:
     labels = config.get("id2label")
     reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
     of_pixels = kind not in (*_ALONG, *_QUERIES)
-    if model.class_map is None and of_pixels and not reduced and isinstance(labels, dict) and len(labels) == 151:
+    one_more = of_ade20k and isinstance(labels, dict) and len(labels) == 151  # of other data sets it may be a class
+    if one_more and model.class_map is None and of_pixels and not reduced:
+        assert isinstance(labels, dict)
         last = str(labels.get("150")).lower() in NO_CLASS_NAMES
         model.class_map = [*range(150), None] if last else [None, *range(150)]
 

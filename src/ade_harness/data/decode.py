@@ -72,7 +72,7 @@ def decode_image(data: bytes, name: str, apply_exif: bool = True) -> npt.NDArray
     """
     container = container_of(data, name, "image")
     if container == "PNG" and check_png(data, name, "image").depth == 16:
-        raise HarnessError(f"{name}: has 16 bits a channel, expected 8. Convert the image to 8 bits.")
+        raise HarnessError(f"{name}: has 16 bits per channel, expected 8. Convert the image to 8 bits.")
     with _opened(data, name, "image") as image:
         check_pixels(image.height, image.width, name, "image")
         turn = _TURNS.get(_orientation(image)) if apply_exif else None
@@ -189,13 +189,13 @@ def _values_of_colours(rgb: npt.NDArray[np.uint8], name: str, storage: LabelStor
         color = (code >> 16, code >> 8 & 255, code & 255)
         if not meant:
             raise HarnessError(
-                f"{name}: the colour {color} is none of the {len(values_of)} of the data set. Colour-coded labels must"
+                f"{name}: the colour {color} is not one of the data set's {len(values_of)}. Colour-coded labels must"
                 " be saved without loss, smoothing or resizing."
             )
         if len(meant) > 1:  # ADE20K's public palette has one such colour
             raise HarnessError(
-                f"{name}: the colour {color} stands for {len(meant)} labels ({', '.join(map(str, meant))}), so nobody"
-                " can tell which was predicted. Save the labels themselves."
+                f"{name}: the colour {color} stands for {len(meant)} labels ({', '.join(map(str, meant))}), so it is"
+                " unknown which was predicted. Save label indices instead of colours."
             )
     values = np.array([values_of[code][0] for code in found.tolist()], np.uint8)
     return np.asarray(values[inverse.reshape(codes.shape)], np.uint8)

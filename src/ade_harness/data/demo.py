@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ade_harness.data.ade20k import SegmentationDataset, open_ade20k, select, validation_sizes
+from ade_harness.data.ade20k import open_ade20k, validation_sizes
 from ade_harness.data.ade20k_labels import NUM_CLASSES, ade20k_info
+from ade_harness.data.dataset import SegmentationDataset, select
 from ade_harness.errors import HarnessError
 
 GENERATOR_VERSION = 1
@@ -137,11 +139,5 @@ def open_demo(
     seed = VALIDATION_SEED if split == "validation" else TRAINING_SEED
     root = write_dataset(cache / f"demo-v{GENERATOR_VERSION}-{seed}-{images}", images, seed, split)
     opened = open_ade20k(root, split)
-    return SegmentationDataset(
-        name="demo",
-        source=opened.source,
-        pairs=select(opened.pairs, limit, ids, root),
-        expected_images=images,
-        split=split,
-        is_demo=True,
-    )
+    pairs = select(opened.pairs, limit, ids, root)
+    return replace(opened, name="demo", pairs=pairs, expected_images=images, is_demo=True, is_official=False)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ade_harness.config.schema import DatasetConfig
-from ade_harness.data.ade20k import Pair, SegmentationDataset, add_file, select
+from ade_harness.data.dataset import Pair, SegmentationDataset, add_file, select
 from ade_harness.data.labels import (
     IGNORE_INDEX,
     MAX_CLASSES,
@@ -82,11 +82,11 @@ def _read(path: Path) -> dict[Any, Any]:
     try:
         text = read_regular(path, _MAX_BYTES).decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
-        raise HarnessError(f"{path}: is no UTF-8 text: save it as UTF-8.") from error
+        raise HarnessError(f"{path}: is not UTF-8. Save the file in that encoding.") from error
     try:
         content = yaml.load(text, PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise HarnessError(f"{path}: is no YAML ({' '.join(str(error).split())[:200]}).") from error
+        raise HarnessError(f"{path}: is not valid YAML ({' '.join(str(error).split())[:200]}).") from error
     if not isinstance(content, dict):
         raise HarnessError(f"{path}: expected a mapping with the key `names`, a list of class names.")
     return content

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ade_harness.config.schema import DatasetConfig
-from ade_harness.data.ade20k import SegmentationDataset, open_ade20k
+from ade_harness.data.ade20k import open_ade20k
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.demo import open_demo
 from ade_harness.data.folder import open_folders, read_classes
 from ade_harness.data.labels import Classes

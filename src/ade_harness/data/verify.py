@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_harness.data.ade20k import Pair, SegmentationDataset, recognise, split_files, validation_sizes
-from ade_harness.data.ade20k_labels import NUM_CLASSES
+from ade_harness.data.ade20k import recognise, split_files, validation_sizes
+from ade_harness.data.ade20k_labels import ADE20K_ENCODING, NUM_CLASSES, ade20k_classes
+from ade_harness.data.dataset import Pair, SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.source import open_source
 from ade_harness.errors import HarnessError
@@ -66,7 +67,7 @@ def verify(root: Path, split: str = "validation", on_pair: Callable[[int, int], 
     official = validation_sizes() if split == "validation" else {}
     report.pairs, report.expected = len(pairs), len(official) or len(pairs)
     report.missing = sorted(set(official) - set(images))
-    dataset = SegmentationDataset("ade20k", source, pairs, report.expected)
+    dataset = SegmentationDataset("ade20k", source, pairs, report.expected, ade20k_classes(), ADE20K_ENCODING)
 
     def check(index: int) -> tuple[str | None, np.ndarray]:
         pair = pairs[index]

@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         if SCORES_TYPE in accepted:
             return True
         if accepted.isdisjoint((LABELS_TYPE, "image/*", "*/*")):
-            raise RefusedError(406, f"Accept: {LABELS_TYPE} (labels) and {SCORES_TYPE} (scores) can be had")
+            raise RefusedError(406, f"Accept: expected {LABELS_TYPE} (labels) or {SCORES_TYPE} (scores)")
         return False
 
     def _read(self) -> bytes:
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
             raise RefusedError(411, "Content-Length is needed")
         if len(length) > 12 or int(length) > _MAX_BYTES:
-            raise RefusedError(413, f"at most {_MAX_BYTES:,} bytes are taken")
+            raise RefusedError(413, f"at most {_MAX_BYTES:,} bytes are accepted")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
             raise RefusedError(400, f"the request ended after {len(data):,} of {length} bytes")

@@ -24,8 +24,9 @@ from ade_harness.data.opening import open_classes
 from ade_harness.endpoint.predictor import LABELS_TYPE, SCORES_TYPE, encode
 from ade_harness.endpoint.server import RefusedError, Server
 from ade_harness.errors import HarnessError, require
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.opening import open_network
-from ade_harness.inference.predictor import NetworkPredictor, Prepared
+from ade_harness.inference.predictor import Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import reference
 from ade_harness.runtime.ranks import make_trainer
@@ -67,7 +68,7 @@ class ModelService:
         except HarnessError as error:
             raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
         if height * width > _MAX_PIXELS:
-            raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are taken")
+            raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are accepted")
         with self._place(height * width):
             array = self._answer(data, scores)
         if not scores:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ade_harness.config.runtime import Sharding
 from ade_harness.config.schema import Config
-from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
 from ade_harness.inference.predictor import Predictor, Prepared

@@ -20,7 +20,7 @@ import torch
 from ade_harness import kernels
 from ade_harness.config.composed import Composed
 from ade_harness.config.schema import Config
-from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.labels import Classes
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
@@ -195,8 +195,8 @@ def conclude(
     check_exact(rows, matrix, dataset.ids)
     if not matrix.any():
         raise HarnessError(
-            f"No score: none of the {len(rows)} images has a labelled pixel, so no score can be computed"
-            " about. Are these the annotations of this data set?"
+            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to score."
+            " Are these the annotations of this data set?"
         )
     advice = None if opened.predictor.facts().get("weights") == "random" else diagnose(rows, dataset.classes)
     seconds = max(part.seconds for part in counted)

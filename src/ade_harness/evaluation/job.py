@@ -16,8 +16,9 @@ from ade_harness.config.composed import Composed
 from ade_harness.config.kinds import kind_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
-from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.ade20k import resized_images
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.labels import Classes
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
@@ -33,7 +34,7 @@ from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.queue import Loaders
-from ade_harness.runtime.ranks import Ranks, arithmetic_as_set, set_arithmetic
+from ade_harness.runtime.ranks import Ranks, arithmetic_as_set
 
 
 def open_run(composed: Composed, job: Job, ranks: Ranks, console: Console) -> RunRecord | None:
@@ -136,7 +137,7 @@ def _machine_notes(cfg: Config, device: str) -> list[str]:
     cores, ranks = usable_cores(), local_ranks()
     if cores < 2 * ranks:
         notes.append(
-            f"{ranks} ranks share {cores} CPU cores, and their GPUs will wait: request at least two cores per rank"
+            f"{ranks} ranks share {cores} CPU cores, and their GPUs will idle: request at least two cores per rank"
             " (sbatch --cpus-per-gpu=8)"
         )
     return [note for note in notes if note is not None]
@@ -212,7 +213,7 @@ def describe_marks(
         )
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
-    resized = dataset.resized_images(sizes) if sizes else []
+    resized = resized_images(dataset, sizes) if sizes else []
     if resized:
         marks.append(f"NOT THE OFFICIAL IMAGES: {len(resized)} of {len(sizes)} have another size, such as {resized[0]}")
     if dataset.is_official and cfg.dataset.split != "validation":
@@ -230,7 +231,7 @@ def describe_facts(
     dataset: SegmentationDataset, ids_hash: str, facts: Mapping[str, Any], cfg: Config, device: str,
     arithmetic: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return origins and hashes for the manifest; `arithmetic` as :func:`set_arithmetic` returned it, None sets it.
+    """Return origins and hashes for the manifest; `arithmetic`: torch's switches, None are the present ones.
 
     Raises:
         HarnessError: ``runtime.kernels`` cannot be used on this device.
@@ -241,7 +242,7 @@ def describe_facts(
         "device": device,
         "kernels": kernels.name_of(implementation),
         **({} if reason is None else {"kernels_reason": reason}),
-        "arithmetic": dict(arithmetic or set_arithmetic(cfg.runtime.deterministic)),
+        "arithmetic": dict(arithmetic or arithmetic_as_set()),
         "model": {"name": cfg.model.name, **facts},
         "dataset": {
             "name": dataset.name,

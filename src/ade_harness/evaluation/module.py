@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ade_harness import kernels
 from ade_harness.config.schema import Config
-from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job

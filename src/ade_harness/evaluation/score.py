@@ -87,8 +87,8 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
     if not work.matrix.any():
         record.leave("incomplete", lost)
         raise HarnessError(
-            f"No score: none of the {len(rows)} images has a labelled pixel, so no score can be computed"
-            " about. Are these the annotations of this data set?"
+            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to score."
+            " Are these the annotations of this data set?"
         )
     if lost:
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))

@@ -75,7 +75,7 @@ def fetch(
         if digest is not None and found != digest:
             part.unlink()
             raise HarnessError(
-                f"{url}: the {algorithm} of what came is {found}, expected {digest}."
+                f"{url}: the {algorithm} of the download is {found}, expected {digest}."
                 " The download was deleted: try again, or get the file from another mirror with --url."
             )
         part.replace(destination)
@@ -100,7 +100,7 @@ def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
                 if response.status_code >= 400:
                     raise HarnessError(
                         f"{url}: the server answers {response.status_code} {response.reason}."
-                        f" What came so far is kept in {part}; try again later, or use --url with a mirror."
+                        f" The partial download is kept in {part}; try again later, or use --url with a mirror."
                     )
                 resumed = response.status_code == 206
                 have = have if resumed else 0
@@ -119,7 +119,7 @@ def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
             problem = f"no connection to {urlsplit(url).hostname}"
         except requests.RequestException as error:
             problem = str(error)
-    kept = f" What came so far is kept in {part}: the same command continues it." if part.exists() else ""
+    kept = f" The partial download is kept in {part}: the same command continues it." if part.exists() else ""
     raise HarnessError(f"{url}: the download stopped {_ATTEMPTS} times ({problem}).{kept}")
 
 

@@ -39,7 +39,7 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
     name = f"inference={cfg.name}"
     if min(min(s) for s in plan.sizes) < 1:
         written = " then ".join(f"{w}x{h}" for h, w in plan.sizes)
-        raise HarnessError(f"{image_id}: {name} makes an image of {written} (width x height): no pixels.")
+        raise HarnessError(f"{image_id}: {name} scales the image to {written} (width x height), which has no pixels.")
     largest = max((*plan.sizes, plan.canvas), key=lambda size: size[0] * size[1])
     if largest[0] * largest[1] > _MAX_PIXELS:
         raise HarnessError(

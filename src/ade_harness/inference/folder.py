@@ -181,7 +181,7 @@ def _read_array(content: bytes, name: str) -> npt.NDArray[np.uint8]:
         raise
     except Exception as error:  # NumPy reads a header by Python's own parser, which fails in many ways
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise HarnessError(f"{name}: is no NumPy array file ({reason}).") from error
+        raise HarnessError(f"{name}: is not a .npy file ({reason}).") from error
     if array.size and not 0 <= int(array.min()) <= int(array.max()) <= 255:
         raise HarnessError(f"{name}: holds values of {int(array.min())}..{int(array.max())}; labels are 0..255.")
     return np.asarray(array, np.uint8)

@@ -40,7 +40,7 @@ class BatchedForward:
         passed_over: how many scores the network returned beside those that were taken, the first.
     """
 
-    def __init__(self, model: LoadedModel, cfg: InferenceConfig, channels: int = 150) -> None:
+    def __init__(self, model: LoadedModel, cfg: InferenceConfig, channels: int) -> None:
         self.model = model
         self.cfg = cfg
         self.channels = channels

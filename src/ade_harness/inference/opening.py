@@ -5,7 +5,8 @@ from __future__ import annotations
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.schema import Config
 from ade_harness.data.labels import Classes
-from ade_harness.inference.predictor import NetworkPredictor, Predictor
+from ade_harness.inference.network import NetworkPredictor
+from ade_harness.inference.predictor import Predictor
 from ade_harness.models.loading import load_model
 from ade_harness.models.registry import imported
 

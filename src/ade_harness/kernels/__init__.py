@@ -22,7 +22,6 @@ __all__ = [
     "Placement",
     "Size",
     "View",
-    "label_counts",
     "name_of",
     "select",
     "selection",
@@ -121,23 +120,3 @@ def name_of(kernels: Kernels) -> str:
     """Return the name of an implementation: ``reference``, ``numba_cpu`` or ``triton_gpu``."""
     module: Any = kernels
     return str(module.__name__.rpartition(".")[2])
-
-
-def label_counts(
-    kernels: Kernels, scores: Tensor, target: Tensor, classes: int, views: Sequence[View] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Upsample, argmax and count without a tensor of [C, H, W].
-
-    Args:
-        kernels: an implementation.
-        scores: float [C, h, w].
-        target: uint8 [H, W], 0..C-1, 255 where nothing is counted.
-        classes: their number C.
-        views: instead of `scores`, when they are merged.
-
-    Returns:
-        Labels [H, W] and counts int64 [C, C + 1].
-    """
-    size = (target.shape[0], target.shape[1])
-    labels = kernels.label_map(scores, size) if views is None else kernels.merge(views, size, False)
-    return labels, kernels.count(labels, target, classes)

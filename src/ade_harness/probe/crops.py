@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ade_harness.config.probe import ProbeConfig
-from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 
 Pixels = npt.NDArray[np.uint8]

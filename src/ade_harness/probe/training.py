@@ -25,7 +25,7 @@ from ade_harness.config.overrides import as_override_value, overrides_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
-from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
@@ -64,7 +64,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
     on as many ranks as before.
 
     Args:
-        cfg: of :func:`ade_harness.config.compose.compose_probe`.
+        cfg: with a ``probe`` node.
         console: for progress.
         on_run_dir: called with the run directory as soon as it exists.
 
@@ -208,7 +208,7 @@ class _Training(pl.LightningModule):
             self.head.load_state_dict(saved["head"])
         except (RuntimeError, OSError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise HarnessError(
-                f"{path}: is damaged ({str(error).splitlines()[0]}). Delete it to start anew."
+                f"{path}: is damaged ({str(error).splitlines()[0]}). Delete it to start again."
             ) from error
         return saved
 

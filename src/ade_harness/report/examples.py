@@ -14,7 +14,7 @@ from PIL import Image
 
 from ade_harness.config.compose import stored_node
 from ade_harness.config.schema import DatasetConfig
-from ade_harness.data.ade20k import Sample, SegmentationDataset
+from ade_harness.data.dataset import Sample, SegmentationDataset
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
 from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError

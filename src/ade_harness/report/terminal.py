@@ -94,7 +94,7 @@ def _remarks(result: Result) -> Text:
             f" detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
         ]
     if any(result.intervals.values()):
-        lines += ["interval: other images of the same kind, by bootstrap"]
+        lines += ["interval: bootstrap over images"]
     if result.calibration:
         lines += [f"expected calibration error {percent(result.calibration.ece)}"]
     if published:

@@ -163,7 +163,7 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
             continue
         values += sum(len(row.pixels) for row in found)
         if len(rows) + len(found) > _MAX_ROWS or values > _MAX_VALUES:
-            raise HarnessError(f"{folder}: holds more images or counts than any data set has. It is no run's ledger.")
+            raise HarnessError(f"{folder}: holds more images or counts than any data set has. Not a ledger.")
         for row in found:
             other = rows.setdefault(row.image_id, row)
             if other.label_hash != row.label_hash or other.content_hash != row.content_hash:

@@ -78,7 +78,7 @@ class RunLock:
         if state == "alive":
             raise HarnessError(_refusal(self.path, holder))
         if self.path.is_dir() and not self.path.is_symlink():
-            raise HarnessError(f"{self.path}: is a folder, and no lock of a run. Remove it.")
+            raise HarnessError(f"{self.path}: is a folder, expected a lock file. Remove it.")
         self._write()
         time.sleep(_SETTLE_S)  # two that take over at once: the later one has it
         if not self.is_mine():

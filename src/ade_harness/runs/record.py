@@ -42,8 +42,6 @@ class RunRecord:
     path: Path
     manifest: dict[str, Any]
     lock: RunLock
-    changes: tuple[str, ...] = ()
-    """What differs from the run that is continued (``run.allow_changed``)."""
 
     def leave(self, status: str, failures: Mapping[str, str]) -> None:
         """Note an end without a score: ``incomplete``, and which images failed why."""
@@ -70,10 +68,6 @@ class RunRecord:
         self.manifest["timings"] = {**timings, "predict_seconds": predict_seconds}
         self.manifest.update(failures=dict(failures), marks=list(marks))
         write_json(self.path / MANIFEST, self.manifest)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the manifest as :func:`short_manifest` does."""
-        return short_manifest(self.manifest)
 
 
 @contextmanager
@@ -211,7 +205,7 @@ def _write_record(
         write_text(path / "code.diff", diff)
     header = "".join(f"# {mark}\n" for mark in manifest["marks"])
     write_text(path / "config.yaml", header + text)
-    return RunRecord(path, manifest, lock, tuple(all_changes))
+    return RunRecord(path, manifest, lock)
 
 
 def is_own(path: Path, manifest: Mapping[str, Any]) -> bool:

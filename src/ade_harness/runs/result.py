@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ade_harness.config.schema import Config, MetricsConfig
-from ade_harness.data.ade20k import SegmentationDataset
+from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.labels import Classes
 from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.metrics.areas import image_areas

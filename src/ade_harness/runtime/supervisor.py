@@ -188,7 +188,7 @@ class Supervisor:
 
     def _final(self, ending: Ending) -> int:
         if ending.code not in (0, EXIT_MESSAGE) and self.run_dir is not None and self.received is None:
-            self.say(f"No score. What was counted is kept; this continues:\n  {resume_command(self.run_dir)}")
+            self.say(f"No score. Completed images are saved; to resume:\n  {resume_command(self.run_dir)}")
         return ending.code
 
     def _on_signal(self, number: int, _: object) -> None:
@@ -300,7 +300,7 @@ def _obituary(rank: RankProcess, note: dict[str, str], run_dir: str | None) -> s
         cause = _SIGNAL_CAUSES.get(name)
         how = f"was killed by {name.name}{f' ({cause})' if cause else ''}"
     elif rank.exited_early:
-        how = "left in the middle of its work, with exit code 0 (the model, or a library of its, called os._exit)"
+        how = "exited early with code 0 (the model, or a library it uses, called os._exit)"
     else:
         how = f"ended with exit code {code}"
     work = f" while processing {note['item']}" if note.get("item") else ""
@@ -311,7 +311,7 @@ def _obituary(rank: RankProcess, note: dict[str, str], run_dir: str | None) -> s
         where = f" ({log_path(Path(run_dir), rank.rank)})" if run_dir else ""
         lines += [f"Last lines of its log{where}:", *(f"  {line}" for line in rank.tail)]
     else:
-        lines.append("It wrote nothing before.")
+        lines.append("Its log is empty.")
     return "\n".join(lines)
 
 

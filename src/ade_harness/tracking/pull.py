@@ -65,7 +65,7 @@ def refuse_other_files(spec: str, entries: Iterable[tuple[str, str | None]]) -> 
     for path, reference in entries:
         if not _FILES.fullmatch(path) or reference is not None:
             raise HarnessError(
-                f"{spec}: its ledger artifact holds {path!r}, which is no file of a ledger. Nothing was downloaded."
+                f"{spec}: its ledger artifact holds {path!r}, which is not a ledger file. Nothing was downloaded."
             )
 
 

@@ -81,7 +81,7 @@ def wandb_mode(configured: str | None) -> str:
         found = _MODES[asked or _mode_of_files()]
     except Exception as error:  # pydantic's ValidationError, wandb's UsageError, KeyError, ...
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"W&B: offline, since its mode cannot be understood: {reason}", stacklevel=2)
+        warnings.warn(f"W&B: offline, since its mode is invalid: {reason}", stacklevel=2)
         return "offline"
     return "offline" if found == "online" and not has_key() else found
 
@@ -150,7 +150,7 @@ def _warned_of() -> dict[str, str]:
     """Warn of each variable that is left out, and return them."""
     refused = _refused_variables()
     for key, reason in refused.items():
-        warnings.warn(f"W&B: {key} cannot be understood, and is left out: {reason}", stacklevel=3)
+        warnings.warn(f"W&B: {key} is invalid and ignored: {reason}", stacklevel=3)
     return refused
 
 

@@ -347,7 +347,7 @@ def test_what_convert_refuses(cli: Callable[..., Done], tmp_path: Path) -> None:
     assert is_other(read_part(tmp_path / "out.safetensors"))
     done = cli("convert", "w.pth", "out.safetensors")
     assert done.code == 2
-    assert "out.safetensors: is there already" in done.err
+    assert "out.safetensors: exists already" in done.err
     assert not Path("/tmp/ade_harness_was_converted").exists()
 
 

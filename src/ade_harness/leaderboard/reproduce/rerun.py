@@ -166,7 +166,7 @@ def _print(
     console: Console, comparison: LabelComparison, changes: Sequence[str], first: FinishedRun, second: FinishedRun
 ) -> None:
     if changes:
-        table = Table(title="what differs from the first run", box=HORIZONTALS, show_header=False, title_justify="left")
+        table = Table(title="differences from the first run", box=HORIZONTALS, show_header=False, title_justify="left")
         for change in changes[:_SHOWN]:
             table.add_row(Text(change))
         if len(changes) > _SHOWN:

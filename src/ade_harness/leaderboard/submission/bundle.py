@@ -93,7 +93,7 @@ def read_declaration(folder: Path) -> dict[str, Any]:
     try:
         content = yaml.load(read_regular(path, _MAX_TEXT_BYTES).decode("utf-8"), PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise HarnessError(f"{DECLARATION}: no YAML ({(str(error).splitlines() or ['damaged'])[0]}).") from error
+        raise HarnessError(f"{DECLARATION}: not valid YAML ({(str(error).splitlines() or ['damaged'])[0]}).") from error
     if not isinstance(content, dict):
         raise HarnessError(f"{DECLARATION}: expected a mapping.")
     return content

@@ -93,7 +93,7 @@ def check_repository(repository: str | None) -> None:
         raise HarnessError(f"the checkout has no remote: {advice}.")
     address = re.sub(r"^git@([\w.-]+):", r"https://\1/", repository)
     if not address.startswith(("http://", "https://")) or is_local(address):
-        raise HarnessError(f"{repository}: nobody else can clone from there: {advice}.")
+        raise HarnessError(f"{repository}: others cannot clone from there: {advice}.")
     check_url(address, "--repository", "A submission is public.", "https://example.org/group/ade-harness")
 
 

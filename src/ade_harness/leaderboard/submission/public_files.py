@@ -127,7 +127,7 @@ def _reference(
         if kind_of(model["kind"]).source is Source.repository
         else f"publish it, and say where: --{role} {_EXAMPLE}"
     )
-    raise HarnessError(f"the {role} is a file that nobody else has ({origin}): {advice}.")
+    raise HarnessError(f"the {role} is a file that is not public ({origin}): {advice}.")
 
 
 def _is_of(file: Mapping[str, Any], sha256: Any) -> bool:
@@ -182,8 +182,8 @@ def check_public(reference: PublicSource, read_all: bool, on_bytes: OnBytes | No
                 return _look(reference, response, read_all, on_bytes)
         except requests.RequestException as error:
             raise HarnessError(
-                f"{reference.address}: cannot be reached ({type(error).__name__}). Try again, or leave this check out"
-                " with --no-network: the submission says so then."
+                f"{reference.address}: cannot be reached ({type(error).__name__}). Try again, or skip this check"
+                " with --no-network: the submission records that."
             ) from error
 
 

@@ -104,7 +104,7 @@ def convert(file: Path, output: Path, choice: Choice) -> tuple[Part, list[str], 
     """
     require(file.is_file(), f"{file}: no such file.")
     require(output.suffix == ".safetensors", f"{output}: expected a name that ends in .safetensors.")
-    require(not output.exists(), f"{output}: is there already. Give another name, or delete it.")
+    require(not output.exists(), f"{output}: exists already. Give another name, or delete it.")
     content, left = _read(file)
     part = take_part(_opened(content), file, choice)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in part.state.items()}  # none share memory

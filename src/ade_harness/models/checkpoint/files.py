@@ -52,7 +52,7 @@ def read_content(path: Path) -> Any:
         with path.open("rb") as file:
             head = file.read(64)
         if head.startswith(b"version https://git-lfs"):
-            raise HarnessError(f"{path}: a pointer of Git LFS, no weights. `git lfs pull` fetches them.") from error
+            raise HarnessError(f"{path}: a Git LFS pointer, not weights. `git lfs pull` fetches them.") from error
         if head[:2] != b"PK" and head[:1] != b"\x80":  # neither torch's zip nor a pickle
             raise HarnessError(
                 f"{path}: not a torch file. Expected .safetensors, or a .pth or .bin of tensors."

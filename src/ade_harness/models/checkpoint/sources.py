@@ -65,7 +65,7 @@ def timm_repository(name: str) -> tuple[str, str]:
         close = get_close_matches(name, list_pretrained(), 5)
         raise HarnessError(
             f"model.backbone={name}: timm knows no such backbone ({str(error).rstrip('.')})."
-            f"{' Near it: ' + ', '.join(close) + '.' if close else ''} timm.list_pretrained() lists them."
+            f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} timm.list_pretrained() lists them."
         ) from error
     if known is None or not known.hf_hub_id:
         raise HarnessError(

@@ -97,5 +97,5 @@ def _make(target: str, cfg: ModelConfig) -> Any:
                 ) from error
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
             raise HarnessError(
-                f"model._target_={target}: making it failed ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
+                f"model._target_={target}: its construction failed ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error

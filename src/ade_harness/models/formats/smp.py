@@ -52,7 +52,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
             module: nn.Module = smp.create_model(str(arch), str(encoder), **settings).eval()
     except Exception as error:  # of many kinds: unknown names, impossible arguments
         text = " ".join(str(error).split())[:400]
-        raise HarnessError(f"model.architecture={cfg.architecture}: smp cannot make it ({text}).") from error
+        raise HarnessError(f"model.architecture={cfg.architecture}: smp cannot build it ({text}).") from error
     known = set(inspect.signature(type(module).__init__).parameters)
     unknown = sorted(fields.keys() - known) if not str(encoder).startswith("tu-") else []  # timm's take any
     require(not unknown, f"model.architecture: {arch} has no field {', '.join(unknown)}.{_nearest(unknown, known)}")

@@ -16,7 +16,8 @@ from ade_harness.models.backbones.internimage import InternImage, published_post
 from ade_harness.models.checkpoint.family import Family, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.checkpoint.strict import Strictness
-from ade_harness.models.heads.mask2former import HEAD_FIELDS, HEAD_MMDETECTION, build_head, read_head
+from ade_harness.models.heads.mask2former import HEAD_FIELDS, build_head, read_head
+from ade_harness.models.heads.mask2former_keys import HEAD_MMDETECTION
 from ade_harness.models.heads.mask_classifier import MaskClassifier, load_own
 
 _BLOCK = "backbone.levels.{S}.blocks.{B}."

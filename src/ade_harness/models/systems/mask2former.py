@@ -18,14 +18,8 @@ from ade_harness.models.checkpoint.family import Family, count
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.fapn import FAPN, FapnDecoder
-from ade_harness.models.heads.mask2former import (
-    HEAD_DETECTRON2,
-    HEAD_FIELDS,
-    QueryDecoder,
-    build_head,
-    query_decoder_detectron2,
-    read_head,
-)
+from ade_harness.models.heads.mask2former import HEAD_FIELDS, QueryDecoder, build_head, read_head
+from ade_harness.models.heads.mask2former_keys import HEAD_DETECTRON2, PIXEL_LEVEL_HUB, query_decoder_detectron2
 from ade_harness.models.heads.mask_classifier import assemble, split
 
 _HEAD: Table = (*HEAD_DETECTRON2, *query_decoder_detectron2("sem_seg_head.predictor."))
@@ -35,22 +29,9 @@ FAPN_DETECTRON2: Table = (
     *SWIN_BACKBONE, *FAPN, ("criterion.*", None), *query_decoder_detectron2("sem_seg_head.predictor."),
 )  # fmt: skip
 
-_PIXEL = "model.pixel_level_module.decoder."
 _LAYER = "model.transformer_module.decoder.layers.{L}."
 HUB: Table = (
-    ("model.pixel_level_module.encoder.*", "backbone.*"),
-    (_PIXEL + "input_projections.{I}.0.*", "pixel_decoder.input_projections.{I}.conv.*"),
-    (_PIXEL + "input_projections.{I}.1.*", "pixel_decoder.input_projections.{I}.norm.*"),
-    (_PIXEL + "level_embed", "pixel_decoder.level_embed"),
-    (_PIXEL + "encoder.layers.{L}.self_attn.*", "pixel_decoder.layers.{L}.attention.*"),
-    (_PIXEL + "encoder.layers.{L}.self_attn_layer_norm.*", "pixel_decoder.layers.{L}.norm1.*"),
-    (_PIXEL + "encoder.layers.{L}.final_layer_norm.*", "pixel_decoder.layers.{L}.norm2.*"),
-    (_PIXEL + "encoder.layers.{L}.fc{N}.*", "pixel_decoder.layers.{L}.linear{N}.*"),
-    (_PIXEL + "adapter_1.0.*", "pixel_decoder.lateral.conv.*"),
-    (_PIXEL + "adapter_1.1.*", "pixel_decoder.lateral.norm.*"),
-    (_PIXEL + "layer_1.0.*", "pixel_decoder.output.conv.*"),
-    (_PIXEL + "layer_1.1.*", "pixel_decoder.output.norm.*"),
-    (_PIXEL + "mask_projection.*", "pixel_decoder.mask_features.*"),
+    *PIXEL_LEVEL_HUB,
     (_LAYER + "cross_attn.in_proj_weight", "decoder.layers.{L}.cross_attention.{q|k|v}.weight"),
     (_LAYER + "cross_attn.in_proj_bias", "decoder.layers.{L}.cross_attention.{q|k|v}.bias"),
     (_LAYER + "cross_attn.out_proj.*", "decoder.layers.{L}.cross_attention.out.*"),

@@ -18,7 +18,8 @@ from ade_harness.models.checkpoint.family import Family, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.heads.linear import LINEAR_HEAD
-from ade_harness.models.heads.mask2former import HEAD_DINOV3, HEAD_FIELDS, HEAD_MMDETECTION, build_head, read_head
+from ade_harness.models.heads.mask2former import HEAD_FIELDS, build_head, read_head
+from ade_harness.models.heads.mask2former_keys import HEAD_DINOV3, HEAD_MMDETECTION
 from ade_harness.models.heads.mask_classifier import MaskClassifier, load_own, split
 from ade_harness.models.systems.dinov3 import (
     DINOV3_HUB,
