@@ -11,8 +11,8 @@ import torch
 from measure import machine_line
 
 from ade_harness.config.compose import compose_config
-from ade_harness.data.opening import open_dataset
-from ade_harness.inference.opening import open_network
+from ade_harness.data.factory import open_dataset
+from ade_harness.inference.factory import open_network
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import select
 from ade_harness.metrics.confusion import scores

@@ -2,7 +2,7 @@
 
 A run of two synthetic images on N ranks does next to no work, so its time is the start: the supervisor's own, that of
 the ranks (imports, rendezvous, model, kernels), and the end. Beside it the two imports that every rank needs, alone:
-Lightning as it comes, and without what no evaluation uses (`ade_harness/runtime/lean.py`). Variants take turns.
+Lightning as it comes, and without what no evaluation uses (`ade_harness/runtime/lazy_imports.py`). Variants take turns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from measure import machine_line
 from rich.console import Console
 from rich.table import Table
 
-LEAN = "from ade_harness.runtime.lean import import_lightning; import_lightning(); "
+LEAN = "from ade_harness.runtime.lazy_imports import import_lightning; import_lightning(); "
 IMPORTS = {
     "import torch": "import torch",
     "import torch, lightning.pytorch": "import torch, lightning.pytorch",

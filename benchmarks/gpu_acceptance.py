@@ -38,10 +38,10 @@ from ade_harness import kernels  # noqa: E402
 from ade_harness.config.compose import compose_config  # noqa: E402
 from ade_harness.data.ade20k_labels import ade20k_classes  # noqa: E402
 from ade_harness.errors import HarnessError  # noqa: E402
+from ade_harness.inference.factory import open_network  # noqa: E402
 from ade_harness.inference.forward import BatchedForward  # noqa: E402
 from ade_harness.inference.memory import peaks  # noqa: E402
 from ade_harness.inference.network import NetworkPredictor  # noqa: E402
-from ade_harness.inference.opening import open_network  # noqa: E402
 from ade_harness.inference.plan import plan_views  # noqa: E402
 from ade_harness.inference.predictor import Prepared  # noqa: E402
 from ade_harness.inference.stopwatch import Stopwatch  # noqa: E402

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ade_harness.config.compose import compose_config
 from ade_harness.config.composed import Composed
-from ade_harness.evaluation.outcome import run_session
+from ade_harness.evaluation.session import run_session
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
 WIDTH = 1120
@@ -32,7 +32,7 @@ def main() -> None:
         with Path(os.devnull).open("w") as nowhere:
             console = Console(record=True, force_terminal=False, width=118, file=nowhere)
             console.print("[bold green]$[/] python -m ade_harness")
-            run_session(Composed.of(compose_config([])), console=console)
+            run_session(Composed.from_config(compose_config([])), console=console)
         page = Path(folder) / "page.html"
         svg = console.export_svg(title="ade-harness")
         drawn = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)

@@ -22,8 +22,10 @@ ORDER = (
     "report", "tracking", "leaderboard", "evaluation", "probe", "api", "cli",
 )  # fmt: skip
 """A module imports only from packages to its left, and from its own without a cycle. docs/architecture.md says why."""
-DOORS = ("__init__", "__main__")
-"""Hand on what the rest offers."""
+NAMED = {"config.kinds": {"models", "inference", "endpoint"}, "config.compose": {"hydra_plugins"}}
+"""What tables of a module name as text, to be imported by what lies to the right: each kind of model has its line."""
+PLUGINS = sorted((REPOSITORY / "src" / "hydra_plugins").glob("*.py"))
+"""Found by Hydra, which takes plugins from nowhere else: what sweeps start with, to the right of everything but `cli`."""
 
 
 def module_name(path: Path) -> str:
@@ -37,6 +39,7 @@ def imports_of(path: Path) -> set[str]:
     """Return the modules of the package that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ade_harness":
             base = (node.module or "").partition(".")[2]
             for alias in node.names:
@@ -45,6 +48,14 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("ade_harness.")}
     return found - {""}
+
+
+def named_in(path: Path) -> set[str]:
+    """Return the packages of modules that texts of a file name: ``ade_harness.models.systems``, ``hydra_plugins.x``."""
+    constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+    texts = [text for text in constants if isinstance(text, str)]
+    found = {m[1] for text in texts if (m := re.fullmatch(r"ade_harness\.(\w+)(?:\.\w+)+(?::\w+)?", text))}
+    return (found & set(ORDER)) | {"hydra_plugins" for text in texts if text.startswith("hydra_plugins.")}
 
 
 def package_of(module: str) -> str:
@@ -61,6 +72,20 @@ def test_every_package_has_its_place_in_the_order() -> None:
 def test_a_module_imports_only_from_its_left(module: str) -> None:
     allowed = set(ORDER[: ORDER.index(package_of(module)) + 1])
     assert {name for name in imports_of(MODULES[module]) if package_of(name) not in allowed} == set()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if package_of(m) in ORDER])
+def test_what_a_module_names_as_text_is_known(module: str) -> None:
+    right = named_in(MODULES[module]) - set(ORDER[: ORDER.index(package_of(module)) + 1])
+    assert right == NAMED.get(module, set())
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
+def test_plugins_import_nothing_that_imports_them(path: Path) -> None:
+    assert PLUGINS
+    for module in imports_of(path):
+        assert package_of(module) in ORDER
+        assert "hydra_plugins" not in MODULES[module].read_text() or module == "config.compose"
 
 
 def test_no_modules_import_each_other_in_a_cycle() -> None:

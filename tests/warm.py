@@ -176,12 +176,12 @@ def import_all() -> None:
     gc.disable()
     from numba.core import registry
 
-    from ade_harness.runtime.lean import import_lightning
+    from ade_harness.runtime.lazy_imports import import_lightning
 
     import_lightning()
     import ade_harness.cli.evaluate
     import ade_harness.cli.rank
-    import ade_harness.evaluation.outcome
+    import ade_harness.evaluation.session
     import ade_harness.kernels.numba_cpu
     import ade_harness.report.page
     import ade_harness.tracking.session  # noqa: F401

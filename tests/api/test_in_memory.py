@@ -111,13 +111,13 @@ def test_networks_that_cannot_be_evaluated(network: nn.Module, message: str) -> 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda image: [[1, 2], [3]], "returned a list, which is no array"),
+        (lambda image: [[1, 2], [3]], "returned a list, not an array"),
         (
             lambda image: torch.zeros(image.shape[:2], dtype=torch.long).to_sparse(),
             r"returned torch.int64 \[128, 170\]",
         ),
         (lambda image: torch.zeros(image.shape[:2], dtype=torch.bfloat16), "returned torch.bfloat16"),
-        (lambda image: NoArray(), "returned a NoArray, which is no array"),
+        (lambda image: NoArray(), "returned a NoArray, not an array"),
         (lambda image: None, r"returned object \[\], expected integers"),
     ],
 )

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ade_harness.cli.sweep import Sweep, SweepJob
 from ade_harness.config.arguments import prepare
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
+from ade_harness.metrics.confusion import Scores
 from tests.cli.test_cli import FAST, Call, one_message
 from tests.conftest import Done
 
@@ -337,11 +339,13 @@ def test_a_primary_configuration_that_jobs_would_not_see_is_refused(call: Call) 
 
 def test_a_sweeper_that_launches_in_batches_gets_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep, config = Sweep(tmp_path), compose_config([])
+    scores = dict.fromkeys((field.name for field in fields(Scores)), 0.5)
+    metrics = {**scores, "intervals": {}, "other_intervals": {}, "convention": "", "notes": []}
     for number, score in enumerate((0.25, None, 0.5)):
         run = tmp_path / f"{number}_demo"
         run.mkdir()
         if score is not None:
-            (run / "metrics.json").write_text(json.dumps({"mIoU": score, "images": 3, "marks": ["DEMO"]}))
+            (run / "metrics.json").write_text(json.dumps({**metrics, "mIoU": score, "images": 3, "marks": ["DEMO"]}))
         job = SweepJob(number, (f"metrics.seed={number}",), run, config)
         [row] = sweep.add([job], [0 if score is not None else 2])
         assert row.mIoU == score

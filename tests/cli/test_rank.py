@@ -32,7 +32,7 @@ def test_of_a_probe_too() -> None:
 
 
 def test_what_else_is_known_goes_along() -> None:
-    composed = Composed.of(compose_config(["dataset.limit=2", "inference.resize.side=300"]))
+    composed = Composed.from_config(compose_config(["dataset.limit=2", "inference.resize.side=300"]))
     assert composed.changes == ["resize.side"]
     assert "dataset.limit=2" in (composed.repeat or [])
     content = json.loads(composed.as_json(work="evaluate"))

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ade_harness.cli.main import main
 from ade_harness.config.compose import compose_config
+from ade_harness.data.factory import open_dataset
 from ade_harness.data.folder import read_classes
 from ade_harness.data.labels import NO_CLASS, classes_from, default_colors
-from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.table import why_not_ranked
 from ade_harness.models.loading import load_model

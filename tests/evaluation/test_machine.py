@@ -21,8 +21,8 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation import data, job
 from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference import network
+from ade_harness.inference.factory import open_network
 from ade_harness.inference.forward import is_out_of_memory, short_memory_named
-from ade_harness.inference.opening import open_network
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.runs.provenance import environment
 from ade_harness.runtime import cluster

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ade_harness.config.compose import compose_config
-from ade_harness.data.opening import open_dataset
+from ade_harness.data.factory import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation import job as module
 from ade_harness.runtime.coordination import Coordinator, LocalStore

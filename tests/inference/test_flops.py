@@ -15,8 +15,8 @@ from torch import nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.inference.factory import open_network
 from ade_harness.inference.flops import flops_of_image
-from ade_harness.inference.opening import open_network
 from ade_harness.inference.plan import plan_views
 from ade_harness.runs.result import per_class_rows
 from ade_harness.tracking.content import summary_of

@@ -22,8 +22,8 @@ from ade_harness.config.overrides import PATHS, as_override_value, overrides_of
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.reproduce import checkout, rerun
-from ade_harness.leaderboard.reproduce.checkout import code_of
-from ade_harness.leaderboard.reproduce.comparison import compare_runs, what_differs
+from ade_harness.leaderboard.reproduce.checkout import checked_out_code
+from ade_harness.leaderboard.reproduce.comparison import compare_runs, list_differences
 from ade_harness.leaderboard.reproduce.rerun import _check_trust
 from ade_harness.leaderboard.submission.submit import build, prepare
 from ade_harness.metrics.counts import Row
@@ -161,7 +161,7 @@ def test_every_difference_is_told_with_its_size(demo: Path) -> None:
 
 def test_what_differs_is_named(demo: Path) -> None:
     run = load_run(demo)
-    assert what_differs(run, run) == []
+    assert list_differences(run, run) == []
     config, second = json.loads(json.dumps([run.config, run.manifest]))
     config["inference"]["batch"] = 7
     config["dataset"]["root"] = "/elsewhere"
@@ -170,7 +170,7 @@ def test_what_differs_is_named(demo: Path) -> None:
     packages["numpy"]["version"] = "0.0"
     packages["pillow"]["sha256"] = "0"
     del packages["rich"]
-    told = "\n".join(what_differs(run, replace(run, config=config, manifest=second)))
+    told = "\n".join(list_differences(run, replace(run, config=config, manifest=second)))
     for text in ("inference.batch: was null, is 7", 'gpus: was [], is ["H100"]', "package numpy: was", "is 0.0",
                  "other files of the same version", "package rich: was"):  # fmt: skip
         assert text in told
@@ -214,26 +214,26 @@ def version(environment: dict[str, str]) -> str:
 def test_another_commit_is_checked_out_and_removed_again(repository: Path) -> None:
     one, two = git(repository, "rev-parse", "HEAD~1"), git(repository, "rev-parse", "HEAD")
     current = {"commit": two, "dirty": False, "diff_sha256": None}
-    with code_of({"commit": one, "dirty": False, "diff_sha256": None}, current) as code:
+    with checked_out_code({"commit": one, "dirty": False, "diff_sha256": None}, current) as code:
         tree = Path(code.environment["PYTHONPATH"].split(os.pathsep)[0])
         assert version(dict(code.environment)) == ade_harness.__version__ != "2.0.0"
         assert git(tree, "rev-parse", "HEAD") == one
         assert code.remarks == ()
     assert not tree.exists()
     assert len(git(repository, "worktree", "list").splitlines()) == 1
-    with code_of({"commit": two, "dirty": False, "diff_sha256": None}, current) as code:
+    with checked_out_code({"commit": two, "dirty": False, "diff_sha256": None}, current) as code:
         assert (code.environment, code.remarks) == ({}, ())
-    with code_of(
+    with checked_out_code(
         {"commit": two, "dirty": True, "diff_sha256": "1"}, {**current, "dirty": True, "diff_sha256": "1"}
     ) as code:
         assert (code.environment, code.remarks) == ({}, ())  # the very same uncommitted changes
-    with code_of({"commit": one, "dirty": True, "diff_sha256": "1"}, current) as code:
+    with checked_out_code({"commit": one, "dirty": True, "diff_sha256": "1"}, current) as code:
         assert "PYTHONPATH" in code.environment
         assert "uncommitted changes" in code.remarks[0]
-    with code_of({"commit": "f" * 40, "dirty": False}, current) as code:
+    with checked_out_code({"commit": "f" * 40, "dirty": False}, current) as code:
         assert code.environment == {}
         assert "no such commit" in code.remarks[0]
-    with code_of({"commit": None, "version": "0.1.0", "dirty": None}, current) as code:
+    with checked_out_code({"commit": None, "version": "0.1.0", "dirty": None}, current) as code:
         assert "installed version 0.1.0, without a commit" in code.remarks[0]
 
 

@@ -257,6 +257,10 @@ def test_a_background_channel_is_left_out(tmp_path: Path) -> None:
     config = {"model_type": "segformer", "id2label": {str(i): str(i) for i in range(151)}}
     write(tmp_path, config, {"do_reduce_labels": False})
     assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map == [None, *range(150)]
+    # of a data set of one's own, 151 channels may be its 151 classes
+    own = [f"dataset.{key}={tmp_path}" for key in ("root", "image_dir", "label_dir", "classes")]
+    of_folder = compose_config(["model=hf", f"model.id={tmp_path}", "dataset=folder", *own])
+    assert of_folder.model.class_map is None
     write(tmp_path, config, {"do_reduce_labels": True})
     assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map is None
 

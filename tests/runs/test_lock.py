@@ -17,7 +17,7 @@ import pytest
 from ade_harness.errors import HarnessError
 from ade_harness.runs import lock as module
 from ade_harness.runs.directory import PROGRESS
-from ade_harness.runs.live import LiveStatus
+from ade_harness.runs.live_status import LiveStatus
 from ade_harness.runs.lock import LOCK, RunLock, owner_state, read_lock
 from ade_harness.runtime.watchdog import Beat
 

@@ -43,9 +43,9 @@ def rank_of(words: list[str]) -> Callable[[], int]:
     from ade_harness.cli.launch import be_rank
     from ade_harness.config.compose import compose_config
     from ade_harness.config.composed import Composed
-    from ade_harness.evaluation.outcome import run_session
+    from ade_harness.evaluation.session import run_session
 
-    composed = Composed.of(compose_config(words))
+    composed = Composed.from_config(compose_config(words))
     return lambda: be_rank(composed.config, lambda found: run_session(composed, found))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch.distributed import DistNetworkError
 
-from ade_harness.runs.live import slow_ranks
+from ade_harness.runs.live_status import slow_ranks
 from ade_harness.runtime import watchdog as module
 from ade_harness.runtime.coordination import (
     Coordinator,
@@ -205,7 +205,7 @@ _LEAN = """
 import sys
 import threading
 import torch
-from ade_harness.runtime.lean import import_lightning
+from ade_harness.runtime.lazy_imports import import_lightning
 disable = torch.compiler.disable
 import_lightning()
 unused = {"torch._dynamo", "sympy", "matplotlib", "transformers", "scipy", "torchmetrics.classification"}
@@ -284,9 +284,9 @@ def test_what_is_put_off_is_there_when_asked_for(code: str) -> None:
 def test_a_lightning_that_asks_for_more_is_imported_as_it_is() -> None:
     code = """
 import sys, torch
-from ade_harness.runtime import lean
-lean._Plots.__getattr__ = lambda self, name: (_ for _ in ()).throw(AttributeError(name))  # as if plots had other names
-lean.import_lightning()
+from ade_harness.runtime import lazy_imports
+lazy_imports._Plots.__getattr__ = lambda self, name: (_ for _ in ()).throw(AttributeError(name))  # as if plots had other names
+lazy_imports.import_lightning()
 import lightning.pytorch as pl
 assert "matplotlib" in sys.modules and "torch._dynamo" in sys.modules
 print(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).world_size)

@@ -29,10 +29,10 @@ from ade_harness.tracking import session
 from ade_harness.tracking.attaching import NoSuchRunError, require_attachable
 from ade_harness.tracking.content import CurveContent, FailedContent
 from ade_harness.tracking.live import LiveRun
-from ade_harness.tracking.opening import Entry
 from ade_harness.tracking.run import _write, log_curve, read_tracking, run_id
 from ade_harness.tracking.session import Follower, Start, progress_row
 from ade_harness.tracking.upload import upload
+from ade_harness.tracking.wandb_run import Entry
 from tests.conftest import Done
 from tests.tracking.stub_server import StubServer, hang
 from tests.warm import WarmPopen
@@ -263,7 +263,7 @@ def test_a_rank_that_is_killed_ends_its_run(online: StubServer, tmp_path: Path) 
     code = (
         "import sys, time; from pathlib import Path\n"
         "from ade_harness.config.compose import compose_config\n"
-        "from ade_harness.tracking.live import LiveRun; from ade_harness.tracking.opening import Entry\n"
+        "from ade_harness.tracking.live import LiveRun; from ade_harness.tracking.wandb_run import Entry\n"
         "live = LiveRun(compose_config([]).tracking, Entry(Path(sys.argv[1]), 'evaluate', None, (), {}), 'live-killed')\n"
         "time.sleep(60)\n"
     )

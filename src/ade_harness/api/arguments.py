@@ -54,7 +54,7 @@ _ARGUMENTS = {
 """What is an argument from Python, and has no effect otherwise."""
 
 
-_OF_MEMORY = ("name", "input", "class_map", "class_names", "label", "published", "about", "parity")
+_IN_MEMORY_KEYS = ("name", "input", "class_map", "class_names", "label", "published", "about", "parity")
 """What `model.` says of a network in memory: what its input and its channels mean, and what is shown beside it."""
 
 
@@ -90,10 +90,10 @@ def option_overrides(
         group, _, field = str(key).partition(".")
         if group == "tracking" and not runs and value != "none":
             raise HarnessError(f"options: {key} has no effect: there is no run directory that W&B could show.")
-        if memory and group == "model" and field.partition(".")[0] not in _OF_MEMORY:
+        if memory and group == "model" and field.partition(".")[0] not in _IN_MEMORY_KEYS:
             raise HarnessError(
                 f"options: {key} has no effect: the model is in memory. Its options are"
-                f" {', '.join(f'model.{name}' for name in _OF_MEMORY)}."
+                f" {', '.join(f'model.{name}' for name in _IN_MEMORY_KEYS)}."
             )
         if function and key.startswith(("model.input", "model.class_map", "model.class_names")):
             raise HarnessError(f"options: {key} has no effect: the model is a function of an image to labels.")

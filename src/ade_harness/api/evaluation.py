@@ -41,20 +41,20 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
 from ade_harness.evaluation.job import describe_facts
-from ade_harness.evaluation.outcome import only_remarked
-from ade_harness.inference.opening import open_predictor
+from ade_harness.evaluation.session import warn_on_error
+from ade_harness.inference.factory import open_predictor
 from ade_harness.inference.predictor import Predictor
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import load_run
 from ade_harness.runs.ledger import LedgerWriter
-from ade_harness.runs.record import held, start_record
+from ade_harness.runs.record import holding_lock, start_record
 from ade_harness.runs.result import write_result
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.limits import usable_cores
-from ade_harness.runtime.progress import ProgressReporter
+from ade_harness.runtime.progress_bar import ProgressReporter
 from ade_harness.runtime.ranks import arithmetic_as_set
-from ade_harness.tracking.around import tracked
 from ade_harness.tracking.attaching import require_attachable
+from ade_harness.tracking.lifecycle import tracked
 from ade_harness.tracking.run import log_failure
 
 Labels = npt.NDArray[np.uint8]
@@ -167,7 +167,7 @@ def _evaluate(
         seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}
         record = start_record(as_dict(cfg), facts, opened.marks, seeds)
         console = make_console()
-        with held(record), tracked(cfg, console) as tracking:
+        with holding_lock(record), tracked(cfg, console) as tracking:
             tracking.begin(path, record.manifest)
             writer = LedgerWriter(path / LEDGER, opened.marks)
             try:
@@ -181,13 +181,13 @@ def _evaluate(
                 record.leave("incomplete", {"evaluate": why})
                 tracking.leave()
                 if cfg.tracking.kind == "wandb" and isinstance(error, Exception):
-                    with only_remarked(console, "W&B: not logged"):
+                    with warn_on_error(console, "W&B: not logged"):
                         log_failure(cfg.tracking, path, why)
                 raise
             write_result(result)
             record.finish(rows, result.timings(), result.marks, {})
             if cfg.tracking.kind == "wandb":
-                with only_remarked(console, "W&B: not logged"):
+                with warn_on_error(console, "W&B: not logged"):
                     tracking.finish(result, record.manifest)
     return Evaluation.of_result(result, tuple(rows), path)
 
@@ -284,7 +284,7 @@ def _in_ranks(
 
 def _without_resume(message: str) -> str:
     """Return a message without its advice to continue a run that cannot be."""
-    sentence = r"[^.\n]*\bkept\b[^.]*?\s*`?python -m\s+ade_harness resume .*"
+    sentence = r"[^.\n]*\b(?:kept|saved)\b[^.]*?\s*`?python -m\s+ade_harness resume .*"
     return re.sub(sentence, "", message).strip()
 
 

@@ -12,9 +12,9 @@ from ade_harness.api.arguments import model_overrides, option_overrides, place_o
 from ade_harness.api.predictors import Segmenter
 from ade_harness.api.state import callers_hydra, require_usual_device
 from ade_harness.config.compose import compose_config
-from ade_harness.data.opening import open_classes
+from ade_harness.data.factory import open_classes
 from ade_harness.errors import HarnessError
-from ade_harness.inference.opening import open_network
+from ade_harness.inference.factory import open_network
 
 
 def load_model(

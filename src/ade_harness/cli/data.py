@@ -26,7 +26,7 @@ from ade_harness.data.verify import VerifyReport, verify
 from ade_harness.errors import require
 from ade_harness.files.fetch import OFFICIAL_SHA1, OFFICIAL_URL, cache_dir, extract, fetch
 from ade_harness.runtime.console import make_console, print_line
-from ade_harness.runtime.progress import ProgressReporter
+from ade_harness.runtime.progress_bar import ProgressReporter
 
 _PROBLEMS_SHOWN = 50
 _T = TypeVar("_T")

@@ -115,7 +115,7 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
         require_data(config)
 
         def work(on_run_dir: Callable[[Path], None]) -> None:
-            WORK[command](Composed.of(config), on_run_dir)
+            WORK[command](Composed.from_config(config), on_run_dir)
 
         code, run_dir = launch(config, options.in_this_process, work, handed_over)
         ends.append((code, run_dir))

@@ -20,7 +20,7 @@ from ade_harness.runtime.cluster import (
     resolve_devices,
 )
 from ade_harness.runtime.console import print_error
-from ade_harness.runtime.lean import import_lightning
+from ade_harness.runtime.lazy_imports import import_lightning
 from ade_harness.runtime.lifetime import importing
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
 from ade_harness.runtime.supervisor import Supervisor, resume_command
@@ -104,7 +104,7 @@ def _supervise(config: Config, handed_over: Mapping[str, Any]) -> int:
     def handover(run_dir: str | None) -> str:
         """Return what ranks need; while it is made, they import."""
         if not composed:
-            composed.append(Composed.of(config))
+            composed.append(Composed.from_config(config))
         config.run.dir = run_dir or config.run.dir
         return composed[0].as_json(**handed_over)
 

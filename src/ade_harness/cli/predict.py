@@ -17,25 +17,25 @@ from ade_harness.cli.answer import Answer
 from ade_harness.config.compose import compose_config
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.data.containers import MAX_FILE_BYTES
+from ade_harness.data.factory import open_classes
 from ade_harness.data.labels import NO_CLASS
-from ade_harness.data.opening import open_classes
 from ade_harness.data.palettes import is_label_file
 from ade_harness.errors import HarnessError, require
 from ade_harness.files.atomic import replaced, write_json
 from ade_harness.files.documents import read_json
 from ade_harness.files.reading import read_regular
-from ade_harness.inference.opening import open_network
+from ade_harness.inference.factory import open_network
 from ade_harness.models.identity import state_hash
 from ade_harness.report.overlays import draw_prediction
 from ade_harness.runs.provenance import code_state
 from ade_harness.runtime.cluster import resolve_devices
 from ade_harness.runtime.console import make_console, print_error, print_fact, print_line
 from ade_harness.runtime.notes import EXIT_MESSAGE
-from ade_harness.runtime.progress import ProgressReporter
+from ade_harness.runtime.progress_bar import ProgressReporter
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _RECORD = "predictions.json"
-_OF_EVALUATIONS = ("run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images")
+_EVALUATION_ONLY = ("run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images")
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
 _SHOWN = 5
 
@@ -61,7 +61,7 @@ def run_predict(options: argparse.Namespace) -> Answer:
     output = Path(options.output).expanduser()
     files = list(_images([Path(path).expanduser() for path in paths], output))
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
-    idle = next((o for o in overrides if o.lstrip("+~").startswith(_OF_EVALUATIONS)), None)
+    idle = next((o for o in overrides if o.lstrip("+~").startswith(_EVALUATION_ONLY)), None)
     require(idle is None, f"{idle}: has no effect on predict. Remove it.")
     extra = Path(options.config_dir) if options.config_dir else None
     cfg = compose_config([*overrides, "tracking=none"], extra)

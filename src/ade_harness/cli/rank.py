@@ -19,7 +19,7 @@ from ade_harness.cli.main import guarded
 from ade_harness.cli.work import WORK
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import HANDOVER
-from ade_harness.runtime.lean import import_lightning
+from ade_harness.runtime.lazy_imports import import_lightning
 from ade_harness.runtime.lifetime import importing, leave
 from ade_harness.runtime.notes import note_done
 from ade_harness.runtime.orphans import exit_with_supervisor
@@ -40,7 +40,7 @@ def _run() -> int:
     path = Path(os.environ[HANDOVER])
     with importing():  # here, before anything is known: both kinds of work need it
         import_lightning()
-        import ade_harness.evaluation.outcome  # noqa: F401
+        import ade_harness.evaluation.session  # noqa: F401
     while not path.exists():
         time.sleep(_POLL_S)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

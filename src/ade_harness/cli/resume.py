@@ -64,7 +64,7 @@ def run_resume(options: argparse.Namespace) -> Answer:
     work = "probe" if manifest.get("kind") == PROBE else "evaluate"
     with _where_it_was_started(directory, config, path, options.overrides):
         code, run_dir = launch(
-            config, options.in_this_process, lambda found: WORK[work](Composed.of(config), found),
+            config, options.in_this_process, lambda found: WORK[work](Composed.from_config(config), found),
             {"work": work, "logging": None, "verbose": False},
         )  # fmt: skip
         return Answer((training_of if work == "probe" else score_of)(run_dir), code)

@@ -16,8 +16,8 @@ Work = Callable[[Composed, Callable[[Path], None]], None]
 
 
 def evaluate(composed: Composed, on_run_dir: Callable[[Path], None]) -> None:
-    """Evaluate; raises as :func:`ade_harness.evaluation.outcome.run_session`."""
-    from ade_harness.evaluation.outcome import run_session
+    """Evaluate; raises as :func:`ade_harness.evaluation.session.run_session`."""
+    from ade_harness.evaluation.session import run_session
 
     run_session(composed, on_run_dir)
 

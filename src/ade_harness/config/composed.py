@@ -21,7 +21,7 @@ class Composed:
     """Fields of its protocol that were changed: :func:`ade_harness.config.compose.protocol_changes`."""
 
     @staticmethod
-    def of(config: Config) -> Composed:
+    def from_config(config: Config) -> Composed:
         """Return a configuration with all that; composes its packaged files once more."""
         # here: ranks take what is composed, and need not import Hydra
         from ade_harness.config.compose import protocol_changes

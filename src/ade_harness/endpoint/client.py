@@ -23,7 +23,7 @@ _ALIVE_WITHIN_S = 10.0
 _QUOTED_CHARACTERS, _QUOTED_BYTES = 200, 4096
 _MAX_INFO_BYTES = 1 << 20
 _NO_INFO = (404, 405, 501)
-_OF_ALL_IMAGES = (401, 403, 404, 405, 407, 410)
+_FATAL_STATUSES = (401, 403, 404, 405, 407, 410)
 _TEXT = ("text/", "application/json", "application/problem+json", "application/xml")
 _ADVICE = {
     401: "model.http.token_env names the environment variable that holds the token.",
@@ -133,7 +133,7 @@ class Endpoint:
             if 200 <= reply.status < 300 or reply.status in accepted:
                 return reply
             problem, answered, retry_after = self._described(reply), True, _retry_after(reply)
-            if reply.status in _OF_ALL_IMAGES or 300 <= reply.status < 400:
+            if reply.status in _FATAL_STATUSES or 300 <= reply.status < 400:
                 self._give_up(f"{self.shown(name)}: {problem}. {_ADVICE.get(reply.status, '')}".rstrip())
             if reply.status != 429 and reply.status < 500:
                 raise HarnessError(f"{lead}: {problem}. {_ADVICE.get(reply.status, '')}".rstrip())

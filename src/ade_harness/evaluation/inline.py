@@ -21,8 +21,8 @@ from ade_harness import kernels
 from ade_harness.config.composed import Composed
 from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
+from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import Classes
-from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_images
 from ade_harness.evaluation.job import describe_marks

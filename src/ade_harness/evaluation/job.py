@@ -19,11 +19,11 @@ from ade_harness.config.schema import Config
 from ade_harness.data.ade20k import resized_images
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.dataset import SegmentationDataset
+from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import Classes
-from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
+from ade_harness.inference.factory import open_predictor
 from ade_harness.inference.memory import memory_warning
-from ade_harness.inference.opening import open_predictor
 from ade_harness.inference.predictor import Predictor
 from ade_harness.models.identity import state_hash
 from ade_harness.models.ops.deformable import FALLBACKS, implementation_of

@@ -27,12 +27,12 @@ from ade_harness.evaluation.score import Work, score
 from ade_harness.inference.forward import short_memory_named
 from ade_harness.metrics.counts import matrix_of
 from ade_harness.runs.directory import wait_to_see
-from ade_harness.runs.live import LiveStatus
-from ade_harness.runs.record import RunRecord, held
+from ade_harness.runs.live_status import LiveStatus
+from ade_harness.runs.record import RunRecord, holding_lock
 from ade_harness.runs.result import Result
 from ade_harness.runtime.balance import RankShare, measure_balance
 from ade_harness.runtime.coordination import agreed, all_reduce_sum, broadcast, gather
-from ade_harness.runtime.progress import reporter_for
+from ade_harness.runtime.progress_bar import reporter_for
 from ade_harness.runtime.ranks import RankCallback, Ranks, started_ranks
 
 
@@ -43,7 +43,7 @@ def evaluate(
     """Evaluate one model on one data set.
 
     Args:
-        composed: the configuration: ``Composed.of(compose_config([...]))``.
+        composed: the configuration: ``Composed.from_config(compose_config([...]))``.
         console: for progress.
         on_run_dir: called with the run directory as soon as it exists.
         on_record: called on rank 0 with the run's record, before the first image.
@@ -60,7 +60,7 @@ def evaluate(
     with started_ranks(cfg.runtime) as ranks:
         job = build_job(composed, ranks.coordinator, ranks.trainer.strategy.root_device.type)
         record = agreed(ranks.coordinator, "record", lambda: open_run(composed, job, ranks, console))
-        with held(record):
+        with holding_lock(record):
             run_dir, marks = broadcast((record.path, record.manifest["marks"]) if record else None)
             on_run_dir(run_dir)
             if record is not None:

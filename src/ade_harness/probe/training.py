@@ -1,24 +1,17 @@
-"""Train a linear head on a frozen backbone: Lightning's loop, crops by number, and a state that resumes bit for bit."""
+"""Train a linear head on a frozen backbone, from its data to its file."""
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shlex
-import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ade_harness.config.overrides import as_override_value, overrides_of
@@ -26,33 +19,26 @@ from ade_harness.config.plain import as_dict
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
-from ade_harness.data.labels import IGNORE_INDEX
-from ade_harness.data.opening import open_dataset
+from ade_harness.data.factory import open_dataset
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import discard, replaced, write_json, write_text
-from ade_harness.inference.forward import arithmetic_of
-from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
+from ade_harness.files.atomic import replaced, write_text
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.loading import load_for_probe
 from ade_harness.probe.crops import Crops, Share
-from ade_harness.probe.schedule import learning_rate
+from ade_harness.probe.module import HeadTraining
 from ade_harness.runs.directory import (
     LOSS,
-    MANIFEST,
     PROBE,
-    PROGRESS,
     flatten,
 )
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
 from ade_harness.runtime.limits import usable_cores
-from ade_harness.runtime.progress import ProgressReporter
-from ade_harness.runtime.ranks import Ranks, arithmetic_as_set, started_ranks
-from ade_harness.tracking.around import Tracking, tracked
+from ade_harness.runtime.ranks import arithmetic_as_set, started_ranks
+from ade_harness.tracking.lifecycle import Tracking, tracked
 
-HEAD, STATE = "head.safetensors", "state.pt"
-_TELL_EVERY_S = 2.0
+HEAD = "head.safetensors"
 _LOCAL_KEYS = ("save_every", "log_every")
 """Fields of a recipe that change no weight."""
 
@@ -95,13 +81,13 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         on_run_dir(run_dir)
         ranks.watchdog.note(run=str(run_dir))
         try:
-            training = _Training(cfg, recipe, model, ranks, run_dir, console)
+            training = HeadTraining(cfg, recipe, model, ranks, run_dir, console)
             _fit(training, cfg, recipe, dataset, model)
         finally:
             if record is not None:
                 record.lock.release()
         ranks.part()
-        return _finish(cfg, training, record.manifest, console, tracking) if record is not None else None
+        return _finish(cfg, training, record, console, tracking) if record is not None else None
 
 
 def _loaded(cfg: Config, recipe: ProbeConfig) -> LoadedModel:
@@ -168,152 +154,8 @@ def _open(
     return record
 
 
-class _Training(pl.LightningModule):
-    """The head alone is a part of this module: the backbone is neither trained, synchronised nor saved."""
-
-    def __init__(
-        self, cfg: Config, recipe: ProbeConfig, model: LoadedModel, ranks: Ranks, run_dir: Path, console: Console
-    ) -> None:
-        super().__init__()
-        assert isinstance(model.module, LinearSegmenter)
-        self.recipe, self.run_dir = recipe, run_dir
-        self.ranks = ranks
-        self._frozen = [model.module]  # in a list, so that it is no submodule
-        torch.manual_seed(recipe.seed)
-        untrained = model.module.head
-        self.head = LinearHead(untrained.norm.num_features, untrained.classifier.out_channels, recipe.dropout)
-        self._precision: str = cfg.inference.precision
-        self._saved = self._load()
-        self.first_step: int = self._saved["step"] if self._saved else 0
-        self.step = self.first_step
-        """Optimiser steps done."""
-        self.stopped = False
-        self._begun = self._told = time.monotonic()
-        self._losses: list[Tensor] = []
-        is_first = ranks.coordinator.rank == 0
-        self._reporter = (
-            ProgressReporter(console, recipe.iterations, self.first_step, unit="iterations", title="training")
-            if is_first
-            else None
-        )
-        if self.first_step and is_first:
-            console.print(f"continuing after {self.first_step:,} of {recipe.iterations:,} iterations")
-
-    def _load(self) -> dict[str, Any] | None:
-        path = self.run_dir / STATE
-        if not path.exists():
-            return None
-        try:
-            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            self.head.load_state_dict(saved["head"])
-        except (RuntimeError, OSError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise HarnessError(
-                f"{path}: is damaged ({str(error).splitlines()[0]}). Delete it to start again."
-            ) from error
-        return saved
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW as it was left."""
-        optimizer = torch.optim.AdamW(
-            self.head.parameters(),
-            lr=self.recipe.lr,
-            betas=(self.recipe.betas[0], self.recipe.betas[1]),
-            weight_decay=self.recipe.weight_decay,
-        )
-        if self._saved is not None:
-            optimizer.load_state_dict(self._saved["optimizer"])
-        return optimizer
-
-    def on_fit_start(self) -> None:
-        """Bring the backbone to the device."""
-        self.ranks.install_signals()
-        self._frozen[0].backbone.to(self.device).eval()
-        self._begun = time.monotonic()
-        if self._reporter is not None:
-            self._reporter.start()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the learning rate, and the random numbers of dropout: both depend on the step alone."""
-        optimizer: Any = self.optimizers()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.step)
-        torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * 1024 + self.global_rank)
-        self.ranks.watchdog.working_on(f"iteration {self.step + 1}")
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return arithmetic_of(self._precision, self.device.type)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean over all pixels of the crops, ignored ones as 0 (``avg_non_ignore=False``)."""
-        images, targets = batch
-        with torch.no_grad(), self._autocast():
-            features = self._frozen[0].features(images).float()
-        logits = F.interpolate(self.head(features), targets.shape[-2:], mode="bilinear", align_corners=False)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / targets.numel()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save, log, and look whether all are to stop."""
-        self.step += 1
-        self._losses.append(outputs["loss"].detach())
-        done = self.step == self.recipe.iterations
-        if self.step % self.recipe.log_every == 0 or done:
-            self._log()
-        stop = self.trainer.strategy.reduce_boolean_decision(self.ranks.coordinator.stopped, all=False)
-        self.ranks.watchdog.finished(1, 1.0, 0.0)
-        if self._reporter is not None:
-            self._reporter.update(self.step - self.first_step)
-            self._tell()
-        if self.step % self.recipe.save_every == 0 or stop or done:
-            self._save()
-        if stop and not done:
-            self.stopped = True
-            self.trainer.should_stop = True
-
-    def _tell(self) -> None:
-        """Write progress.json for `status` in other shells, every few seconds; an iteration counts as an image."""
-        now = time.monotonic()
-        if now - self._told < _TELL_EVERY_S:
-            return
-        self._told = now
-        done = self.step - self.first_step
-        rate = done / max(now - self._begun, 1e-9)
-        content: dict[str, Any] = {
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            "images": self.recipe.iterations,
-            "done": self.step,
-            "images_per_second": rate,
-            "seconds_left": (self.recipe.iterations - self.step) / rate,
-            "warnings": [],
-            "ranks": [],
-        }
-        with suppress(HarnessError):  # the state's own error says that the disk is full
-            write_text(self.run_dir / PROGRESS, json.dumps(content), durable=False)  # a sign of life, not a record
-
-    def _log(self) -> None:
-        loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
-        self._losses.clear()
-        if self.global_rank == 0:
-            row = {"step": self.step, "loss": float(loss), "lr": learning_rate(self.recipe, self.step - 1)}
-            with (self.run_dir / LOSS).open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def _save(self) -> None:
-        if self.global_rank != 0:
-            return
-        optimizer: Any = self.optimizers()
-        content = {"head": self.head.state_dict(), "optimizer": optimizer.optimizer.state_dict(), "step": self.step}
-        with replaced(self.run_dir / STATE) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
-
-    def close(self) -> None:
-        """Take the progress display away."""
-        if self._reporter is not None:
-            self._reporter.close()
-            discard(self.run_dir / PROGRESS)
-
-
 def _fit(
-    training: _Training, cfg: Config, recipe: ProbeConfig, dataset: SegmentationDataset, model: LoadedModel
+    training: HeadTraining, cfg: Config, recipe: ProbeConfig, dataset: SegmentationDataset, model: LoadedModel
 ) -> None:
     ranks = training.ranks
     if training.first_step >= recipe.iterations:
@@ -349,7 +191,8 @@ def _cut_log(path: Path, step: int) -> None:
         write_text(path, "".join(f"{line}\n" for line in rows))
 
 
-def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console: Console, tracking: Tracking) -> Path:
+def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Console, tracking: Tracking) -> Path:
+    manifest = record.manifest
     path = training.run_dir / HEAD
     weights = {f"head.{k}": v.detach().cpu().contiguous() for k, v in training.head.state_dict().items()}
     about = {
@@ -365,9 +208,7 @@ def _finish(cfg: Config, training: _Training, manifest: dict[str, Any], console:
             weights, temporary, metadata={"probe": json.dumps(about)}
         )  # one entry: the order of several is arbitrary
     rows = [json.loads(line) for line in (training.run_dir / LOSS).read_text().splitlines()]
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest |= {"status": "finished", "finished": now, "loss": rows[-1]["loss"], "iterations": training.step}
-    write_json(training.run_dir / MANIFEST, manifest)
+    record.finish_training(rows[-1]["loss"], training.step)
     for mark in manifest["marks"]:
         print_line(console, mark, style="yellow")
     begin = f"{rows[0]['loss']:.4f} -> " if len(rows) > 1 else ""

@@ -15,8 +15,8 @@ from PIL import Image
 from ade_harness.config.compose import stored_node
 from ade_harness.config.schema import DatasetConfig
 from ade_harness.data.dataset import Sample, SegmentationDataset
+from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
-from ade_harness.data.opening import open_dataset
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.counts import Row
 from ade_harness.metrics.regions import Regions, add_regions, find_regions

@@ -12,7 +12,7 @@ from rich.text import Text
 from ade_harness.runs.result import BESIDE, Result, per_class_rows
 from ade_harness.runtime.balance import Balance
 from ade_harness.runtime.console import percent, print_fact
-from ade_harness.runtime.progress import format_seconds
+from ade_harness.runtime.progress_bar import format_seconds
 
 _ROWS = (
     ("mIoU", "mIoU"),

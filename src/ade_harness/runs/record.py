@@ -69,9 +69,14 @@ class RunRecord:
         self.manifest.update(failures=dict(failures), marks=list(marks))
         write_json(self.path / MANIFEST, self.manifest)
 
+    def finish_training(self, loss: float, iterations: int) -> None:
+        """Note the end of a training: its last loss, and its optimiser steps."""
+        self.manifest.update(status="finished", finished=_now(), loss=loss, iterations=iterations)
+        write_json(self.path / MANIFEST, self.manifest)
+
 
 @contextmanager
-def held(record: RunRecord | None) -> Iterator[None]:
+def holding_lock(record: RunRecord | None) -> Iterator[None]:
     """Release a record's lock at the end; None, of the ranks that have no record, holds nothing."""
     try:
         yield

@@ -37,7 +37,7 @@ from ade_harness.runtime.cluster import (
 )
 from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
 from ade_harness.runtime.lifetime import exit_location
-from ade_harness.runtime.progress import ProgressReporter
+from ade_harness.runtime.progress_bar import ProgressReporter
 from ade_harness.runtime.queue import SharedItems
 from ade_harness.runtime.signals import handled_signals
 from ade_harness.runtime.watchdog import Watchdog

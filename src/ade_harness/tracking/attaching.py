@@ -7,8 +7,8 @@ from typing import Any
 
 from ade_harness.config.schema import TrackingConfig
 from ade_harness.errors import HarnessError, require
-from ade_harness.tracking.opening import PROJECT
 from ade_harness.tracking.upload import limits, user_settings, wandb_mode
+from ade_harness.tracking.wandb_run import PROJECT
 
 _TIMEOUT_S = 15
 

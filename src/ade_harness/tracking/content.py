@@ -18,12 +18,12 @@ from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
 from ade_harness.files.fetch import OFFICIAL_URL
 from ade_harness.metrics.confusion import Scores, mean_iou
 from ade_harness.metrics.counts import Row, matrix_of
-from ade_harness.report.figures import save_confusion_matrix
 from ade_harness.report.overlays import MASKS
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.result import Result, per_class_rows
-from ade_harness.tracking.opening import Entry
+from ade_harness.tracking.figures import save_confusion_matrix
+from ade_harness.tracking.wandb_run import Entry
 
 SCORES = tuple(field.name for field in fields(Scores))
 """Fractions 0..1, as in metrics.json."""

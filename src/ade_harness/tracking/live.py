@@ -17,9 +17,9 @@ from typing import IO, Any
 
 from ade_harness.config.schema import TrackingConfig
 from ade_harness.tracking.content import Content
-from ade_harness.tracking.opening import Entry
 from ade_harness.tracking.session import Start
 from ade_harness.tracking.upload import ended, environment
+from ade_harness.tracking.wandb_run import Entry
 
 EVERY_S = 10.0
 """Between two rows of the run's history."""

@@ -25,8 +25,8 @@ from ade_harness.runs.record import short_manifest
 from ade_harness.runs.result import Result
 from ade_harness.tracking.content import AddedContent, Content, CurveContent, FailedContent, FinishedContent
 from ade_harness.tracking.live import LiveRun
-from ade_harness.tracking.opening import Entry, open_run, staging
 from ade_harness.tracking.upload import Uploaded, limits, upload, wandb_mode
+from ade_harness.tracking.wandb_run import Entry, open_run, staging
 
 TRACKING = "tracking.json"
 """In the run directory: which W&B run it is."""

@@ -26,10 +26,10 @@ from ade_harness.errors import HarnessError
 from ade_harness.runs.directory import LEDGER
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.progress import read_losses, read_progress
-from ade_harness.runtime.progress import format_seconds
+from ade_harness.runtime.progress_bar import format_seconds
 from ade_harness.tracking.attaching import attached_run
 from ade_harness.tracking.content import Content
-from ade_harness.tracking.opening import Entry, open_run, staging, tags_of
+from ade_harness.tracking.wandb_run import Entry, open_run, staging, tags_of
 
 _ORPHAN_S = 30
 """How long an evaluation's run may take to end once the evaluation is gone."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k_labels import ade20k_classes
-from ade_harness.inference.opening import open_network
+from ade_harness.inference.factory import open_network
 from ade_harness.models.ops import deformable
 from ade_harness.models.ops.attention import attend, reference_operations
 from ade_harness.models.ops.deformable import (

@@ -28,7 +28,7 @@ class Code:
 
 
 @contextmanager
-def code_of(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Code]:
+def checked_out_code(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Code]:
     """Give the code that a run was made with, or this one and a remark.
 
     Args:

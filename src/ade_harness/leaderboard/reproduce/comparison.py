@@ -128,7 +128,7 @@ def _difference(one: Row, two: Row) -> ImageDifference:
     return ImageDifference(one.image_id, (moved + 1) // 2, one.valid_pixels)
 
 
-def what_differs(one: FinishedRun, two: FinishedRun) -> list[str]:
+def list_differences(one: FinishedRun, two: FinishedRun) -> list[str]:
     """Return what differs between two runs and can change bits: options, code, hashes, software.
 
     Args:

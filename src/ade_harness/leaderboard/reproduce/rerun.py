@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +21,8 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.files.escapes import escaped
 from ade_harness.files.fetch import cache_dir
-from ade_harness.leaderboard.reproduce.checkout import code_of
-from ade_harness.leaderboard.reproduce.comparison import LabelComparison, compare_runs, what_differs
+from ade_harness.leaderboard.reproduce.checkout import checked_out_code
+from ade_harness.leaderboard.reproduce.comparison import LabelComparison, compare_runs, list_differences
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems, is_bundle, read_declaration
 from ade_harness.models.checkpoint.public import hub_checkpoint, url_checkpoint
 from ade_harness.runs.directory import new_run_name
@@ -32,6 +31,7 @@ from ade_harness.runs.matching import match_runs
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import is_own
 from ade_harness.runs.trust import require_trust
+from ade_harness.runtime.cluster import gpu_count
 from ade_harness.runtime.console import print_fact, print_line
 
 EXIT_DIFFERENT = 3
@@ -78,7 +78,7 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
         own = trust or is_own(first.path, first.manifest)
         overrides = [*_fetched(source, first.config["model"]["kind"], overrides, own), *overrides]
     output = output or Path("runs") / new_run_name(f"{first.config['model']['name']}-again")
-    with code_of(first.manifest["code"], code_state()) as code:
+    with checked_out_code(first.manifest["code"], code_state()) as code:
         for remark in code.remarks:
             console.print(Text(f"Note: {remark}.", style="yellow"))
         command = _command(first, repeat, overrides, output)
@@ -92,7 +92,7 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
         )
         return done.returncode if done.returncode > 0 else 128 - done.returncode
     second = load_run(output)
-    comparison, changes = compare_runs(first, second), what_differs(first, second)
+    comparison, changes = compare_runs(first, second), list_differences(first, second)
     write_json(output / VERDICT, {"of": str(source), **comparison.as_dict(), "changes": changes})
     _print(console, comparison, changes, first, second)
     print_fact(console, "written", str(output / VERDICT))
@@ -156,7 +156,7 @@ def _command(first: FinishedRun, repeat: Sequence[str], overrides: Sequence[str]
     """Return the command that evaluates again; a later override of a key takes precedence."""
     given = {override.partition("=")[0]: override for override in [*repeat, *overrides]}
     device = first.manifest["device"]
-    if "runtime.accelerator" not in given and (device == "cpu" or torch.cuda.is_available()):
+    if "runtime.accelerator" not in given and (device == "cpu" or gpu_count() > 0):
         given["runtime.accelerator"] = f"runtime.accelerator={device}"
     given |= {"tracking": "tracking=none", "run.dir": f"run.dir={as_override_value(str(output))}"}
     return [sys.executable, "-m", "ade_harness", *given.values()]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes, usual_dataset
 from ade_harness.errors import HarnessError
-from ade_harness.models.checkpoint.key_tables import Table, known_keys, name_there, named_here, to_hub_names
+from ade_harness.models.checkpoint.key_tables import Table, count_mapped_keys, known_keys, name_there, to_hub_names
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.formats.transformers import load_into_transformers
 
@@ -69,7 +69,7 @@ class Family:
     def known(self, state: Mapping[str, Tensor]) -> int:
         """Return how many names of a state_dict the code base has that knows most of them."""
         names = self.prepare(state)
-        return max(max(known_keys(names, table), named_here(names, table)) for table in self.layouts.values())
+        return max(max(known_keys(names, table), count_mapped_keys(names, table)) for table in self.layouts.values())
 
     def _layout(self, state: Mapping[str, Tensor]) -> str:
         """Return which code base's names a state_dict has."""

@@ -87,7 +87,7 @@ def _named_here(target: str) -> re.Pattern[str]:
     return re.compile(pattern + r"\Z")
 
 
-def named_here(state: Iterable[str], table: Table) -> int:
+def count_mapped_keys(state: Iterable[str], table: Table) -> int:
     """Return how many keys have a name of the table's right."""
     patterns = [_named_here(row[1]) for row in table if row[1] is not None]
     return sum(any(p.match(key) for p in patterns) for key in state)

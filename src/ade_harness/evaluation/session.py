@@ -17,7 +17,7 @@ from ade_harness.report.terminal import print_result
 from ade_harness.runs.finished import load_run
 from ade_harness.runs.result import Result
 from ade_harness.runtime.console import Output, make_console, output, percent, print_fact, print_line
-from ade_harness.tracking.around import tracked
+from ade_harness.tracking.lifecycle import tracked
 
 
 def run_session(
@@ -42,7 +42,7 @@ def run_session(
         result, record = finished
         _show(cfg, console, result)
         if cfg.tracking.kind == "wandb":
-            with only_remarked(console, "W&B: not logged"):
+            with warn_on_error(console, "W&B: not logged"):
                 tracking.finish(result, record.manifest)
     return result
 
@@ -54,12 +54,12 @@ def _show(cfg: Config, console: Console, result: Result) -> None:
         print_fact(shown, "mIoU", percent(result.scores.mIoU))
         print_fact(shown, "run directory", str(result.run_dir))
     if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
-        with only_remarked(console, "no page"):
+        with warn_on_error(console, "no page"):
             _write_page(console, result.run_dir)
 
 
 @contextmanager
-def only_remarked(console: Console, what: str) -> Iterator[None]:
+def warn_on_error(console: Console, what: str) -> Iterator[None]:
     """Turn what fails into a remark: the result is on disk already, and neither it nor the exit code depend on this."""
     try:
         yield
