@@ -122,7 +122,7 @@ class OneJobLauncher(_CheckedLauncher):
         from ade_harness.runtime.console import Output, output
 
         arguments = ["evaluate", *job.overrides, *flags]  # its directory is its own: the jobs of an array do not meet
-        arguments += ["--json"] if output() is Output.stderr else []
+        arguments += {Output.stderr: ["--json"], Output.errors: ["--json", "--quiet"]}.get(output(), [])
         code = subprocess.run([sys.executable, "-m", "ade_harness", *arguments], check=False).returncode
         if code:
             from ade_harness.runtime.lifetime import CommandEnded

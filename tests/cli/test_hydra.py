@@ -87,6 +87,9 @@ def test_quiet_and_json(cli: Cli, tmp_path: Path) -> None:
     assert found["mIoU"] == json.loads((tmp_path / "a" / "metrics.json").read_text())["mIoU"]
     assert found["run"] == "b"
     assert "best classes" in done.err
+    done = cli(*QUICK, "dataset.images=2", "run.dir=c", "--json", "-q")
+    assert json.loads(done.out) == {**found, "run": "c"}
+    assert done.err == ""
     assert json.loads(cli("status", "b", "--json").out)["saved"] == 2
     assert len(json.loads(cli("models", "--json").out)["models"]) > 30
     assert json.loads(cli("compare", "a", "b", "--resamples", "100", "--json").out)["pairs"][0]["difference"] == 0
@@ -108,6 +111,7 @@ def test_a_sweep_goes_on_and_ends_with_one_table(cli: Cli, tmp_path: Path) -> No
         "model.kwargs.fail=true,false",
         "hydra.sweep.dir=all",
         "hydra.sweep.subdir=${hydra.job.num}",
+        "--json",
     )
     assert done.code == 2, done.err
     rows = json.loads((tmp_path / "all" / "sweep.json").read_text())
@@ -117,7 +121,8 @@ def test_a_sweep_goes_on_and_ends_with_one_table(cli: Cli, tmp_path: Path) -> No
     assert [row["state"] for row in csv.DictReader((tmp_path / "all" / "sweep.csv").open())] == [
         r["state"] for r in rows
     ]
-    assert "runs of this sweep" in done.out
+    assert "runs of this sweep" in done.err
+    assert json.loads(done.out) == {"sweep": ["all"], "runs": rows}
 
 
 def test_jobs_take_hydras_own_options_along(cli: Cli, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 import ade_harness as ade
 from ade_harness.data.ade20k_labels import ade20k_classes
 from tests.cli.test_cli import Call, one_message
+from tests.conftest import Done
 
 SMALL = {"dataset.images": 4, "metrics.resamples": 0}
 
@@ -209,3 +212,19 @@ def test_options_of_evaluations_are_refused_by_predict(call: Call, tmp_path: Pat
     Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(tmp_path / "a.jpg")
     for word in ("run.dir=x", "dataset.limit=3", "tracking=none"):
         one_message(call("predict", "model=demo", word, "a.jpg"), f"{word}: has no effect on predict")
+
+
+@pytest.mark.parametrize("words", [("predict", "PHOTOS", "--output=out"), ("runtime.supervise=false", "run.dir=run")])
+def test_a_model_that_leaves_silently_is_a_fault(
+    cli: Callable[..., Done], photos: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Without a supervisor nobody else would notice: exit code 0, and nothing done."""
+    (tmp_path / "leaving.py").write_text(
+        "import os\nimport torch\n\nclass Net(torch.nn.Module):\n    def forward(self, images):\n        os._exit(0)\n"
+    )
+    given = [str(photos) if word == "PHOTOS" else word for word in words]
+    options = [] if words[0] == "predict" else ["dataset.images=2", "tracking=none", "run.overlays=0"]
+    done = cli(*given, "model=custom", "model._target_=leaving.Net", "model.weights=random", *options)
+    assert done.code == 2, done.out + done.err
+    assert re.search(r"called os\._exit\(0\) at \S+leaving\.py:6, in forward: the work was not finished", done.err)
+    assert "Traceback" not in done.err

@@ -127,7 +127,9 @@ def test_resume_refuses_what_changed_and_shows_it(call: Call, words: list[str], 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["resume"], "resume: the following arguments are required: RUN"),
+        (["resume"], "resume: the following arguments are required: RUN. "),
+        (["resume", "--nope"], "resume: unrecognized arguments: --nope. "),
+        (["status", "--jsn"], "status: unrecognized arguments: --jsn. Did you mean '--json'?"),
         (["resume", "nowhere"], "nowhere: no such folder"),
         (["resume", "a", "b"], "'b': expected key=value"),
         (["status"], "status: the following arguments are required: RUN"),

@@ -253,7 +253,7 @@ def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started
 @pytest.mark.parametrize(
     ("ranks", "call", "code", "message"),
     [
-        (2, "sys.exit(0)", 2, r"error: the model, or a library of its, called sys\.exit\(0\) at \S+slow_model\.py:\d+, in forward"),
+        (2, "sys.exit(0)", 2, r"error: the model, or a library it uses, called sys\.exit\(0\) at \S+slow_model\.py:\d+, in forward"),
         (1, "os._exit(0)", 1, r"error: rank 0 on \S+ .* exited early with code 0 .*os\._exit\) while processing"),
         (2, "os._exit(0)", 1, r"error: rank 1 on \S+ .* exited early with code 0 .*os\._exit\) while processing"),
     ],

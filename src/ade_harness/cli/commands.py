@@ -238,9 +238,19 @@ COMMAND_NAMES = tuple(dict.fromkeys(command.name.split()[0] for command in COMMA
 
 
 class _Parser(argparse.ArgumentParser):
+    given: Sequence[str] = ()
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and know what was given for the message of a mistake."""
+        self.given = list(args or ())
+        return super().parse_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         _, _, name = self.prog.partition("ade_harness ")
         flags = [flag for action in self._actions for flag in action.option_strings]
+        if "arguments are required" in message:  # argparse looks for these first, and counts optional ones among them
+            unknown = [text for text in self.given if text.startswith("--") and text.partition("=")[0] not in flags]
+            message = f"unrecognized arguments: {' '.join(unknown)}" if unknown else message.replace(", key=value", "")
         unknown = message.removeprefix("unrecognized arguments: ").split()
         hint = did_you_mean(unknown[0], flags) if message.startswith("unrecognized") else ""
         raise HarnessError(f"{name}: {message}.{hint} `python -m ade_harness {name} --help` lists its options.")

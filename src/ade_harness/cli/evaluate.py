@@ -7,6 +7,7 @@ line holds here. ``hydra.run.dir`` and ``hydra.sweep.dir`` name where runs are w
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.hydra_errors import check_plugins, is_hydras, while_composing
 from ade_harness.cli.launch import launch
-from ade_harness.cli.sweep import NO_OTHER_PRIMARY, listed, sweeps
+from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, sweeps
 from ade_harness.cli.sweep import command as current_command
 from ade_harness.cli.work import WORK, score_of, training_of
 from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
@@ -143,15 +145,22 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
         current_command.reset(running)
         for sweep in sweeps[known:]:
             sweep.show()
+        if sweeps[known:] and options.json and sys.exc_info()[0] is not None:  # of a sweep with failures too
+            print(json.dumps(_of_sweeps(sweeps[known:]), indent=2))
     if errors:
         raise errors[0]
     code, run_dir = ends[-1] if ends else (0, None)
     if listed:
         return Answer({"jobs": listed}, code)
     if sweeps[known:]:
-        rows = [asdict(row) for sweep in sweeps[known:] for row in sweep.rows]
-        return Answer({"sweep": [str(sweep.folder) for sweep in sweeps[known:]], "runs": rows}, code)
+        return Answer(_of_sweeps(sweeps[known:]), code)
     return Answer((score_of if command == "evaluate" else training_of)(run_dir), code)
+
+
+def _of_sweeps(done: Sequence[Sweep]) -> dict[str, Any]:
+    """Return what ``--json`` prints of sweeps: their folders, and a row for each job."""
+    rows = [asdict(row) for sweep in done for row in sweep.rows]
+    return {"sweep": [str(sweep.folder) for sweep in done], "runs": rows}
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from ade_harness.runtime.cluster import (
 from ade_harness.runtime.console import print_error
 from ade_harness.runtime.lazy_imports import import_lightning
 from ade_harness.runtime.lifetime import importing
-from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED
-from ade_harness.runtime.supervisor import Supervisor, resume_command
+from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED, resume_command
+from ade_harness.runtime.supervisor import Supervisor
 from ade_harness.tracking.attaching import require_attachable
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.cli.commands import COMMANDS, find_command, overview, parser_of
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.console import OUTPUT, Output, print_error
+from ade_harness.runtime.lifetime import no_silent_exit
 from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE
 
 _TRACEBACK = "ADE_HARNESS_TRACEBACK"
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     if arguments is None:  # before Hydra writes its own arguments there; ranks inherit it
         os.environ[COMMAND] = json.dumps(["python", "-m", "ade_harness", *sys.argv[1:]])
-    return run_command(list(sys.argv[1:] if arguments is None else arguments), in_this_process=arguments is not None)
+        with no_silent_exit():
+            return run_command(list(sys.argv[1:]))
+    return run_command(list(arguments), in_this_process=True)
 
 
 def _open_streams() -> None:
@@ -120,7 +123,7 @@ def _output(options: argparse.Namespace) -> Iterator[None]:
     """Say to this process and to the ranks that it starts how much to print, and where."""
     before = {name: os.environ.get(name) for name in (OUTPUT, _TRACEBACK)}
     if options.json:
-        os.environ[OUTPUT] = Output.stderr
+        os.environ[OUTPUT] = Output.errors if options.quiet else Output.stderr
     elif options.quiet:
         os.environ[OUTPUT] = Output.quiet
     if options.verbose:

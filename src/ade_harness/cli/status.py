@@ -21,8 +21,8 @@ from ade_harness.runs.progress import read_losses, read_progress
 from ade_harness.runs.record import read_config
 from ade_harness.runs.shapes import METRICS
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
+from ade_harness.runtime.notes import resume_command
 from ade_harness.runtime.progress_bar import format_seconds
-from ade_harness.runtime.supervisor import resume_command
 
 
 def run_status(options: argparse.Namespace) -> Answer:

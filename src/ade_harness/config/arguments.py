@@ -89,7 +89,12 @@ def quote(value: str) -> str:
 
 def literal(value: str) -> str:
     """Return text in quotes that means itself: what looks like an interpolation in it is none."""
-    return quote(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+    return quote(without_interpolations(value))
+
+
+def without_interpolations(value: str) -> str:
+    """Return text for OmegaConf that means itself."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
 
 
 def _quoted(text: str, multirun: bool) -> str:

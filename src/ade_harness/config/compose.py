@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config.arguments import NODES, nearest, prepare
+from ade_harness.config.arguments import NODES, nearest, prepare, without_interpolations
 from ade_harness.config.fields import check_lists
 from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
 from ade_harness.config.inference import InferenceConfig
@@ -172,7 +172,7 @@ def _literal(value: Any) -> Any:
         return {key: _literal(below) for key, below in value.items()}
     if isinstance(value, list):
         return [_literal(below) for below in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    return without_interpolations(value) if isinstance(value, str) else value
 
 
 def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:

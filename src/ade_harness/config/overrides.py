@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import literal, prepare
 from ade_harness.config.compose import checked, compose_tree, packaged_choices, packaged_tree
-from ade_harness.config.plain import as_dict
+from ade_harness.config.plain import as_dict, flatten
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
 
@@ -100,19 +100,11 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the counts, by dotted keys."""
     flat: dict[str, Any] = {}
     for group in GROUPS:
-        _flatten(config[group], group, flat)
+        flat |= flatten(config[group], group)
     for key in (*RUNTIME, "run.on_error"):
         group, _, name = key.partition(".")
         flat[key] = config[group][name]
     return flat
-
-
-def _flatten(value: Any, prefix: str, flat: dict[str, Any]) -> None:
-    if isinstance(value, Mapping) and value:
-        for key, below in value.items():
-            _flatten(below, f"{prefix}.{key}", flat)
-    else:
-        flat[prefix] = value
 
 
 def _changes(base: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

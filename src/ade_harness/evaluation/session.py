@@ -49,7 +49,7 @@ def run_session(
 
 def _show(cfg: Config, console: Console, result: Result) -> None:
     print_result(console, result)
-    if output() == Output.quiet:
+    if output() in (Output.quiet, Output.errors):
         shown = make_console()
         print_fact(shown, "mIoU", percent(result.scores.mIoU))
         print_fact(shown, "run directory", str(result.run_dir))

@@ -119,6 +119,16 @@ class PlainLoader(_SafeLoader):
         return super().compose_node(parent, index)
 
 
+class _NoAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def yaml_text(content: Any, allow_unicode: bool = False) -> str:
+    """Return plain values as YAML in their order, repeated ones written out: the readers here accept no aliases."""
+    return str(yaml.dump(content, Dumper=_NoAliases, sort_keys=False, allow_unicode=allow_unicode))
+
+
 def _text(path: Path, maximum: int) -> str:
     try:
         return read_regular(path, maximum).decode("utf-8")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from ade_harness.config.overrides import as_override_value, overrides_of
-from ade_harness.config.plain import as_dict
+from ade_harness.config.plain import as_dict, flatten
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
@@ -29,7 +29,6 @@ from ade_harness.probe.module import HeadTraining
 from ade_harness.runs.directory import (
     LOSS,
     PROBE,
-    flatten,
 )
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.console import print_line

@@ -136,15 +136,3 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}.{key}" if prefix else key
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, name))
-        else:
-            flat[name] = value
-    return flat

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.counts import Row, matrix_of
+from ade_harness.runtime.notes import resume_command
 
 
 def check_exact(rows: Sequence[Row], total: npt.NDArray[np.int64], image_ids: Sequence[str]) -> None:
@@ -69,5 +70,5 @@ def incomplete(failures: Mapping[str, str], counted: int, images: int, run_dir: 
         "\n".join(shown)
         + more
         + f"\nNo score: {counted} of {images} images are counted. They are kept: after fixing this,"
-        f" `python -m ade_harness resume {run_dir}` does the rest; run.on_error=skip would leave out images that fail."
+        f" `{resume_command(run_dir)}` does the rest; run.on_error=skip would leave out images that fail."
     )

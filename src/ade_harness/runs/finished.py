@@ -20,6 +20,7 @@ from ade_harness.runs.directory import LEDGER, MANIFEST, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.progress import state_of
 from ade_harness.runs.shapes import CONFIG, FINISHED, METRICS
+from ade_harness.runtime.notes import resume_command
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,14 @@ def load_run(path: Path) -> FinishedRun:
     if manifest.get("status") != "finished":
         raise HarnessError(
             f"{path}: the run is not finished ({state_of(path, str(manifest.get('status')))})."
-            f" `python -m ade_harness resume {path}` ends it."
+            f" `{resume_command(path)}` ends it."
         )
     checked(manifest, FINISHED, str(path / MANIFEST))
     rows, broken = read_rows(path / LEDGER)
     if broken:
         raise HarnessError(
             f"{path / LEDGER / broken[0]}: damaged ({len(broken)} ledger files in all)."
-            f" `python -m ade_harness resume {path}` counts their images again."
+            f" `{resume_command(path)}` counts their images again."
         )
     recorded = manifest.get("ledger", {})
     found = hash_rows(rows)

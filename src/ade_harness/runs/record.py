@@ -10,23 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ade_harness.config.plain import flatten
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
-from ade_harness.files.documents import MAX_TEXT_BYTES, damaged, parse_yaml
+from ade_harness.files.documents import MAX_TEXT_BYTES, damaged, parse_yaml, yaml_text
 from ade_harness.files.reading import read_regular
 from ade_harness.metrics.counts import Row, hash_rows
-from ade_harness.runs.directory import (
-    MANIFEST,
-    PROBE,
-    SCHEMA_VERSION,
-    differences,
-    flatten,
-    is_new,
-    make_run_dir,
-    read_manifest,
-)
+from ade_harness.runs.directory import MANIFEST, PROBE, SCHEMA_VERSION, differences, is_new, make_run_dir, read_manifest
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, command_line, distributions, environment
 from ade_harness.runs.trust import is_signed, signature
@@ -153,13 +143,6 @@ def start_record(
         raise
 
 
-class _NoAliases(yaml.SafeDumper):
-    """Writes repeated values out: readers of run directories accept no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def _write_record(
     path: Path,
     lock: RunLock,
@@ -174,7 +157,7 @@ def _write_record(
     before: dict[str, Any] | None,
     changes: Sequence[str],
 ) -> RunRecord:
-    text = yaml.dump(config, Dumper=_NoAliases, sort_keys=False)
+    text = yaml_text(config)
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "status": "running",

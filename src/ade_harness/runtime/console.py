@@ -21,6 +21,7 @@ class Output(StrEnum):
     stdout = "stdout"
     stderr = "stderr"  # stdout is for one JSON object
     quiet = "quiet"  # results and errors only
+    errors = "errors"  # stdout is for one JSON object, and stderr for errors
 
 
 def output() -> Output:
@@ -43,7 +44,7 @@ def make_console(*, result: bool = True) -> Console:
     Args:
         result: whether what is printed is a result, which ``--quiet`` prints too.
     """
-    quiet = output() == Output.quiet and not result
+    quiet = output() == Output.errors or (output() == Output.quiet and not result)
     stderr = output() == Output.stderr
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _LOG_WIDTH

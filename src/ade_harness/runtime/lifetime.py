@@ -8,8 +8,11 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from ade_harness.errors import HarnessError
 
 
 @contextmanager
@@ -36,11 +39,38 @@ def exit_location(error: SystemExit) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     while frames and frames[-1].name == "exit" and "wandb" in frames[-1].filename:  # which puts its own in its place
         frames.pop()
+    return _exit_message(f"sys.exit({error.code!r})", frames)
+
+
+def _exit_message(call: str, frames: Sequence[traceback.FrameSummary]) -> str:
     place = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else ""
     return (
-        f"the model, or a library of its, called sys.exit({error.code!r}){place}: the evaluation was not finished. A"
-        " model has to return scores or raise an exception."
+        f"the model, or a library it uses, called {call}{place}: the work was not finished. A model has to return"
+        " scores or raise an exception."
     )
+
+
+@contextmanager
+def no_silent_exit() -> Iterator[None]:
+    """Refuse ``os._exit(0)`` in this process, by which a model would end a command as if all were well.
+
+    For a process without a supervisor, which would notice. Forked children end so as a rule, and may.
+
+    Raises:
+        HarnessError: where it is called, with its place.
+    """
+    process, leave_at_once = os.getpid(), os._exit
+
+    def refused(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == process:
+            raise HarnessError(_exit_message("os._exit(0)", traceback.extract_stack()[:-1]))
+        leave_at_once(status)
+
+    os._exit = refused
+    try:
+        yield
+    finally:
+        os._exit = leave_at_once
 
 
 def leave(code: int) -> None:

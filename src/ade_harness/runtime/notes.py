@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -62,3 +63,8 @@ def open_note() -> Note | None:
     """Return this rank's note to its supervisor, if it has one."""
     path = os.environ.get(SUPERVISED)
     return Note(Path(path)) if path else None
+
+
+def resume_command(run_dir: str | Path) -> str:
+    """Return the command that continues a run."""
+    return f"python -m ade_harness resume {shlex.quote(str(run_dir))}"

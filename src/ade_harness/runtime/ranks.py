@@ -310,7 +310,8 @@ def _connection_error(cfg: RuntimeConfig, reason: str) -> str:
         return (
             f"not all of the {world_size} ranks came to {place} within runtime.timeout_min={cfg.timeout_min:g} minutes"
             f" ({said}). Is the same command running on every node, with the same MASTER_ADDR and MASTER_PORT, and may"
-            f" they reach {host_name()} on this port?"
+            f" they reach {host_name()} on this port? Does every node start as many ranks (runtime.devices; auto: its"
+            " GPUs)?"
         )
     return (
         f"rank {rank} on {host_name()} cannot reach rank 0 at {place} within runtime.timeout_min={cfg.timeout_min:g}"

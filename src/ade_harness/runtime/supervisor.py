@@ -22,7 +22,16 @@ from typing import IO
 
 from ade_harness.files.atomic import replaced
 from ade_harness.runtime.cluster import HANDOVER, SUPERVISED, SUPERVISOR, Node, host_name
-from ade_harness.runtime.notes import DONE, EXIT_MESSAGE, EXIT_RANK_LOST, EXIT_STOPPED, NOTE_BYTES, SIBLING_DIED, Note
+from ade_harness.runtime.notes import (
+    DONE,
+    EXIT_MESSAGE,
+    EXIT_RANK_LOST,
+    EXIT_STOPPED,
+    NOTE_BYTES,
+    SIBLING_DIED,
+    Note,
+    resume_command,
+)
 
 _POLL_S = 0.05
 _END_GRACE_S = 12.0
@@ -313,8 +322,3 @@ def _obituary(rank: RankProcess, note: dict[str, str], run_dir: str | None) -> s
     else:
         lines.append("Its log is empty.")
     return "\n".join(lines)
-
-
-def resume_command(run_dir: str | Path) -> str:
-    """Return the command that continues a run."""
-    return f"python -m ade_harness resume {run_dir}"

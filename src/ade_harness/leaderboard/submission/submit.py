@@ -18,6 +18,7 @@ from ade_harness.config.kinds import Source, kind_of
 from ade_harness.config.overrides import PATHS
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
+from ade_harness.files.documents import yaml_text
 from ade_harness.files.fetch import file_hash
 from ade_harness.leaderboard.submission.bundle import RUN, bundle_problems
 from ade_harness.leaderboard.submission.declaration import (
@@ -32,6 +33,7 @@ from ade_harness.leaderboard.table import OTHER_DATASET, why_not_ranked
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.ledger import write_ledger
+from ade_harness.runtime.notes import resume_command
 
 _KEPT = (
     "schema", "status", "started", "finished", "marks", "code", "seeds", "environment", "device", "kernels", "model",
@@ -100,7 +102,7 @@ def run_problems(run: FinishedRun) -> list[str]:
         if why.startswith(OTHER_DATASET):
             advice = "evaluate the model on it (dataset=ade20k)"
         elif why.startswith("PARTIAL"):
-            advice = f"`python -m ade_harness resume {run.path}` does what failed; or leave dataset.limit and ids out"
+            advice = f"`{resume_command(run.path)}` does what failed; or leave dataset.limit and ids out"
         problems.append(f"{why}: {advice}.")
     if code["commit"] is None:
         problems.append("the run was made by an installed package, so there is no commit: evaluate in a git clone.")
@@ -146,20 +148,13 @@ def build(run: FinishedRun, output: Path, declaration: dict[str, Any], texts: Ma
             (folder / SCRIPT).chmod(0o755)
             names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
             declaration["files"] = {name: file_hash(folder / name, "sha256") for name in names}
-            write_text(
-                folder / DECLARATION, yaml.dump(declaration, Dumper=_NoAliases, sort_keys=False, allow_unicode=True)
-            )
+            write_text(folder / DECLARATION, yaml_text(declaration, allow_unicode=True))
             problems = bundle_problems(folder)
             if problems:  # what one cannot check oneself nobody can
                 raise HarnessError(f"{run.path}: its submission would not pass its check:\n" + listed(problems))
             shutil.move(folder, output)
     except OSError as error:
         raise HarnessError(f"{output}: cannot be written ({error.strerror or error}).") from error
-
-
-class _NoAliases(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def _write_run(run: FinishedRun, folder: Path, declaration: Mapping[str, Any]) -> None:
