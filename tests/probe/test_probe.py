@@ -24,7 +24,7 @@ from ade_harness.data.demo import open_demo
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.models.loading import load_model
-from ade_harness.probe import training
+from ade_harness.probe import module
 from ade_harness.probe.crops import Crops, Share, distort, make_crop
 from ade_harness.probe.schedule import learning_rate
 from ade_harness.runs.lock import RunLock
@@ -245,7 +245,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
         return learning_rate(recipe, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "learning_rate", interrupted)
+        patch.setattr(module, "learning_rate", interrupted)
         done = call("probe", *PROBE, "run.dir=parts")
     assert done.code == 2, done.out + done.err
     assert not (tmp_path / "parts/head.safetensors").exists()

@@ -167,7 +167,7 @@ def test_a_crash_of_the_models_code_shows_its_log(start: Callable[..., Started],
     done = start("runtime.devices=2", SLOW_MODEL_SECONDS="0").end()
     assert done.code == 128 + 6
     assert re.search(r"error: rank 1 on \S+ \(process \d+\) was killed by SIGABRT", done.err), done.err
-    assert "rank00001.log" in done.err or "It wrote nothing before." in done.err
+    assert "rank00001.log" in done.err or "Its log is empty." in done.err
 
 
 def test_an_unexpected_error_on_one_rank_ends_all(start: Callable[..., Started], work: Path) -> None:

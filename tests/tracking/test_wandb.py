@@ -512,13 +512,13 @@ def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeyp
     with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT is invalid and ignored"):
         assert wandb_upload.user_settings() == wandb_upload.UserSettings(notes="why")
     monkeypatch.setenv("WANDB_TAGS", "x" * 65 + ",ok")  # 64 characters are W&B's bound
-    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS cannot be understood"):
+    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS is invalid and ignored"):
         assert wandb_upload.user_settings().tags == ()
     bad, before = {"WANDB_PROJECT", "WANDB_TAGS"}, dict(os.environ)
     with wandb_upload.limits():  # wandb.init would read them too, and fail
         assert not bad & os.environ.keys()
     assert dict(os.environ) == before
-    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS cannot be understood"):
+    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS is invalid and ignored"):
         assert not bad & wandb_upload.environment().keys()  # of the process that speaks with the server
 
 

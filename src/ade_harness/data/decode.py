@@ -229,7 +229,7 @@ def check_label_kind(data: bytes, name: str, storage: LabelStorage) -> PngHeader
     if fits:
         return header
     what = {
-        GREY: f"grey with {depth} bits a pixel", COLOUR: "a colour image", COLOUR_ALPHA: "a colour image",
+        GREY: f"grey with {depth} bits per pixel", COLOUR: "a colour image", COLOUR_ALPHA: "a colour image",
         PALETTE: "a palette image", GREY_ALPHA: "grey with alpha",
     }.get(kind, f"of colour type {kind}")  # fmt: skip
     hint = ""

@@ -36,7 +36,7 @@ def write_report(
         run: what it shows.
         page: of the file.
         scenes: file of the images' scenes; None looks beside the images.
-        boundaries: look at boundaries and objects too, if all label maps were kept; 0.1 s an image.
+        boundaries: look at boundaries and objects too, if all label maps were kept; 0.1 s per image.
 
     Raises:
         HarnessError: the page cannot be written, or a file that it needs is damaged.
