@@ -506,6 +506,6 @@ def test_nothing_is_advised_that_cannot_be() -> None:
     )
     expected = "ADE_val_00000001: broken\nNo score: 3 of 4 images are counted."
     assert evaluation._without_resume(message) == expected
-    stopped = "Stopped. Completed images are saved; to resume:\n  python -m ade_harness resume /tmp/x/run"
+    stopped = "Stopped. Completed work is saved; to resume:\n  python -m ade_harness resume /tmp/x/run"
     assert evaluation._without_resume(stopped) == "Stopped."
     assert evaluation._without_resume("model=x: no such system.") == "model=x: no such system."

@@ -72,6 +72,17 @@ def frozen() -> nn.Module:
     return torch.jit.freeze(torch.jit.script(Colours().eval()))
 
 
+def test_a_program_is_the_network_that_it_holds() -> None:
+    program = torch.export.export(Colours().eval(), (torch.zeros(1, 3, 64, 48),))
+    settings = {"dataset": "demo", "limit": 2, "protocol": "original_size", "options": {"metrics.resamples": 0}}
+    settings["options"] |= {
+        "inference.resize.rule": "exact",
+        "inference.resize.height": 64,
+        "inference.resize.width": 48,
+    }
+    assert ade.evaluate(program, **settings).scores == ade.evaluate(program.module(), **settings).scores
+
+
 def exported() -> nn.Module:
     sides = {2: torch.export.Dim("h", min=8, max=4000), 3: torch.export.Dim("w", min=8, max=4000)}
     return torch.export.export(Colours().eval(), (torch.zeros(1, 3, 64, 48),), dynamic_shapes=(sides,)).module()

@@ -622,6 +622,8 @@ def test_a_system_by_its_name_means_ade20k(call: Call, tiny_ade: Path, tmp_path:
     assert config["dataset"]["root"] == "data/ADEChallengeData2016"
     assert yaml.safe_load(call(*words, "dataset=demo", "--cfg", "job").out)["dataset"]["kind"] == "demo"
     done = call("data", "verify")  # of what is found here
+    assert "pairs/s" in done.out
+    assert "pairs/s" not in call("data", "verify", "-q").out
     assert "data/ADEChallengeData2016: 7 of 2000 validation pairs" in done.out
 
 

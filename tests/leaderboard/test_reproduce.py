@@ -242,10 +242,12 @@ def test_another_commit_is_checked_out_and_removed_again(repository: Path) -> No
 
 @pytest.mark.slow
 def test_a_run_is_repeated_with_the_same_bits(demo: Path, cli: Callable[..., Done], tmp_path: Path) -> None:
-    done = cli("reproduce", demo, "--output", tmp_path / "again", "runtime.devices=2", "runtime.accelerator=cpu")
+    two_ranks = ["runtime.devices=2", "runtime.accelerator=cpu"]
+    done = cli("reproduce", demo, "--output", tmp_path / "again", *two_ranks, "--json")
     assert done.code == 0, done.err + done.out
-    assert "bit-identical: the label maps and counts of all 6 images are equal" in " ".join(done.out.split())
+    assert "bit-identical: the label maps and counts of all 6 images are equal" in " ".join(done.err.split())
     written = json.loads((tmp_path / "again/reproduction.json").read_text())
+    assert json.loads(done.out) == written
     assert written["bit_identical"] is True
     assert written["changes"] == []
     assert load_run(tmp_path / "again").ledger_hash == load_run(demo).ledger_hash

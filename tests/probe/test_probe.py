@@ -262,6 +262,35 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_training_after_its_iteration(
+    call: Callable[..., Done], tmp_path: Path, backbone: Path, number: signal.Signals
+) -> None:
+    """What was trained since the last save is saved, and the next row of the log is that of an undisturbed training."""
+    rare = ["probe.save_every=1000", "probe.log_every=8", "probe.iterations=60"]
+    command = [sys.executable, "-m", "ade_harness", "probe", *PROBE, *rare, "runtime.devices=2", "run.dir=parts"]
+    process = WarmPopen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    end = time.monotonic() + 90
+    while not (tmp_path / "parts/loss.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGINT: 2}[number], err
+    saved = json.loads((tmp_path / "parts/saved.json").read_text())["step"]
+    assert 8 <= saved < 60
+    found = call("status", "parts", "--json")
+    assert json.loads(found.out)["iterations"] == saved
+    again = subprocess.run([*command], cwd=tmp_path, text=True, capture_output=True, check=False, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing after {saved} of 60 iterations" in again.stdout
+    whole = subprocess.run([*command[:-1], "run.dir=whole"], cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert whole.returncode == 0, whole.stderr
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    first, second = (load_file(tmp_path / run / "head.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.slow
 def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> None:
     command = [sys.executable, "-m", "ade_harness", "probe", *PROBE, "runtime.devices=2", "probe.iterations=80"]
 

@@ -238,7 +238,7 @@ def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: P
         (["report", "nothing"], "nothing: no such folder"),
         (["report", runs["run"], "--nothing"], "unrecognized arguments: --nothing"),
         (["report", runs["run"], "--output"], "argument --output: expected one argument"),
-        (["report", runs["run"], "--output", tmp_path / "no" / "where.html"], "cannot be written"),
+        (["report", runs["run"], "--output", "/proc/no/where.html"], "/proc/no: the folder cannot be made"),
         (["report", runs["run"], "--output", "page.md"], "--output page.md: the page is HTML"),
         (["compare", runs["run"], runs["other"], "--output", "c.csv"], "--output c.csv: the page is HTML"),
         (["compare", runs["run"]], "compare needs 2 to 8 run directories"),

@@ -129,7 +129,7 @@ def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(cli: Callabl
     assert time.monotonic() - begin < 15
     assert process.returncode == 2, out + err
     assert "Traceback" not in err
-    assert err.count("Interrupted. Completed images are saved; to resume:") == 1
+    assert err.count("Interrupted. Completed work is saved; to resume:") == 1
     assert err.strip().splitlines()[-1] == "  python -m ade_harness resume run"
     assert not (tmp_path / "run/metrics.json").exists()
     kept = len(table(tmp_path / "run"))

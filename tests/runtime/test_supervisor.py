@@ -199,7 +199,7 @@ def test_sigterm_and_the_time_limits_signal_end_in_order(
     done = started.end()
     assert time.monotonic() - begin < 15
     assert done.code == 75, done.err
-    assert "Stopped. Completed images are saved; to resume:\n  python -m ade_harness resume run" in done.err
+    assert "Stopped. Completed work is saved; to resume:\n  python -m ade_harness resume run" in done.err
     assert "Traceback" not in done.err
     assert 3 <= len(table(started.run)) < IMAGES
     again = cli("resume", "run", SLOW_MODEL_SECONDS="0")

@@ -139,7 +139,7 @@ def test_requeued_jobs_continue(
     assert len(json.loads((run / "manifest.json").read_text())["earlier"]) == 1
     text = output(work)
     if how == "signal":
-        assert "Stopped. Completed images are saved" in text
+        assert "Stopped. Completed work is saved" in text
         assert f"job {job} is requeued, and continues there." in text
         assert "continuing: 0 images" not in text
     assert "continuing: " in text

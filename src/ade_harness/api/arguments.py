@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
         raise HarnessError(
             f"model is a {type(model).__name__}"
             f"{f' ({model.__name__}): pass an object of it' if isinstance(model, type) else ''}; expected an nn.Module,"
-            " the name of a system, a path, or a function from an image to labels."
+            " the name of a system, a path (an ONNX graph goes as its .onnx file), or a function from an image to"
+            " labels."
         )
     else:
         kind = type(getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
@@ -151,6 +153,12 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
             raise HarnessError("checkpoint: load it into the network before: net.load_state_dict(...).")
         overrides.append(f"model.checkpoint={as_override_value(str(checkpoint))}")
     return overrides
+
+
+def as_network(model: Any) -> Any:
+    """Return a program of ``torch.export`` as the module that it is; anything else as it is."""
+    exporting: Any = sys.modules.get("torch.export")  # what holds such a program has imported it
+    return model.module() if exporting is not None and isinstance(model, exporting.ExportedProgram) else model
 
 
 def in_memory(model: Model) -> bool:

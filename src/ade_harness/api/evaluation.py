@@ -20,6 +20,7 @@ from torch import nn
 
 from ade_harness.api.arguments import (
     Model,
+    as_network,
     in_memory,
     is_tracked,
     model_overrides,
@@ -114,6 +115,7 @@ def evaluate(
         HarnessError: nothing was scored; the message names the file, key or image, and what to do.
     """
     whole_number("devices", devices, 1)
+    model = as_network(model)
     for name, value in (("dataset", dataset), ("protocol", protocol)):
         if not isinstance(value, str) and not (value is None and name == "protocol"):
             raise HarnessError(f"{name}={value!r}: expected a name, such as {_NAMES[name]!r}.")

@@ -72,22 +72,22 @@ def _download_copy(console: Console, folder: Path, options: argparse.Namespace) 
     given = [name for name in ("url", "sha1", "zip_only") if getattr(options, name)]
     require(not given, f"--{', --'.join(given).replace('_', '-')}: of the archive; leave it out with --source hub.")
     repository = options.repository or REPOSITORY
-    root = _watched(console, "writing", lambda on_pair: write_copy(folder, repository=repository, on_pair=on_pair))
-    report = _watched(console, "checking", lambda on_pair: verify(root, "validation", on_pair))
+    root = _watched("writing", lambda on_pair: write_copy(folder, repository=repository, on_pair=on_pair))
+    report = _watched("checking", lambda on_pair: verify(root, "validation", on_pair))
     _print_report(console, report)
     print_line(console, f"use it with: dataset=ade20k dataset.root={root}")
     content = {"root": str(root), "repository": repository, "intact": report.is_whole}
     return Answer(content, 0 if report.is_whole else 2)
 
 
-def _watched(console: Console, title: str, work: Callable[[Callable[[int, int], None]], _T]) -> _T:
+def _watched(title: str, work: Callable[[Callable[[int, int], None]], _T]) -> _T:
     """Do something that reports pairs, under a progress bar."""
     reporter: ProgressReporter | None = None
 
     def on_pair(done: int, total: int) -> None:
         nonlocal reporter
         if reporter is None:
-            reporter = ProgressReporter(console, total, unit="pairs", title=title)
+            reporter = ProgressReporter(make_console(result=False), total, unit="pairs", title=title)
             reporter.start()
         reporter.update(done)
 
@@ -108,7 +108,7 @@ def run_verify(options: argparse.Namespace) -> Answer:
     given = options.root or os.environ.get("ADE20K_ROOT")
     places = default_data_roots()
     root = Path(given).expanduser() if given else next((p for p in places if p.exists()), places[0])
-    report = _watched(console, "checking", lambda on_pair: verify(root, options.split, on_pair))
+    report = _watched("checking", lambda on_pair: verify(root, options.split, on_pair))
     _print_report(console, report)
     content = {
         "root": str(report.root), "split": report.split, "pairs": report.pairs, "expected": report.expected,

@@ -7,12 +7,13 @@ line holds here. ``hydra.run.dir`` and ``hydra.sweep.dir`` name where runs are w
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -131,16 +132,8 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     listed.clear()
     check_plugins()
     try:
-        with _arguments(options, overrides):
+        with _explained(options), _arguments(options, overrides):
             job()
-    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
-        if isinstance(error, UNREADABLE) and not while_composing(error):
-            raise
-        raise HarnessError(explain(error, options.overrides)) from error
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) or not is_hydras(error):
-            raise
-        raise HarnessError(explain(error, options.overrides)) from error
     finally:  # also after jobs that failed
         current_command.reset(running)
         for sweep in sweeps[known:]:
@@ -155,6 +148,26 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     if sweeps[known:]:
         return Answer(_of_sweeps(sweeps[known:]), code)
     return Answer((score_of if command == "evaluate" else training_of)(run_dir), code)
+
+
+@contextmanager
+def _explained(options: argparse.Namespace) -> Iterator[None]:
+    """Turn errors of Hydra's into one message; those of the work pass."""
+    try:
+        with redirect_stderr(io.StringIO()) if options.package else nullcontext():  # Hydra prints a line of its own
+            yield
+    except SystemExit as end:
+        if not (options.package and end.code):
+            raise
+        raise HarnessError(f"--package {options.package}: no such part. `--cfg job` prints the whole.") from end
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+        if isinstance(error, UNREADABLE) and not while_composing(error):
+            raise
+        raise HarnessError(explain(error, options.overrides)) from error
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) or not is_hydras(error):
+            raise
+        raise HarnessError(explain(error, options.overrides)) from error
 
 
 def _of_sweeps(done: Sequence[Sweep]) -> dict[str, Any]:

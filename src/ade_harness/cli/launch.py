@@ -42,7 +42,7 @@ def print_resume_hint(why: str) -> None:
     if not _current_run:
         print_error(f"\n{why}: no image was evaluated.")
     else:
-        print_error(f"\n{why}. Completed images are saved; to resume:\n  {resume_command(_current_run[-1])}")
+        print_error(f"\n{why}. Completed work is saved; to resume:\n  {resume_command(_current_run[-1])}")
 
 
 def launch(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import json_safe
+from ade_harness.files.atomic import json_safe, with_folder
 from ade_harness.leaderboard.table import (
     METRICS,
     find_runs,
@@ -54,7 +54,7 @@ def run_leaderboard(options: argparse.Namespace) -> Answer:
     for why in excluded[:5]:
         print_line(console, f"  {why}", style="dim")
     for output in options.output:
-        write_output(Path(output).expanduser(), entries)
+        write_output(with_folder(Path(output).expanduser()), entries)
         print_fact(console, "written", output)
     return Answer({"rows": [asdict(e) for metric in METRICS for e in ranked(entries, metric)], "excluded": excluded})
 
@@ -123,4 +123,5 @@ def run_reproduce(options: argparse.Namespace) -> Answer:
 
     output = Path(options.output).expanduser() if options.output else None
     source = Path(options.source).expanduser()
-    return Answer(code=reproduce(make_console(), source, output, options.overrides, options.trust))
+    code, content = reproduce(make_console(), source, output, options.overrides, options.trust)
+    return Answer(content, code)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError
+from ade_harness.files.atomic import with_folder
 from ade_harness.metrics.bootstrap import LEVEL, RESAMPLES
 from ade_harness.report.pages import COMPARISON_PAGE, PAGE, write_comparison_page, write_report
 from ade_harness.report.ranking import MAX_RUNS, print_ranking, rank_runs, ranking_content
@@ -58,7 +59,7 @@ def _page(given: str | Path) -> Path:
     path = Path(given).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
         raise HarnessError(f"--output {given}: the page is HTML, expected a name that ends in .html.")
-    return path
+    return with_folder(path)
 
 
 def _fetched(name: str) -> Path:

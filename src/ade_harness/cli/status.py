@@ -14,7 +14,7 @@ from rich.table import Table
 from ade_harness.cli.answer import Answer
 from ade_harness.files.documents import checked, read_json
 from ade_harness.files.escapes import one_line
-from ade_harness.runs.directory import LEDGER, MANIFEST, PROBE, read_manifest
+from ade_harness.runs.directory import LEDGER, MANIFEST, PROBE, SAVED, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LOCK, at_work, owner_state, read_lock
 from ade_harness.runs.progress import read_losses, read_progress
@@ -80,7 +80,9 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     print_fact(console, "state", state)
     old = manifest["identity"].get("probe.iterations")  # of a version that kept the configuration there too
     total = old if old is not None else read_config(path, manifest)["probe"]["iterations"]
-    print_fact(console, "trained", f"{last['step']:,} of {total:,} iterations")
+    file = path / SAVED  # trainings of earlier versions have none, and those that have not saved yet
+    saved = read_json(file, {"step": int})["step"] if file.exists() and state != "finished" else last["step"]
+    print_fact(console, "trained" if state == "finished" else "saved", f"{saved:,} of {total:,} iterations")
     progress = read_progress(path) if state.startswith("running") else None
     if progress is not None:
         left = progress["seconds_left"]
@@ -97,7 +99,7 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     content = {
         "run": str(path),
         "state": state,
-        "iterations": last["step"],
+        "iterations": saved,
         "of": total,
         "loss": last["loss"],
         "progress": progress,

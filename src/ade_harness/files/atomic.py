@@ -81,3 +81,16 @@ def json_safe(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [json_safe(v) for v in content]
     return str(content) if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def with_folder(path: Path) -> Path:
+    """Return a path after its folder was made.
+
+    Raises:
+        HarnessError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"{path.parent}: the folder cannot be made ({error.strerror or error}).") from error
+    return path

@@ -74,7 +74,8 @@ def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:
         _checked(found, what)
     if not isinstance(found, Tensor) or found.ndim != 4:
         got = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
-        hint = " Labels are integers: .long()." if isinstance(found, Tensor) and found.ndim == 3 else ""
+        flat = isinstance(found, Tensor) and found.ndim == 3
+        hint = " Labels are integers: .long(); scores have a batch dimension: [None]." if flat else ""
         raise HarnessError(f"{what}: the model returned {got}, expected logits [N, C, h, w].{hint}")
     return found
 

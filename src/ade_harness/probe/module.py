@@ -20,14 +20,16 @@ from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import discard, replaced, write_text
+from ade_harness.files.atomic import discard, replaced, write_json, write_text
 from ade_harness.inference.forward import arithmetic_of
 from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.probe.schedule import learning_rate
-from ade_harness.runs.directory import LOSS, PROGRESS
+from ade_harness.runs.directory import LOSS, PROGRESS, SAVED
+from ade_harness.runtime.coordination import gather
 from ade_harness.runtime.progress_bar import ProgressReporter
 from ade_harness.runtime.ranks import Ranks
+from ade_harness.runtime.uninterrupted import uninterrupted
 
 STATE = "state.pt"
 _TELL_EVERY_S = 2.0
@@ -59,7 +61,9 @@ class HeadTraining(pl.LightningModule):
         """Optimiser steps done."""
         self.stopped = False
         self._begun = self._told = time.monotonic()
-        self._losses: list[Tensor] = []
+        before = (self._saved or {}).get("losses", [])  # states of earlier versions have none
+        mine = before[ranks.coordinator.rank] if ranks.coordinator.rank < len(before) else []
+        self._losses = [torch.tensor(loss) for loss in mine]
         is_first = ranks.coordinator.rank == 0
         self._reporter = (
             ProgressReporter(console, recipe.iterations, self.first_step, unit="iterations", title="training")
@@ -96,11 +100,15 @@ class HeadTraining(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the backbone to the device."""
-        self.ranks.install_signals()
         self._frozen[0].backbone.to(self.device).eval()
+        self._losses = [loss.to(self.device) for loss in self._losses]
         self._begun = time.monotonic()
         if self._reporter is not None:
             self._reporter.start()
+
+    def on_train_start(self) -> None:
+        """Take signals back from Lightning, and let the iteration end before: all since the last save would be lost."""
+        self.ranks.install_signals(between_steps=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate, and the random numbers of dropout: both depend on the step alone."""
@@ -168,12 +176,18 @@ class HeadTraining(pl.LightningModule):
                 file.write(json.dumps(row) + "\n")
 
     def _save(self) -> None:
+        losses = gather([float(loss) for loss in self._losses])  # of each rank, since the last row of the log
         if self.global_rank != 0:
             return
         optimizer: Any = self.optimizers()
-        content = {"head": self.head.state_dict(), "optimizer": optimizer.optimizer.state_dict(), "step": self.step}
-        with replaced(self.run_dir / STATE) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
+        content = {
+            "head": self.head.state_dict(), "optimizer": optimizer.optimizer.state_dict(), "step": self.step,
+            "losses": losses,
+        }  # fmt: skip
+        with uninterrupted():
+            with replaced(self.run_dir / STATE) as temporary, temporary.open("wb") as file:
+                torch.save(content, file)
+            write_json(self.run_dir / SAVED, {"step": self.step})  # for `status`, which does without torch
 
     def close(self) -> None:
         """Take the progress display away."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from ade_harness.config.overrides import as_override_value, overrides_of
@@ -21,7 +20,8 @@ from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.factory import open_dataset
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import replaced, write_text
+from ade_harness.files.atomic import write_text
+from ade_harness.files.tensors import write_tensors
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.loading import load_for_probe
 from ade_harness.probe.crops import Crops, Share
@@ -202,10 +202,7 @@ def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Con
         "demo": manifest["dataset"]["name"] == "demo",
         "backbone_sha256": manifest["model"].get("sha256"),
     }
-    with replaced(path) as temporary:
-        save_file(
-            weights, temporary, metadata={"probe": json.dumps(about)}
-        )  # one entry: the order of several is arbitrary
+    write_tensors(path, weights, {"probe": json.dumps(about)})  # one entry: the order of several is arbitrary
     rows = [json.loads(line) for line in (training.run_dir / LOSS).read_text().splitlines()]
     record.finish_training(rows[-1]["loss"], training.step)
     for mark in manifest["marks"]:

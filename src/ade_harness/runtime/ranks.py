@@ -53,7 +53,7 @@ class Ranks:
     trainer: pl.Trainer
     coordinator: Coordinator
     watchdog: Watchdog
-    install_signals: Callable[[], None]
+    install_signals: Callable[..., None]
 
     def part(self) -> None:
         """Let every rank go its own way: nothing is exchanged after this."""

@@ -17,7 +17,7 @@ END_SOON = {signal.SIGUSR1: "asked to stop before a time limit"}
 
 
 @contextmanager
-def handled_signals(coordinator: Coordinator) -> Iterator[Callable[[], None]]:
+def handled_signals(coordinator: Coordinator) -> Iterator[Callable[..., None]]:
     """Handle signals in this context, and give them back after it.
 
     The reason reaches the other ranks through ``coordinator.asked``. SIGINT and SIGTERM raise KeyboardInterrupt, once:
@@ -25,13 +25,18 @@ def handled_signals(coordinator: Coordinator) -> Iterator[Callable[[], None]]:
 
     Yields:
         A function that installs the handlers again: Lightning puts its own in place, whose handler for SIGTERM waits
-        for the other ranks in a collective.
+        for the other ranks in a collective. With ``between_steps=True`` the first SIGINT or SIGTERM from then on lets
+        the present step end, after which the caller looks at ``coordinator.stopped``; a second one ends now.
     """
-    ending = False
+    ending = waits = asked = False
 
     def end_now(number: int, _: FrameType | None) -> None:
-        nonlocal ending
+        nonlocal ending, asked
         if ending:
+            return
+        if waits and not asked:
+            asked = True
+            coordinator.asked = END_NOW[signal.Signals(number)]
             return
         ending = True
         coordinator.asked = END_NOW[signal.Signals(number)]
@@ -50,12 +55,14 @@ def handled_signals(coordinator: Coordinator) -> Iterator[Callable[[], None]]:
 
     handlers = {**dict.fromkeys(END_NOW, end_now), **dict.fromkeys(END_SOON, end_soon), SIBLING_DIED: sibling_died}
 
-    def install() -> None:
+    def install(between_steps: bool = False) -> None:
+        nonlocal waits
+        waits = between_steps
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
     if threading.current_thread() is not threading.main_thread():  # only there Python takes signals
-        yield lambda: None
+        yield lambda between_steps=False: None
         return
     before = {number: signal.getsignal(number) for number in handlers}
     install()

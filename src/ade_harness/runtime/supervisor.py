@@ -197,7 +197,7 @@ class Supervisor:
 
     def _final(self, ending: Ending) -> int:
         if ending.code not in (0, EXIT_MESSAGE) and self.run_dir is not None and self.received is None:
-            self.say(f"No score. Completed images are saved; to resume:\n  {resume_command(self.run_dir)}")
+            self.say(f"No score. Completed work is saved; to resume:\n  {resume_command(self.run_dir)}")
         return ending.code
 
     def _on_signal(self, number: int, _: object) -> None:

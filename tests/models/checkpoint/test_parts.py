@@ -340,6 +340,10 @@ def test_what_convert_refuses(cli: Callable[..., Done], tmp_path: Path) -> None:
             convert(tmp_path / file, tmp_path / "out.safetensors", Choice())
     with pytest.raises(HarnessError, match=r"ends in \.safetensors"):
         convert(tmp_path / "w.pth", tmp_path / "out.pth", Choice())
+    with pytest.raises(HarnessError, match=r"out\.safetensors: there is no folder .*/nowhere\. Make it first"):
+        convert(tmp_path / "w.pth", tmp_path / "nowhere/out.safetensors", Choice(weights="model"))
+    with pytest.raises(HarnessError, match=r"^/proc/out\.safetensors: cannot be written \(.*I/O error"):
+        convert(tmp_path / "w.pth", Path("/proc/out.safetensors"), Choice(weights="model"))
     done = cli("convert", "w.pth", "out.safetensors", "--weights", "ema", "--json")
     assert done.code == 0, done.err
     answer = json.loads(done.out)

@@ -42,8 +42,10 @@ _PLACES = (*PATHS, "model.id", "model.url", "model.source", "model.http.", "runt
 _SHOWN = 12
 
 
-def reproduce(console: Console, source: Path, output: Path | None, overrides: Sequence[str], trust: bool) -> int:
-    """Repeat a run or a submission and say whether the bits agree; returns 0 if they do, else `EXIT_DIFFERENT`.
+def reproduce(
+    console: Console, source: Path, output: Path | None, overrides: Sequence[str], trust: bool
+) -> tuple[int, dict[str, Any] | None]:
+    """Repeat a run or a submission and say whether the bits agree.
 
     Args:
         console: where to print.
@@ -51,6 +53,9 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
         output: of the new run, which continues one that was interrupted; None makes one below runs/.
         overrides: where things are on this machine (``dataset.root=...``, ``runtime.devices=8``).
         trust: also a submission that names code or an environment variable of this machine.
+
+    Returns:
+        The exit code, 0 if they do, else `EXIT_DIFFERENT` or the run's; what reproduction.json holds, if the run ended.
 
     Raises:
         HarnessError: it cannot be repeated: see the message. The exit code of a repetition that fails is passed on.
@@ -90,13 +95,14 @@ def reproduce(console: Console, source: Path, output: Path | None, overrides: Se
             console,
             f"The repetition ended with exit code {done.returncode}. The same command with --output {output} goes on.",
         )
-        return done.returncode if done.returncode > 0 else 128 - done.returncode
+        return (done.returncode if done.returncode > 0 else 128 - done.returncode), None
     second = load_run(output)
     comparison, changes = compare_runs(first, second), list_differences(first, second)
-    write_json(output / VERDICT, {"of": str(source), **comparison.as_dict(), "changes": changes})
+    content = {"of": str(source), **comparison.as_dict(), "changes": changes}
+    write_json(output / VERDICT, content)
     _print(console, comparison, changes, first, second)
     print_fact(console, "written", str(output / VERDICT))
-    return 0 if comparison.bit_identical else EXIT_DIFFERENT
+    return (0 if comparison.bit_identical else EXIT_DIFFERENT), content
 
 
 def _read(source: Path) -> FinishedRun:

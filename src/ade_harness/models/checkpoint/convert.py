@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ade_harness.errors import HarnessError, require
-from ade_harness.files.atomic import replaced
 from ade_harness.files.fetch import file_hash
+from ade_harness.files.tensors import write_tensors
 from ade_harness.models.checkpoint.files import ARRAYS_ONLY, StateDict, from_numpy
 from ade_harness.models.checkpoint.parts import Choice, Part, take_part
 
@@ -108,11 +107,8 @@ def convert(file: Path, output: Path, choice: Choice) -> tuple[Part, list[str], 
     content, left = _read(file)
     part = take_part(_opened(content), file, choice)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in part.state.items()}  # none share memory
-    try:
-        with replaced(output) as unfinished:
-            save_file(tensors, unfinished, {"format": "pt"})
-    except OSError as error:
-        raise HarnessError(f"{output}: cannot be written ({error.strerror or error}).") from error
+    require(output.absolute().parent.is_dir(), f"{output}: there is no folder {output.parent}. Make it first.")
+    write_tensors(output, tensors, {"format": "pt"})
     return part, left, file_hash(output, "sha256")
 
 
