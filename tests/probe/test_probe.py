@@ -269,7 +269,17 @@ def test_a_signal_ends_a_training_after_its_iteration(
     """What was trained since the last save is saved, and the next row of the log is that of an undisturbed training."""
     rare = ["probe.save_every=1000", "probe.log_every=8", "probe.iterations=60"]
     command = [sys.executable, "-m", "ade_harness", "probe", *PROBE, *rare, "runtime.devices=2", "run.dir=parts"]
-    process = WarmPopen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def start(words: list[str]) -> subprocess.Popen[str]:
+        return WarmPopen(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(words: list[str]) -> tuple[str, str]:
+        done = start(words)
+        out, err = done.communicate(timeout=120)
+        assert done.returncode == 0, err
+        return out, err
+
+    process = start(command)
     end = time.monotonic() + 90
     while not (tmp_path / "parts/loss.jsonl").exists() and time.monotonic() < end:
         time.sleep(0.01)
@@ -280,11 +290,9 @@ def test_a_signal_ends_a_training_after_its_iteration(
     assert 8 <= saved < 60
     found = call("status", "parts", "--json")
     assert json.loads(found.out)["iterations"] == saved
-    again = subprocess.run([*command], cwd=tmp_path, text=True, capture_output=True, check=False, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert f"continuing after {saved} of 60 iterations" in again.stdout
-    whole = subprocess.run([*command[:-1], "run.dir=whole"], cwd=tmp_path, text=True, capture_output=True, check=False)
-    assert whole.returncode == 0, whole.stderr
+    again, _ = run(command)
+    assert f"continuing after {saved} of 60 iterations" in again
+    run([*command[:-1], "run.dir=whole"])
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     first, second = (load_file(tmp_path / run / "head.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(first[k], second[k]) for k in first)
