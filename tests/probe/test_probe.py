@@ -290,6 +290,8 @@ def test_a_signal_ends_a_training_after_its_iteration(
     assert 8 <= saved < 60
     found = call("status", "parts", "--json")
     assert json.loads(found.out)["iterations"] == saved
+    if number == signal.SIGINT:
+        return  # how it goes on does not depend on the signal
     again, _ = run(command)
     assert f"continuing after {saved} of 60 iterations" in again
     run([*command[:-1], "run.dir=whole"])
