@@ -52,6 +52,6 @@ def asked_anew() -> Iterator[None]:
     """Let each test ask whether kernels can be used, which a process asks once."""
     from ade_harness import kernels
 
-    kernels.why_not.cache_clear()
+    kernels.unavailable_reason.cache_clear()
     yield
-    kernels.why_not.cache_clear()
+    kernels.unavailable_reason.cache_clear()

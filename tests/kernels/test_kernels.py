@@ -416,7 +416,7 @@ def test_a_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HarnessError, match=r"runtime\.kernels=triton: cannot be used \(RuntimeError: Failed to find C"):
         kernels.select("triton", "cuda")
     monkeypatch.undo()
-    kernels.why_not.cache_clear()
+    kernels.unavailable_reason.cache_clear()
     monkeypatch.setattr(implementation("numba_cpu"), "agrees_with_torch", lambda: False)
     chosen, reason = kernels.selection("auto", "cpu")
     assert chosen is reference
@@ -452,7 +452,7 @@ def test_a_gpu_without_memory_is_no_reason_for_other_kernels(monkeypatch: pytest
     broken = implementation("numba_cpu")
     monkeypatch.setattr(importlib, "import_module", lambda _: broken)
     with pytest.raises(HarnessError, match=r"GPU 3 has 0\.5 of 32\.0 GiB free, too little"):
-        kernels.why_not("triton_gpu", 3)
+        kernels.unavailable_reason("triton_gpu", 3)
 
 
 def test_a_gpu_takes_all_channels_of_an_ordinary_image_at_once() -> None:

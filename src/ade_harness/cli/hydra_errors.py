@@ -1,4 +1,4 @@
-"""Errors of Hydra's, told from those of the work that it runs."""
+"""Which errors are Hydra's own, and which come from the job that it runs."""
 
 from __future__ import annotations
 

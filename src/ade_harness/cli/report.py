@@ -26,7 +26,7 @@ def run_report(options: argparse.Namespace) -> Answer:
     console = make_console()
     run = load_run(Path(options.run).expanduser())
     page = _page(options.output or run.path / PAGE)
-    write_report(console, run, page, options.scenes)
+    write_report(console, run, with_folder(page), options.scenes)
     _print_page(console, page)
     return Answer({"page": str(page)})
 
@@ -49,7 +49,7 @@ def run_compare(options: argparse.Namespace) -> Answer:
         raise HarnessError(f"--resamples={resamples}: expected a number from 100 up.")
     ranking = rank_runs(runs, resamples, 0, LEVEL)
     print_ranking(console, ranking, LEVEL)
-    write_comparison_page(page, ranking, LEVEL)
+    write_comparison_page(with_folder(page), ranking, LEVEL)
     _print_page(console, page)
     return Answer({"page": str(page), **ranking_content(ranking, LEVEL)})
 
@@ -59,7 +59,7 @@ def _page(given: str | Path) -> Path:
     path = Path(given).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
         raise HarnessError(f"--output {given}: the page is HTML, expected a name that ends in .html.")
-    return with_folder(path)
+    return path
 
 
 def _fetched(name: str) -> Path:

@@ -76,7 +76,7 @@ def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
     reason = None
     if module is not None:
         gpu = torch.cuda.current_device() if device_type == "cuda" and torch.cuda.is_available() else None
-        reason = why_not(module, gpu)
+        reason = unavailable_reason(module, gpu)
         if reason is None:
             found = importlib.import_module(f"ade_harness.kernels.{module}")
             return cast(Kernels, found), found.shortcoming() if choice == "auto" else None
@@ -87,7 +87,7 @@ def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
 
 
 @cache
-def why_not(module: str, gpu: int | None) -> str | None:
+def unavailable_reason(module: str, gpu: int | None) -> str | None:
     """Return why an implementation cannot be used here; None if it can.
 
     It is asked once in a process: each attempt would start a compiler anew, and a second answer would change the

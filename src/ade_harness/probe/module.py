@@ -110,6 +110,10 @@ class HeadTraining(pl.LightningModule):
         """Take signals back from Lightning, and let the iteration end before: all since the last save would be lost."""
         self.ranks.install_signals(between_steps=True)
 
+    def on_train_end(self) -> None:
+        """From now on a signal ends at once again: there is no step to wait for."""
+        self.ranks.install_signals()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate, and the random numbers of dropout: both depend on the step alone."""
         optimizer: Any = self.optimizers()
