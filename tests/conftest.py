@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.hydra_mode import leave_out_modes
 from tests.warm import WarmPopen, stop_server
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,6 +36,7 @@ for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, signal.default_int_handler if _signal == signal.SIGINT else signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
+leave_out_modes()
 
 
 def pytest_configure() -> None:

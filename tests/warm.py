@@ -138,8 +138,9 @@ def stop_server() -> None:
 
 def main(name: str) -> None:
     """Import everything; then fork a process for each request until the tests are gone."""
-    del sys.path[0]
+    sys.path[0] = str(Path(__file__).parents[1])
     import_all()
+    del sys.path[0]
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("\0" + name)
     listener.listen(64)
@@ -190,6 +191,9 @@ def import_all() -> None:
     compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar
     registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
     registry.cpu_target.target_context.refresh()
+    from tests.hydra_mode import leave_out_modes
+
+    leave_out_modes()
     assert threading.active_count() == 1
     gc.freeze()
     gc.enable()

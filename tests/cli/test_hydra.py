@@ -8,24 +8,40 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 from ade_harness.cli.sweep import Sweep, SweepJob
 from ade_harness.config.arguments import prepare
 from ade_harness.config.compose import compose_config
+from ade_harness.config.files import conf_dir
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import Scores
 from tests.cli.test_cli import FAST, Call, one_message
 from tests.conftest import Done
+from tests.hydra_mode import leave_out_modes, read_modes
 
 Cli = Callable[..., Done]
 QUICK = (*FAST, "metrics.resamples=0", "run.overlays=0", "runtime.workers=0")
 HARD = "/data/épreuve/ep=99-step=8, v2 (1)/it's #1; {x} [y].ckpt"
+
+
+@pytest.fixture(autouse=True)
+def _modes_are_read() -> Iterator[None]:
+    read_modes()
+    yield
+    leave_out_modes()
+
+
+def test_the_packages_files_set_no_mode() -> None:
+    """Which is why `tests/hydra_mode.py` may leave out to ask."""
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        assert compose("config", return_hydra_config=True).hydra.mode is None
 
 
 def test_cfg_and_its_options(call: Call) -> None:
@@ -254,6 +270,9 @@ def test_a_run_in_a_hard_place_is_made_continued_and_shown(call: Call, tmp_path:
     done = call("resume", place)
     assert done.code == 0, done.err
     assert "finished" in call("status", place).out
+    told = json.loads(call("status", place, "--json").out)
+    metrics = json.loads((tmp_path / place / "metrics.json").read_text())
+    assert (told["state"], told["mIoU"], told["marks"]) == ("finished", metrics["mIoU"], metrics["marks"])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

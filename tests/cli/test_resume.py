@@ -214,6 +214,8 @@ def test_a_failing_image_is_reported_with_all_others_counted(
     assert manifest["status"] == "incomplete"
     assert sorted(manifest["failures"]) == ["ADE_val_00001001", "ADE_val_00001004"]
     shown = call("status", "run").out
+    told = json.loads(call("status", "run", "--json").out)
+    assert (told["mIoU"], list(told["failures"])) == (None, list(manifest["failures"]))
     assert "incomplete" in shown
     assert "ADE_val_00001004" in shown
 

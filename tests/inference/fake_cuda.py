@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ade_harness import kernels
 from ade_harness.config.compose import compose_config
@@ -128,6 +129,45 @@ class Watch(TorchDispatchMode):
         return out
 
 
+class Repeated:
+    """A network's forward that does anew what depends on shapes, and repeats what it did for a shape.
+
+    A shape that comes for the second time is computed once more, since a network may keep what the first pass made for
+    it; the passes of one shape after that are what the second was: as many operators, as much memory, the same outputs.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Any], beside: Seen, inside: Seen) -> None:
+        self.forward, self.seen = forward, (beside, inside)
+        self.passes: Counter[tuple[int, ...]] = Counter()
+        self.done: dict[tuple[int, ...], tuple[list[Counter[str]], int, Any]] = {}
+        self.repeats = False
+        """Whether a shape came again, and was computed again."""
+
+    def __call__(self, images: Tensor) -> Any:
+        shape = tuple(images.shape)
+        self.passes[shape] += 1
+        beside, inside = self.seen
+        if self.passes[shape] > 1 and (self.passes[shape] > 2 or self.repeats):
+            operators, grown, outputs = self.done[shape]
+            beside.peak = max(beside.peak, beside.now + grown)
+            for seen, counted in zip(self.seen, operators, strict=True):
+                seen.operators += counted
+            return tree_map(lambda t: torch.empty_strided(t[0], t[1], dtype=t[2], device=CUDA), outputs, is_leaf=_is_layout)
+        self.repeats |= self.passes[shape] == 2
+        before, peak, begun = [Counter(seen.operators) for seen in self.seen], beside.peak, beside.now
+        beside.peak = beside.now
+        out = self.forward(images)
+        operators = [seen.operators - old for seen, old in zip(self.seen, before, strict=True)]
+        layouts = tree_map(lambda t: (tuple(t.shape), t.stride(), t.dtype), out)
+        self.done[shape] = operators, beside.peak - begun, layouts
+        beside.peak = max(beside.peak, peak)
+        return out
+
+
+def _is_layout(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], torch.dtype)
+
+
 def fake_network(cfg: Config, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
     """Return a system's network at true size whose parameters are fake CUDA tensors."""
     architecture: Any = OmegaConf.to_container(OmegaConf.structured(cfg.model)).get("architecture")
@@ -175,9 +215,9 @@ def run(words: list[str], size: tuple[int, int] = (512, 683), half: bool = False
             with Watch(inside):
                 return forward(images.to(torch.bfloat16) if half else images)
 
-        network.forward = watched  # type: ignore[method-assign]
         target = torch.empty(size, dtype=torch.uint8, device=CUDA)
         with outer:
+            network.forward = Repeated(watched, beside, inside)  # type: ignore[method-assign]
             [prediction] = predictor.predict(
                 [dataclasses.replace(image, pixels=pixels)], CUDA, Stopwatch(torch.device("cpu"))
             )

@@ -166,11 +166,12 @@ def test_a_secret_in_the_environment_stays_there(
             "label: demo network", "label: ${oc.env:MY_SECRET}"
         )
     )
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
     stranger()
     said = ""
     for words in (
         ("report", "run"),
-        ("compare", "run", "run"),
+        ("compare", "run", "other"),
         ("status", "run"),
         ("leaderboard", "run"),
         ("resume", "run"),

@@ -114,8 +114,8 @@ COMMANDS = (
             Argument("--sort", metavar="COLUMN", help="such as mIoU; default: by date"),
             Argument("--reverse", action="store_true", help="sort in descending order"),
             Argument(
-                "--where", action="append", default=[], metavar="COLUMN=VALUE",
-                help="only matching runs; * in VALUE is a wildcard; != negates; repeatable",
+                "--where", action="append", default=[], metavar="CONDITION",
+                help="only matching runs: COLUMN=VALUE (* is a wildcard), !=, <, <=, > or >=, such as mIoU>0.4; repeatable",
             ),
             Argument(
                 "--output", action="append", default=[], metavar="FILE",
@@ -202,7 +202,7 @@ COMMANDS = (
     Command(
         "data verify", "read every pair and check it against the official list", "data:run_verify",
         (
-            Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, or the cache"),
+            Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, ./data, or the cache"),
             Argument("--split", default="validation", choices=("validation", "training"), help="of the data set"),
         ),
     ),

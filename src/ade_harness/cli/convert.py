@@ -15,7 +15,8 @@ from ade_harness.runtime.console import make_console, print_fact
 def run_convert(options: argparse.Namespace) -> Answer:
     """Write the weights of a file as safetensors; raises as :func:`ade_harness.models.checkpoint.convert.convert`."""
     file, output = Path(options.file).expanduser(), Path(options.output).expanduser()
-    choice = Choice(options.prefix, None if options.weights is None else CheckpointWeights(options.weights))
+    weights = None if options.weights is None else CheckpointWeights(options.weights)
+    choice = Choice(options.prefix, weights, prefix_option="--prefix ", weights_option="--weights ")
     part, left, digest = convert(file, output, choice)
     console = make_console()
     print_fact(console, "written", f"{output} ({len(part.state)} tensors)")

@@ -43,7 +43,7 @@ def run_compare(options: argparse.Namespace) -> Answer:
         )
     console = make_console()
     page = _page(options.output or COMPARISON_PAGE)
-    runs = [load_run(_fetched(name)) for name in options.runs]
+    runs = [load_run(path) for path in _distinct([_fetched(name) for name in options.runs])]
     resamples = RESAMPLES if options.resamples is None else options.resamples
     if resamples < 100:
         raise HarnessError(f"--resamples={resamples}: expected a number from 100 up.")
@@ -52,6 +52,15 @@ def run_compare(options: argparse.Namespace) -> Answer:
     write_comparison_page(with_folder(page), ranking, LEVEL)
     _print_page(console, page)
     return Answer({"page": str(page), **ranking_content(ranking, LEVEL)})
+
+
+def _distinct(paths: list[Path]) -> list[Path]:
+    """Return run directories as they are; raises HarnessError where one stands twice, by whatever name."""
+    for number, path in enumerate(paths):
+        for other in paths[:number]:
+            if path.resolve() == other.resolve():
+                raise HarnessError(f"{path}: given twice ({other} is the same directory). Name each run once.")
+    return paths
 
 
 def _page(given: str | Path) -> Path:

@@ -6,9 +6,13 @@ import argparse
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
+from operator import ge, gt, le, lt
 from pathlib import Path
+from typing import Any
 
 from rich.box import HORIZONTALS
 from rich.table import Table
@@ -71,14 +75,30 @@ def _column(name: str) -> str:
 
 
 def _matches(row: RunRow, condition: str) -> bool:
-    """Whether a run fits ``column=value`` or ``column!=value``; a value may hold ``*``."""
-    from fnmatch import fnmatchcase
+    """Whether a run fits ``column=value``, where a value may hold ``*``, or a comparison; what is unknown fits none.
 
-    name, equals, value = condition.partition("=")
-    require(bool(equals), f"--where {condition}: expected COLUMN=VALUE, such as model=segformer_b0.")
-    other = name.endswith("!")
-    found = getattr(row, _column(name.removesuffix("!")))
-    return fnmatchcase("" if found is None else str(found), value) != other
+    Raises:
+        HarnessError: another form of condition, no such column, or text and number compared in order.
+    """
+    parts = _CONDITION.fullmatch(condition)
+    if parts is None:
+        raise HarnessError(f"--where {condition}: expected COLUMN=VALUE, such as model=segformer_b0, or mIoU>0.4.")
+    name, operator, value = parts.groups()
+    found = getattr(row, _column(name.strip()))
+    if operator in ("=", "!="):
+        return fnmatchcase("" if found is None else str(found), value.strip()) == (operator == "=")
+    if found is None:
+        return False
+    if isinstance(found, str):
+        return _ORDERS[operator](found, value.strip())  # dates are in ISO 8601, whose order is that of text
+    try:
+        return _ORDERS[operator](found, float(value))
+    except ValueError as error:
+        raise HarnessError(f"--where {condition}: {name.strip()} is a number, and {value.strip()!r} is none.") from error
+
+
+_CONDITION = re.compile(r"([^=!<>]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+_ORDERS: dict[str, Callable[[Any, Any], bool]] = {"<": lt, "<=": le, ">": gt, ">=": ge}
 
 
 def _cells(row: RunRow) -> dict[str, str]:

@@ -42,6 +42,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     total = manifest["dataset"]["images"]
     holder = read_lock(path / LOCK)
     state = run_state(manifest.get("status") or "running", holder, progress)
+    miou = read_json(path / "metrics.json", METRICS)["mIoU"] if state == "finished" else None
     for mark in manifest.get("marks") or ():
         print_line(console, one_line(mark), style="bold yellow")
     print_fact(console, "state", state)
@@ -59,13 +60,14 @@ def run_status(options: argparse.Namespace) -> Answer:
         for warning in progress["warnings"]:
             print_line(console, f"warning: {one_line(warning)}", style="yellow")
         console.print(_ranks(progress["ranks"]))
-    elif state == "finished":
-        print_fact(console, "mIoU", percent(read_json(path / "metrics.json", METRICS)["mIoU"]))
+    elif miou is not None:
+        print_fact(console, "mIoU", percent(miou))
     else:
         print_fact(console, "continue", resume_command(path))
     content = {
         "run": str(path), "state": state, "saved": len(rows), "images": total, "damaged_files": len(damaged),
-        "progress": progress if state.startswith("running") else None,
+        "progress": progress if state.startswith("running") else None, "mIoU": miou,
+        "marks": list(manifest.get("marks") or ()), "failures": dict(manifest.get("failures") or {}),
     }  # fmt: skip
     return Answer(content)
 
@@ -103,6 +105,7 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
         "of": total,
         "loss": last["loss"],
         "progress": progress,
+        "marks": list(manifest.get("marks") or ()),
     }
     return Answer(content)
 

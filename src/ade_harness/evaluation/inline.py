@@ -28,13 +28,12 @@ from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_
 from ade_harness.evaluation.job import describe_marks
 from ade_harness.evaluation.module import refuse_nan
 from ade_harness.evaluation.recorder import row_of
-from ade_harness.evaluation.score import describe_costs
+from ade_harness.evaluation.score import advice, describe_costs, require_labelled
 from ade_harness.inference.predictor import Predictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.confidence import count_confidence
 from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.counts import Row
-from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.runs.exactness import check_exact, check_rows
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.result import Result, summarise
@@ -193,12 +192,7 @@ def conclude(
     matrix: Matrix = np.sum([part.matrix for part in counted], axis=0)
     check_rows(rows, opened.sizes)
     check_exact(rows, matrix, dataset.ids)
-    if not matrix.any():
-        raise HarnessError(
-            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to score."
-            " Are these the annotations of this data set?"
-        )
-    advice = None if opened.predictor.facts().get("weights") == "random" else diagnose(rows, dataset.classes)
+    require_labelled(matrix, len(rows))
     seconds = max(part.seconds for part in counted)
     shares = [
         RankShare(rank, host_name(), len(part.rows), part.seconds, part.seconds) for rank, part in enumerate(counted)
@@ -206,7 +200,7 @@ def conclude(
     result = summarise(
         composed.config, run_dir, dataset, rows, matrix, opened.marks, composed.changes, opened.predictor.facts(),
         code_state()["commit"],
-        notes=(*opened.predictor.notes(), *([advice] if advice else [])),
+        notes=(*opened.predictor.notes(), *advice(rows, dataset.classes, opened.predictor.facts())),
         seconds=seconds,
         images_per_second=len(rows) / seconds if seconds else 0.0,
         balance=Balance(tuple(shares)),

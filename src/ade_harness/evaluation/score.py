@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ade_harness.config.schema import Config
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure
 from ade_harness.evaluation.job import Job, skipped_marks
 from ade_harness.inference.flops import flops_of_image
 from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
+from ade_harness.metrics.counts import Row
 from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.runs.directory import LEDGER
 from ade_harness.runs.exactness import check_exact, check_rows, incomplete
@@ -63,6 +65,25 @@ def describe_costs(
     }
 
 
+def require_labelled(matrix: Matrix, images: int) -> None:
+    """Refuse a sum without a pixel: a mean over no class would be 0 or NaN, and neither is a score.
+
+    Raises:
+        HarnessError: none of the images has a labelled pixel.
+    """
+    if not matrix.any():
+        raise HarnessError(
+            f"No score: none of the {images} images has a labelled pixel, so there is nothing to score."
+            " Are these the annotations of this data set?"
+        )
+
+
+def advice(rows: Sequence[Row], classes: Classes, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the counts suggest about labels that are shifted or ordered otherwise; a random network has none."""
+    found = None if facts.get("weights") == "random" else diagnose(rows, classes)
+    return () if found is None else (found,)
+
+
 def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: Work) -> Result:
     """Check that every image is counted exactly once, write the result, and finish the record.
 
@@ -84,19 +105,17 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
         raise HarnessError(incomplete(lost, len(rows), len(dataset.ids), record.path))
     check_rows(rows, job.sizes)
     check_exact(rows, work.matrix, [i for i in dataset.ids if i not in lost])
-    if not work.matrix.any():
+    try:
+        require_labelled(work.matrix, len(rows))
+    except HarnessError:
         record.leave("incomplete", lost)
-        raise HarnessError(
-            f"No score: none of the {len(rows)} images has a labelled pixel, so there is nothing to score."
-            " Are these the annotations of this data set?"
-        )
+        raise
     if lost:
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
-    advice = None if job.facts.get("weights") == "random" else diagnose(rows, dataset.classes)
     result = summarise(
         cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes, job.facts,
         record.manifest["code"]["commit"],
-        notes=(*work.notes, *job.notes, *work.warnings, *([advice] if advice else [])),
+        notes=(*work.notes, *job.notes, *work.warnings, *advice(rows, dataset.classes, job.facts)),
         seconds=time.monotonic() - work.start,
         images_per_second=work.images_per_second,
         balance=work.balance,

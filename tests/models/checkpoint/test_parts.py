@@ -344,6 +344,8 @@ def test_what_convert_refuses(cli: Callable[..., Done], tmp_path: Path) -> None:
         convert(tmp_path / "w.pth", tmp_path / "nowhere/out.safetensors", Choice(weights="model"))
     with pytest.raises(HarnessError, match=r"^/proc/out\.safetensors: cannot be written \(.*I/O error"):
         convert(tmp_path / "w.pth", Path("/proc/out.safetensors"), Choice(weights="model"))
+    with pytest.raises(HarnessError, match=r"^--prefix nope\.: no name in .*w\.pth begins with it"):
+        convert(tmp_path / "w.pth", tmp_path / "out.safetensors", Choice("nope.", prefix_option="--prefix "))
     done = cli("convert", "w.pth", "out.safetensors", "--weights", "ema", "--json")
     assert done.code == 0, done.err
     answer = json.loads(done.out)

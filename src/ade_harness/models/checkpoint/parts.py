@@ -27,6 +27,9 @@ class Choice:
     """``model.checkpoint_prefix``."""
     weights: CheckpointWeights | None = None
     """``model.checkpoint_weights``."""
+    prefix_option: str = "model.checkpoint_prefix="
+    weights_option: str = "model.checkpoint_weights="
+    """How the user's command spells the two, for messages."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,15 @@ def take_part(content: Any, path: Path, choice: Choice, known: Known | None = No
     """Return the network's weights in what a file holds; as :func:`read_part`, whose errors it raises."""
     part = _unwrapped(content, path, choice)
     if choice.prefix is not None:
-        part = _below(part, choice.prefix, path)
+        part = _below(part, choice.prefix, path, choice)
     elif known is not None:
         part = _recognised(part, path, choice, known)
     elif _all_begin(part.state, "module."):
-        part = _below(part, "module.", path)
+        part = _below(part, "module.", path, choice)
     if choice.weights == "ema" and not part.averaged:
         found = f", only {part.where[0]}" if part.where else ""
         raise HarnessError(
-            f"model.checkpoint_weights=ema: no averaged weights were found in {path}{found}. Leave it out; those that a"
+            f"{choice.weights_option}ema: no averaged weights were found in {path}{found}. Leave it out; those that a"
             " callback keeps for itself are not read."
         )
     return part
@@ -190,7 +193,7 @@ def _which(plain: list[str], averaged: list[str], swapped: bool, path: Path, cho
         )
     asked = choice.weights
     if asked == "model" and not plain:
-        raise HarnessError(f"model.checkpoint_weights=model: {path} holds averaged weights alone: {averaged[0]}.")
+        raise HarnessError(f"{choice.weights_option}model: {path} holds averaged weights alone: {averaged[0]}.")
     # mmengine's own loader, and everybody's after it, takes state_dict: the averaged ones
     takes_averaged = not plain or (bool(averaged) and (asked == "ema" or (asked is None and swapped)))
     taken = averaged[0] if takes_averaged else plain[0]
@@ -199,7 +202,7 @@ def _which(plain: list[str], averaged: list[str], swapped: bool, path: Path, cho
     other, name = ("model", plain[0]) if takes_averaged else ("ema", averaged[0])
     what = "the averaged weights" if takes_averaged else "the weights that were trained"
     kind = "the averaged ones" if other == "ema" else "those that were trained"
-    return taken, [f"{what}; {kind} are in {name}: model.checkpoint_weights={other}"]
+    return taken, [f"{what}; {kind} are in {name}: {choice.weights_option}{other}"]
 
 
 def _all_begin(state: StateDict, prefix: str) -> bool:
@@ -214,14 +217,14 @@ def _stripped(state: StateDict, prefix: str) -> StateDict:
     }
 
 
-def _below(part: Part, prefix: str, path: Path) -> Part:
+def _below(part: Part, prefix: str, path: Path, choice: Choice) -> Part:
     """Return the weights whose names begin with `prefix`, without it."""
     if not prefix.endswith(".") and any(name.startswith(f"{prefix}.") for name in part.state):
         prefix = f"{prefix}."
     state = _stripped(part.state, prefix)
     if not state:
         raise HarnessError(
-            f"model.checkpoint_prefix={prefix}: no name in {path} begins with it; they are such as"
+            f"{choice.prefix_option}{prefix}: no name in {path} begins with it; they are such as"
             f" {', '.join(list(part.state)[:3])}."
         )
     rest = len(part.state) - len(state)
@@ -244,7 +247,7 @@ def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:
     plain = [prefix for prefix in fitting if prefix not in averaged]
     unprefixed = {k: v for k, v in part.state.items() if not k.startswith(tuple(averaged))} if averaged else part.state
     if _mostly(unprefixed, known) and not (averaged and choice.weights == "ema"):
-        beside = [f"the averaged weights begin with {p!r}: model.checkpoint_weights=ema" for p in averaged[:1]]
+        beside = [f"the averaged weights begin with {p!r}: {choice.weights_option}ema" for p in averaged[:1]]
         return replace(part, state=unprefixed, beside=(*part.beside, *beside))
     plain += [""] if averaged and _mostly(unprefixed, known) else []
     chosen = (averaged or plain) if choice.weights == "ema" else (plain or averaged)
@@ -252,14 +255,14 @@ def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:
         counts = ", ".join(f"{prefix} ({len(_stripped(part.state, prefix))})" for prefix in chosen)
         raise HarnessError(
             f"{path}: holds several networks that fit, by how their names begin: {counts}. Choose one with"
-            f" model.checkpoint_prefix={chosen[0]}"
+            f" {choice.prefix_option}{chosen[0]}"
         )
     if not chosen:
         return part
-    found = _below(part, chosen[0], path)
+    found = _below(part, chosen[0], path, choice)
     if averaged and plain:
         other = "those that were trained: " if chosen[0] in averaged else "the averaged ones: "
-        switch = "model.checkpoint_weights=" + ("model" if chosen[0] in averaged else "ema")
+        switch = choice.weights_option + ("model" if chosen[0] in averaged else "ema")
         found = replace(found, beside=(*found.beside, other + switch))
     return found
 
