@@ -42,6 +42,8 @@ from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.queue import ignore_signals
 
 CPU = torch.device("cpu")
+RECORDERS = (False, True)
+"""Whether in a thread of its own."""
 
 
 class MainThread(Executor):
@@ -114,25 +116,31 @@ def work(folder: Path, images: int, workers: int, label_maps: str, threaded: boo
     }  # fmt: skip
 
 
-def _rank(pipe: Any, *arguments: Any) -> None:
-    pipe.send(work(*arguments))
+def _rank(pipe: Any, rounds: int, barrier: Any, *arguments: Any) -> None:
+    for _ in range(rounds):
+        for threaded in RECORDERS:
+            pipe.send(work(*arguments, threaded, barrier))
 
 
-def ranks_at_once(ranks: int, *arguments: Any) -> dict[str, float]:
-    """Run ranks at the same time; return the mean of what they measured."""
+def ranks_at_once(ranks: int, rounds: int, *arguments: Any) -> dict[bool, list[dict[str, float]]]:
+    """Run ranks at the same time, the two recorders taking turns; return the means of the ranks, of each round."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(ranks)
     started = []
     for _ in range(ranks):
         mine, other = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(other, *arguments, barrier))
+        process = context.Process(target=_rank, args=(other, rounds, barrier, *arguments))
         process.start()
         other.close()
         started.append((process, mine))
-    found = [mine.recv() for _, mine in started]
+    times: dict[bool, list[dict[str, float]]] = {threaded: [] for threaded in RECORDERS}
+    for _ in range(rounds):
+        for threaded in RECORDERS:
+            found = [mine.recv() for _, mine in started]
+            times[threaded].append({name: statistics.mean(one[name] for one in found) for name in found[0]})
     for process, _ in started:
         process.join()
-    return {name: statistics.mean(one[name] for one in found) for name in found[0]}
+    return times
 
 
 def main() -> None:
@@ -153,12 +161,7 @@ def main() -> None:
         make_folder(folder, options.files)
         for ranks in options.ranks:
             for label_maps in options.label_maps:
-                found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-                for _ in range(options.rounds):
-                    for threaded, times in found.items():
-                        times.append(
-                            ranks_at_once(ranks, folder, options.images, options.workers, label_maps, threaded)
-                        )
+                found = ranks_at_once(ranks, options.rounds, folder, options.images, options.workers, label_maps)
                 for threaded, times in found.items():
                     middle = {name: np.median([one[name] for one in times]) for name in times[0]}
                     table.add_row(

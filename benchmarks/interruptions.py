@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import subprocess
@@ -148,7 +147,6 @@ def main() -> None:
     arguments, words = parser.parse_known_args()
     words = words or [f"dataset.images={arguments.images}"]
     words += ["runtime.accelerator=cpu"]
-    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []

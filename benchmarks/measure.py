@@ -84,6 +84,9 @@ def _seconds(
     one_thread()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(rounds + 1):
+        if number < 2:  # libraries are imported by now, or in the untimed round: their objects stay, and each collection
+            gc.collect()  # would look at all of them again, for up to half a second
+            gc.freeze()
         for name, (call, inner) in calls.items():
             gc.collect()
             start = time.perf_counter()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.warm import WarmPopen
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +31,7 @@ SMOKE: dict[str, tuple[list[str], str]] = {
     "bench_statistics": (["--images", "20", "--resamples", "200"], "bootstrap"),
     "bench_systems": (["--systems", "segformer_b0"], "segformer_b0"),
     "gpu_acceptance": (["--parts", "environment", "exact", "speed", "waits", "throughput", "short_memory"], "0 failed of"),
-    "interruptions": (["--images", "4", "--moments", "1", "--ranks", "2", "--rules", "queue", "--victims", "sum"], "runs of"),
+    "interruptions": (["--images", "4", "--moments", "1", "--ranks", "1", "--rules", "queue", "--victims", "sum", "--seed", "1"], "runs of"),
     "interval_coverage": (["--images", "20", "--sets", "2", "--resamples", "100"], "pixel_accuracy"),
     "simulate_sharding": (["--sizes", "1", "8"], "limit: the largest image"),
 }  # fmt: skip
@@ -48,6 +51,8 @@ def test_a_benchmark_runs(
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     for part in (*PARTS, "bench_systems"):
         monkeypatch.delitem(sys.modules, part, raising=False)
+    if name not in ("bench_start", "interruptions"):  # which start cold, and look at the environment of each rank
+        monkeypatch.setattr(subprocess, "Popen", WarmPopen)
     with torch.inference_mode(torch.is_inference_mode_enabled()):
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert expected in capfd.readouterr().out
