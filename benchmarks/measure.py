@@ -84,8 +84,8 @@ def _seconds(
     one_thread()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(rounds + 1):
-        if number < 2:  # libraries are imported by now, or in the untimed round: their objects stay, and each collection
-            gc.collect()  # would look at all of them again, for up to half a second
+        if number < 2:  # the objects of libraries, which the untimed round may import too, stay: each collection would
+            gc.collect()  # look at all of them again, for up to half a second
             gc.freeze()
         for name, (call, inner) in calls.items():
             gc.collect()

@@ -146,13 +146,15 @@ class Repeated:
     def __call__(self, images: Tensor) -> Any:
         shape = tuple(images.shape)
         self.passes[shape] += 1
-        beside, inside = self.seen
+        beside, _ = self.seen
         if self.passes[shape] > 1 and (self.passes[shape] > 2 or self.repeats):
             operators, grown, outputs = self.done[shape]
             beside.peak = max(beside.peak, beside.now + grown)
             for seen, counted in zip(self.seen, operators, strict=True):
                 seen.operators += counted
-            return tree_map(lambda t: torch.empty_strided(t[0], t[1], dtype=t[2], device=CUDA), outputs, is_leaf=_is_layout)
+            return tree_map(
+                lambda t: torch.empty_strided(t[0], t[1], dtype=t[2], device=CUDA), outputs, is_leaf=_is_layout
+            )
         self.repeats |= self.passes[shape] == 2
         before, peak, begun = [Counter(seen.operators) for seen in self.seen], beside.peak, beside.now
         beside.peak = beside.now

@@ -115,7 +115,7 @@ COMMANDS = (
             Argument("--reverse", action="store_true", help="sort in descending order"),
             Argument(
                 "--where", action="append", default=[], metavar="CONDITION",
-                help="only matching runs: COLUMN=VALUE (* is a wildcard), !=, <, <=, > or >=, such as mIoU>0.4; repeatable",
+                help="only matching runs: COLUMN=VALUE (* is a wildcard), !=, <, <=, >, >=, as in 'mIoU>0.4'; repeatable",
             ),
             Argument(
                 "--output", action="append", default=[], metavar="FILE",
@@ -202,7 +202,7 @@ COMMANDS = (
     Command(
         "data verify", "read every pair and check it against the official list", "data:run_verify",
         (
-            Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, ./data, or the cache"),
+            Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, ./data, the cache"),
             Argument("--split", default="validation", choices=("validation", "training"), help="of the data set"),
         ),
     ),

@@ -94,7 +94,8 @@ def _matches(row: RunRow, condition: str) -> bool:
     try:
         return _ORDERS[operator](found, float(value))
     except ValueError as error:
-        raise HarnessError(f"--where {condition}: {name.strip()} is a number, and {value.strip()!r} is none.") from error
+        said = f"{name.strip()} is a number, and {value.strip()!r} is none."
+        raise HarnessError(f"--where {condition}: {said}") from error
 
 
 _CONDITION = re.compile(r"([^=!<>]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
