@@ -371,7 +371,8 @@ def test_one_score_alone_is_a_number_for_log_and_tracker() -> None:
     ("predictions", "message"),
     [
         (torch.randn(1, 4, 8, 8).to_sparse(), "predictions: a sparse_coo tensor, expected a dense one"),
-        (torch.full((1, 4, 8, 8), torch.nan), "predictions hold NaN"),
+        (torch.full((1, 4, 8, 8), torch.nan), r"predictions hold NaN or \+inf"),
+        (torch.full((1, 4, 8, 8), torch.inf), r"predictions hold NaN or \+inf"),
         (torch.quantize_per_tensor(torch.rand(1, 4, 8, 8), 0.1, 0, torch.quint8), "predictions: a quantised tensor"),
     ],
 )

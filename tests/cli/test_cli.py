@@ -301,13 +301,14 @@ def test_the_result_says_where_the_time_went(demo: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_nan_scores_stop_the_run_and_name_the_image(call: Callable[..., Done], tiny_ade: Path) -> None:
+@pytest.mark.parametrize("spoil", ["nan", "inf"])
+def test_invalid_scores_stop_the_run_and_name_the_image(call: Callable[..., Done], tiny_ade: Path, spoil: str) -> None:
     done = call(
-        "model=custom", "model._target_=tests.inference.test_predictor.Fixed", "model.kwargs.spoil=nan",
+        "model=custom", "model._target_=tests.inference.test_predictor.Fixed", f"model.kwargs.spoil={spoil}",
         "dataset=ade20k", f"dataset.root={tiny_ade}", "tracking=none", "runtime.workers=0", "inference=original_size",
     )  # fmt: skip
     assert done.code == 2
-    assert re.search(r"ADE_val_00001\d+: .*% of the model's scores are NaN. Check the checkpoint", done.err)
+    assert re.search(r"ADE_val_00001\d+: .*% of the model's scores are NaN or \+inf. Check the checkpoint", done.err)
     assert "No score: 0 of" in done.err
 
 

@@ -288,6 +288,7 @@ def huge_png(width: int, height: int) -> bytes:
 LABELS = np.ones((20, 30), np.uint8)
 SCORES = np.zeros((150, 5, 8), np.float32)
 NAN = np.where(np.arange(8) == 3, np.float32("nan"), SCORES)
+INFINITE = np.where(np.arange(8) == 3, np.float32("inf"), SCORES)
 
 
 class Pickled:
@@ -312,7 +313,8 @@ class Pickled:
         ("image/png", bytes(100_000), {}, "the reply has 100,000 bytes, at most 66,736 were expected"),
         ("", png(LABELS), {}, "sends 'no Content-Type', expected image/png"),
         ("application/x-npy", npy(SCORES[:100]), {}, "the scores have 100 channels, expected 150"),
-        ("application/x-npy", npy(NAN), {}, "12.5% of the scores are NaN"),
+        ("application/x-npy", npy(NAN), {}, "12.5% of the scores are NaN or +inf"),
+        ("application/x-npy", npy(INFINITE), {}, "12.5% of the scores are NaN or +inf"),
         ("application/x-npy", npy(np.array([Pickled()])), {}, "pickled objects, which are never loaded"),
         ("application/x-npy", npy(SCORES.astype(np.float64)), {}, "the scores are float64, expected float16 or float32"),
         ("application/x-npy", npy(SCORES.astype(np.int32)), {}, "the scores are int32"),

@@ -59,7 +59,7 @@ _MODE = FakeTensorMode()  # one for the process, since networks keep tensors tha
 CUDA_TYPE = 1
 """c10::DeviceType::CUDA."""
 # kernels of ours that are several launches: the table of views and the kernel; zeros and the kernel; all three
-OWN = {"label_views": 2, "count_pixels": 2, "count_nan": 3, "normalise_pixels": 1, "aggregate": 1}
+OWN = {"label_views": 2, "count_pixels": 2, "count_invalid": 3, "normalise_pixels": 1, "aggregate": 1}
 _ONE_KERNEL = ("upsample_", "scaled_dot_product_attention")
 """Composite operators that are one kernel on a GPU (of attention, that which holds no matrix of all pairs)."""
 _COMPOSITE = "CompositeImplicitAutograd"

@@ -241,13 +241,13 @@ def test_class_map_reaches_the_labels() -> None:
 # what cannot work is said before, or at, the first image
 
 
-@pytest.mark.parametrize("spoil", [float("nan")])
-def test_nan_is_noticed(spoil: float) -> None:
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_noticed(spoil: float) -> None:
     made = predictor(config("inference=original_size"), Fixed(spoil=spoil))
     prepared = made.prepare("ADE_val_1", np.zeros((20, 30, 3), np.uint8))
     [prediction] = made.predict([prepared], CPU, Stopwatch(CPU))
-    assert prediction.nan_share is not None
-    assert prediction.nan_share > 0  # the counter refuses it: tests/cli
+    assert prediction.invalid_share is not None
+    assert prediction.invalid_share > 0  # the counter refuses it: tests/cli
 
 
 def test_wrong_number_of_channels() -> None:

@@ -64,7 +64,7 @@ KERNELS = {
         | dict.fromkeys((*_PLACES, "reverse", "flipped", "padded"), "i32"),
         ({**_RUN, "CUDA": True},), triton_gpu.EXACT,
     ),
-    "count_nan": Kernel(triton_jit.count_nan, {"table": "*i64", "first": "*{dtype}", "total": "*i64"}, (_RUN,), triton_gpu.EXACT),
+    "count_invalid": Kernel(triton_jit.count_invalid, {"table": "*i64", "first": "*{dtype}", "total": "*i64"}, (_RUN,), triton_gpu.EXACT),
     "_aggregate": Kernel(
         deformable_triton._aggregate,
         {"values": "*{dtype}", "weights": "*{dtype}", "out": "*{dtype}", "levels": "*i32", "points": "*fp32",

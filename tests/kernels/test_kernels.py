@@ -289,13 +289,15 @@ def test_triton_leaves_probabilities_to_torch_where_the_softmax_differs(monkeypa
 
 
 @pytest.mark.parametrize("name", ["reference", "numba_cpu", TRITON])
-def test_the_share_of_nan_is_of_all_values(name: str) -> None:
+def test_the_share_of_invalid_scores_is_of_all_values(name: str) -> None:
     first, second = torch.zeros(2, 50, 40), torch.full((3, 1000), -torch.inf)
     made = implementation(name)
-    assert made.nan_share([on(name, first), on(name, second)]) == 0
+    assert made.invalid_share([on(name, first), on(name, second)]) == 0
     first[0, 3, :7] = torch.nan
     second[1, 5] = torch.nan
-    assert float(made.nan_share([on(name, first), on(name, second)])) == pytest.approx(8 / 7000, rel=1e-6)
+    assert float(made.invalid_share([on(name, first), on(name, second)])) == pytest.approx(8 / 7000, rel=1e-6)
+    second[2, 7] = torch.inf
+    assert float(made.invalid_share([on(name, first), on(name, second)])) == pytest.approx(9 / 7000, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["numba_cpu", TRITON])

@@ -97,13 +97,15 @@ def test_channels_at_once_follow_memory_on_a_gpu_and_caches_on_a_cpu() -> None:
     assert reference._chunks([whole(torch.zeros(3, 32, 32), (256, 256))], (256, 256)) == [(0, 3)]
 
 
-def test_the_share_of_nan() -> None:
+def test_the_share_of_invalid_scores() -> None:
     tensors = [torch.zeros(4, 5), torch.zeros(10)]
-    assert float(reference.nan_share(tensors)) == 0
+    assert float(reference.invalid_share(tensors)) == 0
     tensors[1][3] = torch.nan
-    assert float(reference.nan_share(tensors)) == pytest.approx(1 / 30)
+    assert float(reference.invalid_share(tensors)) == pytest.approx(1 / 30)
     infinite = [torch.tensor([torch.inf, -torch.inf, 0.0])]  # whose sum is NaN
-    assert float(reference.nan_share(infinite)) == 0
+    assert float(reference.invalid_share(infinite)) == pytest.approx(1 / 3)
+    huge = [torch.full((3,), 3e38), torch.tensor([-torch.inf, 1.0, 2.0])]  # sums of inf and -inf
+    assert float(reference.invalid_share(huge)) == 0
 
 
 def test_the_mean_of_views_is_compared_and_not_their_sum() -> None:

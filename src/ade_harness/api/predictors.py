@@ -216,8 +216,10 @@ class Segmenter:
             begin(str(self._cfg.inference.precision), self._cfg.runtime.seed)
             prepared = self._predictor.prepare(name, pixels)
             [prediction] = self._predictor.predict([prepared], self.device, Stopwatch(self.device))
-            if prediction.nan_share is not None and prediction.nan_share > 0:
-                raise HarnessError(f"{name}: {prediction.nan_share.item():.1%} of the model's scores are NaN.")
+            if prediction.invalid_share is not None and prediction.invalid_share > 0:
+                raise HarnessError(
+                    f"{name}: {100 * prediction.invalid_share.item():.3g}% of the model's scores are NaN or +inf."
+                )
             labels: npt.NDArray[np.uint8] = prediction.labels.cpu().numpy()
             return labels
 

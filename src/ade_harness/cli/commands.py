@@ -115,7 +115,7 @@ COMMANDS = (
             Argument("--reverse", action="store_true", help="sort in descending order"),
             Argument(
                 "--where", action="append", default=[], metavar="CONDITION",
-                help="only matching runs: COLUMN=VALUE (* is a wildcard), !=, <, <=, >, >=, as in 'mIoU>0.4'; repeatable",
+                help="only matching runs: COLUMN=VALUE (with *), !=, <, <=, >, >=, as in 'mIoU>0.4'; repeatable",
             ),
             Argument(
                 "--output", action="append", default=[], metavar="FILE",

@@ -151,9 +151,9 @@ class EndpointPredictor:
         assert self._class_map is not None
         array = read_scores(reply.body, self._channels, name)
         scores = self._class_map.select(torch.from_numpy(array.astype(np.float32)))
-        share = scores.isnan().float().mean().item() if scores.sum().isnan() else 0.0
+        share = float(self._kernels.invalid_share([scores]))
         if share:
-            raise HarnessError(f"{name}: {share:.1%} of the scores are NaN.")
+            raise HarnessError(f"{name}: {100 * share:.3g}% of the scores are NaN or +inf.")
         return self._class_map.classes_of(self._kernels.label_map(scores, size))
 
     def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:

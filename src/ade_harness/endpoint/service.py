@@ -106,7 +106,7 @@ class ModelService:
         if scores:
             return self._scores(prepared)
         [prediction] = self.predictor.predict([prepared], self.device, Stopwatch(self.device))
-        _refuse_nan(prediction.nan_share)
+        _refuse_invalid(prediction.invalid_share)
         labels: np.ndarray = prediction.labels.cpu().numpy()
         return labels
 
@@ -114,10 +114,10 @@ class ModelService:
         """Return float32 [C, h, w] from which one bilinear interpolation and argmax make the protocol's labels."""
         if self.predictor.cfg.output.labels == "input":
             raise RefusedError(406, "this protocol resizes labels, so it has no scores of the image: ask for labels")
-        views, class_map, nan_share = self.predictor.views(prepared, self.device)
+        views, class_map, invalid_share = self.predictor.views(prepared, self.device)
         if not class_map.is_identity or len(class_map.class_of) != len(self.predictor.classes):
             raise RefusedError(406, "this model's channels are not the classes in order: ask for labels")
-        _refuse_nan(nan_share)
+        _refuse_invalid(invalid_share)
         size, view = prepared.original_size, views[0]
         one_step = view.is_whole and view.canvas == size and not view.flipped and not view.legacy
         if len(views) == 1 and one_step:
@@ -129,9 +129,9 @@ class ModelService:
         return total.div_(len(views)).cpu().numpy()
 
 
-def _refuse_nan(share: torch.Tensor | None) -> None:
+def _refuse_invalid(share: torch.Tensor | None) -> None:
     if share is not None and share > 0:
-        raise HarnessError(f"{share.item():.1%} of the model's scores are NaN")
+        raise HarnessError(f"{100 * share.item():.3g}% of the model's scores are NaN or +inf")
 
 
 def open_service(cfg: Config) -> ModelService:

@@ -26,7 +26,7 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_images
 from ade_harness.evaluation.job import describe_marks
-from ade_harness.evaluation.module import refuse_nan
+from ade_harness.evaluation.module import refuse_invalid
 from ade_harness.evaluation.recorder import row_of
 from ade_harness.evaluation.score import advice, describe_costs, require_labelled
 from ade_harness.inference.predictor import Predictor
@@ -137,7 +137,7 @@ def count_here(
         start = time.perf_counter()
         predictions = opened.predictor.predict([image.prepared for image in images], device, Stopwatch(device))
         for image, prediction in zip(images, predictions, strict=True):
-            refuse_nan(image.image_id, prediction.nan_share)
+            refuse_invalid(image.image_id, prediction.invalid_share)
             target = image.target.to(device)
             counts = chosen.count(prediction.labels, target, classes).cpu().numpy()
             confidence = np.zeros(0, np.int64)

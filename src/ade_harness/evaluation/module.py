@@ -193,7 +193,7 @@ class EvaluationModule(pl.LightningModule):
         with watch("copy"):
             counts = [_to_host(c) for c in counts]
             calibrated = [torch.zeros(0, dtype=torch.int64) if c is None else _to_host(c) for c in calibrations]
-            predictions = [Prediction(_to_host(p.labels), _to_host(p.nan_share)) for p in predictions]
+            predictions = [Prediction(_to_host(p.labels), _to_host(p.invalid_share)) for p in predictions]
         done = None
         if device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -213,7 +213,7 @@ class EvaluationModule(pl.LightningModule):
             self._spend("decode", image.load_seconds)
             if image.image_id not in self.counted:
                 with self._failing([image.image_id]):
-                    refuse_nan(image.image_id, prediction.nan_share)
+                    refuse_invalid(image.image_id, prediction.invalid_share)
                     self.recorder.put(
                         CountedImage(image, prediction.labels, counts.numpy(), confidence.numpy(), each, rank)
                     )
@@ -246,12 +246,12 @@ class EvaluationModule(pl.LightningModule):
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
-def refuse_nan(image_id: str, share: Tensor | None) -> None:
-    """Raise HarnessError if some of an image's scores are NaN."""
+def refuse_invalid(image_id: str, share: Tensor | None) -> None:
+    """Raise HarnessError if some of an image's scores are NaN or +inf."""
     if share is not None and share > 0:
         raise HarnessError(
-            f"{image_id}: {share.item():.1%} of the model's scores are NaN. Check the checkpoint, the pixel statistics"
-            " (model.input) and the precision."
+            f"{image_id}: {100 * share.item():.3g}% of the model's scores are NaN or +inf. Check the checkpoint, the"
+            " pixel statistics (model.input) and the precision: half precision overflows above 65,504."
         )
 
 

@@ -152,12 +152,12 @@ class NetworkPredictor:
         self, prepared: Prepared, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]]
     ) -> Prediction:
         """Label one image; once more with an emptied cache if memory is short."""
-        nan_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
+        invalid_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
         for again in (True, False):
             try:
                 labels = self._labels(plans, outputs, prepared.original_size)
                 confidence = self._confidence(plans, outputs, prepared.original_size) if self.confident else None
-                return Prediction(labels, nan_share, confidence)
+                return Prediction(labels, invalid_share, confidence)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -175,17 +175,18 @@ class NetworkPredictor:
         """Run the network on one image.
 
         Returns:
-            The scores of its views, in the order of summation; the class of each of their channels; the share of NaN.
+            The scores of its views, in the order of summation; the class of each of their channels; the share of NaN
+            and +inf.
         """
         if self._kernels is None:
             self._kernels = kernels.select(self._kernels_choice, device.type)
         plans = plan_views(prepared.original_size, self.cfg)
         [outputs] = self._outputs([prepared], [plans], device, Stopwatch(device))
-        nan_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
+        invalid_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
         assert self._class_map is not None
         size = prepared.original_size
         views = [self._view(plan, output, size) for plan, output in zip(plans, outputs, strict=True)]
-        return views, self._class_map, nan_share
+        return views, self._class_map, invalid_share
 
     def source_hash(self, image_id: str) -> str:
         """Nothing is read: the weights are recorded for the whole run."""
@@ -252,7 +253,7 @@ class NetworkPredictor:
         return self._kernels.normalise(pixels, self.statistics, placement)
 
     def _check_scores(self, image_id: str, outputs: Sequence[Tensor | MaskLogits]) -> Tensor:
-        """Find out what the channels mean, once; return the share of NaN."""
+        """Find out what the channels mean, once; return the share of NaN and +inf."""
         first = outputs[0]
         channels = first.classes.shape[-1] - 1 if isinstance(first, MaskLogits) else first.shape[1]
         if self._class_map is None:
@@ -263,7 +264,7 @@ class NetworkPredictor:
             )
         assert self._kernels is not None
         tensors = [t for o in outputs for t in ((o.classes, o.masks) if isinstance(o, MaskLogits) else (o,))]
-        return self._kernels.nan_share(tensors)
+        return self._kernels.invalid_share(tensors)
 
     def _labels(self, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]], original: Size) -> Tensor:
         """Merge, upsample and argmax, in the protocol's order of steps."""

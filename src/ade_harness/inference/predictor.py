@@ -32,8 +32,8 @@ class Prediction:
 
     labels: Tensor
     """uint8 [H, W], 0..C-1 or 255 for none of the classes; on the device, which may still be working on it."""
-    nan_share: Tensor | None = None
-    """Share of NaN among the scores; over 0 the labels are worth nothing."""
+    invalid_share: Tensor | None = None
+    """Share of NaN and +inf among the scores; over 0 the labels are worth nothing."""
     confidence: Tensor | None = None
     """float32 [H, W], 0..1, of the chosen class, if it was asked for; see :mod:`ade_harness.metrics.calibration`."""
 

@@ -44,8 +44,8 @@ class Kernels(Protocol):
     def count(self, labels: Tensor, target: Tensor, classes: int) -> Tensor:
         """Count pixels: int64 [C, C + 1]."""
 
-    def nan_share(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the share of NaN."""
+    def invalid_share(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the share of NaN and +inf."""
 
 
 def select(choice: str, device_type: str) -> Kernels:

@@ -18,7 +18,7 @@ _CHUNK_BYTES = 4 << 20
 _ROWS_OF_WINDOWS = 16
 
 
-nan_share = reference.nan_share
+invalid_share = reference.invalid_share
 
 
 @lru_cache(maxsize=8)

@@ -222,11 +222,16 @@ def uses_other_kernel(view: View, size: Size) -> bool:
     return any(old != tuple(new) and (few or sum(new) <= _SMALL_OUTPUT or 1 in (*old, *new)) for old, new in steps)
 
 
-def nan_share(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the share of NaN among the values of some tensors, as a float32 tensor on their device."""
-    if tensors[0].device.type == "cpu" and not any(t.sum().isnan() for t in tensors):
-        return torch.zeros(())  # one quick pass; NaN in the sum may also be two infinities
-    return torch.stack([t.isnan().sum() for t in tensors]).sum() / sum(t.numel() for t in tensors)
+def invalid_share(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the share of NaN and +inf among the values of some tensors, as a float32 tensor on their device.
+
+    Half precision that overflows makes both, and argmax takes either for the best class. A class of -inf is one that
+    cannot be, which some networks say on purpose.
+    """
+    if tensors[0].device.type == "cpu" and all(t.sum().isfinite() for t in tensors):
+        return torch.zeros(())  # one quick pass; a sum may also overflow, or have a class of -inf
+    found = torch.stack([(t.isnan() | t.isposinf()).sum() for t in tensors])
+    return found.sum() / sum(t.numel() for t in tensors)
 
 
 def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:

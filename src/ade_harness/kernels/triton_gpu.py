@@ -29,7 +29,7 @@ BLOCKS = {"cuda": (8, 4), "cpu": (16, 16)}
 """Channels at a time in one step and in two (whose four corners need more registers): so many independent loads are
 under way."""
 RUN = 1024
-_NAN_PROGRAMS = 512
+_INVALID_PROGRAMS = 512
 EXACT = {"enable_fp_fusion": False}
 """Launch option: products and sums are fused where :mod:`triton_jit` says so, and nowhere else."""
 OF_VIEWS: dict[str, Any] = EXACT if torch.version.hip else {**EXACT, "maxnreg": 128}
@@ -78,10 +78,10 @@ def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     return counts
 
 
-def nan_share(tensors: Sequence[Tensor]) -> Tensor:
-    """See :func:`ade_harness.kernels.reference.nan_share`."""
-    nans: Tensor = _count_nan([_in_order_of_memory(t) for t in tensors])
-    return nans / sum(t.numel() for t in tensors)
+def invalid_share(tensors: Sequence[Tensor]) -> Tensor:
+    """See :func:`ade_harness.kernels.reference.invalid_share`."""
+    invalid: Tensor = _count_invalid([_in_order_of_memory(t) for t in tensors])
+    return invalid / sum(t.numel() for t in tensors)
 
 
 def _in_order_of_memory(tensor: Tensor) -> Tensor:
@@ -200,13 +200,13 @@ def launch_normalise(pixels: Tensor, means: Tensor, numbers: Sequence[int], scal
 
 
 @on_its_gpu
-def launch_count_nan(tensors: Sequence[Tensor]) -> Tensor:
-    """Count NaN: int64 [1], over contiguous tensors of one dtype."""
+def launch_count_invalid(tensors: Sequence[Tensor]) -> Tensor:
+    """Count NaN and +inf: int64 [1], over contiguous tensors of one dtype."""
     first = tensors[0]
     table = _on_device([number for t in tensors for number in (t.data_ptr(), t.numel())], first)
     total = torch.zeros(1, dtype=torch.int64, device=first.device)
-    programs = min(_NAN_PROGRAMS, triton.cdiv(max(t.numel() for t in tensors), RUN))
-    triton_jit.count_nan[(programs, len(tensors))](table, first, total, SIZE=RUN, **EXACT)
+    programs = min(_INVALID_PROGRAMS, triton.cdiv(max(t.numel() for t in tensors), RUN))
+    triton_jit.count_invalid[(programs, len(tensors))](table, first, total, SIZE=RUN, **EXACT)
     return total
 
 
@@ -250,12 +250,12 @@ def _(pixels: Tensor, means: Tensor, numbers: list[int], scale: float, pad: floa
     return means.new_empty((3, *numbers[:2]))
 
 
-@torch.library.custom_op("ade_harness::count_nan", mutates_args=(), device_types=("cuda", "cpu"))
-def _count_nan(tensors: list[Tensor]) -> Tensor:
-    return launch_count_nan(tensors)
+@torch.library.custom_op("ade_harness::count_invalid", mutates_args=(), device_types=("cuda", "cpu"))
+def _count_invalid(tensors: list[Tensor]) -> Tensor:
+    return launch_count_invalid(tensors)
 
 
-@_count_nan.register_fake
+@_count_invalid.register_fake
 def _(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(1, dtype=torch.int64)
 
@@ -323,7 +323,7 @@ def _agrees(gpu: int | None) -> bool:
                 return False
     return (
         torch.equal(count(labels, target, 12), reference.count(labels, target, 12))
-        and float(nan_share([views[0].scores, torch.full_like(labels, torch.nan, dtype=torch.float32)])) > 0
+        and float(invalid_share([views[0].scores, torch.full_like(labels, torch.nan, dtype=torch.float32)])) > 0
     )
 
 

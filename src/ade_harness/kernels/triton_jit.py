@@ -1,4 +1,4 @@
-"""Device code, by Triton: labels of views, norms of their softmax, counts, normalised pixels, NaN among scores.
+"""Device code, by Triton: labels of views, norms of their softmax, counts, normalised pixels, invalid scores.
 
 Triton compiles annotations too: none but `tl.constexpr` may stand at a function with `@triton.jit`. Kernels are
 launched without the fusion of products and sums (``enable_fp_fusion=False``): each float32 operation that is written
@@ -334,8 +334,8 @@ def normalise_tile(
 
 
 @triton.jit(do_not_specialize_on_alignment=["first"])
-def count_nan(table, first, total, SIZE: tl.constexpr):
-    """Add the number of NaN in some tensors to `total` int64 [1]; table holds (pointer, number of values) of each."""
+def count_invalid(table, first, total, SIZE: tl.constexpr):
+    """Add how many values are NaN or +inf to `total` int64 [1]; table: (pointer, number of values) of each tensor."""
     tensor = tl.program_id(1)
     pointer = tl.load(table + 2 * tensor).to(tl.pointer_type(first.dtype.element_ty))
     values = tl.load(table + 2 * tensor + 1)
@@ -343,6 +343,6 @@ def count_nan(table, first, total, SIZE: tl.constexpr):
     for start in range(tl.program_id(0).to(tl.int64) * SIZE, values, tl.num_programs(0) * SIZE):
         at = start + tl.arange(0, SIZE)
         value = tl.load(pointer + at, mask=at < values, other=0.0)
-        found += (value != value).to(tl.int64)  # noqa: PLR0124
-    nans = tl.sum(found, 0)
-    tl.atomic_add(total, nans, mask=nans > 0, sem="relaxed")
+        found += ((value != value) | (value == float("inf"))).to(tl.int64)  # noqa: PLR0124
+    invalid = tl.sum(found, 0)
+    tl.atomic_add(total, invalid, mask=invalid > 0, sem="relaxed")

@@ -102,8 +102,8 @@ class SegmentationScores(Metric):
             target: integers [N, H, W]: 0..C-1, or `ignore_index`.
 
         Raises:
-            ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class, or NaN among the
-                scores. Then nothing of the batch is counted.
+            ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class, or NaN or +inf
+                among the scores. Then nothing of the batch is counted.
         """
         predictions, target = self._batched(predictions, target)
         found = torch.zeros_like(self.matrix)
@@ -160,8 +160,8 @@ class SegmentationScores(Metric):
         counted = known & ~ignored
         compact = classes <= MAX_CLASSES
         if prediction.is_floating_point():
-            if self.validate_args and bool(prediction.isnan().any()):
-                raise ArgumentError("predictions hold NaN: argmax would take them for the best class.")
+            if self.validate_args and bool((prediction.isnan() | prediction.isposinf()).any()):
+                raise ArgumentError("predictions hold NaN or +inf: argmax would take them for the best class.")
             prediction = self._labels(prediction, target)
         if compact:  # the kernels count labels of one byte
             none = torch.full_like(target, IGNORE_INDEX)
