@@ -29,6 +29,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
+@pytest.mark.slow
 def test_the_examples_of_python(tiny_ade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/python.md").read_text(), re.DOTALL)
     assert len(blocks) == 7

@@ -124,6 +124,7 @@ def data(tiny_ade: Path, tmp_path: Path) -> Path:
     return tiny_ade
 
 
+@pytest.mark.slow
 def test_a_network_in_memory_has_the_numbers_of_the_command_line(
     call: Callable[..., Done], data: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_network_on_no_device_is_named() -> None:
         ade.evaluate(network, dataset="demo", options=SMALL)
 
 
+@pytest.mark.slow
 def test_evaluations_in_threads_do_not_disturb_each_other() -> None:
     network, other = Colours(), Colours(seed=1)
     expected = [ade.evaluate(n, dataset="demo", options=SMALL).to_dict() for n in (network, other)]
@@ -242,6 +244,7 @@ def test_switches_that_do_not_fit_each_other_are_refused() -> None:
     ade.evaluate(Colours(), dataset="demo", options={**SMALL, "inference.precision": "tf32"})
 
 
+@pytest.mark.slow
 def test_a_run_directory_where_it_is_asked_for(call: Callable[..., Done], tmp_path: Path) -> None:
     network = Colours()
     first = ade.evaluate(network, dataset="demo", options=SMALL, run_dir=tmp_path / "mine")
@@ -283,6 +286,7 @@ def test_ranks_of_a_network_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         ade.evaluate(network, dataset="demo", devices=2)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_evaluated_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
     network = Colours()
     compiled: Any = torch.compile(network, backend="eager")
@@ -425,6 +429,7 @@ def test_torchs_older_and_newer_switches_are_as_before() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_networks_that_share_a_module_are_evaluated_one_after_the_other() -> None:
     shared = torch.nn.Conv2d(3, 8, 3, padding=1)
     networks = [torch.nn.Sequential(shared, torch.nn.Conv2d(8, 150, 1)) for _ in range(2)]

@@ -167,6 +167,7 @@ def test_options_without_effect_are_refused(option: str, message: str) -> None:
             ade.load_model("demo", options={option: "x"})
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_a_network_in_memory_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = {**SMALL, "tracking": "wandb", "tracking.project": "mine", "model.label": "my network"}

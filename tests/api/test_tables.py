@@ -89,6 +89,7 @@ def test_mistakes_of_loading(name: Any, options: dict[str, Any], message: str) -
         ade.load_model(name, **options)
 
 
+@pytest.mark.slow
 def test_comparing(call: Callable[..., Done], tmp_path: Path) -> None:
     first = ade.evaluate("demo", dataset="demo", options=SMALL, run_dir=tmp_path / "a")
     second = ade.evaluate(lambda image: image[..., 0] % 150, dataset="demo", options=SMALL, run_dir=tmp_path / "b")
@@ -114,6 +115,7 @@ def test_comparing(call: Callable[..., Done], tmp_path: Path) -> None:
         ade.compare([first])
 
 
+@pytest.mark.slow
 def test_the_table_of_runs(tmp_path: Path) -> None:
     for name, limit in (("one", None), ("sweep/two", 3)):
         ade.evaluate("demo", dataset="demo", options=SMALL, limit=limit, run_dir=tmp_path / name)

@@ -620,6 +620,7 @@ def test_commands_that_read_import_little(words: list[str], at_most: int, two_ru
     assert int(modules) < at_most
 
 
+@pytest.mark.slow
 def test_a_system_by_its_name_means_ade20k(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
     words = ("model=segformer_b0", "model.weights=random", "inference.resize.side=64", *FAST)
     (tmp_path / "data").mkdir()
@@ -637,6 +638,7 @@ def test_a_system_by_its_name_means_ade20k(call: Call, tiny_ade: Path, tmp_path:
     assert "data/ADEChallengeData2016: 7 of 2000 validation pairs" in done.out
 
 
+@pytest.mark.slow
 def test_a_command_without_standard_output_runs(tmp_path: Path) -> None:
     """As cron and daemons start it: the next file that is opened would get the number of the missing stream."""
     words = " ".join(["dataset.images=2", *FAST, "metrics.resamples=0", "run.dir=run"])

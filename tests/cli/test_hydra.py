@@ -89,6 +89,7 @@ def test_hydras_directory_is_the_runs(call: Call, tmp_path: Path) -> None:
     assert not (tmp_path / "here" / ".hydra").exists()
 
 
+@pytest.mark.slow
 def test_verbose_shows_debug_messages(call: Call) -> None:
     done = call(*QUICK, "dataset.images=2", "run.dir=run", "hydra.verbose=true")
     assert done.code == 0
@@ -179,6 +180,7 @@ def test_json_of_lists_and_single_jobs(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(done.out)["images"] == 2
 
 
+@pytest.mark.slow
 def test_groups_of_ones_own(call: Call, tmp_path: Path) -> None:
     """Hydra's documented pattern of experiments, with --config-dir; its search path is refused with the reason."""
     (tmp_path / "mine/experiment").mkdir(parents=True)
@@ -200,6 +202,7 @@ def test_groups_of_ones_own(call: Call, tmp_path: Path) -> None:
         assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep(call: Call) -> None:
     done = call("-m", "--list", "model=glob(segformer_b*,exclude=segformer_b[2-5])", "inference=ss,ms")
     assert done.code == 2  # brackets are not in Hydra's grammar without quotes
@@ -215,6 +218,7 @@ def test_jobs_of_a_sweep(call: Call) -> None:
     assert done.out.splitlines()[-1] == "7: model=segformer_b1 inference=ms dataset.limit=2"
 
 
+@pytest.mark.slow
 def test_every_job_is_checked_before_the_first_starts(call: Call, tmp_path: Path) -> None:
     done = call(
         "-m",
@@ -233,6 +237,7 @@ def test_every_job_is_checked_before_the_first_starts(call: Call, tmp_path: Path
     assert not [path for path in (tmp_path / "none").rglob("*") if path.name == "manifest.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model.checkpoint", "model.path", "model.id", "dataset.root", "run.dir", "run.root"])
 def test_paths_are_taken_as_they_are_typed(key: str) -> None:
     for value in (
@@ -414,6 +419,7 @@ FAULTY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_configuration_of_the_users_that_cannot_be_read_is_one_message(
     tmp_path: Path, call: Callable[..., Done], name: str
@@ -512,6 +518,7 @@ def test_a_directory_of_hydras_in_a_file_is_the_runs(call: Call, tmp_path: Path)
         one_message(call("resume", "from_file", word), word)
 
 
+@pytest.mark.slow
 def test_help_of_one_command(call: Call) -> None:
     assert "--trust" in call("help", "resume").out
     assert "data download" in call("data", "--help").out

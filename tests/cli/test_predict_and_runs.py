@@ -78,6 +78,7 @@ def test_mistakes(call: Call, photos: Path, tmp_path: Path, words: tuple[str, ..
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_an_image_that_fails_costs_itself(call: Call, photos: Path, tmp_path: Path) -> None:
     (photos / "broken.jpg").write_bytes((photos / "street.jpg").read_bytes()[:300])
     done = call("predict", "model=demo", photos, "--output", "out")
@@ -113,6 +114,7 @@ def test_no_model_is_taken_for_granted(call: Call, photos: Path, tmp_path: Path)
     assert not (tmp_path / "predictions").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> None:
     assert call("predict", "model=demo", photos / "street.jpg").code == 0
     record = json.loads((tmp_path / "predictions/predictions.json").read_text())
@@ -135,6 +137,7 @@ def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> N
     assert list((tmp_path / "mine").rglob("*.*")) == []
 
 
+@pytest.mark.slow
 def test_label_maps_are_no_pictures(call: Call, photos: Path, tmp_path: Path) -> None:
     assert call("predict", "model=demo", photos / "street.jpg").code == 0
     for file in (tmp_path / "predictions/labels/street.png", photos / "voc.png"):

@@ -38,6 +38,7 @@ def test_what_fails_after_the_score_is_a_remark(
     assert (tmp_path / "run/metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_limit_of_one_image_and_no_resamples_end_well(call: Call, tmp_path: Path) -> None:
     for words in (("dataset.limit=1",), ("dataset.limit=1", "metrics.resamples=0"), ("metrics.resamples=0",)):
         done = call("dataset.images=3", "runtime.workers=0", "tracking=none", "run.report=true", *words)

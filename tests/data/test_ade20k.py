@@ -306,6 +306,7 @@ def test_verify_lists_everything_that_is_wrong(tiny_ade: Path) -> None:
     assert seen == [6] * 6
 
 
+@pytest.mark.slow
 def test_the_made_up_set_has_the_official_format(tmp_path: Path) -> None:
     root = write_dataset(tmp_path, images=160)
     dataset = open_ade20k(root)

@@ -520,6 +520,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path, tiny_ade: Path) -> N
     assert "not a regular file" in open_ade20k(tiny_ade).read_headers()[1]["ADE_val_00001003"]
 
 
+@pytest.mark.slow
 def test_a_member_that_unpacks_to_gigabytes_is_refused(tiny_ade: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(tiny_ade.rglob("*.*")):

@@ -158,6 +158,7 @@ def test_nineteen_classes_through_the_whole_pipeline(
         shutil.move(streets / "gone", streets / "images")
 
 
+@pytest.mark.slow
 def test_a_changed_mapping_is_another_run(
     streets: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_mistakes_with_own_data(
     one_message(call(*words_for(streets), *model, *changed), message)
 
 
+@pytest.mark.slow
 def test_a_model_of_other_classes_is_refused(streets: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(streets))
     words = net_words(list(default_colors(20)))

@@ -71,6 +71,7 @@ def mutated(good: Path, folder: Path, seed: int) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", ["status", "report", "leaderboard", "resume"])
 def test_run_directories(seeds: range, good: Path, tmp_path: Path, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -172,6 +173,7 @@ def test_submissions(seeds: range, good: Path, tmp_path: Path) -> None:
     attack(seeds, door, "submission")
 
 
+@pytest.mark.slow
 def test_overrides(seeds: range) -> None:
     """Any value for any key: taken, or refused by name."""
     cfg = compose_config(["dataset=demo"])
@@ -200,6 +202,7 @@ def lists_of(config: Any, prefix: str = "") -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_lists_hold_what_they_say() -> None:
     keys = lists_of(compose_config(["dataset=demo"]))
     assert {"dataset.ids", "model.class_map", "inference.tta.scales", "runtime.slurm.setup"} <= set(keys)
@@ -240,6 +243,7 @@ def test_bombs(good: Path, tmp_path: Path, name: str, door: str, monkeypatch: py
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_a_small_ledger_that_says_it_is_large_is_refused(tmp_path: Path) -> None:
     row = {"image_id": "a", "height": 1, "width": 1, "valid_pixels": 1, "ignored_pixels": 0, "label_hash": "", "content_hash": "",
            "seconds": 0.0, "rank": 0, "host": "", "prediction": [0], "pixels": [1], "calibration": []}  # fmt: skip

@@ -172,6 +172,7 @@ def test_windows_of_images_of_different_sizes_share_a_forward() -> None:
         assert (alone != prediction.labels).float().mean() < 1e-3  # other batches may round otherwise
 
 
+@pytest.mark.slow
 def test_inductor_chooses_no_sums_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     compiling = torch.compile
@@ -264,6 +265,7 @@ def test_windows_of_another_size_than_a_fixed_input() -> None:
         predictor(Recorder(), *SLIDE, fixed_size=(512, 512)).check({"a": (96, 128)})
 
 
+@pytest.mark.slow
 def test_every_canvas_of_the_published_protocols_is_covered() -> None:
     from ade_harness.data.ade20k import validation_sizes
     from ade_harness.inference.plan import plan_views

@@ -66,6 +66,7 @@ def label_pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return np.array(target, np.uint8).reshape(shape), np.array(labels, np.uint8).reshape(shape)
 
 
+@pytest.mark.slow
 @given(label_pairs())
 @settings(max_examples=200, deadline=None)
 def test_equals_a_loop_over_pixels(pair: tuple[np.ndarray, np.ndarray]) -> None:

@@ -144,6 +144,7 @@ def shifted(areas: ImageAreas, seed: int, share: float) -> ImageAreas:
     return ImageAreas(areas.ids, stacked)
 
 
+@pytest.mark.slow
 def test_p_values_are_those_of_all_exchanges() -> None:
     first = image_areas(make_rows(7, classes=3), 150)
     second = shifted(first, 0, 0.2)
@@ -226,6 +227,7 @@ def test_absent_classes_warn_of_no_division() -> None:
         assert np.isnan(class_iou(matrix_of(make_rows(1), 150))).any()
 
 
+@pytest.mark.slow
 def test_false_claims_are_as_rare_as_the_level_says() -> None:
     """Exchangeable runs: about 5 % of the tests are below 0.05, and corrected classes almost never."""
     uncorrected, any_class = [], []

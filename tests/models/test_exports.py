@@ -47,6 +47,7 @@ class Labels(nn.Module):
         return scores.argmax(1, keepdim=self.keep) + self.shift
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["dynamic", "fixed"])
 def test_an_exported_program_is_its_network(tmp_path: Path, shapes: str) -> None:
     path, net = tmp_path / "net.pt2", network()
@@ -90,6 +91,7 @@ def test_what_is_no_program(tmp_path: Path) -> None:
         evaluated(tmp_path / "net.pt2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_network_that_returns_labels(keep: bool) -> None:
     assert hashes(evaluated(Labels(keep))) == hashes(evaluated(network()))
@@ -107,6 +109,7 @@ def test_a_network_that_returns_labels(keep: bool) -> None:
         evaluated(Labels(keep, shift=-150))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_an_onnx_file_that_ends_in_an_argmax(tmp_path: Path, keepdims: int) -> None:
     weights = np.random.default_rng(0).normal(size=(150, 3, 1, 1)).astype(np.float32)
@@ -146,6 +149,7 @@ def two_outputs(path: Path, channels: int = 150) -> tuple[nn.Module, nn.Module]:
     return layers
 
 
+@pytest.mark.slow
 def test_an_output_of_several_is_chosen_and_named(tmp_path: Path) -> None:
     aux, out = two_outputs(tmp_path / "net.onnx")
     first = evaluated(tmp_path / "net.onnx")
@@ -167,6 +171,7 @@ def test_an_output_of_another_number_of_classes_leads_to_the_choice(tmp_path: Pa
     assert ade.load_model(tmp_path / "net.onnx", options={"model.output": "out"}).classes.names[0] == "wall"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "greatest"), [("height", (100, 4000)), ("width", (4000, 100))])
 def test_a_program_that_takes_some_sizes_says_which(tmp_path: Path, side: str, greatest: tuple[int, int]) -> None:
     sides = {2 + i: torch.export.Dim("hw"[i], min=8, max=maximum) for i, maximum in enumerate(greatest)}

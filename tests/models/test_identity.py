@@ -51,6 +51,7 @@ def test_the_hash_of_a_state_is_that_of_every_tensor() -> None:
     assert len({first, *hashes[:-1]}) == len(changes)
 
 
+@pytest.mark.slow
 def test_numbers_that_a_network_keeps_are_hashed_in_any_nesting() -> None:
     def hashed(value: Any) -> str:
         kept = network()
@@ -122,6 +123,7 @@ def forget() -> None:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "key"),
     [
@@ -163,6 +165,7 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
         one_message(done, f"Different: {key}: was ")
 
 
+@pytest.mark.slow
 def test_parts_of_another_project_are_part_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
@@ -252,6 +255,7 @@ class Two(nn.Module):
 TWO = ("model=custom", "model._target_=tests.models.test_identity.Two")
 
 
+@pytest.mark.slow
 def test_layers_that_stay_random_are_listed_and_mark_the_run(call: Call, tmp_path: Path) -> None:
     state = Two().state_dict()
     save_file({k: v for k, v in state.items() if not k.startswith("body")}, tmp_path / "w.safetensors")
@@ -268,6 +272,7 @@ def test_layers_that_stay_random_are_listed_and_mark_the_run(call: Call, tmp_pat
     assert "RANDOM LAYERS" in (tmp_path / "run/metrics.json").read_text()
 
 
+@pytest.mark.slow
 def test_random_layers_come_from_the_models_seed(tmp_path: Path) -> None:
     save_file(Two().stem.state_dict(prefix="stem."), tmp_path / "w.safetensors")
     words = (*TWO, f"model.checkpoint={tmp_path / 'w.safetensors'}", "model.allow_missing_keys=['*']", "dataset=demo")

@@ -95,6 +95,7 @@ def test_demo_weights_are_small_and_load() -> None:
     assert model.module(torch.zeros(1, 3, 33, 50)).shape == (1, 150, 9, 13)
 
 
+@pytest.mark.slow
 def test_custom_model_with_arguments_and_checkpoint(tmp_path: Path) -> None:
     target = "model._target_=tests.models.test_loading.Tiny"
     model = load_model(model_cfg("model=custom", target, "model.kwargs.channels=7"))
@@ -602,6 +603,7 @@ def test_a_field_of_another_section_is_refused() -> None:
         load_model(cfg)
 
 
+@pytest.mark.slow
 def test_targets_follow_hydras_rules(tmp_path: Path) -> None:
     """Nested targets are made, and what Hydra refuses to call is refused."""
     words = ["model=custom", "model._target_=torch.nn.Sequential", "model.kwargs._args_=[{_target_:torch.nn.Identity}]"]

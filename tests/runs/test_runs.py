@@ -158,6 +158,7 @@ def test_a_ledger_larger_than_any_is_refused_before_it_is_read(tmp_path: Path, m
                 read_rows(tmp_path)
 
 
+@pytest.mark.slow
 def test_pages_carry_checksums(tmp_path: Path) -> None:
     """A changed byte within a page is damage, even where it unpacks to other numbers."""
     [path] = segments(tmp_path, 1, rows=30)

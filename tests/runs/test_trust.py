@@ -60,6 +60,7 @@ def test_no_key_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert signature("a") is None
 
 
+@pytest.mark.slow
 def test_ones_own_run_goes_on_and_a_strangers_asks(call: Call, tmp_path: Path, stranger: Any) -> None:
     assert call(*CUSTOM, "dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
     assert call("resume", "run").code == 0
@@ -73,6 +74,7 @@ def test_ones_own_run_goes_on_and_a_strangers_asks(call: Call, tmp_path: Path, s
     assert call("resume", "run", "--trust").code == 0
 
 
+@pytest.mark.slow
 def test_texts_of_several_lines_are_used_as_they_stand(call: Call, tmp_path: Path) -> None:
     """They are shown in one line; what is signed, compared and repeated keeps its own."""
     (tmp_path / "mine/inference").mkdir(parents=True)
@@ -140,6 +142,7 @@ def test_what_a_configuration_would_do(config: dict[str, Any], reason: str | Non
     assert (found is None) if reason is None else (reason in str(found))
 
 
+@pytest.mark.slow
 def test_every_packaged_model_needs_no_consent() -> None:
     from omegaconf import OmegaConf
 
@@ -155,6 +158,7 @@ def test_every_packaged_model_needs_no_consent() -> None:
             assert why_not_trusted(tree) is None, name
 
 
+@pytest.mark.slow
 def test_a_secret_in_the_environment_stays_there(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: Any
 ) -> None:
@@ -183,6 +187,7 @@ def test_a_secret_in_the_environment_stays_there(
     assert "${oc.env:MY_SECRET}" in pages
 
 
+@pytest.mark.slow
 def test_a_strangers_run_chooses_no_server(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: Any
 ) -> None:
@@ -223,6 +228,7 @@ def test_a_strangers_run_chooses_no_server(
     assert not Path(asked[0][0]).exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_from_a_strangers_folder(tmp_path: Path, call: Call) -> None:
     assert call("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
     # of the standard library too: all but what Python's own `-m` imports before it knows the module

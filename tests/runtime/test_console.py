@@ -29,6 +29,7 @@ def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], name: s
     assert err.strip() == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [["models"], ["--info", "all"], ["--cfg", "job"], ["dataset.images=2", "tracking=none", "metrics.resamples=0"]],

@@ -281,6 +281,7 @@ def test_what_is_put_off_is_there_when_asked_for(code: str) -> None:
     assert "has no attribute 'Nonsense'" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_lightning_that_asks_for_more_is_imported_as_it_is() -> None:
     code = """
 import sys, torch

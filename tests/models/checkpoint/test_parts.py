@@ -250,6 +250,7 @@ def test_files_of_other_types_load_as_configured(dtype: torch.dtype, tmp_path: P
     assert dict(half.named_parameters())["network.decode_head.classifier.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_part_stands_in_the_run(call: Callable[..., Done], tmp_path: Path) -> None:
     shapes = packed("true_keys.json.gz")["segformer_b0_official"]
     state = {name: torch.zeros(shape) for name, shape in shapes.items()}
