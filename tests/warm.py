@@ -192,7 +192,9 @@ def import_all() -> None:
     import ade_harness.evaluation.session
     import ade_harness.kernels.numba_cpu
     import ade_harness.report.page
-    import ade_harness.tracking.session  # noqa: F401
+    import ade_harness.tracking.figures
+    import ade_harness.tracking.session
+    import wandb.sdk.launch  # noqa: F401
     from ade_harness.config.compose import compose_config
 
     compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar
