@@ -187,14 +187,15 @@ def import_all() -> None:
     from ade_harness.runtime.lazy_imports import import_lightning
 
     import_lightning()
+    import wandb.sdk.launch  # noqa: F401
+
     import ade_harness.cli.evaluate
     import ade_harness.cli.rank
     import ade_harness.evaluation.session
     import ade_harness.kernels.numba_cpu
     import ade_harness.report.page
     import ade_harness.tracking.figures
-    import ade_harness.tracking.session
-    import wandb.sdk.launch  # noqa: F401
+    import ade_harness.tracking.session  # noqa: F401
     from ade_harness.config.compose import compose_config
 
     compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from ade_harness.cli.sweep import Sweep, SweepJob
 from ade_harness.config.arguments import prepare
-from ade_harness.config.compose import compose_config
+from ade_harness.config.compose import compose_config, register_schemas
 from ade_harness.config.files import conf_dir
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import Scores
@@ -40,6 +40,7 @@ def _modes_are_read() -> Iterator[None]:
 
 def test_the_packages_files_set_no_mode() -> None:
     """Which is why `tests/hydra_mode.py` may leave out to ask."""
+    register_schemas()
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         assert compose("config", return_hydra_config=True).hydra.mode is None
 
