@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ade_harness.runtime.lazy_imports import import_lightning
 from tests.hydra_mode import leave_out_modes
 from tests.warm import WarmPopen, stop_server
 
@@ -37,6 +38,7 @@ for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
         signal.signal(_signal, signal.default_int_handler if _signal == signal.SIGINT else signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 leave_out_modes()
+import_lightning()  # as a command does, before a test module imports it
 
 
 def pytest_configure() -> None:
