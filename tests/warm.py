@@ -187,8 +187,6 @@ def import_all() -> None:
     from ade_harness.runtime.lazy_imports import import_lightning
 
     import_lightning()
-    import wandb.sdk.launch  # noqa: F401
-
     import ade_harness.cli.evaluate
     import ade_harness.cli.rank
     import ade_harness.evaluation.session
