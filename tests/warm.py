@@ -194,9 +194,10 @@ def import_all() -> None:
     import ade_harness.report.page
     import ade_harness.tracking.figures
     import ade_harness.tracking.session  # noqa: F401
-    from ade_harness.config.compose import compose_config
+    from ade_harness.config.compose import compose_config, packaged_choices, packaged_tree
 
-    compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar
+    config = compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar
+    packaged_tree(tuple(packaged_choices(config)))
     registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
     registry.cpu_target.target_context.refresh()
     from tests.hydra_mode import leave_out_modes
