@@ -44,10 +44,23 @@ def imports_of(path: Path) -> set[str]:
             base = (node.module or "").partition(".")[2]
             for alias in node.names:
                 deeper = f"{base}.{alias.name}".lstrip(".")
+                # the package's own names are those of `api`, to the right of all that could ask for them here
+                assert base or deeper in MODULES or alias.name.startswith("__"), (
+                    f"{path}: from ade_harness import {deeper}"
+                )
                 found.add(deeper if deeper in MODULES else base)
         elif isinstance(node, ast.Import):
             found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("ade_harness.")}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ade_harness":
+            assert node.attr.startswith("__"), f"{path}: ade_harness.{node.attr}"
     return found - {""}
+
+
+def test_the_written_order_is_the_one_that_is_tested() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text()
+    written = re.search(r"\n\n    (errors, [\w,\s]+?)\n\n", text)
+    assert written is not None
+    assert tuple(written[1].replace(",", " ").split()) == ORDER
 
 
 def named_in(path: Path) -> set[str]:

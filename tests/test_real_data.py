@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
 
 import ade_harness as ade
+from ade_harness.api.callback import ADE20KEvaluation
+from ade_harness.metrics.segmentation_scores import SegmentationScores
 from tests.conftest import REPOSITORY, Done
 
 DATA = Path(os.environ.get("ADE_HARNESS_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -57,6 +64,17 @@ def test_a_trained_model_on_real_images(cli: Callable[..., Done], tmp_path: Path
     run = ade.load_run(tmp_path / "run1")
     assert (result.scores, result.interval, result.marks) == (run.scores, run.interval, run.marks)
     assert torch.get_num_threads() == before
+    # the metric of training loops, fed image by image, counts the same pixels
+    predictor = ade.load_model("deeplabv3plus_mnv2_mlperf", options={"model.path": str(MODEL)})
+    metric = SegmentationScores(150)
+    folder = DATA / "ADEChallengeData2016"
+    for row in result.rows:
+        truth = np.array(Image.open(folder / f"annotations/validation/{row.image_id}.png")).astype(np.int64) - 1
+        truth[truth < 0] = 255
+        labels = predictor(Image.open(folder / f"images/validation/{row.image_id}.jpg"))
+        metric.update(torch.from_numpy(labels)[None].long(), torch.from_numpy(truth)[None])
+    assert np.array_equal(metric.matrix.numpy(), first)
+    assert {name: float(value) for name, value in metric.compute().items()} == dict(result.scores.items())
 
 
 SHIM = """
@@ -80,6 +98,44 @@ def test_the_same_model_as_a_custom_torch_model(cli: Callable[..., Done], tmp_pa
     # the independent implementation's figures, all four digits: it ran this PyTorch form of the network
     found = [round(metrics[key], 4) for key in ("pixel_accuracy", "mIoU", "mIoU_csail")]
     assert found == [0.7529, 0.1665, 0.0977]
+    # in a training of the same network, the callback has the command line's labels and counts
+    spec = importlib.util.spec_from_file_location("deeplab", MODEL.parent / "deeplabv3plus_mnv2.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    network = module.DeepLabV3PlusMNV2()
+    network.load_state_dict(load_file(MODEL.with_suffix(".safetensors")))
+    mine = yaml.safe_load((REPOSITORY / "conf/model/deeplabv3plus_mnv2_mlperf.yaml").read_text())
+    options = {"model.class_map": mine["class_map"], **{f"model.input.{k}": v for k, v in mine["input"].items()}}
+    callback = ADE20KEvaluation(DATA / "ADEChallengeData2016", "mlperf_deeplab", network="network", options=options)
+    training = Still(network)
+    torch.set_num_threads(1)  # as the command line's ranks: sums of two threads are other sums
+    pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback],
+    ).fit(training, torch.utils.data.DataLoader(torch.zeros(1, 1)))  # fmt: skip
+    run = ade.load_run(tmp_path / "run")
+    assert callback.result is not None
+    assert [row.label_hash for row in callback.result.rows] == [row.label_hash for row in run.rows]
+    assert np.array_equal(callback.result.matrix, run.matrix)
+    assert callback.result.scores == run.scores
+
+
+class Still(pl.LightningModule):
+    """A training that changes nothing."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network, self.number = network, torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return a loss that is always 0."""
+        return self.number * batch.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Train the number alone."""
+        return torch.optim.SGD([self.number], lr=1.0)
 
 
 def test_verify_of_real_files(cli: Callable[..., Done]) -> None:

@@ -52,6 +52,10 @@ def test_cfg_and_its_options(call: Call) -> None:
     assert yaml.safe_load(done.out)["root"] == "x"
 
 
+def test_a_recipe_has_no_effect_on_an_evaluation(call: Call) -> None:
+    one_message(call("+probe=dinov3_linear", "dataset.images=2"), "has no effect on `evaluate`")
+
+
 @pytest.mark.parametrize(
     ("what", "text"),
     [

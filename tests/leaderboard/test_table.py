@@ -114,6 +114,10 @@ def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "chart.png").size[0] > 1000
     assert "<svg" in (tmp_path / "chart.svg").read_text()
     assert (tmp_path / "rows.md").read_text().count("| published |") == 21
+    done = call("leaderboard", demo, tmp_path / "all" / "broken")  # neither is comparable: both are named
+    assert done.code == 2
+    assert "demo: is not comparable with published scores: DEMO" in done.err
+    assert "broken/manifest.json" in done.err
     for words, message in (
         ([demo], "is not comparable with published scores: DEMO"),
         (["--root", tmp_path / "none"], "no such folder"),

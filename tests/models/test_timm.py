@@ -28,6 +28,7 @@ from ade_harness.models.heads.linear import LinearSegmenter
 from ade_harness.models.loading import load_for_probe, load_model
 from tests.conftest import REPOSITORY, Done
 from tests.models.systems.test_dense_systems import GOLDEN, golden_input, official_weights
+from tests.models.systems.test_mask_systems import official
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
 
@@ -67,6 +68,24 @@ def test_dinov3_from_timm_equals_the_official_code() -> None:
     found = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)[:, ::5, ::8, ::8]
     expected = torch.from_numpy(np.load(GOLDEN / "dinov3_vit7b_linear.npz")["logits_every8"])
     assert float((found - expected).abs().max() / expected.abs().max()) < 5e-6
+
+
+def test_dinov3_mask2former_from_timm_equals_the_official_code() -> None:
+    """The head's own names, and the backbone's as timm has them; rotary periods are timm's own, which are exact."""
+    state = official("dinov3_mask2former")
+    prefix = "segmentation_model.0.backbone."
+    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    depth = len({k.split(".")[1] for k in backbone if k.startswith("blocks.")})
+    width, hidden = backbone["cls_token"].shape[-1], backbone["blocks.0.mlp.w1.weight"].shape[0]
+    timms = timms_names(backbone, depth=depth, embed_dim=width, num_heads=4, mlp_ratio=hidden / width)
+    head = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    images = golden_input((64, 96), 96)
+    with torch.inference_mode():
+        found = from_official("dinov3_7b_mask2former", {"backbone": timms, "head": head}, num_attention_heads=4)
+        expected = from_official("dinov3_7b_mask2former", state, num_attention_heads=4)
+        one, two = found.network(images), expected.network(images)
+    assert torch.equal(one.masks, two.masks)
+    assert torch.equal(one.classes, two.classes)
 
 
 def test_published_files_have_rounded_periods(tmp_path: Path) -> None:

@@ -341,9 +341,14 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
         (["probe=dinov3"], "probe=dinov3: unknown value. Did you mean"),
         (["probe.iteration=3"], "probe.iteration: no such option. Did you mean 'probe.iterations'"),
         (["probe.iterations=many"], "Value 'many' of type 'str' could not be converted to Integer"),
-        (["probe.iterations=0"], "probe.iterations=0: expected 1 or more"),
+        (["probe.iterations=0"], "probe.iterations=0: expected 1 to 100,000,000"),
         (["probe.schedule=exp"], "probe.schedule=exp: unknown value, expected one of cosine, poly"),
         (["probe.scale=[2,1]"], "probe.scale=[2.0, 1.0]: expected two numbers over 0, the smaller first"),
+        (["probe.lr=-1"], "probe.lr=-1: expected more than 0"),
+        (["probe.betas=[0.9]"], "probe.betas=[0.9]: expected two numbers from 0 to below 1"),
+        (["probe.dropout=2"], "probe.dropout=2: expected 0 to 1"),
+        (["probe.side=1000000"], "probe.side=1000000: expected"),
+        (["-m"], "probe -m: cannot be swept"),
         (["probe.warmup=24"], "probe.warmup=24: expected 0 to below probe.iterations (24)"),
         (["model.checkpoint=x.pth"], "model.checkpoint: probe makes it."),
         (["model.backbone_checkpoint=none.pth"], "model.backbone_checkpoint=none.pth: no such file"),
@@ -364,6 +369,16 @@ def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: P
     done = call("probe", *PROBE, *short, "probe.lr=0.5")
     assert done.code == 2
     assert "holds a run of something else, so it is not continued. Different: probe.lr: was 0.02, is 0.5" in done.err
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert {"device", "environment.torch", "code.version"} <= manifest["identity"].keys()
+    other = {**manifest["identity"], "environment.torch": "1.0"}
+    (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, "identity": other}))
+    assert 'Different: environment.torch: was "1.0", is "2.' in call("probe", *PROBE, *short).err
+    earlier = {k: v for k, v in other.items() if not k.startswith(("device", "environment.", "code."))}
+    (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, "identity": earlier}))
+    assert call("probe", *PROBE, *short).code == 0  # a version that did not keep these
+    prose = ("model.label=another", "model.about.paper=another")  # which decides nothing
+    assert call("probe", *PROBE, *short, *prose).code == 0
     (tmp_path / "run/state.pt").write_bytes(b"PK cut")
     assert "state.pt: is damaged" in call("probe", *PROBE, *short).err
     assert "state.pt: is damaged" in call("resume", "run").err

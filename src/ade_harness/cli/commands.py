@@ -141,7 +141,8 @@ COMMANDS = (
         ),
     ),
     Command(
-        "probe", "train a linear head on a frozen backbone", "evaluate:run_probe", (_OVERRIDES, *_HYDRA), _PROBE_DETAILS
+        "probe", "train a linear head on a frozen backbone", "evaluate:run_probe",
+        (_OVERRIDES, Argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS), *_HYDRA), _PROBE_DETAILS
     ),
     Command(
         "models", "the leaderboard's systems, and which can be run", "models:run_models",

@@ -77,7 +77,7 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
 def run_probe(options: argparse.Namespace) -> Answer:
     """Train a linear head; raises as :func:`run_evaluate`."""
     extra = _config_dir(options)
-    options.multirun = False
+    require(not options.multirun, "probe -m: cannot be swept: each training is a command of its own.")
     _check_shown(options)
     ready = list(options.overrides) if _shows(options) else prepare(with_recipe(options.overrides, extra), extra)
     return _run_hydra(options, ready, "probe")
@@ -113,6 +113,10 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
             }
         except OmegaConfBaseException as error:
             raise HarnessError(explain(error, options.overrides)) from error
+        require(
+            command == "probe" or config.probe is None,
+            "probe=...: is a recipe of the command `probe`, and has no effect on `evaluate`. Remove it.",
+        )
         if _hydras_directory(config):
             config.run.dir = str(mine.runtime.output_dir)
         require_data(config)

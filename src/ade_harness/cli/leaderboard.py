@@ -18,8 +18,8 @@ from ade_harness.leaderboard.table import (
     measured_entries,
     published_entries,
     ranked,
+    ranked_runs,
     ranking_table,
-    why_not_ranked,
     write_output,
 )
 from ade_harness.runs.finished import FinishedRun, load_run
@@ -39,19 +39,16 @@ def run_leaderboard(options: argparse.Namespace) -> Answer:
     runs: list[FinishedRun] = []
     excluded: list[str] = []
     if options.runs:
-        for folder in options.runs:
-            run = load_run(Path(folder).expanduser())
-            why = why_not_ranked(run)
-            if why is not None:
-                raise HarnessError(f"{folder}: is not comparable with published scores: {why}.")
-            runs.append(run)
+        runs, excluded = ranked_runs([Path(folder).expanduser() for folder in options.runs])
+        if not runs:  # all that was named; else the others are ranked, and these are lines below the table
+            raise HarnessError("\n".join(excluded))
     elif root.is_dir():
         runs, excluded = find_runs(root)
     entries = [*published_entries(), *(entry for run in runs for entry in measured_entries(run))]
     for metric in METRICS:
         console.print(ranking_table(ranked(entries, metric), metric))
     print_fact(console, "measured", f"{len(runs)} complete runs; {len(excluded)} others excluded")
-    for why in excluded[:5]:
+    for why in excluded if options.runs else excluded[:5]:
         print_line(console, f"  {why}", style="dim")
     for output in options.output:
         write_output(with_folder(Path(output).expanduser()), entries)

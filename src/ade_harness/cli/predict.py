@@ -14,6 +14,7 @@ from PIL import Image
 
 from ade_harness.api.predictors import Segmenter, read_image
 from ade_harness.cli.answer import Answer
+from ade_harness.config.arguments import refuse_idle
 from ade_harness.config.compose import compose_config
 from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.data.containers import MAX_FILE_BYTES
@@ -35,7 +36,6 @@ from ade_harness.runtime.progress_bar import ProgressReporter
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _RECORD = "predictions.json"
-_EVALUATION_ONLY = ("run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images")
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
 _SHOWN = 5
 
@@ -61,8 +61,7 @@ def run_predict(options: argparse.Namespace) -> Answer:
     output = Path(options.output).expanduser()
     files = list(_images([Path(path).expanduser() for path in paths], output))
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
-    idle = next((o for o in overrides if o.lstrip("+~").startswith(_EVALUATION_ONLY)), None)
-    require(idle is None, f"{idle}: has no effect on predict. Remove it.")
+    refuse_idle(overrides, "predict")
     extra = Path(options.config_dir) if options.config_dir else None
     cfg = compose_config([*overrides, "tracking=none"], extra)
     require(

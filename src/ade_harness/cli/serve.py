@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ade_harness.cli.answer import Answer
+from ade_harness.config.arguments import refuse_idle
 from ade_harness.config.compose import compose_config
 from ade_harness.endpoint.client import read_token
 from ade_harness.endpoint.service import make_server, open_service
@@ -19,6 +20,7 @@ def run_serve(options: argparse.Namespace) -> Answer:
         HarnessError: a mistake in the configuration, or the address cannot be used.
     """
     console = make_console()
+    refuse_idle(options.overrides, "serve")
     token = read_token(options.token_env)
     service = open_service(compose_config(options.overrides, Path(options.config_dir) if options.config_dir else None))
     with make_server(service, options.host, options.port, token) as server:

@@ -50,7 +50,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     for image_id, why in list((manifest.get("failures") or {}).items())[:5]:
         print_fact(console, "failed", why if image_id in why else f"{image_id}: {why}")
     if state.startswith("running") and progress:
-        left = progress["seconds_left"]
+        left = progress.get("seconds_left")
         print_fact(
             console,
             "progress",
@@ -80,14 +80,15 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
     for mark in manifest.get("marks") or ():
         print_line(console, one_line(mark), style="bold yellow")
     print_fact(console, "state", state)
+    checked(manifest, {"identity": {"probe.iterations?": int}}, str(path / MANIFEST))
     old = manifest["identity"].get("probe.iterations")  # of a version that kept the configuration there too
-    total = old if old is not None else read_config(path, manifest)["probe"]["iterations"]
+    total = old if old is not None else _iterations(path, manifest)
     file = path / SAVED  # trainings of earlier versions have none, and those that have not saved yet
     saved = read_json(file, {"step": int})["step"] if file.exists() and state != "finished" else last["step"]
     print_fact(console, "trained" if state == "finished" else "saved", f"{saved:,} of {total:,} iterations")
     progress = read_progress(path) if state.startswith("running") else None
     if progress is not None:
-        left = progress["seconds_left"]
+        left = progress.get("seconds_left")
         print_fact(
             console,
             "progress",
@@ -108,6 +109,12 @@ def _probe_status(console: Console, path: Path, manifest: dict[str, Any]) -> Ans
         "marks": list(manifest.get("marks") or ()),
     }
     return Answer(content)
+
+
+def _iterations(path: Path, manifest: dict[str, Any]) -> int:
+    checked(manifest, {"config_sha256": str}, str(path / MANIFEST))
+    content = checked(read_config(path, manifest), {"probe": {"iterations": int}}, str(path / "config.yaml"))
+    return int(content["probe"]["iterations"])
 
 
 def run_state(status: str, holder: dict[str, Any], progress: dict[str, Any] | None) -> str:

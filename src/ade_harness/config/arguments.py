@@ -20,7 +20,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.config.schema import DatasetConfig, MetricsConfig, RunConfig, TrackingConfig
-from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.escapes import shortened
 
 _FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
@@ -198,6 +198,15 @@ def _check(text: str, extra: Path | None) -> None:
 def _with_quotes(text: str) -> str:
     key, _, value = text.partition("=")
     return f"{key}={quote(value)}"
+
+
+_EVALUATION_ONLY = ("run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images")
+
+
+def refuse_idle(overrides: Sequence[str], command: str) -> None:
+    """Raise HarnessError for an override that only an evaluation or a training heeds."""
+    idle = next((o for o in overrides if o.lstrip("+~").startswith(_EVALUATION_ONLY)), None)
+    require(idle is None, f"{idle}: has no effect on {command}. Remove it.")
 
 
 def nearest(group: str, value: str, known: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from ade_harness.config.fields import MAX_SEED, bounded
+from ade_harness.config.inference import MAX_SIDE
 
 
 class Schedule(StrEnum):
@@ -44,24 +45,25 @@ class ProbeConfig:
     name: str = MISSING
     source: str = ""
     # optimisation: AdamW, cross-entropy averaged over all pixels of the crops, ignored ones too
-    iterations: int = bounded(40_000, at_least=1)
-    batch: int = bounded(16, at_least=1)  # crops of all ranks together
-    lr: float = 1e-3
+    iterations: int = bounded(40_000, at_least=1, at_most=100_000_000)
+    batch: int = bounded(16, at_least=1, at_most=65_536)  # crops of all ranks together
+    lr: float = bounded(1e-3, above=0, at_most=1000)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 1e-3
+    weight_decay: float = bounded(1e-3, at_least=0, at_most=1000)
     schedule: Schedule = Schedule.cosine
-    warmup: int = bounded(1500, at_least=0)  # iterations
-    warmup_ratio: float = 1e-6
-    dropout: float = 0.1  # of whole channels
+    warmup: int = bounded(1500, at_least=0, at_most=100_000_000)  # iterations
+    warmup_ratio: float = bounded(1e-6, at_least=0, at_most=1)
+    dropout: float = bounded(0.1, at_least=0, at_most=1)  # of whole channels
     # crops
-    side: int = bounded(512, at_least=1)  # short side before the random scale
+    side: int = bounded(512, at_least=1, at_most=MAX_SIDE)  # short side before the random scale
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    crop: int = bounded(512, at_least=1)
-    most_of_one_class: float = 0.75  # a crop with more of one class is drawn again, up to ten times
-    flip: float = 0.5
+    crop: int = bounded(512, at_least=1, at_most=MAX_SIDE)
+    # a crop with more of one class is drawn again, up to ten times
+    most_of_one_class: float = bounded(0.75, above=0, at_most=1)
+    flip: float = bounded(0.5, at_least=0, at_most=1)
     distortion: Distortion = Distortion.dinov3
     backend: CropBackend = CropBackend.pillow
     # running
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
-    save_every: int = bounded(500, at_least=1)  # iterations
-    log_every: int = bounded(50, at_least=1)
+    save_every: int = bounded(500, at_least=1, at_most=100_000_000)  # iterations
+    log_every: int = bounded(50, at_least=1, at_most=100_000_000)

@@ -334,6 +334,10 @@ def _check_own_data(dataset: DatasetConfig) -> None:
 
 def _check_probe(probe: ProbeConfig) -> None:
     require(
+        len(probe.betas) == 2 and all(0 <= beta < 1 for beta in probe.betas),
+        f"probe.betas={probe.betas}: expected two numbers from 0 to below 1.",
+    )
+    require(
         len(probe.scale) == 2 and 0 < probe.scale[0] <= probe.scale[1],
         f"probe.scale={probe.scale}: expected two numbers over 0, the smaller first.",
     )

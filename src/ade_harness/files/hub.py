@@ -29,7 +29,9 @@ def hub_explained(where: str, advice: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
     try:
         yield
     except HarnessError:
@@ -49,3 +51,5 @@ def hub_explained(where: str, advice: str) -> Iterator[None]:
     except Exception as error:  # HfHubHTTPError, OSError, and those of its HTTP library, whose name changes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise HarnessError(f"{where}: the download failed ({reason}). {advice}") from error
+    finally:
+        logger.setLevel(before)

@@ -91,16 +91,21 @@ def ranked(entries: Iterable[Entry], metric: str) -> list[Entry]:
 
 
 def find_runs(root: Path) -> tuple[list[FinishedRun], list[str]]:
-    """Read all finished runs below a folder.
+    """Read all finished runs below a folder; as :func:`ranked_runs`."""
+    return ranked_runs([manifest.parent for manifest in sorted(root.glob(f"*/{MANIFEST}"))])
+
+
+def ranked_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
+    """Read finished runs.
 
     Returns:
         Those that can be ranked, and why others cannot.
     """
     runs: list[FinishedRun] = []
     left_out: list[str] = []
-    for manifest in sorted(root.glob(f"*/{MANIFEST}")):
+    for folder in folders:
         try:
-            run = load_run(manifest.parent)
+            run = load_run(folder)
         except HarnessError as error:
             left_out.append(str(error))
             continue
@@ -108,7 +113,7 @@ def find_runs(root: Path) -> tuple[list[FinishedRun], list[str]]:
         if why is None:
             runs.append(run)
         else:
-            left_out.append(f"{run.path}: {why}")
+            left_out.append(f"{folder}: is not comparable with published scores: {why}.")
     return runs, left_out
 
 

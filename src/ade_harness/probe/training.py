@@ -114,6 +114,7 @@ def _decided(config: Mapping[str, Any]) -> dict[str, Any]:
             "probe": {k: v for k, v in config["probe"].items() if k not in _LOCAL_KEYS},
             "model": {k: model[k] for k in ("name", "kind", "architecture", "input", "dtype")},
             "precision": config["inference"]["precision"],
+            "runtime": {k: config["runtime"][k] for k in ("threads", "deterministic")},
             "dataset": {"name": config["dataset"]["name"], "split": config["dataset"]["split"]},
         }
     )

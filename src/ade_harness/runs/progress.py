@@ -21,10 +21,10 @@ def read_progress(path: Path) -> dict[str, Any] | None:
     """
     try:
         content: dict[str, Any] = read_json(path / PROGRESS, PROGRESS_SHAPE)
-        datetime.fromisoformat(content["updated"])
+        has_zone = datetime.fromisoformat(content["updated"]).tzinfo is not None  # else it is no age
     except (HarnessError, ValueError):
         return None
-    return content
+    return content if has_zone else None
 
 
 def state_of(path: Path, status: str) -> str:

@@ -84,6 +84,8 @@ def short_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 _LOADED = ("model.state_sha256", "model.files.", "model.config_sha256", "code.model_source")
 """What an identity says of the model in memory; runs of earlier versions do not have it."""
+_OF_TRAININGS = ("device", "environment.", "code.", "runtime.")
+"""What the identity of a training says of what computes it; those of earlier versions do not."""
 
 
 def start_record(
@@ -105,7 +107,8 @@ def start_record(
         say: called with the reason why a start takes longer than usual.
         decides: fields of a configuration that must be equal for the run to be continued; None takes those that decide
             an evaluation's counts.
-        found: what else must be equal and is no configuration (hashes, versions); None takes an evaluation's.
+        found: what else must be equal and is no configuration (hashes), beside device and versions; None takes an
+            evaluation's.
 
     Raises:
         HarnessError: the directory cannot be written, another job is at work in it, or it holds a run of something
@@ -114,7 +117,7 @@ def start_record(
     code = code_state()
     diff = code.pop("diff", "")
     decides = decides or decided_counts
-    found = dict(found) if found is not None else _found(facts, code)
+    found = {**found, **_computed_by(facts, code)} if found is not None else _found(facts, code)
     now = {**decides(config), **found}
     name = f"probe-{config['model']['name']}" if facts.get("kind") == PROBE else config["model"]["name"]
     path = make_run_dir(config["run"]["dir"], config["run"]["root"], name)
@@ -130,6 +133,8 @@ def start_record(
         then = run_identity(path, before, decides) if before else now
         if "model.state_sha256" not in then:  # of an earlier version, which did not look at these
             then = {**{key: value for key, value in now.items() if key.startswith(_LOADED)}, **then}
+        if facts.get("kind") == PROBE:  # likewise
+            then = {**{key: value for key, value in now.items() if key.startswith(_OF_TRAININGS)}, **then}
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
@@ -229,8 +234,6 @@ def decided_counts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _found(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
     """Return what else must be equal for counts of two sessions to be added up."""
-    import torch
-
     model = facts["model"]
     loaded = {
         "model.state_sha256": model.get("state_sha256"),
@@ -240,12 +243,21 @@ def _found(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         **{key: value for key, value in loaded.items() if value is not None},
-        "device": facts["device"],
         "checkpoint.sha256": model.get("sha256"),
         "checkpoint.origin": model.get("origin"),
-        "environment.torch": torch.__version__,
         "dataset.ids_hash": facts["dataset"]["ids_hash"],
         "dataset.labels_hash": facts["dataset"].get("labels_hash"),
+        **_computed_by(facts, code),
+    }
+
+
+def _computed_by(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what computes, of evaluations and trainings alike."""
+    import torch
+
+    return {
+        "device": facts["device"],
+        "environment.torch": torch.__version__,
         "code.version": code["version"],
         "code.commit": code["commit"],
         "code.diff_sha256": code.get("diff_sha256"),

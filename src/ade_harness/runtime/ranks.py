@@ -164,13 +164,22 @@ def set_arithmetic(deterministic: bool) -> dict[str, Any]:
     return arithmetic_as_set()
 
 
+def _allows_tf32() -> bool:
+    """Say whether float32 may be computed as TF32, by the older switches, or the newer where a model has set those."""
+    backends: Any = torch.backends
+    try:
+        return bool(backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32)
+    except RuntimeError:  # torch does not read the older ones then
+        return "tf32" in (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)
+
+
 def arithmetic_as_set() -> dict[str, Any]:
     """Return torch's switches as they are."""
     return {
         "use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "allow_tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "allow_tf32": _allows_tf32(),
         "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }

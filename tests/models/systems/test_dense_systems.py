@@ -299,7 +299,7 @@ def test_odd_sizes_and_batches(size: tuple[int, int]) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(HarnessError, match=r"'segformer_b9': no such system\. Did you mean .*\? Known: beit3, "):
+    with pytest.raises(HarnessError, match=r"'segformer_b9': no such system\. Nearest: segformer_b\d, .* lists all"):
         from_official("segformer_b9", {})
 
 

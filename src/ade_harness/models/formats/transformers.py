@@ -50,16 +50,20 @@ _DIFFERENT = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' own report of keys: ours is stricter and stops."""
+    """Silence transformers' own report of keys, since ours is stricter and stops, and the hub's words on retries."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        hub.setLevel(level)
         transformers_logging.set_verbosity(before)
         if bars:
             transformers_logging.enable_progress_bar()
@@ -175,7 +179,6 @@ def load_transformers(
     )
 
     where = f"model.id={model_id}"
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
     wrap: type[UniversalModel] | type[SemanticModel] | type[DetrModel]
     with _quiet(), _explained(where):
         config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)

@@ -54,7 +54,7 @@ class SemanticScores(nn.Module):
     def raw_outputs(self, images: Tensor) -> MaskLogits:
         """Return (class logits [N, Q, 151], mask logits [N, Q, h, w]) of normalised images [N, 3, H, W].
 
-        Computed in the official order of additions: evaluations use faster forms, see models/reference.py.
+        Computed in the official order of additions: evaluations use faster forms, see models/ops/attention.py.
         """
         with reference_operations():
             logits: MaskLogits = self.network(images)
