@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -35,3 +37,17 @@ def test_the_global_switch_is_for_training_alone(training: bool, deterministic: 
     assert torch.backends.cudnn.deterministic is deterministic
     assert torch.backends.cudnn.benchmark is False
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
+
+
+def test_switches_that_a_model_has_set_by_their_newer_names_are_read() -> None:
+    """Torch then refuses to read the older ones; in a process of its own, since it remembers which were used."""
+    program = (
+        "import torch\nfrom ade_harness.runtime.ranks import arithmetic_as_set\n"
+        "print(arithmetic_as_set()['allow_tf32'])\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\nprint(arithmetic_as_set()['allow_tf32'])\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'\ntorch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
+        "torch.backends.cudnn.rnn.fp32_precision = 'ieee'\nprint(arithmetic_as_set()['allow_tf32'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1:] == ["True", "False"]
