@@ -904,6 +904,8 @@ def test_serve_says_what_is_wrong(call: Call, tmp_path: Path) -> None:
         for words, expected in (
             (["--port", "many"], "serve: argument --port: invalid int value"),
             (["--prt=1"], "serve: unrecognized arguments: --prt=1"),
+            (["dataset.limit=3"], "dataset.limit=3: has no effect on serve. Remove it."),
+            (["+probe=dinov3_linear"], "+probe=dinov3_linear: has no effect on serve. Remove it."),
             (["model=predictions", "model.path=labels"], "is no network that could be served"),
             (["--token-env=NO_SUCH_VARIABLE"], "no environment variable of that name is set"),
             (["--port", str(taken.server_port)], f"cannot listen on 127.0.0.1 port {taken.server_port}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ade_harness.data.ade20k import validation_sizes
+from ade_harness.leaderboard import table
 from ade_harness.leaderboard.table import (
     Entry,
     as_csv,
@@ -98,6 +100,19 @@ def test_what_has_no_place(demo: Path) -> None:
         )
     random = {**whole.manifest, "model": {"weights": "random"}}
     assert why_not_ranked(replace(whole, manifest=random)) == "random weights"
+
+
+def test_a_bad_directory_beside_a_complete_run_is_a_line(
+    demo: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = complete(load_run(demo), mIoU=0.5)
+    monkeypatch.setattr(table, "load_run", lambda path: whole if path.name == "whole" else load_run(path))
+    done = call("leaderboard", "whole", "nowhere", demo, "--json")
+    assert done.code == 0, done.err
+    assert "1 complete runs; 2 others excluded" in done.err
+    excluded = json.loads(done.out)["excluded"]
+    assert excluded[0].startswith("nowhere: no such folder")
+    assert "is not comparable with published scores: DEMO" in excluded[1]
 
 
 def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:

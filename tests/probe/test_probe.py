@@ -425,6 +425,12 @@ def test_a_training_has_the_run_directory_of_an_evaluation(
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "run/config.yaml").unlink()
     assert "state:         interrupted" in cli("status", "run").out
+    for damage in ({"identity": {**old, "probe.iterations": "8"}}, {"identity": {}}):
+        (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, **damage}))
+        damaged = cli("status", "run")
+        assert damaged.code == 2
+        assert "manifest.json" in damaged.err
+        assert "Traceback" not in damaged.err
     assert "give its `probe` command again" in cli("resume", "run").err
 
 

@@ -94,8 +94,8 @@ def _matches(row: RunRow, condition: str) -> bool:
     try:
         return _ORDERS[operator](found, float(value))
     except ValueError as error:
-        said = f"{name.strip()} is a number, and {value.strip()!r} is none."
-        raise HarnessError(f"--where {condition}: {said}") from error
+        problem = f"{name.strip()} is a number, and {value.strip()!r} is none."
+        raise HarnessError(f"--where {condition}: {problem}") from error
 
 
 _CONDITION = re.compile(r"([^=!<>]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
