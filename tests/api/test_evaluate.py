@@ -195,6 +195,8 @@ def test_what_a_function_may_not_return(function: Any, message: str) -> None:
         (Colours(), {"checkpoint": "x.pth"}, "checkpoint: load it into the network before"),
         (Colours(), {"protocol": "slide"}, "inference=slide: unknown value"),
         (Colours(), {"options": {"inference.bach": 2}}, "inference.bach: no such option. Did you mean 'inference.batch'"),
+        (Colours(), {"options": {"hydra.verbose": True}}, "options: hydra.verbose has no effect"),
+        (Colours(), {"options": {"probe": "dinov3_linear"}}, "options: probe has no effect"),
         (Colours(), {"device": "gpu"}, "device='gpu'"),
         (Colours(), {"devices": 2, "device": "cuda:1"}, "device=cuda:1: with devices=2 each rank has its own"),
         (lambda image: image, {"devices": 2}, "devices=2: ranks are other processes, and a function runs in this one"),

@@ -89,6 +89,8 @@ def option_overrides(
         if key in _ARGUMENTS:
             raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
         group, _, field = str(key).partition(".")
+        if group in ("hydra", "probe"):
+            raise HarnessError(f"options: {key} has no effect: it is for the commands of the command line.")
         if group == "tracking" and not runs and value != "none":
             raise HarnessError(f"options: {key} has no effect: there is no run directory that W&B could show.")
         if memory and group == "model" and field.partition(".")[0] not in _IN_MEMORY_KEYS:
