@@ -33,6 +33,12 @@ from typing import Any
 _MODULES = ("ade_harness", "ade_harness.cli.rank", "ade_harness.tracking.session")
 _OWN_CHILDREN = _MODULES[:2]
 """What a forked process forks itself. It may have threads by the time it starts a session of W&B's."""
+_LATER = (
+    "ade_harness.cli.evaluate", "ade_harness.cli.rank", "ade_harness.config.overrides", "ade_harness.evaluation.session",
+    "ade_harness.kernels.numba_cpu", "ade_harness.report.pages", "ade_harness.tracking.figures",
+    "ade_harness.tracking.session", "hydra._internal.logging_config", "scipy.special",
+)  # fmt: skip
+"""What a command imports when it needs it."""
 _OF_TRAININGS = ("torch._inductor", "transformers.models.dinov3_vit.modeling_dinov3_vit")
 """What they import beside: torch's global switch of determinism the first, the tests' backbone the second."""
 _READ_WHILE_IMPORTING = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCH_", "HF_", "PYTHONWARNINGS", "COVERAGE", "LD_")
@@ -187,17 +193,20 @@ def import_all() -> None:
     from ade_harness.runtime.lazy_imports import import_lightning
 
     import_lightning()
-    import ade_harness.cli.evaluate
-    import ade_harness.cli.rank
-    import ade_harness.evaluation.session
-    import ade_harness.kernels.numba_cpu
-    import ade_harness.report.page
-    import ade_harness.tracking.figures
-    import ade_harness.tracking.session  # noqa: F401
+    for module in _LATER:
+        importlib.import_module(module)
+    from PIL import Image
+
     from ade_harness.config.compose import compose_config, packaged_choices, packaged_tree
+    from ade_harness.report.page import _environment
+    from ade_harness.runs.provenance import distributions
 
     config = compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar
     packaged_tree(tuple(packaged_choices(config)))
+    distributions()  # of what is installed, which no test changes
+    for template in _environment().list_templates(extensions=["j2"]):
+        _environment().get_template(template)  # compiled by jinja, once
+    Image.preinit()
     registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
     registry.cpu_target.target_context.refresh()
     from tests.hydra_mode import leave_out_modes

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.classification import MulticlassCalibrationError
 
 from ade_harness.data.labels import CONFIDENCE_BINS
 from ade_harness.kernels.confidence import count_confidence
@@ -123,6 +122,8 @@ def test_calibration_is_torchmetrics() -> None:
     confidence, labels = probabilities[0].max(0)
     counts = count_confidence(confidence, labels.to(torch.uint8), target).numpy()
     found = Calibration(counts)
+    from torchmetrics.classification import MulticlassCalibrationError  # imports all metrics, in each worker
+
     theirs = MulticlassCalibrationError(6, n_bins=CONFIDENCE_BINS, norm="l1", ignore_index=255)
     expected = float(theirs(probabilities, target.long()[None]))
     assert found.ece == pytest.approx(expected, abs=2e-5)  # confidences are added up in steps of 1/65536

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from ade_harness.metrics import comparison
 from ade_harness.metrics.areas import ImageAreas, areas_of, image_areas, split_areas
@@ -69,6 +68,8 @@ def test_resampled_scores_equal_the_naive_loop_in_every_bit() -> None:
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_intervals_are_scipys(method: str) -> None:
+    from scipy import stats
+
     areas = image_areas(make_rows(60, classes=5), 150)
     resampled = bootstrap(areas, 20_000).scores["pixel_accuracy"]
     found = getattr(resampled, method)()[0]
@@ -96,6 +97,8 @@ def test_the_shown_interval_holds_the_measured_score_though_resamples_lack_rare_
 
 
 def test_bca_moves_towards_the_longer_tail() -> None:
+    from scipy import stats
+
     rng = np.random.default_rng(0)
     sample = rng.exponential(size=40)
     draws = sample[rng.integers(0, 40, (20_000, 40))].mean(1)[:, None]
@@ -389,6 +392,8 @@ def test_only_images_that_differ_are_exchanged() -> None:
 
 def test_bca_of_a_value_beyond_all_resamples_is_finite() -> None:
     """The share below it counts as n / (n + 1): the normal quantile of 1 is infinite."""
+    from scipy import stats
+
     draws = np.linspace(0.2, 0.6, 1000)
     for value, share in ((0.7, 1000 / 1001), (0.1, 1 / 1001)):
         (found,) = Resampled(np.array([value]), draws[:, None], np.full((5, 1), 0.4)).bca()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -44,6 +43,8 @@ def model_cfg(*words: str) -> ModelConfig:
 
 def timms_names(official: dict[str, Tensor], **size: Any) -> dict[str, Tensor]:
     """The weights of an official file as timm's own conversion has them."""
+    import timm
+
     network = timm.create_model("vit_7b_patch16_dinov3", **size)
     converted = timm.models.eva.checkpoint_filter_fn(dict(official), network)
     assert network.load_state_dict(converted, strict=True)
@@ -199,6 +200,8 @@ def test_the_table_of_the_docs_is_what_the_script_prints(capsys: pytest.CaptureF
 
 
 def test_the_features_are_timms_own() -> None:
+    import timm
+
     torch.manual_seed(0)
     reference = timm.create_model(
         "vit_tiny_patch14_reg4_dinov2" if timm.is_model("vit_tiny_patch14_reg4_dinov2") else TINY
@@ -217,6 +220,8 @@ def test_the_features_are_timms_own() -> None:
 
 
 def test_weights_are_strict() -> None:
+    import timm
+
     state = timm.create_model(TINY).state_dict()
     assert build_timm(TINY, state, None, None)
     without = {k: v for k, v in state.items() if not k.startswith("head.")}
@@ -246,6 +251,8 @@ PROBE = (
 
 
 def test_a_probe_is_trained_and_evaluated(call: Callable[..., Done], tmp_path: Path) -> None:
+    import timm
+
     torch.manual_seed(0)
     save_file(timm.create_model(TINY).state_dict(), tmp_path / "backbone.safetensors")
     done = call(*PROBE, f"model.backbone_checkpoint={tmp_path}/backbone.safetensors")
@@ -270,6 +277,8 @@ def test_a_probe_is_trained_and_evaluated(call: Callable[..., Done], tmp_path: P
 
 def test_the_command_that_a_probe_prints_evaluates_what_was_trained(call: Callable[..., Done], tmp_path: Path) -> None:
     """Also fields of the network, another data set than the demo's, and folders that a shell would take apart."""
+    import timm
+
     torch.manual_seed(0)
     below = tmp_path / "back bone's.safetensors"
     save_file(timm.create_model(TINY).state_dict(), below)

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import wandb
 
 from ade_harness.runs.directory import read_manifest
 from ade_harness.runs.record import is_own
@@ -192,6 +191,8 @@ def test_a_strangers_run_chooses_no_server(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: Any
 ) -> None:
     """W&B reads ./wandb/settings, where an address may be to which it would send the key."""
+    import wandb
+
     words = [word for word in FAST if not word.startswith("tracking")]
     started = tmp_path / "theirs"
     started.mkdir()

@@ -27,10 +27,13 @@ _LIGHT = {"Metric": "metric", "MetricCollection": "collections"}
 
 
 class _LazyPackage(ModuleType):
-    """A package whose ``__init__`` runs when a name is asked for that is not in `_LIGHT`."""
+    """A package whose ``__init__`` runs when a public name is asked for that is not in `_LIGHT`.
+
+    Private names are what tools look for in any object (inspect, pytest, doctest): none of them wants a metric.
+    """
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if name in _LIGHT:
             importlib.import_module(f"{_METRICS}.utilities")  # first: the two import each other
