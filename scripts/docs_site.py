@@ -127,13 +127,9 @@ def _default(one: Field[Any]) -> str:
 
 
 def _limits(one: Field[Any], note: str) -> str:
-    limits = one.metadata
-    said = [
-        f"{words} {limits[name]:g}"
-        for name, words in (("at_least", "at least"), ("at_most", "at most"), ("above", "above"))
-        if limits.get(name) is not None
-    ]
-    return "; ".join([note, *said]) if note else "; ".join(said)
+    limits = one.metadata.get("range")
+    said = "" if limits is None else limits.of_list() if "list" in str(one.type) else str(limits)
+    return "; ".join(text for text in (note, said) if text)
 
 
 def _comments(kind: Any) -> dict[str, str]:

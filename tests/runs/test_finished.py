@@ -184,5 +184,5 @@ def test_calibration_needs_scores(call: Call) -> None:
     done = call("model=predictions", "model.path=.", "metrics.calibration=true")
     assert done.code == 2
     assert "metrics.calibration needs a network's scores" in done.err
-    assert "1,000 or more" in call("metrics.resamples=10").err
+    assert "1,000 to 1,000,000, or 0 for no intervals" in call("metrics.resamples=10").err
     assert "metrics.level=1" in call("metrics.level=1").err

@@ -13,13 +13,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from ade_harness.config.dataset import DatasetConfig
 from ade_harness.config.fields import place_keys
 from ade_harness.config.files import choices, read_choice
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.runtime import RuntimeConfig
-from ade_harness.config.schema import DatasetConfig, MetricsConfig, RunConfig, TrackingConfig
+from ade_harness.config.schema import MetricsConfig, RunConfig, TrackingConfig
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.escapes import shortened
 

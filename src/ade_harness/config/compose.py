@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import NODES, nearest, prepare, without_interpolations
+from ade_harness.config.dataset import DatasetKind
 from ade_harness.config.fields import check_lists
 from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
 from ade_harness.config.inference import InferenceConfig
@@ -28,7 +29,7 @@ from ade_harness.config.kinds import kind_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.runtime import SlurmConfig
 from ade_harness.config.saved import AS_SAVED, apply_saved
-from ade_harness.config.schema import Config, DatasetKind
+from ade_harness.config.schema import Config
 from ade_harness.config.validate import validate
 from ade_harness.errors import HarnessError, did_you_mean
 

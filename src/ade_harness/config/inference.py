@@ -7,10 +7,12 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import bounded
+from ade_harness.config.fields import bounded, bounded_list
 
 MAX_SIDE = 16_384
 """Pixels of a side of any input, window or padding; the packaged protocols go to 4,480."""
+MAX_SCALE = 16
+"""Of test-time augmentation; the packaged protocols go to 3."""
 
 
 class ResizeRule(StrEnum):
@@ -69,7 +71,8 @@ class ResizeConfig:
     antialias: bool = False  # torch only
     multiple_of: int = bounded(1, at_least=1, at_most=MAX_SIDE)  # then resize both sides to a multiple of this
     multiple_rounding: MultipleRounding = MultipleRounding.up
-    pad_to: list[int] | None = None  # then pad to exactly (height, width)
+    # then pad to exactly (height, width)
+    pad_to: list[int] | None = bounded_list(None, length=2, at_least=1, at_most=MAX_SIDE)
     pad_at_least: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # or each side that is shorter, to this
     pad_multiple: int = bounded(1, at_least=1, at_most=MAX_SIDE)  # or each side to a multiple of this
     pad_position: PadPosition = PadPosition.corner
@@ -127,8 +130,9 @@ class Average(StrEnum):
 class AugmentationConfig:
     """Test-time augmentation: the views of an image whose results are averaged."""
 
-    scales: list[float] = field(default_factory=lambda: [1.0])
-    sides: list[int] | None = None  # short sides in pixels, in place of scales
+    scales: list[float] = bounded_list([1.0], above=0, at_most=MAX_SCALE)
+    # short sides in pixels, in place of scales
+    sides: list[int] | None = bounded_list(None, at_least=1, at_most=MAX_SIDE)
     source: ScaleSource = ScaleSource.protocol
     # cap of the long side for `sides`; null scales the protocol's
     max_side: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)

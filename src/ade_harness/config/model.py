@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import MAX_SEED, bounded, place
+from ade_harness.config.fields import MAX_SEED, bounded, bounded_list, place, written
 
 NO_CLASS_NAMES = ("background", "other", "others", "unlabeled", "unlabelled", "void", "ignore", "none", "no class")
 """What models call a channel for unlabelled pixels or background."""
@@ -95,8 +95,8 @@ class Encoding(StrEnum):
 class InputConfig:
     """What pixel values a network wants: ``(value - mean) / std`` on the 0..255 scale."""
 
-    mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
-    std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
+    mean: list[float] = bounded_list([123.675, 116.28, 103.53], length=3)
+    std: list[float] = bounded_list([58.395, 57.12, 57.375], length=3, above=0)
     channel_order: ChannelOrder = ChannelOrder.rgb  # mean and std are in this order
     # what a pixel of 255 is before mean and std: 255, or 1 for statistics on the 0..1 scale
     max_value: float = bounded(255.0, above=0)
@@ -174,7 +174,10 @@ class HttpConfig:
     timeout_s: float = bounded(60.0, at_least=0.1, at_most=3600, unit="seconds")
     retries: int = bounded(4, at_least=0, at_most=20)  # after a lost connection, a timeout, 429 or 5xx
     concurrency: int = bounded(4, at_least=1, at_most=256)  # requests under way, of all ranks together
-    token_env: str | None = None  # name of the environment variable that holds a bearer token
+    # name of the environment variable that holds a bearer token
+    token_env: str | None = written(
+        r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable, such as MY_TOKEN, not the token", secret=True
+    )
 
 
 @dataclass
@@ -209,7 +212,8 @@ class ModelConfig:
     weights: Weights = Weights.pretrained
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)  # of random weights
     dtype: Dtype = Dtype.fp32  # bf16 and fp16 need the same inference.precision
-    class_map: list[int | None] | None = None  # per output channel: 0..149, or null to leave it out
+    # per output channel: its class, from 0, or null to leave it out
+    class_map: list[int | None] | None = bounded_list(None, at_least=0)
     class_names: list[str] | None = None  # per output channel, if the file carries none
     encoding: Encoding = Encoding.official  # kind=predictions; kind=http: official or zero_based
     input: InputConfig = field(default_factory=InputConfig)

@@ -7,12 +7,12 @@ mmsegmentation 0.27.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import MAX_SEED, bounded
+from ade_harness.config.fields import MAX_SEED, bounded, bounded_list
 from ade_harness.config.inference import MAX_SIDE
 
 
@@ -48,7 +48,7 @@ class ProbeConfig:
     iterations: int = bounded(40_000, at_least=1, at_most=100_000_000)
     batch: int = bounded(16, at_least=1, at_most=65_536)  # crops of all ranks together
     lr: float = bounded(1e-3, above=0, at_most=1000)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = bounded_list([0.9, 0.999], length=2, at_least=0, below=1)
     weight_decay: float = bounded(1e-3, at_least=0, at_most=1000)
     schedule: Schedule = Schedule.cosine
     warmup: int = bounded(1500, at_least=0, at_most=100_000_000)  # iterations
@@ -56,7 +56,7 @@ class ProbeConfig:
     dropout: float = bounded(0.1, at_least=0, at_most=1)  # of whole channels
     # crops
     side: int = bounded(512, at_least=1, at_most=MAX_SIDE)  # short side before the random scale
-    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    scale: list[float] = bounded_list([0.5, 2.0], length=2, above=0, ascending=True)
     crop: int = bounded(512, at_least=1, at_most=MAX_SIDE)
     # a crop with more of one class is drawn again, up to ten times
     most_of_one_class: float = bounded(0.75, above=0, at_most=1)

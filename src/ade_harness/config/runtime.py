@@ -62,9 +62,11 @@ class RuntimeConfig:
     """Ranks, devices and kernels."""
 
     accelerator: Accelerator = Accelerator.auto
-    # Any: a number or "auto"; OmegaConf 2.3 cannot merge a Union in a nested node (validate.py checks both)
-    devices: Any = "auto"  # number of ranks on each node; auto: all GPUs, or one CPU rank
-    num_nodes: Any = "auto"  # auto: as many as srun started this on, else one
+    # Any: a number or "auto"; OmegaConf 2.3 cannot merge a Union in a nested node (check_ranges checks both)
+    # of each node; auto: all GPUs, or one CPU rank
+    devices: Any = bounded("auto", at_least=1, at_most=4096, also="auto", unit="ranks", whole=True)
+    # auto: as many as srun started this on, else one
+    num_nodes: Any = bounded("auto", at_least=1, at_most=10_000, also="auto", unit="nodes", whole=True)
     sharding: Sharding = Sharding.queue
     max_restarts: int = bounded(0, at_least=0, at_most=1000)  # how often all ranks are started again after one died
     # a rank that is silent for so long is lost

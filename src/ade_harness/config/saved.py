@@ -17,6 +17,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.files import read_choice
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
@@ -104,11 +105,12 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool)
     labels = config.get("id2label")
     reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
     of_pixels = kind not in (*_ALONG, *_QUERIES)
-    one_more = of_ade20k and isinstance(labels, dict) and len(labels) == 151  # of other data sets it may be a class
+    # of other data sets it may be a class
+    one_more = of_ade20k and isinstance(labels, dict) and len(labels) == ADE20K_CLASSES + 1
     if one_more and model.class_map is None and of_pixels and not reduced:
         assert isinstance(labels, dict)
-        last = str(labels.get("150")).lower() in NO_CLASS_NAMES
-        model.class_map = [*range(150), None] if last else [None, *range(150)]
+        last = str(labels.get(str(ADE20K_CLASSES))).lower() in NO_CLASS_NAMES
+        model.class_map = [*range(ADE20K_CLASSES), None] if last else [None, *range(ADE20K_CLASSES)]
 
 
 def read_processor(model: ModelConfig) -> dict[str, Any]:

@@ -11,26 +11,12 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from ade_harness.config.fields import MAX_SEED, bounded, place
+from ade_harness.config.dataset import DatasetConfig
+from ade_harness.config.fields import MAX_SEED, bounded, place, written
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.runtime import RuntimeConfig
-
-
-class DatasetKind(StrEnum):
-    """Where images come from."""
-
-    demo = "demo"  # synthetic
-    ade20k = "ade20k"
-    folder = "folder"  # your own images, labels and classes
-
-
-class Split(StrEnum):
-    """Which part of ADE20K."""
-
-    validation = "validation"
-    training = "training"
 
 
 class OnError(StrEnum):
@@ -64,25 +50,6 @@ class TrackingMode(StrEnum):
 
 
 @dataclass
-class DatasetConfig:
-    """The data set."""
-
-    name: str = MISSING
-    kind: DatasetKind = MISSING
-    root: str | None = place()  # kind=ade20k: folder or zip
-    image_dir: str | None = place()  # kind=folder: folder or zip of images
-    label_dir: str | None = place()  # of label PNGs; a name is its image's but for the suffix
-    classes: str | None = place()  # YAML file: names, ignored values, mapping, colours
-    image_suffix: str | None = None  # null: .jpg, .jpeg or .png
-    label_suffix: str | None = None  # null: .png
-    split: Split = Split.validation
-    images: int = bounded(200, at_least=1, at_most=20_000, unit="synthetic images")  # kind=demo
-    limit: int | None = bounded(None, at_least=1)  # only the first N: marks the run as partial
-    ids: list[str] | None = None  # only these: marks the run as partial
-    check_headers: bool = True  # look at every file's header before the first forward
-
-
-@dataclass
 class RunConfig:
     """Where it is written."""
 
@@ -100,9 +67,9 @@ class MetricsConfig:
     """What is computed of the counts."""
 
     # of the bootstrap behind every interval; 0: no intervals
-    resamples: int = bounded(10_000, at_least=0, at_most=1_000_000)
+    resamples: int = bounded(10_000, at_least=1_000, at_most=1_000_000, also=0, meaning="no intervals")
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)  # of the bootstrap
-    level: float = 0.95  # of the intervals
+    level: float = bounded(0.95, above=0, below=1)  # of the intervals
     flops: bool | None = None  # count the operations of one image; null: unless the images are synthetic
     calibration: bool = False  # count confidence and correctness of every pixel: one more pass over the scores
 
@@ -120,7 +87,9 @@ class TrackingConfig:
     mode: TrackingMode | None = None  # null: online if a key is set, else offline
     live: bool = True  # online: the run is open while the evaluation works; false: it is uploaded at the end
     # an earlier run, of a training, that gets the score at its step; its project and entity as above
-    run_id: str | None = place()
+    run_id: str | None = written(
+        r"[A-Za-z0-9_-]{1,128}", "the id of a W&B run, the last part of its page's address", is_place=True
+    )
     step: int | None = bounded(None, at_least=0, at_most=2**63 - 1)
     timeout_s: float = bounded(60.0, above=0, unit="seconds")  # for the upload, after the result is on disk and shown
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.data.labels import IGNORE_INDEX, Classes, encode_targets
 
-NUM_CLASSES = 150
+NUM_CLASSES = ADE20K_CLASSES
 """Classes of ADE20K: of its published systems, and of its synthetic images. Other data sets have other numbers."""
 
 

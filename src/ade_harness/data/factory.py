@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ade_harness.config.schema import DatasetConfig
+from ade_harness.config.dataset import DatasetConfig
 from ade_harness.data.ade20k import open_ade20k
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.dataset import SegmentationDataset

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ade_harness.config.schema import DatasetConfig
+from ade_harness.config.dataset import DatasetConfig
 from ade_harness.data.dataset import Pair, SegmentationDataset, add_file, select
 from ade_harness.data.labels import (
     IGNORE_INDEX,

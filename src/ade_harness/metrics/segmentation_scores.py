@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ade_harness import kernels
+from ade_harness.data.ade20k_labels import NUM_CLASSES
 from ade_harness.data.labels import IGNORE_INDEX, MAX_CLASSES
 from ade_harness.errors import ArgumentError
 from ade_harness.metrics.confusion import Scores, area_scores, class_iou
@@ -63,7 +64,7 @@ class SegmentationScores(Metric):
     equal after the first batch share one: two that ignore different values may be, by then."""
 
     def __init__(
-        self, num_classes: int = 150, ignore_index: int | None = IGNORE_INDEX, validate_args: bool = True,
+        self, num_classes: int = NUM_CLASSES, ignore_index: int | None = IGNORE_INDEX, validate_args: bool = True,
         kernels_choice: str = "auto", score: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         try:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ade_harness.config.compose import stored_node
-from ade_harness.config.schema import DatasetConfig
+from ade_harness.config.dataset import DatasetConfig
 from ade_harness.data.dataset import Sample, SegmentationDataset
 from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes

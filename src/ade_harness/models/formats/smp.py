@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.fetch import file_hash
@@ -45,7 +46,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         "model=smp: name the network: model.architecture.arch=unet model.architecture.encoder_name=resnet34,"
         " or model.id=FOLDER of a saved one.",
     )
-    settings = {"classes": 150, **fields, "encoder_weights": None}  # the checkpoint has all weights
+    settings = {"classes": ADE20K_CLASSES, **fields, "encoder_weights": None}  # the checkpoint has all weights
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
 from ade_harness.config.saved import PREPROCESSOR
 from ade_harness.errors import HarnessError
@@ -287,10 +288,11 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     settings = {k: v for k, v in network.config.to_dict().items() if k not in _NOT_DECISIVE}
     facts["config_sha256"] = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     channels = len(names) if names else None
-    if cfg.class_map == [None, *range(150)] and str((names or [""])[0]).strip().lower() not in NO_CLASS_NAMES:
+    first = str((names or [""])[0]).strip().lower()
+    if cfg.class_map == [None, *range(ADE20K_CLASSES)] and first not in NO_CLASS_NAMES:
         notes.append(
-            "of 151 channels the first is taken for the background and left out, which its name does not say:"
-            " model.class_map decides"
+            f"of {ADE20K_CLASSES + 1} channels the first is taken for the background and left out, which its name does"
+            " not say: model.class_map decides"
         )
     if network.config.model_type in _DIFFERENT:
         notes.append(f"model=hf: {_DIFFERENT[network.config.model_type]}")
