@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ade_harness.config.dataset import Split
+from ade_harness.config.model import CheckpointWeights
 from ade_harness.errors import HarnessError, did_you_mean
 
 
@@ -204,7 +206,7 @@ COMMANDS = (
         "data verify", "read every pair and check it against the official list", "data:run_verify",
         (
             Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, ./data, the cache"),
-            Argument("--split", default="validation", choices=("validation", "training"), help="of the data set"),
+            Argument("--split", default=Split.validation.value, choices=[s.value for s in Split], help="of the data set"),
         ),
     ),
     Command(
@@ -224,7 +226,7 @@ COMMANDS = (
         (
             Argument("file", metavar="FILE", help="a torch file or pickle, as trainers write them"),
             Argument("output", metavar="OUT.safetensors", help="the file to write"),
-            Argument("--weights", choices=("ema", "model"), help="if it holds both EMA and trained weights"),
+            Argument("--weights", choices=[w.value for w in CheckpointWeights], help="if it holds both EMA and trained weights"),
             Argument("--prefix", metavar="PREFIX", help="only weights with this name prefix, such as student."),
         ),
     ),

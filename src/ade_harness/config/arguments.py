@@ -19,7 +19,7 @@ from ade_harness.config.files import choices, read_choice
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig
-from ade_harness.config.runtime import RuntimeConfig
+from ade_harness.config.runtime import RuntimeConfig, SlurmConfig
 from ade_harness.config.schema import MetricsConfig, RunConfig, TrackingConfig
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.escapes import shortened
@@ -132,7 +132,7 @@ def _parses(text: str) -> bool:
 def _places() -> frozenset[str]:
     nodes = {**NODES, "run": RunConfig}
     own = (key for group, node in nodes.items() for key in place_keys(node, f"{group}."))
-    return frozenset(("hydra.run.dir", "hydra.sweep.dir", *own))
+    return frozenset(("hydra.run.dir", "hydra.sweep.dir", *place_keys(SlurmConfig, "hydra.launcher."), *own))
 
 
 def _chosen_model(overrides: Sequence[str]) -> str:

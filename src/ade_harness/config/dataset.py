@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from omegaconf import MISSING
-
-from ade_harness.config.fields import bounded, place
+from ade_harness.config.fields import MISSING, bounded, place
 
 ADE20K_CLASSES = 150
 """How many classes ADE20K scene parsing has, and the synthetic images, which show them."""

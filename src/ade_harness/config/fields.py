@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ade_harness.errors import require
 
+MISSING: Any = "???"
+"""OmegaConf's mark of a field without a default, so that commands can read choices without importing OmegaConf."""
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy's and Lightning's generators take."""
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from omegaconf import MISSING
-
-from ade_harness.config.fields import bounded, bounded_list
+from ade_harness.config.fields import MISSING, bounded, bounded_list
 
 MAX_SIDE = 16_384
 """Pixels of a side of any input, window or padding; the packaged protocols go to 4,480."""

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING
-
-from ade_harness.config.fields import MAX_SEED, bounded, bounded_list, place, written
+from ade_harness.config.fields import MAX_SEED, MISSING, bounded, bounded_list, place, written
 
 NO_CLASS_NAMES = ("background", "other", "others", "unlabeled", "unlabelled", "void", "ignore", "none", "no class")
 """What models call a channel for unlabelled pixels or background."""
@@ -147,10 +145,10 @@ class ProtocolsConfig:
 class AboutConfig:
     """Where the model comes from."""
 
-    paper: str = ""
-    repository: str = ""
+    paper: str = place("")
+    repository: str = place("")
     commit: str = ""  # or the release that was read
-    config: str = ""  # of the official code
+    config: str = place("")  # of the official code
     parameters_m: float | None = None  # millions, as published or counted in the official code
     weights: str = ""  # public, gated, third party, never published, ...
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from omegaconf import MISSING
-
-from ade_harness.config.fields import MAX_SEED, bounded, bounded_list
+from ade_harness.config.fields import MAX_SEED, MISSING, bounded, bounded_list
 from ade_harness.config.inference import MAX_SIDE
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from omegaconf import MISSING
-
 from ade_harness.config.dataset import DatasetConfig
-from ade_harness.config.fields import MAX_SEED, bounded, place, written
+from ade_harness.config.fields import MAX_SEED, MISSING, bounded, place, written
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig

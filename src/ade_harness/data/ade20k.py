@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
+from ade_harness.config.dataset import Split
 from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes
 from ade_harness.data.dataset import Pair, SegmentationDataset, add_file, select
 from ade_harness.data.source import open_source
@@ -141,7 +142,7 @@ def recognise(names: Iterable[str]) -> str | None:
 
 
 def _nothing_here(root: Path, split: str, names: list[str]) -> str:
-    for another in ("validation", "training"):
+    for another in Split:
         there = split_files(names, another)[0]
         if there:
             return (
