@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -99,6 +100,38 @@ def test_verbose_shows_debug_messages(call: Call) -> None:
     done = call(*QUICK, "dataset.images=2", "run.dir=run", "hydra.verbose=true")
     assert done.code == 0
     assert "DEBUG" in done.err
+
+
+LOGGING_MODEL = """
+import logging, os, torch
+class Net(torch.nn.Module):
+    def forward(self, images):
+        logging.getLogger("mine").debug("a forward")
+        if os.environ.get("STOP"):
+            raise RuntimeError("stopped")
+        return torch.sin(images.sum(1, keepdim=True) * torch.arange(1, 151).view(1, 150, 1, 1))
+"""
+
+
+def test_verbose_shows_debug_messages_of_a_resumed_run_and_of_other_commands(
+    cli: Cli, call: Call, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(LOGGING_MODEL)
+    words = ("model=custom", "model._target_=mine.Net", "model.weights=random", "inference=original_size", "dataset=demo",
+             "dataset.images=2", "run.dir=run")  # fmt: skip
+    assert cli(*words, STOP="1").code != 0
+    quiet = cli("resume", "run", STOP="1")
+    assert "stopped" in quiet.err
+    assert "[mine][DEBUG]" not in quiet.err
+    done = cli("resume", "run", "--verbose")
+    assert done.code == 0, done.err
+    assert "[mine][DEBUG] - a forward" in done.err
+    done = cli("data", "download", "--root", "data", "--url", "http://127.0.0.1:9/a.zip", "--verbose")
+    assert done.code != 0
+    assert "[urllib3.connectionpool][DEBUG] - Starting new HTTP connection" in done.err
+    before = logging.getLogger().level, list(logging.getLogger().handlers)
+    assert call("doctor", "--verbose").code == 0
+    assert (logging.getLogger().level, list(logging.getLogger().handlers)) == before
 
 
 def test_quiet_and_json(cli: Cli, tmp_path: Path) -> None:

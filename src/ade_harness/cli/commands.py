@@ -37,6 +37,7 @@ class Command:
 _OVERRIDES = Argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the configuration")
 _RUN = Argument("run", metavar="RUN", help="a run directory")
 _TRUST = "allow a run made by someone else to import code and use its URLs and environment variables"
+_SPLITS, _WEIGHTS = [s.value for s in Split], [w.value for w in CheckpointWeights]
 _CONFIG_DIR = Argument("-cd", "--config-dir", metavar="DIR", help="your own YAML files, such as DIR/model/mine.yaml")
 _HYDRA = (
     _CONFIG_DIR,
@@ -206,7 +207,7 @@ COMMANDS = (
         "data verify", "read every pair and check it against the official list", "data:run_verify",
         (
             Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, ./data, the cache"),
-            Argument("--split", default=Split.validation.value, choices=[s.value for s in Split], help="of the data set"),
+            Argument("--split", default=Split.validation.value, choices=_SPLITS, help="of the data set"),
         ),
     ),
     Command(
@@ -226,7 +227,7 @@ COMMANDS = (
         (
             Argument("file", metavar="FILE", help="a torch file or pickle, as trainers write them"),
             Argument("output", metavar="OUT.safetensors", help="the file to write"),
-            Argument("--weights", choices=[w.value for w in CheckpointWeights], help="if it holds both EMA and trained weights"),
+            Argument("--weights", choices=_WEIGHTS, help="if it holds both EMA and trained weights"),
             Argument("--prefix", metavar="PREFIX", help="only weights with this name prefix, such as student."),
         ),
     ),

@@ -12,13 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.commands import COMMANDS, find_command, overview, parser_of
 from ade_harness.errors import HarnessError
-from ade_harness.runtime.console import OUTPUT, Output, print_error
+from ade_harness.runtime.console import OUTPUT, Output, debug_messages, print_error
 from ade_harness.runtime.lifetime import no_silent_exit
 from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE
 
@@ -129,7 +129,8 @@ def _output(options: argparse.Namespace) -> Iterator[None]:
     if options.verbose:
         os.environ[_TRACEBACK] = "1"
     try:
-        yield
+        with debug_messages() if options.verbose else nullcontext():
+            yield
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -11,6 +11,7 @@ import logging
 import logging.config
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ade_harness.cli.main import guarded
 from ade_harness.cli.work import WORK
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import HANDOVER
+from ade_harness.runtime.console import debug_messages
 from ade_harness.runtime.lazy_imports import import_lightning
 from ade_harness.runtime.lifetime import importing, leave
 from ade_harness.runtime.notes import note_done
@@ -44,10 +46,11 @@ def _run() -> int:
     while not path.exists():
         time.sleep(_POLL_S)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if content["logging"] is not None:
-        _configure_log(content["logging"], content["verbose"])
     composed = Composed.from_json(content)
-    return be_rank(composed.config, lambda found: WORK[content["work"]](composed, found))
+    with debug_messages() if content["logging"] is None and content["verbose"] else nullcontext():
+        if content["logging"] is not None:
+            _configure_log(content["logging"], content["verbose"])
+        return be_rank(composed.config, lambda found: WORK[content["work"]](composed, found))
 
 
 def _configure_log(settings: dict[str, Any], verbose: bool | str | list[str]) -> None:

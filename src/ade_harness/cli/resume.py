@@ -65,7 +65,7 @@ def run_resume(options: argparse.Namespace) -> Answer:
     with _where_it_was_started(directory, config, path, options.overrides):
         code, run_dir = launch(
             config, options.in_this_process, lambda found: WORK[work](Composed.from_config(config), found),
-            {"work": work, "logging": None, "verbose": False},
+            {"work": work, "logging": None, "verbose": options.verbose},
         )  # fmt: skip
         return Answer((training_of if work == "probe" else score_of)(run_dir), code)
 

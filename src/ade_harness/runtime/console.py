@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 from rich.console import Console
@@ -36,6 +39,21 @@ class _Console(Console):
         """Print nothing from now on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+@contextmanager
+def debug_messages() -> Iterator[None]:
+    """Print what libraries log, down to debug messages, on stderr: ``--verbose``. The log is as before afterwards."""
+    root = logging.getLogger()
+    handler, level = logging.StreamHandler(), root.level
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
 
 
 def make_console(*, result: bool = True) -> Console:
