@@ -37,13 +37,13 @@ def run(folder: Path, images: int, ranks: int, sharding: str, slow: bool) -> tup
     """Return (ideal seconds, seconds of the last rank)."""
     directory = folder / f"{ranks}{sharding}{slow}"
     settings = {"SLOW_RANK": str(ranks - 1) if slow else "none", "SECONDS_PER_PIXEL": str(SECONDS_PER_PIXEL)}
-    words = [
+    overrides = [
         "model=custom", "model._target_=sleeper.Net", "inference=original_size", f"dataset.limit={images}",
         "tracking=none",
         "runtime.accelerator=cpu", f"runtime.devices={ranks}", f"runtime.sharding={sharding}", "run.overlays=0",
         f"run.dir={directory}", "runtime.workers=1",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "ade_harness", *words]
+    command = [sys.executable, "-m", "ade_harness", *overrides]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, check=False
     )

@@ -51,13 +51,13 @@ def main() -> None:
         ):  # the first fills caches and is not counted
             found = {name: seconds([sys.executable, "-c", code], folder) for name, code in IMPORTS.items()}
             for ranks in options.ranks:
-                words = [
+                overrides = [
                     "dataset.images=2",
                     f"run.dir=run{ranks}-{number}",
                     "tracking=none",
                     f"runtime.devices={ranks}",
                 ]
-                command = [sys.executable, "-m", "ade_harness", *words, "runtime.accelerator=cpu", "run.overlays=0"]
+                command = [sys.executable, "-m", "ade_harness", *overrides, "runtime.accelerator=cpu", "run.overlays=0"]
                 found[f"a run of 2 images on {ranks} ranks"] = seconds(command, folder)
             for name, value in found.items() if number else ():
                 times.setdefault(name, []).append(value)

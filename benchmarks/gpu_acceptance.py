@@ -68,7 +68,7 @@ _end = [float("inf")]
 """When the time is up, on the clock of `time.monotonic`."""
 
 
-def tell(verdict: str, what: str, **facts: Any) -> None:
+def report(verdict: str, what: str, **facts: Any) -> None:
     """Print one line and keep it."""
     _lines.append({"verdict": verdict, "what": what, **facts})
     print(f"{verdict:5} {what}  " + "  ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
@@ -76,7 +76,7 @@ def tell(verdict: str, what: str, **facts: Any) -> None:
 
 def check(holds: bool, what: str, **facts: Any) -> None:
     """Tell whether something holds."""
-    tell("PASS" if holds else "FAIL", what, **facts)
+    report("PASS" if holds else "FAIL", what, **facts)
 
 
 def native(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -139,7 +139,7 @@ def environment() -> None:
     """Say what this is."""
     names = [torch.cuda.get_device_name(i) for i in range(usable_gpus())]
     cudnn = torch.backends.cudnn.version() if CUDA else None
-    tell("INFO", "environment", torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda,
+    report("INFO", "environment", torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda,
          cudnn=cudnn, gpus=names or "none", cores=len(os.sched_getaffinity(0)))  # fmt: skip
     chosen, reason = kernels.selection("auto", DEVICE.type)
     check(reason is None, "the compiled kernels are chosen", kernels=kernels.name_of(chosen), reason=reason)
@@ -166,14 +166,14 @@ def exact() -> None:
         check(differ == 0, "labels equal interpolate + argmax: a size that stays, infinite scores", differ=differ)
         last = infinite.to(memory_format=torch.contiguous_format)[None].contiguous(memory_format=torch.channels_last)
         there = native(last, SIZE)[0].argmax(0)
-        tell("INFO", "labels of channels-last logits, which torch upsamples by another kernel",
+        report("INFO", "labels of channels-last logits, which torch upsamples by another kernel",
              differ=int((triton_gpu.label_map(infinite, SIZE) != there).sum()))  # fmt: skip
     for odd in ((7, 5), (33, 129), (1, 1)):
         small = torch.randn(CLASSES, *odd, generator=torch.Generator().manual_seed(4)).to(DEVICE)
         target = (odd[0] * 5 + 1, odd[1] * 3 + 2)
         differ = int((triton_gpu.label_map(small, target) != native(small[None], target)[0].argmax(0)).sum())
         verdict = "PASS" if differ == 0 else "FAIL" if CUDA else "INFO"  # torch's CPU code has other kernels for these
-        tell(verdict, f"labels equal interpolate + argmax: {odd[0]}x{odd[1]}", differ=differ)
+        report(verdict, f"labels equal interpolate + argmax: {odd[0]}x{odd[1]}", differ=differ)
     windows = ((0, 0), (0, SIZE[1] - SIZE[0]))
     parts = torch.stack([scores_of("noise", seed)[:, :, : SCORES[0]] for seed in (1, 2)])
     slide = View(parts, windows, (SIZE[0], SIZE[0]), SIZE)
@@ -183,7 +183,7 @@ def exact() -> None:
             continue  # minutes in the interpreter
         differ = int((triton_gpu._merge(case, size, soft) != reference.merge(case, size, soft)).sum())
         verdict = "INFO" if soft and differ else "PASS" if differ == 0 else "FAIL"
-        tell(verdict, f"labels equal plain torch: {name}", differ=differ)  # softmax: plain torch runs if it differs
+        report(verdict, f"labels equal plain torch: {name}", differ=differ)  # softmax: plain torch runs if it differs
     truth = torch.randint(0, CLASSES + 1, SIZE, generator=torch.Generator().manual_seed(1)).to(torch.uint8).to(DEVICE)
     labels = truth.roll(3, 1)
     counted, expected = triton_gpu.count(labels, truth, CLASSES), reference.count(labels, truth, CLASSES)
@@ -200,7 +200,7 @@ def exact() -> None:
 def large() -> None:
     """Index more scores than 32 bits count."""
     if not CUDA or torch.cuda.mem_get_info()[0] < 24 << 30:
-        tell("SKIP", "more than 2^31 scores", needs="24 GiB of free GPU memory")
+        report("SKIP", "more than 2^31 scores", needs="24 GiB of free GPU memory")
         return
     height, width = 4000, 6000
     expected = torch.randint(0, 150, (height, width), device=DEVICE)
@@ -224,7 +224,7 @@ def speed() -> None:
     }
     times = {name: gpu_milliseconds(function) for name, function in rows.items()}
     for name, spent in times.items():
-        tell("INFO", f"label step, {name}", ms=round(spent, 4), of_naive=round(spent / times["naive"], 3))
+        report("INFO", f"label step, {name}", ms=round(spent, 4), of_naive=round(spent / times["naive"], 3))
 
 
 class _Recorded:
@@ -248,11 +248,11 @@ def bound() -> None:
     those of the kernel's machine code, every scheduler issuing one a cycle at the GPU's highest clock.
     """
     if not CUDA or torch.version.hip:
-        tell("SKIP", "bounds of the label step", needs="a GPU of Nvidia's")
+        report("SKIP", "bounds of the label step", needs="a GPU of Nvidia's")
         return
     gpu = torch.cuda.get_device_properties(DEVICE)
     if not getattr(gpu, "clock_rate", 0):
-        tell("SKIP", "bounds of the label step", needs="the GPU's clock rate, which CUDA does not say here")
+        report("SKIP", "bounds of the label step", needs="the GPU's clock rate, which CUDA does not say here")
         return
     large_copy = torch.empty((2, 1 << 30), dtype=torch.uint8, device=DEVICE)
     gib_per_ms = 2 / gpu_milliseconds(lambda: large_copy[0].copy_(large_copy[1]))
@@ -268,20 +268,20 @@ def bound() -> None:
         code = machine_code.read(kept.made.asm["cubin"])
         warps = kept.grid[0] * kept.grid[1] * kept.made.metadata.num_warps
         if len(code.loops) != 1:
-            tell("SKIP", f"bounds of the label step, {name}", needs="machine code of one loop", loops=code.loops)
+            report("SKIP", f"bounds of the label step, {name}", needs="machine code of one loop", loops=code.loops)
             continue
         executed = code.executed(triton.cdiv(CLASSES, triton_gpu.BLOCKS["cuda"][block]))
         by_code = machine_code.least_milliseconds(warps, executed, gpu.multi_processor_count, gpu.clock_rate)
         by_bytes = (scores.numel() * scores.element_size() + size[0] * size[1]) / 2**30 / gib_per_ms
         spent = gpu_milliseconds(lambda size=size: triton_gpu.merge([whole(scores, SIZE)], size, False))
-        tell("INFO", f"label step beside its bounds, {name}", ms=round(spent, 4), ms_of_bytes=round(by_bytes, 4),
+        report("INFO", f"label step beside its bounds, {name}", ms=round(spent, 4), ms_of_bytes=round(by_bytes, 4),
              ms_of_instructions=round(by_code, 4), of_the_higher_bound=round(spent / max(by_code, by_bytes), 2),
              instructions_a_warp=executed, gib_per_s=round(1000 * gib_per_ms))  # fmt: skip
 
 
-def _ready(words: tuple[str, ...]) -> tuple[NetworkPredictor, Prepared, Tensor]:
-    weights = ["model.weights=random"] if words else []
-    predictor = open_network(compose_config([*words, *weights]), ade20k_classes())
+def _ready(given: tuple[str, ...]) -> tuple[NetworkPredictor, Prepared, Tensor]:
+    weights = ["model.weights=random"] if given else []
+    predictor = open_network(compose_config([*given, *weights]), ade20k_classes())
     predictor.network.to(DEVICE)
     image = np.random.default_rng(0).integers(0, 255, (*SIZE, 3)).astype(np.uint8)
     prepared = predictor.prepare("image", image)
@@ -295,17 +295,17 @@ def waits() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     chosen = kernels.select("auto", DEVICE.type)
-    for words in MODELS:
-        predictor, prepared, target = _ready(words)
+    for given in MODELS:
+        predictor, prepared, target = _ready(given)
 
         def once(predictor: Any = predictor, prepared: Any = prepared, target: Any = target) -> Tensor:
             [made] = predictor.predict([prepared], DEVICE, Stopwatch(DEVICE))
             return chosen.count(made.labels, target, 150)
 
-        name = " ".join(words) or "the demo's network"
+        name = " ".join(given) or "the demo's network"
         once()
         if not CUDA:
-            tell("SKIP", f"waits of {name}", needs="a GPU")
+            report("SKIP", f"waits of {name}", needs="a GPU")
             continue
         once()
         torch.cuda.synchronize()
@@ -337,7 +337,7 @@ def waits() -> None:
         if launches < _QUEUE:
             check(asleep_still, text, host_ms=round(1000 * queued, 2))
         else:
-            tell("INFO", text, held=asleep_still, host_ms=round(1000 * queued, 2), needs=f"under {_QUEUE} launches")
+            report("INFO", text, held=asleep_still, host_ms=round(1000 * queued, 2), needs=f"under {_QUEUE} launches")
         torch.cuda.synchronize()
         plans = plan_views(SIZE, predictor.cfg)
         parts = max(len(plans), sum(len(p.origins) for p in plans))
@@ -346,8 +346,10 @@ def waits() -> None:
             check(0 < beside <= allowed, f"launches beside the network: {name}", launches=beside, allowed=allowed,
                   network=launches - beside)  # fmt: skip
         else:
-            tell("SKIP", f"launches beside the network: {name}", needs="CUPTI, by which torch's profiler sees launches")
-        system = words[0].partition("=")[2]
+            report(
+                "SKIP", f"launches beside the network: {name}", needs="CUPTI, by which torch's profiler sees launches"
+            )
+        system = given[0].partition("=")[2]
         computed = peaks()[system]["fp32"] / 1024
         check(peak <= computed + 1.5, f"peak memory is what was computed: {name}", gib=round(peak, 2),
               computed_gib=round(computed, 2))  # fmt: skip
@@ -402,7 +404,7 @@ def throughput() -> None:
     times = {name: milliseconds(function, 2 if CUDA else 0) for name, function in found.items()}
     for name, spent in times.items():
         ratio = round(spent / times["mmsegmentation's way"], 3)
-        tell("INFO", f"one image after the other, {name}", images_per_s=round(1e3 / spent, 1), ratio=ratio)
+        report("INFO", f"one image after the other, {name}", images_per_s=round(1e3 / spent, 1), ratio=ratio)
 
 
 class _Greedy(nn.Module):
@@ -421,7 +423,7 @@ class _Greedy(nn.Module):
 def short_memory() -> None:
     """Halve a batch on a real shortage, with the same outputs; refuse what does not fit at all."""
     if not CUDA:
-        tell("SKIP", "short memory", needs="a GPU")
+        report("SKIP", "short memory", needs="a GPU")
         return
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
@@ -469,7 +471,7 @@ def ranks() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, overrides in cases:
             if (left := _end[0] - time.monotonic()) < 30:
-                tell("SKIP", f"a run with {name}", needs="more time: --minutes")
+                report("SKIP", f"a run with {name}", needs="more time: --minutes")
                 continue
             run = Path(folder, name.replace(" ", "-"))
             begin = time.perf_counter()
@@ -490,7 +492,7 @@ def ranks() -> None:
                   reason=manifest.get("kernels_reason"))  # fmt: skip
     for n in counts[1:]:
         if {"1 ranks", f"{n} ranks"} <= rates.keys():
-            tell("INFO", f"scaling to {n} ranks", efficiency=round(rates[f"{n} ranks"] / (n * rates["1 ranks"]), 2))
+            report("INFO", f"scaling to {n} ranks", efficiency=round(rates[f"{n} ranks"] / (n * rates["1 ranks"]), 2))
 
 
 PARTS: dict[str, Callable[[], None]] = {
@@ -511,15 +513,15 @@ def main() -> int:
     _end[0] = begin + 60 * options.minutes
     for name in options.parts:
         if time.monotonic() > _end[0]:
-            tell("SKIP", f"part {name}", needs="more time: --minutes")
+            report("SKIP", f"part {name}", needs="more time: --minutes")
             continue
         started = time.monotonic()
         try:
             PARTS[name]()
         except Exception as error:
             check(False, f"part {name} ran", error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        tell("INFO", f"part {name}", seconds=round(time.monotonic() - started, 1))
-    tell("INFO", "all parts", seconds=round(time.monotonic() - begin, 1))
+        report("INFO", f"part {name}", seconds=round(time.monotonic() - started, 1))
+    report("INFO", "all parts", seconds=round(time.monotonic() - begin, 1))
     if options.out is not None:
         options.out.write_text(json.dumps(_lines, indent=1, default=str))
     failed = [line["what"] for line in _lines if line["verdict"] == "FAIL"]

@@ -50,19 +50,19 @@ class Outcome:
     equal: bool
 
 
-def start(words: list[str]) -> subprocess.Popen[bytes]:
+def start(overrides: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "ade_harness", *COMMON, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "ade_harness", *COMMON, *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
 
-def finish(words: list[str]) -> None:
-    command = [sys.executable, "-m", "ade_harness", *COMMON, *words]
-    if words[0] == "resume":
-        command = [sys.executable, "-m", "ade_harness", *words]
+def finish(overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "ade_harness", *COMMON, *overrides]
+    if overrides[0] == "resume":
+        command = [sys.executable, "-m", "ade_harness", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
-        raise SystemExit(f"failed: {' '.join(words)}\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"failed: {' '.join(overrides)}\n{done.stdout}{done.stderr}")
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -116,9 +116,9 @@ def the_moment(process: subprocess.Popen[bytes], run: Path, victim: str, seconds
         wait_for(process, lambda: time.monotonic() > end)
 
 
-def killed_run(words: list[str], run: Path, victim: str, seconds: float, ranks: int) -> tuple[int, float]:
+def killed_run(overrides: list[str], run: Path, victim: str, seconds: float, ranks: int) -> tuple[int, float]:
     """Kill `victim` after `seconds` of work; returns images kept, and seconds until all of it had ended."""
-    process = start([*words, f"run.dir={run}", f"runtime.devices={ranks}"])
+    process = start([*overrides, f"run.dir={run}", f"runtime.devices={ranks}"])
     the_moment(process, run, victim, seconds)
     begin = time.monotonic()
     if process.poll() is None:
@@ -138,26 +138,26 @@ def killed_run(words: list[str], run: Path, victim: str, seconds: float, ranks: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200, help="synthetic images, if no words are given")
+    parser.add_argument("--images", type=int, default=200, help="synthetic images, if no overrides are given")
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--rules", nargs="+", default=["queue", "plan"])
     parser.add_argument("--victims", nargs="+", default=["0", "1", "all", "start", "sum"])
     parser.add_argument("--seed", type=int, default=0)
-    arguments, words = parser.parse_known_args()
-    words = words or [f"dataset.images={arguments.images}"]
-    words += ["runtime.accelerator=cpu"]
+    arguments, overrides = parser.parse_known_args()
+    overrides = overrides or [f"dataset.images={arguments.images}"]
+    overrides += ["runtime.accelerator=cpu"]
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         reference = root / "reference"
-        finish([*words, f"run.dir={reference}"])
+        finish([*overrides, f"run.dir={reference}"])
         for sharding in arguments.rules:
             for ranks in arguments.ranks:
                 run = root / f"{sharding}{ranks}"
-                finish([*words, f"run.dir={run}", f"runtime.devices={ranks}", f"runtime.sharding={sharding}"])
+                finish([*overrides, f"run.dir={run}", f"runtime.devices={ranks}", f"runtime.sharding={sharding}"])
                 outcomes.append(Outcome(f"{ranks} ranks, {sharding}", None, None, None, same(run, reference)))
         timings = json.loads((root / f"{arguments.rules[0]}{arguments.ranks[-1]}/manifest.json").read_text())["timings"]
         duration = max(share["active_seconds"] for share in timings["ranks"])
@@ -165,12 +165,12 @@ def main() -> None:
             for number in range(arguments.moments):
                 run, moment = root / f"kill-{victim}-{number}", rng.uniform(0, duration)
                 known = None if victim in ("start", "sum") else moment
-                kept, ended = killed_run(words, run, victim, moment, 3)
-                again = ["resume", str(run)] if (run / "manifest.json").exists() else [*words, f"run.dir={run}"]
+                kept, ended = killed_run(overrides, run, victim, moment, 3)
+                again = ["resume", str(run)] if (run / "manifest.json").exists() else [*overrides, f"run.dir={run}"]
                 finish([*again, f"runtime.devices={rng.choice((1, 2, 4))}"])
                 name = NAMES.get(victim, f"rank {victim} of 3")
                 outcomes.append(Outcome(f"kill -9 of {name}", known, kept, ended, same(run, reference)))
-    table = Table(title=f"{len(outcomes)} runs of: {' '.join(words)}")
+    table = Table(title=f"{len(outcomes)} runs of: {' '.join(overrides)}")
     for column in ("what", "killed after s", "images kept", "ended after s", "equal bits"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for o in outcomes:

@@ -128,8 +128,8 @@ def _default(one: Field[Any]) -> str:
 
 def _limits(one: Field[Any], note: str) -> str:
     limits = one.metadata.get("range")
-    said = "" if limits is None else limits.of_list() if "list" in str(one.type) else str(limits)
-    return "; ".join(text for text in (note, said) if text)
+    expected = "" if limits is None else limits.of_list() if "list" in str(one.type) else str(limits)
+    return "; ".join(text for text in (note, expected) if text)
 
 
 def _comments(kind: Any) -> dict[str, str]:

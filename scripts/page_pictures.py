@@ -21,8 +21,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def make_pages(folder: Path) -> tuple[Path, Path]:
     """Evaluate the demo, and its labels with one pixel in ten spoilt; return the pages."""
-    words = ["tracking=none", "run.label_maps=all", "run.overlays=0"]
-    run(*words, f"run.dir={folder / 'demo'}", "metrics.calibration=true")
+    overrides = ["tracking=none", "run.label_maps=all", "run.overlays=0"]
+    run(*overrides, f"run.dir={folder / 'demo'}", "metrics.calibration=true")
     spoilt = folder / "spoilt"
     shutil.copytree(folder / "demo" / "label_maps", spoilt)
     rng = np.random.default_rng(0)
@@ -31,17 +31,17 @@ def make_pages(folder: Path) -> tuple[Path, Path]:
         labels[rng.random(labels.shape) < 0.1] = 1
         Image.fromarray(labels).save(path)
     label = "model.label=one label in ten replaced by wall"
-    run(*words, "model=predictions", f"model.path={spoilt}", label, f"run.dir={folder / 'spoilt_run'}")
+    run(*overrides, "model=predictions", f"model.path={spoilt}", label, f"run.dir={folder / 'spoilt_run'}")
     run("report", str(folder / "demo"))
     page = folder / "comparison.html"
     run("compare", str(folder / "demo"), str(folder / "spoilt_run"), "--output", str(page))
     return folder / "demo" / "report.html", page
 
 
-def run(*words: str) -> None:
+def run(*overrides: str) -> None:
     """Run a command; stop if it fails."""
-    if main(words) != 0:
-        sys.exit(f"failed: {' '.join(words)}")
+    if main(overrides) != 0:
+        sys.exit(f"failed: {' '.join(overrides)}")
 
 
 def take_pictures(pages: tuple[Path, Path]) -> None:

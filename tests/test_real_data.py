@@ -35,12 +35,12 @@ pytestmark = [
 
 
 def test_a_trained_model_on_real_images(cli: Callable[..., Done], tmp_path: Path) -> None:
-    words = (
+    overrides = (
         "model=deeplabv3plus_mnv2_mlperf", f"model.path={MODEL}", "dataset=ade20k",
         f"dataset.root={DATA / 'ADEChallengeData2016'}", "tracking=none", "runtime.accelerator=cpu",
     )  # fmt: skip
     for ranks in (1, 2):
-        done = cli(*words, f"runtime.devices={ranks}", f"run.dir=run{ranks}")
+        done = cli(*overrides, f"runtime.devices={ranks}", f"run.dir=run{ranks}")
         assert done.code == 0, done.err
         assert "PARTIAL: 33 of 2,000 images" in done.out
     metrics = json.loads((tmp_path / "run1/metrics.json").read_text())

@@ -48,10 +48,10 @@ _MAX_REQUEST_BYTES = 2**20
 
 def module_of(command: Any) -> tuple[str, list[str]] | None:
     """Return the module of this package that a command runs, and its arguments; None for any other command."""
-    words = [os.fspath(word) for word in command] if isinstance(command, list | tuple) else []
-    if words[:1] != [sys.executable]:
+    given = [os.fspath(word) for word in command] if isinstance(command, list | tuple) else []
+    if given[:1] != [sys.executable]:
         return None
-    rest = words[2:] if words[1:2] == ["-P"] else words[1:]
+    rest = given[2:] if given[1:2] == ["-P"] else given[1:]
     return (rest[1], rest[2:]) if rest[:1] == ["-m"] and rest[1:2] and rest[1] in _MODULES else None
 
 
@@ -67,9 +67,9 @@ class WarmPopen(subprocess.Popen):
         path = server_path() if found is not None else ""
         if found is None or _starts_cold(os.environ if environment is None else environment):
             return super()._execute_child(args, *rest)
-        module, words = found
+        module, given = found
         request = {
-            "module": module, "words": words, "cwd": os.fspath(cwd or Path.cwd()), "session": bool(rest[20]),
+            "module": module, "given": given, "cwd": os.fspath(cwd or Path.cwd()), "session": bool(rest[20]),
             "environment": dict(os.environ if environment is None else environment),
         }  # fmt: skip
         self._server = connection = socket.socket(socket.AF_UNIX)
@@ -172,13 +172,13 @@ def main(name: str) -> None:
             if listener in ready:
                 connection, _ = listener.accept()
                 streams, request = _request(connection)
-                if request["words"][:1] == ["probe"]:
+                if request["given"][:1] == ["probe"]:
                     for module in _OF_TRAININGS:  # four seconds for each rank of each training
                         importlib.import_module(module)
                     assert threading.active_count() == 1
                 pid = os.fork()
                 if pid == 0:
-                    become(request["module"], request["words"], streams, request)
+                    become(request["module"], request["given"], streams, request)
                 running[pid] = connection
                 connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
                 for stream in streams:
@@ -265,11 +265,11 @@ class _ForkedPopen(subprocess.Popen):
         return None
 
 
-def become(module: str, words: list[str], streams: list[int], request: dict[str, Any]) -> None:
-    """Be ``python -m module words``; never returns."""
+def become(module: str, given: list[str], streams: list[int], request: dict[str, Any]) -> None:
+    """Be ``python -m module ARGUMENTS``; never returns."""
     code = 1
     try:
-        _settle(module, words, streams, request)
+        _settle(module, given, streams, request)
         sys.modules.pop(module, None)  # it is run as `__main__`
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -290,7 +290,7 @@ def become(module: str, words: list[str], streams: list[int], request: dict[str,
         os._exit(code)
 
 
-def _settle(module: str, words: list[str], streams: list[int], request: dict[str, Any]) -> None:
+def _settle(module: str, given: list[str], streams: list[int], request: dict[str, Any]) -> None:
     """Take on what an exec would have changed."""
     if request["session"]:
         os.setsid()
@@ -318,7 +318,7 @@ def _settle(module: str, words: list[str], streams: list[int], request: dict[str
     known = set(sys.path)
     given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder and folder not in known]
     sys.path[:0] = given
-    sys.argv = [str(Path(sys.modules["ade_harness"].__file__ or "").parent / "__main__.py"), *words]
+    sys.argv = [str(Path(sys.modules["ade_harness"].__file__ or "").parent / "__main__.py"), *given]
     if module == "ade_harness":  # the others are started with -P
         sys.path.insert(0, request["cwd"])
     subprocess.Popen = _ForkedPopen  # type: ignore[misc]

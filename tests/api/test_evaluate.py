@@ -128,8 +128,8 @@ def data(tiny_ade: Path, tmp_path: Path) -> Path:
 def test_a_network_in_memory_has_the_numbers_of_the_command_line(
     call: Callable[..., Done], data: Path, tmp_path: Path
 ) -> None:
-    words = ("model=custom", "model._target_=networks.Colours", "dataset=ade20k", f"dataset.root={data}")
-    done = call(*words, "inference=original_size", "tracking=none", "run.dir=run", "runtime.workers=0")
+    overrides = ("model=custom", "model._target_=networks.Colours", "dataset=ade20k", f"dataset.root={data}")
+    done = call(*overrides, "inference=original_size", "tracking=none", "run.dir=run", "runtime.workers=0")
     assert done.code == 0, done.err
     run = ade.load_run(tmp_path / "run")
     network = Colours(seed=0)

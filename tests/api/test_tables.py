@@ -100,8 +100,8 @@ def test_comparing(call: Callable[..., Done], tmp_path: Path) -> None:
     assert table.difference_low[1] <= table.difference[1] <= table.difference_high[1]
     done = call("compare", "a", "b", "--json", "--resamples", "1000")
     assert done.code == 0, done.err
-    said = json.dumps(json.loads(done.out))
-    assert str(table.p[1]) in said
+    printed = json.dumps(json.loads(done.out))
+    assert str(table.p[1]) in printed
     fewer = ade.evaluate("demo", dataset="demo", options=SMALL, limit=3)
     table = ade.compare([first, fewer, second], resamples=100)
     assert table.common.tolist() == [5, 3, 5]

@@ -32,18 +32,18 @@ Call = Callable[..., Done]
 FAST = ("tracking=none", "run.overlays=0", "runtime.workers=0")
 
 
-def one_message(done: Done, *words: str) -> None:
+def one_message(done: Done, *overrides: str) -> None:
     """Check that a command failed with exit code 2 and one clear message."""
     assert done.code == 2, done.out + done.err
     assert done.err.startswith("error: ")
     assert "Traceback" not in done.err + done.out
-    for word in words:
+    for word in overrides:
         assert word in done.err, done.err
 
 
-def test_help_tells_the_verbs_and_options(call: Call) -> None:
-    for words in (["--help"], ["-h"], ["help"]):
-        done = call(*words)
+def test_help_lists_commands_and_options(call: Call) -> None:
+    for overrides in (["--help"], ["-h"], ["help"]):
+        done = call(*overrides)
         assert done.code == 0
         for command in COMMANDS:
             assert re.search(rf"^  {command.name} +{re.escape(command.summary)}$", done.out, re.M), command.name
@@ -76,9 +76,9 @@ def test_models_lists_the_catalogue(call: Call) -> None:
     assert "published scores" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     assert len(done.out.splitlines()) < 80
-    told = call("models", "mask2former_swin_l", "segformer_b0")
-    assert "bit-identical" in told.out
-    assert "inference=ss: mmseg_whole_512_align32" in told.out
+    reported = call("models", "mask2former_swin_l", "segformer_b0")
+    assert "bit-identical" in reported.out
+    assert "inference=ss: mmseg_whole_512_align32" in reported.out
     assert "no such model. Did you mean 'segformer_b" in call("models", "segformer_b").err
     assert published_rows()[0].score == 62.9
     for metric in ("mIoU", "miou"):  # ranked by score, ties by date, as the site does
@@ -86,7 +86,7 @@ def test_models_lists_the_catalogue(call: Call) -> None:
         assert rows == sorted(rows, key=lambda r: (-r.score, r.date))
 
 
-def test_doctor_tells_what_there_is(call: Call) -> None:
+def test_doctor_reports_what_there_is(call: Call) -> None:
     done = call("doctor")
     assert done.code == 0
     for word in (
@@ -149,7 +149,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["model=segfomer_b0"], ["model=segfomer_b0: unknown value", "Nearest: segformer_b0"]),
         (["dataset.limt=3"], ["dataset.limt: no such option", "'dataset.limit'"]),
@@ -190,8 +190,8 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["runtime.accelerator=cuda", "runtime.devices=99"], ["GPU"]),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_message(call: Call, tmp_path: Path, words: list[str], expected: list[str]) -> None:
-    one_message(call(*words), *expected)
+def test_mistakes_are_one_message(call: Call, tmp_path: Path, overrides: list[str], expected: list[str]) -> None:
+    one_message(call(*overrides), *expected)
     assert not list(tmp_path.iterdir())  # nothing written
 
 
@@ -273,7 +273,7 @@ def test_run_directory_holds_the_whole_record(demo: tuple[Path, str]) -> None:
 
 def test_terminal_shows_the_table(demo: tuple[Path, str]) -> None:
     _, shown = demo
-    for words in (
+    for overrides in (
         "mIoU",
         "pixel accuracy",
         "frequency-weighted IoU",
@@ -281,7 +281,7 @@ def test_terminal_shows_the_table(demo: tuple[Path, str]) -> None:
         "best classes",
         "worst classes",
     ):
-        assert words in shown
+        assert overrides in shown
     assert "run directory:" in shown
     assert "images/s" in shown
     assert "\x1b[" not in shown  # no control codes in a log
@@ -314,12 +314,12 @@ def test_invalid_scores_stop_the_run_and_name_the_image(call: Callable[..., Done
 
 @pytest.mark.slow
 def test_both_kernels_give_the_same_run(call: Callable[..., Done], tmp_path: Path) -> None:
-    words = ("dataset.limit=6", "tracking=none", "runtime.workers=0", "run.overlays=0")
+    overrides = ("dataset.limit=6", "tracking=none", "runtime.workers=0", "run.overlays=0")
     for kernels in ("torch", "numba"):
-        assert call(*words, f"runtime.kernels={kernels}", f"run.dir={tmp_path / kernels}").code == 0
+        assert call(*overrides, f"runtime.kernels={kernels}", f"run.dir={tmp_path / kernels}").code == 0
     matrices = [np.load(tmp_path / kernels / "confusion_matrix.npy") for kernels in ("torch", "numba")]
     assert np.array_equal(*matrices)
-    done = call(*words, "runtime.kernels=triton")
+    done = call(*overrides, "runtime.kernels=triton")
     assert done.code == 2
     assert "runtime.kernels=triton: works on cuda only" in done.err
 
@@ -358,9 +358,9 @@ def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
         "import sys; from ade_harness.cli.main import main; code = main(sys.argv[1:]);"
         "assert 'wandb' not in sys.modules, 'imported'; sys.exit(code)"
     )
-    words = ["dataset.limit=2", *FAST]
+    overrides = ["dataset.limit=2", *FAST]
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -374,8 +374,8 @@ def test_predictions_of_the_truth_score_one(call: Call, tiny_ade: Path, tmp_path
     folder.mkdir()
     for path in (tiny_ade / "annotations/validation").iterdir():
         Image.fromarray(np.maximum(np.array(Image.open(path)), 1)).save(folder / path.name)
-    words = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST]
-    done = call(*words, "run.dir=run")
+    overrides = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST]
+    done = call(*overrides, "run.dir=run")
     assert done.code == 0, done.err
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["mIoU"] == metrics["pixel_accuracy"] == 1.0
@@ -383,13 +383,13 @@ def test_predictions_of_the_truth_score_one(call: Call, tiny_ade: Path, tmp_path
     assert "PARTIAL: 7 of 2,000 images" in done.out
     for path in folder.iterdir():
         Image.fromarray(np.array(Image.open(path)) - 1).save(path)  # zero-based, but read as official:
-    done = call(*words, "run.dir=run2")
+    done = call(*overrides, "run.dir=run2")
     assert done.code == 0, done.err
     assert "one too low" not in done.out  # seven images are no evidence
-    done = call(*words, "model.encoding=zero_based", "run.dir=run3")
+    done = call(*overrides, "model.encoding=zero_based", "run.dir=run3")
     assert json.loads((tmp_path / "run3/metrics.json").read_text())["mIoU"] == 1.0
     (folder / "ADE_val_00001003.png").unlink()
-    one_message(call(*words), "1 of 7 label files are missing, the first is ADE_val_00001003.png")
+    one_message(call(*overrides), "1 of 7 label files are missing, the first is ADE_val_00001003.png")
 
 
 @pytest.mark.slow
@@ -442,9 +442,9 @@ def test_labels_that_are_off_by_one_are_recognised(call: Call, tmp_path: Path) -
         )  # zero-based, read as official
     done = call("model=predictions", "model.path=mine", "dataset=ade20k", f"dataset.root={root}", *FAST)
     assert done.code == 0, done.err
-    said = " ".join(done.out.split())
-    assert "every predicted class may be one too low: with 1 added, 99% of the pixels agree instead of 0%" in said
-    assert "12 of 12 images (sign test, p = 0.0002)" in said
+    printed = " ".join(done.out.split())
+    assert "every predicted class may be one too low: with 1 added, 99% of the pixels agree instead of 0%" in printed
+    assert "12 of 12 images (sign test, p = 0.0002)" in printed
 
 
 def test_doctor_finds_what_ends_every_run(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -471,8 +471,8 @@ def test_a_set_without_a_labelled_pixel_has_no_score(call: Call, tiny_ade: Path,
     folder = tiny_ade / "annotations/validation"
     for path in folder.iterdir():
         Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
-    words = ("model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST)
-    one_message(call(*words, "run.dir=run"), "No score: none of the 7 images has a labelled pixel")
+    overrides = ("model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST)
+    one_message(call(*overrides, "run.dir=run"), "No score: none of the 7 images has a labelled pixel")
     assert not (tmp_path / "run/metrics.json").exists()
 
 
@@ -498,14 +498,14 @@ def test_images_without_a_labelled_pixel_are_no_zeros(call: Call, tiny_ade: Path
 
 def damaged_run(call: Call, tiny_ade: Path) -> Done:
     folder = tiny_ade / "annotations/validation"
-    words = [
+    overrides = [
         "model=predictions",
         f"model.path={folder}",
         "dataset=ade20k",
         f"dataset.root={tiny_ade}",
         "run.dir=run",
     ]
-    return call(*words, "tracking=none", "runtime.workers=1")
+    return call(*overrides, "tracking=none", "runtime.workers=1")
 
 
 @pytest.mark.slow
@@ -538,17 +538,17 @@ def test_label_over_150_in_the_data_gives_no_score(call: Call, tiny_ade: Path) -
         (folder / path.name).write_bytes(path.read_bytes())
     labels[0, 0] = 151
     Image.fromarray(labels).save(victim)
-    words = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST]
-    one_message(call(*words), "ADE_val_00001001.png: holds the label 151. Annotations", "No score: ")
+    overrides = ["model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *FAST]
+    one_message(call(*overrides), "ADE_val_00001001.png: holds the label 151. Annotations", "No score: ")
 
 
 @pytest.mark.slow
 def test_a_finished_run_continues_to_the_same_result(call: Call, tmp_path: Path) -> None:
-    words = ["dataset.limit=5", "run.dir=run", *FAST]
-    assert call(*words).code == 0
+    overrides = ["dataset.limit=5", "run.dir=run", *FAST]
+    assert call(*overrides).code == 0
     first = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix in (".npy", ".csv")}
     segments = sorted(p.name for p in (tmp_path / "run/ledger").iterdir())
-    done = call(*words)
+    done = call(*overrides)
     assert done.code == 0
     assert "continuing: 5 images are done" in done.out
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix in (".npy", ".csv")} == first
@@ -558,13 +558,13 @@ def test_a_finished_run_continues_to_the_same_result(call: Call, tmp_path: Path)
 
 @pytest.mark.slow
 def test_lost_and_damaged_segments_are_done_again(call: Call, tmp_path: Path) -> None:
-    words = ["dataset.limit=40", "run.dir=run", *FAST]
-    assert call(*words).code == 0
+    overrides = ["dataset.limit=40", "run.dir=run", *FAST]
+    assert call(*overrides).code == 0
     first = np.load(tmp_path / "run/confusion_matrix.npy")
     segments = sorted((tmp_path / "run/ledger").iterdir())
     assert len(segments) == 2
     segments[0].write_bytes(segments[0].read_bytes()[:500])
-    done = call(*words)
+    done = call(*overrides)
     assert done.code == 0
     assert "continuing: 8 images are done, 1 ledger files are damaged" in done.out
     assert np.array_equal(np.load(tmp_path / "run/confusion_matrix.npy"), first)
@@ -591,28 +591,33 @@ _HEAVY = {"torch", "lightning", "scipy", "transformers", "pandas", "wandb", "num
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs `run` and `other`."""
     folder = tmp_path_factory.mktemp("two_runs")
-    words = [*FAST, "dataset.images=2", f"run.dir={folder}/run", "run.label_maps=none"]
-    assert run_command(words) == 0
+    overrides = [*FAST, "dataset.images=2", f"run.dir={folder}/run", "run.label_maps=none"]
+    assert run_command(overrides) == 0
     shutil.copytree(folder / "run", folder / "other")
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "at_most"),
+    ("overrides", "at_most"),
     [
         (["--help"], 260), (["evaluate", "--help"], 300), (["models"], 300), (["status", "run"], 600), (["runs", "run"], 600),
         (["report", "run"], 1200), (["compare", "run", "other", "--resamples", "100"], 1200), (["leaderboard"], 1200),
     ],
 )  # fmt: skip
-def test_commands_that_read_import_little(words: list[str], at_most: int, two_runs: Path) -> None:
+def test_commands_that_read_import_little(overrides: list[str], at_most: int, two_runs: Path) -> None:
     """No torch, no Lightning, no SciPy; `status` and `models` answer in a fraction of a second."""
     program = (
         "import sys\nfrom ade_harness.cli.main import run_command\ncode = run_command(sys.argv[1:])\n"
         "print(code, len(sys.modules), *sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=two_runs, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program, *overrides],
+        cwd=two_runs,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     code, modules, *names = done.stderr.split()[-2000:]
     assert code == "0", done.stderr
@@ -622,16 +627,16 @@ def test_commands_that_read_import_little(words: list[str], at_most: int, two_ru
 
 @pytest.mark.slow
 def test_a_system_by_its_name_means_ade20k(call: Call, tiny_ade: Path, tmp_path: Path) -> None:
-    words = ("model=segformer_b0", "model.weights=random", "inference.resize.side=64", *FAST)
+    overrides = ("model=segformer_b0", "model.weights=random", "inference.resize.side=64", *FAST)
     (tmp_path / "data").mkdir()
     tiny_ade.rename(tmp_path / "data/ADEChallengeData2016")
-    done = call(*words, "run.dir=run")
+    done = call(*overrides, "run.dir=run")
     assert done.code == 0, done.err
     assert "PARTIAL: 7 of 2,000 images" in done.out
     assert "DEMO" not in done.out
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert config["dataset"]["root"] == "data/ADEChallengeData2016"
-    assert yaml.safe_load(call(*words, "dataset=demo", "--cfg", "job").out)["dataset"]["kind"] == "demo"
+    assert yaml.safe_load(call(*overrides, "dataset=demo", "--cfg", "job").out)["dataset"]["kind"] == "demo"
     done = call("data", "verify")  # of what is found here
     assert "pairs/s" in done.out
     assert "pairs/s" not in call("data", "verify", "-q").out
@@ -641,9 +646,9 @@ def test_a_system_by_its_name_means_ade20k(call: Call, tiny_ade: Path, tmp_path:
 @pytest.mark.slow
 def test_a_command_without_standard_output_runs(tmp_path: Path) -> None:
     """As cron and daemons start it: the next file that is opened would get the number of the missing stream."""
-    words = " ".join(["dataset.images=2", *FAST, "metrics.resamples=0", "run.dir=run"])
+    overrides = " ".join(["dataset.images=2", *FAST, "metrics.resamples=0", "run.dir=run"])
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m ade_harness {words} >&- <&-"],
+        ["bash", "-c", f"{sys.executable} -m ade_harness {overrides} >&- <&-"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

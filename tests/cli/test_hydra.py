@@ -117,9 +117,9 @@ def test_verbose_shows_debug_messages_of_a_resumed_run_and_of_other_commands(
     cli: Cli, call: Call, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(LOGGING_MODEL)
-    words = ("model=custom", "model._target_=mine.Net", "model.weights=random", "inference=original_size", "dataset=demo",
+    overrides = ("model=custom", "model._target_=mine.Net", "model.weights=random", "inference=original_size", "dataset=demo",
              "dataset.images=2", "run.dir=run")  # fmt: skip
-    assert cli(*words, STOP="1").code != 0
+    assert cli(*overrides, STOP="1").code != 0
     quiet = cli("resume", "run", STOP="1")
     assert "stopped" in quiet.err
     assert "[mine][DEBUG]" not in quiet.err
@@ -158,11 +158,11 @@ def test_a_sweep_goes_on_and_ends_with_one_table(cli: Cli, tmp_path: Path) -> No
         "        self.fail = fail\n    def forward(self, x):\n        assert not self.fail, 'as asked'\n"
         "        return torch.zeros(len(x), 150, 4, 4)\n"
     )
-    words = ["model=custom", "model._target_=net.Net", "dataset.images=2", "inference=original_size"]
+    overrides = ["model=custom", "model._target_=net.Net", "dataset.images=2", "inference=original_size"]
     done = cli(
         "-m",
         *QUICK,
-        *words,
+        *overrides,
         "model.kwargs.fail=true,false",
         "hydra.sweep.dir=all",
         "hydra.sweep.subdir=${hydra.job.num}",
@@ -196,11 +196,11 @@ def test_jobs_take_hydras_own_options_along(cli: Cli, tmp_path: Path) -> None:
 
 def test_a_sweep_of_more_values_keeps_what_it_has(cli: Cli, tmp_path: Path) -> None:
     """Values before and between the old ones shift the numbers by which directories are named."""
-    words = ("-m", *QUICK, "dataset.images=3", "hydra.sweep.dir=all", "--json")
-    first = cli(*words, "dataset.limit=2,1")
+    overrides = ("-m", *QUICK, "dataset.images=3", "hydra.sweep.dir=all", "--json")
+    first = cli(*overrides, "dataset.limit=2,1")
     assert first.code == 0, first.err
     before = {p: p.read_bytes() for p in sorted((tmp_path / "all").rglob("ledger/*"))}
-    done = cli(*words, "dataset.limit=1,3,2")
+    done = cli(*overrides, "dataset.limit=1,3,2")
     assert done.code == 0, done.err
     rows = {row["overrides"].split("dataset.limit=")[1]: row for row in json.loads(done.out)["runs"]}
     assert [rows[n]["images"] for n in "123"] == [1, 2, 3]
@@ -229,12 +229,12 @@ def test_groups_of_ones_own(call: Call, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert (config["dataset"]["limit"], config["inference"]["name"]) == (2, "mmseg_whole_512")
-    for words, message in (
+    for overrides, message in (
         (("--config-dir", tmp_path / "mine", "+experiment=large"), "experiment"),
         (("+experiment=small",), "experiment: no such option"),
         ((f"hydra.searchpath=[file://{tmp_path}/mine]",), "hydra.searchpath: choices are looked for in"),
     ):
-        done = call(*words)
+        done = call(*overrides)
         assert done.code == 2
         assert message in done.err
         assert "Traceback" not in done.err
@@ -313,9 +313,9 @@ def test_a_run_in_a_hard_place_is_made_continued_and_shown(call: Call, tmp_path:
     done = call("resume", place)
     assert done.code == 0, done.err
     assert "finished" in call("status", place).out
-    told = json.loads(call("status", place, "--json").out)
+    reported = json.loads(call("status", place, "--json").out)
     metrics = json.loads((tmp_path / place / "metrics.json").read_text())
-    assert (told["state"], told["mIoU"], told["marks"]) == ("finished", metrics["mIoU"], metrics["marks"])
+    assert (reported["state"], reported["mIoU"], reported["marks"]) == ("finished", metrics["mIoU"], metrics["marks"])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -471,8 +471,8 @@ def test_a_configuration_of_the_users_that_cannot_be_read_is_one_message(
         compose_config([f"model={name}"], tmp_path / "mine")
     assert message in str(raised.value)
     assert len(str(raised.value)) < 500
-    for words in ([f"model={name}"], [f"model={name}", "inference=ss"], ["-m", f"model={name},demo"]):
-        done = call("--config-dir", "mine", *words, "tracking=none")
+    for overrides in ([f"model={name}"], [f"model={name}", "inference=ss"], ["-m", f"model={name},demo"]):
+        done = call("--config-dir", "mine", *overrides, "tracking=none")
         assert (done.code, "Traceback" in done.err) == (2, False), done.err
         assert done.err.count("error: ") == 1
 
@@ -509,7 +509,7 @@ def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["hydra.mode=MULTIRUN", "-cd", "mine", "-cn", "nightly"], "the jobs of a sweep are composed from the packaged"),
         (["-cd", "mine", "-cn", "all"], "the jobs of a sweep are composed from the packaged"),
@@ -528,7 +528,7 @@ def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
          "probe: cannot be swept"),
         (["inference.resize.rule=exact", "inference.resize.height=100000"], "inference.resize.height=100000: expected 1 to"),
         (["inference.resize.rule=cover", "inference.resize.width=16385"], "inference.resize.width=16385: expected 1 to"),
-        (["inference.resize.pad_to=[1000000000,1]"], "over 134,217,728 pixels"),
+        (["inference.resize.pad_to=[1000000000,1]"], "inference.resize.pad_to[0]=1000000000: expected 1 to 16,384"),
         (["inference.window.stride=100000"], "inference.window.stride=100000: expected 1 to 16,384"),
         (["inference.resize.multiple_of=1000000000"], "inference.resize.multiple_of=1000000000: expected 1 to 16,384"),
         (["inference.resize.pad_value=nan"], "inference.resize.pad_value=nan: expected 0 to 255"),
@@ -537,13 +537,13 @@ def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
     ],
 )  # fmt: skip
 def test_what_would_have_no_effect_or_no_end_is_refused(
-    call: Call, tmp_path: Path, words: list[str], message: str
+    call: Call, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/nightly.yaml").write_text("defaults: [config, _self_]\ndataset:\n  limit: 2\n")
     (tmp_path / "mine/all.yaml").write_text("defaults: [config, _self_]\nhydra:\n  mode: MULTIRUN\n")
-    more = [] if words[0].startswith("-") and "-cd" not in words else ["tracking=none", "dataset.images=2"]
-    one_message(call(*words, *more), message)
+    more = [] if overrides[0].startswith("-") and "-cd" not in overrides else ["tracking=none", "dataset.images=2"]
+    one_message(call(*overrides, *more), message)
     assert not list(tmp_path.glob("**/metrics.json"))
 
 

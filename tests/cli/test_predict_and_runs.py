@@ -59,7 +59,7 @@ def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (("model=demo",), "name an image or a folder of images"),
         (("model=demo", "nowhere"), "nowhere: no such image or folder"),
@@ -70,9 +70,9 @@ def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) 
         (("model=demo", "photos", "--output", "photos/street.jpg"), "--output photos/street.jpg: cannot be written"),
     ],
 )  # fmt: skip
-def test_mistakes(call: Call, photos: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+def test_mistakes(call: Call, photos: Path, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     (tmp_path / "empty").mkdir()
-    done = call("predict", *words)
+    done = call("predict", *overrides)
     assert done.code == 2
     assert message in done.err
     assert "Traceback" not in done.err
@@ -107,8 +107,8 @@ def test_images_that_fail_leave_an_answer(call: Call, photos: Path) -> None:
 
 
 def test_no_model_is_taken_for_granted(call: Call, photos: Path, tmp_path: Path) -> None:
-    for words in ((photos,), (photos, "inference=whole"), (photos, "model.weights=random")):
-        done = call("predict", *words)
+    for overrides in ((photos,), (photos, "inference=whole"), (photos, "model.weights=random")):
+        done = call("predict", *overrides)
         assert done.code == 2
         assert "name a model: predict model=NAME" in done.err
     assert not (tmp_path / "predictions").exists()
@@ -122,12 +122,12 @@ def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> N
     assert record["code"]["version"] == ade.__version__
     assert call("predict", "model=demo", photos).code == 0  # more images of the same model
     written = (tmp_path / "predictions/labels/street.png").read_bytes()
-    for words in (
+    for overrides in (
         ("model=demo", "inference=mmseg_slide_512"),
         ("model=segformer_b0", "model.weights=random"),
     ):
-        done = call("predict", *words, photos / "street.jpg")
-        assert done.code == 2, words
+        done = call("predict", *overrides, photos / "street.jpg")
+        assert done.code == 2, overrides
         assert "predictions: holds the predictions of another model" in done.err
     assert (tmp_path / "predictions/labels/street.png").read_bytes() == written
     (tmp_path / "mine/labels").mkdir(parents=True)
@@ -191,7 +191,7 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
         (f"mIoU>={scores[0]}", 1), (f"mIoU<{scores[0]}", 1), ("mIoU > 1", 0), ("images<=4", 2), ("started>2020", 2), ("seconds<0", 0),
     ):  # fmt: skip
         assert len(json.loads(call("runs", "--json", "--where", condition).out)["runs"]) == names, condition
-    for words, message in (
+    for overrides, message in (
         (("--where", "model"), "expected COLUMN=VALUE"),
         (("--where", "mIoU>high"), "--where mIoU>high: mIoU is a number, and 'high' is none"),
         (("--where", "points>1"), "points: no such column"),
@@ -199,7 +199,7 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
         (("--output", "all.xlsx"), "expected a name that ends in .csv, .json, .md"),
         (("nowhere",), "nowhere: no such folder"),
     ):
-        done = call("runs", *words)
+        done = call("runs", *overrides)
         assert done.code == 2
         assert message in done.err
 
@@ -223,16 +223,18 @@ def test_options_of_evaluations_are_refused_by_predict(call: Call, tmp_path: Pat
         one_message(call("predict", "model=demo", word, "a.jpg"), f"{word}: has no effect on predict")
 
 
-@pytest.mark.parametrize("words", [("predict", "PHOTOS", "--output=out"), ("runtime.supervise=false", "run.dir=run")])
+@pytest.mark.parametrize(
+    "overrides", [("predict", "PHOTOS", "--output=out"), ("runtime.supervise=false", "run.dir=run")]
+)
 def test_a_model_that_leaves_silently_is_a_fault(
-    cli: Callable[..., Done], photos: Path, tmp_path: Path, words: tuple[str, ...]
+    cli: Callable[..., Done], photos: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     """Without a supervisor nobody else would notice: exit code 0, and nothing done."""
     (tmp_path / "leaving.py").write_text(
         "import os\nimport torch\n\nclass Net(torch.nn.Module):\n    def forward(self, images):\n        os._exit(0)\n"
     )
-    given = [str(photos) if word == "PHOTOS" else word for word in words]
-    options = [] if words[0] == "predict" else ["dataset.images=2", "tracking=none", "run.overlays=0"]
+    given = [str(photos) if word == "PHOTOS" else word for word in overrides]
+    options = [] if overrides[0] == "predict" else ["dataset.images=2", "tracking=none", "run.overlays=0"]
     done = cli(*given, "model=custom", "model._target_=leaving.Net", "model.weights=random", *options)
     assert done.code == 2, done.out + done.err
     assert re.search(r"called os\._exit\(0\) at \S+leaving\.py:6, in forward: the work was not finished", done.err)

@@ -18,7 +18,7 @@ def broken(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "words", "remark"),
+    ("place", "overrides", "remark"),
     [
         ("ade_harness.report.pages.write_report", ("run.report=true", "tracking=none"), "no page: ZeroDivisionError: a fault of two lines"),
         ("ade_harness.tracking.run.log_result", ("tracking=wandb", "tracking.mode=offline"), "W&B: not logged: ZeroDivisionError"),
@@ -27,10 +27,10 @@ def broken(*_: Any, **__: Any) -> None:
     ids=["page", "tracking", "overlay"],
 )  # fmt: skip
 def test_what_fails_after_the_score_is_a_remark(
-    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, words: tuple[str, ...], remark: str
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, overrides: tuple[str, ...], remark: str
 ) -> None:
     monkeypatch.setattr(place, broken)
-    done = call(*WORDS, *words)
+    done = call(*WORDS, *overrides)
     assert done.code == 0, done.err
     assert remark in " ".join(done.out.split())
     assert "Traceback" not in done.out + done.err
@@ -40,8 +40,8 @@ def test_what_fails_after_the_score_is_a_remark(
 
 @pytest.mark.slow
 def test_a_limit_of_one_image_and_no_resamples_end_well(call: Call, tmp_path: Path) -> None:
-    for words in (("dataset.limit=1",), ("dataset.limit=1", "metrics.resamples=0"), ("metrics.resamples=0",)):
-        done = call("dataset.images=3", "runtime.workers=0", "tracking=none", "run.report=true", *words)
+    for overrides in (("dataset.limit=1",), ("dataset.limit=1", "metrics.resamples=0"), ("metrics.resamples=0",)):
+        done = call("dataset.images=3", "runtime.workers=0", "tracking=none", "run.report=true", *overrides)
         assert done.code == 0, done.err
         assert "page:" in done.out
 

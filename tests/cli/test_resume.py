@@ -29,7 +29,7 @@ FAST = ("tracking=none", "run.overlays=0", "runtime.workers=0")
 
 
 @pytest.fixture
-def words(tiny_ade: Path, tmp_path: Path) -> list[str]:
+def overrides(tiny_ade: Path, tmp_path: Path) -> list[str]:
     """Predictions that are the truth, on seven images."""
     labels = tmp_path / "labels"
     shutil.copytree(tiny_ade / "annotations/validation", labels)
@@ -47,8 +47,8 @@ def hashes(run: Path) -> list[str]:
     return pd.read_parquet(run / "ledger").sort_values("image_id").label_hash.tolist()
 
 
-def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, words: list[str], tmp_path: Path) -> None:
-    assert call(*words, "run.dir=run").code == 0
+def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, overrides: list[str], tmp_path: Path) -> None:
+    assert call(*overrides, "run.dir=run").code == 0
     expected = hashes(tmp_path / "run")
     metrics = (tmp_path / "run/metrics.json").read_bytes()
     lose_some(tmp_path / "run")
@@ -69,14 +69,14 @@ def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, words:
 
 @pytest.mark.parametrize("there", ["kept", "gone"])
 def test_relative_paths_belong_to_where_the_run_was_started(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], there: str
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], there: str
 ) -> None:
     start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
     start.mkdir()
     elsewhere.mkdir()
     for name in ("labels", "ADEChallengeData2016"):
         shutil.move(tmp_path / name, start / name)
-    relative = [word.replace(f"{tmp_path}/", "") for word in words]
+    relative = [word.replace(f"{tmp_path}/", "") for word in overrides]
     monkeypatch.chdir(start)
     assert main([*relative, "run.dir=run"]) == 0
     expected = hashes(start / "run")
@@ -100,16 +100,16 @@ def test_relative_paths_belong_to_where_the_run_was_started(
         assert "ADEChallengeData2016" in err.splitlines()[-1]
 
 
-def test_resume_takes_options_of_this_session_and_refuses_unknown_ones(call: Call, words: list[str]) -> None:
-    assert call(*words, "run.dir=run").code == 0
+def test_resume_takes_options_of_this_session_and_refuses_unknown_ones(call: Call, overrides: list[str]) -> None:
+    assert call(*overrides, "run.dir=run").code == 0
     done = call("resume", "run", "runtime.devcies=2")
     assert done.code == 2
     assert "'runtime.devices'" in done.err
     assert call("resume", "run", "tracking=none", "runtime.timeout_min=1").code == 0
 
 
-def test_resume_refuses_what_changed_and_shows_it(call: Call, words: list[str], tmp_path: Path) -> None:
-    assert call(*words, "run.dir=run").code == 0
+def test_resume_refuses_what_changed_and_shows_it(call: Call, overrides: list[str], tmp_path: Path) -> None:
+    assert call(*overrides, "run.dir=run").code == 0
     lose_some(tmp_path / "run")
     done = call("resume", "run", "inference.exif=false")
     assert done.code == 2
@@ -177,8 +177,8 @@ def test_combinations_are_listed(call: Call) -> None:
     assert done.out.splitlines()[2] == "2: inference=original_size dataset.limit=1"
 
 
-def test_a_config_yaml_that_was_edited_is_one_message(call: Call, words: list[str], tmp_path: Path) -> None:
-    assert call(*words, "run.dir=run").code == 0
+def test_a_config_yaml_that_was_edited_is_one_message(call: Call, overrides: list[str], tmp_path: Path) -> None:
+    assert call(*overrides, "run.dir=run").code == 0
     config = tmp_path / "run/config.yaml"
     text = config.read_text()
     for broken in ("model: [", text.replace("exif:", "exifs:"), text.replace("seed: 0", "seed: many")):
@@ -201,11 +201,11 @@ def damage(tiny_ade: Path, number: int) -> bytes:
 
 
 def test_a_failing_image_is_reported_with_all_others_counted(
-    call: Call, words: list[str], tiny_ade: Path, tmp_path: Path
+    call: Call, overrides: list[str], tiny_ade: Path, tmp_path: Path
 ) -> None:
     for number in (1, 4):
         damage(tiny_ade, number)
-    done = call(*words, "run.dir=run")
+    done = call(*overrides, "run.dir=run")
     assert done.code == 2
     assert re.findall(r"ADE_val_\d+(?=\.jpg: this image cannot)", done.err) == ["ADE_val_00001001", "ADE_val_00001004"]
     assert "No score: 5 of 7 images are counted." in done.err
@@ -214,18 +214,18 @@ def test_a_failing_image_is_reported_with_all_others_counted(
     assert manifest["status"] == "incomplete"
     assert sorted(manifest["failures"]) == ["ADE_val_00001001", "ADE_val_00001004"]
     shown = call("status", "run").out
-    told = json.loads(call("status", "run", "--json").out)
-    assert (told["mIoU"], list(told["failures"])) == (None, list(manifest["failures"]))
+    reported = json.loads(call("status", "run", "--json").out)
+    assert (reported["mIoU"], list(reported["failures"])) == (None, list(manifest["failures"]))
     assert "incomplete" in shown
     assert "ADE_val_00001004" in shown
 
 
 @pytest.mark.parametrize("images", [1, 3])
 def test_skip_leaves_failing_images_out_and_says_so(
-    call: Call, words: list[str], tiny_ade: Path, tmp_path: Path, images: int
+    call: Call, overrides: list[str], tiny_ade: Path, tmp_path: Path, images: int
 ) -> None:
     content = damage(tiny_ade, 2)
-    done = call(*words, "run.dir=run", "run.on_error=skip", f"inference.images={images}")
+    done = call(*overrides, "run.dir=run", "run.on_error=skip", f"inference.images={images}")
     assert done.code == 0, done.err
     mark = "PARTIAL: 6 of 2,000 images, 1 failed and were skipped"
     assert mark in done.out
@@ -241,18 +241,20 @@ def test_skip_leaves_failing_images_out_and_says_so(
     assert "skipped" not in done.out
 
 
-def test_skip_also_where_the_header_is_damaged(call: Call, words: list[str], tiny_ade: Path, tmp_path: Path) -> None:
+def test_skip_also_where_the_header_is_damaged(
+    call: Call, overrides: list[str], tiny_ade: Path, tmp_path: Path
+) -> None:
     (tiny_ade / "images/validation/ADE_val_00001002.jpg").write_bytes(b"no image")
-    assert call(*words, "run.dir=run").code == 2
-    done = call(*words, "run.dir=skipped", "run.on_error=skip")
+    assert call(*overrides, "run.dir=run").code == 2
+    done = call(*overrides, "run.dir=skipped", "run.on_error=skip")
     assert done.code == 0, done.err
     assert "PARTIAL: 6 of 2,000 images, 1 failed and were skipped" in done.out
 
 
-def test_nothing_but_failures_is_no_score(call: Call, words: list[str], tiny_ade: Path) -> None:
+def test_nothing_but_failures_is_no_score(call: Call, overrides: list[str], tiny_ade: Path) -> None:
     for number in range(7):
         damage(tiny_ade, number)
-    done = call(*words, "run.on_error=skip")
+    done = call(*overrides, "run.on_error=skip")
     assert done.code == 2
     assert "No score: 0 of 7 images are counted" in done.err
 
@@ -270,7 +272,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
 
 
 def test_an_image_that_is_not_counted_is_noticed(
-    call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    call: Call, overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = []
 
@@ -280,14 +282,14 @@ def test_an_image_that_is_not_counted_is_noticed(
             record()
 
     broken(monkeypatch, forget_one)
-    done = call(*words, "run.dir=run")
+    done = call(*overrides, "run.dir=run")
     assert done.code == 2
     assert re.search(r"The ledger lacks 1 images \(ADE_val_0000100\d\): no score", done.err), done.err
     assert not (tmp_path / "run/metrics.json").exists()
 
 
 def test_an_image_that_is_counted_twice_is_noticed(
-    call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    call: Call, overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = []
 
@@ -298,30 +300,32 @@ def test_an_image_that_is_counted_twice_is_noticed(
             record()
 
     broken(monkeypatch, twice)
-    done = call(*words, "run.dir=run")
+    done = call(*overrides, "run.dir=run")
     assert done.code == 2
     assert re.search(r"The ranks' sum and the ledger differ by \d+ pixels: no score", done.err), done.err
     assert not (tmp_path / "run/metrics.json").exists()
 
 
-def test_a_matrix_that_lost_a_pixel_is_noticed(call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_that_lost_a_pixel_is_noticed(
+    call: Call, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lose(self: Recorder, record: Callable[[], None]) -> None:
         record()
         self.matrix[tuple(np.argwhere(self.matrix)[0])] -= 1
 
     broken(monkeypatch, lose)
-    done = call(*words)
+    done = call(*overrides)
     assert "The ranks' sum and the ledger differ by 7 pixels: no score" in done.err
 
 
-def test_a_row_that_lost_pixels_is_noticed(call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_lost_pixels_is_noticed(call: Call, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     append = LedgerWriter.append
 
     def short(self: LedgerWriter, row: Any) -> None:
         append(self, type(row)(**{**vars(row), "ignored_pixels": row.ignored_pixels + 1}))
 
     monkeypatch.setattr(LedgerWriter, "append", short)
-    done = call(*words)
+    done = call(*overrides)
     assert done.code == 2
     assert re.search(
         r"ADE_val_00001000: \d+ pixels are counted, \d+ are valid and \d+ ignored, of 960: no score", done.err
@@ -331,7 +335,7 @@ def test_a_row_that_lost_pixels_is_noticed(call: Call, words: list[str], monkeyp
 # where runs are written
 
 
-def test_a_file_system_that_cannot_be_written(call: Call, words: list[str], tmp_path: Path) -> None:
+def test_a_file_system_that_cannot_be_written(call: Call, overrides: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "read-only"
     folder.mkdir()
     if os.geteuid() != 0:
@@ -341,7 +345,7 @@ def test_a_file_system_that_cannot_be_written(call: Call, words: list[str], tmp_
     ).returncode:
         (folder / "run").write_text("in the way")  # no right to mount: another reason why it cannot be written
     try:
-        done = call(*words, f"run.dir={folder}/run")
+        done = call(*overrides, f"run.dir={folder}/run")
     finally:
         if os.geteuid() == 0:
             subprocess.run(["umount", folder], check=False, capture_output=True)
@@ -350,7 +354,7 @@ def test_a_file_system_that_cannot_be_written(call: Call, words: list[str], tmp_
 
 
 def test_no_space_left_keeps_what_was_counted(
-    call: Call, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsync, calls = os.fsync, []
 
@@ -363,7 +367,7 @@ def test_no_space_left_keeps_what_was_counted(
 
     monkeypatch.setattr("ade_harness.runs.ledger._FLUSH_EVERY_S", 0.0)
     monkeypatch.setattr(os, "fsync", full)
-    done = call(*words, "run.dir=run")
+    done = call(*overrides, "run.dir=run")
     monkeypatch.undo()
     assert done.code == 2
     assert "No space left on device" in done.err
@@ -391,10 +395,10 @@ def test_a_file_system_that_becomes_read_only_is_one_message(
         "            subprocess.run(['mount', '-o', 'remount,ro', os.environ['TO_REMOUNT']], check=True)\n"
         "        return torch.zeros(len(x), 150, 4, 4)\n"
     )
-    words = ("model=custom", "model._target_=remounting.Net", "dataset.images=6", *FAST, f"run.dir={place / 'run'}")
+    overrides = ("model=custom", "model._target_=remounting.Net", "dataset.images=6", *FAST, f"run.dir={place / 'run'}")
     try:
         monkeypatch.setenv("TO_REMOUNT", str(place))
-        done = call(*words)
+        done = call(*overrides)
         assert done.code == 2
         assert "cannot be written (Read-only file system)" in done.err
         assert "Traceback" not in done.err

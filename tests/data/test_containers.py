@@ -276,16 +276,16 @@ def test_chunks_are_taken_for_what_they_are() -> None:
     assert check_png(data[:33] + damaged + data[33:], "a.png", "image").width == 17  # says nothing of the pixels
 
 
-def test_only_eight_bit_labels_are_told_of_the_full_set() -> None:
+def test_only_eight_bit_labels_get_a_hint_at_the_full_set() -> None:
     colours = encoded(Image.fromarray(np.stack([LABELS] * 3, 2)))
-    for data, kind, told in (
+    for data, kind, reported in (
         (colours, "grey", True),
         (colours, "uint16", False),
         (encoded(Image.new("LA", (4, 4))), "grey", False),
     ):
         with pytest.raises(HarnessError) as error:
             decode_labels(data, "a.png", LabelStorage(kind))
-        assert ("_seg.png" in str(error.value)) == told
+        assert ("_seg.png" in str(error.value)) == reported
 
 
 def test_the_orientation_of_a_png_counts_before_the_pixels_alone() -> None:

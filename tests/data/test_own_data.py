@@ -165,14 +165,19 @@ def test_a_changed_mapping_is_another_run(
     monkeypatch.syspath_prepend(str(streets))
     copy = tmp_path / "copy"
     shutil.copytree(streets, copy)
-    words = [*words_for(copy), *net_words(list(default_colors(19))), "dataset.limit=2", f"run.dir={tmp_path / 'run'}"]
-    done = call(*words)
+    overrides = [
+        *words_for(copy),
+        *net_words(list(default_colors(19))),
+        "dataset.limit=2",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    done = call(*overrides)
     assert done.code == 0, done.err
     assert "PARTIAL: 2 of 6 images" in done.out
     content = yaml.safe_load((copy / "classes.yaml").read_text())
     content["mapping"][7], content["mapping"][8] = "sidewalk", "road"
     (copy / "classes.yaml").write_text(yaml.safe_dump(content))
-    one_message(call(*words), "dataset.labels_hash: was")
+    one_message(call(*overrides), "dataset.labels_hash: was")
 
 
 def test_systems_are_built_for_the_number_of_classes(streets: Path) -> None:
@@ -253,7 +258,7 @@ def test_mistakes_in_the_list_of_classes(tmp_path: Path, text: str, message: str
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["dataset.image_dir=null"], "dataset.image_dir must be set: the folder of images"),
         (["dataset.classes=null"], "dataset.classes must be set: a YAML file"),
@@ -265,25 +270,25 @@ def test_mistakes_in_the_list_of_classes(tmp_path: Path, text: str, message: str
         (["dataset.label_suffix=_x.png"], "no files that end in _x.png are there"),
         (["dataset.label_suffix=0_labels.png"], "images have no label file, the first is aachen/0010_labels.png"),
         (["dataset.ids=[ulm/001]"], "'ulm/001' is not in"),
-        (["model.class_map=[300]"], "model.class_map[0]=300: expected 0..254"),
+        (["model.class_map=[300]"], "model.class_map[0]=300: expected 0 to 254"),
         (["model.class_map=[19,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]"], "streets has the classes 0..18"),
     ],
 )
 def test_mistakes_with_own_data(
-    streets: Path, call: Call, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    streets: Path, call: Call, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(streets))
-    model = [] if "model=demo" in words else net_words(list(default_colors(19)))
-    changed = [word.format(root=streets) for word in words]
+    model = [] if "model=demo" in overrides else net_words(list(default_colors(19)))
+    changed = [word.format(root=streets) for word in overrides]
     one_message(call(*words_for(streets), *model, *changed), message)
 
 
 @pytest.mark.slow
 def test_a_model_of_other_classes_is_refused(streets: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(streets))
-    words = net_words(list(default_colors(20)))
-    one_message(call(*words_for(streets), *words), "The model outputs 20 channels, streets has 19 classes", "0..18")
-    assert main([*words_for(streets), *words, "dataset.limit=1"]) == 2
+    overrides = net_words(list(default_colors(20)))
+    one_message(call(*words_for(streets), *overrides), "The model outputs 20 channels, streets has 19 classes", "0..18")
+    assert main([*words_for(streets), *overrides, "dataset.limit=1"]) == 2
 
 
 def test_images_and_labels_of_one_folder_and_of_zips(tmp_path: Path) -> None:
@@ -294,18 +299,18 @@ def test_images_and_labels_of_one_folder_and_of_zips(tmp_path: Path) -> None:
         stem = path.stem.partition("_")[0]
         shutil.copy(path, tmp_path / "one" / f"{stem}{kind}.png")
         assert index < 4
-    words = words_for(tmp_path / "data")
+    overrides = words_for(tmp_path / "data")
     together = [
         f"dataset.image_dir={tmp_path / 'one'}",
         f"dataset.label_dir={tmp_path / 'one'}",
         "dataset.image_suffix=null",
     ]
-    dataset = open_dataset(compose_config(["model=segformer_b0", *words, *together]).dataset)
+    dataset = open_dataset(compose_config(["model=segformer_b0", *overrides, *together]).dataset)
     assert dataset.ids == ["000", "001"]
     assert (dataset.load(0).target[0, :19] == np.arange(19)).all()
     for kind in ("images", "labels"):
         shutil.make_archive(str(tmp_path / kind), "zip", tmp_path / "data" / kind)
     zips = [f"dataset.image_dir={tmp_path / 'images.zip'}", f"dataset.label_dir={tmp_path / 'labels.zip'}"]
-    dataset = open_dataset(compose_config(["model=segformer_b0", *words, *zips]).dataset)
+    dataset = open_dataset(compose_config(["model=segformer_b0", *overrides, *zips]).dataset)
     assert dataset.ids == ["aachen/001", "ulm/000"]
     assert (dataset.load(1).target[0, :19] == np.arange(19)).all()

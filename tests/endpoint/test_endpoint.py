@@ -156,14 +156,14 @@ def composed() -> Config:
     return compose_config(["model=http", "model.url=http://127.0.0.1:9"])
 
 
-def config(*words: str) -> Config:
+def config(*overrides: str) -> Config:
     """Composing takes a fifth of a second; this does not."""
-    tree = OmegaConf.merge(OmegaConf.structured(composed()), OmegaConf.from_dotlist(list(words)))
+    tree = OmegaConf.merge(OmegaConf.structured(composed()), OmegaConf.from_dotlist(list(overrides)))
     return cast(Config, OmegaConf.to_object(tree))
 
 
-def predictor(url: str, *words: str, token: str | None = None) -> EndpointPredictor:
-    model = config(f"model.url={url}", *words).model
+def predictor(url: str, *overrides: str, token: str | None = None) -> EndpointPredictor:
+    model = config(f"model.url={url}", *overrides).model
     return EndpointPredictor(
         model, ade20k_classes(), Endpoint(url, model.http.timeout_s, model.http.retries, token), {}, "auto"
     )
@@ -185,8 +185,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @contextmanager
-def reference_server(*words: str, token: str | None = None) -> Iterator[tuple[ModelService, str]]:
-    service = open_service(compose_config(["model=demo", *words]))
+def reference_server(*overrides: str, token: str | None = None) -> Iterator[tuple[ModelService, str]]:
+    service = open_service(compose_config(["model=demo", *overrides]))
     with make_server(service, token=token) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield service, f"http://127.0.0.1:{server.server_address[1]}"
@@ -203,9 +203,9 @@ def test_labels_and_scores_of_an_endpoint_are_those_of_its_model(call: Call, tmp
     expected = hashes(tmp_path / "own")
     assert len(expected) == 5
     with reference_server() as (_, url):
-        words = ("model=http", f"model.url={url}", "dataset.limit=5", "model.http.concurrency=2", *FAST)
+        overrides = ("model=http", f"model.url={url}", "dataset.limit=5", "model.http.concurrency=2", *FAST)
         for returns in ("labels", "scores"):
-            done = call(*words, f"model.http.returns={returns}", f"run.dir={returns}")
+            done = call(*overrides, f"model.http.returns={returns}", f"run.dir={returns}")
             assert done.code == 0, done.err
             assert "Note: the predictions came from http://127.0.0.1" in done.out
             assert "DataLoader" not in done.err
@@ -214,7 +214,7 @@ def test_labels_and_scores_of_an_endpoint_are_those_of_its_model(call: Call, tmp
         assert facts["origin"] == f"{url}/predict (demo ade-harness 0.1.0)"
         assert facts["server"]["name"] == "demo"
         assert (facts["sent"], facts["returned"]) == ("png", "labels")
-        jpeg = call(*words, "model.http.send=jpeg", "model.http.jpeg_quality=30", "run.dir=jpeg")
+        jpeg = call(*overrides, "model.http.send=jpeg", "model.http.jpeg_quality=30", "run.dir=jpeg")
         assert jpeg.code == 0, jpeg.err
         assert hashes(tmp_path / "jpeg") != expected
         assert "sent as JPEG of quality 30, which changes their pixels" in " ".join(jpeg.out.split())
@@ -338,7 +338,7 @@ def test_a_wrong_reply_is_one_clear_message(
             made.prepare("ADE_x", IMAGE)
     text = str(caught.value)
     assert text.startswith(f"ADE_x: {server.url}/predict: ")
-    assert any(words in text for words in expected.split("|")), text
+    assert any(overrides in text for overrides in expected.split("|")), text
     assert len(server.requests) == 1  # what is wrong once is wrong again
     assert text.isprintable()
     assert not waits
@@ -401,7 +401,7 @@ def test_no_reply_ends_at_the_deadline_or_the_limit(behave: Behaviour, expected:
         assert time.monotonic() - begin < 6  # a timeout per byte would take longer
     assert not isinstance(caught.value, EveryImageError)  # the server lives: it is this image's failure
     assert f"ADE_x: {server.url}/predict: " in str(caught.value)
-    assert any(words in str(caught.value) for words in expected.split("|")), caught.value
+    assert any(overrides in str(caught.value) for overrides in expected.split("|")), caught.value
 
 
 def in_turn(*behaviours: Behaviour) -> Behaviour:
@@ -453,7 +453,7 @@ def test_waiting_really_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "of_all", "words"),
+    ("code", "of_all", "overrides"),
     [
         (400, False, "answers 400 Bad Request: 'no'"),
         (413, False, "model.http.send=jpeg sends less"),
@@ -463,12 +463,12 @@ def test_waiting_really_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         (404, True, "model.url is the address before /predict"),
     ],
 )
-def test_refusals_are_not_tried_again(code: int, of_all: bool, words: str, waits: list[float]) -> None:
+def test_refusals_are_not_tried_again(code: int, of_all: bool, overrides: str, waits: list[float]) -> None:
     with serving(status(code)) as server:
         made = predictor(server.url)
         with pytest.raises(HarnessError) as caught:
             labels_of(made)
-        assert words in str(caught.value)
+        assert overrides in str(caught.value)
         assert isinstance(caught.value, EveryImageError) == of_all
         with pytest.raises(HarnessError) as again:
             made.prepare("ADE_y", IMAGE)
@@ -487,7 +487,7 @@ def test_redirects_are_not_followed_so_the_token_goes_nowhere_else() -> None:
         assert len(server.requests) == 1
 
 
-def test_a_dead_endpoint_is_told_from_an_image_that_fails(waits: list[float]) -> None:
+def test_a_dead_endpoint_differs_from_an_image_that_fails(waits: list[float]) -> None:
     with serving(good) as server:
         made = predictor(server.url, "model.http.retries=1")
     with pytest.raises(EveryImageError) as first:
@@ -590,9 +590,15 @@ def test_a_server_that_is_killed_leaves_a_run_to_continue(
             handler.server.shutdown()
             handler.server.server_close()
 
-    words = (f"run.on_error={on_error}", "dataset.limit=8", "runtime.workers=0", "model.http.retries=2", "run.dir=run")
+    overrides = (
+        f"run.on_error={on_error}",
+        "dataset.limit=8",
+        "runtime.workers=0",
+        "model.http.retries=2",
+        "run.dir=run",
+    )
     with serving(three_then_die) as server:
-        done = call("model=http", f"model.url={server.url}", *words, *FAST)
+        done = call("model=http", f"model.url={server.url}", *overrides, *FAST)
     assert done.code == 2
     assert "Traceback" not in done.err
     assert done.err.count("does not answer") == 1
@@ -614,8 +620,8 @@ def test_an_image_that_fails_costs_that_image_only(call: Call, tmp_path: Path) -
             good(handler, data)
 
     with serving(one_bad) as server:
-        words = ("model=http", f"model.url={server.url}", "dataset.limit=4", "runtime.workers=0", *FAST)
-        done = call(*words, "run.dir=run")
+        overrides = ("model=http", f"model.url={server.url}", "dataset.limit=4", "runtime.workers=0", *FAST)
+        done = call(*overrides, "run.dir=run")
         assert done.code == 2
         assert re.search(r"ADE_val_\d+: \S+/predict: answers 422 .*: 'too green'", done.err)
         assert "3 of 4 images are counted" in done.err
@@ -624,7 +630,7 @@ def test_an_image_that_fails_costs_that_image_only(call: Call, tmp_path: Path) -
         assert changed.code == 2
         assert "checkpoint.sha256: was null" in changed.err
         server.requests.clear()
-        skipped = call(*words, "run.dir=skip", "run.on_error=skip")
+        skipped = call(*overrides, "run.dir=skip", "run.on_error=skip")
         assert skipped.code == 0, skipped.err
         assert "1 failed and were skipped" in skipped.out
 
@@ -639,27 +645,27 @@ def test_the_token_is_written_nowhere(call: Call, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MY_TOKEN", TOKEN)
 
     def repeats_it(handler: Handler, data: bytes) -> None:
-        told = handler.headers["Authorization"]
+        reported = handler.headers["Authorization"]
         if len(handler.server.requests) == 2:
-            handler.send_response(422, f"no {told}")
+            handler.send_response(422, f"no {reported}")
             handler.send_header("Content-Type", "text/plain")
-            handler.send_header("Content-Length", str(len(told)))
+            handler.send_header("Content-Length", str(len(reported)))
             handler.end_headers()
-            handler.wfile.write(told.encode())
+            handler.wfile.write(reported.encode())
         elif len(handler.server.requests) == 3:
-            handler.send(told, told.encode())
+            handler.send(reported, reported.encode())
         elif len(handler.server.requests) == 4:
-            handler.send("image/png", right_size(data), Label_Encoding=told)
+            handler.send("image/png", right_size(data), Label_Encoding=reported)
         else:
             good(handler, data)
 
     with serving(repeats_it) as server:
         server.info = {"name": f"the one with {TOKEN}", "version": TOKEN}
-        words = ("model=http", f"model.url={server.url}", "model.http.token_env=MY_TOKEN", "dataset.limit=4")
-        failed = call(*words, "run.dir=failed", "runtime.workers=0", "tracking=none")
+        overrides = ("model=http", f"model.url={server.url}", "model.http.token_env=MY_TOKEN", "dataset.limit=4")
+        failed = call(*overrides, "run.dir=failed", "runtime.workers=0", "tracking=none")
         assert failed.code == 2
         assert "answers 422 no Bearer ***: 'Bearer ***'" in failed.err
-        done = call(*words, "run.dir=done", "tracking.mode=offline", "model.http.concurrency=2")
+        done = call(*overrides, "run.dir=done", "tracking.mode=offline", "model.http.concurrency=2")
         assert done.code == 0, done.err
         assert all(headers["Authorization"] == f"Bearer {TOKEN}" for headers, _ in server.requests)
     written = everything_written(tmp_path, failed, done)
@@ -682,12 +688,12 @@ def test_a_token_is_hidden_before_a_reply_is_cut() -> None:
 def test_the_reference_servers_token(call: Call, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
     monkeypatch.setenv("MY_TOKEN", TOKEN)
     with reference_server(token=TOKEN) as (_, url):
-        words = ("model=http", f"model.url={url}", "dataset.limit=1", "runtime.workers=0", *FAST)
-        refused = call(*words)
+        overrides = ("model=http", f"model.url={url}", "dataset.limit=1", "runtime.workers=0", *FAST)
+        refused = call(*overrides)
         assert refused.code == 2
         assert refused.err.startswith(f"error: {url}/info: answers 401 Unauthorized: 'a bearer token is needed'.")
-        assert call(*words, "model.http.token_env=MY_TOKEN").code == 0
-        missing = call(*words, f"model.http.token_env={TOKEN.replace('-', '_')}")
+        assert call(*overrides, "model.http.token_env=MY_TOKEN").code == 0
+        missing = call(*overrides, f"model.http.token_env={TOKEN.replace('-', '_')}")
         assert missing.code == 2
         assert "Give the name of the variable, not the token" in missing.err
         assert TOKEN.replace("-", "_") not in missing.err.replace(refused.err, "")
@@ -697,7 +703,7 @@ def test_the_reference_servers_token(call: Call, monkeypatch: pytest.MonkeyPatch
         read_token("MY_TOKEN")
 
 
-def test_an_endpoint_that_is_not_there_is_said_before_anything_is_made(
+def test_an_endpoint_that_is_not_there_is_reported_before_anything_is_made(
     call: Call, tmp_path: Path, waits: list[float]
 ) -> None:
     with serving(good) as server:
@@ -720,11 +726,11 @@ def test_odd_infos_are_no_infos(info: bytes) -> None:
         assert made.source_hash("x") == ""
 
 
-# mistakes in words
+# mistakes in overrides
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["model.url=ftp://x"], "no http or https address"),
         (["model.url=localhost:8000"], "no http or https address"),
@@ -747,21 +753,21 @@ def test_odd_infos_are_no_infos(info: bytes) -> None:
         (["model.class_map=[1]"], "Set model.http.returns=scores"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_sent(words: list[str], expected: str) -> None:
+def test_mistakes_are_found_before_anything_is_sent(overrides: list[str], expected: str) -> None:
     with pytest.raises(HarnessError) as caught:
-        compose_config(["model=http", "model.url=http://127.0.0.1:9", *words])
+        compose_config(["model=http", "model.url=http://127.0.0.1:9", *overrides])
     assert expected in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
 
 def test_mistakes_on_the_command_line() -> None:
-    for words, expected in (
+    for overrides, expected in (
         ([], "model.url must be set"),
         (["model.url=http://x?v=1&api_key=hunter2"], "api_key in its query looks like a secret"),  # not Hydra's grammar
         (["model.url=http://x", "model.http.tokn_env=A"], "Did you mean 'model.http.token_env'"),
     ):
         with pytest.raises(HarnessError) as caught:
-            compose_config(["model=http", *words])
+            compose_config(["model=http", *overrides])
         assert expected in str(caught.value)
         assert "hunter2" not in str(caught.value)
     assert compose_config(["model=http", "model.url=http://x/y?a=1&b=2"]).model.url == "http://x/y?a=1&b=2"
@@ -783,11 +789,11 @@ def test_a_query_that_is_no_secret_is_sent_but_not_shown() -> None:
 @pytest.mark.parametrize("class_map", ["[0,1,2]", "[2,1,0]", "[0,null,1]"])
 def test_scores_of_a_model_that_knows_some_of_the_classes_are_refused(class_map: str) -> None:
     """Also where its channels are the first classes in order: a client expects one channel for each class."""
-    words = [
+    overrides = [
         "model=custom", "model._target_=tests.inference.test_predictor.Fixed", "model.kwargs.channels=3",
         f"model.class_map={class_map}", "inference=original_size", "runtime.accelerator=cpu",
     ]  # fmt: skip
-    service = open_service(compose_config(words))
+    service = open_service(compose_config(overrides))
     with pytest.raises(RefusedError, match="not the classes in order: ask for labels"):
         service.answer(encode(IMAGE, "png"), scores=True)
     assert service.answer(encode(IMAGE, "png"), scores=False)[1] == "image/png"
@@ -803,7 +809,7 @@ JPEG = {"Content-Type": "image/jpeg"}
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "headers", "body", "code", "words"),
+    ("method", "path", "headers", "body", "code", "overrides"),
     [
         ("GET", "/", {}, None, 404, "available: /predict, /info"),
         ("GET", "/predict", {}, None, 405, "takes POST"),
@@ -820,22 +826,22 @@ JPEG = {"Content-Type": "image/jpeg"}
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_reference_server_refuses(
-    server_address: str, method: str, path: str, headers: dict[str, str], body: bytes | None, code: int, words: str
+    server_address: str, method: str, path: str, headers: dict[str, str], body: bytes | None, code: int, overrides: str
 ) -> None:
     connection = http.client.HTTPConnection(server_address, timeout=10)
     connection.request(method, path, body, headers)
     response = connection.getresponse()
     assert response.status == code
     assert response.getheader("Content-Type") == "application/json"
-    assert words in json.loads(response.read())["error"]
+    assert overrides in json.loads(response.read())["error"]
     connection.close()
 
 
 def test_the_reference_server_answers_on_one_connection(server_address: str) -> None:
     connection = http.client.HTTPConnection(server_address, timeout=10)
     connection.request("GET", "/info")
-    told = json.loads(connection.getresponse().read())
-    assert (told["name"], told["inference"]) == ("demo", "original_size")
+    reported = json.loads(connection.getresponse().read())
+    assert (reported["name"], reported["inference"]) == ("demo", "original_size")
     for _ in range(2):
         connection.request("POST", "/predict", png(IMAGE), {"Content-Type": "image/png"})
         response = connection.getresponse()
@@ -901,7 +907,7 @@ def test_connections_and_the_time_of_a_request_are_bounded(monkeypatch: pytest.M
 def test_serve_says_what_is_wrong(call: Call, tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     with serving(good) as taken:
-        for words, expected in (
+        for overrides, expected in (
             (["--port", "many"], "serve: argument --port: invalid int value"),
             (["--prt=1"], "serve: unrecognized arguments: --prt=1"),
             (["dataset.limit=3"], "dataset.limit=3: has no effect on serve. Remove it."),
@@ -911,7 +917,7 @@ def test_serve_says_what_is_wrong(call: Call, tmp_path: Path) -> None:
             (["--port", str(taken.server_port)], f"cannot listen on 127.0.0.1 port {taken.server_port}"),
             (["--port", "700000"], "cannot listen on 127.0.0.1 port 700000"),
         ):
-            done = call("serve", *words)
+            done = call("serve", *overrides)
             assert done.code == 2
             assert expected in done.err
             assert "Traceback" not in done.err

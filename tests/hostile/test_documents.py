@@ -36,20 +36,20 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def command(*words: object) -> None:
+def command(*overrides: object) -> None:
     """Run a command of the command line; assert that it ended as documented."""
     out, err = StringIO(), StringIO()
     threads = threading.active_count()
     with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(w) for w in words])
-    said = out.getvalue() + err.getvalue()
-    assert code in EXIT_CODES, (words, said)
-    assert "Traceback" not in said, said
-    assert "\x1b]" not in said, "a terminal's title was set"
-    assert "\x1b[2J" not in said, "the terminal was cleared"
-    assert "\u202e" not in said, "the direction of writing was turned"
+        code = main([str(w) for w in overrides])
+    printed = out.getvalue() + err.getvalue()
+    assert code in EXIT_CODES, (overrides, printed)
+    assert "Traceback" not in printed, printed
+    assert "\x1b]" not in printed, "a terminal's title was set"
+    assert "\x1b[2J" not in printed, "the terminal was cleared"
+    assert "\u202e" not in printed, "the direction of writing was turned"
     if code:
-        assert err.getvalue().count("error:") >= 1, said
+        assert err.getvalue().count("error:") >= 1, printed
         assert len(err.getvalue()) < 5000
     assert threading.active_count() <= threads + 2
 
@@ -124,12 +124,12 @@ def test_every_field_may_be_missing_or_wrong(good: Path, tmp_path: Path, name: s
         doors: list[tuple[Any, ...]] = [("report", run, "--output", tmp_path / "page.html")]
         if name != "config.yaml":  # which the others do not read
             doors += [("status", run), ("leaderboard", run)]
-        for words in doors:
+        for overrides in doors:
             try:
-                command(*words)
+                command(*overrides)
             except Exception as error:
                 raise AssertionError(
-                    f"{words[0]}, {'.'.join(way)} {change}: {type(error).__name__}: {error}"
+                    f"{overrides[0]}, {'.'.join(way)} {change}: {type(error).__name__}: {error}"
                 ) from error
 
 
@@ -275,8 +275,8 @@ def test_numbers_that_cannot_be_are_damage(
     copy = Path(shutil.copytree(good, tmp_path / "copy"))
     metrics = json.loads((copy / "metrics.json").read_text())
     (copy / "metrics.json").write_text(json.dumps({**metrics, field: value}))
-    for words in (("status", copy), ("report", copy)):
-        done = call(*words)
+    for overrides in (("status", copy), ("report", copy)):
+        done = call(*overrides)
         assert done.code == 2
         assert message in " ".join(done.err.split())
 
@@ -289,8 +289,10 @@ def test_texts_of_a_run_stay_in_their_lines(good: Path, call: Call, tmp_path: Pa
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["model"] |= {"label": text, "name": text}
     (copy / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
-    for words in (("status", copy), ("runs", copy), ("compare", copy, good, "--resamples", "100")):
-        done = call(*words)
-        assert not [line for line in (done.out + done.err).splitlines() if line.strip().startswith("VERIFIED")], words
+    for overrides in (("status", copy), ("runs", copy), ("compare", copy, good, "--resamples", "100")):
+        done = call(*overrides)
+        assert not [line for line in (done.out + done.err).splitlines() if line.strip().startswith("VERIFIED")], (
+            overrides
+        )
         assert "\u2028" not in done.out
         assert "\u061c" not in done.out

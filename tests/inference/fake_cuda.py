@@ -187,16 +187,16 @@ def fake_network(cfg: Config, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Mo
     return network
 
 
-def run(words: list[str], size: tuple[int, int] = (512, 683), half: bool = False) -> tuple[Seen, Seen]:
+def run(overrides: list[str], size: tuple[int, int] = (512, 683), half: bool = False) -> tuple[Seen, Seen]:
     """Predict and count one image; return what happened in the network, and what beside it.
 
     Args:
-        words: of the command line, such as ``model=segformer_b0``.
+        overrides: of the command line, such as ``model=segformer_b0``.
         size: (height, width) of the image.
         half: weights in bfloat16, which is autocast's arithmetic and memory but for the casts.
     """
     allow_fake_cuda()
-    cfg = compose_config(words)
+    cfg = compose_config(overrides)
     mode = _MODE
     made = gpu_kernels()
     network = fake_network(cfg, mode, torch.bfloat16 if half else torch.float32)
@@ -238,9 +238,9 @@ def gpu_kernels() -> kernels.Kernels:
     return triton_gpu  # type: ignore[return-value]
 
 
-def main(words: list[str]) -> None:
+def main(overrides: list[str]) -> None:
     """Print one line of JSON for each model named, and for those after ``--half`` with weights in bfloat16."""
-    names, _, halves = " ".join(words).partition("--half")
+    names, _, halves = " ".join(overrides).partition("--half")
     for name, half in [*((n, False) for n in names.split()), *((n, True) for n in halves.split())]:
         start = time.perf_counter()
         inside, beside = run([f"model={name}"], half=half)

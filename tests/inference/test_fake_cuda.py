@@ -99,13 +99,13 @@ def test_the_memory_table_is_what_was_computed(passes: dict[tuple[str, bool], di
 
 
 def test_a_system_that_will_not_fit_is_warned_of() -> None:
-    words = ["model=dinov3_7b_mask2former", "dataset=ade20k", "dataset.root=x"]
-    warning = memory_warning(compose_config(words), 24 << 30)
+    overrides = ["model=dinov3_7b_mask2former", "dataset=ade20k", "dataset.root=x"]
+    warning = memory_warning(compose_config(overrides), 24 << 30)
     assert warning is not None
     assert "this GPU has 24" in warning
     assert "model.dtype=bf16" in warning
-    assert memory_warning(compose_config(words), 80 << 30) is None
-    half = memory_warning(compose_config([*words, "model.dtype=bf16", "inference.precision=bf16"]), 16 << 30)
+    assert memory_warning(compose_config(overrides), 80 << 30) is None
+    half = memory_warning(compose_config([*overrides, "model.dtype=bf16", "inference.precision=bf16"]), 16 << 30)
     assert half is not None
     assert "With model.dtype" not in half
     assert memory_warning(compose_config(["model=segformer_b0"]), 4 << 30) is None

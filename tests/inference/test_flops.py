@@ -25,8 +25,8 @@ from tests.conftest import Done
 CONVOLUTION = nn.Conv2d(3, 150, 4, stride=4)
 
 
-def flops(words: list[str], size: tuple[int, int]) -> int | None:
-    return flops_of_image(CONVOLUTION, compose_config(words).inference, size)
+def flops(overrides: list[str], size: tuple[int, int]) -> int | None:
+    return flops_of_image(CONVOLUTION, compose_config(overrides).inference, size)
 
 
 def of_window(height: int, width: int) -> int:
@@ -67,7 +67,7 @@ def test_systems_are_counted(model: str) -> None:
 
 
 def test_the_result_says_what_it_costs(call: Callable[..., Done], tmp_path: Path) -> None:
-    words = (
+    overrides = (
         "dataset.images=2",
         "tracking=none",
         "runtime.workers=0",
@@ -75,7 +75,7 @@ def test_the_result_says_what_it_costs(call: Callable[..., Done], tmp_path: Path
         "run.overlays=0",
         "run.report=false",
     )
-    assert call(*words, "metrics.flops=true", "run.dir=run").code == 0
+    assert call(*overrides, "metrics.flops=true", "run.dir=run").code == 0
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["parameters"] > 1000
     assert metrics["flops"] > 2 * metrics["parameters"]
@@ -83,7 +83,7 @@ def test_the_result_says_what_it_costs(call: Callable[..., Done], tmp_path: Path
     assert metrics["gpu_peak_bytes"] is None or torch.cuda.is_available()
     rows = (tmp_path / "run/per_class.csv").read_text().splitlines()
     assert rows[0].startswith("class,name,IoU,accuracy,precision,Dice,")
-    assert call(*words, "run.dir=other").code == 0
+    assert call(*overrides, "run.dir=other").code == 0
     assert json.loads((tmp_path / "other/metrics.json").read_text())["flops"] is None  # synthetic images
 
 

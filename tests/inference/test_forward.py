@@ -159,8 +159,8 @@ def test_channels_last_and_compiled_networks_give_the_labels() -> None:
 
 
 def test_windows_of_images_of_different_sizes_share_a_forward() -> None:
-    words = (*SLIDE, "inference.window.crop=64", "inference.window.stride=43", "inference.batch=100")
-    together = predictor(module := Recorder(), *words, "inference.images=3")
+    arguments = (*SLIDE, "inference.window.crop=64", "inference.window.stride=43", "inference.batch=100")
+    together = predictor(module := Recorder(), *arguments, "inference.images=3")
     sizes = [(96, 128), (64, 300), (70, 64)]
     assert len({together.group_key(size) for size in sizes}) == 1
     images = [picture(*size) for size in sizes]
@@ -168,7 +168,7 @@ def test_windows_of_images_of_different_sizes_share_a_forward() -> None:
     found = together.predict(prepared, CPU, Stopwatch(CPU))
     assert len(module.batches) == 1
     for image, prediction in zip(images, found, strict=True):
-        alone = predict(predictor(Recorder(), *words), image)[0].labels
+        alone = predict(predictor(Recorder(), *arguments), image)[0].labels
         assert (alone != prediction.labels).float().mean() < 1e-3  # other batches may round otherwise
 
 
@@ -197,8 +197,8 @@ def test_a_compiled_network_has_one_graph_whatever_comes_first() -> None:
         shapes.append(tuple(inputs[-1].shape))
         return graph.forward
 
-    words = ("inference=original_size", "inference.compile=eager")
-    made = predictor(load_demo_network(), *words)
+    arguments = ("inference=original_size", "inference.compile=eager")
+    made = predictor(load_demo_network(), *arguments)
     with pytest.raises(
         HarnessError, match=r"inference.compile=eager: needs inputs of one size, .* a has 80x64, b 96x64"
     ):

@@ -383,7 +383,7 @@ def test_label_folder_that_is_not_there(tmp_path: Path) -> None:
         FolderPredictor(tmp_path / "x", "official", ade20k_classes())
 
 
-def test_label_hash_tells_every_pixel() -> None:
+def test_label_hash_depends_on_every_pixel() -> None:
     labels = torch.zeros(5, 6, dtype=torch.uint8)
     first = label_hash(labels)
     assert label_hash(labels.clone()) == first

@@ -62,9 +62,9 @@ def labels_of(made: NetworkPredictor, image: np.ndarray) -> np.ndarray:
     return prediction.labels.numpy()
 
 
-def inference(*words: str) -> list[str]:
+def inference(*arguments: str) -> list[str]:
     """Write overrides short: a name, then key=value without "inference."."""
-    return [f"inference={words[0]}", *[f"inference.{w}" for w in words[1:]]]
+    return [f"inference={arguments[0]}", *[f"inference.{w}" for w in arguments[1:]]]
 
 
 MMSEG = inference("mmseg_whole_512", "resize.side=128", "resize.max_side=512")

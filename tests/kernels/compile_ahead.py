@@ -149,5 +149,5 @@ def main(archs: list[int], with_loops: bool) -> None:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    main([int(word) for word in words if word != "--loops"], "--loops" in words)
+    overrides = sys.argv[1:]
+    main([int(word) for word in overrides if word != "--loops"], "--loops" in overrides)

@@ -44,11 +44,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# words
+# overrides
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["model=demo", "dataset.images=7"],
         ["model=segformer_b0", "dataset=ade20k", "dataset.root='/a b/it\\'s'", "inference.tta.scales=[0.5,1.0]", "inference.batch=3"],
@@ -59,8 +59,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["model=mask2former_swin_l", "inference=ms", "dataset=ade20k", "dataset.root=/d", "model.architecture.extra.deep=1"],
     ],
 )  # fmt: skip
-def test_the_words_of_a_configuration_compose_it_again(words: list[str]) -> None:
-    cfg = compose_config(words)
+def test_the_overrides_of_a_configuration_compose_it_again(arguments: list[str]) -> None:
+    cfg = compose_config(arguments)
     found = overrides_of(cfg)
     assert found is not None
     again = compose_config(found)
@@ -79,11 +79,11 @@ def test_every_field_that_holds_a_path_is_known_as_one(tmp_path: Path, monkeypat
     }
     assert places - others == set(PATHS)
     monkeypatch.chdir(tmp_path)
-    words = [
+    arguments = [
         "model=predictions", "model.path=maps", "dataset=folder", "dataset.image_dir=i", "dataset.label_dir=l/m",
         "dataset.classes=../c.yaml",
     ]  # fmt: skip
-    found = overrides_of(compose_config(words)) or []
+    found = overrides_of(compose_config(arguments)) or []
     expected = {
         "model.path": "maps",
         "dataset.image_dir": "i",
@@ -104,9 +104,9 @@ def test_words_need_no_file_of_the_users(tmp_path: Path) -> None:
         "defaults: [schema, _self_]\nname: own\nresize: {rule: short_side, side: 300}\n"
     )
     cfg = compose_config(["model=mine", "inference=own"], tmp_path)
-    words = overrides_of(cfg)
-    assert words is not None
-    again = compose_config(words)
+    arguments = overrides_of(cfg)
+    assert arguments is not None
+    again = compose_config(arguments)
     assert (again.model.name, again.model.label, again.inference.name) == ("mine", "Mine & co", "own")
     assert again.inference == cfg.inference
     assert Path(again.model.path).is_absolute()
@@ -129,7 +129,7 @@ def test_equal_runs_are_bit_identical(demo: Path) -> None:
     assert comparison.verdict.startswith("bit-identical: the label maps and counts of all 6 images are equal")
 
 
-def test_every_difference_is_told_with_its_size(demo: Path) -> None:
+def test_every_difference_is_reported_with_its_size(demo: Path) -> None:
     run = load_run(demo)
 
     def move(row: Row) -> dict[str, Any]:  # five pixels of the first entry go to the second entry's prediction
@@ -170,21 +170,21 @@ def test_what_differs_is_named(demo: Path) -> None:
     packages["numpy"]["version"] = "0.0"
     packages["pillow"]["sha256"] = "0"
     del packages["rich"]
-    told = "\n".join(list_differences(run, replace(run, config=config, manifest=second)))
+    reported = "\n".join(list_differences(run, replace(run, config=config, manifest=second)))
     for text in ("inference.batch: was null, is 7", 'gpus: was [], is ["H100"]', "package numpy: was", "is 0.0",
                  "other files of the same version", "package rich: was"):  # fmt: skip
-        assert text in told
-    assert "dataset.root" not in told
-    assert len(told.splitlines()) == 5
+        assert text in reported
+    assert "dataset.root" not in reported
+    assert len(reported.splitlines()) == 5
 
 
 # the code of a run
 
 
-def git(folder: Path, *words: str) -> str:
+def git(folder: Path, *arguments: str) -> str:
     who = {f"GIT_{role}_{what}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return subprocess.run(
-        ["git", "-C", str(folder), *words], check=True, capture_output=True, text=True, env={**os.environ, **who}
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True, env={**os.environ, **who}
     ).stdout.strip()
 
 
@@ -237,7 +237,7 @@ def test_another_commit_is_checked_out_and_removed_again(repository: Path) -> No
         assert "installed version 0.1.0, without a commit" in code.remarks[0]
 
 
-# the verb
+# the command
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_a_run_is_repeated_with_the_same_bits(demo: Path, cli: Callable[..., Don
 
 @pytest.mark.slow
 def test_a_run_that_is_not_the_same_says_where(demo: Path, cli: Callable[..., Done], tmp_path: Path) -> None:
-    """The first run claims another crop than it used: its words give other labels."""
+    """The first run claims another crop than it used: its overrides give other labels."""
     edited = Path(shutil.copytree(demo, tmp_path / "edited"))
     manifest = json.loads((edited / "manifest.json").read_text())
     manifest["repeat"].append("inference.resize={rule: short_side, side: 64}")
@@ -333,12 +333,12 @@ def test_a_strangers_address_is_not_contacted_without_consent(
 
 def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path: Path) -> None:
     facts = {"weights": "pretrained", "origin": "https://example.org/w.pth", "sha256": "b" * 64}
-    words = ("model=custom", "model._target_=os.system", "inference=fit_input")
-    run = load_run(write_whole_run(tmp_path / "custom", *words, facts=facts))
+    arguments = ("model=custom", "model._target_=os.system", "inference=fit_input")
+    run = load_run(write_whole_run(tmp_path / "custom", *arguments, facts=facts))
     about = {"--contact": "me@example.org", "--model-code": "https://example.org/mine"}
     build(run, tmp_path / "theirs", *prepare(run, about, lambda reference: reference))
     one_message(call("reproduce", tmp_path / "theirs"), "would import model._target_=os.system", "add --trust")
-    for words, message in (
+    for arguments, message in (
         (["model=custom", "model._target_=os.system"], "would import model._target_=os.system"),
         (
             ["model=segformer_b0", "model.kind=custom", "++model._target_=os.system"],
@@ -352,7 +352,7 @@ def test_a_strangers_code_and_a_token_of_mine_need_consent(call: Call, tmp_path:
         (["model=nothing"], "model=nothing: unknown value"),
     ):
         with pytest.raises(HarnessError, match=message):
-            _check_trust(words, tmp_path)  # whatever the submission's config.yaml says: these are what runs
+            _check_trust(arguments, tmp_path)  # whatever the submission's config.yaml says: these are what runs
     _check_trust(["model=segformer_b0", "dataset=ade20k"], tmp_path)
 
 
@@ -361,6 +361,6 @@ def test_what_looks_like_an_interpolation_in_a_value_is_text(value: str) -> None
     assert compose_config([f"run.dir={as_override_value(value)}"]).run.dir == value
     cfg = compose_config(["model=segformer_b0", "dataset=ade20k"])
     cfg.dataset.root = f"/data/{value}"
-    words = overrides_of(cfg)
-    assert words is not None
-    assert compose_config(words).dataset.root == f"/data/{value}"
+    arguments = overrides_of(cfg)
+    assert arguments is not None
+    assert compose_config(arguments).dataset.root == f"/data/{value}"

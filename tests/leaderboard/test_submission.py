@@ -212,7 +212,7 @@ def test_runs_that_are_no_submission(arguments: dict[str, Any], message: str, wh
     assert re.search(message, refusal(variant(whole, **arguments)), re.DOTALL)
 
 
-def test_everything_wrong_is_told_at_once(tmp_path: Path, call: Call) -> None:
+def test_everything_wrong_is_reported_together(tmp_path: Path, call: Call) -> None:
     path = write_whole_run(
         tmp_path / "run",
         code={"dirty": True},

@@ -133,7 +133,7 @@ def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:
     assert done.code == 2
     assert "demo: is not comparable with published scores: DEMO" in done.err
     assert "broken/manifest.json" in done.err
-    for words, message in (
+    for overrides, message in (
         ([demo], "is not comparable with published scores: DEMO"),
         (["--root", tmp_path / "none"], "no such folder"),
         (["--output", "rows.doc"], "expected a file that ends in .md, .csv"),
@@ -141,8 +141,8 @@ def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:
         (["--nothing"], "unrecognized arguments: --nothing"),
         (["--output", "/proc/none/a.png"], "/proc/none: the folder cannot be made"),
     ):
-        done = call("leaderboard", *words)
-        assert done.code == 2, words
+        done = call("leaderboard", *overrides)
+        assert done.code == 2, overrides
         assert message in done.err
 
 

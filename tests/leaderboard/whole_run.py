@@ -52,11 +52,11 @@ def whole_rows() -> list[Row]:
 
 
 def write_whole_run(
-    path: Path, *words: str, facts: dict[str, Any] | None = None, code: dict[str, Any] | None = None, marks: tuple[str, ...] = (),
+    path: Path, *arguments: str, facts: dict[str, Any] | None = None, code: dict[str, Any] | None = None, marks: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
     """Write a finished run below a folder; `facts` are of its model, `code` replaces parts of its code state."""
-    words = words or ("model=segformer_b0",)
-    cfg = compose_config([*words, "dataset=ade20k", "dataset.root=/home/somebody/ADEChallengeData2016", "tracking=none",
+    arguments = arguments or ("model=segformer_b0",)
+    cfg = compose_config([*arguments, "dataset=ade20k", "dataset.root=/home/somebody/ADEChallengeData2016", "tracking=none",
                           f"run.dir={path}", "metrics.resamples=1000"])  # fmt: skip
     rows = whole_rows()
     config = as_dict(cfg)

@@ -265,7 +265,7 @@ def test_corrected_p_values_keep_their_order(p_values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("measured", "published", "interval", "marks", "answer", "words"),
+    ("measured", "published", "interval", "marks", "answer", "overrides"),
     [
         (0.57312, 57.3, Interval(0.56, 0.58), (), "yes", "57.31 rounds to the published 57.3"),
         (0.5735, 57.3, None, (), "yes", "reproduced"),
@@ -287,11 +287,11 @@ def test_corrected_p_values_keep_their_order(p_values: list[float]) -> None:
     ],
 )  # fmt: skip
 def test_verdicts(
-    measured: float, published: float, interval: Interval | None, marks: tuple[str, ...], answer: str, words: str
+    measured: float, published: float, interval: Interval | None, marks: tuple[str, ...], answer: str, overrides: str
 ) -> None:
     verdict = judge(measured, interval, published, marks)
     assert verdict.answer == answer
-    assert words in verdict.sentence
+    assert overrides in verdict.sentence
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0)])

@@ -139,7 +139,7 @@ def forget() -> None:
     ],
 )
 def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, change: str, key: str | None) -> None:
-    words = (
+    overrides = (
         "model=custom",
         "model._target_=packed.net.Packed",
         "dataset.images=2",
@@ -147,7 +147,7 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
         "run.dir=run",
         "metrics.resamples=0",
     )
-    assert call(*words).code == 0
+    assert call(*overrides).code == 0
     path = project / change
     if change.endswith(".py"):
         path.write_text(path.read_text() + "# another line\n")
@@ -158,7 +158,7 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
     elif change.endswith(".pth"):
         torch.save(nn.Conv2d(3, 150, 4, 4).state_dict(), path)
     forget()
-    done = call(*words)
+    done = call(*overrides)
     if key is None:
         assert done.code == 0, done.err
     else:
@@ -182,14 +182,14 @@ def test_parts_of_another_project_are_part_of_the_model(
     )
     monkeypatch.syspath_prepend(str(other))
     for number, target in enumerate(("backb.B", "backb.make")):
-        words = ("model=custom", "model._target_=outer.Net", f"+model.kwargs.part._target_={target}", "dataset.images=2",
+        overrides = ("model=custom", "model._target_=outer.Net", f"+model.kwargs.part._target_={target}", "dataset.images=2",
                  *FAST, f"run.dir=run{number}", "metrics.resamples=0")  # fmt: skip
-        assert call(*words).code == 0
+        assert call(*overrides).code == 0
         path = other / "backb.py"
         path.write_text(path.read_text() + "# another line\n")
         for name in ("outer", "backb"):
             sys.modules.pop(name, None)
-        one_message(call(*words), "Different: code.model_source: was ")
+        one_message(call(*overrides), "Different: code.model_source: was ")
         for name in ("outer", "backb"):
             sys.modules.pop(name, None)
 
@@ -212,13 +212,13 @@ def test_external_data_of_a_graph_is_part_of_the_model(call: Call, tmp_path: Pat
     write_external(tmp_path / "m.onnx")
     for name in ("other.data", "Conv", "w", "x"):  # names that stand in the graph, but not as a file's
         (tmp_path / name).write_bytes(b"nothing of the graph's")
-    words = ("model=onnx", "model.path=m.onnx", "dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0")
+    overrides = ("model=onnx", "model.path=m.onnx", "dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0")
     assert list(companion_hashes(tmp_path / "m.onnx")) == ["w.data"]
-    assert call(*words).code == 0
+    assert call(*overrides).code == 0
     graph = (tmp_path / "m.onnx").read_bytes()
     write_external(tmp_path / "m.onnx", seed=1)
     assert (tmp_path / "m.onnx").read_bytes() == graph
-    one_message(call(*words), "Different: model.files.w.data: was ")
+    one_message(call(*overrides), "Different: model.files.w.data: was ")
 
 
 def test_installed_packages_are_known_by_their_version() -> None:
@@ -227,13 +227,13 @@ def test_installed_packages_are_known_by_their_version() -> None:
 
 
 def test_runs_of_before_can_be_continued(call: Call, tmp_path: Path) -> None:
-    words = ("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0")
-    assert call(*words).code == 0
+    overrides = ("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0")
+    assert call(*overrides).code == 0
     manifest = tmp_path / "run/manifest.json"
     lines = manifest.read_text().splitlines(keepends=True)
     manifest.write_text("".join(line for line in lines if "model.state_sha256" not in line))
     assert manifest.read_text() != "".join(lines)
-    assert call(*words).code == 0
+    assert call(*overrides).code == 0
 
 
 # layers that stay random
@@ -259,11 +259,11 @@ TWO = ("model=custom", "model._target_=tests.models.test_identity.Two")
 def test_layers_that_stay_random_are_listed_and_mark_the_run(call: Call, tmp_path: Path) -> None:
     state = Two().state_dict()
     save_file({k: v for k, v in state.items() if not k.startswith("body")}, tmp_path / "w.safetensors")
-    words = (*TWO, "model.checkpoint=w.safetensors", "dataset.images=2", *FAST, "metrics.resamples=0")
-    refused = call(*words)
+    overrides = (*TWO, "model.checkpoint=w.safetensors", "dataset.images=2", *FAST, "metrics.resamples=0")
+    refused = call(*overrides)
     one_message(refused, "2 missing: body.bias, body.weight. Choose the model that the file was made for.")
     assert "allow_" not in refused.err
-    done = call(*words, "model.allow_missing_keys=[body.*]", "run.dir=run")
+    done = call(*overrides, "model.allow_missing_keys=[body.*]", "run.dir=run")
     assert done.code == 0, done.err
     assert "RANDOM LAYERS: 2 weights are not in the checkpoint and stayed random (body.bias, body.weight)" in done.out
     manifest = (tmp_path / "run/manifest.json").read_text()
@@ -275,11 +275,16 @@ def test_layers_that_stay_random_are_listed_and_mark_the_run(call: Call, tmp_pat
 @pytest.mark.slow
 def test_random_layers_come_from_the_models_seed(tmp_path: Path) -> None:
     save_file(Two().stem.state_dict(prefix="stem."), tmp_path / "w.safetensors")
-    words = (*TWO, f"model.checkpoint={tmp_path / 'w.safetensors'}", "model.allow_missing_keys=['*']", "dataset=demo")
+    overrides = (
+        *TWO,
+        f"model.checkpoint={tmp_path / 'w.safetensors'}",
+        "model.allow_missing_keys=['*']",
+        "dataset=demo",
+    )
     hashes = []
     for seed in (0, 0, 1):
         torch.rand(3)
-        hashes.append(state_hash(load_model(compose_config([*words, f"model.seed={seed}"]).model).module))
+        hashes.append(state_hash(load_model(compose_config([*overrides, f"model.seed={seed}"]).model).module))
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -87,12 +87,18 @@ def open_stripes(cfg: Config, classes: Classes) -> Striped:
 
 def test_a_new_kind_is_one_file_and_one_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS, "stripes", Kind(f"{__name__}:open_stripes", Gives.labels))
-    words = ["model.kind=stripes", "model.seed=7", "dataset.limit=3", f"run.dir={tmp_path / 'run'}", "tracking=none"]
-    done = evaluate(Composed.from_config(compose_config([*words, "runtime.workers=0"])), make_console(result=False))
+    overrides = [
+        "model.kind=stripes",
+        "model.seed=7",
+        "dataset.limit=3",
+        f"run.dir={tmp_path / 'run'}",
+        "tracking=none",
+    ]
+    done = evaluate(Composed.from_config(compose_config([*overrides, "runtime.workers=0"])), make_console(result=False))
     assert done is not None
     result, record = done
     assert record.manifest["model"]["origin"] == "stripes of 7 pixels"
     assert "stripes are no segmentation" in result.notes
     assert SimpleNamespace(**record.manifest["dataset"]).images == 3
     with pytest.raises(HarnessError, match=r"metrics\.calibration needs a network's scores, and model\.kind=stripes"):
-        compose_config([*words, "metrics.calibration=true"])
+        compose_config([*overrides, "metrics.calibration=true"])

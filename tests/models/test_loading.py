@@ -141,7 +141,7 @@ def test_torchscript(tmp_path: Path) -> None:
         load_model(model_cfg("model=torchscript", f"model.path={path}"))
 
 
-def test_onnx_runs_and_tells_its_sizes_and_names(tmp_path: Path) -> None:
+def test_onnx_runs_and_shows_its_sizes_and_names(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     write_onnx(path, 5, names='["wall", "sky", "tree", "floor", "bed"]')
     model = load_model(model_cfg("model=onnx", f"model.path={path}"))
@@ -606,8 +606,12 @@ def test_a_field_of_another_section_is_refused() -> None:
 @pytest.mark.slow
 def test_targets_follow_hydras_rules(tmp_path: Path) -> None:
     """Nested targets are made, and what Hydra refuses to call is refused."""
-    words = ["model=custom", "model._target_=torch.nn.Sequential", "model.kwargs._args_=[{_target_:torch.nn.Identity}]"]
-    module = load_model(model_cfg(*words)).module
+    arguments = [
+        "model=custom",
+        "model._target_=torch.nn.Sequential",
+        "model.kwargs._args_=[{_target_:torch.nn.Identity}]",
+    ]
+    module = load_model(model_cfg(*arguments)).module
     assert [type(part) for part in module.children()] == [torch.nn.Identity]
     nested = "model.kwargs._args_=[{_target_:os.system,command:'touch x'}]"
     with pytest.raises(HarnessError, match=r"model\._target_=torch\.nn\.Sequential: .*blocklisted"):

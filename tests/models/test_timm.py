@@ -34,8 +34,8 @@ pytestmark = pytest.mark.slow  # the file takes more than a few seconds
 TINY = "vit_tiny_patch16_224"
 
 
-def model_cfg(*words: str) -> ModelConfig:
-    return compose_config(list(words)).model
+def model_cfg(*overrides: str) -> ModelConfig:
+    return compose_config(list(overrides)).model
 
 
 # DINOv3's weights as timm names them
@@ -101,8 +101,8 @@ def test_published_files_have_rounded_periods(tmp_path: Path) -> None:
     )  # fmt: skip
     save_file(state, tmp_path / "timm.safetensors")
     small = [f"model.architecture.backbone.{k}={v}" for k, v in SMALL.items()]
-    words = ("model=dinov3_7b_linear", *small, f"model.backbone_checkpoint={tmp_path}/timm.safetensors")
-    periods: Any = load_for_probe(model_cfg(*words)).module.backbone.network.rope_embeddings.periods  # type: ignore[union-attr]
+    overrides = ("model=dinov3_7b_linear", *small, f"model.backbone_checkpoint={tmp_path}/timm.safetensors")
+    periods: Any = load_for_probe(model_cfg(*overrides)).module.backbone.network.rope_embeddings.periods  # type: ignore[union-attr]
     exact = 100.0 ** (2 * torch.arange(16) / 32)
     assert torch.equal(periods, exact.bfloat16().float())
     assert not torch.equal(periods, exact)
@@ -111,7 +111,7 @@ def test_published_files_have_rounded_periods(tmp_path: Path) -> None:
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 256}
 
 
-def test_the_licence_is_said_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_licence_is_reported_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = official_weights("dinov3_vit7b_linear")
     prefix = "segmentation_model.0.feature_model."
     backbone = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
@@ -122,13 +122,13 @@ def test_the_licence_is_said_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_p
     )
     monkeypatch.setattr("ade_harness.models.checkpoint.sources.hub_checkpoint", lambda *_: found)
     small = [f"model.architecture.backbone.{k}={v}" for k, v in SMALL.items()]
-    words = (
+    overrides = (
         "model=dinov3_7b_linear",
         *small,
         f"model.checkpoint={tmp_path}/head.safetensors",
         "model.backbone.source=timm",
     )
-    model = load_model(model_cfg(*words))
+    model = load_model(model_cfg(*overrides))
     assert model.facts["backbone_origin"] == found.origin
     (note,) = model.notes
     assert note.endswith("from timm's repository, are under the DINOv3 License")
@@ -258,17 +258,17 @@ def test_a_probe_is_trained_and_evaluated(call: Callable[..., Done], tmp_path: P
     done = call(*PROBE, f"model.backbone_checkpoint={tmp_path}/backbone.safetensors")
     assert done.code == 0, done.err
     assert set(load_file(tmp_path / "head/head.safetensors")) >= {"head.norm.weight", "head.classifier.weight"}
-    words = (
+    overrides = (
         "model=timm", f"model.backbone={TINY}", f"model.backbone_checkpoint={tmp_path}/backbone.safetensors",
         f"model.checkpoint={tmp_path}/head/head.safetensors", "dataset.images=2", "runtime.workers=0", "tracking=none",
         "inference.resize.side=64", "inference.window.crop=64", "inference.window.stride=43", "metrics.resamples=0", "run.dir=run",
     )  # fmt: skip
-    done = call(*words)
+    done = call(*overrides)
     assert done.code == 0, done.err
     facts = json.loads((tmp_path / "run/manifest.json").read_text())["model"]
     assert facts["weights"] == "pretrained"
     assert facts["backbone_sha256"]
-    model = load_model(model_cfg(*words[:4]))
+    model = load_model(model_cfg(*overrides[:4]))
     assert torch.equal(
         model.module.head.classifier.weight, load_file(tmp_path / "head/head.safetensors")["head.classifier.weight"]
     )  # type: ignore[union-attr, arg-type]
@@ -286,12 +286,12 @@ def test_the_command_that_a_probe_prints_evaluates_what_was_trained(call: Callab
     done = call(*PROBE, f"model.backbone_checkpoint={below}", *changed)
     assert done.code == 0, done.err
     line = next(line for line in done.out.splitlines() if line.startswith("evaluate it: "))
-    words = shlex.split(line.removeprefix("evaluate it: python -m ade_harness "))
+    overrides = shlex.split(line.removeprefix("evaluate it: python -m ade_harness "))
     assert {"dataset=demo", "inference.tta.flip=true", f"model.checkpoint={tmp_path}/head/head.safetensors"} <= set(
-        words
+        overrides
     )
     quick = ("dataset.images=2", "runtime.workers=0", "tracking=none", "metrics.resamples=0", "run.dir=run")
-    done = call(*words, *quick, "inference.tta.flip=false")
+    done = call(*overrides, *quick, "inference.tta.flip=false")
     assert done.code == 0, done.err
     assert "was trained above another file" not in done.out
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
@@ -299,19 +299,21 @@ def test_the_command_that_a_probe_prints_evaluates_what_was_trained(call: Callab
     assert config["model"]["input"]["mean"] == [1, 2, 3]
     # another backbone below the head is not silent
     save_file(timm.create_model(TINY).state_dict(), below)
-    done = call(*words, *quick, "run.dir=other", "inference.tta.flip=false")
+    done = call(*overrides, *quick, "run.dir=other", "inference.tta.flip=false")
     assert "head.safetensors was trained above another file of the backbone" in " ".join(done.out.split())
 
 
 def test_crops_that_a_backbone_does_not_take_are_refused(call: Callable[..., Done]) -> None:
-    words = [word for word in PROBE if not word.startswith(("model.backbone", "probe.crop", "probe.side"))]
-    done = call(*words, "model.backbone=efficientformer_l1", "model.weights=random", "probe.crop=96", "probe.side=96")
+    overrides = [word for word in PROBE if not word.startswith(("model.backbone", "probe.crop", "probe.side"))]
+    done = call(
+        *overrides, "model.backbone=efficientformer_l1", "model.weights=random", "probe.crop=96", "probe.side=96"
+    )
     assert done.code == 2
     assert "probe.crop=96: the backbone takes 224x224 (width x height) only. Choose probe.crop=224" in done.err
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("overrides", "text"),
     [
         ([], "model=timm: name the backbone: model.backbone=NAME"),
         ([f"model.backbone={TINY}"], "has a linear head, which is trained first"),
@@ -331,9 +333,9 @@ def test_crops_that_a_backbone_does_not_take_are_refused(call: Callable[..., Don
         ),
     ],
 )
-def test_mistakes_are_one_message(words: list[str], text: str) -> None:
+def test_mistakes_are_one_message(overrides: list[str], text: str) -> None:
     with pytest.raises(HarnessError, match=text):
-        load_model(model_cfg("model=timm", *words))
+        load_model(model_cfg("model=timm", *overrides))
 
 
 # segmentation-models-pytorch
@@ -345,20 +347,20 @@ def test_a_network_of_smp(tmp_path: Path) -> None:
     network = smp.create_model("unet", "resnet18", encoder_weights=None, classes=150).eval()
     torch.save({"state_dict": {f"model.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "w.ckpt")
     network.save_pretrained(tmp_path / "saved")
-    words = ("model=smp", "model.architecture.arch=unet", "model.architecture.encoder_name=resnet18")
+    overrides = ("model=smp", "model.architecture.arch=unet", "model.architecture.encoder_name=resnet18")
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         expected = network(images)
-        for given in ((*words, f"model.checkpoint={tmp_path}/w.ckpt"), ("model=smp", f"model.id={tmp_path}/saved")):
+        for given in ((*overrides, f"model.checkpoint={tmp_path}/w.ckpt"), ("model=smp", f"model.id={tmp_path}/saved")):
             assert torch.equal(load_model(model_cfg(*given)).module(images), expected)
-        assert load_model(model_cfg(*words, "model.weights=random")).weights == "random"
+        assert load_model(model_cfg(*overrides, "model.weights=random")).weights == "random"
     for given, text in (
         (("model=smp",), "name the network"),
-        ((*words,), "give its weights as model.checkpoint=PATH"),
-        (("model=smp", "model.architecture.arch=nothing", words[2], "model.weights=random"), "smp cannot build it"),
+        ((*overrides,), "give its weights as model.checkpoint=PATH"),
+        (("model=smp", "model.architecture.arch=nothing", overrides[2], "model.weights=random"), "smp cannot build it"),
         (("model=smp", f"model.id={tmp_path}"), "smp cannot load it"),
         (
-            (*words, "model.architecture.decoder_interpolatoin=bilinear", "model.weights=random"),
+            (*overrides, "model.architecture.decoder_interpolatoin=bilinear", "model.weights=random"),
             "has no field decoder_interpolatoin. Did you mean 'decoder_interpolation'",
         ),
     ):

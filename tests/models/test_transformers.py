@@ -144,8 +144,8 @@ def test_a_folder_without_a_processor_says_what_was_assumed(tmp_path: Path) -> N
     assert any("has no preprocessor_config.json" in note and "123.675/116.28/103.53" in note for note in model.notes)
 
 
-def composed(folder: Path, *words: str) -> InferenceConfig:
-    return compose_config(["model=hf", f"model.id={folder}", *words]).inference
+def composed(folder: Path, *overrides: str) -> InferenceConfig:
+    return compose_config(["model=hf", f"model.id={folder}", *overrides]).inference
 
 
 def write(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> Path:
@@ -209,19 +209,19 @@ def test_a_repository_of_the_hub_is_asked_once_and_never_waited_for(
     template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    words = ["model=hf", "model.id=some/where", "model.revision=abc"]
+    overrides = ["model=hf", "model.id=some/where", "model.revision=abc"]
     try:
         Hub.files, Hub.asked[:] = {"config.json": {"model_type": "dpt", "image_size": 480}}, []
-        assert compose_config(words).inference.name == "as_saved_slide_480"
+        assert compose_config(overrides).inference.name == "as_saved_slide_480"
         names = ("config.json", "preprocessor_config.json", "processor_config.json")
         assert Hub.asked == [f"/some/where/resolve/abc/{name}" for name in names]
         Hub.files, Hub.asked[:] = {}, []
-        assert compose_config(words).inference.name == "as_saved_whole_512"
+        assert compose_config(overrides).inference.name == "as_saved_whole_512"
         assert Hub.asked == ["/some/where/resolve/abc/config.json"]  # no second try, no second file
     finally:
         server.shutdown()
         server.server_close()
-    assert compose_config(words).inference.name == "as_saved_whole_512"  # nobody listens: the loader will say so
+    assert compose_config(overrides).inference.name == "as_saved_whole_512"  # nobody listens: the loader will say so
 
 
 def test_what_is_set_stays(tmp_path: Path) -> None:

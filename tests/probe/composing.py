@@ -7,6 +7,6 @@ from ade_harness.config.compose import checked, compose_tree
 from ade_harness.config.schema import Config
 
 
-def compose_probe(words: list[str]) -> Config:
+def compose_probe(overrides: list[str]) -> Config:
     """Compose a training as the command line does."""
-    return checked(compose_tree(prepare(with_recipe(words))))
+    return checked(compose_tree(prepare(with_recipe(overrides))))

@@ -54,8 +54,8 @@ def backbone(tmp_path: Path) -> Path:
     return tmp_path / "backbone.pth"
 
 
-def published(name: str, *words: str) -> ProbeConfig:
-    recipe = compose_probe(["model=dinov3_7b_linear", f"probe={name}", *words]).probe
+def published(name: str, *overrides: str) -> ProbeConfig:
+    recipe = compose_probe(["model=dinov3_7b_linear", f"probe={name}", *overrides]).probe
     assert recipe is not None
     return recipe
 
@@ -171,12 +171,12 @@ def test_a_crop_of_one_class_is_drawn_again() -> None:
     target = np.zeros((40, 400), np.uint8)
     target[:, 380:] = np.random.default_rng(0).integers(0, 150, (40, 20))
     image = np.zeros((40, 400, 3), np.uint8)
-    words = ["probe.side=40", "probe.scale=[1,1]", "probe.crop=40", "probe.distortion=none"]
+    overrides = ["probe.side=40", "probe.scale=[1,1]", "probe.crop=40", "probe.distortion=none"]
     mixed = [
         sum(np.unique(make_crop(image, target, recipe, np.random.default_rng(n))[1]).size > 1 for n in range(60))
         for recipe in (
-            published("dinov3_linear", *words),
-            published("dinov3_linear", *words, "probe.most_of_one_class=1"),
+            published("dinov3_linear", *overrides),
+            published("dinov3_linear", *overrides, "probe.most_of_one_class=1"),
         )
     ]
     assert mixed[0] > mixed[1]
@@ -270,11 +270,11 @@ def test_a_signal_ends_a_training_after_its_iteration(
     rare = ["probe.save_every=1000", "probe.log_every=2", "probe.iterations=40"]
     command = [sys.executable, "-m", "ade_harness", "probe", *PROBE, *rare, "runtime.devices=2", "run.dir=parts"]
 
-    def start(words: list[str]) -> subprocess.Popen[str]:
-        return WarmPopen(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def start(overrides: list[str]) -> subprocess.Popen[str]:
+        return WarmPopen(overrides, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def run(words: list[str]) -> tuple[str, str]:
-        done = start(words)
+    def run(overrides: list[str]) -> tuple[str, str]:
+        done = start(overrides)
         out, err = done.communicate(timeout=120)
         assert done.returncode == 0, err
         return out, err
@@ -331,7 +331,7 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("overrides", "text"),
     [
         (
             ["model=segformer_b0"],
@@ -355,9 +355,9 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
         (["dataset=ade20k", "dataset.root=nowhere"], "nowhere: no such folder or zip"),
     ],
 )
-def test_mistakes_are_one_message(call: Callable[..., Done], backbone: Path, words: list[str], text: str) -> None:
-    recipe = [word for word in PROBE if word != "dataset=demo" or "dataset=ade20k" not in words]
-    done = call("probe", *recipe, *words)
+def test_mistakes_are_one_message(call: Callable[..., Done], backbone: Path, overrides: list[str], text: str) -> None:
+    recipe = [word for word in PROBE if word != "dataset=demo" or "dataset=ade20k" not in overrides]
+    done = call("probe", *recipe, *overrides)
     assert done.code == 2, done.out
     assert text in done.err
     assert "Traceback" not in done.err

@@ -40,15 +40,15 @@ class Opened:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two runs of the demo images: the demo network, and label maps of which a part was spoilt; and their pages."""
     root = tmp_path_factory.mktemp("pages")
-    words = [*FAST, "dataset.images=40", "metrics.resamples=1000", "run.label_maps=all"]
-    assert main([*words, f"run.dir={root / 'demo'}", "metrics.calibration=true", "run.overlays=2"]) == 0
+    overrides = [*FAST, "dataset.images=40", "metrics.resamples=1000", "run.label_maps=all"]
+    assert main([*overrides, f"run.dir={root / 'demo'}", "metrics.calibration=true", "run.overlays=2"]) == 0
     shutil.copytree(root / "demo" / "label_maps", root / "spoilt")
     rng = np.random.default_rng(0)
     for path in sorted((root / "spoilt").glob("*.png")):
         labels = np.array(Image.open(path))
         labels[rng.random(labels.shape) < 0.1] = 1
         Image.fromarray(labels).save(path)
-    again = [*words, "model=predictions", f"model.path={root / 'spoilt'}", f"run.dir={root / 'worse'}"]
+    again = [*overrides, "model=predictions", f"model.path={root / 'spoilt'}", f"run.dir={root / 'worse'}"]
     assert main(again) == 0
     # names from files of others: in the configuration, in the manifest and in the notes
     config = yaml.safe_load((root / "worse" / "config.yaml").read_text())
@@ -233,7 +233,7 @@ def test_a_report_without_its_images_says_so(runs: dict[str, Path], tmp_path: Pa
 
 
 def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: Path) -> None:
-    for words, message in (
+    for overrides, message in (
         (["report"], "report: the following arguments are required: RUN"),
         (["report", "nothing"], "nothing: no such folder"),
         (["report", runs["run"], "--nothing"], "unrecognized arguments: --nothing"),
@@ -244,8 +244,8 @@ def test_mistakes_are_one_message(runs: dict[str, Path], call: Call, tmp_path: P
         (["compare", runs["run"]], "compare needs 2 to 8 run directories"),
         (["compare", runs["run"], runs["other"], "--resamples", "x"], "argument --resamples: invalid int value: 'x'"),
     ):
-        done = call(*words)
-        assert done.code == 2, words
+        done = call(*overrides)
+        assert done.code == 2, overrides
         assert message in done.err
         assert "Traceback" not in done.err
 
@@ -266,11 +266,11 @@ def test_the_terminal_says_who_is_better(runs: dict[str, Path], call: Call, tmp_
     assert f"link: given twice ({again} is the same directory)" in twice.err
 
 
-@pytest.mark.parametrize("words", [["dataset.limit=1"], ["metrics.resamples=0"]])
-def test_runs_without_intervals_have_a_page(words: list[str], tmp_path: Path, call: Call) -> None:
+@pytest.mark.parametrize("overrides", [["dataset.limit=1"], ["metrics.resamples=0"]])
+def test_runs_without_intervals_have_a_page(overrides: list[str], tmp_path: Path, call: Call) -> None:
     """One image, everybody's first try, and no resampling: nothing to resample, so no interval is shown."""
     for name in ("a", "b"):
-        done = call(*FAST, "dataset.images=3", "run.report=true", f"run.dir={name}", *words)
+        done = call(*FAST, "dataset.images=3", "run.report=true", f"run.dir={name}", *overrides)
         assert done.code == 0, done.err
         page = (tmp_path / name / "report.html").read_text()
         assert "% interval" not in page

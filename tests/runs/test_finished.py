@@ -28,8 +28,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ade_harness.cli.main import main
 
     path = tmp_path_factory.mktemp("runs") / "demo"
-    words = [*FAST, "dataset.images=30", f"run.dir={path}", "run.label_maps=all", "metrics.calibration=true"]
-    assert main([*words, "metrics.resamples=1000"]) == 0
+    overrides = [*FAST, "dataset.images=30", f"run.dir={path}", "run.label_maps=all", "metrics.calibration=true"]
+    assert main([*overrides, "metrics.resamples=1000"]) == 0
     return path
 
 

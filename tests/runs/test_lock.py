@@ -26,7 +26,7 @@ def edit(path: Path, **changes: Any) -> None:
     (path / LOCK).write_text(json.dumps(read_lock(path / LOCK) | changes))
 
 
-def test_a_second_job_is_refused_and_told_who_is_at_work(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_and_named_who_has_the_run(tmp_path: Path) -> None:
     first = RunLock(tmp_path)
     first.acquire()
     with pytest.raises(HarnessError, match=rf"another job is working on this run .process {os.getpid()} on .*status"):
@@ -70,10 +70,10 @@ def test_a_lock_of_another_machine_is_watched(tmp_path: Path, monkeypatch: pytes
 
     thread = threading.Thread(target=live)
     thread.start()
-    said: list[str] = []
+    printed: list[str] = []
     with pytest.raises(HarnessError, match="another job is working"):
-        RunLock(tmp_path, said.append).acquire()
-    assert "whether it is still alive" in said[0]
+        RunLock(tmp_path, printed.append).acquire()
+    assert "whether it is still alive" in printed[0]
     ended.set()
     thread.join()
     taken = RunLock(tmp_path)

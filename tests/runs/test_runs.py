@@ -383,8 +383,8 @@ def test_json_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # provenance
 
 
-def git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+def git(folder: Path, *overrides: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c", *overrides]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -64,9 +64,9 @@ def test_ones_own_run_goes_on_and_a_strangers_asks(call: Call, tmp_path: Path, s
     assert call(*CUSTOM, "dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
     assert call("resume", "run").code == 0
     stranger()
-    for words in (("resume", "run"), ("reproduce", "run")):
+    for overrides in (("resume", "run"), ("reproduce", "run")):
         one_message(
-            call(*words),
+            call(*overrides),
             "run: was not made by you on this machine, and would import model._target_=tests.models",
             "--trust",
         )
@@ -80,8 +80,8 @@ def test_texts_of_several_lines_are_used_as_they_stand(call: Call, tmp_path: Pat
     (tmp_path / "mine/inference/mine.yaml").write_text(
         "defaults: [original_size, _self_]\nname: mine\nsource: |\n  two\n  lines,\ta tab\n"
     )
-    words = ("--config-dir", tmp_path / "mine", "inference=mine", "dataset.images=2", *FAST, "metrics.resamples=0")
-    assert call(*words, "run.dir=run").code == 0
+    overrides = ("--config-dir", tmp_path / "mine", "inference=mine", "dataset.images=2", *FAST, "metrics.resamples=0")
+    assert call(*overrides, "run.dir=run").code == 0
     manifest = read_manifest(tmp_path / "run")
     assert is_own(tmp_path / "run", manifest)
     assert any("two\nlines,\ta tab\n" in word for word in manifest["repeat"])
@@ -171,18 +171,18 @@ def test_a_secret_in_the_environment_stays_there(
     )
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     stranger()
-    said = ""
-    for words in (
+    printed = ""
+    for overrides in (
         ("report", "run"),
         ("compare", "run", "other"),
         ("status", "run"),
         ("leaderboard", "run"),
         ("resume", "run"),
     ):
-        done = call(*words)
-        said += done.out + done.err
+        done = call(*overrides)
+        printed += done.out + done.err
     pages = "".join(p.read_text() for p in tmp_path.rglob("*.html"))
-    assert "hunter2" not in said + pages
+    assert "hunter2" not in printed + pages
     assert "${oc.env:MY_SECRET}" in pages
 
 
@@ -193,11 +193,11 @@ def test_a_strangers_run_chooses_no_server(
     """W&B reads ./wandb/settings, where an address may be to which it would send the key."""
     import wandb
 
-    words = [word for word in FAST if not word.startswith("tracking")]
+    overrides = [word for word in FAST if not word.startswith("tracking")]
     started = tmp_path / "theirs"
     started.mkdir()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert call("dataset.images=2", *words, "run.dir=theirs/run", "metrics.resamples=0").code == 0
+    assert call("dataset.images=2", *overrides, "run.dir=theirs/run", "metrics.resamples=0").code == 0
     manifest = json.loads((started / "run/manifest.json").read_text())
     (started / "run/manifest.json").write_text(json.dumps({**manifest, "directory": str(started)}))
     for folder in (started, started / "run"):
@@ -237,10 +237,10 @@ def test_nothing_is_imported_from_a_strangers_folder(tmp_path: Path, call: Call)
                  "argparse", "typing", "threading"):  # fmt: skip
         (tmp_path / f"{name}.py").write_text("open('owned', 'w')\nraise SystemExit(7)\n")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(REPOSITORY / "src")}
-    for words in (["status", "run"], ["submit", "--check", "."], ["dataset.images=2", *FAST, "run.dir=run2"]):
+    for overrides in (["status", "run"], ["submit", "--check", "."], ["dataset.images=2", *FAST, "run.dir=run2"]):
         done = subprocess.run(
-            [sys.executable, "-m", "ade_harness", *words], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+            [sys.executable, "-m", "ade_harness", *overrides], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
         )  # fmt: skip
-        assert done.returncode in (0, 2), (words, done.stderr)
-        assert not (tmp_path / "owned").exists(), words
+        assert done.returncode in (0, 2), (overrides, done.stderr)
+        assert not (tmp_path / "owned").exists(), overrides
     shutil.rmtree(tmp_path / "run2")

@@ -1,8 +1,8 @@
 """Runs commands on any number of ranks quickly: imports everything once, then forks one process per rank.
 
-Reads one JSON object per line: {"words": [...], "ranks": N, "cwd": ..., "port": ..., "kill": [rank, images] or null};
+Reads one JSON object per line: {"overrides": [...], "ranks": N, "cwd": ..., "port": ..., "kill": [rank, images] or null};
 answers with the list of exit codes. With "kill" a rank kills itself once it has counted so many images. With
-"words_of" each rank gets words of its own, and is a node of its own.
+"overrides_of" each rank gets overrides of its own, and is a node of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         size = job["ranks"]
-        if job["words_of"] is None:  # as a supervisor does: ranks do not compose what is the same for all
-            work = [rank_of([*job["words"], f"runtime.devices={size}"])] * size
+        if job["overrides_of"] is None:  # as a supervisor does: ranks do not compose what is the same for all
+            work = [rank_of([*job["overrides"], f"runtime.devices={size}"])] * size
         else:
             nodes = ["runtime.devices=1", f"runtime.num_nodes={size}"]
-            work = [rank_of([*job["words"], *nodes, *own]) for own in job["words_of"]]
+            work = [rank_of([*job["overrides"], *nodes, *own]) for own in job["overrides_of"]]
         children = []
         for rank in range(size):
             pid = os.fork()
@@ -38,14 +38,14 @@ def main() -> None:
         print(json.dumps(codes), flush=True)
 
 
-def rank_of(words: list[str]) -> Callable[[], int]:
+def rank_of(overrides: list[str]) -> Callable[[], int]:
     """Return the work of a rank; a mistake in its configuration is said when it is called."""
     from ade_harness.cli.launch import be_rank
     from ade_harness.config.compose import compose_config
     from ade_harness.config.composed import Composed
     from ade_harness.evaluation.session import run_session
 
-    composed = Composed.from_config(compose_config(words))
+    composed = Composed.from_config(compose_config(overrides))
     return lambda: be_rank(composed.config, lambda found: run_session(composed, found))
 
 
@@ -54,7 +54,7 @@ def run_rank(work: Callable[[], int], job: dict, rank: int) -> int:
 
     size = str(job["ranks"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    if job["words_of"] is not None:
+    if job["overrides_of"] is not None:
         os.environ |= {"LOCAL_RANK": "0", "NODE_RANK": str(rank), "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     os.chdir(job["cwd"])

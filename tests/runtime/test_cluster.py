@@ -23,8 +23,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def runtime(*words: str) -> Any:
-    return compose_config(list(words)).runtime
+def runtime(*overrides: str) -> Any:
+    return compose_config(list(overrides)).runtime
 
 
 def test_a_laptop_is_one_node() -> None:
@@ -66,7 +66,7 @@ def test_others_that_start_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     assert cluster.is_rank()
 
 
-def test_requeue_tells_why_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requeue_reports_why_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "this is no SLURM job" in cluster.requeue_slurm_job(3)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(cluster.shutil, "which", lambda _: "scontrol")
@@ -75,13 +75,13 @@ def test_requeue_tells_why_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_sbatch_is_asked_for() -> None:
-    words = (
+    overrides = (
         "runtime=slurm", "runtime.slurm.partition=gpu", "runtime.slurm.account=lab", "runtime.slurm.gpus_per_node=8",
         "runtime.slurm.nodes=2", "runtime.slurm.mem_gb=64", "runtime.slurm.container=image.sqsh",
         "runtime.slurm.container_mounts=/data:/data", "runtime.slurm.setup=[module load cuda]",
         "runtime.slurm.extra.reservation=eval",
     )  # fmt: skip
-    assert sbatch_parameters(runtime(*words).slurm) == {
+    assert sbatch_parameters(runtime(*overrides).slurm) == {
         "job_name": "ade-harness", "partition": "gpu", "account": "lab", "time": 240, "nodes": 2, "ntasks_per_node": 1,
         "gpus_per_node": 8, "mem": "64GB", "setup": ["module load cuda"],
         "srun_args": ["--kill-on-bad-exit=1", "--container-image=image.sqsh", "--container-mounts=/data:/data"],

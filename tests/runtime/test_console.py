@@ -31,20 +31,20 @@ def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], name: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [["models"], ["--info", "all"], ["--cfg", "job"], ["dataset.images=2", "tracking=none", "metrics.resamples=0"]],
 )
-def test_a_reader_that_leaves_ends_nothing(words: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ade_harness", *words]
+def test_a_reader_that_leaves_ends_nothing(overrides: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ade_harness", *overrides]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
-    if words[0] != "--cfg":  # this one has no reader at all
+    if overrides[0] != "--cfg":  # this one has no reader at all
         process.stdout.readline()
     process.stdout.close()
-    said = process.stderr.read()
+    printed = process.stderr.read()
     process.stderr.close()
-    assert process.wait(120) == 0, said
-    assert "BrokenPipe" not in said
-    assert "rror" not in said
-    assert words[0] != "dataset.images=2" or len(list(tmp_path.glob("runs/*/metrics.json"))) == 1
+    assert process.wait(120) == 0, printed
+    assert "BrokenPipe" not in printed
+    assert "rror" not in printed
+    assert overrides[0] != "dataset.images=2" or len(list(tmp_path.glob("runs/*/metrics.json"))) == 1

@@ -103,14 +103,14 @@ class Net(torch.nn.Module):
 @pytest.mark.slow
 def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(cli: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "slow_model.py").write_text(SLOW_MODEL)
-    words = [
+    overrides = [
         "model=custom",
         "model._target_=slow_model.Net",
         "inference=original_size",
         *WORDS,
         "dataset.limit=60",
     ]
-    command = [sys.executable, "-m", "ade_harness", *words, "runtime.devices=2", "run.dir=run"]
+    command = [sys.executable, "-m", "ade_harness", *overrides, "runtime.devices=2", "run.dir=run"]
     process = WarmPopen(
         command,
         cwd=tmp_path,
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(cli: Callabl
     assert not (tmp_path / "run/metrics.json").exists()
     kept = len(table(tmp_path / "run"))
     assert kept > 0
-    done = cli(*words, "run.dir=run")
+    done = cli(*overrides, "run.dir=run")
     assert done.code == 0, done.err
     assert f"continuing: {kept} images are done" in done.out
     assert len(table(tmp_path / "run")) == 60

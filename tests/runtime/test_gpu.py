@@ -37,8 +37,8 @@ def hashes(run: Path) -> dict[str, str]:
 
 def test_labels_are_those_of_plain_torch_on_any_number_of_gpus(cold_cli: Callable[..., Done], tmp_path: Path) -> None:
     cases = {"torch": ["runtime.devices=1", "runtime.kernels=torch"], "one": ["runtime.devices=1"], "all": []}
-    for name, words in cases.items():
-        done = cold_cli(*WORDS, *words, f"run.dir={name}")
+    for name, overrides in cases.items():
+        done = cold_cli(*WORDS, *overrides, f"run.dir={name}")
         assert done.code == 0, done.err
     expected = hashes(tmp_path / "torch")
     assert len(expected) == IMAGES
@@ -47,16 +47,18 @@ def test_labels_are_those_of_plain_torch_on_any_number_of_gpus(cold_cli: Callabl
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ("inference=mmseg_slide_512",),
         ("inference=original_size", "inference.tta.flip=true", "inference.tta.average=scores"),
         ("inference=original_size", "inference.batch=4", "inference.images=3"),
     ],
 )
-def test_windows_views_and_batches_too(cold_cli: Callable[..., Done], tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_windows_views_and_batches_too(
+    cold_cli: Callable[..., Done], tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     for kernels in ("torch", "auto"):
-        done = cold_cli(*WORDS, *words, "runtime.devices=1", f"runtime.kernels={kernels}", f"run.dir={kernels}")
+        done = cold_cli(*WORDS, *overrides, "runtime.devices=1", f"runtime.kernels={kernels}", f"run.dir={kernels}")
         assert done.code == 0, done.err
     assert hashes(tmp_path / "auto") == hashes(tmp_path / "torch")
 

@@ -62,6 +62,6 @@ def test_what_is_imported_is_not_looked_at_again() -> None:
 
 def test_a_command_ends_as_any_program_under_a_profiler(tmp_path: Path) -> None:
     """Which writes what it has seen once the program has ended."""
-    words = [sys.executable, "-m", "cProfile", "-o", "seen", "-m", "ade_harness", "--version"]
-    subprocess.run(words, check=True, capture_output=True, cwd=tmp_path, timeout=60)
+    overrides = [sys.executable, "-m", "cProfile", "-o", "seen", "-m", "ade_harness", "--version"]
+    subprocess.run(overrides, check=True, capture_output=True, cwd=tmp_path, timeout=60)
     assert (tmp_path / "seen").stat().st_size > 0

@@ -41,13 +41,13 @@ def run(cache: Path) -> Iterator[Run]:
     assert process.stdout is not None
 
     def send(
-        folder: Path, ranks: int, *words: str, kill: tuple[int, int] | None = None,
-        words_of: list[list[str]] | None = None,
+        folder: Path, ranks: int, *overrides: str, kill: tuple[int, int] | None = None,
+        overrides_of: list[list[str]] | None = None,
     ) -> list[int]:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         job = {
-            "words": [*WORDS, *words], "ranks": ranks, "cwd": str(folder), "port": free_port(), "kill": kill,
-            "words_of": words_of,
+            "overrides": [*WORDS, *overrides], "ranks": ranks, "cwd": str(folder), "port": free_port(), "kill": kill,
+            "overrides_of": overrides_of,
         }  # fmt: skip
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
@@ -86,8 +86,8 @@ def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "plan"), (2, 3, 4))))
 def test_same_bits(run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str, ranks: int) -> None:
-    words = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
-    assert run(tmp_path, ranks, *words) == [0] * ranks, logs(tmp_path)
+    overrides = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
+    assert run(tmp_path, ranks, *overrides) == [0] * ranks, logs(tmp_path)
     assert_same(tmp_path, reference[batch])
 
 
@@ -97,15 +97,15 @@ def test_same_bits_after_a_kill(
     run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str
 ) -> None:
     """A rank is killed in the middle; the others notice by themselves, and another number of ranks goes on."""
-    words = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
+    overrides = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
     victim = {"one": 0, "views": 1, "images": 2}[batch]
-    codes = run(tmp_path, 3, *words, "runtime.dead_after_s=5", kill=(victim, 1))
+    codes = run(tmp_path, 3, *overrides, "runtime.dead_after_s=5", kill=(victim, 1))
     assert codes[victim] == -9
     assert {code for rank, code in enumerate(codes) if rank != victim} == {76}, logs(tmp_path)
     kept = len(table(tmp_path / "run"))
     assert 0 < kept <= IMAGES  # others may empty the queue before they notice
     assert not (tmp_path / "run/metrics.json").exists()
-    assert run(tmp_path, 2, *words) == [0, 0], logs(tmp_path)
+    assert run(tmp_path, 2, *overrides) == [0, 0], logs(tmp_path)
     assert f"continuing: {kept} images are done" in logs(tmp_path)
     assert_same(tmp_path, reference[batch])
 
@@ -113,13 +113,13 @@ def test_same_bits_after_a_kill(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_ranks_than_images_are_left(run: Run, reference: dict[str, Path], tmp_path: Path, workers: int) -> None:
-    words = ("run.dir=run", f"runtime.workers={workers}")
-    assert run(tmp_path, 3, *words, "runtime.sharding=plan") == [0, 0, 0], logs(tmp_path)  # each has done some
+    overrides = ("run.dir=run", f"runtime.workers={workers}")
+    assert run(tmp_path, 3, *overrides, "runtime.sharding=plan") == [0, 0, 0], logs(tmp_path)  # each has done some
     sorted((tmp_path / "run/ledger").glob("*.parquet"))[0].unlink()
     left = IMAGES - len(table(tmp_path / "run"))
-    assert run(tmp_path, left + 3, *words) == [0] * (left + 3), logs(tmp_path)
+    assert run(tmp_path, left + 3, *overrides) == [0] * (left + 3), logs(tmp_path)
     assert_same(tmp_path, reference["one"])
-    assert run(tmp_path, 2, *words) == [0, 0], logs(tmp_path)  # nothing is left at all
+    assert run(tmp_path, 2, *overrides) == [0, 0], logs(tmp_path)  # nothing is left at all
     assert_same(tmp_path, reference["one"])
 
 
@@ -130,23 +130,28 @@ def test_more_ranks_than_images_are_left(run: Run, reference: dict[str, Path], t
 def test_nodes_with_different_data_or_weights_are_refused(run: Run, tmp_path: Path, tiny_ade: Path) -> None:
     other = tmp_path / "other" / tiny_ade.name
     shutil.copytree(tiny_ade, other)
-    words = ("model=predictions", f"model.path={tiny_ade}/annotations/validation", "dataset=ade20k", "dataset.limit=7")
+    overrides = (
+        "model=predictions",
+        f"model.path={tiny_ade}/annotations/validation",
+        "dataset=ade20k",
+        "dataset.limit=7",
+    )
     roots = [[f"dataset.root={tiny_ade}"], [f"dataset.root={other}"]]
-    assert run(tmp_path / "same", 2, *words, words_of=roots) == [0, 0], logs(tmp_path / "same")
+    assert run(tmp_path / "same", 2, *overrides, overrides_of=roots) == [0, 0], logs(tmp_path / "same")
     image = other / "images/validation/ADE_val_00001003.jpg"
     content = image.read_bytes()
     image.write_bytes(content + b"x")
-    assert run(tmp_path / "size", 2, *words, words_of=roots) == [2, 2]
+    assert run(tmp_path / "size", 2, *overrides, overrides_of=roots) == [2, 2]
     text = logs(tmp_path / "size")
     assert "rank 1 on " in text
     assert " differs from rank 0 on " in text
     assert "the data set's names and sizes (sha256) is" in text
     image.unlink()
     (other / "annotations/validation/ADE_val_00001003.png").unlink()
-    assert run(tmp_path / "ids", 2, *words, words_of=roots) == [2, 2]
+    assert run(tmp_path / "ids", 2, *overrides, overrides_of=roots) == [2, 2]
     assert "the image ids (sha256) is" in logs(tmp_path / "ids")
     shutil.rmtree(other)
-    assert run(tmp_path / "none", 2, *words, words_of=roots) == [2, 2]
+    assert run(tmp_path / "none", 2, *overrides, overrides_of=roots) == [2, 2]
     assert f"{other}: no such folder or zip" in logs(tmp_path / "none")
     assert "Traceback" not in logs(tmp_path / "none") + text
 
@@ -159,7 +164,7 @@ def test_ranks_with_different_checkpoints_are_refused(run: Run, tmp_path: Path) 
     for seed in (0, 1):
         torch.manual_seed(seed)
         save_file(torch.nn.Conv2d(3, 150, 4, 4).state_dict(), tmp_path / f"{seed}.safetensors")
-    words = ("model=custom", "model._target_=net.Net", *PROTOCOL)
+    overrides = ("model=custom", "model._target_=net.Net", *PROTOCOL)
     own = [[f"model.checkpoint={seed}.safetensors"] for seed in (0, 1)]
-    assert run(tmp_path, 2, *words, words_of=own) == [2, 2]
+    assert run(tmp_path, 2, *overrides, overrides_of=own) == [2, 2]
     assert "the checkpoint (sha256) is" in logs(tmp_path)

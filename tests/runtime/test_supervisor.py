@@ -40,11 +40,11 @@ def work(tmp_path: Path) -> Path:
 class Started:
     """A command that runs."""
 
-    def __init__(self, work: Path, *words: str, **environment: str) -> None:
+    def __init__(self, work: Path, *overrides: str, **environment: str) -> None:
         self.run = work / "run"
         (self.run / "progress.json").unlink(missing_ok=True)  # of an earlier part
         self.process = WarmPopen(
-            [sys.executable, "-m", "ade_harness", *WORDS, *words], cwd=work, text=True, stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "ade_harness", *WORDS, *overrides], cwd=work, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}, start_new_session=True,
         )  # fmt: skip
 
@@ -73,8 +73,8 @@ class Started:
 def start(work: Path) -> Iterator[Callable[..., Started]]:
     running: list[Started] = []
 
-    def begin(*words: str, **environment: str) -> Started:
-        running.append(Started(work, *words, **environment))
+    def begin(*overrides: str, **environment: str) -> Started:
+        running.append(Started(work, *overrides, **environment))
         return running[-1]
 
     yield begin

@@ -18,8 +18,8 @@ NAMES = ("ade-n0", "ade-n1")
 WORDS = ("dataset.limit=12", "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=0")
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+def ip(*overrides: str) -> None:
+    subprocess.run(["ip", *overrides], check=True, capture_output=True, timeout=30)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ class Clock:
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
 
 
-def tell(store: LocalStore, number: int, item: str = "") -> None:
+def report(store: LocalStore, number: int, item: str = "") -> None:
     store.set("beat/1", json.dumps(asdict(Beat(1, "n2", 77, item, number=number))))
 
 
@@ -61,7 +61,7 @@ def test_a_silent_rank_is_lost_with_all_that_is_known_of_it(watched: Any, monkey
     clock = Clock(monkeypatch)
     watchdog._looked = clock.now
     watchdog._publish()
-    tell(store, 1, "ADE_val_00000007")
+    report(store, 1, "ADE_val_00000007")
     for _ in range(11):
         clock.now += 1.0
         watchdog._publish()
@@ -86,7 +86,7 @@ def test_a_rank_that_speaks_is_not_lost_however_clocks_jump(watched: Any, monkey
     for number in range(60):
         monkeypatch.setattr(module.time, "time", lambda number=number: (-1.0) ** number * 1e9)
         clock.now += 1.0
-        tell(store, number)
+        report(store, number)
         watchdog._look_at_all()
     assert coordinator.lost is None
 
@@ -96,7 +96,7 @@ def test_after_being_stopped_itself_rank_0_gives_everybody_time(watched: Any, mo
     watchdog, store, coordinator = watched
     clock = Clock(monkeypatch)
     watchdog._looked = clock.now
-    tell(store, 1)
+    report(store, 1)
     watchdog._look_at_all()
     clock.now += 3600.0
     watchdog._publish()
@@ -169,20 +169,20 @@ def test_a_console_that_fails_ends_no_run(watched: Any, capfd: pytest.CaptureFix
         watchdog._look_at_all()
     assert calls == [1, 2, 3]
     assert coordinator.lost is None
-    said = capfd.readouterr().err
-    assert said.count(f"warning: progress is not shown: {type(error).__name__}: {error}") == 1
+    printed = capfd.readouterr().err
+    assert printed.count(f"warning: progress is not shown: {type(error).__name__}: {error}") == 1
 
 
 def test_beats_carry_a_moving_number() -> None:
     watchdog = Watchdog(Coordinator(LocalStore()), 10.0)
-    told: list[int] = []
-    watchdog.on_beats = lambda beats: told.append(beats[0].number)
+    reported: list[int] = []
+    watchdog.on_beats = lambda beats: reported.append(beats[0].number)
     watchdog._store = LocalStore()
     watchdog.start()
     time.sleep(2.5)
     watchdog.close()
-    assert told == sorted(set(told))
-    assert len(told) >= 2
+    assert reported == sorted(set(reported))
+    assert len(reported) >= 2
 
 
 @pytest.mark.parametrize("text", ["[pair.cc:547] Connection closed by peer [127.0.0.1]:3", "Broken pipe"])

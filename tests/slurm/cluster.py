@@ -118,16 +118,16 @@ class Cluster:
 
     def submit(self, cwd: Path, *command: str, **environment: str) -> str:
         """Submit a script; returns the job's id."""
-        told = self.run("sbatch", "--parsable", *command, cwd=cwd, **environment).strip()
-        if not told.isdigit():
-            raise RuntimeError(told)
-        return told
+        reported = self.run("sbatch", "--parsable", *command, cwd=cwd, **environment).strip()
+        if not reported.isdigit():
+            raise RuntimeError(reported)
+        return reported
 
     def job(self, job: str) -> dict[str, str]:
         """Return what scontrol knows of a job (of the last task, for an array)."""
         text = self.run("scontrol", "show", "job", "-o", job)
-        words = (word.partition("=") for line in text.splitlines()[:1] for word in line.split())
-        return {name: value for name, _, value in words}
+        overrides = (word.partition("=") for line in text.splitlines()[:1] for word in line.split())
+        return {name: value for name, _, value in overrides}
 
     def state(self, job: str) -> str:
         """Return a job's state."""
@@ -164,8 +164,8 @@ class Cluster:
 
     def idle_nodes(self) -> int:
         """Return how many nodes have nothing to do."""
-        words = self.run("sinfo", "-h", "-t", "idle", "-o", "%D").split()
-        return sum(int(w) for w in words)
+        overrides = self.run("sinfo", "-h", "-t", "idle", "-o", "%D").split()
+        return sum(int(w) for w in overrides)
 
     def stop(self) -> None:
         """End everything."""

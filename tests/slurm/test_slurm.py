@@ -180,8 +180,8 @@ def ranks_of(node: str) -> list[psutil.Process]:
 def test_a_killed_rank_on_another_node(cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job ends and frees its nodes."""
     monkeypatch.setenv("SLOW_MODEL_SECONDS", "0.5")
-    words = (*WORDS, "runtime.dead_after_s=5", "run.dir=run")
-    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *words)
+    overrides = (*WORDS, "runtime.dead_after_s=5", "run.dir=run")
+    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *overrides)
     cluster.wait(job, "RUNNING")
     until_rows(work / "run")
     begin = time.monotonic()
@@ -214,8 +214,8 @@ def test_a_node_without_the_data_set_ends_the_job_with_its_name(cluster: Cluster
 
 
 def test_a_job_array_evaluates_each_combination(cluster: Cluster, work: Path) -> None:
-    words = ("dataset.limit=4", "tracking=none", "runtime.accelerator=cpu", "inference=original_size,fit_input")
-    job = cluster.submit(work, "--array=0-1", str(SWEEP), *words)
+    overrides = ("dataset.limit=4", "tracking=none", "runtime.accelerator=cpu", "inference=original_size,fit_input")
+    job = cluster.submit(work, "--array=0-1", str(SWEEP), *overrides)
     end = time.monotonic() + 120
     runs = [work / f"runs/slurm-{job}_{task}" for task in (0, 1)]
     while not all((run / "metrics.json").exists() for run in runs) and time.monotonic() < end:
@@ -228,13 +228,13 @@ def test_submitit_launcher_submits_an_array_that_continues(
     cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLOW_MODEL_SECONDS", "0.2")
-    told = cluster.run(
+    reported = cluster.run(
         sys.executable, "-m", "ade_harness", "-m", "hydra/launcher=slurm", *WORDS, "inference.batch=1,2",
         "runtime.slurm.time_min=5", "runtime.slurm.cpus_per_node=1", "runtime.slurm.extra.comment=ade", cwd=work,
         SLOW_MODEL_SECONDS="0.2",
     )  # fmt: skip
-    lines = [line for line in told.splitlines() if line.startswith("job ")]
-    assert len(lines) == 2, told
+    lines = [line for line in reported.splitlines() if line.startswith("job ")]
+    assert len(lines) == 2, reported
     jobs = [line.split()[1].rstrip(":") for line in lines]
     first = work / f"runs/slurm-{jobs[0]}"
     until_rows(first)

@@ -181,15 +181,15 @@ def test_progress_and_logs_are_shown_while_it_works(
     (folder / PROGRESS).write_text(json.dumps(PROGRESS_OF_3 | {"done": 5}))
     wait(lambda: len(run.rows) == 2)
     assert [(row["progress/done"], step) for row, step in run.rows] == [(3, None), (5, None)]
-    said = ""
+    printed = ""
 
     def text() -> str:
-        nonlocal said
-        said += capsys.readouterr().out
-        return said
+        nonlocal printed
+        printed += capsys.readouterr().out
+        return printed
 
     wait(lambda: "5 of 8, 1.50/s, 0:03 left" in text())
-    assert said.count("rank0: a warning of mine") == said.count("rank0: another one") == 1
+    assert printed.count("rank0: a warning of mine") == printed.count("rank0: another one") == 1
 
 
 @pytest.mark.parametrize("following", ["probe"], indirect=True)
@@ -425,9 +425,9 @@ def test_a_run_that_is_not_there_or_still_runs_gets_nothing(
     before = history(online, training)
     done = call("resume", "run", f"tracking.run_id={training}")
     assert done.code == 0
-    said = " ".join(done.out.split())
-    assert "that run is still running" in said
-    assert "tries it again" in said
+    printed = " ".join(done.out.split())
+    assert "that run is still running" in printed
+    assert "tries it again" in printed
     assert history(online, training) == before
 
 
@@ -473,7 +473,7 @@ def test_a_server_that_is_away_at_the_beginning_may_be_back_at_the_end(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["tracking.step=3"], "tracking.step: is the step of the run tracking.run_id"),
         (["tracking.run_id=a/b"], "tracking.run_id=a/b: expected the id of a W&B run"),
@@ -482,9 +482,9 @@ def test_a_server_that_is_away_at_the_beginning_may_be_back_at_the_end(
         (["tracking.run_id=abc", "tracking.step=-1"], "tracking.step=-1"),
     ],
 )
-def test_mistakes_are_found_before_anything_starts(words: list[str], message: str) -> None:
+def test_mistakes_are_found_before_anything_starts(overrides: list[str], message: str) -> None:
     with pytest.raises(HarnessError) as raised:
-        compose_config(words)
+        compose_config(overrides)
     assert message in str(raised.value)
 
 

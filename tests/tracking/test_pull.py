@@ -33,8 +33,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("pull")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
-        words = ["dataset.limit=3", "tracking=none", "runtime.workers=0", "run.overlays=0"]
-        assert main([*words, "run.dir=mine"]) == 0
+        overrides = ["dataset.limit=3", "tracking=none", "runtime.workers=0", "run.overlays=0"]
+        assert main([*overrides, "run.dir=mine"]) == 0
     return work / "mine"
 
 

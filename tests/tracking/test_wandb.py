@@ -68,7 +68,7 @@ def tracked(stub: StubServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     bad = root / "images/validation/ADE_val_00001003.jpg"
     whole = bad.read_bytes()
     bad.write_bytes(whole[: len(whole) // 2])  # its header is still there
-    words = [
+    overrides = [
         "model=predictions", f"model.path={work / 'mine'}", "dataset=ade20k", f"dataset.root={root}",
         "runtime.workers=0", "run.overlays=2", "tracking.tags=[mine]", "tracking.project=scenes", "tracking.live=false",
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def tracked(stub: StubServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.chdir(work)
         patch.setenv("WANDB_BASE_URL", stub.base)
         patch.setenv("WANDB_API_KEY", stub.key)
-        code = main([*words, "run.dir=run"])
+        code = main([*overrides, "run.dir=run"])
         failed = {
             "alerts": list(stub.alerts), "exits": dict(stub.exits), "runs": json.loads(json.dumps(stub.runs)),
             "offline": list((work / "run/wandb").glob("offline-run-*")), "tracking": read_tracking(work / "run"),
@@ -293,11 +293,11 @@ def test_the_last_error_of_the_logs_is_found(tmp_path: Path) -> None:
 
 
 def test_without_tracking_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
-    for words, folder in ((["tracking=none"], tmp_path), ([], None)):
-        report_failure(compose_config(words), folder, "why", said.append)
-    report_failure(compose_config([]), tmp_path, "why", said.append)  # no manifest: no run
-    assert said == []
+    printed: list[str] = []
+    for overrides, folder in ((["tracking=none"], tmp_path), ([], None)):
+        report_failure(compose_config(overrides), folder, "why", printed.append)
+    report_failure(compose_config([]), tmp_path, "why", printed.append)  # no manifest: no run
+    assert printed == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,10 +344,10 @@ def test_a_server_that_is_down_leaves_an_offline_run(
     monkeypatch.setattr("ade_harness.tracking.live._OPEN_S", 1.0)
     done = call("dataset.limit=2", "runtime.workers=0", "run.dir=run")
     assert done.code == 0, done.err
-    said = re.sub(r"\s+", "", done.out)  # a long path is broken over lines
+    printed = re.sub(r"\s+", "", done.out)  # a long path is broken over lines
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
-    assert "W&Bupload:Errorinitializingrun" in said
-    assert f"`wandbsync{folder}`doesitlater" in said
+    assert "W&Bupload:Errorinitializingrun" in printed
+    assert f"`wandbsync{folder}`doesitlater" in printed
     assert list(folder.glob("*.wandb"))
 
 
@@ -414,12 +414,16 @@ def test_a_key_that_is_refused_is_named(page: bool, call: Callable[..., Done], m
     done = call("dataset.images=2", "metrics.resamples=0", "runtime.workers=0", "tracking.live=false", "run.dir=run")
     server.shutdown()
     assert done.code == 0
-    said = " ".join(done.out.split())
+    printed = " ".join(done.out.split())
     if page:
-        assert "a page (Log in first) came instead of W&B's answer: WANDB_BASE_URL is another server" in said, said
+        assert "a page (Log in first) came instead of W&B's answer: WANDB_BASE_URL is another server" in printed, (
+            printed
+        )
     else:
-        assert f"(it was asked with the key for {address} from WANDB_API_KEY: `wandb login --relogin`" in said, said
-    assert "0" * 40 not in said
+        assert f"(it was asked with the key for {address} from WANDB_API_KEY: `wandb login --relogin`" in printed, (
+            printed
+        )
+    assert "0" * 40 not in printed
 
 
 def test_a_server_that_refuses_an_artifact_is_reported(
@@ -532,7 +536,7 @@ def run_record(folder: Path) -> Any:
 def test_wandbs_own_variables_and_files_are_honoured(
     call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (
+    overrides = (
         "dataset.images=2",
         "metrics.resamples=0",
         "runtime.workers=0",
@@ -544,18 +548,18 @@ def test_wandbs_own_variables_and_files_are_honoured(
     config.mkdir()
     (config / "settings").write_text("[default]\nproject = of-the-file\n")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(config))
-    assert call(*words, "run.dir=file").code == 0
+    assert call(*overrides, "run.dir=file").code == 0
     found = run_record(tmp_path / "file")
     assert (found.project, found.display_name, found.run_group) == ("of-the-file", "file", "demo")
     for name, value in {
         "PROJECT": "mine", "NAME": "a name", "RUN_GROUP": "night", "TAGS": "first,second", "NOTES": "some words",
     }.items():  # fmt: skip
         monkeypatch.setenv(f"WANDB_{name}", value)
-    assert call(*words, "run.dir=one", "tracking.tags=[own]").code == 0
+    assert call(*overrides, "run.dir=one", "tracking.tags=[own]").code == 0
     found = run_record(tmp_path / "one")
     assert (found.project, found.display_name, found.run_group) == ("mine", "a name", "night")
     assert found.notes == "some words"
     assert {"own", "first", "second", "demo"} <= set(found.tags)
-    assert call(*words, "run.dir=two", "tracking.project=ours", "tracking.group=day").code == 0
+    assert call(*overrides, "run.dir=two", "tracking.project=ours", "tracking.group=day").code == 0
     found = run_record(tmp_path / "two")
     assert (found.project, found.run_group) == ("ours", "day")  # what is configured goes first

@@ -272,10 +272,10 @@ def _in_ranks(
             if line.startswith(("W&B", "watch it:")):
                 print_line(make_console(), line)
         if done.returncode:
-            said = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
+            message = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
             # what is in the folder goes with it: the network of a memory, or a run that nobody asked to keep
             passing = run_dir is None or in_memory(model)
-            raise HarnessError(_without_resume(said) if passing else said)
+            raise HarnessError(_without_resume(message) if passing else message)
         found = Evaluation.of_run(load_run(Path(run_dir or Path(folder, "run"))))
     return (
         found

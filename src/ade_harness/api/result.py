@@ -151,8 +151,8 @@ class Evaluation:
     def __str__(self) -> str:
         """Return a table."""
         lines = [f"  {text:45s} {value:>6s}  {between}".rstrip() for text, value, between in self._lines()]
-        said = [f"  {mark}" for mark in self.marks] + [f"  Note: {note}." for note in self.notes]
-        return "\n".join([self._title() + " (percent, with interval)", *lines, *said])
+        remarks = [f"  {mark}" for mark in self.marks] + [f"  Note: {note}." for note in self.notes]
+        return "\n".join([self._title() + " (percent, with interval)", *lines, *remarks])
 
     def _repr_html_(self) -> str:
         rows = "".join(

@@ -108,21 +108,21 @@ def _supervise(config: Config, handed_over: Mapping[str, Any]) -> int:
         config.run.dir = run_dir or config.run.dir
         return composed[0].as_json(**handed_over)
 
-    said: list[str] = []
+    messages: list[str] = []
 
-    def say(text: str) -> None:
-        said.append(text)
+    def report(text: str) -> None:
+        messages.append(text)
         print_error(text)
 
     command = [sys.executable, "-P", "-m", "ade_harness.cli.rank"]  # -P: nothing is imported from the directory
-    supervisor = Supervisor(command, handover, ranks, node, config.runtime.max_restarts, say)
+    supervisor = Supervisor(command, handover, ranks, node, config.runtime.max_restarts, report)
     code = supervisor.run()
     if supervisor.run_dir is not None:
         _current_run.append(Path(supervisor.run_dir))
     if code in (EXIT_MESSAGE, EXIT_STOPPED) and supervisor.received is not None and node.rank == 0:
         print_resume_hint("Interrupted" if supervisor.received == signal.SIGINT else "Stopped")
     if code not in (0, EXIT_STOPPED) and supervisor.received is None and node.rank == 0:
-        report_failure(config, _current_run[-1] if supervisor.run_dir else None, "\n".join(said), print_error)
+        report_failure(config, _current_run[-1] if supervisor.run_dir else None, "\n".join(messages), print_error)
     if code == EXIT_STOPPED and config.runtime.requeue and supervisor.received == signal.SIGUSR1:
         if node.rank != 0:
             return 0  # a failure here would make srun kill node 0 before it has requeued the job

@@ -102,9 +102,9 @@ def _reason(error: yaml.YAMLError) -> str:
     """Return where YAML stumbled, and over what."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-    said = problem or " ".join(str(error).split())
-    hint = " YAML is indented by spaces." if "'\\t'" in said or "\\t" in said else ""
-    return f"{where}: is not plain YAML ({said[:200]}).{hint}"
+    reason = problem or " ".join(str(error).split())
+    hint = " YAML is indented by spaces." if "'\\t'" in reason or "\\t" in reason else ""
+    return f"{where}: is not plain YAML ({reason[:200]}).{hint}"
 
 
 def unreadable_file(error: Exception) -> str | None:

@@ -211,7 +211,7 @@ class ModelConfig:
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)  # of random weights
     dtype: Dtype = Dtype.fp32  # bf16 and fp16 need the same inference.precision
     # per output channel: its class, from 0, or null to leave it out
-    class_map: list[int | None] | None = bounded_list(None, at_least=0)
+    class_map: list[int | None] | None = bounded_list(None, at_least=0, at_most=254)
     class_names: list[str] | None = None  # per output channel, if the file carries none
     encoding: Encoding = Encoding.official  # kind=predictions; kind=http: official or zero_based
     input: InputConfig = field(default_factory=InputConfig)

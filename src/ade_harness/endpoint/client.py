@@ -179,8 +179,8 @@ class Endpoint:
             )
         except (ValueError, AttributeError, RecursionError):
             found = text
-        said = first_line(self.hide(found))
-        return f": {said!r}" if said else ""
+        line = first_line(self.hide(found))
+        return f": {line!r}" if line else ""
 
     def hide(self, text: str) -> str:
         """Return a text without the token, before it is cut: servers repeat what they were sent."""

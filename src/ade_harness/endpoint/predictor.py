@@ -194,8 +194,8 @@ class EndpointPredictor:
         return notes
 
     def _origin(self) -> str:
-        said = " ".join(self.info[k] for k in ("name", "version") if k in self.info)
-        return f"{self.endpoint.shown('predict')}{f' ({said})' if said else ''}"
+        named = " ".join(self.info[k] for k in ("name", "version") if k in self.info)
+        return f"{self.endpoint.shown('predict')}{f' ({named})' if named else ''}"
 
 
 def open_endpoint(cfg: Config, classes: Classes) -> EndpointPredictor:

@@ -312,19 +312,19 @@ def _connection_error(cfg: RuntimeConfig, reason: str) -> str:
     """Say why ranks did not find each other, and what to look at: the commonest failure of several nodes."""
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "?")
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    said = " ".join(reason.split())[:200]
+    why = " ".join(reason.split())[:200]
     if "EADDRINUSE" in reason or "already in use" in reason:
-        return f"rank {rank} on {host_name()}: the port of {place} is taken ({said}). Set another MASTER_PORT for all."
+        return f"rank {rank} on {host_name()}: the port of {place} is taken ({why}). Set another MASTER_PORT for all."
     if rank == "0":
         return (
             f"not all of the {world_size} ranks came to {place} within runtime.timeout_min={cfg.timeout_min:g} minutes"
-            f" ({said}). Is the same command running on every node, with the same MASTER_ADDR and MASTER_PORT, and may"
+            f" ({why}). Is the same command running on every node, with the same MASTER_ADDR and MASTER_PORT, and may"
             f" they reach {host_name()} on this port? Does every node start as many ranks (runtime.devices; auto: its"
             " GPUs)?"
         )
     return (
         f"rank {rank} on {host_name()} cannot reach rank 0 at {place} within runtime.timeout_min={cfg.timeout_min:g}"
-        f" minutes ({said}). Does node 0 run the same command, is MASTER_ADDR its address, and may this node reach the"
+        f" minutes ({why}). Does node 0 run the same command, is MASTER_ADDR its address, and may this node reach the"
         " port?"
     )
 

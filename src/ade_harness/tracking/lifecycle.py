@@ -81,9 +81,9 @@ class Tracking:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             yield
-        for said in dict.fromkeys(str(warning.message) for warning in caught):
-            if said.startswith("W&B"):
-                print_line(self.console, said, style="yellow")
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            if text.startswith("W&B"):
+                print_line(self.console, text, style="yellow")
 
 
 @contextmanager

@@ -102,10 +102,10 @@ class LiveRun:
         return Ended(self._found.get("url"), self._problem())
 
     def _problem(self) -> str:
-        said = self._found.get("problem")
-        if said or self._found.get("done"):
+        problem = self._found.get("problem")
+        if problem or self._found.get("done"):
             errors = [line for line in self._printed if "ERROR" in line]
-            return str(said or (errors[0] if errors else ""))
+            return str(problem or (errors[0] if errors else ""))
         last = next((line for line in reversed(self._printed) if line), "") or f"exit code {self._process.returncode}"
         return f"its process has ended: {last[:300]}"
 
@@ -129,13 +129,13 @@ class LiveRun:
         for line in pipe:
             text = line.decode("utf-8", "replace").strip()
             try:
-                told = json.loads(text) if text.startswith("{") else {}
+                message = json.loads(text) if text.startswith("{") else {}
             except ValueError:
-                told = {}
-            if not told:
+                message = {}
+            if not message:
                 self._printed.append(text)
-            self._found |= told
-            if "url" in told:
+            self._found |= message
+            if "url" in message:
                 self._begun.set()
                 with suppress(Exception):  # printing an address costs no run
-                    self._on_open(str(told["url"]))
+                    self._on_open(str(message["url"]))

@@ -110,14 +110,14 @@ def _download(artifact: Any, folder: Path) -> None:
 
 
 def _explain(spec: str, entity: str, project: str, run_id: str, error: Exception) -> str:
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if re.search(r"\b401\b|permission denied|unauthori[sz]ed|not authenticated|Invalid API key", said, re.IGNORECASE):
-        return f"{spec}: W&B does not accept the key ({said}). Run `wandb login --relogin`."
-    if re.search(r"\b404\b|not found|could not find|does not exist", said, re.IGNORECASE):
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if re.search(r"\b401\b|permission denied|unauthori[sz]ed|not authenticated|Invalid API key", reason, re.IGNORECASE):
+        return f"{spec}: W&B does not accept the key ({reason}). Run `wandb login --relogin`."
+    if re.search(r"\b404\b|not found|could not find|does not exist", reason, re.IGNORECASE):
         if _has_run(entity, project, run_id):
             return f"{spec}: this run has no artifact ledger-{run_id}: it failed, or another program has logged it."
-        return f"{spec}: W&B has no such run ({said}). The run id is the last part of the address of its page."
-    return f"{spec}: W&B does not answer ({said}). Try again later, or compare run directories."
+        return f"{spec}: W&B has no such run ({reason}). The run id is the last part of the address of its page."
+    return f"{spec}: W&B does not answer ({reason}). Try again later, or compare run directories."
 
 
 def _has_run(entity: str, project: str, run_id: str) -> bool:

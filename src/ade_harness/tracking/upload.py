@@ -206,15 +206,15 @@ def _synchronised(offline: Path, folder: str, timeout_s: float) -> Uploaded:
     )  # fmt: skip
     with ended(process):
         try:
-            said, _ = process.communicate(timeout=timeout_s)
+            output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             return Uploaded(None, f"not done within tracking.timeout_s={timeout_s:g} seconds")
     whole = any(offline.glob("*.wandb.synced"))
-    url = re.search(r"https?://\S+/runs/[\w-]+", said)
+    url = re.search(r"https?://\S+/runs/[\w-]+", output)
     if whole:
-        problems = [line for line in said.splitlines() if "ERROR" in line]
+        problems = [line for line in output.splitlines() if "ERROR" in line]
         return Uploaded(url[0] if url else None, _short(problems[0]) if problems else "")
-    return Uploaded(None, _short(_complaint(said)) or f"`wandb sync` ended with exit code {process.returncode}")
+    return Uploaded(None, _short(_complaint(output)) or f"`wandb sync` ended with exit code {process.returncode}")
 
 
 def _server() -> str:
@@ -257,13 +257,13 @@ _REFUSED = ("permission denied", "unauthorized", "not logged in", "forbidden", "
 """What servers say of a key that they do not take."""
 
 
-def _complaint(said: str) -> str:
+def _complaint(output: str) -> str:
     """Return the line of `said` that tells most."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "ERROR" in line or "panic" in line or "Error" in line]
     found = (errors or lines or [""])[0]
     if re.search(r"<!doctype|<html", found, re.IGNORECASE):
-        title = re.search(r"<title>\s*(.*?)\s*</title>", said, re.IGNORECASE | re.DOTALL)
+        title = re.search(r"<title>\s*(.*?)\s*</title>", output, re.IGNORECASE | re.DOTALL)
         name = f" ({' '.join(re.sub('wandb: (ERROR)?', '', title[1]).split())})" if title else ""
         return f"a page{name} came instead of W&B's answer: WANDB_BASE_URL is another server, or a proxy is between"
     key = next((match[1] for line in lines if (match := re.search(r"Loaded (credentials for .*?)\.?$", line))), None)

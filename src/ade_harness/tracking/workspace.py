@@ -73,8 +73,8 @@ def save_view(entity: str, project: str, name: str) -> str:
         except HarnessError:
             raise
         except Exception as error:  # of several packages, without a common type
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise HarnessError(f"{entity}/{project}: W&B did not save the view ({said}).") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise HarnessError(f"{entity}/{project}: W&B did not save the view ({reason}).") from error
 
 
 def make_view(entity: str, project: str, name: str) -> Any:

@@ -52,8 +52,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache/checkpoints"
 
 
-def model_cfg(*words: str) -> ModelConfig:
-    return compose_config(list(words)).model
+def model_cfg(*overrides: str) -> ModelConfig:
+    return compose_config(list(overrides)).model
 
 
 def save(path: Path, state: dict[str, torch.Tensor]) -> bytes:
@@ -66,21 +66,21 @@ def test_an_official_file_is_fetched_once_resumed_and_checked(server: Server, tm
     server.content = save(tmp_path / "x.pth", official_weights("upernet_convnext") | large)
     server.break_after = 3_000_000
     digest = hashlib.sha256(server.content).hexdigest()
-    words = (
+    overrides = (
         "model=upernet_convnext_xl", f"model.official.url=http://127.0.0.1:{server.server_port}/net.pth",
         f"model.official.sha256={digest[:8]}", "model.architecture.backbone.depths=[2,2,3,2]",
         "model.architecture.backbone.hidden_sizes=[16,32,64,128]", "model.architecture.head.channels=32",
     )  # fmt: skip
-    model = load_model(model_cfg(*words))
+    model = load_model(model_cfg(*overrides))
     assert model.facts["sha256"] == digest
     assert model.facts["origin"].endswith("/net.pth")
     assert server.requests[0] is None
     assert server.requests[1] is not None  # only the rest
-    load_model(model_cfg(*words))
+    load_model(model_cfg(*overrides))
     assert len(server.requests) == 2  # from the cache
     assert (own_cache / "net.pth").exists()
     with pytest.raises(HarnessError, match=r"the sha256 is .*, the configuration expects 12345678\."):
-        load_model(model_cfg(*words, "model.official.sha256='12345678'"))
+        load_model(model_cfg(*overrides, "model.official.sha256='12345678'"))
 
 
 def test_two_addresses_of_one_name_are_two_files(server: Server, own_cache: Path) -> None:
@@ -115,8 +115,8 @@ def test_backbone_and_head_are_two_files(server: Server, tmp_path: Path) -> None
     torch.save(parts["backbone"], tmp_path / "backbone.pth")
     server.content = save(tmp_path / "head.pth", parts["head"])
     head = f"model.official.url=http://127.0.0.1:{server.server_port}/head.pth"
-    words = ("model=dinov2_g_linear", *SMALL, head, f"model.backbone_checkpoint={tmp_path}/backbone.pth")
-    model = load_model(model_cfg(*words))
+    overrides = ("model=dinov2_g_linear", *SMALL, head, f"model.backbone_checkpoint={tmp_path}/backbone.pth")
+    model = load_model(model_cfg(*overrides))
     assert model.facts["head_sha256"] == hashlib.sha256(server.content).hexdigest()
     assert model.facts["backbone_sha256"] == hashlib.sha256((tmp_path / "backbone.pth").read_bytes()).hexdigest()
     assert model.facts["sha256"] not in (model.facts["head_sha256"], model.facts["backbone_sha256"])
@@ -125,7 +125,7 @@ def test_backbone_and_head_are_two_files(server: Server, tmp_path: Path) -> None
     # another head is another checkpoint: a run cannot go on with it
     server.content = save(tmp_path / "head.pth", parts["head"] | {"decode_head.conv_seg.bias": torch.ones(150)})
     other = f"model.official.url=http://127.0.0.1:{server.server_port}/other.pth"
-    assert load_model(model_cfg(*words, other)).facts["sha256"] != model.facts["sha256"]
+    assert load_model(model_cfg(*overrides, other)).facts["sha256"] != model.facts["sha256"]
 
 
 def test_one_file_may_hold_both(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_one_file_may_hold_both(tmp_path: Path) -> None:
         ("mae_l", "MAE's authors never released an ADE20K checkpoint"),
     ],
 )
-def test_what_was_never_published_is_said(call: Callable[..., Done], name: str, text: str) -> None:
+def test_what_was_never_published_is_reported(call: Callable[..., Done], name: str, text: str) -> None:
     done = call(f"model={name}", "dataset=demo")
     assert done.code == 2
     assert f"error: model={name}: {text}" in done.err
@@ -156,19 +156,19 @@ def test_a_head_without_its_backbone(
     call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(official_weights("dinov2_vits14_linear")["head"], tmp_path / "head.pth")
-    words = (
+    overrides = (
         "model=dinov2_g_linear",
         "model.checkpoint=head.pth",
         "model.backbone.url=null",
         "model.backbone.hub_id=null",
         "dataset=demo",
     )
-    done = call(*words)
+    done = call(*overrides)
     assert done.code == 2
     assert (
         "error: head.pth: this file holds the head alone. Give the backbone's file as model.backbone_check" in done.err
     )
-    done = call(*words, "model.backbone_checkpoint=nothing.pth")
+    done = call(*overrides, "model.backbone_checkpoint=nothing.pth")
     assert "model.backbone_checkpoint=nothing.pth: no such file" in done.err
 
 

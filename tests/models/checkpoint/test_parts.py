@@ -205,8 +205,8 @@ def test_messages_name_the_files_own_keys(tmp_path: Path) -> None:
         load_model(model_cfg("model=segformer_b0", f"model.checkpoint={tmp_path}/w.pth"))
 
 
-def model_cfg(*words: str) -> ModelConfig:
-    return compose_config(list(words)).model
+def model_cfg(*overrides: str) -> ModelConfig:
+    return compose_config(list(overrides)).model
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def test_files_of_other_types_load_as_configured(dtype: torch.dtype, tmp_path: P
     shapes = packed("true_keys.json.gz")["segformer_b0_official"]
     state = {name: torch.rand(shape).mul(0.05).to(dtype) for name, shape in shapes.items()}
     save_file(state, tmp_path / "w.safetensors")
-    words = ("model=segformer_b0", f"model.checkpoint={tmp_path}/w.safetensors")
-    network = load_model(model_cfg(*words)).module
+    overrides = ("model=segformer_b0", f"model.checkpoint={tmp_path}/w.safetensors")
+    network = load_model(model_cfg(*overrides)).module
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert {b.dtype for b in network.buffers() if b.is_floating_point()} <= {torch.float32}
     own = dict(network.named_parameters())["network.decode_head.classifier.weight"]
@@ -245,8 +245,8 @@ def test_files_of_other_types_load_as_configured(dtype: torch.dtype, tmp_path: P
         scores = network(images)
     save_file({name: tensor.float() for name, tensor in state.items()}, tmp_path / "w.safetensors")
     with torch.inference_mode():
-        assert torch.equal(scores, load_model(model_cfg(*words)).module(images))
-    half = load_model(model_cfg(*words, "model.dtype=bf16", "inference.precision=bf16")).module
+        assert torch.equal(scores, load_model(model_cfg(*overrides)).module(images))
+    half = load_model(model_cfg(*overrides, "model.dtype=bf16", "inference.precision=bf16")).module
     assert dict(half.named_parameters())["network.decode_head.classifier.weight"].dtype == torch.bfloat16
 
 
@@ -255,8 +255,8 @@ def test_the_part_stands_in_the_run(call: Callable[..., Done], tmp_path: Path) -
     shapes = packed("true_keys.json.gz")["segformer_b0_official"]
     state = {name: torch.zeros(shape) for name, shape in shapes.items()}
     torch.save({"state_dict": below("model.", state), "model_ema": state}, tmp_path / "w.pth")
-    words = ("model=segformer_b0", "dataset=demo", "dataset.images=1", f"model.checkpoint={tmp_path}/w.pth")
-    done = call(*words, "tracking=none", "runtime.workers=0", "metrics.resamples=0", f"run.dir={tmp_path}/run")
+    overrides = ("model=segformer_b0", "dataset=demo", "dataset.images=1", f"model.checkpoint={tmp_path}/w.pth")
+    done = call(*overrides, "tracking=none", "runtime.workers=0", "metrics.resamples=0", f"run.dir={tmp_path}/run")
     assert done.code == 0, done.err
     facts = json.loads((tmp_path / "run/manifest.json").read_text())["model"]
     assert facts["part"] == (
@@ -434,7 +434,7 @@ def test_messages_have_the_files_own_names(tmp_path: Path) -> None:
     part = take_part({"state_dict": below("module.model.")}, FILE, Choice(), known)
     assert part.name_in_file("layer.weight") == "module.model.layer.weight"
     torch.save(below("module.", {"weight": torch.ones(7, 3), "bias": torch.ones(2)}), tmp_path / "w.pth")
-    words = (
+    overrides = (
         "model=custom",
         "model._target_=torch.nn.Linear",
         "+model.kwargs.in_features=3",
@@ -443,7 +443,7 @@ def test_messages_have_the_files_own_names(tmp_path: Path) -> None:
     with pytest.raises(
         HarnessError, match=r"weight \(in the file module\.weight\) \[7, 3\] \(the model has \[2, 3\]\)"
     ):
-        load_model(compose_config([*words, f"model.checkpoint={tmp_path}/w.pth"]).model)
+        load_model(compose_config([*overrides, f"model.checkpoint={tmp_path}/w.pth"]).model)
 
 
 def test_a_backbone_that_cannot_be_fetched_is_asked_for_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,11 +451,11 @@ def test_a_backbone_that_cannot_be_fetched_is_asked_for_as_one(monkeypatch: pyte
         raise LocalEntryNotFoundError("not there")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
-    for words in (
+    for overrides in (
         ["model=timm", "model.backbone=test_vit.r160_in1k"],
         ["model=dinov3_7b_linear", "model.backbone.source=timm"],
     ):
-        cfg = compose_config([*words, "model.checkpoint=head.safetensors"]).model
+        cfg = compose_config([*overrides, "model.checkpoint=head.safetensors"]).model
         with pytest.raises(HarnessError, match=r"give model\.backbone_checkpoint=PATH"):
             backbone_checkpoint(cfg, "x") if cfg.kind != "timm" else timm.load_headless(cfg)
 

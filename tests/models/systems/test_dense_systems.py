@@ -176,14 +176,14 @@ TRUE = {
 }
 
 
-@pytest.mark.parametrize("words", TRUE)
-def test_true_files_fit_the_configured_network(words: str) -> None:
+@pytest.mark.parametrize("overrides", TRUE)
+def test_true_files_fit_the_configured_network(overrides: str) -> None:
     """Every name of the published files is known, and the network on the meta device has exactly their parameters."""
-    name, *rest = words.split()
+    name, *rest = overrides.split()
     cfg = compose_config([f"model={name}", *rest]).model
     family = family_of(cfg.kind)
     shapes: dict[str, list[int]] = {}
-    for file in TRUE[words]:
+    for file in TRUE[overrides]:
         shapes |= packed("true_keys.json.gz")[file]
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     assert max(known_keys(state, table) for table in family.layouts.values()) == len(state)
@@ -201,7 +201,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
         theirs += sum(p.numel() for p in network.head.parameters())
     assert own == theirs
     aux = sum(v.numel() for k, v in state.items() if k.startswith("auxiliary_head.") and not k.endswith(buffers))
-    if cfg.about.parameters_m is not None and "window_size" not in words:
+    if cfg.about.parameters_m is not None and "window_size" not in overrides:
         assert (own + aux) / 1e6 == pytest.approx(cfg.about.parameters_m, rel=0.015)
 
 
@@ -328,7 +328,7 @@ def test_fields_that_make_no_network() -> None:
         HarnessError, match=r"model\.architecture\.out_indicies: no such field\. Did you mean 'backbone\.out_ind"
     ):
         from_official("beit_l", official_weights("beit_upernet"), out_indicies=[1, 3, 5, 7])
-    from_official("beit_l", official_weights("beit_upernet"), img=96, depth=8)  # words of the official code do no harm
+    from_official("beit_l", official_weights("beit_upernet"), img=96, depth=8)  # fields of the official code do no harm
     with pytest.raises(HarnessError, match=r"out_indices=\[1, 3\]: four blocks of 8 are needed"):
         from_official("beit_l", official_weights("beit_upernet"), out_indices=[1, 3])
 

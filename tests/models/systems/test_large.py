@@ -92,8 +92,8 @@ def test_weights_are_never_held_twice(tmp_path: Path, kind: str, dtype: str, max
     else:
         network.save_pretrained(tmp_path)
         file = tmp_path / "model.safetensors"
-    words = [f"model.checkpoint={file}", *WIDE, f"model.dtype={dtype}", f"inference.precision={dtype}"]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=False)
+    overrides = [f"model.checkpoint={file}", *WIDE, f"model.dtype={dtype}", f"inference.precision={dtype}"]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *overrides], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak, size = map(float, done.stdout.split())
     assert size > 60
@@ -102,12 +102,12 @@ def test_weights_are_never_held_twice(tmp_path: Path, kind: str, dtype: str, max
 
 def test_weights_in_bf16_predict_what_autocast_does(call: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(MODEL)
-    words = [
+    overrides = [
         "model=custom", "model._target_=net.Net", "inference=original_size", "inference.precision=bf16",
         "dataset.limit=6", "tracking=none", "run.overlays=0", "runtime.workers=0",
     ]  # fmt: skip
-    assert call(*words, "run.dir=autocast").code == 0
-    done = call(*words, "model.dtype=bf16", "run.dir=half")
+    assert call(*overrides, "run.dir=autocast").code == 0
+    done = call(*overrides, "model.dtype=bf16", "run.dir=half")
     assert done.code == 0, done.err
     first, half = (pd.read_parquet(tmp_path / run / "ledger") for run in ("autocast", "half"))
     pixels = [frame.pixels.map(sum).sum() for frame in (first, half)]

@@ -304,18 +304,18 @@ TRUE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", TRUE)
-def test_true_files_fit_the_configured_network(words: str) -> None:
+@pytest.mark.parametrize("overrides", TRUE)
+def test_true_files_fit_the_configured_network(overrides: str) -> None:
     """Every name of the published files is known, and the network on the meta device has exactly their parameters."""
-    cfg = compose_config([f"model={words.split(maxsplit=1)[0]}", *words.split()[1:]]).model
+    cfg = compose_config([f"model={overrides.split(maxsplit=1)[0]}", *overrides.split()[1:]]).model
     family = family_of(cfg.kind)
-    state = {k: torch.empty(shape, device="meta") for k, shape in packed("true_keys.json.gz")[TRUE[words]].items()}
+    state = {k: torch.empty(shape, device="meta") for k, shape in packed("true_keys.json.gz")[TRUE[overrides]].items()}
     prepared = family.prepare(state)
     assert max(known_keys(prepared, table) for table in family.layouts.values()) == len(state)
     hub = family.hub_names(state)
     read = family.read(hub)
     for field, value in family_of(cfg.kind).flat(cfg.architecture).items():
-        if field in read and not (field == "num_attention_heads" and "dinov3" in words):
+        if field in read and not (field == "num_attention_heads" and "dinov3" in overrides):
             assert read[field] == value, field
     with torch.device("meta"):
         network = family.load(architecture(cfg), None, Strictness())
@@ -323,7 +323,7 @@ def test_true_files_fit_the_configured_network(words: str) -> None:
     buffers = ("running_mean", "running_var", "num_batches_tracked", "rope_embed.periods")
     theirs = sum(v.numel() for k, v in family.used(hub).items() if not k.endswith(buffers))
     assert own == theirs
-    assert own / 1e6 == pytest.approx(cfg.about.parameters_m, rel=0.0015 if "fapn" not in words else 0.1)
+    assert own / 1e6 == pytest.approx(cfg.about.parameters_m, rel=0.0015 if "fapn" not in overrides else 0.1)
 
 
 def test_beit3s_giant_fits() -> None:
@@ -443,8 +443,8 @@ def test_a_mask2former_with_fapn_is_built_of_parts_that_were_checked() -> None:
 # files
 
 
-def configured(*words: str) -> Any:
-    return compose_config(["dataset=ade20k", "dataset.root=x", *words]).model
+def configured(*overrides: str) -> Any:
+    return compose_config(["dataset=ade20k", "dataset.root=x", *overrides]).model
 
 
 def save(path: Path, state: dict[str, Tensor]) -> Path:
@@ -458,14 +458,14 @@ def test_head_and_backbone_in_two_files(tmp_path: Path) -> None:
     prefix = "segmentation_model.0.backbone."
     head = save(tmp_path / "head.pth", {k: v for k, v in state.items() if not k.startswith(prefix)})
     backbone = save(tmp_path / "vit.pth", {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    words = ["model=dinov3_7b_mask2former", f"model.checkpoint={head}", *(
+    overrides = ["model=dinov3_7b_mask2former", f"model.checkpoint={head}", *(
         f"model.architecture.{field}" for field in (
             "hidden_size=128", "num_hidden_layers=8", "num_attention_heads=4", "intermediate_size=256", "deform_width=64",
             "adapter_hidden=32", "width=128", "mask_width=128",
         )
     )]  # fmt: skip
     images = torch.from_numpy(draw(0, "files", [1, 3, 64, 96]))
-    model = load_model(configured(*words, f"model.backbone_checkpoint={backbone}"))
+    model = load_model(configured(*overrides, f"model.backbone_checkpoint={backbone}"))
     assert {"head_sha256", "backbone_sha256"} <= model.facts.keys()
     whole = from_official("dinov3_7b_mask2former", state, num_attention_heads=4)
     with torch.inference_mode():
@@ -488,12 +488,12 @@ def test_differences_are_added_to_the_backbone(tmp_path: Path) -> None:
     for key, value in whole.items():
         assert torch.allclose(added[key], value, atol=1e-6), key
     files = [save(tmp_path / "delta.pth", delta), save(tmp_path / "base.pth", base)]
-    words = [f"model.architecture.{w}" for w in (
+    overrides = [f"model.architecture.{w}" for w in (
         "hidden_size=128", "num_hidden_layers=6", "num_attention_heads=2", "intermediate_size=512", "image_size=96",
         "num_queries=20",
     )]  # fmt: skip
-    words += ["model=eomt_dinov3_l", f"model.checkpoint={files[0]}"]
-    model = load_model(configured(*words, f"model.backbone_checkpoint={files[1]}"))
+    overrides += ["model=eomt_dinov3_l", f"model.checkpoint={files[0]}"]
+    model = load_model(configured(*overrides, f"model.backbone_checkpoint={files[1]}"))
     assert "backbone_sha256" in model.facts
     wrong = {k: v for k, v in base.items() if not k.startswith("embeddings.")} | {
         "embeddings.cls_token": torch.ones(1, 1, 7)
@@ -534,17 +534,17 @@ def test_an_archive_with_one_weight_file(tmp_path: Path) -> None:
         ("dinov3_7b_mask2former", "mailed after the licence form"),
     ],
 )
-def test_what_was_never_published_is_said(name: str, text: str) -> None:
+def test_what_was_never_published_is_reported(name: str, text: str) -> None:
     with pytest.raises(HarnessError, match=text):
         load_model(configured(f"model={name}"))
 
 
 def test_an_encoder_alone_is_no_model(tmp_path: Path) -> None:
     file = save(tmp_path / "beit3.pth", official("beit3_vision"))
-    words = [f"model.architecture.{w}" for w in ("hidden_size=64", "num_hidden_layers=4", "num_attention_heads=4",
+    overrides = [f"model.architecture.{w}" for w in ("hidden_size=64", "num_hidden_layers=4", "num_attention_heads=4",
                                                  "intermediate_size=256", "patch_size=16", "image_size=64")]  # fmt: skip
     with pytest.raises(HarnessError, match="a backbone alone, without a head .*No ADE20K weights of BEiT-3"):
-        load_model(configured("model=beit3", f"model.checkpoint={file}", *words))
+        load_model(configured("model=beit3", f"model.checkpoint={file}", *overrides))
 
 
 def test_checkpoints_of_other_tasks_and_data_sets_are_named() -> None:

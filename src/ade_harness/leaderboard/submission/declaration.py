@@ -82,8 +82,8 @@ def make_declaration(
 def check_contact(contact: str | None) -> None:
     """Raise HarnessError unless somebody can be reached there."""
     if contact is None or not _CONTACT.fullmatch(contact):
-        said = "no contact" if not contact else f"--contact={contact}: no address"
-        raise HarnessError(f"{said}: give --contact you@example.org, or the https address of a page.")
+        problem = "no contact" if not contact else f"--contact={contact}: no address"
+        raise HarnessError(f"{problem}: give --contact you@example.org, or the https address of a page.")
 
 
 def check_repository(repository: str | None) -> None:

@@ -79,7 +79,7 @@
   const search = document.getElementById("search");
   if (search) {
     const rows = [...document.getElementById(search.dataset.table).tBodies[0].rows];
-    const told = document.getElementById("search-count");
+    const counter = document.getElementById("search-count");
     search.addEventListener("input", () => {
       const wanted = search.value.trim().toLowerCase();
       let shown = 0;
@@ -88,7 +88,7 @@
         row.hidden = !text.includes(wanted);
         shown += !row.hidden;
       });
-      told.textContent = wanted ? `${shown} of ${rows.length}` : "";
+      counter.textContent = wanted ? `${shown} of ${rows.length}` : "";
     });
   }
 
