@@ -25,7 +25,7 @@ INPUT, ORIGINAL = (512, 683), (375, 500)
 
 
 LARGEST = (1600, 1600)
-"""Of the 2,000."""
+"""(height, width) of the largest of the 2,000 validation images."""
 
 
 def naive(scores: Tensor, *sizes: tuple[int, int]) -> Tensor:

@@ -415,7 +415,7 @@ class _Greedy(nn.Module):
         self.share, self.free = share, free
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return scores that tell the images apart."""
+        """Return scores that differ between images."""
         held = torch.empty(int(len(images) * self.share * self.free), dtype=torch.uint8, device=images.device)
         return images.mean((1, 2, 3))[:, None, None, None].expand(-1, 150, 8, 8) + held[:1].float() * 0
 

@@ -20,7 +20,7 @@ from ade_harness.metrics.confusion import area_scores
 KINDS = ("centred", "percentile", "bca")
 OTHER_SETS = 2000
 IMAGES_OF_A_CLASS = (3, 6, 12, 18, 24, 30, 36, 44, 53, 61, 75, 108, 153, 239, 411, 1172)
-"""Of 2,000 validation images: quantiles from 0 to 1 in steps of 1/15."""
+"""In how many of the 2,000 validation images a class is: quantiles from 0 to 1 in steps of 1/15."""
 
 
 class Population:

@@ -13,7 +13,7 @@ import triton
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 """Nvidia's tools, which come with Triton's Linux wheels."""
 SCHEDULERS = 4
-"""Of a streaming multiprocessor since Volta; each issues at most one instruction of one warp a cycle."""
+"""Schedulers of a streaming multiprocessor since Volta; each issues at most one instruction of one warp a cycle."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ CLASSES = 150
 IGNORE = 255
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-"""Of RGB, 0 to 255."""
+"""Pixel statistics of RGB, 0 to 255."""
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 Areas = npt.NDArray[np.int64]

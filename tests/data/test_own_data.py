@@ -28,7 +28,7 @@ NAMES = [
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle <two & a half>",
 ]  # fmt: skip
 VALUES = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
-"""Of the label files: as Cityscapes has them."""
+"""Values of the label files: as Cityscapes has them."""
 IGNORED = [value for value in range(34) if value not in VALUES]
 CLASSES = {"names": NAMES, "ignore": IGNORED, "mapping": dict(zip(VALUES, NAMES, strict=True))}
 NET = """

@@ -1,4 +1,4 @@
-"""What a machine has too little of is said before the first image, or ends one image and not the run."""
+"""What a machine has too little of is reported before the first image, or ends one image and not the run."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from ade_harness.files.escapes import without_long_words
 LONGEST_S = 20.0
 """For one damaged file of some kilobytes, on a busy machine."""
 MOST_BYTES = 1 << 30
-"""Of memory, beyond what the process had before, for one damaged file of some kilobytes."""
+"""Bytes of memory, beyond what the process had before, for one damaged file of some kilobytes."""
 MOST_LEFT_BYTES = 200 << 20
-"""Of memory, after all attacks of a kind: what libraries load and keep once."""
+"""Bytes of memory, after all attacks of a kind: what libraries load and keep once."""
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ def test_windows_along_the_long_side_cover_it(long: int) -> None:
         assert all(b - a <= 512 for a, b in itertools.pairwise(starts))
 
 
-# what cannot work is said before the first image
+# what cannot work is reported before the first image
 
 
 def test_pixels_that_no_window_covers() -> None:

@@ -206,7 +206,7 @@ def test_padding_by_hand() -> None:
 
 
 def test_resizers_differ_as_documented() -> None:
-    """Halving: Pillow antialiases, OpenCV does not, torch does if it is told to (within 1 of Pillow)."""
+    """Halving: Pillow antialiases, OpenCV does not, torch does if asked to (within 1 of Pillow)."""
     image = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     opencv, pillow, plain, smooth = (
         resize_image(image, (40, 60), backend, antialias).astype(int)
@@ -238,7 +238,7 @@ def test_class_map_reaches_the_labels() -> None:
     assert "148 of the 150" in made.notes()[0]
 
 
-# what cannot work is said before, or at, the first image
+# what cannot work is reported before, or at, the first image
 
 
 @pytest.mark.parametrize("spoil", [float("nan"), float("inf")])

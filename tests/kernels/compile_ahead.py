@@ -31,7 +31,7 @@ class Kernel:
 
     function: Any
     types: dict[str, str]
-    """Of its arguments; ``*{dtype}`` stands for the dtypes in which scores and features come."""
+    """Types of its arguments; ``*{dtype}`` stands for the dtypes in which scores and features come."""
     constants: tuple[dict[str, Any], ...]
     options: dict[str, Any]
 

@@ -373,7 +373,7 @@ def test_the_store_is_asked_as_a_stranger(store: Any) -> None:
     sha = hashlib.sha256(WEIGHTS).hexdigest()
     assert store("/file", sha).checked == "read, same hash"
     assert store("/file", "0" * 64, read=False).checked == "answers; its content was not read"
-    assert store("/redirect", "1" * 64).checked == "the server tells the same hash"
+    assert store("/redirect", "1" * 64).checked == "the server reports the same hash"
     assert store("/w.safetensors.index.json", "0" * 64).checked == "its index answers; the shards were not read"
     assert store("/private", sha, gated=True).checked == "behind its licence form"
     assert store("", sha, role="endpoint").checked == "answers"

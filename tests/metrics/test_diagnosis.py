@@ -1,4 +1,4 @@
-"""What a near-zero score may be due to: said where the predictions show it, and nowhere else."""
+"""What a near-zero score may be due to: reported where the predictions show it, and nowhere else."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_an_order_is_fitted_on_every_second_image_and_tested_on_the_others() -> 
 
 def test_three_times_as_many_pixels_are_far_more() -> None:
     def rows(right: int) -> list[Row]:
-        """Of 80 pixels, 10 are right as they are, and `right` with 1 subtracted."""
+        """10 of 80 pixels are right as they are, and `right` with 1 subtracted."""
         made = []
         for number in range(12):
             truth, predicted = np.zeros(80, np.intp), np.full(80, 149)

@@ -205,7 +205,7 @@ def test_the_same_seed_gives_the_same_numbers_in_every_version() -> None:
 
 
 def test_a_difference_is_within_minus_one_and_one() -> None:
-    """Of few images, resamples lie far from the value, and the moved interval would end beyond."""
+    """With few images, resamples lie far from the value, and the moved interval would end beyond."""
     matrix_right, matrix_wrong = (np.zeros((150, 151), np.int64) for _ in range(2))
     matrix_right[3, 3] = matrix_wrong[3, 4] = 100
     matrix_right[4, 4] = matrix_wrong[4, 3] = 100
@@ -324,7 +324,7 @@ def test_a_hundred_resamples_have_to_be_defined(kind: str, defined: int, expecte
 
 
 def test_ties_with_the_value_count_half_in_bca() -> None:
-    """Of a statistic with few values: with no spread beside the ties, the interval is the percentile interval."""
+    """A statistic with few values: with no spread beside the ties, the interval is the percentile interval."""
     draws = np.repeat([0.1, 0.2, 0.3], [100, 300, 100])[:, None]
     symmetric = Resampled(np.array([0.2]), draws, np.array([[0.19], [0.2], [0.21]]))
     (bca,), (percentile,) = symmetric.bca(), symmetric.percentile()

@@ -520,7 +520,7 @@ def test_names_mean_their_own_class_or_the_only_one() -> None:
 
 @pytest.mark.parametrize(("channels", "is_identity"), [(3, True), (150, True), (255, True), (256, False), (847, False)])
 def test_a_map_of_any_number_of_channels(channels: int, is_identity: bool) -> None:
-    """Of more channels than a label has values, and of fewer than there are classes."""
+    """Networks with more channels than a label has values, and of fewer than there are classes."""
     classes = Classes("many", tuple(f"c{i}" for i in range(255)), default_colors(255))
     found = resolve_class_map(channels, [i % 255 for i in range(channels)], None, classes)
     assert found.is_identity == is_identity

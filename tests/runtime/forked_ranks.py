@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def rank_of(overrides: list[str]) -> Callable[[], int]:
-    """Return the work of a rank; a mistake in its configuration is said when it is called."""
+    """Return the work of a rank; a mistake in its configuration is raised when it is called."""
     from ade_harness.cli.launch import be_rank
     from ade_harness.config.compose import compose_config
     from ade_harness.config.composed import Composed

@@ -141,7 +141,7 @@ def test_restarts_continue_by_themselves(start: Callable[..., Started], expected
 
 
 def test_all_killed_at_once(start: Callable[..., Started], cli: Callable[..., Done], expected: Path) -> None:
-    """Also the supervisor: nothing can be said, and nothing is lost; ranks do not outlive it."""
+    """Also the supervisor: nothing can be reported, and nothing is lost; ranks do not outlive it."""
     started = start("runtime.devices=2", SLOW_MODEL_SECONDS="0.7")
     started.until(3)
     ranks = started.ranks()

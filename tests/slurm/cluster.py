@@ -158,7 +158,7 @@ class Cluster:
             time.sleep(0.2)
 
     def log(self) -> str:
-        """Return what the daemons said of jobs."""
+        """Return what the daemons logged about jobs."""
         lines = "".join(p.read_text(errors="replace") for p in sorted(self.folder.glob("slurm*.log"))).splitlines()
         return "\n".join(line for line in lines if "JobId" in line or "launch" in line)
 

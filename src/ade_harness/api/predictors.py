@@ -77,7 +77,7 @@ class FunctionPredictor:
         self.function, self.classes = function, classes
 
     def check(self, sizes: Mapping[str, Size]) -> None:
-        """Nothing can be said before it is called."""
+        """Nothing is known before it is called."""
 
     def facts(self) -> dict[str, Any]:
         """Return what the function calls itself."""

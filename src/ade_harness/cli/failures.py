@@ -40,7 +40,7 @@ def report_failure(cfg: Config, run_dir: Path | None, why: str, say: Callable[[s
 
 
 def run_and_report(cfg: Config, runs: list[Path], work: Callable[[], int], say: Callable[[str], None]) -> int:
-    """Do a rank's work; if it fails, say why and tell tracking, unless a supervisor or rank 0 is to do that.
+    """Do a rank's work; if it fails, report why, to tracking too, unless a supervisor or rank 0 does that.
 
     Args:
         cfg: the configuration.

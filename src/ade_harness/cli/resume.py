@@ -55,7 +55,7 @@ def run_resume(options: argparse.Namespace) -> Answer:
     own = is_own(path, manifest)
     if not options.trust and not own:
         require_trust(content, str(path))
-    # the directory of a stranger's run may be anywhere, with settings files of theirs in it
+    # the directory of somebody else's run may be anywhere, with their settings files in it
     directory = Path(manifest.get("directory") or Path.cwd())
     if not own and not options.trust and directory != Path.cwd():
         print_error(f"{path} was not made by you on this machine: its relative paths are taken from {Path.cwd()}.")

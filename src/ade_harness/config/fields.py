@@ -35,7 +35,7 @@ class Range:
     whole: bool = False
     """Whether only whole numbers are meant: of a field whose type does not say so."""
     length: int | None = None
-    """Of a list."""
+    """How many numbers a list has; None leaves it open."""
     ascending: bool = False
     """Whether no number of a list is smaller than the one before it."""
 

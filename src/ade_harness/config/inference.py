@@ -10,7 +10,7 @@ from ade_harness.config.fields import MISSING, bounded, bounded_list
 MAX_SIDE = 16_384
 """Pixels of a side of any input, window or padding; the packaged protocols go to 4,480."""
 MAX_SCALE = 16
-"""Of test-time augmentation; the packaged protocols go to 3."""
+"""The largest scale of test-time augmentation; the packaged protocols go to 3."""
 
 
 class ResizeRule(StrEnum):

@@ -236,7 +236,7 @@ def _check_dataset(config: Config) -> None:
 
 
 def _check_tracking(config: Config) -> None:
-    """Check what is said of another run, which gets the score."""
+    """Check the fields about another run, which gets the score."""
     tracking = config.tracking
     if tracking.run_id is None:
         require(tracking.step is None, "tracking.step: is the step of the run tracking.run_id. Set both, or neither.")

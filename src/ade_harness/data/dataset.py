@@ -118,7 +118,7 @@ class SegmentationDataset:
         return Sample(pair.image_id, image, self.encoding.targets(annotation, pair.annotation), content_hash)
 
     def files_hash(self) -> str:
-        """Return a sha256 of all names and sizes in bytes: it tells copies apart without reading them."""
+        """Return a sha256 of all names and sizes in bytes: it distinguishes copies without reading them."""
         sizes = self.source.sizes()
         lines = (f"{name} {sizes.get(name)}\n" for pair in self.pairs for name in (pair.image, pair.annotation))
         return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A client for one endpoint: tries again where that can help, tells what is wrong, and keeps its token to itself."""
+"""A client for one endpoint: retries where that can help, reports what is wrong, and keeps its token to itself."""
 
 from __future__ import annotations
 

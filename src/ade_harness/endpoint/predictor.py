@@ -173,7 +173,7 @@ class EndpointPredictor:
         return ""
 
     def facts(self) -> dict[str, Any]:
-        """Return what the manifest keeps: where the labels came from, and what the server said of itself."""
+        """Return what the manifest keeps: where the labels came from, and how the server describes itself."""
         origin = self._origin()
         sent = f"jpeg, quality {self.quality}" if self.send == "jpeg" else "png"
         facts = {"weights": "endpoint", "origin": origin, "sent": sent, "returned": self.returns, "server": self.info}

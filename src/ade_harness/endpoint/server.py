@@ -41,7 +41,7 @@ class Service(Protocol):
     """What answers requests."""
 
     def info(self) -> dict[str, Any]:
-        """Return what GET /info tells."""
+        """Return the reply to GET /info."""
 
     def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
         """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""

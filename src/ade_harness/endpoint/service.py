@@ -52,7 +52,7 @@ class ModelService:
     """Pixels of all images that are being decoded, are waiting, or are in the network."""
 
     def info(self) -> dict[str, Any]:
-        """Return what GET /info tells."""
+        """Return the reply to GET /info."""
         sha256 = self.predictor.facts().get("sha256")
         return {
             "name": self.name,

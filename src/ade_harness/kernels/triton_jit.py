@@ -85,7 +85,7 @@ def _view(
 ):  # fmt: skip
     """Return float32 [B, P]: channels `channel` int32 [B] of one view at pixels y, x int32 [P] of the label map.
 
-    `first` tells the dtype of the scores. Windows that no pixel of the tile can need are passed over.
+    `first` has the dtype of the scores. Windows that no pixel of the tile can need are passed over.
     """
     row = table + view * FIELDS
     pointer = tl.load(row).to(tl.pointer_type(first.dtype.element_ty))

@@ -26,7 +26,7 @@ from ade_harness.runs.label_maps import FOLDER, read_label_map
 _MAX_SIDE = 480
 _JPEG_QUALITY = 80
 _LEGEND = 8
-# orange and blue are told apart by every kind of colour vision; grey is right
+# orange and blue are a colour-blind safe pair; grey is right
 _RIGHT, _WRONG, _NOT_COUNTED = (208, 208, 208), (213, 94, 0), (70, 70, 70)
 
 

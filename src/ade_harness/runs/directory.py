@@ -25,7 +25,7 @@ PROGRESS = "progress.json"
 LOSS = "loss.jsonl"
 """Losses of a training: a line of JSON for each logged iteration."""
 SAVED = "saved.json"
-"""Of a training: the step of its saved state."""
+"""In a training's manifest: the step of its saved state."""
 PROBE = "probe"
 """``kind`` in the manifest of a training; an evaluation's has none."""
 SCHEMA_VERSION = 1

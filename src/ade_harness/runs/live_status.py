@@ -32,7 +32,7 @@ _JUDGED_AFTER_S = 5.0
 
 
 class LiveStatus:
-    """Fed with what ranks tell, on rank 0, about once a second; must never fail.
+    """Fed with what ranks report, on rank 0, about once a second; must never fail.
 
     Args:
         run_dir: where progress.json goes.

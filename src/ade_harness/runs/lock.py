@@ -189,7 +189,7 @@ def _started(pid: int) -> float | None:
 
 
 def _machine() -> str:
-    """Return what tells this boot of this machine, and this container, from all others."""
+    """Return what distinguishes this boot of this machine, and this container, from all others."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

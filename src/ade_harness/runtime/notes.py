@@ -1,4 +1,4 @@
-"""What a rank and its supervisor tell each other beside logs: a note in shared memory, exit codes, one signal."""
+"""What a rank and its supervisor report to each other beside logs: a note in shared memory, exit codes, one signal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ade_harness.runtime.cluster import SUPERVISED
 COMMAND = "ADE_HARNESS_COMMAND"
 """Environment variable: the command that the user gave, as JSON; ranks have it from their supervisor."""
 EXIT_MESSAGE = 2
-"""Something that the user can fix, or Ctrl-C; the rank has said what."""
+"""Something that the user can fix, or Ctrl-C; the rank has reported what."""
 EXIT_STOPPED = 75
 """Asked to stop (SIGTERM, or the signal before a time limit); what was counted is kept."""
 EXIT_RANK_LOST = 76
@@ -28,7 +28,7 @@ DONE = "done"
 
 
 class Note:
-    """A few bytes of shared memory in which a rank tells its supervisor what it does; they outlive a kill."""
+    """A few bytes of shared memory in which a rank reports to its supervisor what it does; they outlive a kill."""
 
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:

@@ -70,7 +70,7 @@ class RankCallback(pl.Callback):
     A callback in place of Lightning's progress bar, which knows the number of a rank's batches, and no other rank.
 
     Args:
-        ranks: whom to tell.
+        ranks: who gets the report.
         costs: expected, of each item.
         names: of each item, for messages.
         items: this rank's sampler.
@@ -249,7 +249,7 @@ def make_trainer(cfg: RuntimeConfig, training: bool = False, **options: Any) -> 
 
 
 def _environment() -> Any:
-    """Return who tells rank and addresses."""
+    """Return who assigns rank and addresses."""
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()  # torchrun, also inside a SLURM job
     if is_rank() and not is_supervised() and SLURMEnvironment.detect():

@@ -110,7 +110,7 @@ class RankProcess:
 
     @property
     def severity(self) -> tuple[int, float]:
-        """How much this rank's end tells about what went wrong; of equals the first."""
+        """How much this rank's end explains what went wrong; of equals the first."""
         code = self.process.returncode
         ranking = {0: -1, -SIBLING_DIED: 0, EXIT_RANK_LOST: 1, EXIT_STOPPED: 2, EXIT_MESSAGE: 3}
         level = 0 if self.killed_here else 4 if self.exited_early else ranking.get(code, 4)
@@ -293,7 +293,7 @@ class Supervisor:
             return Ending(0, False, run_dir=run_dir)
         if self.received is not None:
             return Ending(EXIT_MESSAGE if self.received == signal.SIGINT else EXIT_STOPPED, False, run_dir=run_dir)
-        if code in _ORDERLY and not worst.killed_here:  # the rank has said why
+        if code in _ORDERLY and not worst.killed_here:  # the rank has reported why
             shown = any(r.forwarded and r.process.returncode == code for r in self._processes)
             return Ending(code, code == EXIT_RANK_LOST, "" if shown else "\n".join(worst.tail), run_dir)
         message = _obituary(worst, notes.get(worst.rank, {}), run_dir)

@@ -28,7 +28,7 @@ GRACE_S = 5.0
 
 @dataclass
 class Beat:
-    """What a rank tells about itself."""
+    """What a rank reports about itself."""
 
     rank: int
     host: str = field(default_factory=host_name)

@@ -45,7 +45,7 @@ def require_attachable(cfg: TrackingConfig, ask: bool = True) -> None:
             _state(cfg)
     except NoSuchRunError:
         raise
-    except Exception:  # of any kind: it is said at the end, when the score is there
+    except Exception:  # of any kind: it is reported at the end, when the score is there
         return
 
 

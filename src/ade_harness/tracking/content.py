@@ -275,7 +275,7 @@ def _dataset(wandb: Any, result: Result, config: Mapping[str, Any], manifest: Ma
 
 
 def _describe(artifact: Any, name: str, facts: Mapping[str, Any]) -> None:
-    """Put the hashes into the artifact itself: its own digest, which tells versions apart, is made of its files."""
+    """Put the hashes into the artifact itself: its own digest, which distinguishes versions, is made of its files."""
     with artifact.new_file(name) as file:
         json.dump(dict(sorted(facts.items())), file, indent=2)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Tracking:
-    """What the story of a run tells of it; nothing where it is not tracked.
+    """What a run reports to tracking from start to end; nothing where it is not tracked.
 
     Args:
         cfg: the whole configuration.

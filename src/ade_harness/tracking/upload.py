@@ -258,7 +258,7 @@ _REFUSED = ("permission denied", "unauthorized", "not logged in", "forbidden", "
 
 
 def _complaint(output: str) -> str:
-    """Return the line of `said` that tells most."""
+    """Return the most informative line of what `wandb sync` printed."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "ERROR" in line or "panic" in line or "Error" in line]
     found = (errors or lines or [""])[0]

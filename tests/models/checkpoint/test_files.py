@@ -84,7 +84,7 @@ def test_an_official_file_is_fetched_once_resumed_and_checked(server: Server, tm
 
 
 def test_two_addresses_of_one_name_are_two_files(server: Server, own_cache: Path) -> None:
-    """Nothing but the address tells them apart where no sha256 is expected."""
+    """Nothing but the address distinguishes them where no sha256 is expected."""
     from ade_harness.models.checkpoint.public import url_checkpoint
 
     found = []

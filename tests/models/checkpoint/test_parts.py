@@ -117,7 +117,7 @@ def test_averaged_weights_are_chosen(name: str) -> None:
     content = AVERAGED[name]
     plain = take_part(content, FILE, Choice(), known)
     assert is_small(plain)
-    assert "model.checkpoint_weights=ema" in str(plain)  # said, so that nobody takes the wrong ones unknowingly
+    assert "model.checkpoint_weights=ema" in str(plain)  # reported, so that nobody takes the wrong ones unknowingly
     assert is_small(take_part(content, FILE, Choice(weights=MODEL), known))
     averaged = take_part(content, FILE, Choice(weights=EMA), known)
     assert is_other(averaged)

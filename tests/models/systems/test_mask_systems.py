@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow  # the file takes more than a few seconds
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LIMIT = {"cls": 1e-4, "mask": 1e-4, "sem": 1e-3}
-"""Of each array's standard deviation. Reached with as many threads as the golden files were made with: 0 for all but
+"""Tolerance as a share of each array's standard deviation. Reached with as many threads as the golden files were made with: 0 for all but
 OneFormer (3.2e-5, 4.9e-6, 3.6e-5) and FaPN (2.5e-6, 6.1e-6). With another number of threads matrix products round otherwise,
 and these decoders amplify that: 5e-5, 2e-5, 4e-4, which is how far the official code itself is from float64."""
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53])[:, None, None], torch.tensor([58.395, 57.12, 57.375])[:, None, None]

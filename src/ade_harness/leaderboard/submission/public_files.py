@@ -162,11 +162,11 @@ def overrides_for(reference: PublicSource, source: Source) -> list[str]:
 
 
 def check_public(reference: PublicSource, read_all: bool, on_bytes: OnBytes | None = None) -> PublicSource:
-    """Ask the address as a stranger would, without any login.
+    """Ask the address anonymously, without any login.
 
     Args:
         reference: what to look at.
-        read_all: whether to read the whole file and compare its hash, where the server does not tell one.
+        read_all: whether to read the whole file and compare its hash, where the server does not report one.
         on_bytes: called with the bytes read so far.
 
     Returns:
@@ -232,7 +232,7 @@ def _look(
     if reported is None:
         reported, how = _read_hash(response, on_bytes), "read, same hash"
     else:
-        how = "the server tells the same hash"
+        how = "the server reports the same hash"
     if reported != reference.sha256:
         raise HarnessError(
             f"{address}: is another file: its sha256 is {reported}, the run has read {reference.sha256}."
@@ -246,7 +246,7 @@ def _seen(reference: PublicSource, how: str) -> PublicSource:
 
 
 def _reported_hash(responses: list[requests.Response]) -> str | None:
-    """Return the sha256 that a hub tells of a large file."""
+    """Return the sha256 that a hub reports for a large file."""
     for response in responses:
         tag = response.headers.get("X-Linked-Etag", "").strip('"')
         if _SHA256.fullmatch(tag):

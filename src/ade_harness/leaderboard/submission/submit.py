@@ -132,7 +132,7 @@ def public_overrides(run: FinishedRun, references: Sequence[PublicSource]) -> li
 
 
 def build(run: FinishedRun, output: Path, declaration: dict[str, Any], texts: Mapping[str, str]) -> None:
-    """Write a submission and check it as a stranger would; it gets its name only if it passes.
+    """Write a submission and check it as anybody else would; it gets its name only if it passes.
 
     Raises:
         HarnessError: it cannot be written.
@@ -163,7 +163,7 @@ def _write_run(run: FinishedRun, folder: Path, declaration: Mapping[str, Any]) -
     write_ledger(folder / LEDGER / "ledger.parquet", [replace(row, host=hosts[row.host]) for row in run.rows])
     places = {str(run.config["model"].get(key)): Path(str(run.config["model"].get(key))).name for key in _PATH_KEYS}
     places |= {str(run.manifest["dataset"]["root"]): "ADE20K_ROOT", str(Path.home()): "~"}
-    # only whole paths: what is relative tells nothing of a machine, and "data" is a word of many texts
+    # only whole paths: a relative path reveals nothing of a machine, and "data" is a word of many texts
     places = {path: name for path, name in places.items() if path.startswith("/") and path != "/"}
     manifest = {key: run.manifest[key] for key in _KEPT}
     manifest["command"] = ["python", "-m", "ade_harness", *declaration["command"]]

@@ -21,7 +21,7 @@ Known = Callable[[StateDict], int]
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user says about a file; nothing said is found out, or asked."""
+    """What the user states about a file; what is not stated is found out, or asked."""
 
     prefix: str | None = None
     """``model.checkpoint_prefix``."""

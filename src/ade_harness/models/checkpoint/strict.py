@@ -1,4 +1,4 @@
-"""Load weights strictly: no key left over, none left random unless that is allowed and said."""
+"""Load weights strictly: no key left over, none left random unless that is allowed and reported."""
 
 from __future__ import annotations
 

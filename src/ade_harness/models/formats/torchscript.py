@@ -15,7 +15,7 @@ from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
 _MAX_BYTES = 64 << 20
-"""Of the code of a network, and of the pickles that say how its tensors are put together; tensors stand beside them."""
+"""The largest size of a network's code and of the pickles that describe its tensors; the tensors stand beside them."""
 
 
 def _check(path: Path) -> None:

@@ -114,4 +114,4 @@ PIXEL_LEVEL_HUB: Table = (
     (_HUB_PIXEL + "layer_1.1.*", "pixel_decoder.output.norm.*"),
     (_HUB_PIXEL + "mask_projection.*", "pixel_decoder.mask_features.*"),
 )
-"""Of transformers: the backbone and the pixel decoder."""
+"""Parts of transformers' network: the backbone and the pixel decoder."""
