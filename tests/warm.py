@@ -316,8 +316,8 @@ def _settle(module: str, given: list[str], streams: list[int], request: dict[str
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     known = set(sys.path)
-    given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder and folder not in known]
-    sys.path[:0] = given
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [folder for folder in folders if folder and folder not in known]
     sys.argv = [str(Path(sys.modules["ade_harness"].__file__ or "").parent / "__main__.py"), *given]
     if module == "ade_harness":  # the others are started with -P
         sys.path.insert(0, request["cwd"])

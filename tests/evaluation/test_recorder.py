@@ -21,7 +21,7 @@ def counted(number: int) -> CountedImage:
     target = torch.full((4, 5), number, dtype=torch.uint8)
     counts = np.zeros((150, 151), np.int64)
     counts[number, number] = 20
-    image = LoadedImage(f"i{number}", Prepared(f"i{number}", (), (4, 5)), target, f"{number:032x}", None, 0.0)
+    image = LoadedImage(f"i{number}", Prepared(f"i{number}", (), (4, 5)), target, f"{number:032x}", "", None, 0.0)
     return CountedImage(image, target, counts, np.zeros(0, np.int64), 0.0, 0)
 
 

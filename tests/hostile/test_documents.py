@@ -246,6 +246,7 @@ def test_bombs(good: Path, tmp_path: Path, name: str, door: str, monkeypatch: py
 @pytest.mark.slow
 def test_a_small_ledger_that_says_it_is_large_is_refused(tmp_path: Path) -> None:
     row = {"image_id": "a", "height": 1, "width": 1, "valid_pixels": 1, "ignored_pixels": 0, "label_hash": "", "content_hash": "",
+           "source_hash": "",
            "seconds": 0.0, "rank": 0, "host": "", "prediction": [0], "pixels": [1], "calibration": []}  # fmt: skip
     table = pa.table({f.name: pa.array([row[f.name]] * 3, f.type) for f in SCHEMA if f.name != "ground_truth"})
     values = pa.repeat(pa.scalar(0, pa.uint8()), 180_000_000)

@@ -75,7 +75,7 @@ def test_every_field_that_holds_a_path_is_known_as_one(tmp_path: Path, monkeypat
     places = {
         k
         for k in place_keys(Config)
-        if not k.startswith("runtime.") and not k.endswith((".hub_id", ".filename", ".url"))
+        if not k.startswith(("runtime.", "model.about.")) and not k.endswith((".hub_id", ".filename", ".url"))
     }
     assert places - others == set(PATHS)
     monkeypatch.chdir(tmp_path)

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
-from ade_harness.metrics.counts import Row, matrix_of, sparse_counts
+from ade_harness.metrics.counts import Row, hash_rows, matrix_of, sparse_counts
 from ade_harness.runs.directory import make_run_dir, new_run_name
 from ade_harness.runs.exactness import check_exact, check_rows, incomplete
-from ade_harness.runs.ledger import LedgerWriter, read_rows
+from ade_harness.runs.ledger import LedgerWriter, read_rows, write_ledger
 from ade_harness.runs.provenance import code_state, environment
 from ade_harness.runs.record import RunRecord, run_identity, start_record
 
@@ -56,6 +57,26 @@ def test_ledger_keeps_every_count(tmp_path: Path) -> None:
     frame = pd.read_parquet(tmp_path / "ledger")
     assert len(frame) == 70
     assert frame.valid_pixels.sum() == sum(r.valid_pixels for r in rows)
+
+
+def test_ledgers_of_the_version_before_are_read(tmp_path: Path) -> None:
+    """They have one column for the hashes of the data set's files and of the prediction's."""
+    rows = [make_row(0, content_hash="a" * 32), make_row(1, content_hash="b" * 32, source_hash="c" * 32)]
+    write_ledger(tmp_path / "new.parquet", rows)
+    table = pq.read_table(tmp_path / "new.parquet")
+    joined = pc.binary_join_element_wise(table["content_hash"], table["source_hash"], "")
+    old = table.drop_columns(["source_hash"]).set_column(
+        table.schema.get_field_index("content_hash"), "content_hash", joined
+    )
+    expected = read_rows(tmp_path)[0]
+    assert [(row.content_hash, row.source_hash) for row in expected] == [("a" * 32, ""), ("b" * 32, "c" * 32)]
+    (tmp_path / "new.parquet").unlink()
+    pq.write_table(old.replace_schema_metadata({"ade_harness.ledger": "2"}), tmp_path / "old.parquet")
+    found, damaged = read_rows(tmp_path)
+    assert (damaged, hash_rows(found)) == ([], hash_rows(expected))
+    assert [(row.content_hash, row.source_hash) for row in found] == [("a" * 32, ""), ("b" * 32, "c" * 32)]
+    write_ledger(tmp_path / "later.parquet", [make_row(2)])  # a run that goes on
+    assert len(read_rows(tmp_path)[0]) == len(pd.read_parquet(tmp_path)) == 3
 
 
 def test_ledger_is_written_without_pandas(tmp_path: Path) -> None:

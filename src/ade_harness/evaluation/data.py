@@ -37,6 +37,9 @@ class LoadedImage:
     target: Tensor
     """uint8 [H, W]."""
     content_hash: str
+    """Of the image's and the annotation's files."""
+    source_hash: str
+    """Of the file with the prediction, if there is one."""
     overlay_image: Tensor | None
     """uint8 [H, W, 3], for the few images that are drawn."""
     load_seconds: float
@@ -146,9 +149,9 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
         except HarnessError as error:
             return Failure(image_id, str(error), isinstance(error, EveryImageError))
         overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
-        content_hash = sample.content_hash + self.predictor.source_hash(image_id)
-        target = torch.from_numpy(sample.target)
-        return LoadedImage(image_id, prepared, target, content_hash, overlay, time.perf_counter() - start)
+        source, target = self.predictor.source_hash(image_id), torch.from_numpy(sample.target)
+        seconds = time.perf_counter() - start
+        return LoadedImage(image_id, prepared, target, sample.content_hash, source, overlay, seconds)
 
 
 class EvaluationData(pl.LightningDataModule):

@@ -284,8 +284,8 @@ def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor
                 f"{row.image_id}: this run has counted it, but it is no longer in the data set (or cannot be read)."
                 " Put its files back, or start a new run."
             )
-        now = dataset.content_hash(index_of[row.image_id]) + predictor.source_hash(row.image_id)
-        if now != row.content_hash:
+        now = dataset.content_hash(index_of[row.image_id]), predictor.source_hash(row.image_id)
+        if now != (row.content_hash, row.source_hash):
             raise HarnessError(
                 f"{row.image_id}: its files changed since it was counted, so the run cannot be continued."
                 " Put the old files back, or start a new run."

@@ -68,6 +68,7 @@ def row_of(
         rank=rank,
         host=host_name(),
         calibration=confidence.reshape(-1),
+        source_hash=image.source_hash,
     )
 
 

@@ -14,8 +14,6 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FILES_HASH_DIGITS = 32
-
 
 @dataclass(frozen=True)
 class Row:
@@ -33,17 +31,19 @@ class Row:
     label_hash: str
     """BLAKE2b of the uint8 label map: equal hashes mean equal predictions in every pixel."""
     content_hash: str
-    """BLAKE2b of the image's and the annotation's bytes; then, of a prediction that is a file, that of the file."""
+    """BLAKE2b of the image's and the annotation's bytes: equal for two models on the same files."""
     seconds: float
     rank: int
     host: str
     calibration: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """[45], the counts of :mod:`ade_harness.metrics.calibration` row by row; empty if they were not asked for."""
+    source_hash: str = ""
+    """BLAKE2b of the file that the prediction was read from; empty if a network made it."""
 
     @property
-    def files_hash(self) -> str:
-        """`content_hash` without what belongs to the prediction: equal for two models on the same files."""
-        return self.content_hash[:_FILES_HASH_DIGITS]
+    def all_files(self) -> str:
+        """Both hashes of files, as they stand in digests over many images."""
+        return self.content_hash + self.source_hash
 
     @property
     def right_pixels(self) -> int:
@@ -82,7 +82,7 @@ def hash_rows(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         head = [row.image_id, row.height, row.width, row.valid_pixels, row.ignored_pixels, row.label_hash]
-        digest.update(json.dumps([*head, row.content_hash]).encode())
+        digest.update(json.dumps([*head, row.all_files]).encode())
         for array, dtype in (
             (row.ground_truth, "<u1"), (row.prediction, "<u1"), (row.pixels, "<i8"), (row.calibration, "<i8"),
         ):  # fmt: skip

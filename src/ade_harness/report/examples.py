@@ -89,7 +89,7 @@ class Samples:
             sample = self._dataset.load(self._index[row.image_id])
         except HarnessError:
             return None
-        return sample if row.files_hash == sample.content_hash else None
+        return sample if row.content_hash == sample.content_hash else None
 
 
 def make_examples(

@@ -40,9 +40,13 @@ SCHEMA = pa.schema(
         ("rank", pa.int32()),
         ("host", pa.string()),
         ("calibration", pa.list_(pa.int64())),
+        ("source_hash", pa.string()),
     ],
-    metadata={"ade_harness.ledger": "2"},
+    metadata={"ade_harness.ledger": "3"},
 )
+_SCHEMA_2 = pa.schema([field for field in SCHEMA if field.name != "source_hash"])
+"""Of ledgers that were written before: the hash of a prediction's file follows that of the data set's in one column."""
+_CONTENT_HASH_DIGITS = 32
 
 
 class LedgerError(HarnessError):
@@ -166,7 +170,7 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
             raise HarnessError(f"{folder}: holds more images or counts than any data set has. Not a ledger.")
         for row in found:
             other = rows.setdefault(row.image_id, row)
-            if other.label_hash != row.label_hash or other.content_hash != row.content_hash:
+            if other.label_hash != row.label_hash or other.all_files != row.all_files:
                 raise HarnessError(
                     f"{path}: {row.image_id} is recorded twice with different results (label hashes"
                     f" {other.label_hash} and {row.label_hash}). Start a new run."
@@ -184,7 +188,7 @@ def _read_segment(path: Path) -> list[dict[str, Any]]:
     if not stat.S_ISREG(path.stat().st_mode):
         raise HarnessError(f"{path}: is not a regular file.")
     with pq.ParquetFile(path, page_checksum_verification=True) as file:  # read_table imports far more
-        if not file.schema_arrow.equals(SCHEMA):
+        if not (file.schema_arrow.equals(SCHEMA) or file.schema_arrow.equals(_SCHEMA_2)):
             raise HarnessError(f"{path}: a ledger of another version of this package. Start a new run.")
         groups = [file.metadata.row_group(index) for index in range(min(file.metadata.num_row_groups, _MAX_ROWS))]
         values = sum(g.column(c).num_values for g in groups for c in range(g.num_columns))
@@ -197,6 +201,9 @@ def _read_segment(path: Path) -> list[dict[str, Any]]:
 
 def _row_from(record: dict[str, Any]) -> Row:
     """Return a row; raises ValueError or TypeError if its parts do not fit each other."""
+    if "source_hash" not in record:
+        both = record["content_hash"]
+        record |= {"content_hash": both[:_CONTENT_HASH_DIGITS], "source_hash": both[_CONTENT_HASH_DIGITS:]}
     values = {f.name: record[f.name] for f in fields(Row)}
     for name, dtype in (
         ("ground_truth", np.uint8),

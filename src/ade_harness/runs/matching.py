@@ -91,7 +91,7 @@ def _check_same(one: Row, two: Row, names: str) -> None:
             f"{names}: not comparable: {one.image_id} is {one.width}x{one.height} (width x height) in the first,"
             f" {two.width}x{two.height} in the second. Evaluate both on the same images."
         )
-    if one.files_hash != two.files_hash:
+    if one.content_hash != two.content_hash:
         raise HarnessError(
             f"{names}: not comparable: the files of {one.image_id} differ (other pixels or another annotation)."
             " Evaluate both on the same data set."

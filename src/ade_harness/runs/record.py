@@ -47,7 +47,7 @@ class RunRecord:
         """
         digest = hashlib.sha256()
         for row in rows:
-            digest.update(f"{row.image_id} {row.content_hash}\n".encode())
+            digest.update(f"{row.image_id} {row.all_files}\n".encode())
         self.manifest["dataset"]["content_hash"] = digest.hexdigest()
         self.manifest["ledger"] = {"images": len(rows), "sha256": hash_rows(rows)}
         self.manifest.update(status="finished", finished=_now())

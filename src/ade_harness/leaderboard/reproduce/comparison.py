@@ -107,7 +107,7 @@ def compare_runs(first: FinishedRun, second: FinishedRun) -> LabelComparison:
         images=len(common),
         same_labels=len(common) - len(different),
         same_counts=sum(_same_counts(ones[i], twos[i]) for i in common),
-        other_files=tuple(i for i in common if ones[i].files_hash != twos[i].files_hash),
+        other_files=tuple(i for i in common if ones[i].content_hash != twos[i].content_hash),
         only_first=tuple(sorted(ones.keys() - twos.keys())),
         only_second=tuple(sorted(twos.keys() - ones.keys())),
         different=tuple(sorted(different, key=lambda d: (-d.pixels, d.image_id))),

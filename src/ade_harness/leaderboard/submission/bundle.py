@@ -204,7 +204,7 @@ def _record_problems(run: FinishedRun, declaration: Mapping[str, Any]) -> list[s
     if any(row.pixels.min(initial=0) < 0 for row in run.rows):
         problems.append(f"{RUN}: negative counts")
     found = scores(run.matrix).as_dict()
-    data = hashlib.sha256("".join(f"{row.image_id} {row.content_hash}\n" for row in run.rows).encode()).hexdigest()
+    data = hashlib.sha256("".join(f"{row.image_id} {row.all_files}\n" for row in run.rows).encode()).hexdigest()
     environment = {key: manifest["environment"].get(key) for key in ("python", "cpu", "gpus", "cuda", "driver")}
     declared = {key: declaration["environment"][key] for key in environment}
     digests = {manifest["model"].get(key) for key in ("sha256", "head_sha256", "backbone_sha256")}
