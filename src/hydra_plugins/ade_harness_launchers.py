@@ -53,7 +53,7 @@ class _CheckedLauncher(Launcher, ABC):
             plain = list(filter_overrides(overrides))
             try:
                 config = compose_config(plain, extra)
-                check_files(config)
+                check_job(config)
             except HarnessError as error:
                 mistakes.append(f"job {number} ({' '.join(plain)}): {error}")
                 continue
@@ -178,14 +178,15 @@ def _check_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> 
     )
 
 
-def check_files(config: Config) -> None:
-    """Check that the files a configuration names are there.
+def check_job(config: Config) -> None:
+    """Check what an evaluation needs beside a valid configuration: no recipe of a training, and every file.
 
     Raises:
-        HarnessError: names the first key whose file is not.
+        HarnessError: there is a recipe, or names the first key whose file is not there.
     """
-    from ade_harness.config.validate import require_data
+    from ade_harness.config.validate import refuse_recipe, require_data
 
+    refuse_recipe(config)
     require_data(config)
     model = config.model
     for key in ("checkpoint", "backbone_checkpoint", "path"):

@@ -55,6 +55,13 @@ def test_cfg_and_its_options(call: Call) -> None:
 
 def test_a_recipe_has_no_effect_on_an_evaluation(call: Call) -> None:
     one_message(call("+probe=dinov3_linear", "dataset.images=2"), "has no effect on `evaluate`")
+    done = call("-m", "+probe=dinov3_linear", "dataset.images=2,3")
+    one_message(done, "2 of 2 jobs cannot run, so none was started")
+    assert "has no effect on `evaluate`" in done.err
+
+
+def test_pickled_configurations_are_not_run(call: Call) -> None:
+    one_message(call("--experimental-rerun", "config.pickle"), "would run code from a pickle. `resume RUN` continues")
 
 
 @pytest.mark.parametrize(

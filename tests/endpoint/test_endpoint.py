@@ -912,7 +912,7 @@ def test_serve_says_what_is_wrong(call: Call, tmp_path: Path) -> None:
             (["--prt=1"], "serve: unrecognized arguments: --prt=1"),
             (["dataset.limit=3"], "dataset.limit=3: has no effect on serve. Remove it."),
             (["+probe=dinov3_linear"], "+probe=dinov3_linear: has no effect on serve. Remove it."),
-            (["model=predictions", "model.path=labels"], "is no network that could be served"),
+            (["model=predictions", "model.path=labels"], "gives label maps of a data set and has no network"),
             (["--token-env=NO_SUCH_VARIABLE"], "no environment variable of that name is set"),
             (["--port", str(taken.server_port)], f"cannot listen on 127.0.0.1 port {taken.server_port}"),
             (["--port", "700000"], "cannot listen on 127.0.0.1 port 700000"),

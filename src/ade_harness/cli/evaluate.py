@@ -36,7 +36,7 @@ from ade_harness.config.compose import checked, compose_config, explain, registe
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
-from ade_harness.config.validate import require_data
+from ade_harness.config.validate import refuse_recipe, require_data
 from ade_harness.errors import HarnessError, require
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
@@ -52,6 +52,10 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         HarnessError: a mistake in the configuration, or nothing was scored.
     """
     overrides = list(options.overrides)
+    require(
+        options.experimental_rerun is None,
+        "--experimental-rerun: would run code from a pickle. `resume RUN` continues a run, `reproduce RUN` repeats it.",
+    )
     require(
         options.multirun or not (options.list or options.job is not None),
         "--job and --list are about the jobs of a sweep: add -m.",
@@ -113,10 +117,8 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
             }
         except OmegaConfBaseException as error:
             raise HarnessError(explain(error, options.overrides)) from error
-        require(
-            command == "probe" or config.probe is None,
-            "probe=...: is a recipe of the command `probe`, and has no effect on `evaluate`. Remove it.",
-        )
+        if command == "evaluate":
+            refuse_recipe(config)
         if _hydras_directory(config):
             config.run.dir = str(mine.runtime.output_dir)
         require_data(config)

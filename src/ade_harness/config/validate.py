@@ -253,6 +253,18 @@ def _check_tracking(config: Config) -> None:
     )
 
 
+def refuse_recipe(config: Config) -> None:
+    """Refuse a recipe of a training where nothing is trained.
+
+    Raises:
+        HarnessError: the configuration has one.
+    """
+    require(
+        config.probe is None,
+        "probe=...: is a recipe of the command `probe`, and has no effect on `evaluate`. Remove it.",
+    )
+
+
 def require_data(config: Config) -> None:
     """Refuse to begin without ADE20K: a configuration alone, to be shown or loaded, needs no data.
 

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from ade_harness import __version__
-from ade_harness.config.kinds import Gives, kind_of
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_image, read_header
 from ade_harness.data.factory import open_classes
 from ade_harness.endpoint.predictor import LABELS_TYPE, SCORES_TYPE, encode
 from ade_harness.endpoint.server import RefusedError, Server
-from ade_harness.errors import HarnessError, require
+from ade_harness.errors import HarnessError
 from ade_harness.inference.factory import open_network
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.predictor import Prepared
@@ -138,10 +137,8 @@ def open_service(cfg: Config) -> ModelService:
     """Load the model of a configuration onto its device, with the settings that an evaluation has.
 
     Raises:
-        HarnessError: see :func:`ade_harness.inference.factory.open_network`; or the model is no network.
+        HarnessError: see :func:`ade_harness.inference.factory.open_network`.
     """
-    labels = kind_of(cfg.model.kind).gives is Gives.labels
-    require(not labels, f"model={cfg.model.name}: is no network that could be served.")
     cfg.runtime.devices = cfg.runtime.num_nodes = 1
     device = make_trainer(cfg.runtime).strategy.root_device
     cfg.metrics.calibration = False

@@ -1,0 +1,173 @@
+"""Predictions of image files: label maps and pictures in a folder, with a record of the model that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ade_harness.api.predictors import Segmenter, read_image
+from ade_harness.config.schema import Config
+from ade_harness.data.containers import MAX_FILE_BYTES
+from ade_harness.data.labels import NO_CLASS
+from ade_harness.data.palettes import is_label_file
+from ade_harness.errors import HarnessError, require
+from ade_harness.files.atomic import replaced, write_json
+from ade_harness.files.documents import read_json
+from ade_harness.files.reading import read_regular
+from ade_harness.models.identity import state_hash
+from ade_harness.report.overlays import draw_prediction
+from ade_harness.runs.provenance import code_state
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_RECORD = "predictions.json"
+_MADE_BY = ("model", "protocol", "state_sha256", "dataset")
+
+
+@dataclass
+class PredictedFiles:
+    """What became of image files."""
+
+    failed: dict[str, str] = field(default_factory=dict)
+    """The message of each file that failed."""
+    constant: list[str] = field(default_factory=list)
+    """Greyscale PNGs with few constant regions: they may be label maps."""
+
+
+def predict_files(
+    segmenter: Segmenter, files: Sequence[tuple[Path, str]], output: Path, exif: bool, on_done: Callable[[int], None]
+) -> PredictedFiles:
+    """Write ``labels/NAME.png`` and ``pictures/NAME.png`` of every image.
+
+    Args:
+        segmenter: the model.
+        files: images with the name of what is written, as :func:`find_images` yields them.
+        output: an existing folder.
+        exif: whether images are turned as their EXIF orientation says.
+        on_done: called with the number of images that are done, failed ones too.
+    """
+    found = PredictedFiles()
+    for done, (file, name) in enumerate(files, start=1):
+        try:
+            pixels = _read(file, exif)
+            if file.suffix.lower() == ".png" and _is_flat(pixels):
+                found.constant.append(str(file))
+            _write(segmenter, file, pixels, output, name)
+        except HarnessError as error:
+            found.failed[str(file)] = str(error)
+        on_done(done)
+    return found
+
+
+def describe_model(segmenter: Segmenter, cfg: Config) -> dict[str, str]:
+    """Return what identifies the model and protocol behind predictions."""
+    file = segmenter.facts.get("sha256")  # of what has no tensors in memory, such as ONNX
+    return {
+        "model": cfg.model.name, "protocol": cfg.inference.name, "state_sha256": state_hash(segmenter.network),
+        "dataset": segmenter.classes.dataset, **({"sha256": str(file)} if file else {}),
+    }  # fmt: skip
+
+
+def open_output(output: Path, made_by: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+    """Write a record of the model into the folder of its predictions.
+
+    Raises:
+        HarnessError: it holds those of another one, or files of which nobody knows, or cannot be written.
+    """
+    path = output / _RECORD
+    there = [output / folder for folder in ("labels", "pictures") if (output / folder).exists()]
+    if path.exists():
+        before = read_json(path, {**dict.fromkeys(_MADE_BY, str), "sha256?": str})
+        keys = [*_MADE_BY, "sha256"]
+        other = [f"{k} {before.get(k)}, now {made_by.get(k)}" for k in keys if before.get(k) != made_by.get(k)]
+        require(
+            not other,
+            f"{output}: holds the predictions of another model ({'; '.join(other)}). Name another folder with"
+            " --output, or remove this one.",
+        )
+    elif there:
+        raise HarnessError(
+            f"{there[0]}: exists already, and no {_RECORD} beside it names its model. Choose another folder"
+            " with --output, or remove this one."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"--output {output}: cannot be written ({error.strerror or error}).") from error
+    code = {key: value for key, value in code_state().items() if key in ("version", "commit", "dirty")}
+    write_json(path, {**made_by, "weights": dict(facts), "code": code})
+
+
+def find_images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each image with the name of what is written for it, the path below its folder; not what is in `output`.
+
+    Raises:
+        HarnessError: a path that is not there, a folder without images, or two images of one name.
+    """
+    seen: dict[str, Path] = {}
+    for path in given:
+        require(path.exists(), f"{path}: no such image or folder.")
+        found = [path]
+        if path.is_dir():
+            made = output.resolve()  # by an earlier command
+            below = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            found = sorted(p for p in below if made not in p.resolve().parents)
+        require(bool(found), f"{path}: no image is in there ({', '.join(_SUFFIXES)}).")
+        for file in found:
+            name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
+            require(
+                name not in seen,
+                f"{file}: would be written to the same files as {seen.get(name)}. Predict them in two commands.",
+            )
+            seen[name] = file
+            yield file, name
+
+
+def prediction_marks(segmenter: Segmenter) -> list[str]:
+    """Return what predictions must not be taken for."""
+    facts = segmenter.facts
+    marks = []
+    if facts.get("weights") == "demo":
+        marks.append(
+            "DEMO: this network was trained on synthetic images only: its predictions on photographs are meaningless"
+        )
+    if facts.get("weights") == "random":
+        marks.append("RANDOM WEIGHTS: the predictions say nothing about the model")
+    if facts.get("random_keys"):
+        marks.append("RANDOM LAYERS: the predictions say nothing about the model")
+    return marks
+
+
+def _read(file: Path, exif: bool) -> npt.NDArray[np.uint8]:
+    """Return the pixels of a picture; raises HarnessError for a label map in colours, or what is no picture."""
+    require(
+        file.suffix.lower() != ".png" or not is_label_file(read_regular(file, MAX_FILE_BYTES)),
+        f"{file}: is a label map (a PNG with the palette of a data set), not an image. Name image files only.",
+    )
+    return read_image(file, exif)[0]
+
+
+def _is_flat(pixels: npt.NDArray[np.uint8]) -> bool:
+    """Whether a picture is grey and nine of ten neighbours are equal: labels are so, hardly any photograph is."""
+    grey = pixels[..., :1]
+    return bool((pixels == grey).all()) and grey.shape[1] > 1 and bool((grey[:, 1:] == grey[:, :-1]).mean() > 0.9)
+
+
+def _write(segmenter: Segmenter, file: Path, pixels: npt.NDArray[np.uint8], output: Path, name: str) -> None:
+    labels = segmenter.predict(pixels, str(file))
+    values = np.where(labels == NO_CLASS, 0, labels + 1).astype(np.uint8)
+    grey = Image.fromarray(values, mode="P")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[1 : len(segmenter.classes) + 1] = segmenter.classes.colors
+    grey.putpalette(palette.tobytes())
+    pictures: dict[str, Any] = {"labels": grey, "pictures": draw_prediction(pixels, labels, segmenter.classes)}
+    for folder, picture in pictures.items():
+        path = output / folder / f"{name}.png"
+        with replaced(path, durable=False) as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(temporary, "PNG")
