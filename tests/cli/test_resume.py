@@ -108,6 +108,19 @@ def test_resume_takes_options_of_this_session_and_refuses_unknown_ones(call: Cal
     assert call("resume", "run", "tracking=none", "runtime.timeout_min=1").code == 0
 
 
+def test_a_changed_label_paper_or_note_refuses_no_resume(call: Call, overrides: list[str], tmp_path: Path) -> None:
+    assert call(*overrides, "run.dir=run").code == 0
+    before = json.loads((tmp_path / "run/metrics.json").read_text())["mIoU"]
+    lose_some(tmp_path / "run")
+    prose = ("model.label='Another, name'", "model.about.paper=https://example.org/2 (v2)", "model.published.source=a note",
+             "inference.source=elsewhere", "tracking.tags=[other]")  # fmt: skip
+    done = call("resume", "run", *prose)
+    assert done.code == 0, done.err
+    assert "MIXED" not in done.out
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["mIoU"] == before
+    assert "changes" not in json.loads((tmp_path / "run/manifest.json").read_text())
+
+
 def test_resume_refuses_what_changed_and_shows_it(call: Call, overrides: list[str], tmp_path: Path) -> None:
     assert call(*overrides, "run.dir=run").code == 0
     lose_some(tmp_path / "run")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.logs import SILENT, log_level
 
 
 @contextmanager
@@ -29,11 +29,9 @@ def hub_explained(where: str, advice: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)  # its retries; the outcome is reported below
     try:
-        yield
+        with log_level("huggingface_hub", SILENT):  # its retries; the outcome is reported below
+            yield
     except HarnessError:
         raise
     except GatedRepoError as error:
@@ -51,5 +49,3 @@ def hub_explained(where: str, advice: str) -> Iterator[None]:
     except Exception as error:  # HfHubHTTPError, OSError, and those of its HTTP library, whose name changes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise HarnessError(f"{where}: the download failed ({reason}). {advice}") from error
-    finally:
-        logger.setLevel(before)

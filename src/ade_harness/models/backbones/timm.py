@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.files.logs import log_level
 
 DEFAULT_SIDE = 512
 """Input of backbones that take one size: the windows of the linear protocols."""
@@ -74,7 +75,7 @@ def build_timm(name: str, state: Mapping[str, Tensor] | None, maps: int | None, 
         HarnessError: timm does not know the name, the model gives no feature maps, or the weights do not fit it.
     """
     settings, fixed = _size_settings(name, side)
-    with _quiet(), _explained(name):
+    with log_level("timm", logging.ERROR), _explained(name):
         network = _make(name, settings, state)
         if not hasattr(network, "forward_intermediates"):
             return _of_features_only(name, settings, state, fixed)
@@ -117,7 +118,7 @@ def known_names(name: str) -> Callable[[Mapping[str, Tensor]], int]:
     import timm
 
     pretrained_cfg(name)
-    with _quiet(), _explained(name), torch.device("meta"):
+    with log_level("timm", logging.ERROR), _explained(name), torch.device("meta"):
         own = timm.create_model(name.partition(".")[0]).state_dict().keys()
     return lambda state: len(state.keys() & own)
 
@@ -146,7 +147,7 @@ def _takes(name: str, settings: Mapping[str, Any], side: int) -> bool:
     import timm
 
     try:
-        with torch.device("meta"), _quiet(), torch.inference_mode():
+        with torch.device("meta"), log_level("timm", logging.ERROR), torch.inference_mode():
             network: Any = timm.create_model(name, **settings).eval()
             images = torch.empty(1, 3, side, side)
             if hasattr(network, "forward_intermediates"):
@@ -208,18 +209,6 @@ def _chosen(reductions: list[int], maps: int | None) -> list[int]:
     if len(last) == 1:
         return [len(reductions) - 1]
     return [i for stride, i in sorted(last.items()) if stride in _STRIDES] or [len(reductions) - 1]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence timm's log of what it loads: ours says it."""
-    logger = logging.getLogger("timm")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextmanager

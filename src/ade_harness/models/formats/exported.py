@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch.export.passes import move_to_device_pass
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
+from ade_harness.files.logs import SILENT, log_level
 from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.loaded import UNBOUNDED, LoadedModel, names_of, statistics
 
@@ -57,7 +55,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     try:
         with zipfile.ZipFile(path):
             pass  # what is no archive is refused here: torch would leave it open
-        with _quiet():
+        with log_level("torch.export", SILENT):
             program = torch.export.load(str(path))
     except Exception as error:  # torch's reader of a damaged file fails in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -74,18 +72,6 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         fixed_size=(height, width) if height is not None and width is not None else None, fixed_batch=fixed[0],
         side_limits=_side_limits(program, shape), facts=facts,
     )  # fmt: skip
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's reader from logging the traceback of what it raises."""
-    logger = logging.getLogger("torch.export")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _side_limits(program: torch.export.ExportedProgram, shape: tuple[Any, ...]) -> Any:

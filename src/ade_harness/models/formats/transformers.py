@@ -21,6 +21,7 @@ from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
 from ade_harness.config.saved import PREPROCESSOR
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
+from ade_harness.files.logs import SILENT, log_level
 from ade_harness.models.checkpoint.strict import Strictness, require_all_keys
 from ade_harness.models.loaded import LoadedModel, names_of
 from ade_harness.models.outputs import MaskLogits
@@ -58,13 +59,10 @@ def _quiet() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.CRITICAL)
     try:
-        yield
+        with log_level("huggingface_hub", SILENT):
+            yield
     finally:
-        hub.setLevel(level)
         transformers_logging.set_verbosity(before)
         if bars:
             transformers_logging.enable_progress_bar()
