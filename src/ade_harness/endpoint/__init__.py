@@ -1,1 +1,1 @@
-"""Models behind HTTP: the client, and a reference server."""
+"""Models behind HTTP: the client, and a server."""

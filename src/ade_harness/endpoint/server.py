@@ -1,4 +1,4 @@
-"""The HTTP side of the reference server: reads and checks requests, and answers each in a thread of its own."""
+"""The HTTP side of the server: reads and checks requests, and answers each in a thread of its own."""
 
 from __future__ import annotations
 
