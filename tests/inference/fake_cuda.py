@@ -13,7 +13,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def allow_fake_cuda() -> None:
 _MODE = FakeTensorMode()  # one for the process, since networks keep tensors that depend on the input's size alone
 CUDA_TYPE = 1
 """c10::DeviceType::CUDA."""
-# kernels of ours that are several launches: the table of views and the kernel; zeros and the kernel; all three
+# kernels of ours that are several launches: the table of views and the kernel (and before it, of averaged softmax, the
+# kernel of the norms); zeros and the kernel; the table, zeros and the kernel
 OWN = {"label_views": 2, "count_pixels": 2, "count_invalid": 3, "normalise_pixels": 1, "aggregate": 1}
 _ONE_KERNEL = ("upsample_", "scaled_dot_product_attention")
 """Composite operators that are one kernel on a GPU (of attention, that which holds no matrix of all pairs)."""
@@ -67,10 +68,11 @@ _NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_stri
 """Operators that make no view and launch nothing either."""
 
 
-def launches(func: Any) -> int:
+def launches(func: Any, arguments: Sequence[Any]) -> int:
     """Return how many kernels and copies an operator starts on a GPU, at least."""
     name = func.__name__.split(".")[0]
-    return 0 if func.is_view or name in _NOTHING else OWN.get(name, 1)
+    norms = name == "label_views" and arguments[4]
+    return 0 if func.is_view or name in _NOTHING else OWN.get(name, 1) + bool(norms)
 
 
 @dataclasses.dataclass
@@ -79,6 +81,8 @@ class Seen:
 
     operators: Counter[str] = dataclasses.field(default_factory=Counter)
     """Calls of each operator, by its name without a namespace, that launch something; ours by their launches."""
+    variants: set[str] = dataclasses.field(default_factory=set)
+    """Which variants of our kernels were launched: name and constants, as `variant` writes them."""
     now: int = 0
     peak: int = 0
     """Bytes of CUDA tensors at a time, the network's included."""
@@ -87,6 +91,28 @@ class Seen:
     def launches(self) -> int:
         """How many there were."""
         return self.operators.total()
+
+
+CHOSEN = ("TAPS", "PER_LEVEL", "CHANNELS", "TWO_STEPS", "PROBABILITIES", "WHOLE")
+"""Constants of our kernels that launchers choose by what they get; the others are the same in each launch on a GPU."""
+
+
+def variant(name: str, **constants: int | bool) -> str:
+    """Write down a variant of a kernel: the constants that its launcher chooses by the tensors it gets."""
+    return f"{name} {json.dumps(constants, sort_keys=True)}"
+
+
+def variants_of(operator: str, arguments: Any) -> set[str]:
+    """Return what an operator of ours launches, as its launcher chooses it from the arguments."""
+    if operator == "aggregate":
+        values, shapes, points = arguments[:3]
+        taps, levels = points.shape[3], len(shapes) // 2  # heights and widths in turn
+        return {variant("_aggregate", TAPS=taps, PER_LEVEL=taps // levels, CHANNELS=values.shape[3])}
+    if operator == "label_views":
+        _, _, _, two_steps, soft, whole = arguments
+        labels = variant("label_tile", TWO_STEPS=two_steps, PROBABILITIES=soft, WHOLE=whole)
+        return {labels, variant("view_norms", TWO_STEPS=two_steps)} if soft else {labels}
+    return set()
 
 
 class Watch(TorchDispatchMode):
@@ -121,9 +147,11 @@ class Watch(TorchDispatchMode):
                 return out
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
+        if func.namespace == "ade_harness":
+            self.seen.variants |= variants_of(name, args)
         tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if any(t.device.type == "cuda" for t in tensors) and launches(func):
-            self.seen.operators[name] += launches(func)
+        if any(t.device.type == "cuda" for t in tensors) and launches(func, args):
+            self.seen.operators[name] += launches(func, args)
         for tensor in tensors:
             self.hold(tensor)
         return out
@@ -248,6 +276,7 @@ def main(overrides: list[str]) -> None:
         found = {
             "model": name, "half": half, "views": len(plans), "windows": sum(len(p.origins) for p in plans),
             "forward": inside.operators, "beside": beside.operators, "peak_mib": round(beside.peak / 2**20),
+            "variants": sorted(inside.variants | beside.variants),
             "seconds": round(time.perf_counter() - start, 1),
         }  # fmt: skip
         print(json.dumps(found), flush=True)

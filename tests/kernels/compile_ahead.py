@@ -41,6 +41,8 @@ _VIEWS = {"table": "*i64", "first": "*{dtype}", "norms": "*fp32", "labels": "*u8
 _ROWS, _COLUMNS = triton_gpu.TILES["cuda"]
 _TILE = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "CUDA": True}
 _RUN = {"SIZE": triton_gpu.RUN}
+_SAMPLES = {"values": "*{dtype}", "weights": "*{dtype}", "out": "*{dtype}", "levels": "*i32", "points": "*fp32",
+            "queries": "i32", "groups": "i32", "pixels": "i32"}  # fmt: skip
 _PLACES = ("canvas_height", "canvas_width", "top", "left", "height", "width")
 KERNELS = {
     "label_tile": Kernel(
@@ -49,6 +51,13 @@ KERNELS = {
             {**_TILE, "TWO_STEPS": two, "PROBABILITIES": soft, "WHOLE": whole,
              "BLOCK": 1 if soft else triton_gpu.BLOCKS["cuda"][two]}
             for two in (False, True) for soft, whole in ((False, True), (False, False), (True, False))
+        ), triton_gpu.OF_VIEWS,
+    ),
+    "label_tile of many channels": Kernel(  # more than labels of 8 bits hold: a class map makes fewer of them
+        triton_jit.label_tile, {**_VIEWS, "labels": "*i32"},
+        tuple(
+            {**_TILE, "TWO_STEPS": two, "PROBABILITIES": False, "WHOLE": True, "BLOCK": triton_gpu.BLOCKS["cuda"][two]}
+            for two in (False, True)
         ), triton_gpu.OF_VIEWS,
     ),
     "view_norms": Kernel(
@@ -66,13 +75,15 @@ KERNELS = {
     ),
     "count_invalid": Kernel(triton_jit.count_invalid, {"table": "*i64", "first": "*{dtype}", "total": "*i64"}, (_RUN,), triton_gpu.EXACT),
     "_aggregate": Kernel(
-        deformable_triton._aggregate,
-        {"values": "*{dtype}", "weights": "*{dtype}", "out": "*{dtype}", "levels": "*i32", "points": "*fp32",
-         "queries": "i32", "groups": "i32", "pixels": "i32"},
+        deformable_triton._aggregate, _SAMPLES,
         tuple(
-            {"TAPS": taps, "PER_LEVEL": per, "CHANNELS": width, "LANES": triton.next_power_of_2(width), "TILE": 16}
-            for taps, per, width in ((12, 4, 32), (12, 4, 64), (9, 9, 16))
+            deformable_triton.constants_of(taps, levels, channels)
+            for taps, levels, channels in ((12, 3, 32), (12, 3, 44), (12, 3, 48), (4, 1, 32), (4, 1, 44), (9, 1, 32))
         ), deformable_triton.EXACT,
+    ),
+    "_aggregate of wide heads": Kernel(
+        deformable_triton._aggregate, _SAMPLES,
+        tuple(deformable_triton.constants_of(taps, levels, 128) for taps, levels in ((12, 3), (4, 1))), deformable_triton.WIDE,
     ),
 }  # fmt: skip
 
@@ -81,7 +92,8 @@ def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[
     """Compile one kernel as its launcher would: pointers are multiples of 16 bytes, where that is looked at at all.
 
     Triton's IR of a source is the same for every GPU (none of these kernels has tensor descriptors), and making it is
-    a third of the work: it is made for the first and compiled on for the others.
+    a third of the work: it is made for the first and compiled on for the others. So is its IR for GPUs, another third,
+    among those of one major version: its passes ask for no more than that. `check_shortcut` compares machine code.
     """
     names = kernel.function.arg_names
     types = {n: t.format(dtype=dtype) for n, t in kernel.types.items() if n not in constants}
@@ -93,12 +105,39 @@ def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[
     }
     source: Any = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)
     with tempfile.TemporaryDirectory() as folder:
+        of_major: dict[int, tuple[int, Path]] = {}
         for arch in archs:
+            first, path = of_major.get(arch // 10, (arch, Path()))
+            if first != arch:
+                text = path.read_text()
+                assert text.count(f'"cuda:{first}"') == 1
+                path = Path(folder, f"kernel{arch}.ttgir")
+                path.write_text(text.replace(f'"cuda:{first}"', f'"cuda:{arch}"'))
+                yield arch, triton.compile(str(path), target=GPUTarget("cuda", arch, 32), options=kernel.options)
+                continue
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
             yield arch, made
-            path = Path(folder, "kernel.ttir")
-            path.write_text(made.asm["ttir"])
-            source = str(path)
+            of_major[arch // 10] = arch, Path(folder, f"kernel{arch}.ttgir")
+            of_major[arch // 10][1].write_text(made.asm["ttgir"])
+            source = str(Path(folder, "kernel.ttir"))
+            Path(source).write_text(made.asm["ttir"])
+
+
+def check_shortcut(archs: list[int]) -> None:
+    """Compile a kernel from its source for each GPU too, and compare the instructions."""
+    kernel = KERNELS["_aggregate"]
+    for arch, made in compiled(kernel, kernel.constants[0], "fp16", archs):
+        [(_, whole)] = compiled(kernel, kernel.constants[0], "fp16", [arch])
+        assert code_of(whole.asm["cubin"]) == code_of(made.asm["cubin"]), arch
+
+
+def code_of(cubin: bytes) -> str:
+    """Return the machine instructions of a cubin, without the names of the files that it was made from."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [machine_code.TOOLS / "cuobjdump", "-sass", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def specialised(kernel: Kernel) -> list[str]:
@@ -123,29 +162,18 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def main(archs: list[int], with_loops: bool) -> None:
     """Compile all; an error ends the program."""
-    for name, kernel in KERNELS.items():
+    check_shortcut(archs)
+    for kernel in KERNELS.values():
         for constants in kernel.constants:
             several = "*{dtype}" in kernel.types.values()
             dtypes = ("fp32", "fp16", "bf16") if several else ("fp32",)
             for dtype in dtypes:
                 for arch, made in compiled(kernel, constants, dtype, archs):
-                    found = {"kernel": name, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion,
+                    found = {"kernel": kernel.function.__name__, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion,
                              "specialised": specialised(kernel)}  # fmt: skip
-                    print(
-                        json.dumps(
-                            {
-                                **found,
-                                "constants": constants,
-                                **usage(made.asm["cubin"]),
-                                **(
-                                    {"loops": machine_code.read(made.asm["cubin"]).loops}
-                                    if with_loops or constants.get("WHOLE")
-                                    else {}
-                                ),
-                            }
-                        ),
-                        flush=True,
-                    )
+                    loops = with_loops or (constants.get("WHOLE") and kernel.types["labels"] == "*u8")
+                    code = {"loops": machine_code.read(made.asm["cubin"]).loops} if loops else {}
+                    print(json.dumps({**found, "constants": constants, **usage(made.asm["cubin"]), **code}), flush=True)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,20 @@ def test_sums_are_those_of_the_definition(name: str, shapes: list[tuple[int, int
     assert torch.allclose(found.double(), naive(values, shapes, points, weights), atol=2e-6)
 
 
+@pytest.mark.parametrize(("channels", "tile"), [(32, 16), (44, 16), (128, 8)])
+def test_wide_heads_take_fewer_queries_at_a_time(channels: int, tile: int) -> None:
+    """Of a program on a GPU: as many sums as its registers hold; each query's sum is the same."""
+    aggregate_triton = implementation("triton")
+    from ade_harness.models.ops.deformable_triton import constants_of
+
+    assert constants_of(12, 3, channels)["TILE"] == tile
+    shapes = [(3, 4), (6, 5), (1, 1)]
+    values, points, weights = problem(shapes, 12, groups=2, channels=channels)
+    assert torch.allclose(
+        aggregate_triton(values, shapes, points, weights), aggregate_torch(values, shapes, points, weights), atol=5e-6
+    )
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_half_precision_and_nan(name: str) -> None:
     shapes = [(4, 7)]
@@ -243,8 +257,9 @@ def test_both_forms_of_attention_agree(kind: torch.dtype) -> None:
 def test_the_cuda_kernel_gives_the_sums_of_torch() -> None:
     from ade_harness.models.ops.deformable_triton import aggregate_triton
 
-    for shapes, taps in (([(16, 22), (32, 43), (64, 86)], 12), ([(56, 76)], 9)):
-        values, points, weights = (t.cuda() for t in problem(shapes, taps, groups=8, channels=32))
+    levels, one = [(16, 22), (32, 43), (64, 86)], [(56, 76)]
+    for shapes, taps, channels in ((levels, 12, 32), (levels, 12, 44), (levels, 12, 128), (one, 4, 128), (one, 9, 32)):
+        values, points, weights = (t.cuda() for t in problem(shapes, taps, groups=8, channels=channels))
         found = aggregate_triton(values, shapes, points, weights)
         assert torch.allclose(found, aggregate_torch(values, shapes, points, weights), atol=1e-5)
 

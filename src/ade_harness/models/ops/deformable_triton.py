@@ -7,6 +7,7 @@ values' dtype is; all four corners of a sample are contiguous rows of channels. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,10 +16,15 @@ from torch import Tensor
 
 from ade_harness.kernels.constants import constant
 
-_TILE = 16
-"""Queries per program."""
+_USUAL_LANES = 64
+_TILE, _MAX_VALUES = 16, 1024
+"""Queries per program; and queries times channels, whose sums lie in registers: 16 queries of 128 channels (DINOv3's)
+would take 144 registers a thread, 8 take half of a multiprocessor's less."""
 EXACT = {"enable_fp_fusion": False}
 """Launch option: the last bits do not depend on what a version of Triton fuses by default."""
+WIDE: dict[str, Any] = EXACT if torch.version.hip else {**EXACT, "maxnreg": 128}
+"""Launch options for more than 64 channels: left alone, ptxas keeps two values on the stack on sm_100 to use but 48
+registers. AMD's compiler has no such option."""
 
 
 @triton.jit
@@ -72,6 +78,21 @@ def _aggregate(
     tl.store(out + place[:, None] * CHANNELS + channel[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
+def constants_of(taps: int, levels: int, channels: int) -> dict[str, int]:
+    """Return the constants of a launch.
+
+    Args:
+        taps: samples of each query, of all levels together.
+        levels: of the values.
+        channels: of a head or group.
+    """
+    lanes = triton.next_power_of_2(channels)
+    return {
+        "TAPS": taps, "PER_LEVEL": taps // levels, "CHANNELS": channels, "LANES": lanes,
+        "TILE": max(1, min(_TILE, _MAX_VALUES // lanes)),
+    }  # fmt: skip
+
+
 def aggregate_triton(values: Tensor, shapes: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:
     """See :func:`ade_harness.models.ops.deformable.aggregate`."""
     batch, pixels, groups, channels = values.shape
@@ -82,11 +103,11 @@ def aggregate_triton(values: Tensor, shapes: Sequence[tuple[int, int]], points: 
         start += height * width
     levels = constant(tuple(rows), values.device, torch.int32)
     out = torch.empty((batch, queries, groups, channels), dtype=values.dtype, device=values.device)
-    grid = (triton.cdiv(queries, _TILE), groups, batch)
+    constants = constants_of(taps, len(shapes), channels)
+    grid = (triton.cdiv(queries, constants["TILE"]), groups, batch)
     with torch.cuda.device_of(values):  # Triton launches on the current GPU
         _aggregate[grid](
             values.contiguous(), levels, points.float().contiguous(), weights.contiguous(), out, queries, groups,
-            pixels, TAPS=taps, PER_LEVEL=taps // len(shapes), CHANNELS=channels,
-            LANES=triton.next_power_of_2(channels), TILE=_TILE, **EXACT,
+            pixels, **constants, **(WIDE if constants["LANES"] > _USUAL_LANES else EXACT),
         )  # fmt: skip
     return out.flatten(2)
