@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 PARTS = ("images", "machine_code", "measure", "ours", "peers")
 """Modules of the benchmarks, not benchmarks themselves."""
 SMOKE: dict[str, tuple[list[str], str]] = {
-    "bench_host": (["--images", "4", "--files", "2", "--ranks", "1", "--rounds", "1", "--label-maps", "all"], "own thread"),
+    "bench_host": (["--images", "4", "--files", "2", "--evaluated", "4", "--ranks", "1", "--rounds", "1", "--label-maps", "all"], "whole evaluations"),
     "bench_kernels": (["--rounds", "1", "--no-largest", "--size", "96", "128"], "counting"),
     "bench_loop": (["--images", "2", "--rounds", "1", "--peers", "torchmetrics", "detectron2"], "outside the forward"),
     "bench_mask_systems": (["--systems", "maskformer_swin_t"], "maskformer_swin_t"),

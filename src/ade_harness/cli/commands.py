@@ -60,7 +60,7 @@ _SWEEP = (
         help="run a sweep: a,b  range(1,4)  glob(segformer*); hydra/launcher=slurm submits it",
     ),
     Argument("-r", "--run", action="store_true", help="run one configuration (default; Hydra's opposite of -m)"),
-    Argument("--experimental-rerun", metavar="FILE", help=argparse.SUPPRESS),  # of Hydra's: refused with the reason
+    Argument("--experimental-rerun", metavar="FILE", help="refused: it runs a pickle; use resume, or reproduce"),
     Argument("--list", action="store_true", help="with -m: print the jobs and exit"),
     Argument("--job", type=int, metavar="N", help="with -m: run only job N, from 0 (for SLURM job arrays)"),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 import warnings
@@ -21,6 +22,7 @@ from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
+from ade_harness.evaluation.packing import Layout, pack, unpack
 from ade_harness.inference.predictor import Predictor, Prepared
 from ade_harness.runtime.cluster import host_name, local_ranks
 from ade_harness.runtime.coordination import Coordinator
@@ -45,10 +47,26 @@ class LoadedImage:
     load_seconds: float
     """Reading, decoding and resizing."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Hand all tensors over in one piece of shared memory; called in a loader process."""
+        tensors = [*self.prepared.pixels, self.target, *([] if self.overlay_image is None else [self.overlay_image])]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields |= {"prepared": replace(self.prepared, pixels=()), "target": None, "overlay_image": None}
+        return _with_tensors, (fields, self.overlay_image is not None, *pack(tensors))
+
     def pin_memory(self) -> LoadedImage:
         """Return a copy from which a GPU can be fed asynchronously; called by torch's DataLoader."""
         prepared = replace(self.prepared, pixels=tuple(p.pin_memory() for p in self.prepared.pixels))
         return replace(self, prepared=prepared, target=self.target.pin_memory())
+
+
+def _with_tensors(fields: dict[str, Any], has_overlay: bool, buffer: Tensor, layout: Layout) -> LoadedImage:
+    """Return what `LoadedImage.__reduce__` has taken apart."""
+    tensors = unpack(buffer, layout)
+    overlay = tensors.pop() if has_overlay else None
+    target = tensors.pop()
+    prepared = replace(fields["prepared"], pixels=tuple(tensors))
+    return LoadedImage(**{**fields, "prepared": prepared, "target": target, "overlay_image": overlay})
 
 
 @dataclass(frozen=True)
