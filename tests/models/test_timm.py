@@ -356,7 +356,7 @@ def test_a_network_of_smp(tmp_path: Path) -> None:
         assert load_model(model_cfg(*overrides, "model.weights=random")).weights == "random"
     for given, text in (
         (("model=smp",), "name the network"),
-        ((*overrides,), "give its weights as model.checkpoint=PATH"),
+        ((*overrides,), "Give yours as model.checkpoint=PATH"),
         (("model=smp", "model.architecture.arch=nothing", overrides[2], "model.weights=random"), "smp cannot build it"),
         (("model=smp", f"model.id={tmp_path}"), "smp cannot load it"),
         (

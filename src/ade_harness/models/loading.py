@@ -105,7 +105,6 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
     if checkpoint is None:
         raise HarnessError(
             f"model={cfg.name}: {cfg.missing or 'no public weights are known: give model.checkpoint=PATH.'}"
-            " To try it without weights: model.weights=random."
         )
     require_timm(cfg)
     known = _known(family, cfg, classes)

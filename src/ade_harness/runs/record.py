@@ -140,7 +140,7 @@ def start_record(
             raise HarnessError(
                 f"run.dir={path} holds a run of something else, so it is not continued. Different: "
                 + "; ".join(changes[:8])
-                + ". Choose another run.dir; or run.allow_changed=true mixes the counts of both, and says so."
+                + ". Put it back to continue this run, or choose another run.dir for a new one."
             )
         return _write_record(path, lock, config, facts, marks, seeds, code, diff, found, then, before, changes)
     except BaseException:

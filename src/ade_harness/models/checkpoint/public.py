@@ -104,7 +104,7 @@ INDEX = ".index.json"
 
 
 def _advice(key: str) -> str:
-    return f"Download it elsewhere and give {key}=PATH, or try without weights: model.weights=random."
+    return f"Download it elsewhere and give {key}=PATH."
 
 
 def shards(index: Path) -> list[str]:

@@ -62,7 +62,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     checkpoint = chosen_checkpoint(cfg)
     require(
         checkpoint is not None,
-        "model=smp: give its weights as model.checkpoint=PATH, or try without: model.weights=random.",
+        "model=smp: has no public weights. Give yours as model.checkpoint=PATH.",
     )
     assert checkpoint is not None
     own = module.state_dict()

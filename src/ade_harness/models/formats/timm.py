@@ -36,8 +36,8 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     require(
         cfg.checkpoint is not None,
         f"model=timm: has a linear head, which is trained first: `python -m ade_harness probe model=timm"
-        f" model.backbone={name} dataset.root=PATH`. Give its file as model.checkpoint=PATH, or try without weights:"
-        " model.weights=random.",
+        f" model.backbone={name} dataset.root=PATH`. Give its file as"
+        " model.checkpoint=PATH.",
     )
     checkpoint = local_checkpoint(cfg.checkpoint or "", cfg.checkpoint_sha256)
     part = read_part(checkpoint.path)  # as probe writes it; what the user chooses is a part of the backbone's file
