@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from ade_harness.cli.commands import COMMANDS, EVERYWHERE, Command
+from ade_harness.cli.doctor import _ranks
 from ade_harness.cli.main import run_command
 from ade_harness.config.arguments import known_keys
 from ade_harness.config.compose import compose_config
@@ -95,6 +96,7 @@ def test_doctor_reports_what_there_is(call: Call) -> None:
         "CUDA:",
         "GPUs:",
         "memory:",
+        "ranks:",
         "disk:",
         "W&B:",
         "network:",
@@ -102,6 +104,25 @@ def test_doctor_reports_what_there_is(call: Call) -> None:
         "SLURM:",
     ):
         assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cores", "gib", "expected", "advice"),
+    [
+        (8, 64, 512, "8 by default, with 8 cores and 64.0 GiB each", ()),
+        (1, 1, 24, "1 by default, with 1 core and 24.0 GiB each", ("--cpus-per-task",)),
+        (8, 12, 32, "8 by default, with 1.5 cores and 4.0 GiB each", ("--cpus-per-task", "--mem")),
+    ],
+)
+def test_doctor_judges_what_each_rank_has(
+    ranks: int, cores: int, gib: int, expected: str, advice: tuple[str, ...]
+) -> None:
+    found = _ranks(ranks, cores, gib * 2**30)
+    assert found.startswith(expected)
+    assert [word in found for word in ("--cpus-per-task", "--mem")] == [
+        w in advice for w in ("--cpus-per-task", "--mem")
+    ]
+    assert (found == expected) is (advice == ())
 
 
 def test_cfg_job_shows_the_composed_configuration(call: Call) -> None:

@@ -69,6 +69,7 @@ def findings() -> list[tuple[str, str]]:
             f"{psutil.virtual_memory().available / 2**30:.1f} of {facts['memory_gib']} GiB free{_share_of_memory()};"
             f" {_shared()}",
         ),
+        ("ranks", _ranks(max(1, usable_gpus()), usable_cores(), usable_memory())),
         ("runs", _run_place(Path.cwd())),
         ("disk", f"{free:.1f} GiB free here; cache in {cache_dir()} ({_writable(cache_parent)})"),
         ("dataset", _dataset()),
@@ -123,6 +124,34 @@ def _share_of_memory() -> str:
     """Say so where this process's control group may have less memory than the machine has."""
     usable, total = usable_memory(), psutil.virtual_memory().total
     return f", {usable / 2**30:.1f} GiB may be used here" if usable < 0.95 * total else ""
+
+
+_CORES_OF_RANK, _GIB_OF_RANK = 2, 6
+"""A rank has one thread of its own and loaders beside it; its libraries, loaders and a network of 1 GB take 4 to 5 GiB."""
+
+
+def _ranks(ranks: int, cores: int, memory: int) -> str:
+    """Judge what each rank of an evaluation with default options has here.
+
+    Args:
+        ranks: that a run starts by itself.
+        cores: which this process may use.
+        memory: likewise, in bytes.
+    """
+    each, gib = cores / ranks, memory / 2**30 / ranks
+    found = f"{ranks} by default, with {each:g} core{'' if each == 1 else 's'} and {gib:.1f} GiB each"
+    few = []
+    if each < _CORES_OF_RANK:
+        few.append(
+            f"less than {_CORES_OF_RANK} cores each: images are decoded slower than a GPU labels them. Ask for more"
+            " (SLURM: --cpus-per-task), or runtime.devices=N for fewer ranks"
+        )
+    if gib < _GIB_OF_RANK:
+        few.append(
+            f"less than {_GIB_OF_RANK} GiB each: large networks and their loaders may not fit. Ask for more (SLURM:"
+            " --mem), or runtime.devices=N and runtime.workers=N for fewer processes"
+        )
+    return "; ".join([found, *few])
 
 
 def _shared() -> str:
