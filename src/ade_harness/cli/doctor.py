@@ -127,7 +127,7 @@ def _share_of_memory() -> str:
 
 
 _CORES_OF_RANK, _GIB_OF_RANK = 2, 6
-"""A rank has one thread of its own and loaders beside it; its libraries, loaders and a network of 1 GB take 4 to 5 GiB."""
+"""A judgement: a thread of its own and one loader, and room for a billion weights beside libraries and loaders."""
 
 
 def _ranks(ranks: int, cores: int, memory: int) -> str:
