@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import ade_harness as ade
 from ade_harness.errors import HarnessError
 from ade_harness.metrics import SegmentationScores, scores
+from ade_harness.metrics.confusion import mean_dice
 from tests.api.networks import Colours
 from tests.conftest import REPOSITORY
 
@@ -62,7 +63,8 @@ def test_the_metric_counts_every_pixel(
     metric.update(given_, target.to(dtype))
     expected = slow_matrix(labels, target, classes, ignore)
     assert np.array_equal(metric.matrix.numpy(), expected)
-    assert {k: float(v) for k, v in metric.compute().items()} == scores(expected).as_dict()
+    found = {k: float(v) for k, v in metric.compute().items()}
+    assert found == {**scores(expected).as_dict(), "mean_dice": mean_dice(expected)}
     one = SegmentationScores(classes, ignore_index=ignore)
     for number in range(2):
         one.update(given_[number], target[number].to(dtype))  # without N

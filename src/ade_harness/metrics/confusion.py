@@ -67,6 +67,22 @@ def class_accuracy(matrix: Matrix) -> Floats:
     return _ratio(intersection, truth)
 
 
+def class_dice(matrix: Matrix) -> Floats:
+    """Return each class's Dice, float64 [C], 0..1; NaN where a class is in neither truth nor prediction.
+
+    It is the F-score too: the harmonic mean of accuracy (recall) and precision, twice the intersection over the sum of
+    both areas.
+    """
+    intersection, truth, predicted = _areas(matrix)
+    return _ratio(2 * intersection, truth + predicted)
+
+
+def mean_dice(matrix: Matrix) -> float:
+    """Return the mean of the classes' Dice, 0..1; NaN where no class occurs."""
+    known = [float(value) for value in class_dice(matrix) if not np.isnan(value)]
+    return sum(known) / len(known) if known else float("nan")
+
+
 def mean_iou(matrix: Matrix, convention: Convention = Convention.MMSEG) -> float:
     """Return mIoU, 0..1, in a convention of the table above; 0.0 if it has no class to average."""
     return float(area_scores(*_areas(matrix))[_KEYS[convention]])

@@ -16,11 +16,11 @@ from ade_harness import kernels
 from ade_harness.data.ade20k_labels import NUM_CLASSES
 from ade_harness.data.labels import IGNORE_INDEX, MAX_CLASSES
 from ade_harness.errors import ArgumentError
-from ade_harness.metrics.confusion import Scores, area_scores, class_iou
+from ade_harness.metrics.confusion import Scores, area_scores, class_iou, mean_dice
 
 _MAX_CLASSES = 2**14
 """Classes whose matrix takes 2 GiB."""
-_SCORES = tuple(field.name for field in fields(Scores))
+_SCORES = (*(field.name for field in fields(Scores)), "mean_dice")
 _KERNELS = ("auto", "torch", "numba", "triton")
 
 
@@ -182,12 +182,14 @@ class SegmentationScores(Metric):
         return chosen.label_map(scores.detach().float().contiguous(), size).long()
 
     def compute(self) -> Any:
-        """Return every score by name, float64, 0..1: see :class:`ade_harness.metrics.confusion.Scores`.
+        """Return every score by name, float64, 0..1.
 
-        Of a metric that was made with `score`, that one alone. All are NaN while no pixel is counted.
+        They are those of :class:`ade_harness.metrics.confusion.Scores`, and `mean_dice`. Of a metric that was made with
+        `score`, that one alone. All are NaN while no pixel is counted.
         """
         matrix = self._on_host()
-        found = area_scores(np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :-1].sum(0))
+        areas = np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :-1].sum(0)
+        found: dict[str, Any] = {**area_scores(*areas), "mean_dice": mean_dice(matrix)}
         numbers = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in found.items()}
         return numbers if self.score is None else numbers[self.score]
 

@@ -18,7 +18,7 @@ from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.metrics.areas import image_areas
 from ade_harness.metrics.bootstrap import Bootstrap, Interval, bootstrap
 from ade_harness.metrics.calibration import Calibration, sum_calibration
-from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_iou, scores
+from ade_harness.metrics.confusion import Matrix, Scores, class_accuracy, class_dice, class_iou, mean_dice, scores
 from ade_harness.metrics.counts import Row
 from ade_harness.metrics.verdict import Verdict, judge
 from ade_harness.runtime.balance import Balance
@@ -177,7 +177,7 @@ class Result:
         return {
             **self.origin,
             **self.scores.as_dict(),
-            "mean_dice": _mean([row["Dice"] for row in per_class_rows(self.matrix, self.classes)]),
+            "mean_dice": None if np.isnan(found := mean_dice(self.matrix)) else found,
             **self.costs,
             "images": self.images,
             "expected_images": self.expected_images,
@@ -259,22 +259,13 @@ def summarise(
     )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def per_class_rows(matrix: Matrix, classes: Classes) -> list[dict[str, Any]]:
-    """Return one row per class; None where a ratio is not defined.
-
-    Dice is the F-score too: the harmonic mean of accuracy (recall) and precision, twice the intersection over the sum
-    of both areas.
-    """
+    """Return one row per class; None where a ratio is not defined."""
     iou, accuracy = class_iou(matrix), class_accuracy(matrix)
     truth, predicted = matrix.sum(1), matrix[:, :-1].sum(0)
     both = np.diagonal(matrix)
     with np.errstate(invalid="ignore"):
-        precision, dice = both / predicted, 2 * both / (truth + predicted)
+        precision, dice = both / predicted, class_dice(matrix)
     return [
         {
             "class": c,
