@@ -137,7 +137,7 @@ def test_verbose_shows_debug_messages_of_a_resumed_run_and_of_other_commands(
     assert done.code != 0
     assert "[urllib3.connectionpool][DEBUG] - Starting new HTTP connection" in done.err
     before = logging.getLogger().level, list(logging.getLogger().handlers)
-    assert call("doctor", "--verbose").code == 0
+    assert call("models", "demo", "--verbose").code == 0
     assert (logging.getLogger().level, list(logging.getLogger().handlers)) == before
 
 
