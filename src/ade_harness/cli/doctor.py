@@ -143,8 +143,8 @@ def _ranks(ranks: int, cores: int, memory: int) -> str:
     few = []
     if each < _CORES_OF_RANK:
         few.append(
-            f"less than {_CORES_OF_RANK} cores each: images are decoded slower than a GPU labels them. Ask for more"
-            " (SLURM: --cpus-per-task), or runtime.devices=N for fewer ranks"
+            f"less than {_CORES_OF_RANK} cores each: a rank shares its core with its loaders. Ask for more (SLURM:"
+            " --cpus-per-task), or runtime.devices=N for fewer ranks"
         )
     if gib < _GIB_OF_RANK:
         few.append(
