@@ -1,8 +1,8 @@
 """Several tensors in one piece of shared memory, for the way from a loader process to its rank.
 
 torch hands each tensor over by a file descriptor of its own: the rank's main thread connects to the loader, both prove
-that they know a secret, and the memory is mapped. For an image with its annotation that is half a millisecond, and for
-one at six scales two; one piece for all of them takes it once.
+that they know a secret, and the memory is mapped. That is about half a millisecond of the main thread for each
+(benchmarks/bench_host.py); one piece for an image, its other scales and its annotation takes it once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ALIGNMENT = 64
 """Bytes; torch's own allocator aligns so."""
 
 Layout = tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
-"""Of each tensor: where it begins, in bytes, its shape and dtype."""
+"""Where each tensor begins, in bytes, its shape and dtype."""
 
 
 def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, Layout]:
