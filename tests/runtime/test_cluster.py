@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,11 +68,23 @@ def test_others_that_start_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> 
 
 
 def test_requeue_reports_why_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "this is no SLURM job" in cluster.requeue_slurm_job(3)
+    reported: list[str] = []
+    assert not cluster.requeue_slurm_job(3, reported.append)
+    assert "this is no SLURM job" in reported[-1]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(cluster.shutil, "which", lambda _: "scontrol")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert "was requeued 3 times" in cluster.requeue_slurm_job(3)
+    assert not cluster.requeue_slurm_job(3, reported.append)
+    assert "was requeued 3 times" in reported[-1]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    there = "job 7 is requeued, and continues there."
+    failed = "runtime.requeue: job 7 could not be requeued (no permission): submit it again to continue."
+    for code, lines in ((0, [there, "asked"]), (1, [there, "asked", failed])):
+        reported.clear()
+        asked = SimpleNamespace(returncode=code, stderr="no permission")
+        monkeypatch.setattr(cluster.subprocess, "run", lambda *_, asked=asked, **__: reported.append("asked") or asked)
+        assert cluster.requeue_slurm_job(3, reported.append) is (code == 0)
+        assert reported == lines  # SLURM may end this process before scontrol has returned
 
 
 def test_what_sbatch_is_asked_for() -> None:

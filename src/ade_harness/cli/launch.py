@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ade_harness.cli.failures import report_failure, run_and_report
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import (
-    REQUEUED,
     find_node,
     is_rank,
     is_reporting_process,
@@ -126,8 +125,6 @@ def _supervise(config: Config, handed_over: Mapping[str, Any]) -> int:
     if code == EXIT_STOPPED and config.runtime.requeue and supervisor.received == signal.SIGUSR1:
         if node.rank != 0:
             return 0  # a failure here would make srun kill node 0 before it has requeued the job
-        reported = requeue_slurm_job(config.runtime.slurm.most_requeues)
-        print_error(reported)
-        if reported.endswith(REQUEUED):
+        if requeue_slurm_job(config.runtime.slurm.most_requeues, print_error):
             time.sleep(_REQUEUE_WAIT_S)
     return code

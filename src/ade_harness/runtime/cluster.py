@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,6 @@ SUPERVISOR = "ADE_HARNESS_SUPERVISOR"
 SUPERVISED = "ADE_HARNESS_NOTE"
 """Set for ranks that our supervisor has started: the file of their note."""
 
-REQUEUED = "is requeued, and continues there."
 _FIRST_PORT, _PORTS = 20000, 10000
 
 
@@ -221,24 +221,28 @@ def slurm_first_address() -> str:
         return found[1] if found else first
 
 
-def requeue_slurm_job(maximum: int) -> str:
-    """Put this SLURM job back into the queue; returns a line about it.
+def requeue_slurm_job(maximum: int, report: Callable[[str], None]) -> bool:
+    """Put this SLURM job back into the queue; returns whether it is there.
 
     SLURM then ends the job. Who called this should wait for that: a job whose script fails first is not requeued.
 
     Args:
         maximum: how often a job may have been requeued.
+        report: gets a line about it, before SLURM is asked: it may end this process before ``scontrol`` has returned.
     """
     job = os.environ.get("SLURM_JOB_ID", "")
     advice = "submit it again to continue."
     if not job or shutil.which("scontrol") is None:
-        return f"runtime.requeue: this is no SLURM job, or scontrol is not here: {advice}"
+        report(f"runtime.requeue: this is no SLURM job, or scontrol is not here: {advice}")
+        return False
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= maximum:
-        return f"runtime.requeue: job {job} was requeued {maximum} times (runtime.slurm.most_requeues): {advice}"
+        report(f"runtime.requeue: job {job} was requeued {maximum} times (runtime.slurm.most_requeues): {advice}")
+        return False
+    report(f"job {job} is requeued, and continues there.")
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
-        return f"runtime.requeue: job {job} could not be requeued ({done.stderr.strip()}): {advice}"
-    return f"job {job} {REQUEUED}"
+        report(f"runtime.requeue: job {job} could not be requeued ({done.stderr.strip()}): {advice}")
+    return done.returncode == 0
 
 
 def _run(*command: str) -> str:
