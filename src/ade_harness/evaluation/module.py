@@ -89,13 +89,6 @@ class EvaluationModule(pl.LightningModule):
         self._launched: list[_Launched] = []
         self._free_since = time.perf_counter()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; Lightning notes the hook that runs 20 times a batch, which is no parameter or module."""
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
     def test_step(self, batch: tuple[int, list[LoadedImage | Failure] | None], batch_idx: int) -> None:
         """Evaluate one batch; none is begun after any rank has stopped."""
         _, loaded = batch
