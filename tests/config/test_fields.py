@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
+import omegaconf
 import pytest
 
+from ade_harness.config import fields as fields_module
 from ade_harness.config.compose import compose_config
 from ade_harness.config.dataset import ADE20K_CLASSES, DatasetKind
 from ade_harness.config.fields import Range, bounded, bounded_list, check_ranges, place, place_keys, written
@@ -85,6 +87,10 @@ def test_a_list_is_a_new_one_for_each_configuration() -> None:
 def test_places_are_found_in_nested_fields_too() -> None:
     assert list(place_keys(Outer)) == ["token", "path"]
     assert {"model.path", "run.dir", "tracking.run_id", "runtime.slurm.folder"} <= set(place_keys(Config))
+
+
+def test_missing_is_omegaconfs() -> None:
+    assert fields_module.MISSING == omegaconf.MISSING
 
 
 def test_a_range_without_ends_says_nothing() -> None:

@@ -31,7 +31,7 @@ class Range:
     also: Any = None
     """One further value, beside the range."""
     meaning: str = ""
-    """What that value says, where it does not say it itself."""
+    """What that value says, where it does not say it itself; of a list, what its numbers are."""
     whole: bool = False
     """Whether only whole numbers are meant: of a field whose type does not say so."""
     length: int | None = None
@@ -74,8 +74,9 @@ class Range:
     def of_list(self) -> str:
         """Say what is expected of a whole list: ``2 numbers, each more than 0, the smaller first``."""
         number = "one number or more" if self.length is None else f"{self.length} numbers"
+        named = f" ({self.meaning})" if self.meaning else ""
         each = str(self)
-        return f"{number}{f', each {each}' if each else ''}{', the smaller first' if self.ascending else ''}"
+        return f"{number}{named}{f', each {each}' if each else ''}{', the smaller first' if self.ascending else ''}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def bounded_list(
     above: float | None = None,
     below: float | None = None,
     ascending: bool = False,
+    meaning: str = "",
 ) -> Any:
     """Return a dataclass field with a list of numbers, which is not empty, each in a range as `bounded` has it.
 
@@ -135,8 +137,9 @@ def bounded_list(
         above: every number is larger than this.
         below: every number is smaller than this.
         ascending: whether no number is smaller than the one before it.
+        meaning: what the numbers are, for the message.
     """
-    found = Range(at_least, at_most, above, below, length=length, ascending=ascending)
+    found = Range(at_least, at_most, above, below, meaning=meaning, length=length, ascending=ascending)
     metadata = {"range": found}
     if default is None:
         return field(default=None, metadata=metadata)

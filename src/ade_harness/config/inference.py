@@ -70,7 +70,7 @@ class ResizeConfig:
     multiple_of: int = bounded(1, at_least=1, at_most=MAX_SIDE)  # then resize both sides to a multiple of this
     multiple_rounding: MultipleRounding = MultipleRounding.up
     # then pad to exactly (height, width)
-    pad_to: list[int] | None = bounded_list(None, length=2, at_least=1, at_most=MAX_SIDE)
+    pad_to: list[int] | None = bounded_list(None, length=2, at_least=1, at_most=MAX_SIDE, meaning="height, width")
     pad_at_least: int | None = bounded(None, at_least=1, at_most=MAX_SIDE)  # or each side that is shorter, to this
     pad_multiple: int = bounded(1, at_least=1, at_most=MAX_SIDE)  # or each side to a multiple of this
     pad_position: PadPosition = PadPosition.corner
