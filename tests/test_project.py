@@ -197,3 +197,16 @@ def test_what_is_imported_is_declared() -> None:
             for module in {m.partition(".")[0] for m in modules} - sys.stdlib_module_names - {"ade_harness"}:
                 wanted = _DISTRIBUTION.get(module, module).lower().replace("-", "_")
                 assert module in _OPTIONAL or wanted in names, f"{file.name} imports {module}"
+
+
+def test_no_message_advises_what_makes_a_score_meaningless() -> None:
+    """The help of `evaluate` names such options, with what they do; a message about a mistake names none."""
+    switches = ("model.weights=random", "run.allow_changed", "allow_missing_keys=[")
+    for path in [*SOURCE.rglob("*.py"), *PLUGINS]:
+        tree = ast.parse(path.read_text())
+        raised = [
+            n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith(("Error", "require"))
+        ]
+        for call in raised:
+            texts = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            assert not [s for s in switches if s in "".join(texts)], f"{path.name}:{call.lineno}"
