@@ -68,6 +68,13 @@ class MainThread(Executor):
         return future
 
 
+def rank_context() -> Any:
+    """Return how ranks are started: forked from a process that has imported everything, but has no threads yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ours", "peers", "ade_harness.evaluation.session"])
+    return context
+
+
 def work(folder: Path, images: int, workers: int, label_maps: str, threaded: bool, barrier: Any) -> dict[str, float]:
     """Do one rank's work `images` times; return its times.
 
@@ -133,7 +140,7 @@ def _rank(pipe: Any, rounds: int, barrier: Any, *arguments: Any) -> None:
 
 def ranks_at_once(ranks: int, rounds: int, *arguments: Any) -> dict[bool, list[dict[str, float]]]:
     """Run ranks at the same time, the two recorders taking turns; return the means of the ranks, of each round."""
-    context = multiprocessing.get_context("spawn")
+    context = rank_context()
     barrier = context.Barrier(ranks)
     started = []
     for _ in range(ranks):
@@ -217,7 +224,7 @@ def evaluations(
     ranks: int, rounds: int, root: Path, workers: int, label_maps: str
 ) -> dict[bool, list[dict[str, float]]]:
     """Evaluate with all ranks at the same time, the two recorders taking turns; return the means of the ranks."""
-    context = multiprocessing.get_context("spawn")
+    context = rank_context()
     times: dict[bool, list[dict[str, float]]] = {threaded: [] for threaded in RECORDERS}
     for number in range(rounds):
         for threaded in RECORDERS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -35,6 +36,7 @@ from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.loaded import LoadedModel, statistics
 from ade_harness.models.registry import family_of
+from tests.kernels.variants import variant
 
 CUDA = torch.device("cuda:0")
 _META = 14
@@ -91,15 +93,6 @@ class Seen:
     def launches(self) -> int:
         """How many there were."""
         return self.operators.total()
-
-
-CHOSEN = ("TAPS", "PER_LEVEL", "CHANNELS", "TWO_STEPS", "PROBABILITIES", "WHOLE")
-"""Constants of our kernels that launchers choose by what they get; the others are the same in each launch on a GPU."""
-
-
-def variant(name: str, **constants: int | bool) -> str:
-    """Write down a variant of a kernel: the constants that its launcher chooses by the tensors it gets."""
-    return f"{name} {json.dumps(constants, sort_keys=True)}"
 
 
 def variants_of(operator: str, arguments: Any) -> set[str]:
@@ -269,6 +262,8 @@ def gpu_kernels() -> kernels.Kernels:
 def main(overrides: list[str]) -> None:
     """Print one line of JSON for each model named, and for those after ``--half`` with weights in bfloat16."""
     names, _, halves = " ".join(overrides).partition("--half")
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)  # a fake tensor is many Python objects: collections would take a tenth of the time
     for name, half in [*((n, False) for n in names.split()), *((n, True) for n in halves.split())]:
         start = time.perf_counter()
         inside, beside = run([f"model={name}"], half=half)

@@ -15,8 +15,7 @@ from ade_harness.config.compose import compose_config
 from ade_harness.inference.memory import memory_warning, peaks
 from ade_harness.models.registry import systems
 from tests.conftest import REPOSITORY
-from tests.inference.fake_cuda import CHOSEN, variant
-from tests.kernels.compile_ahead import KERNELS
+from tests.kernels.variants import CHOSEN, variant
 
 _PROGRAM = Path(__file__).with_name("fake_cuda.py")
 
@@ -93,6 +92,10 @@ def test_labels_and_counts_take_few_launches(passes: dict[tuple[str, bool], dict
 @pytest.mark.timeout(900)  # the fixture belongs to whichever comes first
 def test_every_variant_that_a_system_launches_is_compiled_ahead(passes: dict[tuple[str, bool], dict[str, Any]]) -> None:
     """By tests/kernels/compile_ahead.py, for real GPUs: a variant is what Triton compiles anew."""
+    from tests.kernels.compile_ahead import (
+        KERNELS,  # with Triton, which other workers that collect this file do not need
+    )
+
     launched = {one for found in passes.values() for one in found["variants"]}
     listed = {
         variant(kernel.function.__name__, **{k: v for k, v in constants.items() if k in CHOSEN})
