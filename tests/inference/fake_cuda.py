@@ -262,8 +262,8 @@ def gpu_kernels() -> kernels.Kernels:
 def main(overrides: list[str]) -> None:
     """Print one line of JSON for each model named, and for those after ``--half`` with weights in bfloat16."""
     names, _, halves = " ".join(overrides).partition("--half")
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)  # a fake tensor is many Python objects: collections would take a tenth of the time
+    gc.freeze()  # a fake tensor is many Python objects: collections would take a tenth of the time
+    gc.set_threshold(100_000, 50, 100)
     for name, half in [*((n, False) for n in names.split()), *((n, True) for n in halves.split())]:
         start = time.perf_counter()
         inside, beside = run([f"model={name}"], half=half)
