@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=120, help="seconds of one mutant")
     options = parser.parse_args()
     os.chdir(ROOT)
+    os.environ["TRITON_INTERPRET"] = "1"  # as in tests/conftest.py, before an import below brings Triton
     import cv2  # noqa: F401
     import lightning.pytorch  # noqa: F401
     import pandas  # noqa: F401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -37,6 +38,7 @@ def print_result(console: Console, result: Result) -> None:
     if not result.images_per_second:
         speed = "all images were already evaluated"  # a run that was finished, and is resumed
     lines = [
+        *([("weights", found)] if (found := _weights(result.origin)) else []),
         ("time", f"{format_seconds(result.seconds)} on {ranks}; {speed}"),
         *([("balance", _balance(result.balance))] if result.world_size > 1 else []),
         *([("breakdown", _stages(result.stage_shares))] if result.stage_shares else []),
@@ -44,6 +46,14 @@ def print_result(console: Console, result: Result) -> None:
     ]
     for name, value in lines:
         print_fact(console, name, value)
+
+
+def _weights(origin: Mapping[str, Any]) -> str:
+    """Say which file was evaluated, which part of it, and its hash; nothing where there are no weights."""
+    digest = origin["checkpoint_sha256"]
+    details = [origin["checkpoint_part"], f"sha256 {digest[:12]}..." if digest else None]
+    written = ", ".join(str(detail) for detail in details if detail)
+    return str(origin["checkpoint"] or "") + (f" ({written})" if written else "")
 
 
 def _balance(balance: Balance) -> str:

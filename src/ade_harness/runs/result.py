@@ -101,7 +101,8 @@ class Result:
 
     run_dir: Path
     origin: Mapping[str, Any]
-    """Model, checkpoint's hash, data set, protocol, commit: what a script that reads metrics.json alone must know."""
+    """What a script that reads metrics.json alone must know: model, data set, protocol, commit, and the ``checkpoint`` (a file, an
+    id, or how the weights were made), the ``checkpoint_part`` that was taken of it and its ``checkpoint_sha256``."""
     label: str
     """The model, as tables call it."""
     dataset: str
@@ -237,6 +238,8 @@ def summarise(
         run_dir=run_dir,
         origin={
             "model": cfg.model.name,
+            "checkpoint": facts.get("origin"),
+            "checkpoint_part": facts.get("part"),
             "checkpoint_sha256": facts.get("sha256"),
             "dataset": dataset.name,
             "protocol": cfg.inference.name,

@@ -264,6 +264,12 @@ def test_the_part_stands_in_the_run(call: Callable[..., Done], tmp_path: Path) -
         " model_ema: model.checkpoint_weights=ema"
     )
     assert "names that begin with 'model.'" in " ".join(done.out.split())
+    found = json.loads((tmp_path / "run/metrics.json").read_text())  # a script that reads it alone knows the weights
+    assert found["checkpoint"] == facts["origin"] == str(tmp_path / "w.pth")
+    assert found["checkpoint_part"] == facts["part"]
+    assert found["checkpoint_sha256"] == facts["sha256"]
+    [weights] = [line for line in done.out.splitlines() if line.startswith("weights:")]
+    assert weights.split() == f"weights: {facts['origin']} ({facts['part']}, sha256 {facts['sha256'][:12]}...)".split()
 
 
 # convert
