@@ -27,6 +27,7 @@ import ade_harness as ade
 from ade_harness.api import evaluation
 from ade_harness.data.labels import NO_CLASS
 from ade_harness.errors import HarnessError
+from ade_harness.evaluation import inline
 from tests.api.networks import Breaks, Colours, Remembers
 from tests.conftest import REPOSITORY, Done
 
@@ -149,6 +150,17 @@ def test_a_network_in_memory_has_the_numbers_of_the_command_line(
     named = ade.evaluate("demo", dataset="demo", options=SMALL)
     assert call("dataset.images=5", "metrics.resamples=1000", "tracking=none", "run.dir=named").code == 0
     assert named.to_dict() == ade.load_run(tmp_path / "named").to_dict()
+
+
+@pytest.mark.parametrize(("held", "peak"), [((1000, 3000), 3000), ((3000, 3000), None)])
+def test_the_gpus_peak_is_the_evaluations_own(
+    held: tuple[int, int], peak: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the caller's process had held before is not the network's; its record is left as it is."""
+    found = iter(held)
+    monkeypatch.setattr(inline, "most_held", lambda _: next(found))
+    result = ade.evaluate(Colours(), dataset="demo", options={**SMALL, "dataset.images": 1, "metrics.resamples": 0})
+    assert result.metrics["gpu_peak_bytes"] == peak
 
 
 def test_a_function_of_an_image(tiny_ade: Path) -> None:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -23,6 +24,8 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes, default_colors
 from ade_harness.errors import HarnessError
+from ade_harness.inference.network import NetworkPredictor
+from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.public import hub_checkpoint
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.class_map import ClassMap, resolve_class_map
@@ -233,9 +236,49 @@ def test_transformers_checkpoint_without_normalisation(tmp_path: Path) -> None:
     settings.write_text(json.dumps({"do_normalize": False, "rescale_factor": 1 / 255}))
     model = load_model(model_cfg("model=hf", f"model.id={tmp_path}"))
     assert (model.mean, model.std) == ((0.0,) * 3, pytest.approx((255.0,) * 3))
-    settings.write_text(json.dumps({"do_flip_channel_order": True}))
-    with pytest.raises(HarnessError, match="wants BGR"):
+    settings.write_text(json.dumps({"do_rescale": "yes"}))
+    with pytest.raises(HarnessError, match="do_rescale is 'yes', expected true or false"):
         load_model(model_cfg("model=hf", f"model.id={tmp_path}"))
+
+
+OF_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out", "saved"),
+    [
+        ("MobileViT", (), {}),  # flips, and never normalises, although the file that it saves has statistics
+        ("MobileViT", (), {"do_normalize": True, **OF_IMAGENET}),
+        ("MobileViT", (), {"do_flip_channel_order": False}),
+        ("MobileViT", ("image_processor_type", "image_mean", "image_std"), {"feature_extractor_type": "MobileViTFeatureExtractor"}),
+        ("MobileViT", ("image_processor_type", "do_flip_channel_order"), {}),  # the network's usual processor is meant
+        ("Segformer", ("image_mean", "image_std", "do_normalize"), {}),  # the class's own: ImageNet's
+        ("DPT", ("image_mean", "image_std"), {}),  # 0.5
+        ("DPT", (), {"do_flip_channel_order": True, **OF_IMAGENET}),  # a step that DPT's has not
+        ("DPT", (), {"do_normalize": False}),
+        ("DPT", (), {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [50.0, 60.0, 70.0]}),
+    ],
+)  # fmt: skip
+def test_pixels_are_those_of_transformers_own_processor(
+    kind: str, left_out: tuple[str, ...], saved: dict[str, Any], tmp_path: Path
+) -> None:
+    import transformers
+
+    small = {"image_size": 64, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 16], "aspp_out_channels": 16,
+             "id2label": dict(enumerate(list(ade20k_classes().names)))}  # fmt: skip
+    transformers.MobileViTForSemanticSegmentation(transformers.MobileViTConfig(**small)).save_pretrained(tmp_path)
+    plain = getattr(transformers, f"{kind}ImageProcessorPil")
+    settings = tmp_path / "preprocessor_config.json"
+    content = {k: v for k, v in plain().to_dict().items() if k not in left_out} | saved
+    settings.write_text(json.dumps(content | {"do_resize": False, "do_center_crop": False}))
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint8)
+    expected = plain.from_pretrained(tmp_path).preprocess([image], return_tensors="pt")["pixel_values"][0]
+    seen: list[torch.Tensor] = []
+    cfg = compose_config(["model=hf", f"model.id={tmp_path}", "dataset=demo", "inference=original_size"])
+    predictor = NetworkPredictor(load_model(cfg.model), cfg.inference, cfg.model, "torch")
+    predictor.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    [_] = predictor.predict([predictor.prepare("x", image)], torch.device("cpu"), Stopwatch(torch.device("cpu")))
+    torch.testing.assert_close(seen[0][0, :, :64, :96], expected, rtol=0, atol=1e-6)  # a rounding of values up to 4
 
 
 def test_a_network_with_an_attribute_called_module(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ class Counted:
     matrix: Matrix
     """Their sum, added up image by image: it is compared with the rows in the end."""
     seconds: float
+    gpu_peak: int | None = None
+    """Bytes of GPU memory that torch held at once; None without a GPU, or where the process had held more before."""
 
 
 def open_here(cfg: Config, open_predictor: Callable[[Classes], Predictor]) -> Opened:
@@ -125,6 +127,7 @@ def count_here(
         HarnessError: names the first image that cannot be read or predicted.
     """
     begin = time.perf_counter()
+    held = most_held(device)
     chosen = kernels.select(kernels_choice, device.type)
     classes = len(opened.dataset.classes)
     matrix, rows = np.zeros((classes, classes + 1), np.int64), []
@@ -148,7 +151,16 @@ def count_here(
             matrix += counts
             keep(rows[-1])
         on_images(len(rows))
-    return Counted(rows, matrix, time.perf_counter() - begin)
+    peak = most_held(device)
+    return Counted(rows, matrix, time.perf_counter() - begin, peak if peak > held else None)
+
+
+def most_held(device: torch.device) -> int:
+    """Return the bytes that torch has held at once on a GPU so far; 0 on others.
+
+    The caller's record is read and not begun anew (``torch.cuda.reset_peak_memory_stats``): it may be watched.
+    """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _prepared(items: ImageItems, numbers: Sequence[int], threads: int) -> Iterator[list[LoadedImage | Failure]]:
@@ -194,6 +206,7 @@ def conclude(
     check_exact(rows, matrix, dataset.ids)
     require_labelled(matrix, len(rows))
     seconds = max(part.seconds for part in counted)
+    peak = max((part.gpu_peak for part in counted if part.gpu_peak is not None), default=None)
     shares = [
         RankShare(rank, host_name(), len(part.rows), part.seconds, part.seconds) for rank, part in enumerate(counted)
     ]
@@ -205,6 +218,6 @@ def conclude(
         images_per_second=len(rows) / seconds if seconds else 0.0,
         balance=Balance(tuple(shares)),
         stages={},
-        costs=describe_costs(composed.config, opened.predictor, opened.predictor.facts(), opened.sizes, None),
+        costs=describe_costs(composed.config, opened.predictor, opened.predictor.facts(), opened.sizes, peak),
     )  # fmt: skip
     return result, rows

@@ -63,7 +63,8 @@ class NetworkPredictor:
         self.cfg = fitted(inference, model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         pixels = model_cfg.input
-        self.statistics = PixelStatistics(model.mean, model.std, pixels.channel_order == "bgr", pixels.max_value)
+        bgr = pixels.channel_order == "bgr" if model.bgr is None else model.bgr
+        self.statistics = PixelStatistics(model.mean, model.std, bgr, pixels.max_value)
         self.stride: int = pixels.stride
         named = self.class_map_cfg or model.class_names or self.classes.names
         self.forward = BatchedForward(model, self.cfg, len(named))

@@ -23,6 +23,8 @@ class LoadedModel:
     """pretrained, random, demo, or constructed (a custom model without a checkpoint)."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bgr: bool | None = None
+    """Whether it takes BGR, with mean and std in that order; None: as ``model.input.channel_order`` says."""
     class_names: list[str] | None = None
     channels: int | None = None
     """Channels of the scores, if they are known before the first image."""

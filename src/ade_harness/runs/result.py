@@ -101,8 +101,8 @@ class Result:
 
     run_dir: Path
     origin: Mapping[str, Any]
-    """What a script that reads metrics.json alone must know: model, data set, protocol, commit, and the ``checkpoint`` (a file, an
-    id, or how the weights were made), the ``checkpoint_part`` that was taken of it and its ``checkpoint_sha256``."""
+    """What a script that reads metrics.json alone must know: model, data set, protocol, commit, and of the weights
+    ``checkpoint`` (a file, an id, or how they were made), ``checkpoint_part`` (of the file), ``checkpoint_sha256``."""
     label: str
     """The model, as tables call it."""
     dataset: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
-from ade_harness.config.saved import PREPROCESSOR
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
 from ade_harness.models.checkpoint.strict import Strictness, require_all_keys
-from ade_harness.models.loaded import LoadedModel, names_of
+from ade_harness.models.formats.processor import Pixels, read_pixels
+from ade_harness.models.loaded import LoadedModel, names_of, statistics
 from ade_harness.models.outputs import MaskLogits
 
 ONEFORMER_TASKS = {
@@ -161,12 +160,12 @@ def load_transformers(
     revision: str | None,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
-) -> tuple[nn.Module, list[str] | None, tuple[list[float], list[float]] | None, dict[str, str]]:
+) -> tuple[nn.Module, list[str] | None, Pixels | None, dict[str, str]]:
     """Load a checkpoint from the hub or a local folder.
 
     Returns:
-        The module; its class names in channel order; (mean, std) on the 0..255 scale if its preprocessor says
-        so; where it came from.
+        The module; its class names in channel order; what its preprocessor says of pixels, if it has one; where it
+        came from.
 
     Raises:
         HarnessError: not found, no network, no segmentation model, or keys that do not fit.
@@ -207,46 +206,7 @@ def load_transformers(
     origin = {"origin": f"{model_id}@{commit}" if commit else model_id}
     if "attn_mask_probs" in dict(network.named_buffers()):
         network.attn_mask_probs.zero_()  # EoMT's official evaluation is without masks; files do not always say so
-    return wrap(network.eval()), names, _pixel_statistics(model_id, revision), origin
-
-
-def _pixel_statistics(model_id: str, revision: str | None) -> tuple[list[float], list[float]] | None:
-    """Read mean and std from preprocessor_config.json, which holds them for values rescaled to 0..1."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(model_id, revision=revision)
-    except (OSError, ValueError) as error:
-        if (Path(model_id) / PREPROCESSOR).is_file():
-            raise HarnessError(f"model.id={model_id}: its {PREPROCESSOR} cannot be read. Fix or remove it.") from error
-        return None
-    if values.get("do_flip_channel_order"):
-        raise HarnessError(
-            f"model.id={model_id}: its preprocessor wants BGR, which model=hf does not do. Use model=custom with"
-            " model.input.channel_order=bgr."
-        )
-    where = f"model.id={model_id}: its image processor's"
-    factor = _number(values.get("rescale_factor", 1 / 255), f"{where} rescale_factor", above=0)
-    scale = 1.0 / factor if values.get("do_rescale", True) else 1.0
-    mean, std = values.get("image_mean"), values.get("image_std")
-    if not values.get("do_normalize", True) or mean is None or std is None:
-        return [0.0] * 3, [scale] * 3
-    mean, std = _three(mean, f"{where} image_mean"), _three(std, f"{where} image_std", above=0)
-    return [m * scale for m in mean], [s * scale for s in std]
-
-
-def _three(value: Any, what: str, above: float = -math.inf) -> list[float]:
-    """Return a processor's number for each of red, green and blue; one number is that of all."""
-    numbers = value if isinstance(value, list | tuple) else [value] * 3
-    if len(numbers) != 3:
-        raise HarnessError(f"{what} has {len(numbers)} numbers, expected three, or one for all channels.")
-    return [_number(n, what, above) for n in numbers]
-
-
-def _number(value: Any, what: str, above: float = -math.inf) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
-        raise HarnessError(f"{what} is {value!r}, expected a number{f' above {above:g}' if above > -math.inf else ''}.")
-    return float(value)
+    return wrap(network.eval()), names, read_pixels(model_id, revision, str(config.model_type)), origin
 
 
 @contextmanager
@@ -275,7 +235,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     module, names, pixels, facts = load_transformers(
         cfg.id or "", cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
     )
-    mean, std = pixels or (list(cfg.input.mean), list(cfg.input.std))
+    taken = {"mean": pixels.mean, "std": pixels.std, "bgr": pixels.bgr} if pixels else statistics(cfg)
     notes = [] if pixels else [_assumed(cfg)]
     folder = Path(cfg.id or "")
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
@@ -295,8 +255,9 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     if network.config.model_type in _DIFFERENT:
         notes.append(f"model=hf: {_DIFFERENT[network.config.model_type]}")
     return LoadedModel(
-        module, "pretrained", tuple(mean), tuple(std), names_of(cfg, names), channels, notes=tuple(notes), facts=facts
-    )
+        module, "pretrained", class_names=names_of(cfg, names), channels=channels, notes=tuple(notes), facts=facts,
+        **taken,
+    )  # fmt: skip
 
 
 def _assumed(cfg: ModelConfig) -> str:
