@@ -1,7 +1,8 @@
 """What a transformers folder or hub repository says of pixels: its preprocessor_config.json.
 
 What the file leaves out is what the image processor's class has, as with transformers' ``AutoImageProcessor``: a file
-of DPT's without statistics means 0.5, one of SegFormer's ImageNet's. MobileViT's never normalises, whatever its file says.
+of DPT's without statistics means 0.5, one of SegFormer's ImageNet's. MobileViT's never normalises, whatever
+its file says.
 """
 
 from __future__ import annotations
