@@ -152,6 +152,21 @@ def test_a_network_in_memory_has_the_numbers_of_the_command_line(
     assert named.to_dict() == ade.load_run(tmp_path / "named").to_dict()
 
 
+@pytest.mark.usefixtures("odd_state")
+def test_loading_leaves_the_process_as_it_was() -> None:
+    options = {
+        "model._target_": "tests.api.networks.Draws",
+        "model.weights": "random",
+        "model.kwargs": {"leave": False},
+    }
+    before = state_of()
+    ade.load_model("custom", options=options)
+    assert state_of() == before
+    with pytest.raises(HarnessError, match="called exit\\(0\\)|sys.exit"):
+        ade.load_model("custom", options={**options, "model.kwargs": {"leave": True}})
+    assert state_of() == before
+
+
 @pytest.mark.parametrize(("held", "peak"), [((1000, 3000), 3000), ((3000, 3000), None)])
 def test_the_gpus_peak_is_the_evaluations_own(
     held: tuple[int, int], peak: int | None, monkeypatch: pytest.MonkeyPatch

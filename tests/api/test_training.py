@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger
 
 import ade_harness as ade
 from ade_harness.errors import HarnessError
@@ -197,8 +199,8 @@ class Trained(pl.LightningModule):
 def fit(callbacks: list[pl.Callback], module: Trained | None = None, **options: Any) -> tuple[Trained, pl.Trainer]:
     module = Trained() if module is None else module
     trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=callbacks, **{"max_epochs": 2, **options},
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=callbacks, **{"max_epochs": 2, "logger": False, **options},
     )  # fmt: skip
     pl.seed_everything(5, verbose=False)
     images = torch.randn(8, 3, 16, 16)
@@ -367,6 +369,26 @@ def test_one_score_alone_is_a_number_for_log_and_tracker() -> None:
     assert tracker.best_metric() == 0.75
     with pytest.raises(ValueError, match="score='miou': expected one of mIoU, "):
         SegmentationScores(score="miou")
+
+
+def test_scores_are_in_the_trainers_own_logger(tmp_path: Path) -> None:
+    """Lightning's, as its users read it: one row an evaluation, at the trainer's step."""
+    results = []
+
+    class Keeps(ade.ADE20KEvaluation):
+        def on_train_epoch_end(self, *arguments: Any) -> None:
+            super().on_train_epoch_end(*arguments)
+            results.append(self.result)
+
+    callback = Keeps(dataset="demo", protocol="original_size", network="net", options=SMALL)
+    fit([callback], logger=CSVLogger(tmp_path, "logs", "0"), log_every_n_steps=1)
+    with (tmp_path / "logs/0/metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["ade20k/mIoU"]]
+    assert [(row["epoch"], row["step"]) for row in rows] == [("0", "3"), ("1", "7")]
+    for row, result in zip(rows, results, strict=True):
+        assert result is not None
+        for name in ("mIoU", "pixel_accuracy", "mean_accuracy", "fwIoU"):  # Lightning keeps float32
+            assert float(row[f"ade20k/{name}"]) == pytest.approx(result.metrics[name], abs=1e-7), name
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,14 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ade_harness.config.arguments import prepare
+from ade_harness.config.compose import compose_config
 
 HOSTILE = "/data/épreuve/ep=99-step=8, v2 (1) [a]/it's ${x} #;{b}.ckpt"
+
+
+def test_free_form_dictionaries_take_new_keys() -> None:
+    given = ["model=custom", "model._target_=a.B", "model.kwargs.a=1", "model.kwargs={b: {c: 2}}", "model.kwargs.b.d=3"]
+    assert compose_config(given).model.kwargs == {"a": 1, "b": {"c": 2, "d": 3}}
 
 
 @pytest.mark.parametrize("multirun", [False, True])

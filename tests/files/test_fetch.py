@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import extract, fetch
 
@@ -145,6 +146,11 @@ def test_data_download_and_verify_from_the_command_line(server: Server, tmp_path
     assert done.code == 2  # seven images are not the official set
     assert "7 of 2000 validation pairs" in done.out
     assert "NOT the whole official set" in done.out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADE20K_ROOT", str(root / "ADEChallengeData2016"))
+        assert call("data", "verify").out == done.out
+        assert compose_config(["model=segformer_b0"]).dataset.root == str(root / "ADEChallengeData2016")
+        assert compose_config(["model=segformer_b0", "dataset.root=x"]).dataset.root == "x"
     done = call("data", "download", "--root", root, "--url", url(server), "--sha1", "0" * 40)
     assert done.code == 2
     assert "expected 0000" in done.err

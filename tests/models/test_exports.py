@@ -110,18 +110,21 @@ def test_a_network_that_returns_labels(keep: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keepdims", [0, 1])
-def test_an_onnx_file_that_ends_in_an_argmax(tmp_path: Path, keepdims: int) -> None:
+@pytest.mark.parametrize("end", ["argmax", "argmax that keeps its axis", "softmax"])
+def test_an_onnx_file_that_ends_in_an_argmax_or_a_softmax(tmp_path: Path, end: str) -> None:
     weights = np.random.default_rng(0).normal(size=(150, 3, 1, 1)).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["images", "weights"], ["scores"]),
-        helper.make_node("ArgMax", ["scores"], ["labels"], axis=1, keepdims=keepdims),
-    ]
-    sizes = ["n", 1, "h", "w"] if keepdims else ["n", "h", "w"]
+    last = {
+        "argmax": helper.make_node("ArgMax", ["scores"], ["last"], axis=1, keepdims=0),
+        "argmax that keeps its axis": helper.make_node("ArgMax", ["scores"], ["last"], axis=1, keepdims=1),
+        "softmax": helper.make_node("Softmax", ["scores"], ["last"], axis=1),
+    }
+    nodes = [helper.make_node("Conv", ["images", "weights"], ["scores"]), last[end]]
+    sizes = {"argmax": ["n", "h", "w"], "softmax": ["n", 150, "h", "w"]}.get(end, ["n", 1, "h", "w"])
+    kind = TensorProto.FLOAT if end == "softmax" else TensorProto.INT64
     graph = helper.make_graph(
         nodes, "net",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, "h", "w"])],
-        [helper.make_tensor_value_info("labels", TensorProto.INT64, sizes)],
+        [helper.make_tensor_value_info("last", kind, sizes)],
         [onnx.numpy_helper.from_array(weights, "weights")],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -195,6 +198,20 @@ def test_a_program_that_takes_some_sizes_says_which(tmp_path: Path, side: str, g
     assert hashes(evaluated(tmp_path / "any.pt2")) == hashes(evaluated(network()))
 
 
+class Elsewhere(nn.Module):
+    """A program that was traced on another device keeps its name."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), 150, 4, 4, device="cuda") + images.mean()
+
+
+class Nowhere(nn.Module):
+    """Meta is a device that each machine has."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), 150, 4, 4, device="meta")
+
+
 def test_torchscript_says_its_reason(tmp_path: Path) -> None:
     torch.jit.script(nn.Sequential(nn.Conv2d(3, 150, 1).half())).save(tmp_path / "net.ts")
     with pytest.raises(HarnessError) as found:
@@ -204,3 +221,9 @@ def test_torchscript_says_its_reason(tmp_path: Path) -> None:
     )
     assert "interpreter" not in str(found.value)
     assert len(str(found.value)) < 300
+    torch.jit.script(Elsewhere()).save(tmp_path / "elsewhere.ts")
+    message = r"\(RuntimeError: .*\)\. It names a device in its code, and runs on cpu here: export it on that device\."
+    with pytest.raises(HarnessError, match=message):
+        evaluated(tmp_path / "elsewhere.ts")
+    with pytest.raises(HarnessError, match="returned a tensor on meta for an input on cpu: expected the same device"):
+        evaluated(Nowhere())

@@ -10,7 +10,7 @@ import torch
 
 from ade_harness.api.arguments import model_overrides, option_overrides, place_of
 from ade_harness.api.predictors import Segmenter
-from ade_harness.api.state import callers_hydra, require_usual_device
+from ade_harness.api.state import callers_hydra, callers_process, require_usual_device
 from ade_harness.config.compose import compose_config
 from ade_harness.data.factory import open_classes
 from ade_harness.errors import HarnessError
@@ -47,4 +47,5 @@ def load_model(
         cfg = compose_config(overrides + option_overrides(options, memory=False))
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     place = place_of(usual if device is None else device)
-    return Segmenter(open_network(cfg, open_classes(cfg.dataset)), cfg, place)
+    with callers_process():  # a constructor may draw random numbers, of NumPy and Python too
+        return Segmenter(open_network(cfg, open_classes(cfg.dataset)), cfg, place)

@@ -161,8 +161,9 @@ def _with_own_protocol(overrides: Sequence[str], extra: Path | None, multirun: b
 
 
 def _opened(text: str) -> str:
-    """Let the free-form dictionaries take new keys without Hydra's ``+``."""
-    return f"++{text}" if text.startswith(_FREE_KEYS) else text
+    """Let the free-form dictionaries take new keys without Hydra's ``+``, one by one or as ``{key: value, ...}``."""
+    key = text.partition("=")[0]
+    return f"++{text}" if f"{key}.".startswith(_FREE_KEYS) else text
 
 
 def _check(text: str, extra: Path | None) -> None:

@@ -108,6 +108,12 @@ class BatchedForward:
         batch = filled[0][None] if len(filled) == 1 else torch.stack(filled)  # one image is not copied
         returned = self._run(batch, what)
         output = read_output(returned, what)
+        elsewhere = {t.device for t in (output if isinstance(output, tuple) else (output,))} - {batch.device}
+        if elsewhere:
+            raise HarnessError(
+                f"{what}: the model returned a tensor on {min(map(str, elsewhere))} for an input on {batch.device}:"
+                " expected the same device."
+            )
         self.passed_over = max(self.passed_over, other_scores(returned))
         if isinstance(output, LabelMap):
             output = output.as_scores(self.channels, what)
@@ -170,7 +176,8 @@ class BatchedForward:
             reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
-                f" ({type(error).__name__}: {reason}).{self._of_type(reason)} ADE_HARNESS_TRACEBACK=1 shows where."
+                f" ({type(error).__name__}: {reason}).{self._of_type(reason) or self._of_device(reason, batch)}"
+                " ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
 
     def _as_scripted(self, batch: Tensor) -> AbstractContextManager[Any]:
@@ -196,6 +203,13 @@ class BatchedForward:
         convert = "network.float()" if self.model.of_caller else "export it in float32"
         advice = f"inference.precision={known}, or {convert}" if known else convert
         return f" Its weights are {name}, images float32: {advice}."
+
+    def _of_device(self, reason: str, batch: Tensor) -> str:
+        """Return what to do where an exported program names another device than the one it runs on; else nothing."""
+        exported = isinstance(self.model.module, torch.jit.ScriptModule | torch.fx.GraphModule)
+        if not exported or not any(words in reason for words in ("NVIDIA driver", "same device", "compiled with CUDA")):
+            return ""
+        return f" It names a device in its code, and runs on {batch.device.type} here: export it on that device."
 
     def _callable(self, device: torch.device) -> Any:
         if self._module is None:
