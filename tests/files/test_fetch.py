@@ -148,7 +148,7 @@ def test_data_download_and_verify_from_the_command_line(server: Server, tmp_path
     assert "NOT the whole official set" in done.out
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADE20K_ROOT", str(root / "ADEChallengeData2016"))
-        assert call("data", "verify").out == done.out
+        assert call("data", "verify").out.splitlines()[1:] == done.out.splitlines()[1:]  # the first says the rate
         assert compose_config(["model=segformer_b0"]).dataset.root == str(root / "ADEChallengeData2016")
         assert compose_config(["model=segformer_b0", "dataset.root=x"]).dataset.root == "x"
     done = call("data", "download", "--root", root, "--url", url(server), "--sha1", "0" * 40)
