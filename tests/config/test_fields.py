@@ -9,10 +9,10 @@ import omegaconf
 import pytest
 
 from ade_harness.config import fields as fields_module
-from ade_harness.config.compose import compose_config
+from ade_harness.config.compose import compose_config, stored_config, stored_node
 from ade_harness.config.dataset import ADE20K_CLASSES, DatasetKind
 from ade_harness.config.fields import Range, bounded, bounded_list, check_ranges, place, place_keys, written
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, MetricsConfig
 from ade_harness.config.validate import validate
 from ade_harness.errors import HarnessError
 
@@ -127,3 +127,15 @@ def test_the_numbers_of_classes_of_packaged_data_sets() -> None:
     validate(compose_config(["model.class_map=[null,149]"]))
     with pytest.raises(HarnessError, match=r"model.class_map\[1\]=150: expected 0..149, or null"):
         validate(compose_config(["model.class_map=[null,150]"]))
+
+
+def test_a_whole_number_beyond_any_float_is_no_value() -> None:
+    """OmegaConf raises Python's own OverflowError, in each of its ways to set a value."""
+    big = 10**400
+    for overrides in ([f"metrics.level={big}"], [f"++metrics.level={big}"], [f"metrics={{level: {big}}}"]):
+        with pytest.raises(HarnessError, match="metrics.*int too large"):
+            compose_config(overrides)
+    with pytest.raises(HarnessError, match=r"config\.yaml is damaged"):
+        stored_config({"metrics": {"level": big}})
+    with pytest.raises(HarnessError, match=r"config\.yaml is damaged"):
+        stored_node(MetricsConfig, {"level": big})

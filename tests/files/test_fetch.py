@@ -166,6 +166,10 @@ def test_extract_refuses_path_traversal_and_damage(tmp_path: Path) -> None:
         with pytest.raises(HarnessError, match="path traversal"):
             extract(archive, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr(zipfile.ZipInfo(""), "x")
+    with pytest.raises(HarnessError, match="a member has no name"):
+        extract(archive, tmp_path / "out")
     archive.write_bytes(b"PK nothing")
     with pytest.raises(HarnessError, match="not a whole zip"):
         extract(archive, tmp_path / "out")

@@ -42,6 +42,8 @@ _LAUNCHERS: dict[str, dict[str, Any]] = {
 """Hydra launchers of :mod:`hydra_plugins.ade_harness_launchers`; null of slurm's: what ``runtime.slurm`` says."""
 
 
+_NO_VALUE = (OmegaConfBaseException, OverflowError)
+"""What OmegaConf raises of a value that a field does not take; the second of whole numbers beyond any float."""
 _PLAINEST = {"model": "custom", "dataset": "demo", "inference": "original_size"}
 
 
@@ -82,7 +84,7 @@ def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictCon
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             return compose("config", overrides=[*overrides, *search])
-    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+    except (HydraException, *_NO_VALUE, *UNREADABLE) as error:
         raise HarnessError(explain(error, overrides)) from error
 
 
@@ -98,7 +100,7 @@ def checked(tree: DictConfig) -> Config:
         if missing:
             raise HarnessError(f"{missing[0]} must be set: add {missing[0]}=... to the command.")
         config = cast(Config, OmegaConf.to_object(tree))
-    except OmegaConfBaseException as error:
+    except _NO_VALUE as error:
         raise HarnessError(explain(error, ())) from error
     if config.dataset.kind == DatasetKind.ade20k and not config.dataset.root:
         config.dataset.root = next((str(place) for place in default_data_roots() if place.exists()), None)
@@ -154,7 +156,7 @@ def stored_config(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> 
     overrides = prepare(overrides)
     try:
         tree = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(_literal(content))))
-    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (*_NO_VALUE, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise HarnessError(
             f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}). Start a new run."
         ) from error
@@ -188,7 +190,7 @@ def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
     """
     try:
         node = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), _literal(content)))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (*_NO_VALUE, ValueError) as error:
         raise HarnessError(f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}).") from error
     check_lists(node)
     return node
