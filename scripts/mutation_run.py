@@ -48,6 +48,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "data/palettes.py": ("tests/data/test_containers.py",),
 }  # fmt: skip
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
+    ("data/containers.py", "range(0xC0, 0xD0)", "209", "0xD0 stands alone, and that is looked at first"),
+    ("data/containers.py", ".get(header.colour_type, 1)", "2", "a file of another type is refused by Pillow"),
+    ("data/decode.py", "entries = 256 if header.palette", "257", "both are no less than 256"),
+    ("kernels/reference.py", 'plain = device.type == "cpu"', "!=", "the same labels, later"),
+    ("kernels/reference.py", "_GPU_BYTES = 256 << 20", "257", "the same labels, of other pieces"),
+    ("kernels/reference.py", "zip(starts, [*starts[1:], channels]", "False", "one each"),
     ("data/containers.py", "while 0 <= place < len(data) - 3", "1", "a place is at least 2, or -1"),
     ("data/decode.py", "np.bincount(stored.reshape(-1), minlength=256)", "2", "NumPy takes any negative length as -1"),
     ("data/decode.py", "data[place + 1] != _SCAN", "place - 1", "no metadata begins where coded pixels do"),

@@ -22,7 +22,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.containers import PNG_START, check_png, check_scans, read_png_header
 from ade_harness.data.decode import _without_metadata, decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage, default_colors
-from ade_harness.data.palettes import misleading_entry
+from ade_harness.data.palettes import is_label_file, misleading_entry
 from ade_harness.errors import HarnessError
 from ade_harness.files.reading import read_regular
 from ade_harness.inference.folder import FolderPredictor
@@ -482,6 +482,27 @@ def test_bytes_after_the_last_pixel_are_no_damage() -> None:
         assert np.array_equal(decode_image(odd, "a.jpg"), expected)
 
 
+def test_padding_before_the_end_has_at_most_sixteen_bytes() -> None:
+    data = encoded(Image.fromarray(np.full((8, 8, 3), 90, np.uint8)), "JPEG")  # 4 bytes of pixels, all decoded
+    expected = decode_image(data, "a.jpg")
+    padded = [data[:-2] + b"\1" * n + b"\xff\xd9" for n in range(30)]
+    refused = [bool(_refusal(file)) for file in padded]
+    first = refused.index(True)
+    assert refused == [n >= first for n in range(30)]
+    assert "17 extraneous bytes" in _refusal(padded[first])
+    for file in padded[:first]:
+        assert np.array_equal(decode_image(file, "a.jpg"), expected)
+
+
+def _refusal(data: bytes) -> str:
+    """Return why an image is not read; nothing if it is."""
+    try:
+        decode_image(data, "a.jpg")
+    except HarnessError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 @pytest.mark.parametrize("quality", [75, 95])
 def test_zeros_in_place_of_lost_data_are_damage(kept: float, quality: int) -> None:
@@ -614,7 +635,7 @@ def png_of(height: int, width: int, depth: int, colour: int, rows: bytes, *, int
 @pytest.mark.parametrize(
     ("colour", "depth"), [(0, 1), (0, 2), (0, 8), (0, 16), (2, 8), (2, 16), (3, 4), (3, 8), (4, 8), (6, 8)]
 )
-@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 1), (9, 3), (2, 17)])
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 1), (9, 3), (2, 17), (13, 13)])
 def test_every_row_of_a_png_is_there(height: int, width: int, colour: int, depth: int, interlaced: bool) -> None:
     """The bytes are those that an independent encoder writes: passes of Adam7 by the specification's own table."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
@@ -676,3 +697,28 @@ def test_a_sequential_jpeg_without_its_last_scans_is_refused() -> None:
     for number in (1, 2):
         with pytest.raises(HarnessError, match=r"a\.jpg: .*the last scans of the JPEG are missing"):
             decode_image(scans_of_components(number), "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("colors", "expected"),
+    [
+        (None, False),  # a photograph
+        ([(v, v, v) for v in range(256)], False),  # and one of 256 grey levels
+        ([(0, 0, 0), *ade20k_classes().colors], True),
+        (list(ade20k_classes().colors), True),
+        ([(0, 0, 0), *ade20k_classes().colors[:2]], True),  # three entries identify a data set
+        ([(0, 0, 0), ade20k_classes().colors[0]], False),  # two do not
+        ([(0, 0, 0), *default_colors(20)], True),
+        ([(0, 0, 0), *default_colors(20)[:-1], (1, 2, 3)], False),
+        ([(10, 20, 30), (40, 50, 60), (70, 80, 90)], False),
+    ],
+)
+def test_files_of_labels_are_no_photographs(colors: list[tuple[int, int, int]] | None, expected: bool) -> None:
+    if colors is None:
+        assert not is_label_file(encoded(Image.new("RGB", (4, 4)), "PNG"))
+        assert not is_label_file(encoded(Image.new("RGB", (4, 4)), "JPEG"))
+        return
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + b"\0" * 4) * 4)) + chunk(b"IEND", b"")
+    data = PNG_START + chunk(b"IHDR", header) + chunk(b"PLTE", bytes(v for color in colors for v in color)) + pixels
+    assert is_label_file(data) is expected

@@ -19,11 +19,11 @@ def test_pixels_are_mirrored_and_placed() -> None:
     assert np.array_equal(reference.normalise(given, STATISTICS).numpy(), expected)
     mirrored = reference.normalise(given, STATISTICS, Placement((3, 5), flipped=True))
     assert np.array_equal(mirrored.numpy(), expected[:, :, ::-1])
-    for pad_value in (None, 0.0, 127.5):
-        canvas = reference.normalise(given, STATISTICS, Placement((6, 7), (2, 1), pad_value=pad_value)).numpy()
+    for pad_value, size in ((None, (6, 7)), (0.0, (9, 11)), (127.5, (5, 6))):
+        canvas = reference.normalise(given, STATISTICS, Placement(size, (2, 1), pad_value=pad_value)).numpy()
         assert np.array_equal(canvas[:, 2:5, 1:6], expected)
         around = np.zeros(3) if pad_value is None else (pad_value - np.array(STATISTICS.mean)) / STATISTICS.std
-        outside = np.ones((6, 7), bool)
+        outside = np.ones(size, bool)
         outside[2:5, 1:6] = False
         assert np.array_equal(canvas[:, outside], np.repeat(around.astype(np.float32)[:, None], outside.sum(), 1))
 

@@ -15,7 +15,7 @@ from ade_harness.data.ade20k_labels import ADE20K_ENCODING, NUM_CLASSES
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.kernels import reference
 from ade_harness.metrics import Convention, class_iou, mean_iou, scores
-from ade_harness.metrics.confusion import class_accuracy
+from ade_harness.metrics.confusion import area_scores, class_accuracy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -160,6 +160,14 @@ def test_a_pixel_without_class_is_wrong_but_in_no_class() -> None:
     assert class_iou(matrix)[3] == 0.6
     assert class_accuracy(matrix)[3] == 0.6
     assert mean_iou(matrix) == 0.6  # "none" is no class of its own
+
+
+def test_nothing_counted_is_no_score_alone_and_among_others() -> None:
+    """Neither 0 nor 1: a mean over nothing."""
+    found = area_scores(np.array([[0, 0], [3, 0]]), np.array([[0, 0], [4, 0]]), np.array([[0, 0], [3, 1]]))
+    for name, values in found.items():
+        assert np.isnan(values[0]), name
+        assert 0 <= values[1] <= 1, name
 
 
 def test_counts_beyond_float32_stay_exact() -> None:

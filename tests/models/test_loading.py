@@ -511,6 +511,34 @@ def test_one_name_may_have_another_place() -> None:
     assert resolve_class_map(150, None, names, ade20k_classes()).note is None
 
 
+@pytest.mark.parametrize(("others", "refused"), [(2, False), (3, True)])
+def test_a_tenth_of_the_names_may_be_those_of_other_classes(others: int, refused: bool) -> None:
+    """By a synonym, which is no class's own name: 2 of 20 may be other spellings, 3 are another order."""
+    names = tuple("abcdefghijklmnopqrst")
+    classes = Classes("d", names, default_colors(20), tuple((name, f"another {name}") for name in names))
+    carried = [f"another {names[channel + 1]}" if channel < others else name for channel, name in enumerate(names)]
+    if refused:
+        with pytest.raises(HarnessError, match=r"channel 0 is 'another b', which is class 1, .*; 3 channels differ"):
+            resolve_class_map(20, None, carried, classes)
+    else:
+        assert "channel 0 is counted as class 0" in str(resolve_class_map(20, None, carried, classes).note)
+
+
+def test_notes_about_names_and_about_classes_stand_beside_each_other() -> None:
+    """Names of another number are not used, and classes are left out."""
+    found = resolve_class_map(3, [0, None, 1], ["wall", "x"], ade20k_classes())
+    first, second = str(found.note).split("; ")
+    assert first == str(resolve_class_map(3, [0, None, 1], None, ade20k_classes()).note)
+    assert second == "the model's 2 class names are not used: it outputs 3 channels"
+    whole = resolve_class_map(150, None, ["wall"], ade20k_classes())
+    assert whole.note == "the model's 1 class names are not used: it outputs 150 channels"
+
+
+def test_the_two_places_of_one_channel_more_are_written_down() -> None:
+    with pytest.raises(HarnessError, match=r"'other': null,0,1,\.\.\.,149 if it is first, 0,\.\.\.,149,null if last\."):
+        resolve_class_map(151, None, None, ade20k_classes())
+
+
 def test_a_few_names_in_another_order_are_refused() -> None:
     with pytest.raises(HarnessError, match="15 channels differ"):
         resolve_class_map(150, None, rotated_names(15), ade20k_classes())

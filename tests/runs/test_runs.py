@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -460,3 +461,11 @@ def test_rows_of_negative_numbers_are_damage(tmp_path: Path) -> None:
         rows, damaged = read_rows(tmp_path)
         assert rows == []
         assert len(damaged) == 1
+
+
+@pytest.mark.parametrize(("number", "more"), [(10, ""), (11, ", ...")])
+def test_ten_images_that_are_missing_are_listed(number: int, more: str) -> None:
+    ids = [f"i{n:02}" for n in range(number)]
+    listed = re.escape(f"The ledger lacks {number} images ({', '.join(ids[:10])}{more}): no score.")
+    with pytest.raises(HarnessError, match=listed):
+        check_exact([], np.zeros((2, 3), np.int64), ids)
