@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -314,3 +315,13 @@ def test_images_and_labels_of_one_folder_and_of_zips(tmp_path: Path) -> None:
     dataset = open_dataset(compose_config(["model=segformer_b0", *overrides, *zips]).dataset)
     assert dataset.ids == ["aachen/001", "ulm/000"]
     assert (dataset.load(1).target[0, :19] == np.arange(19)).all()
+
+
+def test_names_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
+    """The ledger, which is Parquet, could not hold them."""
+    write_data(tmp_path)
+    for file in [file for kind in ("images", "labels") for file in (tmp_path / kind).rglob("001_*")]:
+        file.rename(file.with_name(os.fsdecode(b"caf\xe9_" + file.name.partition("_")[2].encode())))
+    cfg = compose_config(["model=segformer_b0", *words_for(tmp_path)]).dataset
+    with pytest.raises(HarnessError, match=r"its name is not UTF-8\. Rename it"):
+        open_dataset(cfg)

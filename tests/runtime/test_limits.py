@@ -94,3 +94,8 @@ def test_ranks_and_doctor_follow_the_limits(machine: Path) -> None:
     assert "of which 1 may be used here" in doctor._share_of_cores() or (doctor.os.cpu_count() or 1) == 1
     with pytest.raises(HarnessError, match=r"runtime.devices=9: .* has memory for 2 ranks at most"):
         cluster.resolve_devices(RuntimeConfig(accelerator=Accelerator.cpu, devices=9))
+    with pytest.raises(HarnessError, match=r"runtime.workers=40: .* for 32 loader processes of each of its 1 ranks at"):
+        cluster.resolve_devices(RuntimeConfig(accelerator=Accelerator.cpu, devices=1, workers=40))
+    with pytest.raises(HarnessError, match=r"runtime.workers=2: .* for 0 loader processes of each of its 2 ranks at"):
+        cluster.resolve_devices(RuntimeConfig(accelerator=Accelerator.cpu, devices=2, workers=2))
+    assert cluster.resolve_devices(RuntimeConfig(accelerator=Accelerator.cpu, devices=1, workers=32)) == ("cpu", 1)

@@ -22,7 +22,7 @@ from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.runtime import RuntimeConfig, SlurmConfig
 from ade_harness.config.schema import MetricsConfig, RunConfig, TrackingConfig
 from ade_harness.errors import HarnessError, did_you_mean, require
-from ade_harness.files.escapes import shortened
+from ade_harness.files.escapes import require_utf8, shortened
 
 _FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
 NODES: dict[str, Any] = {
@@ -49,6 +49,8 @@ def prepare(overrides: Sequence[str], extra: Path | None = None, multirun: bool 
     Raises:
         HarnessError: an unknown key or choice, with the nearest known ones; or no override.
     """
+    for text in overrides:
+        require_utf8(text, shortened(text))
     ready = [_quoted(_timms(text), multirun) for text in overrides]
     for text in ready:
         _check(text, extra)

@@ -23,6 +23,7 @@ from ade_harness.data.decode import (
 from ade_harness.data.labels import Classes, LabelEncoding
 from ade_harness.data.source import FileSource
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.files.escapes import require_utf8
 
 _HEADER_BYTES = 1 << 16
 
@@ -192,7 +193,8 @@ def select(pairs: tuple[Pair, ...], limit: int | None, ids: Iterable[str] | None
 def add_file(
     found: dict[str, str], image_id: str, name: str, advice: str = "dataset.root must hold one copy of the data set"
 ) -> None:
-    """Add a file to those found; raises HarnessError if the id has one already."""
+    """Add a file to those found; raises HarnessError if the id has one already, or its name is not UTF-8."""
+    require_utf8(image_id, name)
     if image_id in found:
         raise HarnessError(f"The image id {image_id} occurs twice, as {found[image_id]} and {name}: {advice}.")
     found[image_id] = name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ade_harness.errors import HarnessError
+
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -21,6 +23,16 @@ def one_line(text: str) -> str:
     For what is shown: a text that is used, compared or signed may have lines.
     """
     return _LINES.sub(lambda found: found[0].encode("unicode_escape").decode(), escaped(text))
+
+
+def require_utf8(text: str, what: str) -> None:
+    """Refuse what came from names of files whose bytes are not UTF-8: no file of a run could hold it.
+
+    Raises:
+        HarnessError: begins with `what`.
+    """
+    if re.search("[\ud800-\udfff]", text):
+        raise HarnessError(f"{what}: its name is not UTF-8. Rename it, or reach it by a link whose name is UTF-8.")
 
 
 def without_long_words(text: str, maximum: int = 400) -> str:

@@ -101,6 +101,8 @@ def unusable_gpus() -> str | None:
     )
 
 
+_LOADER_BYTES = 16 << 20
+"""Least memory of a loader process of its own, before it has images (measured: 11 MiB)."""
 _RANK_BYTES = 2**29
 """Memory of a process that has imported torch and Lightning, and little else."""
 
@@ -109,8 +111,19 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
     """Return (accelerator, ranks per node) of a ``runtime`` node.
 
     Raises:
-        HarnessError: more GPUs asked for than there are.
+        HarnessError: more GPUs, ranks or loader processes asked for than this machine has or can bear.
     """
+    accelerator, ranks = _devices(cfg)
+    free = max(0, usable_memory() // max(1, ranks) - _RANK_BYTES) // _LOADER_BYTES
+    if cfg.workers is not None and cfg.workers > max(1, free):
+        raise HarnessError(
+            f"runtime.workers={cfg.workers}: {host_name()} has memory for {free} loader processes of each of its"
+            f" {ranks} ranks at most. Leave it out: null starts as many as there are cores for."
+        )
+    return accelerator, ranks
+
+
+def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
     gpus = gpu_count() if cfg.accelerator != "cpu" else 0
     accelerator = str(cfg.accelerator) if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
     reason = unusable_gpus() if cfg.accelerator != "cpu" and not gpus and _has_gpu_files() else None
