@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ade_harness.errors import HarnessError
+
+_MAX_EXPANSION = 100
+"""Bytes of a byte in an archive; weights, which are close to noise, have two at most."""
+_SMALL_BYTES = 1 << 28
+"""What may expand as it likes."""
+
+
+def check_expansion(members: Sequence[zipfile.ZipInfo], archive: Path) -> None:
+    """Refuse an archive of weights that says it holds far more than weights can be packed into, before it is read.
+
+    Raises:
+        HarnessError: names the archive and both sizes.
+    """
+    total, packed = sum(m.file_size for m in members), max(1, sum(m.compress_size for m in members))
+    if total > max(_SMALL_BYTES, _MAX_EXPANSION * packed):
+        raise HarnessError(f"{archive}: says that it holds {total:,} bytes in {packed:,}, as no weights do. Delete it.")
 
 
 def check_member_name(name: str, archive: Path) -> None:

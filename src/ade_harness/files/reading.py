@@ -9,6 +9,21 @@ from pathlib import Path
 from ade_harness.errors import HarnessError
 
 
+def require_regular(path: Path, shown: str) -> None:
+    """Refuse what is no regular file.
+
+    Args:
+        path: of the file, or of a link to it.
+        shown: begins the message: ``model.path=...`` as it was given.
+
+    Raises:
+        HarnessError: it is not there, or a folder, pipe or device.
+    """
+    if not path.is_file():
+        there = "is not a regular file (a folder, pipe or device). Expected a file" if path.exists() else "no such file"
+        raise HarnessError(f"{shown}: {there}.")
+
+
 def read_regular(path: Path, maximum: int, limit: int | None = None) -> bytes:
     """Return a file's content.
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
+from ade_harness.models.checkpoint.convert import convert
+from ade_harness.models.checkpoint.parts import Choice
 from ade_harness.models.checkpoint.public import hub_checkpoint
 from ade_harness.models.loading import load_model
 from ade_harness.models.systems.siglip2 import SIGLIP2
@@ -355,3 +358,59 @@ def test_names_do_not_decide_what_a_safetensors_file_is(tmp_path: Path) -> None:
     save_file({"params/t": torch.zeros(1)}, tmp_path / "m.safetensors")
     assert list(read_state_dict(tmp_path / "m.safetensors")) == ["params/t"]
     assert SIGLIP2.hub_names({"params/t": torch.zeros(1), "params/b": torch.zeros(1)}) == {}
+
+
+def packed_again(source: Path, target: Path, compression: int) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return target
+
+
+def test_a_torch_file_that_was_packed_again_is_itself_or_refused(tmp_path: Path) -> None:
+    """Compressed noise is no shorter than noise: torch, which maps members into memory, would take it for the weights."""
+    noise = torch.frombuffer(bytearray(np.random.default_rng(0).bytes(40_000)), dtype=torch.int32)
+    torch.save({"w": noise}, tmp_path / "w.pth")
+    plain = packed_again(tmp_path / "w.pth", tmp_path / "plain.pth", zipfile.ZIP_STORED)
+    assert torch.equal(read_state_dict(plain)["w"], noise)
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        packed = packed_again(tmp_path / "w.pth", tmp_path / "packed.pth", method)
+        with pytest.raises(HarnessError, match=r"packed\.pth: was packed again, with compression.*zip -0"):
+            read_state_dict(packed)
+        with pytest.raises(HarnessError, match=r"packed\.pth: was packed again"):
+            convert(packed, tmp_path / "out.safetensors", Choice())
+
+
+@pytest.mark.parametrize("kind", ["npz", "zip", "pt2"])
+def test_an_archive_that_says_too_much_is_not_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ade_harness.files.archive._SMALL_BYTES", 1 << 20)
+    path = tmp_path / f"w.{kind}"
+    if kind == "npz":
+        np.savez_compressed(path, w=np.zeros(1 << 20, np.float32))
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pth", bytes(1 << 22))
+    with pytest.raises(HarnessError, match=r"w\.\w+: says that it holds 4,194,\d+ bytes in [\d,]+, as no weights do"):
+        if kind == "pt2":
+            load_model(compose_config(["model=exported", f"model.path={path}", "dataset=demo"]).model)
+        else:
+            read_state_dict(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=segformer_b0", "model.checkpoint={}"],
+        ["model=dinov3_7b_linear", "model.checkpoint={}", "model.backbone_checkpoint={}"],
+        ["model=onnx", "model.path={}"], ["model=torchscript", "model.path={}"], ["model=exported", "model.path={}"],
+        ["model=timm", "model.backbone=resnet18", "model.checkpoint={}"],
+    ],
+)  # fmt: skip
+def test_pipes_and_folders_are_not_waited_for(overrides: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "folder.pth").mkdir()
+    for name in ("pipe.pth", "folder.pth"):
+        cfg = compose_config([*(text.format(tmp_path / name) for text in overrides), "dataset=demo"]).model
+        with pytest.raises(HarnessError, match=rf"{name}: is not a regular file \(a folder, pipe or device\)"):
+            load_model(cfg)

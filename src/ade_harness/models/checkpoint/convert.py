@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ade_harness.errors import HarnessError, require
 from ade_harness.files.fetch import file_hash
+from ade_harness.files.reading import require_regular
 from ade_harness.files.tensors import write_tensors
-from ade_harness.models.checkpoint.files import ARRAYS_ONLY, StateDict, from_numpy
+from ade_harness.models.checkpoint.files import ARRAYS_ONLY, StateDict, from_numpy, is_archive
 from ade_harness.models.checkpoint.parts import Choice, Part, take_part
 
 
@@ -101,7 +102,7 @@ def convert(file: Path, output: Path, choice: Choice) -> tuple[Part, list[str], 
         HarnessError: the file is damaged or no such file; it holds no weights, or several that could be meant; the
             output exists or cannot be written.
     """
-    require(file.is_file(), f"{file}: no such file.")
+    require_regular(file, str(file))
     require(output.suffix == ".safetensors", f"{output}: expected a name that ends in .safetensors.")
     require(not output.exists(), f"{output}: exists already. Give another name, or delete it.")
     content, left = _read(file)
@@ -124,7 +125,7 @@ def _read(file: Path) -> tuple[Any, list[str]]:
         if file.suffix == ".pkl" and not zipfile.is_zipfile(file):
             with file.open("rb") as stream:
                 return load(stream, encoding="latin1"), sorted(left)
-        if zipfile.is_zipfile(file):
+        if is_archive(file):
             with zipfile.ZipFile(file) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise HarnessError(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ade_harness.errors import HarnessError
+from ade_harness.files.archive import check_expansion
 from ade_harness.files.atomic import replaced
 from ade_harness.models.checkpoint.public import INDEX, shards
 
@@ -47,7 +48,9 @@ def read_content(path: Path) -> Any:
     if path.suffix == ".zip":
         path = _unpacked(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+    except HarnessError:
+        raise
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             head = file.read(64)
@@ -68,6 +71,27 @@ def read_content(path: Path) -> Any:
         ) from error
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip, as torch writes it: not compressed.
+
+    torch maps the bytes of a member into memory as they lie there: compressed ones, where they are no fewer than the
+    weights', would be taken for the weights.
+
+    Raises:
+        HarnessError: a member is compressed.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        program = any(name.endswith("/constants.pkl") for name in archive.namelist())  # TorchScript's code is compressed
+        if not program and any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise HarnessError(
+                f"{path}: was packed again, with compression, which torch.save never does. Unpack it and pack it"
+                " without (zip -0), or fetch the original."
+            )
+    return True
+
+
 def _foreign(error: pickle.UnpicklingError) -> str:
     """Return the class that torch's restricted unpickler refused, out of its message."""
     found = re.search(r"GLOBAL ([\w.]+)|global: ?\S* ?([\w.]+)", str(error))
@@ -83,6 +107,7 @@ def _unpacked(archive: Path) -> Path:
                 raise HarnessError(
                     f"{archive}: holds {len(names)} weight files (.pth, .pth.tar, .pt, .bin), expected one."
                 )
+            check_expansion(content.infolist(), archive)
             target = archive.with_name(f"{archive.name}.{Path(names[0]).name}")  # never a folder from the archive
             with FileLock(str(target) + ".lock"):
                 if not target.exists():
@@ -98,8 +123,12 @@ def _unpacked(archive: Path) -> Path:
 def _read_npz(path: Path) -> StateDict:
     """Read numpy's archive, such as big_vision's; bfloat16 is kept there as two raw bytes."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            check_expansion(archive.infolist(), path)
         with np.load(path, allow_pickle=False) as arrays:
             return {key: from_numpy(arrays[key]) for key in arrays.files}
+    except HarnessError:
+        raise
     except Exception as error:  # of zipfile, zlib, and of Python's parser, which reads the headers
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HarnessError(f"{path}: not a whole .npz of arrays ({reason}).") from error

@@ -13,6 +13,7 @@ from filelock import FileLock
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import OnBytes, fetch, file_hash
 from ade_harness.files.hub import hub_explained
+from ade_harness.files.reading import require_regular
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ def local_checkpoint(path: str, sha256: str | None, key: str = "model.checkpoint
         HarnessError: it is not there, or its hash is not the expected one.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise HarnessError(f"{key}={path}: no such file.")
+    require_regular(file, f"{key}={path}")
     return _checked(file, sha256, str(file), f"{key}_sha256")
 
 

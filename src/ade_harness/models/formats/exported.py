@@ -11,6 +11,7 @@ from torch.export.passes import move_to_device_pass
 
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
+from ade_harness.files.archive import check_expansion
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
 from ade_harness.models.checkpoint.sources import model_file
@@ -53,10 +54,12 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     """
     path = model_file(cfg)
     try:
-        with zipfile.ZipFile(path):
-            pass  # what is no archive is refused here: torch would leave it open
+        with zipfile.ZipFile(path) as archive:  # what is none is refused here: torch would leave it open
+            check_expansion(archive.infolist(), path)
         with log_level("torch.export", SILENT):
             program = torch.export.load(str(path))
+    except HarnessError:
+        raise
     except Exception as error:  # torch's reader of a damaged file fails in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HarnessError(

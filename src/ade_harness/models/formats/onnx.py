@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
+from ade_harness.files.reading import require_regular
 from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.identity import companion_hashes
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
@@ -93,8 +94,7 @@ class OnnxModel(nn.Module):
         if self._session is None or self._device != device:
             import onnxruntime
 
-            if not self.path.is_file():
-                raise HarnessError(f"model.path={self.path}: no such file.")
+            require_regular(self.path, f"model.path={self.path}")
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1
