@@ -83,7 +83,8 @@ def is_archive(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        program = any(name.endswith("/constants.pkl") for name in archive.namelist())  # TorchScript's code is compressed
+        # a program of TorchScript, whose code is compressed, is refused by torch's reader
+        program = any(name.endswith("/constants.pkl") for name in archive.namelist())
         if not program and any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise HarnessError(
                 f"{path}: was packed again, with compression, which torch.save never does. Unpack it and pack it"
