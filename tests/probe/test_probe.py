@@ -27,6 +27,7 @@ from ade_harness.models.loading import load_model
 from ade_harness.probe import module
 from ade_harness.probe.crops import Crops, Share, distort, make_crop
 from ade_harness.probe.schedule import learning_rate
+from ade_harness.probe.training import cut_log
 from ade_harness.runs.lock import RunLock
 from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
@@ -463,3 +464,18 @@ def test_a_running_training_says_its_rate(
     finally:
         lock.release()
     assert "4 iterations, 2.50 iterations/s, 1:30 left" in shown.out, shown.out
+
+
+def test_the_log_of_an_interrupted_training_ends_with_its_last_saved_state(tmp_path: Path) -> None:
+    """A process that is killed may leave half a row."""
+    rows = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in (10, 20, 30)]
+    whole = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "loss.jsonl").write_text(whole + '{"step": 40, "lo')
+    cut_log(tmp_path, 20)
+    assert (tmp_path / "loss.jsonl").read_text() == "".join(f"{json.dumps(row)}\n" for row in rows[:2])
+    (tmp_path / "loss.jsonl").write_text(whole.replace('"step": 20', '"step": "b"'))
+    with pytest.raises(HarnessError, match=r"loss\.jsonl: damaged: step"):
+        cut_log(tmp_path, 20)
+    (tmp_path / "loss.jsonl").unlink()
+    cut_log(tmp_path, 20)
+    assert not list(tmp_path.iterdir())

@@ -30,6 +30,7 @@ from ade_harness.runs.directory import (
     LOSS,
     PROBE,
 )
+from ade_harness.runs.progress import read_losses
 from ade_harness.runs.record import RunRecord, start_record
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
@@ -164,7 +165,7 @@ def _fit(
     if recipe.batch % world:
         raise HarnessError(f"probe.batch={recipe.batch}: is shared by {world} ranks, which must divide it.")
     if ranks.coordinator.rank == 0:
-        _cut_log(training.run_dir / LOSS, training.first_step)
+        cut_log(training.run_dir, training.first_step)
     workers = cfg.runtime.workers
     spare = max(0, min(8, usable_cores() // max(1, ranks.trainer.num_devices) - 1))
     workers = spare if workers is None else workers
@@ -184,11 +185,15 @@ def _fit(
         training.close()
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drop what an interrupted part has logged after its last saved state."""
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        write_text(path, "".join(f"{line}\n" for line in rows))
+def cut_log(run_dir: Path, step: int) -> None:
+    """Drop what an interrupted part has logged after its last saved state, and a row that it could not end.
+
+    Raises:
+        HarnessError: another row is damaged.
+    """
+    if (run_dir / LOSS).exists():
+        rows = [row for row in read_losses(run_dir) if row["step"] <= step]
+        write_text(run_dir / LOSS, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Console, tracking: Tracking) -> Path:
@@ -204,7 +209,7 @@ def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Con
         "backbone_sha256": manifest["model"].get("sha256"),
     }
     write_tensors(path, weights, {"probe": json.dumps(about)})  # one entry: the order of several is arbitrary
-    rows = [json.loads(line) for line in (training.run_dir / LOSS).read_text().splitlines()]
+    rows = read_losses(training.run_dir)
     record.finish_training(rows[-1]["loss"], training.step)
     for mark in manifest["marks"]:
         print_line(console, mark, style="yellow")
