@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
 
 from ade_harness import kernels
 from ade_harness.cli import doctor
@@ -25,7 +30,7 @@ from ade_harness.inference.factory import open_network
 from ade_harness.inference.forward import is_out_of_memory, short_memory_named
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.runs.provenance import environment
-from ade_harness.runtime import cluster
+from ade_harness.runtime import cluster, ranks
 from ade_harness.runtime.coordination import Coordinator, LocalStore
 from tests.cli.test_cli import FAST, Call
 
@@ -132,6 +137,47 @@ def test_short_memory_anywhere_costs_one_image(
         assert "out of memory" in str(failures)
 
 
+@pytest.mark.parametrize(
+    ("largest", "on_error", "note"),
+    [
+        (2, "fail", "memory was short beside the forward: its batch was redone in smaller ones, whose float sums may differ in"
+                    " the last bit; inference.images=2 avoids it"),
+        (1, "fail", "inference.images=1 avoids it"),
+        (4, "skip", "an image failed: its batch was redone in smaller ones, whose float sums may differ in the last bit"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_is_too_much_is_halved(
+    largest: int, on_error: str, note: str, monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
+) -> None:
+    """Each image is counted once, as it is in a run of batches that fit; an image that fails fails alone."""
+    original, seen, bad = EvaluationModule._launch, [], []
+
+    def launch(self: Any, images: Any, device: Any) -> Any:
+        seen.append(len(images))
+        bad.extend([images[1].image_id] if len(images) > 1 and not bad else [])
+        if len(images) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        if on_error == "skip" and bad and bad[0] in [image.image_id for image in images]:
+            raise HarnessError(f"{bad[0]}: no scores")
+        return original(self, images, device)
+
+    overrides = ("dataset.images=8", *FAST, "runtime.workers=0", "metrics.resamples=0", f"run.on_error={on_error}")
+    monkeypatch.setattr(EvaluationModule, "_launch", launch)
+    done = call(*overrides, "inference.images=4", "inference=fit_512", "run.dir=halved")
+    assert done.code == 0, done.err
+    assert max(seen) == 4
+    assert note in " ".join(done.out.split())
+    halved = pd.read_parquet(tmp_path / "halved/ledger").sort_values("image_id")
+    monkeypatch.setattr(EvaluationModule, "_launch", original)
+    done = call(*overrides, f"inference.images={largest}", "inference=fit_512", "run.dir=fits")
+    assert done.code == 0, done.err
+    fits = pd.read_parquet(tmp_path / "fits/ledger").sort_values("image_id")
+    if on_error == "skip":
+        fits = fits[fits.image_id != bad[0]]
+    assert list(halved.image_id) == list(fits.image_id)
+    assert list(halved.label_hash) == list(fits.label_hash)
+
+
 def test_gpus_that_cuda_cannot_use_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's library counts them whatever torch was built for: a driver that is too old for it."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -187,3 +233,59 @@ def test_no_weights_are_broadcast(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert sum(sent) == len(list(predictor_.network.parameters())) + len(list(predictor_.network.buffers()))
     finally:
         dist.destroy_process_group()
+
+
+def module_of(recorder: Any) -> EvaluationModule:
+    made = open_network(compose_config([]), ade20k_classes())
+    return EvaluationModule(made, recorder, Coordinator(LocalStore()))
+
+
+def test_the_network_stays_where_it_is_when_a_test_ends() -> None:
+    """Lightning's teardown would move it to the CPU, as a private copy of each rank."""
+    module = module_of(SimpleNamespace(classes=ade20k_classes()))
+    module.predictor.network.to("meta")  # a device that each machine has, and from which nothing comes back
+    assert module.cpu() is module
+    assert {p.device.type for p in module.predictor.network.parameters()} == {"meta"}
+
+
+def test_rows_that_were_counted_stay_after_an_error_of_the_device() -> None:
+    """The last batch is lost with its GPU; what waits for the recorder, and its last segment, are not."""
+    done: list[str] = []
+    recorder: Any = SimpleNamespace(
+        classes=ade20k_classes(), settled=lambda maximum: done.append(f"settled {maximum}") or (),
+        close=lambda: done.append("closed"), writer=SimpleNamespace(flush=lambda: done.append("flushed")),
+    )  # fmt: skip
+    module = module_of(recorder)
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    module._launched.append(SimpleNamespace(done=SimpleNamespace(synchronize=lost)))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        module.close(0)
+    assert done == ["settled 0", "closed", "flushed"]
+
+
+def test_evaluations_meet_on_the_cpu_and_trainings_where_lightning_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sum of 181 kB needs no communicator on a GPU; gradients do."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cfg = RuntimeConfig(accelerator=Accelerator.cpu, devices=2)
+    evaluation, training = (ranks.make_trainer(cfg, training=kind).strategy for kind in (False, True))
+    assert isinstance(evaluation, ranks.GlooStrategy)
+    assert evaluation._process_group_backend == "gloo"
+    assert isinstance(training, DDPStrategy)
+    assert not isinstance(training, ranks.GlooStrategy)
+    assert training._process_group_backend is None  # Lightning's choice: NCCL for GPUs
+    assert _get_default_process_group_backend_for_device(torch.device("cuda")) == "nccl"
+
+
+def test_amds_compiler_gets_no_option_that_it_does_not_know() -> None:
+    """``maxnreg`` is NVIDIA's; the module is imported as it would be on ROCm."""
+    program = (
+        "import torch; torch.version.hip = '6.4'\n"
+        "from ade_harness.kernels import triton_gpu\nfrom ade_harness.models.ops import deformable_triton\n"
+        "assert triton_gpu.OF_VIEWS == triton_gpu.EXACT and deformable_triton.WIDE == deformable_triton.EXACT\n"
+    )
+    pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to test the GPU kernels")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

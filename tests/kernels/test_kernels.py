@@ -477,3 +477,22 @@ def test_the_interpreters_fma_rounds_once() -> None:
     assert not np.array_equal(found, (x * y + z))  # two roundings would differ
     infinite = np.array([np.inf, -np.inf, np.nan], np.float32)
     assert np.array_equal(fused(infinite, np.ones(3), np.zeros(3)), infinite, equal_nan=True)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_triton_finds_scores_beyond_the_numbers_of_32_bits(views: int) -> None:
+    """Of 150 planes of 15 million pixels; memory is taken where something was written, so the file of zeros is small.
+
+    Offsets of 32 bits would be below the first plane: an illegal address.
+    """
+    pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to test the GPU kernels")
+    from ade_harness.kernels import triton_gpu
+
+    scores = torch.from_numpy(np.zeros((150, 4000, 3800), np.float16))
+    assert 149 * 4000 * 3800 > 2**31
+    scores[149, -600:, -600:] = 1
+    scores[148, :600, :600] = 1
+    found = triton_gpu.merge([whole(scores, (8, 8))] * views, (8, 8), False)
+    assert found[0, 0] == 148
+    assert found[7, 7] == 149
+    assert int((found > 0).sum()) == 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from ade_harness import kernels
 from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
-from ade_harness.errors import HarnessError
+from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job
 from ade_harness.evaluation.recorder import CountedImage, Recorder
@@ -86,6 +86,8 @@ class EvaluationModule(pl.LightningModule):
         and ledger, the recorder's own time."""
         self.progress: int | None = None
         """Images of the last batch that are new in the ledger, or soon will be; None if it was not evaluated."""
+        self.remarks: list[str] = []
+        """What was done otherwise than asked."""
         self._launched: list[_Launched] = []
         self._free_since = time.perf_counter()
 
@@ -129,8 +131,7 @@ class EvaluationModule(pl.LightningModule):
                 self.coordinator.stop()
         try:
             if images:
-                with self._failing([image.image_id for image in images]):
-                    self._launched.append(self._launched_or_short(images, device, rank))
+                self._launch_as_fits(images, device, rank)
             while len(self._launched) > (1 if device.type == "cuda" else 0):
                 self._finish(self._launched.pop(0), rank)
         finally:
@@ -143,39 +144,54 @@ class EvaluationModule(pl.LightningModule):
         try:
             yield
         except HarnessError as error:
-            self.failures += [Failure(image_id, str(error)) for image_id in ids]
-            if not self.skip_failures or isinstance(error, LedgerError):
-                self.coordinator.stop()
+            self._fail(ids, error)
 
-    def _launched_or_short(self, images: list[LoadedImage], device: torch.device, rank: int) -> _Launched:
-        """Launch a batch; where memory is short, once more when nothing else is on the device.
+    def _fail(self, ids: Sequence[str], error: HarnessError) -> None:
+        self.failures += [Failure(image_id, str(error)) for image_id in ids]
+        if not self.skip_failures or isinstance(error, LedgerError):
+            self.coordinator.stop()
 
-        The forward deals with its own shortage by smaller batches (inference/forward.py).
+    def _launch_as_fits(self, images: list[LoadedImage], device: torch.device, rank: int) -> None:
+        """Launch a batch; where memory is short, once more when nothing else is on the device, then in two halves.
 
-        Raises:
-            HarnessError: it is short again: the images of this batch fail, and no others.
+        The forward deals with its own shortage by smaller batches (inference/forward.py). What fails at last is one
+        image, and no other: with ``on_error="skip"`` a batch in which an image fails is halved too.
         """
-        try:
-            return self._launch(images, device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # outside of the except block, where the traceback would keep tensors
-        while self._launched:
-            self._finish(self._launched.pop(0), rank)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        try:
-            return self._launch(images, device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            height, width = images[0].prepared.original_size
-            names = ", ".join(image.image_id for image in images)
-            raise HarnessError(
-                f"{names}: out of memory beside the forward, with {width}x{height} pixels (width x height;"
-                f" {str(error).splitlines()[0]}). Use a device with more memory, or inference.images=1."
-            ) from error
+        ids = [image.image_id for image in images]
+        reason = ""
+        for again in (False, True):
+            if again:
+                while self._launched:
+                    self._finish(self._launched.pop(0), rank)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            try:
+                self._launched.append(self._launch(images, device))
+                return None
+            except HarnessError as error:
+                if len(images) == 1 or not self.skip_failures or isinstance(error, EveryImageError):
+                    return self._fail(ids, error)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # outside of the except block, where the traceback would keep tensors
+        if len(images) > 1:
+            why = "memory was short beside the forward" if reason else "an image failed"
+            advice = f"; inference.images={len(images) // 2} avoids it" if reason else ""
+            self.remarks.append(
+                f"{why}: its batch was redone in smaller ones, whose float sums may differ in the last bit{advice}"
+            )
+            for part in (images[: len(images) // 2], images[len(images) // 2 :]):
+                self._launch_as_fits(part, device, rank)
+            return None
+        height, width = images[0].prepared.original_size
+        text = (
+            f"{ids[0]}: out of memory beside the forward, with {width}x{height} pixels (width x height; {reason})."
+            " Use a device with more memory."
+        )
+        return self._fail(ids, HarnessError(text))
 
     def _launch(self, images: list[LoadedImage], device: torch.device) -> _Launched:
         watch = Stopwatch(device)

@@ -103,7 +103,7 @@ def _work(
     failures: list[Failure] = sum(gather(module.failures), [])
     counted = module.recorder.matrix
     total = all_reduce_sum(counted) + matrix_of(before, len(counted))
-    notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.recorder.remarks]), [])))
+    notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.remarks, *module.recorder.remarks]), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     on_gpu = torch.cuda.is_available() and ranks.trainer.strategy.root_device.type == "cuda"
     peak = max(gather(torch.cuda.max_memory_allocated() if on_gpu else 0)) or None
