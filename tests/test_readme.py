@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
@@ -49,13 +48,11 @@ def test_demo_command_in_a_fresh_clone(tmp_path: Path) -> None:
     assert len(list((clone / "runs").glob("*/metrics.json"))) == 1
     # installed, not editable: from another folder, with the wheel's own configuration
     shutil.rmtree(tmp_path / "cache")
-    begin = time.monotonic()
     again = subprocess.run(
-        [clone / ".venv/bin/ade-harness", "tracking=none"], cwd=tmp_path, env=cache, capture_output=True, text=True,
+        [clone / ".venv/bin/ade-harness", "tracking=none", "dataset.images=8"], cwd=tmp_path, env=cache, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    print(f"the demo took {time.monotonic() - begin:.1f} s after installation")
 
 
 def prose(page: Path) -> str:

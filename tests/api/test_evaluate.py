@@ -30,6 +30,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation import inline
 from tests.api.networks import Breaks, Colours, Remembers
 from tests.conftest import REPOSITORY, Done
+from tests.warm import WarmPopen
 
 OF_IMPORTS = (
     "PYTEST_CURRENT_TEST", "LD_LIBRARY_PATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR",
@@ -298,6 +299,7 @@ def test_a_run_directory_where_it_is_asked_for(call: Callable[..., Done], tmp_pa
 def test_ranks_of_a_network_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Colours()
     one = ade.evaluate(network, dataset="demo", options=SMALL)
+    monkeypatch.setattr(subprocess, "Popen", WarmPopen)
     monkeypatch.setenv("WORLD_SIZE", "8")  # of a training that this process is a rank of
     two = ade.evaluate(network, dataset="demo", options=SMALL, devices=2, device="cpu", workers=0)
     assert np.array_equal(one.matrix, two.matrix)
@@ -308,6 +310,7 @@ def test_ranks_of_a_network_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(HarnessError, match="cannot import this Breaks of __main__"):
         ade.evaluate(Breaks(), dataset="demo", devices=2)
     monkeypatch.undo()
+    monkeypatch.setattr(subprocess, "Popen", WarmPopen)
     with pytest.raises(HarnessError, match="no such layer"):
         ade.evaluate(Breaks(), dataset="demo", options=SMALL, devices=2, device="cpu", workers=0)
     network.hook = lambda: None  # type: ignore[assignment]
