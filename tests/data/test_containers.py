@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import struct
@@ -722,3 +723,40 @@ def test_files_of_labels_are_no_photographs(colors: list[tuple[int, int, int]] |
     pixels = chunk(b"IDAT", zlib.compress((b"\0" + b"\0" * 4) * 4)) + chunk(b"IEND", b"")
     data = PNG_START + chunk(b"IHDR", header) + chunk(b"PLTE", bytes(v for color in colors for v in color)) + pixels
     assert is_label_file(data) is expected
+
+
+def test_the_passes_of_adam7_of_every_size() -> None:
+    """By the specification's own table: a byte less than its rows have is refused, whatever the size."""
+    grid = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    pattern = np.array([list(row) for row in grid])
+    for height, width in itertools.product(range(1, 18), range(1, 18)):
+        tiled = np.tile(pattern, (3, 3))[:height, :width]
+        taken = [tiled == number for number in "1234567"]
+        whole = bytes(sum(int(t.any(1).sum()) * (1 + int(t.any(0).sum())) for t in taken))
+        check_png(png_of(height, width, 8, 0, whole, interlaced=True), "a.png", "image")
+        with pytest.raises(HarnessError, match="rows are missing"):
+            check_png(png_of(height, width, 8, 0, whole[:-1], interlaced=True), "a.png", "image")
+
+
+@pytest.mark.parametrize(("length", "entries"), [(6, 2), (7, 2), (8, 2), (9, 3)])
+def test_a_palette_has_whole_entries(length: int, entries: int) -> None:
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)
+    data = PNG_START + chunk(b"IHDR", header) + chunk(b"PLTE", bytes(range(length))) + chunk(b"IDAT", b"")
+    palette = read_png_header(data, "a.png", "image").palette
+    assert palette is not None
+    assert palette.tolist() == [[3 * n, 3 * n + 1, 3 * n + 2] for n in range(entries)]
+
+
+def test_the_first_index_beyond_a_palette_is_refused() -> None:
+    """Decoders show it as black, which may be the colour of a class."""
+    colors = ade20k_classes().colors[:4]
+    storage = LabelStorage("colour", tuple(ade20k_classes().colors))
+    header = struct.pack(">IIBBBBB", 4, 1, 8, 3, 0, 0, 0)
+    start = PNG_START + chunk(b"IHDR", header) + chunk(b"PLTE", bytes(v for color in colors for v in color))
+    for last in (3, 4):
+        data = start + chunk(b"IDAT", zlib.compress(bytes([0, 0, 1, 2, last]))) + chunk(b"IEND", b"")
+        if last == 3:
+            assert decode_labels(data, "a.png", storage).shape == (1, 4)
+            continue
+        with pytest.raises(HarnessError, match="index 4 is not in its palette of 4 colours"):
+            decode_labels(data, "a.png", storage)
