@@ -51,7 +51,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("data/containers.py", "range(0xC0, 0xD0)", "209", "0xD0 stands alone, and that is looked at first"),
     ("data/containers.py", ".get(header.colour_type, 1)", "2", "a file of another type is refused by Pillow"),
     ("data/containers.py", "_PIECE_BYTES = 2**20", "", "the same pixels, in other pieces"),
-    ("data/decode.py", "odd_metadata = plain != data and", "or", "the pixels alone give the same error, or the same pixels"),
+    ("data/decode.py", "odd_metadata = plain != data and", "or", "pixels alone give the same error or pixels"),
     ("data/decode.py", "entries = 256 if header.palette", "257", "both are no less than 256"),
     ("kernels/reference.py", 'plain = device.type == "cpu"', "!=", "the same labels, later"),
     ("kernels/reference.py", "_GPU_BYTES = 256 << 20", "257", "the same labels, of other pieces"),
