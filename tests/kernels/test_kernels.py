@@ -496,3 +496,53 @@ def test_triton_finds_scores_beyond_the_numbers_of_32_bits(views: int) -> None:
     assert found[0, 0] == 148
     assert found[7, 7] == 149
     assert int((found > 0).sum()) == 2
+
+
+class Labels(torch.nn.Module):
+    """What a user may export or compile: a head, its label map and the counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: Any = implementation("triton_gpu")
+
+    def forward(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        made = self.made
+        labels = made.merge([whole(scores, (24, 32)), whole(scores.flip(2), (24, 32), flipped=True)], (24, 32), False)
+        return labels, made.count(labels, target, 5), made.invalid_share([scores])
+
+
+@pytest.mark.parametrize("way", ["export", "eager", "aot_eager"])
+def test_the_gpus_operators_can_be_exported_and_compiled(way: str) -> None:
+    """Each is one closed node of the graph, with the shapes of its results; values are those of a plain call."""
+    scores = on("triton_gpu", torch.randn(5, 12, 16, generator=torch.Generator().manual_seed(0)))
+    target = on("triton_gpu", torch.randint(0, 5, (24, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8))
+    expected = Labels()(scores, target)
+    if way == "export":
+        program = torch.export.export(Labels(), (scores, target))
+        called = [str(node.target) for node in program.graph.nodes if "ade_harness" in str(node.target)]
+        assert called == [f"ade_harness.{name}.default" for name in ("label_views", "count_pixels", "count_invalid")]
+        found = program.module()(scores, target)
+    else:
+        found = torch.compile(Labels(), backend=way, fullgraph=True)(scores, target)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+        assert one.dtype == two.dtype
+
+
+def test_the_operators_are_what_they_say_to_torch() -> None:
+    """Schemas, shapes without values, nothing written to, no alias: torch's own check of operators."""
+    made: Any = implementation("triton_gpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = torch.randn(1, 5, 6, 8, device=device)
+    geometry = made._geometry((((1, 5, 6, 8), ((0, 0),), (6, 8), (0, 0, 6, 8), False, False),))
+    labels = torch.zeros(6, 8, dtype=torch.uint8, device=device)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    operators = torch.ops.ade_harness
+    for operator, arguments in (
+        (operators.label_views, ([scores], geometry, [6, 8], False, False, True)),
+        (operators.count_pixels, (labels, labels, 5)),
+        (operators.count_invalid, ([scores],)),
+        (operators.normalise_pixels, (torch.zeros(4, 4, 3, dtype=torch.uint8, device=device),
+                                      torch.ones(6, device=device), [4, 4, 0, 0, 0, 0, 0], 1.0, 0.0)),
+    ):  # fmt: skip
+        assert set(torch.library.opcheck(operator, arguments, test_utils=checks).values()) == {"SUCCESS"}

@@ -215,7 +215,8 @@ def _dtype(channels: int) -> torch.dtype:
 
 
 # Operators of torch, so that torch.compile, torch.export and fake tensors know them. Runs on the CPU have others: there
-# these are Triton's interpreter, in tests.
+# these are Triton's interpreter, in tests. They are `custom_op`, which stays closed, and not `triton_op`, which
+# torch.compile looks into: a table of addresses (`data_ptr`) has no meaning where there are no tensors yet.
 @torch.library.custom_op("ade_harness::label_views", mutates_args=(), device_types=("cuda", "cpu"))
 def _label_views(
     scores: list[Tensor], geometry: list[int], size: list[int], two_steps: bool, probabilities: bool, whole_view: bool
