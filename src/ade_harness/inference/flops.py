@@ -34,7 +34,9 @@ def flops_of_image(network: nn.Module | None, inference: InferenceConfig, size: 
     windows = Counter(plan.window for plan in plan_views(size, inference) for _ in plan.origins)
     try:
         # a module may keep one tensor under two names
-        tensors = {n: t.to("meta") for n, t in itertools.chain(network.named_parameters(), network.named_buffers())}
+        tensors = {
+            n: t.detach().to("meta") for n, t in itertools.chain(network.named_parameters(), network.named_buffers())
+        }
         return sum(number * _flops(network, tensors, window) for window, number in windows.items())
     except Exception:  # of the many kinds that operators without a meta implementation raise
         return None
