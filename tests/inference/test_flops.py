@@ -59,6 +59,8 @@ def test_what_cannot_be_counted_is_none() -> None:
 def test_systems_are_counted(model: str) -> None:
     cfg = compose_config([f"model={model}", "dataset=demo", "model.weights=random"])
     network = open_network(cfg, ade20k_classes()).network
+    assert network is not None
+    network.requires_grad_(True)  # as the caller's own may be
     found = flops_of_image(network, cfg.inference, (512, 512))
     assert found is not None
     published = {"segformer_b0": 8.4e9, "mask2former_swin_t": 74e9}  # multiplications with additions, in the papers
