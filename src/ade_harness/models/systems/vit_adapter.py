@@ -107,6 +107,12 @@ def _whole(
     return load_own(make, state, keys)
 
 
+_COMMON: dict[str, Any] = {
+    "adapter_fields": ADAPTER_FIELDS, "head_fields": HEAD_FIELDS, "classifier": "decoder.classes.weight", "void": True,
+    "at_mask_size": True,
+}  # fmt: skip
+"""What all systems with an adapter below Mask2Former's head have."""
+
 # BEiT
 
 _BEIT_FIELDS = (
@@ -152,15 +158,7 @@ def _build_beit(fields: dict[str, Any], state: Mapping[str, Tensor] | None, keys
 
 
 VIT_ADAPTER_BEIT = Family(
-    layouts={"official": OFFICIAL},
-    read=_read_beit,
-    build=_build_beit,
-    backbone_fields=_BEIT_FIELDS,
-    adapter_fields=ADAPTER_FIELDS,
-    head_fields=HEAD_FIELDS,
-    classifier="decoder.classes.weight",
-    void=True,
-    at_mask_size=True,
+    layouts={"official": OFFICIAL}, read=_read_beit, build=_build_beit, backbone_fields=_BEIT_FIELDS, **_COMMON
 )
 
 # DINOv2
@@ -195,17 +193,9 @@ def _build_dinov2(fields: dict[str, Any], state: Mapping[str, Tensor] | None, ke
 
 
 VIT_ADAPTER_DINOV2 = Family(
-    layouts={"official": OFFICIAL},
-    read=_read_dinov2,
-    build=_build_dinov2,
-    backbone_fields=_DINOV2_FIELDS,
-    adapter_fields=ADAPTER_FIELDS,
-    head_fields=HEAD_FIELDS,
-    shapes_first=True,
-    classifier="decoder.classes.weight",
-    void=True,
-    at_mask_size=True,
-)
+    layouts={"official": OFFICIAL}, read=_read_dinov2, build=_build_dinov2, backbone_fields=_DINOV2_FIELDS,
+    shapes_first=True, **_COMMON,
+)  # fmt: skip
 
 # BEiT-3
 
@@ -241,17 +231,9 @@ def _build_beit3(fields: dict[str, Any], state: Mapping[str, Tensor] | None, key
 
 
 VIT_ADAPTER_BEIT3 = Family(
-    layouts={"official": BEIT3_ENCODER, "adapter": OFFICIAL},
-    read=_read_beit3,
-    build=_build_beit3,
-    backbone_fields=_BEIT_FIELDS,
-    adapter_fields=ADAPTER_FIELDS,
-    head_fields=HEAD_FIELDS,
-    classifier="decoder.classes.weight",
-    void=True,
-    at_mask_size=True,
-    head=_HEAD_FILE,
-)
+    layouts={"official": BEIT3_ENCODER, "adapter": OFFICIAL}, read=_read_beit3, build=_build_beit3,
+    backbone_fields=_BEIT_FIELDS, head=_HEAD_FILE, **_COMMON,
+)  # fmt: skip
 
 # DINOv3
 
