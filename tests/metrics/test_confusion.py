@@ -15,7 +15,7 @@ from ade_harness.data.ade20k_labels import ADE20K_ENCODING, NUM_CLASSES
 from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.kernels import reference
 from ade_harness.metrics import Convention, class_iou, mean_iou, scores
-from ade_harness.metrics.confusion import area_scores, class_accuracy
+from ade_harness.metrics.confusion import area_scores, class_accuracy, class_dice, mean_dice
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -160,6 +160,22 @@ def test_a_pixel_without_class_is_wrong_but_in_no_class() -> None:
     assert class_iou(matrix)[3] == 0.6
     assert class_accuracy(matrix)[3] == 0.6
     assert mean_iou(matrix) == 0.6  # "none" is no class of its own
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=4, max_size=4))
+def test_dice_is_the_f_score(counts: list[list[int]]) -> None:
+    """Of each class twice the true positives over both areas; the last column is of predictions without a class."""
+    matrix = np.array(counts, np.int64)
+    expected = []
+    for c in range(4):
+        right, missed = int(matrix[c, c]), int(matrix[c].sum() - matrix[c, c])
+        wrong = int(matrix[:, c].sum() - matrix[c, c])
+        expected.append(2 * right / (2 * right + missed + wrong) if right + missed + wrong else np.nan)
+    assert np.array_equal(class_dice(matrix), expected, equal_nan=True)
+    defined = [value for value in expected if not np.isnan(value)]
+    found = mean_dice(matrix)
+    # four additions may be made in another order
+    assert np.isnan(found) if not defined else found == pytest.approx(sum(defined) / len(defined), abs=1e-15)
 
 
 def test_nothing_counted_is_no_score_alone_and_among_others() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.metrics.counts import Row, sparse_counts
-from ade_harness.metrics.diagnosis import diagnose, sign_test
+from ade_harness.metrics.diagnosis import _best_reading, diagnose, sign_test
 
 Labels = npt.NDArray[np.intp]
 CLASSES = ade20k_classes()
@@ -105,6 +105,14 @@ def test_a_lead_that_chance_may_give_is_no_evidence(lost: int, expected: bool) -
     rows += [row_of(100 + number, commonest, np.full_like(commonest, 149 - number)) for number in range(lost)]
     assert sign_test(12, 12 + lost) == pytest.approx(2**-12 if expected else 0.0717, rel=1e-2)
     assert (diagnose(rows, CLASSES) is not None) is expected
+
+
+def test_a_class_of_one_pixel_is_matched_too() -> None:
+    matrix = np.zeros((3, 4), np.int64)
+    matrix[0, 1], matrix[1, 2], matrix[2, 0] = 5, 1, 1
+    reading, moved = _best_reading(matrix)
+    assert reading.tolist() == [2, 0, 1, -1]
+    assert moved == [(0, 1), (1, 2), (2, 0)]
 
 
 def test_few_classes_on_either_side_are_no_evidence() -> None:

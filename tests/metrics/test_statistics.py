@@ -418,3 +418,14 @@ def test_ten_thousand_resamples_of_seed_0_unless_others_are_asked_for() -> None:
     difference = compare(first, shifted(first, 0, 0.9)).scores["mIoU"]
     assert difference == compare(first, shifted(first, 0, 0.9), 10_000, 0, 0.95).scores["mIoU"]
     assert Resampled(np.zeros(1), np.zeros((1, 1)), np.zeros((1, 1))).bounds == (0.0, 1.0)
+
+
+def test_runs_of_other_images_or_another_truth_are_not_compared() -> None:
+    """Either is enough: the same ids with other annotations, and other ids whose areas happen to be the same."""
+    stacked = np.array([[3.0, 1.0, 4.0, 2.0, 5.0, 1.0], [2.0, 2.0, 3.0, 3.0, 2.0, 4.0]])
+    areas = ImageAreas(("a", "b"), stacked)
+    assert compare(areas, areas, 1000).scores["mIoU"].value == 0
+    other_truth = ImageAreas(areas.ids, stacked + np.array([0, 0, 1, 0, 0, 0]))
+    for other in (ImageAreas(("a", "c"), stacked), other_truth):
+        with pytest.raises(ValueError, match="the runs have different images, or another ground truth"):
+            compare(areas, other, 1000)
