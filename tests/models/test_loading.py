@@ -524,6 +524,16 @@ def test_a_tenth_of_the_names_may_be_those_of_other_classes(others: int, refused
         assert "channel 0 is counted as class 0" in str(resolve_class_map(20, None, carried, classes).note)
 
 
+@pytest.mark.parametrize(("others", "differ"), [(2, 2), (3, 5)])
+def test_names_of_other_classes_are_counted_alone_where_the_rest_may_be_spellings(others: int, differ: int) -> None:
+    """Two of 40 have changed places. Two more by a synonym make a tenth; three more are another order altogether."""
+    names = tuple(f"n{i}" for i in range(40))
+    classes = Classes("d", names, default_colors(40), tuple((name, f"another {name}") for name in names))
+    carried = [names[1], names[0], *(f"another n{i + 1}" for i in range(2, 2 + others)), *names[2 + others :]]
+    with pytest.raises(HarnessError, match=f"channel 0 is 'n1', which is class 1, .*; {differ} channels differ"):
+        resolve_class_map(40, None, carried, classes)
+
+
 def test_notes_about_names_and_about_classes_stand_beside_each_other() -> None:
     """Names of another number are not used, and classes are left out."""
     found = resolve_class_map(3, [0, None, 1], ["wall", "x"], ade20k_classes())
