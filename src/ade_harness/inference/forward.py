@@ -262,7 +262,11 @@ def short_memory_named(when: str) -> Iterator[None]:
 
 @contextmanager
 def arithmetic_of(name: str, device_type: str) -> Iterator[None]:
-    """Set the forward's precision: TF32 in matrix products and convolutions, or autocast."""
+    """Set the forward's precision: TF32 in matrix products and convolutions, or autocast.
+
+    Autocast keeps no casts of weights without gradients, as an evaluation's are: each forward casts them anew (of a
+    ViT-L 1.2 GB). Weights that are of that type already (``model.dtype``) are left alone.
+    """
     try:
         before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     except RuntimeError:  # a model's code has used torch's newer switches, after which the old ones can only be set

@@ -14,7 +14,9 @@ class Stopwatch:
     """Times named stages on a device.
 
     On CUDA, where calls return before the work is done, stages are marked by events in the stream and read when
-    `seconds` is asked for, after the caller has waited for the device.
+    `seconds` is asked for, after the caller has waited for the device. A stream that waits for its host, as that of a
+    network of many small kernels does, spends that time in the stage that it waits in: the shares are of what to make
+    shorter, not of what the GPU computes, and they may add up to more than the run's time.
     """
 
     def __init__(self, device: torch.device) -> None:
