@@ -28,6 +28,8 @@ from ade_harness.api import evaluation
 from ade_harness.data.labels import NO_CLASS
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation import inline
+from ade_harness.runs.progress import read_progress
+from ade_harness.runs.progress import state_of as state_of_run
 from tests.api.networks import Breaks, Colours, Remembers
 from tests.conftest import REPOSITORY, Done
 from tests.warm import WarmPopen
@@ -293,6 +295,32 @@ def test_a_run_directory_where_it_is_asked_for(call: Callable[..., Done], tmp_pa
     assert done.code == 2
     assert "Traceback" not in done.err
     assert not list(tmp_path.glob("runs*"))
+
+
+def test_other_shells_see_how_far_it_is_and_a_lost_directory_ends_it(tmp_path: Path) -> None:
+    run, seen = tmp_path / "run", []
+
+    def watched(image: np.ndarray) -> np.ndarray:
+        if len(seen) == 2:
+            progress = read_progress(run)
+            assert progress is not None
+            assert (progress["done"], progress["images"], progress["ranks"][0]["rank"]) == (1, 5, 0)
+            assert state_of_run(run, "running") == "running"
+        seen.append(image.shape)
+        return image[..., 0] % 150
+
+    ade.evaluate(watched, dataset="demo", options=SMALL, run_dir=run, workers=0)
+    assert len(seen) == 5
+    assert not (run / "progress.json").exists()
+
+    def robbed(image: np.ndarray) -> np.ndarray:
+        (tmp_path / "lost/.lock").write_text('{"token": "of another", "renewed": 1}')
+        return image[..., 0] % 150
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ade_harness.runs.lock.RENEW_EVERY_S", -1.0)
+        with pytest.raises(HarnessError, match="lost"):
+            ade.evaluate(robbed, dataset="demo", options=SMALL, run_dir=tmp_path / "lost", workers=0)
 
 
 @pytest.mark.slow

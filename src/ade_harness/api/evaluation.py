@@ -48,12 +48,14 @@ from ade_harness.inference.predictor import Predictor
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import load_run
 from ade_harness.runs.ledger import LedgerWriter
+from ade_harness.runs.live_status import LiveStatus
 from ade_harness.runs.record import holding_lock, start_record
 from ade_harness.runs.result import write_result
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.progress_bar import ProgressReporter
 from ade_harness.runtime.ranks import arithmetic_as_set
+from ade_harness.runtime.watchdog import Beat
 from ade_harness.tracking.attaching import require_attachable
 from ade_harness.tracking.lifecycle import tracked
 from ade_harness.tracking.run import log_failure
@@ -172,11 +174,19 @@ def _evaluate(
         with holding_lock(record), tracked(cfg, console) as tracking:
             tracking.begin(path, record.manifest)
             writer = LedgerWriter(path / LEDGER, opened.marks)
+            live = LiveStatus(path, record.lock, len(opened.dataset.ids), _nothing, _refuse)
+            live.begin(0)
+
+            def report(done: int) -> None:
+                on_images(done)
+                live.on_beats([Beat(0, done=done)])
+
             try:
                 try:
-                    counted = count_here(opened, numbers, device, choice, threads, on_images, keep=writer.append)
+                    counted = count_here(opened, numbers, device, choice, threads, report, keep=writer.append)
                 finally:
                     writer.flush()
+                    live.close()
                 result, rows = conclude(composed, opened, [counted], path)
             except BaseException as error:  # Ctrl-C too: nothing runs any more
                 why = str(error) or type(error).__name__
@@ -192,6 +202,15 @@ def _evaluate(
                 with warn_on_error(console, "W&B: not logged"):
                     tracking.finish(result, record.manifest)
     return Evaluation.of_result(result, tuple(rows), path)
+
+
+def _nothing(text: str) -> None:
+    """Say nothing of a rank that is slower than others: there is one."""
+
+
+def _refuse(reason: str) -> None:
+    """End an evaluation whose run directory somebody else has taken over."""
+    raise HarnessError(reason)
 
 
 def _overrides(
