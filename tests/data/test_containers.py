@@ -760,3 +760,12 @@ def test_the_first_index_beyond_a_palette_is_refused() -> None:
             continue
         with pytest.raises(HarnessError, match="index 4 is not in its palette of 4 colours"):
             decode_labels(data, "a.png", storage)
+
+
+@pytest.mark.parametrize("length", [0xDA00, 0xDADA, 0xFFFF])
+def test_metadata_is_found_behind_a_long_segment_whose_length_looks_like_a_scan(length: int) -> None:
+    data = encoded(Image.fromarray(np.full((8, 8, 3), 90, np.uint8)), "JPEG")
+    assert data[2:4] == b"\xff\xe0"
+    end = 4 + int.from_bytes(data[4:6], "big")
+    long = b"\xff\xe1" + struct.pack(">H", length) + bytes(length - 2)
+    assert _without_metadata(data[:2] + long + data[2:]) == data[:2] + long + data[end:]
