@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -184,8 +185,11 @@ def _check(text: str, extra: Path | None) -> None:
     if key in GROUPS:
         known = choices(key, extra)
         value = override.value()
-        if isinstance(value, str) and value not in known:
-            raise HarnessError(f"{key}={value}: unknown value.{nearest(key, value, known)}")
+        if _is_no_choice(override) or (isinstance(value, str) and value not in known):
+            given = text.partition("=")[2]
+            raise HarnessError(f"{key}={shortened(given)}: unknown value.{nearest(key, given[:100], known)}")
+    elif key.startswith("hydra/") and _is_no_choice(override):
+        raise HarnessError(f"{shortened(text)}: {key} takes the name of a choice.")
     elif key == "hydra.searchpath":
         raise HarnessError(
             "hydra.searchpath: choices are looked for in the package's configuration and in your own folder, which"
@@ -197,6 +201,12 @@ def _check(text: str, extra: Path | None) -> None:
         known = list(known_keys())
         if key not in known and not any(k.startswith(key + ".") for k in known):
             raise HarnessError(f"{key}: no such option.{did_you_mean(key, [*known, *GROUPS])} `--cfg job` lists all.")
+
+
+def _is_no_choice(override: Override) -> bool:
+    """Whether a group gets a number, null, true or false, which Hydra's composition does not expect."""
+    plain = not override.is_delete() and not override.is_sweep_override()
+    return plain and (override.value() is None or isinstance(override.value(), int | float))
 
 
 def _with_quotes(text: str) -> str:

@@ -84,7 +84,7 @@ def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictCon
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             return compose("config", overrides=[*overrides, *search])
-    except (HydraException, *_NO_VALUE, *UNREADABLE) as error:
+    except (HydraException, ValueError, *_NO_VALUE, *UNREADABLE) as error:  # ValueError: of overrides of groups
         raise HarnessError(explain(error, overrides)) from error
 
 
