@@ -256,6 +256,9 @@ OF_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 
         ("DPT", ("image_mean", "image_std"), {}),  # 0.5
         ("DPT", (), {"do_flip_channel_order": True, **OF_IMAGENET}),  # a step that DPT's has not
         ("DPT", (), {"do_normalize": False}),
+        ("GLPN", (), {}),  # takes the step, and leaves it open: not done
+        ("GLPN", (), {"do_normalize": True, **OF_IMAGENET}),
+        ("RTDetr", ("do_normalize",), OF_IMAGENET),  # off by its class
         ("DPT", (), {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [50.0, 60.0, 70.0]}),
     ],
 )  # fmt: skip

@@ -74,13 +74,12 @@ def _with_defaults(values: Mapping[str, Any], model_type: str) -> dict[str, Any]
     if not isinstance(name, str):
         name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).get("torchvision", "")
     processor = get_image_processor_class_from_name(name.replace("FeatureExtractor", "ImageProcessor"))
-    known = {key: getattr(processor, key, None) for key in (*_NUMBERS, *_STEPS)}
-    usual = {"do_rescale": True, "do_normalize": True, "do_flip_channel_order": False}
-    defaults = usual | {key: value for key, value in known.items() if value is not None}
-    if hasattr(processor, "_preprocess"):
-        taken = inspect.signature(processor._preprocess).parameters
-        values = {**values, **{step: False for step in _STEPS if step not in taken}}
-    return {**defaults, **values}
+    if processor is None:
+        return {"do_rescale": True, "do_normalize": True, "do_flip_channel_order": False, **values}
+    numbers = {key: getattr(processor, key) for key in _NUMBERS if getattr(processor, key, None) is not None}
+    steps = {step: bool(getattr(processor, step, False)) for step in _STEPS}  # None is not done, as False
+    taken = inspect.signature(processor._preprocess).parameters
+    return {**numbers, **steps, **values, **{step: False for step in _STEPS if step not in taken}}
 
 
 def _switch(value: Any, what: str) -> bool:
