@@ -1,4 +1,4 @@
-"""Real ranks on this machine, one of them slowed: time of the queue and of the plan against the ideal.
+"""Real ranks on this machine, one of them slowed: time of the queue and of static shares against the ideal.
 
     python benchmarks/bench_sharding.py
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--rules", nargs="+", choices=["queue", "plan"], default=["queue", "plan"])
+    parser.add_argument("--rules", nargs="+", choices=["queue", "static"], default=["queue", "static"])
     parser.add_argument("--no-slow-rank", action="store_true")
     options = parser.parse_args()
     table = Table(title=f"{options.images} synthetic images, a network that sleeps")

@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="synthetic images, if no overrides are given")
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--rules", nargs="+", default=["queue", "plan"])
+    parser.add_argument("--rules", nargs="+", default=["queue", "static"])
     parser.add_argument("--victims", nargs="+", default=["0", "1", "all", "start", "sum"])
     parser.add_argument("--seed", type=int, default=0)
     arguments, overrides = parser.parse_known_args()

@@ -2,7 +2,7 @@
 
     python benchmarks/simulate_sharding.py
 
-Uses the harness's own rules (runtime/plan.py) and its own cost of an image under two protocols. Loading and the
+Uses the harness's own rules (runtime/balance.py and queue.py) and its own cost of an image under two protocols. Loading and the
 network are left out: this is about sharing alone. "slow" makes one rank 1.5 times slower.
 """
 
@@ -50,7 +50,7 @@ def efficiency(
     if rule == "queue":
         longest = _queue(costs, speeds, look_ahead)
     else:
-        if rule == "plan":
+        if rule == "static":
             shares = assign(costs, world_size)
         else:  # torch's DistributedSampler: every world_size-th item, the first ones again to fill up
             padded = [i % len(costs) for i in range(-(-len(costs) // world_size) * world_size)]
@@ -97,7 +97,7 @@ def main() -> None:
         table = Table(title=f"efficiency in percent, cost = {name}")
         for column in ("rule", *map(str, sizes)):
             table.add_column(column, justify="right")
-        for rule in ("queue", "plan", "DistributedSampler"):
+        for rule in ("queue", "static", "DistributedSampler"):
             for slow in (1.0, 1.5):
                 cells = [f"{100 * efficiency(costs(), size, rule, slow):.1f}" for size in sizes]
                 table.add_row(f"{rule}, one slow rank" if slow > 1 else rule, *cells)

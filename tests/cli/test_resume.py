@@ -58,7 +58,7 @@ def test_resume_does_what_is_missing_and_needs_no_other_words(call: Call, overri
     assert (tmp_path / "run/metrics.json").read_bytes() == metrics
     timings = json.loads((tmp_path / "run/manifest.json").read_text())["timings"]
     begin = time.monotonic()
-    again = call("resume", "run", "runtime.sharding=plan")  # finished: the same result, at once
+    again = call("resume", "run", "runtime.sharding=plan")  # its older name; finished: the same result, at once
     assert "all images were already evaluated" in again.out
     assert json.loads((tmp_path / "run/manifest.json").read_text())["timings"] == timings  # it did nothing
     assert again.code == 0
@@ -147,7 +147,7 @@ def test_resume_refuses_what_changed_and_shows_it(call: Call, overrides: list[st
         (["resume", "a", "b"], "'b': expected key=value"),
         (["status"], "status: the following arguments are required: RUN"),
         (["status", "nowhere"], "nowhere: no such folder"),
-        (["runtime.sharding=random"], "runtime.sharding=random: unknown value, expected one of queue, plan"),
+        (["runtime.sharding=random"], "runtime.sharding=random: unknown value, expected one of queue, static"),
         (["runtime.max_restarts=-1"], "runtime.max_restarts=-1: expected 0 to 1,000"),
         (["runtime.dead_after_s=1"], "runtime.dead_after_s=1: expected 5 to 86,400 seconds"),
         (["runtime.num_nodes=0"], "runtime.num_nodes=0: expected 1 to 10,000 nodes, or auto"),

@@ -12,6 +12,7 @@ from ade_harness.config import fields as fields_module
 from ade_harness.config.compose import compose_config, stored_config, stored_node
 from ade_harness.config.dataset import ADE20K_CLASSES, DatasetKind
 from ade_harness.config.fields import Range, bounded, bounded_list, check_ranges, place, place_keys, written
+from ade_harness.config.runtime import RuntimeConfig, Sharding
 from ade_harness.config.schema import Config, MetricsConfig
 from ade_harness.config.validate import validate
 from ade_harness.errors import HarnessError
@@ -127,6 +128,11 @@ def test_the_numbers_of_classes_of_packaged_data_sets() -> None:
     validate(compose_config(["model.class_map=[null,149]"]))
     with pytest.raises(HarnessError, match=r"model.class_map\[1\]=150: expected 0..149, or null"):
         validate(compose_config(["model.class_map=[null,150]"]))
+
+
+def test_older_names_of_choices_are_still_read() -> None:
+    assert stored_node(RuntimeConfig, {"sharding": "plan"}).sharding is Sharding.static
+    assert [*Sharding] == [Sharding.queue, Sharding.static]  # no help or message proposes it
 
 
 def test_a_whole_number_beyond_any_float_is_no_value() -> None:

@@ -39,7 +39,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
     cli: Callable[..., Done], tmp_path: Path, one_rank: Path, ranks: int
 ) -> None:
     """Through the command itself; tests/runtime/test_same_bits.py has all combinations."""
-    done = cli(f"dataset.limit={IMAGES}", *WORDS, f"runtime.devices={ranks}", "runtime.sharding=plan", "run.dir=run")
+    done = cli(f"dataset.limit={IMAGES}", *WORDS, f"runtime.devices={ranks}", "runtime.sharding=static", "run.dir=run")
     assert done.code == 0, done.err
     assert done.out.count("mIoU  ") == 1  # rank 0 alone speaks
     run = tmp_path / "run"

@@ -60,5 +60,5 @@ def test_balance_on_the_real_sizes() -> None:
 )
 def test_the_queue_is_efficient_with_a_slow_rank(cost: str, world_size: int, least: float) -> None:
     assert efficiency(COSTS[cost](), world_size, "queue", slow=1.5) > least
-    assert efficiency(COSTS[cost](), world_size, "plan", slow=1.5) < 0.72
+    assert efficiency(COSTS[cost](), world_size, "static", slow=1.5) < 0.72
     assert efficiency(COSTS[cost](), world_size, "DistributedSampler", slow=1.5) < 0.72

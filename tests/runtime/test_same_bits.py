@@ -84,7 +84,7 @@ def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "plan"), (2, 3, 4))))
+@pytest.mark.parametrize(("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "static"), (2, 3, 4))))
 def test_same_bits(run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str, ranks: int) -> None:
     overrides = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
     assert run(tmp_path, ranks, *overrides) == [0] * ranks, logs(tmp_path)
@@ -92,7 +92,7 @@ def test_same_bits(run: Run, reference: dict[str, Path], tmp_path: Path, batch: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "sharding"), list(itertools.product(BATCHES, ("queue", "plan"))))
+@pytest.mark.parametrize(("batch", "sharding"), list(itertools.product(BATCHES, ("queue", "static"))))
 def test_same_bits_after_a_kill(
     run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str
 ) -> None:
@@ -114,7 +114,7 @@ def test_same_bits_after_a_kill(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_ranks_than_images_are_left(run: Run, reference: dict[str, Path], tmp_path: Path, workers: int) -> None:
     overrides = ("run.dir=run", f"runtime.workers={workers}")
-    assert run(tmp_path, 3, *overrides, "runtime.sharding=plan") == [0, 0, 0], logs(tmp_path)  # each has done some
+    assert run(tmp_path, 3, *overrides, "runtime.sharding=static") == [0, 0, 0], logs(tmp_path)  # each has done some
     sorted((tmp_path / "run/ledger").glob("*.parquet"))[0].unlink()
     left = IMAGES - len(table(tmp_path / "run"))
     assert run(tmp_path, left + 3, *overrides) == [0] * (left + 3), logs(tmp_path)

@@ -21,7 +21,8 @@ class Sharding(StrEnum):
     """How images are shared among ranks."""
 
     queue = "queue"  # from a shared counter, largest first
-    plan = "plan"  # fixed shares of equal cost
+    static = "static"  # fixed shares of equal cost
+    plan = "static"  # its name in configurations of older runs
 
 
 class KernelChoice(StrEnum):

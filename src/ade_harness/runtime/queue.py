@@ -104,7 +104,7 @@ class SharedItems(Sampler[int]):
         return 1 << 40  # not known before the end; Lightning asks for a bound, and would load one item too early
 
     def __iter__(self) -> Iterator[int]:
-        if self._sharding == Sharding.plan:
+        if self._sharding == Sharding.static:
             for item in assign(self._costs, self._world_size)[self._rank]:
                 if self._coordinator.stopped:
                     return
