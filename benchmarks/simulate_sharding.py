@@ -2,8 +2,8 @@
 
     python benchmarks/simulate_sharding.py
 
-Uses the harness's own rules (runtime/balance.py and queue.py) and its own cost of an image under two protocols. Loading and the
-network are left out: this is about sharing alone. "slow" makes one rank 1.5 times slower.
+Uses the harness's own rules (runtime/balance.py and queue.py) and its own cost of an image under two
+protocols. Loading and the network are left out: this is about sharing alone. "slow" makes one rank 1.5 times slower.
 """
 
 from __future__ import annotations
