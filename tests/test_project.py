@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from ade_harness.runs.provenance import code_state, describe_code
 from tests.conftest import REPOSITORY
@@ -164,6 +167,19 @@ def test_malicious_and_unfitting_versions_are_excluded() -> None:
     pins = (REPOSITORY / "constraints.txt").read_text()
     assert "://" not in pins
     assert re.search(r"^lightning==(?!2\.6\.[23]$)", pins, re.M)
+
+
+def test_pinned_versions_install_on_the_oldest_python_that_is_promised() -> None:
+    """Such as Debian 12's 3.11.2: some projects ask for a later patch of the same minor version."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=") + ".0"
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.M))
+    found = {canonicalize_name(d.metadata["Name"]): d for d in metadata.distributions()}
+    looked_at = {n: found[c] for n in pins if (c := canonicalize_name(n)) in found and found[c].version == pins[n]}
+    assert len(looked_at) > 100
+    for name, distribution in looked_at.items():
+        wanted = distribution.metadata.get("Requires-Python") or ""
+        assert SpecifierSet(wanted).contains(oldest), f"{name}=={pins[name]} needs Python {wanted}"
 
 
 def test_every_protocol_has_a_source_and_stands_in_the_docs() -> None:
