@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import triton
 from benchmarks import machine_code
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from ade_harness.kernels import triton_gpu, triton_jit
 from ade_harness.models.ops import deformable_triton
@@ -91,9 +92,10 @@ KERNELS = {
 def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[int]) -> Iterator[tuple[int, Any]]:
     """Compile one kernel as its launcher would: pointers are multiples of 16 bytes, where that is looked at at all.
 
-    Triton's IR of a source is the same for every GPU (none of these kernels has tensor descriptors), and making it is
-    a third of the work: it is made for the first and compiled on for the others. So is its IR for GPUs, another third,
-    among those of one major version: its passes ask for no more than that. `check_shortcut` compares machine code.
+    What Triton makes of a source on its way is the same for several GPUs: its own IR for all of them (none of these
+    kernels has tensor descriptors), its IR for GPUs before sm_100 (that of sm_90 has other passes for matrix products
+    alone), PTX for sm_86 and sm_89. Each is made for the first and compiled on for the others, which halves the work;
+    `check_shortcut` compares machine code.
     """
     names = kernel.function.arg_names
     types = {n: t.format(dtype=dtype) for n, t in kernel.types.items() if n not in constants}
@@ -104,31 +106,41 @@ def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") and n in looked_at
     }
     source: Any = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)
+    before: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        of_major: dict[int, tuple[int, Path]] = {}
+
+        def rewritten(suffix: str, first: int, arch: int, name: str) -> str:
+            text = before[first].asm[suffix]
+            assert text.count(name.format(first)) == 1
+            return text.replace(name.format(first), name.format(arch))
+
         for arch in archs:
-            first, path = of_major.get(arch // 10, (arch, Path()))
-            if first != arch:
-                text = path.read_text()
-                assert text.count(f'"cuda:{first}"') == 1
+            like = next((first for first in before if first < 100 and arch < 100), None)
+            target = GPUTarget("cuda", arch, 32)
+            if arch == 89 and 86 in before:
+                backend, ptx = make_backend(target), rewritten("ptx", 86, arch, ".target sm_{}")
+                cubin = backend.make_cubin(ptx, {}, backend.parse_options(dict(kernel.options)), arch)
+                made: Any = SimpleNamespace(asm={"cubin": cubin}, metadata=before[86].metadata)
+            elif like is not None:
                 path = Path(folder, f"kernel{arch}.ttgir")
-                path.write_text(text.replace(f'"cuda:{first}"', f'"cuda:{arch}"'))
-                yield arch, triton.compile(str(path), target=GPUTarget("cuda", arch, 32), options=kernel.options)
-                continue
-            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+                path.write_text(rewritten("ttgir", like, arch, '"cuda:{}"'))
+                made = triton.compile(str(path), target=target, options=kernel.options)
+            else:
+                made = triton.compile(source, target=target, options=kernel.options)
+            before[arch] = made
             yield arch, made
-            of_major[arch // 10] = arch, Path(folder, f"kernel{arch}.ttgir")
-            of_major[arch // 10][1].write_text(made.asm["ttgir"])
-            source = str(Path(folder, "kernel.ttir"))
-            Path(source).write_text(made.asm["ttir"])
+            if len(before) == 1:
+                source = str(Path(folder, "kernel.ttir"))
+                Path(source).write_text(made.asm["ttir"])
 
 
 def check_shortcut(archs: list[int]) -> None:
-    """Compile a kernel from its source for each GPU too, and compare the instructions."""
-    kernel = KERNELS["_aggregate"]
-    for arch, made in compiled(kernel, kernel.constants[0], "fp16", archs):
-        [(_, whole)] = compiled(kernel, kernel.constants[0], "fp16", [arch])
-        assert code_of(whole.asm["cubin"]) == code_of(made.asm["cubin"]), arch
+    """Compile two kernels from their sources for each GPU too, and compare the instructions."""
+    for name, dtype in (("_aggregate", "fp16"), ("view_norms", "bf16")):
+        kernel = KERNELS[name]
+        for arch, made in compiled(kernel, kernel.constants[0], dtype, archs):
+            [(_, whole)] = compiled(kernel, kernel.constants[0], dtype, [arch])
+            assert code_of(whole.asm["cubin"]) == code_of(made.asm["cubin"]), (name, arch)
 
 
 def code_of(cubin: bytes) -> str:
@@ -162,7 +174,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def main(archs: list[int], with_loops: bool) -> None:
     """Compile all; an error ends the program."""
-    check_shortcut([arch for arch in archs if arch // 10 == archs[0] // 10])
+    check_shortcut(archs)
     for kernel in KERNELS.values():
         for constants in kernel.constants:
             several = "*{dtype}" in kernel.types.values()

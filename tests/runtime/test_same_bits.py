@@ -84,7 +84,9 @@ def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "static"), (2, 3, 4))))
+@pytest.mark.parametrize(
+    ("batch", "sharding", "ranks"), list(itertools.product(BATCHES, ("queue", "static"), (2, 3, 4)))
+)
 def test_same_bits(run: Run, reference: dict[str, Path], tmp_path: Path, batch: str, sharding: str, ranks: int) -> None:
     overrides = (*BATCHES[batch], f"runtime.sharding={sharding}", "run.dir=run")
     assert run(tmp_path, ranks, *overrides) == [0] * ranks, logs(tmp_path)
