@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ade_harness.config.inference import MaskConfig
 from ade_harness.inference.plan import ViewPlan
-from ade_harness.kernels.reference import overlaps
+from ade_harness.kernels.reference import average_windows
 from ade_harness.kernels.views import Size, View, whole
 from ade_harness.models.class_map import ClassMap
 from ade_harness.models.outputs import MaskLogits
@@ -56,8 +56,7 @@ def mask_view(
             canvas = torch.zeros((scores.shape[0], *plan.canvas), device=scores.device)
         canvas[:, top : top + height, left : left + width].add_(scores)  # `+=` would copy the slice to itself after it
     assert canvas is not None
-    rows, columns = overlaps(plan.origins, plan.window, plan.canvas, str(canvas.device))
-    canvas /= rows[:, None] * columns
+    average_windows(canvas, plan.origins, plan.window)
     return whole(canvas, plan.canvas, plan.valid, plan.flipped)
 
 

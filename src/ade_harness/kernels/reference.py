@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -141,8 +142,7 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
         height, width = view.window
         for (top, left), window in zip(view.origins, scores, strict=True):
             canvas[:, top : top + height, left : left + width].add_(resize(window[None], view.window)[0])
-        rows, columns = overlaps(view.origins, view.window, view.canvas, str(scores.device))
-        canvas /= rows[:, None] * columns
+        average_windows(canvas, view.origins, view.window)
     top, left, height, width = view.area
     planes = canvas[:, top : top + height, left : left + width]
     if (height, width) != tuple(size):
@@ -150,12 +150,26 @@ def _planes(view: View, start: int, end: int, size: Size) -> Tensor:
     return planes.flip(-1) if view.flipped else planes
 
 
+def average_windows(sums: Tensor, origins: tuple[tuple[int, int], ...], window: Size) -> None:
+    """Divide sums of windows, float32 [C, h, w], in place by how many windows lie over each pixel."""
+    rows, columns = _overlaps(origins, window, (sums.shape[1], sums.shape[2]), str(sums.device))
+    if rows is not None and columns is not None:
+        sums /= rows * columns
+    elif (along_one := rows if columns is None else columns) is not None:
+        sums /= along_one
+
+
 @lru_cache(maxsize=256)
-def overlaps(origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, device: str) -> tuple[Tensor, Tensor]:
-    """Return :meth:`View.overlaps` on a device."""
-    view = View(torch.empty(0), origins, window, canvas, None, False, False)
-    rows, columns = (to_device(torch.from_numpy(n), device) for n in view.overlaps())
-    return rows, columns
+def _overlaps(
+    origins: tuple[tuple[int, int], ...], window: Size, canvas: Size, device: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return :meth:`View.overlaps` on a device, [h, 1] and [w]; None where all are 1: it saves a launch."""
+    rows, columns = View(torch.empty(0), origins, window, canvas, None, False, False).overlaps()
+
+    def factor(numbers: npt.NDArray[np.float32]) -> Tensor | None:
+        return None if (numbers == 1).all() else to_device(torch.from_numpy(numbers), device)
+
+    return factor(rows[:, None]), factor(columns)
 
 
 @lru_cache(maxsize=256)
