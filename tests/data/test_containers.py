@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -654,6 +655,18 @@ def test_every_row_of_a_png_is_there(height: int, width: int, colour: int, depth
     for missing in {1, counts[-1]}:
         with pytest.raises(HarnessError, match=r"a\.png: this image cannot be read \(rows are missing"):
             check_png(png_of(height, width, depth, colour, whole[:-missing], interlaced=interlaced), "a.png", "image")
+
+
+def test_what_follows_the_last_row_is_not_decompressed() -> None:
+    """A bomb behind a whole image: a label map of 620 bytes whose stream goes on for 64 MB of zeros."""
+    rows = b"".join(b"\0" + bytes([7] * 30) for _ in range(20))
+    bomb = png_of(20, 30, 8, 0, rows + bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        check_png(bomb, "a.png", "image")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_half_of_a_label_map_is_not_read_as_a_whole_one() -> None:

@@ -288,6 +288,8 @@ def test_every_canvas_of_the_published_protocols_is_covered() -> None:
         (["inference.tta.scales=[]"], "expected one number or more, each more than 0"),
         (["inference.tta.scales=[1.0,0.0]"], r"inference.tta.scales\[1\]=0: expected more than 0"),
         (["inference.tta.scales=[-1.0]"], r"inference.tta.scales\[0\]=-1: expected more than 0"),
+        (["inference=fit_input", "inference.resize.height=384"], "inference.resize.width=None: rule=fit needs height and width"),
+        (["inference=fit_input", "inference.resize.width=384"], "inference.resize.height=None: rule=fit needs height and width"),
         (["inference.tta.sides=[512]"], "the protocol's rule is fit. Use tta.scales"),
         (["inference=mmseg_whole_512", "inference.tta.sides=[0]"], r"inference.tta.sides\[0\]=0: expected 1 to 16,384"),
         (["inference=mlperf_deeplab", "inference.tta.flip=true"], "labels cannot be averaged"),

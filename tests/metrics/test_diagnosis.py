@@ -169,6 +169,7 @@ def test_chance_explains_some_leads() -> None:
 
 def test_another_reading_must_be_right_often_and_far_oftener() -> None:
     assert diagnose(plus_one(12, 8, common=5), CLASSES) is None  # 8 % of the pixels, of none: too few
+    assert "10% of the pixels agree instead of 0%" in str(diagnose(plus_one(12, 10, common=5), CLASSES))  # the least
     assert "11% of the pixels agree instead of 0%" in str(diagnose(plus_one(12, 11, common=5), CLASSES))
     assert diagnose(plus_one(12, 25, kept=True), CLASSES) is None  # 25 %, of 10 %: not three times
     assert "35% of the pixels agree instead of 10%" in str(diagnose(plus_one(12, 35, kept=True), CLASSES))

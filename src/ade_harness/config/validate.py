@@ -142,6 +142,11 @@ def _check_views(inference: InferenceConfig) -> None:
         not (many and resize.rule == ResizeRule.fit),
         "inference.resize.rule=fit: has one size only. Use another rule for test-time augmentation.",
     )
+    one = "width" if resize.width is None else "height"
+    require(
+        resize.rule != ResizeRule.fit or (resize.height is None) == (resize.width is None),
+        f"inference.resize.{one}=None: rule=fit needs height and width, or neither (the model's own input size).",
+    )
 
 
 def _check_output(inference: InferenceConfig) -> None:

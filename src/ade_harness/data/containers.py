@@ -164,7 +164,7 @@ def _filtered_bytes(header: PngHeader) -> int:
     wanted = 0
     for top, left, down, right in passes:
         rows, columns = -(-(header.height - top) // down), -(-(header.width - left) // right)
-        if rows > 0 and columns > 0:
+        if columns > 0:
             wanted += rows * (1 + -(-columns * channels * header.depth // 8))
     return wanted
 

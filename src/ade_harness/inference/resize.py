@@ -44,7 +44,7 @@ def target_sizes(size: Size, rule: ResizeConfig) -> list[Size]:
 
 def _first_size(size: Size, rule: ResizeConfig) -> Size:
     height, width = size
-    if rule.rule == "none" or (rule.rule == "fit" and (rule.height is None or rule.width is None)):
+    if rule.rule == "none" or (rule.rule == "fit" and rule.height is None):
         return size
     if rule.rule in ("exact", "fit", "cover"):
         assert rule.height is not None
