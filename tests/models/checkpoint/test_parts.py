@@ -149,6 +149,66 @@ def test_several_unknown_networks_are_named() -> None:
     assert is_small(take_part({"segmentor": SMALL, "epoch": 3, "optimizer": {"state": {0: {}}}}, FILE, Choice(), known))
 
 
+def moments(kind: type[torch.optim.Optimizer] = torch.optim.AdamW) -> dict[str, Any]:
+    """Return an optimizer's state_dict after a step: tensors under numbers, as many as a network's."""
+    weights = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2))]
+    optimizer = kind(weights, lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))  # type: ignore[arg-type]
+    torch.stack([w.sum() for w in weights]).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"segmentor": SMALL, "optimizer": moments()},
+        {"model_state": SMALL, "optimizer_state": moments(torch.optim.SGD)},
+        {"ema": SMALL, "optimizer": moments()},
+        {"trained": SMALL, "adam": moments(), "amp_scaler": {"scale": torch.ones(1)}},
+        {"student": SMALL, "optimizer": moments(), "dino_loss": {"center": torch.ones(1, 3)}},
+        {"weights_of_it": SMALL, "optimizer": {"encoder": moments(), "decoder": moments()}},
+    ],
+)
+def test_an_optimizer_with_moments_is_no_network(content: dict[str, Any]) -> None:
+    assert is_small(take_part(content, FILE, Choice(), known))
+
+
+def test_a_student_and_a_teacher_beside_an_optimizer_are_asked_about() -> None:
+    content = {"student": SMALL, "teacher": OTHER, "optimizer": moments(), "dino_loss": {"center": torch.ones(1, 3)}}
+    with pytest.raises(HarnessError, match=r"student\. \(2\), teacher\. \(2\)"):
+        take_part(content, FILE, Choice(), known)
+    assert is_other(take_part(content, FILE, Choice("teacher."), known))
+
+
+def test_trained_weights_are_not_averaged_ones_by_prefixes() -> None:
+    part = take_part({**below("online_model."), **below("ema_model.", OTHER)}, FILE, Choice(weights=MODEL), known)
+    assert is_small(part)  # ema-pytorch's names
+    with pytest.raises(
+        HarnessError, match=r"checkpoint_weights=model: w\.pth holds averaged weights alone: ema_model\."
+    ):
+        take_part({**below("live_model."), **below("ema_model.", OTHER)}, FILE, Choice(weights=MODEL), known)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize("prefix", ["", "model.", "_forward_module."])
+def test_wrappers_in_the_middle_of_names_are_taken_out(wrapper: str, prefix: str) -> None:
+    state = {f"{prefix}layer.{wrapper}{name.removeprefix('layer.')}": tensor for name, tensor in SMALL.items()}
+    part = take_part({"state_dict": state}, FILE, Choice(), known)
+    assert is_small(part)
+    assert "names without those of torch.compile's, FSDP's or checkpointing's wrappers" in str(part)
+    assert part.name_in_file("layer.bias") == f"{prefix}layer.{wrapper}bias"
+
+
+def test_the_copies_of_mmcvs_ema_are_noted_and_left() -> None:
+    """Which of the two are averaged depends on the runner: nobody can take them by ``ema`` unknowingly."""
+    content = {"state_dict": {**SMALL, **{f"ema_{name.replace('.', '_')}": t for name, t in OTHER.items()}}}
+    part = take_part(content, FILE, Choice(), known)
+    assert is_small(part)
+    assert "2 weights of mmcv's EMAHook (ema_...) were not read" in str(part)
+    with pytest.raises(HarnessError, match="no averaged weights were found"):
+        take_part(content, FILE, Choice(weights=EMA), known)
+
+
 def test_a_file_that_holds_itself_is_refused() -> None:
     content: dict[str, Any] = {"x": SMALL}
     content["model"] = content

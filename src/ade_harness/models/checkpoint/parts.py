@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,12 @@ class Part:
     """Whether its names say that the weights are an average over the training."""
     prefix: str = ""
     """What the file's own names have before those of `state`."""
+    wrapped: Mapping[str, str] = field(default_factory=dict)
+    """The file's own names where those of wrappers were taken out, by the others."""
 
     def name_in_file(self, name: str) -> str:
         """Return the file's own name of a weight."""
-        return self.prefix + name
+        return self.wrapped.get(self.prefix + name, self.prefix + name)
 
     def __str__(self) -> str:
         """Return what a run's notes and manifest say of it; empty for a whole file."""
@@ -63,10 +65,14 @@ _SIDES = ("student", "teacher")
 """Networks of one training, beside each other; only the user can say which is meant, unless one alone fits."""
 _STEPS = ("n_averaged", "steps")
 """Counters among averaged weights: torch's AveragedModel, mmengine."""
-_PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "student.", "teacher.")
+_NO_NETWORK = re.compile(r"optim|sched|scaler|loss|criterion")
+"""Words in the names of what trainers keep beside networks, with tensors in it."""
+_PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "_forward_module.", "online_model.", "student.", "teacher.")
 _AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_module.")
 _LIGHTNINGS_TRAINED = "current_model_state"
 """Where Lightning's WeightAveraging puts what was trained: ``state_dict`` holds the average."""
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing add to names where they wrap a part of a network."""
 _EXTRA = "_extra_state"
 """What modules add to a state_dict by ``get_extra_state``: any object, and no weight."""
 _MAX_NESTED = 3
@@ -92,7 +98,7 @@ def read_part(path: Path, choice: Choice | None = None, known: Known | None = No
 
 def take_part(content: Any, path: Path, choice: Choice, known: Known | None = None) -> Part:
     """Return the network's weights in what a file holds; as :func:`read_part`, whose errors it raises."""
-    part = _unwrapped(content, path, choice)
+    part = _without_wrappers(_unwrapped(content, path, choice))
     if choice.prefix is not None:
         part = _below(part, choice.prefix, path, choice)
     elif known is not None:
@@ -125,7 +131,7 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
     while not _is_state(content):
         if not isinstance(content, Mapping) or len(where) == _MAX_WRAPPERS:  # a pickle may hold itself
             raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
-        inside = {str(k): v for k, v in content.items() if isinstance(v, Mapping) and _has_state(v)}
+        inside = _networks(content)
         sides = {f"{side}.": inside.pop(side) for side in _SIDES if side in inside}
         averaged = [name for name in inside if _AVERAGED.search(name)]
         plain = sorted((name for name in inside if name not in averaged), key=_usual_first)
@@ -148,8 +154,34 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
     return Part(state, tuple(where), tuple(beside), is_averaged)
 
 
-def _has_state(value: Mapping[str, Any]) -> bool:
-    return _state_inside(value) is not None
+def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the entries with tensors, without what is no network: an optimizer's moments, a loss's centre."""
+    inside = {str(k): v for k, v in content.items() if isinstance(v, Mapping) and _state_inside(v) is not None}
+    inside = {name: value for name, value in inside.items() if "param_groups" not in value}  # any optimizer of torch's
+    return {name: value for name, value in inside.items() if not _NO_NETWORK.search(name.lower())} or inside
+
+
+def _without_wrappers(part: Part) -> Part:
+    """Take out what wrappers of a network's parts add to names, and the second copy of mmcv's EMAHook.
+
+    That hook keeps buffers such as ``ema_backbone_conv1_weight``, and exchanges them with the weights after each epoch
+    of a runner that counts epochs: which of the two are averaged, the file does not say.
+    """
+    plain: dict[str, str] = {}
+    for name in part.state:
+        start, rest = 0, name
+        while prefix := next((p for p in _PREFIXES if rest.startswith(p)), None):  # noted by their own names
+            start, rest = start + len(prefix), rest[len(prefix) :]
+        plain[name] = name[:start] + _WRAPPERS.sub("", rest)
+    copies = {f"ema_{name.replace('.', '_')}" for name in part.state}
+    state = {plain[name]: value for name, value in part.state.items() if name not in copies}
+    wrapped = {ours: name for name, ours in plain.items() if ours != name}
+    beside = list(part.beside)
+    if wrapped:
+        beside.append("names without those of torch.compile's, FSDP's or checkpointing's wrappers")
+    if len(state) < len(part.state):
+        beside.append(f"{len(part.state) - len(state)} weights of mmcv's EMAHook (ema_...) were not read")
+    return replace(part, state=state, wrapped=wrapped, beside=tuple(beside))
 
 
 def _state_inside(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -251,6 +283,8 @@ def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:
         return replace(part, state=unprefixed, beside=(*part.beside, *beside))
     plain += [""] if averaged and _mostly(unprefixed, known) else []
     chosen = (averaged or plain) if choice.weights == "ema" else (plain or averaged)
+    if choice.weights == "model" and not plain and averaged:
+        raise HarnessError(f"{choice.weights_option}model: {path} holds averaged weights alone: {averaged[0]}")
     if len(chosen) > 1:
         counts = ", ".join(f"{prefix} ({len(_stripped(part.state, prefix))})" for prefix in chosen)
         raise HarnessError(
