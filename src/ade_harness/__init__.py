@@ -16,10 +16,12 @@ Everything is imported when it is asked for; ``docs/python.md`` has the rest.
 import os
 import sys
 
-_after_m = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
-if _after_m == ["ade_harness"] and sys.path[:1] in ([""], [os.getcwd()]) and not os.path.isdir("ade_harness"):  # noqa: PTH109, PTH112
+# While Python looks for the module to run, sys.argv is ["-m"], whatever options stand before it.
+_here = os.path.realpath(os.path.join("ade_harness", "__init__.py")) == os.path.realpath(__file__)  # noqa: PTH118
+_ours = sys.argv[:1] == ["-m"] and any("ade_harness" in word for word in sys.orig_argv)
+if _ours and sys.path[:1] in ([""], [os.getcwd()]) and not _here:  # noqa: PTH109
     del sys.path[0]
-del _after_m
+del _here, _ours
 
 import random  # noqa: E402
 from importlib import import_module  # noqa: E402

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ade_harness.data.ade20k import open_ade20k, recognise, resized_images, validation_sizes
 from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes, ade20k_info
-from ade_harness.data.decode import decode_image, decode_labels
+from ade_harness.data.decode import decode_image, decode_labels, read_header
 from ade_harness.data.demo import make_sample, write_dataset
 from ade_harness.data.verify import verify
 from ade_harness.errors import HarnessError
@@ -149,6 +149,16 @@ def test_exif_orientation_is_applied() -> None:
     assert turned.shape == (16, 8, 3)
     assert turned[2, 4, 0] > 200
     assert turned[13, 4, 0] < 50
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+def test_exif_that_no_reader_understands_turns_nothing(exif: bytes) -> None:
+    """Pillow raises `struct.error` for a header that is cut off; a JFIF density makes it look at once."""
+    rgb = np.full((8, 16, 3), 7, np.uint8)
+    whole = encoded(Image.fromarray(rgb), quality=100, dpi=(72, 72))
+    data = whole[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + whole[2:]
+    assert np.array_equal(decode_image(data, "a.jpg"), decode_image(whole, "a.jpg"))
+    assert read_header(data, "a.jpg") == (8, 16)
 
 
 def test_palette_annotations_give_their_indices() -> None:

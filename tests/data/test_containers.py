@@ -77,6 +77,18 @@ def test_a_palette_that_shows_labels_by_their_value_is_read_by_index(palette: li
     assert np.array_equal(decode_labels(palette_png(LABELS % 4, palette[:4], bits=2), "a.png"), LABELS % 4)
 
 
+@pytest.mark.parametrize(
+    "palette", [[(0, 0, 0), (120, 120, 120)], [(120, 120, 120)], [(0, 0, 0)] * 7 + [(128, 128, 128)]]
+)
+def test_grey_entries_that_a_known_palette_has_too_show_nothing(palette: list[tuple[int, int, int]]) -> None:
+    """The label 120, optimised to a palette, looks like ADE20K's wall, whose index is 1 (or 0); VOC has such a grey too."""
+    stored = np.full((4, 4), len(palette) - 1, np.uint8)
+    with pytest.raises(HarnessError, match="a palette PNG whose indices may not be its labels"):
+        decode_labels(palette_png(stored, palette), "a.png")
+    whole = [(0, 0, 0), *ade20k_classes().colors]  # entries that are not used show whose palette it is
+    assert (decode_labels(palette_png(np.ones((4, 4), np.uint8), whole), "a.png") == 1).all()
+
+
 @pytest.mark.parametrize("own", [(None, (10, 20, 30), (40, 50, 60)), ((7, 8, 9), (10, 20, 30), (40, 50, 60))])
 def test_a_palette_of_the_data_sets_own_colours_shows_labels_by_their_value(own: tuple[Any, ...]) -> None:
     palette = np.array([color or (0, 0, 0) for color in own], np.uint8)

@@ -433,7 +433,8 @@ def test_what_may_pass_is_tried_again_with_growing_waits(waits: list[float]) -> 
 
 def test_retry_after_is_honoured(waits: list[float]) -> None:
     later = formatdate(time.time() + 60, usegmt=True)
-    turns = (status(429, Retry_After="7"), status(503, Retry_After=later), status(429, Retry_After="soon"), good)
+    odd = "Mon, 01 Jan 2024 00:00:00 +9999999999999"  # beyond any date that Python has
+    turns = (status(429, Retry_After="7"), status(503, Retry_After=later), status(429, Retry_After=odd), good)
     with serving(in_turn(*turns)) as server:
         labels_of(predictor(server.url))
     assert waits[0] == 7

@@ -227,6 +227,10 @@ BOMBS = {
     "long": ("metrics.json", " " * (2**24 + 1)),
     "object": ("config.yaml", "model: !!python/object/apply:os.system ['touch owned']"),
     "digits": ("metrics.json", '{"mIoU": ' + "9" * 5000 + "}"),
+    "base 60": ("config.yaml", "model: {name: " + ":".join(["1"] * 200_000) + "}"),  # minutes in PyYAML's own reader
+    "hexadecimal": ("config.yaml", f"metrics: {{seed: 0x{'f' * 5000}}}"),
+    "resamples": ("config.yaml", "metrics: {resamples: 1000000000, seed: -1, level: 2.0}"),
+    "no float": ("metrics.json", '{"intervals": {"mIoU": {"low": ' + "9" * 400 + ', "high": 1, "level": 0.95}}}'),
 }  # fmt: skip
 
 
@@ -261,6 +265,24 @@ def test_a_small_ledger_that_says_it_is_large_is_refused(tmp_path: Path) -> None
             read_rows(tmp_path)
 
     attack(range(1), door, "ledger bomb")
+
+
+@pytest.mark.slow
+def test_a_small_ledger_of_long_texts_is_refused(tmp_path: Path) -> None:
+    """The size that its metadata give is that of one text, which all rows share."""
+    row = {"image_id": "a" * 100_000, "height": 1, "width": 1, "valid_pixels": 1, "ignored_pixels": 0, "label_hash": "",
+           "content_hash": "", "source_hash": "", "seconds": 0.0, "rank": 0, "host": "", "ground_truth": [0],
+           "prediction": [0], "pixels": [1], "calibration": []}  # fmt: skip
+    table = pa.table({f.name: pa.array([row[f.name]] * 5000, f.type) for f in SCHEMA}).cast(SCHEMA)
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 200_000
+    del table
+
+    def door(_: int) -> None:
+        with pytest.raises(HarnessError, match="image_id has 5,000 texts of up to 100,000 bytes. Not a ledger"):
+            read_rows(tmp_path)
+
+    attack(range(1), door, "ledger of texts")
 
 
 @pytest.mark.parametrize(

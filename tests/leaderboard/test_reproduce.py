@@ -230,6 +230,15 @@ def test_another_commit_is_checked_out_and_removed_again(repository: Path) -> No
     with checked_out_code({"commit": one, "dirty": True, "diff_sha256": "1"}, current) as code:
         assert "PYTHONPATH" in code.environment
         assert "uncommitted changes" in code.remarks[0]
+    git(repository, "checkout", "-q", "--detach")
+    git(repository, "commit", "-q", "--allow-empty", "-m", "of a pull request")
+    foreign = git(repository, "rev-parse", "HEAD")
+    git(repository, "checkout", "-q", two)
+    with checked_out_code({"commit": foreign, "dirty": False}, current) as code:
+        assert code.environment == {}  # code that somebody else's manifest names would be run
+        assert "is neither in the history of HEAD nor in a branch" in code.remarks[0]
+    with checked_out_code({"commit": "--output=x", "dirty": False}, current) as code:
+        assert "no such commit" in code.remarks[0]
     with checked_out_code({"commit": "f" * 40, "dirty": False}, current) as code:
         assert code.environment == {}
         assert "no such commit" in code.remarks[0]

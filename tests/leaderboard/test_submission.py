@@ -511,7 +511,7 @@ def damage(bundle: Path, change: str) -> None:  # noqa: PLR0912
         ("truncated ledger", "damaged"),
         ("images", "1 of 2,000 images are missing, such as ADE_val_00000001"),
         ("interval", "the interval is not the run's"),
-        ("endless", "the interval is not the run's"),
+        ("endless", "metrics.resamples: expected a whole number from 0 to 1e+06"),
         ("commit", "the commit is not the run's"),
         ("seed", "the seeds is not the run's"),
         ("one row", "expected one row for each of mIoU, miou"),

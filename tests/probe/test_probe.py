@@ -375,6 +375,9 @@ def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: P
     other = {**manifest["identity"], "environment.torch": "1.0"}
     (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, "identity": other}))
     assert 'Different: environment.torch: was "1.0", is "2.' in call("probe", *PROBE, *short).err
+    packages = {**manifest["identity"], "environment.transformers": "4.0", "environment.pillow": "9.9"}
+    (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, "identity": packages}))
+    assert 'environment.pillow: was "9.9", is "1' in call("probe", *PROBE, *short).err
     earlier = {k: v for k, v in other.items() if not k.startswith(("device", "environment.", "code."))}
     (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, "identity": earlier}))
     assert call("probe", *PROBE, *short).code == 0  # a version that did not keep these

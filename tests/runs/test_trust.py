@@ -225,8 +225,48 @@ def test_a_strangers_run_chooses_no_server(
     stranger()
     done = call("resume", "theirs/run", "tracking.live=false")
     assert "was not made by you on this machine: its relative paths are taken from" in done.err
+    assert "was not made by you on this machine: it is not logged to W&B" in done.err
+    assert asked == []  # its tracking.json might name a run of this user's
+    done = call("dataset.images=2", *overrides, "run.dir=mine", "metrics.resamples=0", "tracking.live=false")
     assert [url for _, url in asked] == [wandb.Settings().base_url]
     assert not Path(asked[0][0]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["logs/rank00000.log", "ledger", "overlays", "label_maps", "wandb/.session", "metrics.json"]
+)
+def test_a_link_in_a_run_directory_is_not_written_through(call: Call, tmp_path: Path, name: str) -> None:
+    assert call("dataset.images=2", *FAST, "run.dir=run", "metrics.resamples=0").code == 0
+    victim = tmp_path / "mine"
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    place = tmp_path / "run" / name
+    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(victim if "." not in name else victim / "file")
+    done = call("resume", "run", "dataset.check_headers=true")
+    assert done.code == 2
+    assert f"{place.name}: is a link, or neither a file nor a folder" in done.err
+    assert [(p.name, p.read_text()) for p in victim.iterdir()] == [("file", "mine")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [["-m", "ade_harness"], ["-um", "ade_harness"], ["-Bm", "ade_harness"], ["-made_harness"]]
+)
+def test_the_working_directory_is_searched_for_nothing_however_python_is_started(
+    tmp_path: Path, flags: list[str]
+) -> None:
+    """Nor where a folder has the package's name: the installed package is found before it."""
+    (tmp_path / "yaml.py").write_text("open('owned', 'w')\nraise SystemExit(7)\n")
+    (tmp_path / "ade_harness").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(REPOSITORY / "src")}
+    done = subprocess.run(
+        [sys.executable, *flags, "status", "."], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )  # fmt: skip
+    assert (done.returncode, "holds no run" in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.slow

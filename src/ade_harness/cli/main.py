@@ -8,6 +8,8 @@ signal N; 1 a fault of this package or of a model's code (with its traceback).
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import os
 import sys
@@ -23,6 +25,8 @@ from ade_harness.runtime.lifetime import no_silent_exit
 from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE
 
 _TRACEBACK = "ADE_HARNESS_TRACEBACK"
+_OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
+"""What a path that the user named may be: before Python 3.12, `Path.exists` raises some of these too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +57,9 @@ def _open_streams() -> None:
                 os.close(opened)
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding costs no result
 
 
 def run_command(arguments: list[str], in_this_process: bool = False) -> int:
@@ -77,6 +84,11 @@ def guarded(work: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... | head` is no error
         return 0
+    except OSError as error:
+        if os.environ.get(_TRACEBACK) or error.filename is None or error.errno not in _OF_PATHS:
+            raise
+        print_error(f"error: {os.fsdecode(error.filename)}: {error.strerror}.")
+        return EXIT_MESSAGE
 
 
 def _dispatch(arguments: list[str], in_this_process: bool) -> int:

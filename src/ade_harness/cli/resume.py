@@ -14,12 +14,10 @@ from ade_harness.cli.work import WORK, score_of, training_of
 from ade_harness.config.compose import stored_config
 from ade_harness.config.composed import Composed
 from ade_harness.config.fields import place_keys
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.errors import require
-from ade_harness.files.documents import read_yaml
 from ade_harness.runs.directory import PROBE, read_manifest
-from ade_harness.runs.record import is_own
-from ade_harness.runs.shapes import CONFIG
+from ade_harness.runs.record import config_and_owner
 from ade_harness.runs.trust import require_trust
 from ade_harness.runtime.console import print_error
 
@@ -51,8 +49,7 @@ def run_resume(options: argparse.Namespace) -> Answer:
     file = path / "config.yaml"
     if not file.exists():
         require(manifest.get("kind") != PROBE, _OLD_PROBE.format(path=path))
-    content = read_yaml(file, CONFIG)
-    own = is_own(path, manifest)
+    content, own = config_and_owner(path, manifest)
     if not options.trust and not own:
         require_trust(content, str(path))
     # the directory of somebody else's run may be anywhere, with their settings files in it
@@ -61,6 +58,10 @@ def run_resume(options: argparse.Namespace) -> Answer:
         print_error(f"{path} was not made by you on this machine: its relative paths are taken from {Path.cwd()}.")
         directory = Path.cwd()
     config = stored_config(content, options.overrides)
+    if not own and not options.trust and config.tracking.kind == TrackingKind.wandb:
+        # their tracking.json may name a run of this user's, which would be opened again and overwritten
+        print_error(f"{path} was not made by you on this machine: it is not logged to W&B. --trust logs it.")
+        config.tracking.kind = TrackingKind.none
     work = "probe" if manifest.get("kind") == PROBE else "evaluate"
     with _where_it_was_started(directory, config, path, options.overrides):
         code, run_dir = launch(

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import NODES, nearest, prepare, without_interpolations
 from ade_harness.config.dataset import DatasetKind
-from ade_harness.config.fields import check_lists
+from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.kinds import kind_of
@@ -193,6 +193,7 @@ def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
     except (*_NO_VALUE, ValueError) as error:
         raise HarnessError(f"config.yaml is damaged, or of another version ({str(error).splitlines()[0]}).") from error
     check_lists(node)
+    check_ranges(node)
     return node
 
 

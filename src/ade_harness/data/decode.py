@@ -86,7 +86,10 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1..8; a PNG's only if it stands before the pixels, where a header has it too."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
-    return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # metadata that no reader understands turns nothing; Pillow raises many kinds (struct.error, ...)
+        return 1
 
 
 def _decode_jpeg(data: bytes, name: str, mode: str) -> npt.NDArray[np.uint8] | None:

@@ -77,10 +77,22 @@ def misleading_entry(
     first = 0
     for table in tables:
         right = np.where(table.fixed[used], (shown == table.colors[used]).all(1), plain)
-        if right.all():
+        if right.all() and (table is tables[0] or _shows_colours(palette, shown, table)):
             return None
         first = first or int(used[np.argmin(right)])
     return first
+
+
+def _shows_colours(palette: npt.NDArray[np.uint8], shown: npt.NDArray[np.uint8], table: _Table) -> bool:
+    """Whether a palette that fits a table is no list of grey levels: optimisers make such lists of grey labels.
+
+    ADE20K's wall is (120, 120, 120), as is the grey label 120: entries that are not used have to show the data set.
+    """
+    if (shown != shown[:, :1]).any() or (shown == shown[:, :1] * (shown == 255)).all():
+        return True  # a colour, or black and white alone, which any table leaves to its indices
+    entries, expected = palette[table.fixed[: len(palette)]], table.colors[: len(palette)][table.fixed[: len(palette)]]
+    coloured = (expected != expected[:, :1]).any(1)
+    return bool(coloured.any()) and bool((entries[coloured] == expected[coloured]).all())
 
 
 def is_label_file(data: bytes) -> bool:

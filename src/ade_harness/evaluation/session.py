@@ -48,7 +48,8 @@ def run_session(
 
 
 def _show(cfg: Config, console: Console, result: Result) -> None:
-    print_result(console, result)
+    with warn_on_error(console, "the result is not shown"):
+        print_result(console, result)
     if output() in (Output.quiet, Output.errors):
         shown = make_console()
         print_fact(shown, "mIoU", percent(result.scores.mIoU))

@@ -21,6 +21,9 @@ from ade_harness.files.reading import read_regular
 
 MAX_TEXT_BYTES = 2**24
 _MAX_DEPTH = 40
+_MAX_DIGITS = 70
+"""Of a whole number: 64 binary ones, and their sign and underscores."""
+_MAX_FLOAT = 1e300
 
 Shape = Any
 """What a value may be: a type, a tuple of types, ``[shape]`` for a list, a mapping of keys to shapes, or an
@@ -110,13 +113,23 @@ else:
 
 
 class PlainLoader(_SafeLoader):
-    """Loads plain values; refuses aliases."""
+    """Loads plain values; refuses aliases, and whole numbers beyond 64 bits or in base 60."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse an alias; compose anything else."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*) are not allowed")
         return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Refuse texts whose conversion takes time that grows with their square: ``1:1:1:...``, thousands of digits."""
+        text = str(self.construct_scalar(node))
+        if ":" in text or len(text) > _MAX_DIGITS:
+            raise ValueError(f"{text[:20]}{'...' * (len(text) > 20)}: a whole number in base 60, or of too many digits")
+        return int(super().construct_yaml_int(node))
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
 
 
 class _NoAliases(yaml.SafeDumper):
@@ -191,7 +204,8 @@ def _range_problem(content: Any, shape: Between, field: str) -> tuple[str, str] 
 
 def _scalar_problem(content: Any, types: tuple[type, ...], field: str) -> tuple[str, str] | None:
     numbers = isinstance(content, int | float) and not isinstance(content, bool)
-    if numbers and not isinstance(content, int) and not math.isfinite(content):
+    # Python's whole numbers have no end, and their division or formatting as a float raises OverflowError
+    if numbers and not (math.isfinite(content) if isinstance(content, float) else abs(content) < _MAX_FLOAT):
         return field, "a finite number"
     if numbers and float in types:
         return None

@@ -30,7 +30,9 @@ def print_result(console: Console, result: Result) -> None:
     for mark in result.marks:
         console.print(Text(f" {mark} ", style="bold black on yellow"))
     title = f"{result.label} on {result.dataset}, {result.images:,} of {result.expected_images:,} images"
-    console.print(Panel(Group(_scores(result), _remarks(result), "", _classes(result)), title=title, expand=False))
+    console.print(
+        Panel(Group(_scores(result), _remarks(result), "", _classes(result)), title=Text(title), expand=False)
+    )
     for note in result.notes:
         console.print(Text(f"Note: {note}.", style="yellow"))
     ranks = "1 rank" if result.world_size == 1 else f"{result.world_size} ranks"

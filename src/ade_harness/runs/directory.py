@@ -56,6 +56,7 @@ def make_run_dir(directory: str | None, root: str, model: str) -> Path:
             raise HarnessError(
                 f"run.dir={path}: this folder is not empty and is not a run directory. Nothing was changed."
             )
+        _refuse_links(path)
         probe = path / f".writable-{uuid.uuid4().hex[:8]}"
         probe.touch()
         probe.unlink()
@@ -65,6 +66,22 @@ def make_run_dir(directory: str | None, root: str, model: str) -> Path:
             " Choose another: run.dir=PATH or run.root=PATH."
         ) from error
     return path
+
+
+def _refuse_links(path: Path) -> None:
+    """Refuse a run directory in which a link or a pipe has the name of something that is written.
+
+    What goes on in somebody else's run directory would be written wherever their link points.
+    """
+    inside = [*path.iterdir(), path / "wandb" / ".session"]  # wandb itself makes links below its own folder
+    for folder in (path / LOGS, path / "ledger", *(path / "wandb").glob("data-*")):
+        inside += [folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())]
+    for entry in inside:
+        if entry.is_symlink() or (os.path.lexists(entry) and not (entry.is_file() or entry.is_dir())):
+            raise HarnessError(
+                f"{escaped(str(entry))}: is a link, or neither a file nor a folder. What the run writes there would be"
+                " elsewhere: put the file or folder itself in its place."
+            )
 
 
 def wait_to_see(path: Path) -> None:

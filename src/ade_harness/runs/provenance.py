@@ -50,6 +50,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+_COMPUTING = (
+    "pillow", "opencv-python-headless", "simplejpeg", "transformers", "timm", "segmentation-models-pytorch",
+    "onnxruntime", "onnxruntime-gpu",
+)  # fmt: skip
+"""What makes pixels, networks and scores beside torch: another version may give other labels."""
+
+
+@cache
+def computing_packages() -> dict[str, str]:
+    """Return the versions of the installed packages that decide numbers."""
+    return {name: version for name in _COMPUTING if (version := _version(name)) is not None}
+
+
 @cache
 def distributions() -> dict[str, dict[str, str | None]]:
     """Return this package's dependencies, and theirs, as they were installed when this process first asked.

@@ -13,12 +13,13 @@ from typing import Any
 from ade_harness.config.plain import flatten
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
-from ade_harness.files.documents import MAX_TEXT_BYTES, damaged, parse_yaml, yaml_text
+from ade_harness.files.documents import MAX_TEXT_BYTES, checked, damaged, parse_yaml, yaml_text
 from ade_harness.files.reading import read_regular
 from ade_harness.metrics.counts import Row, hash_rows
 from ade_harness.runs.directory import MANIFEST, PROBE, SCHEMA_VERSION, differences, is_new, make_run_dir, read_manifest
 from ade_harness.runs.lock import RunLock
-from ade_harness.runs.provenance import code_state, command_line, distributions, environment
+from ade_harness.runs.provenance import code_state, command_line, computing_packages, distributions, environment
+from ade_harness.runs.shapes import CONFIG
 from ade_harness.runs.trust import is_signed, signature
 
 _HOW_TO_ASK = ("timeout_s", "retries", "concurrency", "token_env")
@@ -84,6 +85,8 @@ def short_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 _LOADED = ("model.state_sha256", "model.files.", "model.config_sha256", "code.model_source")
 """What an identity says of the model in memory; runs of earlier versions do not have it."""
+_LATER = ("environment.", "model.pixels_sha256")
+"""What came into identities last."""
 _OF_TRAININGS = ("device", "environment.", "code.", "runtime.")
 """What the identity of a training says of what computes it; those of earlier versions do not."""
 
@@ -133,7 +136,8 @@ def start_record(
         then = run_identity(path, before, decides) if before else now
         if "model.state_sha256" not in then:  # of an earlier version, which did not look at these
             then = {**{key: value for key, value in now.items() if key.startswith(_LOADED)}, **then}
-        if facts.get("kind") == PROBE:  # likewise
+        then = {**{key: value for key, value in now.items() if key.startswith(_LATER)}, **then}  # likewise
+        if facts.get("kind") == PROBE:
             then = {**{key: value for key, value in now.items() if key.startswith(_OF_TRAININGS)}, **then}
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
@@ -204,11 +208,28 @@ def _write_record(
 def is_own(path: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether this user has made a run: its config.yaml, the overrides that repeat it, and where it was started."""
     try:
-        body = _body(read_regular(path / "config.yaml", MAX_TEXT_BYTES).decode("utf-8"))
+        return _is_signed(read_regular(path / "config.yaml", MAX_TEXT_BYTES).decode("utf-8"), manifest)
     except (HarnessError, UnicodeDecodeError):
         return False
+
+
+def config_and_owner(path: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return the content of a run's config.yaml, and whether this user has made the run: of one reading of the file.
+
+    Raises:
+        HarnessError: it cannot be read, or is damaged.
+    """
+    file = path / "config.yaml"
+    try:
+        text = read_regular(file, MAX_TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(str(file), "expected UTF-8") from error
+    return checked(parse_yaml(text, str(file)), CONFIG, str(file)), _is_signed(text, manifest)
+
+
+def _is_signed(text: str, manifest: Mapping[str, Any]) -> bool:
     started = [manifest["directory"]] if "directory" in manifest else []  # earlier versions did not keep it
-    return is_signed(manifest.get("signature"), _hash(body), manifest.get("repeat"), *started)
+    return is_signed(manifest.get("signature"), _hash(_body(text)), manifest.get("repeat"), *started)
 
 
 def _body(text: str) -> str:
@@ -240,6 +261,7 @@ def _found(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
         **{f"model.files.{name}": digest for name, digest in model.get("files", {}).items()},
         "code.model_source": model.get("source"),
         "model.config_sha256": model.get("config_sha256"),
+        "model.pixels_sha256": model.get("pixels_sha256"),
     }
     return {
         **{key: value for key, value in loaded.items() if value is not None},
@@ -258,6 +280,7 @@ def _computed_by(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str,
     return {
         "device": facts["device"],
         "environment.torch": torch.__version__,
+        **{f"environment.{name}": version for name, version in computing_packages().items()},
         "code.version": code["version"],
         "code.commit": code["commit"],
         "code.diff_sha256": code.get("diff_sha256"),

@@ -95,7 +95,10 @@ CONFIG = {
     },
     "dataset": {"kind?": str, "split?": str, "root?": str},
     "inference": {"name": str, "precision?": str, "source?": str, "exif": bool},
-    "metrics": {"resamples": int, "seed": int, "level": float, "calibration?": bool},
+    "metrics": {
+        "resamples": Between(0, 1_000_000), "seed": Between(0, 2**63 - 1), "level": Between(0.0, 1.0),
+        "calibration?": bool,
+    },
     "run?": dict,
     "runtime?": dict,
     "tracking?": dict,

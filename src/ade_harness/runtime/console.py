@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from ade_harness.files.escapes import escaped, one_line, without_long_words
 
@@ -39,6 +40,12 @@ class _Console(Console):
         """Print nothing from now on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Show control characters as escapes, in whatever is printed: rich takes out few of them."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else escaped(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
 
 
 @contextmanager

@@ -216,6 +216,15 @@ def test_a_file_that_holds_itself_is_refused() -> None:
         take_part(content, FILE, Choice(), known)
 
 
+@pytest.mark.timeout(20)
+def test_mappings_that_are_shared_are_looked_into_once() -> None:
+    content: dict[str, Any] = {}
+    for _ in range(60):
+        content = {"a": content, "b": content}  # 2^60 ways to the innermost
+    with pytest.raises(HarnessError, match="holds no state_dict"):
+        take_part(content, FILE, Choice(), known)
+
+
 # the systems' own names
 
 

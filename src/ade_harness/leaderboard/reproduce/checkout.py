@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -55,9 +56,16 @@ def checked_out_code(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
         return
     root = Path(ade_harness.__file__).parents[2]
     installed = current["commit"] is None or current.get("built", False)
-    if installed or not _has(root, commit):
+    if installed or not re.fullmatch(r"[0-9a-f]{7,64}", commit) or not _has(root, commit):
         where = "this is no git checkout" if installed else f"{root} has no such commit: git fetch"
         remarks.append(f"the run's commit {commit[:12]} is not here ({where}), so this code repeats it")
+        yield Code({}, tuple(remarks))
+        return
+    if not _is_known(root, commit):
+        remarks.append(
+            f"the run's commit {commit[:12]} is neither in the history of HEAD nor in a branch of {root}, so this code"
+            " repeats it: look at that commit, and check it out if it is trusted"
+        )
         yield Code({}, tuple(remarks))
         return
     with tempfile.TemporaryDirectory(prefix="ade-harness-") as folder:
@@ -78,11 +86,19 @@ def _has(root: Path, commit: str) -> bool:
     return True
 
 
-def _git(root: Path, *arguments: str) -> None:
+def _is_known(root: Path, commit: str) -> bool:
+    """Whether a commit is in the user's own history: what a pull request or a fork has brought is not."""
+    return bool(_git(root, "for-each-ref", "--contains", commit, "--count=1", "refs/heads")) or not _git(
+        root, "rev-list", "--max-count=1", commit, "^HEAD"
+    )
+
+
+def _git(root: Path, *arguments: str) -> str:
     try:
-        subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=_TIMEOUT_S
         )  # fmt: skip
+        return str(done.stdout)
     except subprocess.CalledProcessError as error:
         reported = (error.stderr.strip().splitlines() or ["no message"])[-1]
         raise HarnessError(

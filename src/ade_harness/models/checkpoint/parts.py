@@ -189,10 +189,12 @@ def _state_inside(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
     seen: set[int] = set()
     left = [value]
     for one in left:  # which grows
+        if id(one) in seen:  # two names of one mapping, again in each of its own: 2^n ways to it
+            continue
         if _is_state(one):
             return one
         seen.add(id(one))
-        left += [v for v in one.values() if isinstance(v, Mapping) and id(v) not in seen]
+        left += [v for v in one.values() if isinstance(v, Mapping)]
     return None
 
 

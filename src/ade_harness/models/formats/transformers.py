@@ -238,10 +238,12 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     taken = {"mean": pixels.mean, "std": pixels.std, "bgr": pixels.bgr} if pixels else statistics(cfg)
     notes = [] if pixels else [_assumed(cfg)]
     folder = Path(cfg.id or "")
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
-    if files:  # one file, or the shards; transformers prefers safetensors
+    files = _weight_files(folder)
+    if files:  # one file, or the shards
         digests = [file_hash(f, "sha256") for f in files]
         facts["sha256"] = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    written = json.dumps({key: taken[key] for key in sorted(taken)}, default=list)  # of a file that is no weights
+    facts["pixels_sha256"] = hashlib.sha256(written.encode()).hexdigest()
     network: Any = module.network
     settings = {k: v for k, v in network.config.to_dict().items() if k not in _NOT_DECISIVE}
     facts["config_sha256"] = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -258,6 +260,17 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         module, "pretrained", class_names=names_of(cfg, names), channels=channels, notes=tuple(notes), facts=facts,
         **taken,
     )  # fmt: skip
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads from a folder; others may lie beside, such as training_args.bin."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        stem, suffix = name.split(".")
+        if (folder / f"{name}.index.json").is_file():
+            return sorted(folder.glob(f"{stem}-*.{suffix}"))
+    return []
 
 
 def _assumed(cfg: ModelConfig) -> str:
