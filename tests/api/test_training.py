@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 
 import ade_harness as ade
@@ -29,6 +31,7 @@ from tests.api.networks import Colours
 from tests.conftest import REPOSITORY
 
 SMALL = {"dataset.images": 5, "metrics.resamples": 0}
+BUFFER, WEIGHT = "norm.running_mean", "layer.weight"
 
 
 def slow_matrix(labels: torch.Tensor, target: torch.Tensor, classes: int, ignore: int | None) -> np.ndarray:
@@ -199,8 +202,8 @@ class Trained(pl.LightningModule):
 def fit(callbacks: list[pl.Callback], module: Trained | None = None, **options: Any) -> tuple[Trained, pl.Trainer]:
     module = Trained() if module is None else module
     trainer = pl.Trainer(
-        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=callbacks, **{"max_epochs": 2, "logger": False, **options},
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+        **{"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options},
     )  # fmt: skip
     pl.seed_everything(5, verbose=False)
     images = torch.randn(8, 3, 16, 16)
@@ -236,6 +239,69 @@ def test_the_callback_as_seldom_as_asked() -> None:
 
     fit([Counted(dataset="demo", protocol="original_size", every_n_epochs=5, limit=2, options=SMALL)])
     assert begun == [1]  # the last one
+
+
+def of_demo(**options: Any) -> ade.ADE20KEvaluation:
+    return ade.ADE20KEvaluation(
+        **{"dataset": "demo", "protocol": "original_size", "network": "net", "limit": 2, "options": SMALL, **options}
+    )
+
+
+def test_a_checkpoint_and_an_early_stop_by_our_score(tmp_path: Path) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path, monitor="ade20k/mIoU", mode="max", save_top_k=1)
+    stop = EarlyStopping(monitor="ade20k/mIoU", mode="max", patience=5)
+    callback = of_demo()
+    _, trainer = fit([callback, stop, best], enable_checkpointing=True)
+    assert callback.result is not None
+    assert best.best_model_score is not None
+    assert trainer.current_epoch == 2
+    assert float(best.best_model_score) in {float(best.best_model_score), float(callback.result.mIoU)}
+    assert stop.best_score.isfinite()
+    seldom = ModelCheckpoint(dirpath=tmp_path / "b", monitor="ade20k/mIoU", mode="max", every_n_epochs=2)
+    fit([of_demo(every_n_epochs=2), seldom], enable_checkpointing=True)
+    assert seldom.best_model_score is not None
+
+
+@pytest.mark.parametrize(
+    ("monitor", "options", "remedy"),
+    [
+        (lambda: ModelCheckpoint(monitor="ade20k/mIoU"), {"every_n_epochs": 2}, "Give it every_n_epochs=2"),
+        (lambda: ModelCheckpoint(monitor="ade20k/mIoU", save_on_train_epoch_end=False), {}, "save_on_train_epoch_end=True"),
+        (lambda: EarlyStopping(monitor="ade20k/fwIoU"), {"every_n_epochs": 2}, "Give it strict=False"),
+        (lambda: EarlyStopping(monitor="ade20k/fwIoU", check_on_train_epoch_end=False), {}, "check_on_train_epoch_end=True"),
+    ],
+)  # fmt: skip
+def test_who_would_look_for_a_score_when_there_is_none_is_found_before_the_training(
+    monitor: Callable[[], pl.Callback], options: dict[str, Any], remedy: str
+) -> None:
+    module = Trained()
+    with pytest.raises(HarnessError, match=rf"would look when there is no new score\. .*{remedy}"):
+        fit([of_demo(**options), monitor()], module, enable_checkpointing=True)
+    assert module.losses == []
+    with pytest.raises(HarnessError, match="Put it behind ADE20KEvaluation in the list"):
+        fit([EarlyStopping(monitor="ade20k/mIoU"), of_demo()])
+
+
+def test_the_average_that_is_saved_is_what_is_evaluated(tmp_path: Path) -> None:
+    callback, average = of_demo(), WeightAveraging(avg_fn=lambda old, new, _: old * 0.5 + new * 0.5)
+    best = ModelCheckpoint(dirpath=tmp_path, monitor="ade20k/mIoU", mode="max", save_top_k=-1)
+    fit([callback, average, best], enable_checkpointing=True, max_epochs=1)
+    [path] = tmp_path.glob("*.ckpt")
+    saved = Trained()
+    saved.load_state_dict(torch.load(path, weights_only=False)["state_dict"])
+    expected = ade.evaluate(saved.net, dataset="demo", protocol="original_size", limit=2, options=SMALL)
+    assert callback.result is not None
+    assert np.array_equal(callback.result.matrix, expected.matrix)
+    trained = Trained()
+    trained.load_state_dict(torch.load(path, weights_only=False)["current_model_state"])
+    assert not torch.equal(saved.net.state_dict()[WEIGHT], trained.net.state_dict()[WEIGHT])
+
+
+def test_a_quick_run_of_the_trainer_evaluates_one_image() -> None:
+    callback = of_demo()
+    module, _ = fit([callback], fast_dev_run=True)
+    assert len(module.losses) == 1
+    assert callback.result is None
 
 
 def test_mistakes_of_the_callback() -> None:
@@ -297,17 +363,20 @@ _TWO = """
 import json
 import torch
 import ade_harness as ade
-from tests.api.test_training import SMALL, fit
+from tests.api.test_training import BUFFER, SMALL, fit
 torch.set_num_threads(1)
 plain, trainer = fit([], strategy="ddp", devices=2)
 metrics = [float(trainer.callback_metrics["mIoU"])]
 callback = ade.ADE20KEvaluation(dataset="demo", protocol="original_size", network="net", options=SMALL, workers=1)
+alone, _ = fit([callback], strategy="ddp", devices=2, limit_val_batches=0)  # no forward of DDP's has compared buffers
+found_alone = [callback.result.matrix.tolist(), alone.net.state_dict()[BUFFER].tolist()]
 module, trainer = fit([callback], strategy="ddp", devices=2)
 metrics.append(float(trainer.callback_metrics["mIoU"]))
 again = ade.evaluate(module.net, dataset="demo", protocol="original_size", options=SMALL)  # alone, within DDP
 found = {"losses": [plain.losses, module.losses], "metrics": metrics, "world": trainer.world_size,
          "scores": callback.result.scores, "ranks": sorted({r.rank for r in callback.result.rows}),
-         "images": callback.result.images, "alone": again.scores}
+         "images": callback.result.images, "alone": again.scores, "buffers": found_alone,
+         "of_buffers": ade.evaluate(alone.net, dataset="demo", protocol="original_size", options=SMALL).matrix.tolist()}
 with open(f"rank{trainer.global_rank}.json", "w") as file:
     json.dump(found, file)
 """
@@ -322,6 +391,9 @@ def test_two_ranks_count_each_image_once(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    # each rank's batch statistics are its own, and stay so; what is evaluated are rank 0's, which it would save
+    assert first["buffers"][1] != second["buffers"][1]
+    assert first["buffers"][0] == second["buffers"][0] == first["of_buffers"] != second["of_buffers"]
     for watched in (first, second):
         plain, with_callback = watched["losses"]
         assert len(plain) > 0

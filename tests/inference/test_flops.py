@@ -54,6 +54,32 @@ def test_what_cannot_be_counted_is_none() -> None:
     assert flops_of_image(torch.jit.script(CONVOLUTION), inference, (64, 64)) is None
 
 
+def test_counting_leaves_no_trace_in_the_network() -> None:
+    """Neither in what its forward keeps, nor in the hooks of a tool that watches a training."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 150, 1))
+            self.tied = self.net[0].weight
+            self.positions: dict[tuple[int, ...], torch.Tensor] = {}
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            size = tuple(images.shape[2:])
+            if size not in self.positions:
+                self.positions[size] = torch.zeros(size, device=images.device)
+            return self.net(images + self.positions[size])
+
+    network, seen = Keeps(), []
+    network.net[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.device.type))
+    inference = compose_config(["inference=original_size"]).inference
+    assert flops_of_image(network, inference, (64, 96)) == 2 * 64 * 96 * (3 * 8 + 8 * 150)
+    assert network.positions == {}
+    assert seen == []
+    assert network(torch.zeros(1, 3, 64, 96)).device.type == "cpu"
+    assert network.tied is network.net[0].weight
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["segformer_b0", "mask2former_swin_t", "eomt_l"])
 def test_systems_are_counted(model: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from torch import nn
 
 from ade_harness.api.arguments import option_overrides, whole_number
@@ -22,6 +23,38 @@ from ade_harness.config.overrides import as_override_value
 from ade_harness.config.validate import require_data
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
+
+
+@contextmanager
+def _averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Have the averaged weights in the network, as for a validation, where Lightning keeps some: it saves those."""
+    averages = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, WeightAveraging)]
+    for average in averages:
+        average.on_validation_epoch_start(trainer, module)
+    try:
+        yield
+    finally:
+        for average in averages:
+            average.on_validation_epoch_end(trainer, module)
+
+
+@contextmanager
+def _buffers_of_rank_zero(network: nn.Module, world_size: int) -> Iterator[None]:
+    """Have rank 0's buffers on every rank: DDP gives them to the others only when the next forward begins."""
+    if world_size == 1:
+        yield
+        return
+    own = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with torch.no_grad():
+        for buffer, _ in own:
+            dist.broadcast(buffer, 0)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in own:
+                buffer.copy_(before)
+
 
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
@@ -37,6 +70,10 @@ class ADE20KEvaluation(pl.Callback):
     callback can monitor them; `result` has the rest. The training goes on as if it had not been there: the network's
     modes, random numbers and torch's switches are as before.
 
+    What is evaluated is what rank 0 would save: its buffers (a BatchNorm without ``sync_batchnorm`` has others on each
+    rank), and the average where Lightning's ``WeightAveraging`` keeps one. It computes by ``inference.precision``
+    (float32), whatever the trainer's precision is. With ``fast_dev_run`` it predicts one image, and logs nothing.
+
     Args:
         root: folder or zip of ADEChallengeData2016; None takes ADE20K_ROOT.
         protocol: in ``conf/inference``; None: the image as it is, padded to what the network takes.
@@ -50,7 +87,8 @@ class ADE20KEvaluation(pl.Callback):
         options: any option of the command line by its dotted key.
 
     Raises:
-        HarnessError: a strategy that shards the network; a mistake in the configuration; an image that fails.
+        HarnessError: a strategy that shards the network; a mistake in the configuration; an image that fails; a
+            callback that monitors a score at times when there is none.
     """
 
     def __init__(
@@ -90,15 +128,51 @@ class ADE20KEvaluation(pl.Callback):
             opened = open_here(cfg, lambda classes: network_predictor(network, cfg, classes))
             count_here(opened, [0], pl_module.device, str(cfg.runtime.kernels), 0)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse callbacks that would look for a score when there is none, or an older one, before the first epoch."""
+        for monitor in getattr(trainer, "callbacks", ()):
+            watched = getattr(monitor, "monitor", None)
+            if isinstance(watched, str) and watched.startswith(self.prefix):
+                remedy = self._missed(monitor, trainer)
+                if remedy is not None:
+                    raise HarnessError(
+                        f"{type(monitor).__name__}(monitor={watched!r}): would look when there is no new score."
+                        f" {remedy}"
+                    )
+
+    def _missed(self, monitor: pl.Callback, trainer: pl.Trainer) -> str | None:
+        """Return what to do about a callback whose looks are not after our evaluations; None if all are."""
+        often = self.every_n_epochs
+        if isinstance(monitor, ModelCheckpoint):
+            # Lightning decides these by more than its arguments, and offers no public way to ask
+            if not monitor._should_save_on_train_epoch_end(trainer):
+                return "Give it save_on_train_epoch_end=True: the evaluation is at the end of the training's epoch."
+            if monitor._every_n_epochs < 1 or monitor._every_n_epochs % often:
+                return f"Give it every_n_epochs={often}, as ADE20KEvaluation has."
+        if isinstance(monitor, EarlyStopping):
+            callbacks: list[Any] = trainer.callbacks
+            if callbacks.index(monitor) < callbacks.index(self):
+                return "Put it behind ADE20KEvaluation in the list of callbacks."
+            if not monitor._check_on_train_epoch_end:
+                return "Give it check_on_train_epoch_end=True: the evaluation is at the end of the training's epoch."
+            if often > 1 and monitor.strict:
+                return "Give it strict=False, with which it waits for a score, or ADE20KEvaluation every_n_epochs=1."
+        return None
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate, and log the scores of this epoch."""
+        if trainer.fast_dev_run:
+            return
         last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs  # asked to, by time or a metric
         last = last or trainer.global_step == trainer.max_steps
         if not last and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        self.result = self._evaluate(trainer, self._part(pl_module), pl_module.device)
+        network = self._part(pl_module)
+        with _averaged_weights(trainer, pl_module), _buffers_of_rank_zero(network, trainer.world_size):
+            self.result = self._evaluate(trainer, network, pl_module.device)
         scores = {self.prefix + name: value for name, value in self.result.scores.items()}
-        pl_module.log_dict(scores, on_step=False, on_epoch=True, sync_dist=False, batch_size=1)
+        # equal on all ranks: Lightning warns of each where it may not compare them, and a mean could round
+        pl_module.log_dict(scores, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
 
     def _part(self, module: pl.LightningModule) -> nn.Module:
         if self._network is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from typing import Any
@@ -18,7 +19,8 @@ def flops_of_image(network: nn.Module | None, inference: InferenceConfig, size: 
     """Return the operations of all forward passes of one image, as torch's FlopCounterMode counts them.
 
     Matrix products, convolutions and attention count, two for each multiplication with its addition; what lies around
-    them does not. Weights and images are put on the meta device for it: nothing is computed.
+    them does not. A copy of the network on the meta device takes them: nothing is computed, and what a forward keeps
+    (tables by the input's size) or hooks would see stays out of the network itself.
 
     Args:
         network: of the predictor; None has no count.
@@ -33,17 +35,28 @@ def flops_of_image(network: nn.Module | None, inference: InferenceConfig, size: 
         return None
     windows = Counter(plan.window for plan in plan_views(size, inference) for _ in plan.origins)
     try:
-        # a module may keep one tensor under two names
-        tensors = {
-            n: t.detach().to("meta") for n, t in itertools.chain(network.named_parameters(), network.named_buffers())
-        }
-        return sum(number * _flops(network, tensors, window) for window, number in windows.items())
+        on_meta = _copy_on_meta(network)
+        return sum(number * _flops(on_meta, window) for window, number in windows.items())
     except Exception:  # of the many kinds that operators without a meta implementation raise
         return None
 
 
-def _flops(network: nn.Module, tensors: dict[str, Any], window: tuple[int, int]) -> int:
+def _copy_on_meta(network: nn.Module) -> nn.Module:
+    """Return a copy that shares nothing with a network, and has no memory of weights; its hooks are left out."""
+    known: dict[int, Any] = {}
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        on_meta = tensor.detach().to("meta")
+        is_weight = isinstance(tensor, nn.Parameter)
+        known[id(tensor)] = nn.Parameter(on_meta, requires_grad=False) if is_weight else on_meta
+    copied = copy.deepcopy(network, known)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return copied
+
+
+def _flops(network: nn.Module, window: tuple[int, int]) -> int:
     images = torch.empty(1, 3, *window, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(network, tensors, (images,))
+        network(images)
     return int(counter.get_total_flops())
