@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
@@ -280,6 +281,10 @@ def test_switches_that_do_not_fit_each_other_are_refused() -> None:
 def test_a_run_directory_where_it_is_asked_for(call: Callable[..., Done], tmp_path: Path) -> None:
     network = Colours()
     first = ade.evaluate(network, dataset="demo", options=SMALL, run_dir=tmp_path / "mine")
+    # as the page needs, and as it was: threads are the caller's
+    assert len(list((tmp_path / "mine/label_maps").glob("*.png"))) == first.images
+    config = yaml.safe_load((tmp_path / "mine/config.yaml").read_text())
+    assert config["runtime"]["threads"] == torch.get_num_threads()
     again = ade.load_run(tmp_path / "mine")
     assert again.to_dict() == first.to_dict()
     assert [row.label_hash for row in again.rows] == [row.label_hash for row in first.rows]
@@ -431,6 +436,7 @@ except AttributeError as error:
 SWITCHES = """
 import os
 import torch
+import yaml
 import ade_harness as ade
 from tests.warm import import_all
 import_all()
@@ -514,11 +520,24 @@ def test_networks_that_share_a_module_are_evaluated_one_after_the_other() -> Non
         ({"options": ["a=b"]}, "options=.*: expected a mapping"),
         ({"options": {"runtime.devices": 4}}, "runtime.devices is an argument from Python: devices="),
         ({"options": {"run.dir": "x"}}, "run.dir is an argument from Python: run_dir="),
+        ({"options": {"runtime.threads": 2}}, "runtime.threads has no effect: .* torch.set_num_threads"),
+        ({"options": {"run.on_error": "skip"}}, "run.on_error has no effect"),
+        ({"options": {"runtime.sharding": "static"}}, "runtime.sharding has no effect"),
     ],
 )
 def test_arguments_that_are_none(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(HarnessError, match=message):
         ade.evaluate(Colours(), **{"dataset": "demo", "limit": 2, **arguments})
+
+
+def test_a_function_has_no_protocol() -> None:
+    def labels(image: np.ndarray) -> np.ndarray:
+        return np.zeros(image.shape[:2], np.int64)
+
+    with pytest.raises(HarnessError, match="protocol='mmseg_slide_512': has no effect: the model is a function"):
+        ade.evaluate(labels, dataset="demo", limit=2, protocol="mmseg_slide_512")
+    with pytest.raises(HarnessError, match="inference.precision has no effect: the model is a function"):
+        ade.evaluate(labels, dataset="demo", limit=2, options={"inference.precision": "bf16"})
 
 
 def test_numbers_of_numpy_and_torch_are_numbers() -> None:

@@ -59,6 +59,10 @@ _IN_MEMORY_KEYS = ("name", "input", "class_map", "class_names", "label", "publis
 """What `model.` says of a network in memory: what its input and its channels mean, and what is shown beside it."""
 
 
+_HERE = ("runtime.kernels", "runtime.seed", "run.label_maps")
+"""Options about ranks and run directories that an evaluation in the caller's process has too."""
+
+
 def is_tracked(options: Mapping[str, Any] | None) -> bool:
     """Whether options ask for W&B."""
     given = options if isinstance(options, Mapping) else {}
@@ -69,7 +73,7 @@ def is_tracked(options: Mapping[str, Any] | None) -> bool:
 
 
 def option_overrides(
-    options: Mapping[str, Any] | None, memory: bool, runs: bool = False, function: bool = False
+    options: Mapping[str, Any] | None, memory: bool, runs: bool = False, function: bool = False, here: bool = True
 ) -> list[str]:
     """Return options by dotted keys as overrides.
 
@@ -78,6 +82,7 @@ def option_overrides(
         memory: whether the network is in memory, so that nothing says how to make it.
         runs: whether a run directory may be written, which W&B may show.
         function: whether it is a function of an image to labels, to which nothing of a network applies.
+        here: whether it is evaluated in this process, without ranks.
 
     Raises:
         HarnessError: they are no mapping, name what has an argument of its own, or would have no effect.
@@ -98,7 +103,12 @@ def option_overrides(
                 f"options: {key} has no effect: the model is in memory. Its options are"
                 f" {', '.join(f'model.{name}' for name in _IN_MEMORY_KEYS)}."
             )
-        if function and key.startswith(("model.input", "model.class_map", "model.class_names")):
+        if here and group in ("runtime", "run") and not key.startswith(_HERE):
+            raise HarnessError(
+                f"options: {key} has no effect: this process is evaluated in, without ranks, loaders or restarts (its"
+                " threads: torch.set_num_threads). devices=2 or more, or the command line, has them."
+            )
+        if function and key.startswith(("model.input", "model.class_map", "model.class_names", "inference")):
             raise HarnessError(f"options: {key} has no effect: the model is a function of an image to labels.")
         found.append(f"{key}={as_override_value(plain(value))}")
     return found

@@ -42,11 +42,15 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
 from ade_harness.evaluation.job import describe_facts
+from ade_harness.evaluation.recorder import keep_labels
 from ade_harness.evaluation.session import warn_on_error
 from ade_harness.inference.factory import open_predictor
 from ade_harness.inference.predictor import Predictor
+from ade_harness.metrics.confusion import Matrix
+from ade_harness.metrics.counts import Row
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import load_run
+from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerWriter
 from ade_harness.runs.live_status import LiveStatus
 from ade_harness.runs.record import holding_lock, start_record
@@ -128,7 +132,7 @@ def evaluate(
             raise HarnessError(f"run_dir={run_dir!r}: expected a path.")
         run_dir = Path(run_dir).expanduser()
     asked = None if device is None else place_of(device, here=devices == 1)
-    overrides = _overrides(model, root, dataset, protocol, limit, checkpoint, options)
+    overrides = _overrides(model, root, dataset, protocol, limit, checkpoint, options, devices == 1)
     if is_tracked(options) and run_dir is None:
         raise HarnessError("options: tracking logs a run directory. Give run_dir=PATH, or leave tracking out.")
     if devices > 1:
@@ -136,6 +140,7 @@ def evaluate(
     with callers_process():
         with callers_hydra():
             config = compose_config(overrides)
+            config.runtime.threads = torch.get_num_threads()  # the caller's: what a run directory must say
             repeat = None if in_memory(model) else overrides_of(config)
             composed = Composed(config, repeat, protocol_changes(config))
         cfg = composed.config
@@ -174,8 +179,13 @@ def _evaluate(
         with holding_lock(record), tracked(cfg, console) as tracking:
             tracking.begin(path, record.manifest)
             writer = LedgerWriter(path / LEDGER, opened.marks)
+            maps = LabelMaps(path, str(cfg.run.label_maps))
             live = LiveStatus(path, record.lock, len(opened.dataset.ids), _nothing, _refuse)
             live.begin(0)
+
+            def keep(row: Row, labels: npt.NDArray[np.uint8], counts: Matrix) -> None:
+                keep_labels(maps, row, labels, counts)
+                writer.append(row)
 
             def report(done: int) -> None:
                 on_images(done)
@@ -183,7 +193,7 @@ def _evaluate(
 
             try:
                 try:
-                    counted = count_here(opened, numbers, device, choice, threads, report, keep=writer.append)
+                    counted = count_here(opened, numbers, device, choice, threads, report, keep=keep)
                 finally:
                     writer.flush()
                     live.close()
@@ -215,7 +225,7 @@ def _refuse(reason: str) -> None:
 
 def _overrides(
     model: Model, root: str | Path | None, dataset: str, protocol: str | None, limit: int | None,
-    checkpoint: str | Path | None, options: Mapping[str, Any] | None,
+    checkpoint: str | Path | None, options: Mapping[str, Any] | None, here: bool,
 ) -> list[str]:  # fmt: skip
     """Return the configuration that was asked for, as overrides of the command line."""
     overrides = [*model_overrides(model, checkpoint), f"dataset={dataset}"]
@@ -229,7 +239,12 @@ def _overrides(
         if value is not None and key in (options or {}):
             raise HarnessError(f"options: {key} is given as an argument too. Leave one of them out.")
     function = callable(model) and not isinstance(model, nn.Module)
-    return overrides + option_overrides(options, in_memory(model), runs=True, function=function)
+    if function and protocol is not None:
+        raise HarnessError(
+            f"protocol={protocol!r}: has no effect: the model is a function, which gets each image as it is. Leave it"
+            " out."
+        )
+    return overrides + option_overrides(options, in_memory(model), runs=True, function=function, here=here)
 
 
 def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ade_harness import kernels
@@ -109,7 +110,7 @@ def count_here(
     threads: int = 1,
     on_images: Callable[[int], None] = lambda _: None,
     rank: int = 0,
-    keep: Callable[[Row], None] = lambda _: None,
+    keep: Callable[[Row, npt.NDArray[np.uint8], Matrix], None] = lambda *_: None,
 ) -> Counted:
     """Predict and count batches of images, in their order.
 
@@ -121,7 +122,7 @@ def count_here(
         threads: that prepare images beside the computation; 0 prepares them in between.
         on_images: called with the number of images counted so far.
         rank: that the rows name.
-        keep: called with each row, for a ledger.
+        keep: called with each image's row, labels uint8 [H, W] and counts int64 [C, C + 1], for a run directory.
 
     Raises:
         HarnessError: names the first image that cannot be read or predicted.
@@ -147,9 +148,10 @@ def count_here(
             if prediction.confidence is not None:
                 confidence = count_confidence(prediction.confidence, prediction.labels, target).cpu().numpy()
             seconds = (time.perf_counter() - start) / len(images)
-            rows.append(row_of(image, prediction.labels.cpu(), counts, confidence, seconds, rank))
+            labels = prediction.labels.cpu()
+            rows.append(row_of(image, labels, counts, confidence, seconds, rank))
             matrix += counts
-            keep(rows[-1])
+            keep(rows[-1], labels.numpy(), counts)
         on_images(len(rows))
     peak = most_held(device)
     return Counted(rows, matrix, time.perf_counter() - begin, peak if peak > held else None)

@@ -72,6 +72,22 @@ def row_of(
     )
 
 
+def keep_labels(maps: LabelMaps, row: Row, labels: npt.NDArray[np.uint8], counts: npt.NDArray[np.int64]) -> None:
+    """Keep an image's label map, if it is wanted.
+
+    Args:
+        maps: of this process.
+        row: of the image.
+        labels: uint8 [H, W].
+        counts: int64 [C, C + 1], by which the image is among the best or the worst.
+
+    Raises:
+        LedgerError: the file cannot be written.
+    """
+    if row.valid_pixels or maps.choice != "few":  # an image without a labelled pixel is neither good nor bad
+        maps.add(row.image_id, labels, lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"]))
+
+
 class Recorder:
     """Writes what a rank has counted: the reduction of "map, then sum" on one rank.
 
@@ -139,12 +155,7 @@ class Recorder:
         row = row_of(image, counted.labels, counts, counted.confidence, counted.seconds, counted.rank)
         if image.overlay_image is not None:
             self._draw(image, image.overlay_image.numpy(), labels)
-        if (
-            row.valid_pixels or self.label_maps.choice != "few"
-        ):  # an image without a labelled pixel is neither good nor bad
-            self.label_maps.add(
-                image.image_id, labels, lambda: float(area_scores(*split_areas(areas_of(counts)))["mIoU"])
-            )
+        keep_labels(self.label_maps, row, labels, counts)
         self.writer.append(row)
         self.matrix += counts
 
