@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -62,16 +64,58 @@ def test_slurm_tasks_that_see_one_gpu_each_are_refused(monkeypatch: pytest.Monke
     assert cluster.resolve_devices(RuntimeConfig()) == ("cuda", 8)
 
 
+def test_launchers_that_give_each_rank_one_gpu_are_refused_and_others_have_their_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun and mpirun; otherwise each process would be an evaluation of its own."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("ADE_HARNESS_NOTE", raising=False)
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 1)
+    with pytest.raises(HarnessError, match=r"the launcher started 2 tasks .* sees 1 of its GPUs"):
+        cluster.resolve_devices(RuntimeConfig())
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 8)
+    assert cluster.resolve_devices(RuntimeConfig()) == ("cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("cores", "on_node", "expected"),
+    [(8, "64", 8), (64, "64", 8), (16, "64", 2), (4, "4", 1), (8, "", 1)],
+    ids=["bound to its own", "not bound", "bound to a socket", "fewer than ranks", "unknown"],
+)
+def test_cores_that_slurm_has_bound_a_task_to_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, cores: int, on_node: str, expected: int
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "ADE_HARNESS_NOTE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("STEP_ID", "0"), ("STEP_NUM_TASKS", "8"), ("STEP_NUM_NODES", "1"), ("CPUS_ON_NODE", on_node)):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: cores)
+    assert cluster.cores_per_rank() == expected
+
+
+def test_what_is_handed_over_of_an_image_has_all_its_scales() -> None:
+    cfg = compose_config(["inference=mmseg_slide_512", "inference.tta.scales=[1.0,2.0]", "inference.tta.flip=true"])
+    made = open_network(cfg, ade20k_classes())
+    assert made.prepared_bytes((512, 683)) == 3 * (512 * 683 + 1024 * 1366)
+    image = np.zeros((512, 683, 3), np.uint8)
+    assert made.prepared_bytes((512, 683)) == sum(p.numel() for p in made.prepare("a", image).pixels)
+
+
 def test_few_cores_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose_config(["model=dinov3_7b_linear", "dataset=ade20k", "dataset.root=x"])
     assert job._machine_notes(cfg, "cpu") == []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 << 30))
-    monkeypatch.setattr(job, "usable_cores", lambda: 1)
+    for place in (job, cluster):
+        monkeypatch.setattr(place, "usable_cores", lambda: 1)
     notes = job._machine_notes(cfg, "cuda")
     assert "this GPU has 16" in notes[0]
     assert notes[1].startswith("1 ranks share 1 CPU cores")
-    monkeypatch.setattr(job, "usable_cores", lambda: 16)
+    for place in (job, cluster):
+        monkeypatch.setattr(place, "usable_cores", lambda: 16)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
     assert job._machine_notes(cfg, "cuda") == []
 

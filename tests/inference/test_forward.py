@@ -98,6 +98,47 @@ def test_short_memory_halves_the_batch_and_the_run_says_so(error: type[Exception
     assert module.batches[8][0] == 6  # the next image does not depend on what happened to this one
 
 
+def test_memory_that_torch_holds_is_given_back_before_anything_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN and cuBLAS find none where torch's own cache holds it: the same batch again gives the same bits."""
+
+    class OnceShort(Recorder):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.short_once = not getattr(self, "short_once", False)
+            if self.short_once:
+                raise RuntimeError("CUDNN_STATUS_ALLOC_FAILED")
+            return super().forward(images)
+
+    emptied: list[str] = []
+
+    def empty_cache(device: torch.device) -> bool:
+        emptied.append(device.type)
+        return True
+
+    monkeypatch.setattr("ade_harness.inference.forward._empty_cache", empty_cache)
+    module = OnceShort()
+    made = predictor(module, *SLIDE, "inference.batch=6")
+    predict(made, picture(96, 128))
+    assert [b[0] for b in module.batches] == [6]
+    assert emptied == ["cpu"]
+    assert made.notes() == []
+    halves = predictor(Recorder(2, torch.OutOfMemoryError, "CUDA out of memory"), *SLIDE, "inference.batch=6")
+    predict(halves, picture(96, 128))
+    assert halves.forward.fits == 1  # once only
+
+
+def test_a_compiled_network_computes_no_more_copies_than_a_group_has_inputs() -> None:
+    gpu = torch.device("cuda")  # where up to 8 share a forward
+    made = predictor(load_demo_network(), *SLIDE, "inference.compile=eager")
+    made.check({"a": (96, 64), "b": (96, 64)})
+    assert made.forward.needed == made.forward.batch(gpu) == 6  # 144x96 after resizing: two more would be copies
+    assert predictor(load_demo_network(), *SLIDE).forward.batch(gpu) == 8
+    flipped = predictor(
+        load_demo_network(), *SLIDE, "inference.compile=eager", "inference.tta.flip=true", "inference.images=2"
+    )
+    flipped.check({"a": (96, 64)})
+    assert flipped.forward.batch(gpu) == 8
+
+
 def test_no_memory_for_one_input() -> None:
     made = predictor(Recorder(0), *SLIDE)
     with pytest.raises(HarnessError, match=r"image0: out of memory with one input of 64x64 .*inference.precision=bf16"):

@@ -132,6 +132,10 @@ class FunctionPredictor:
             )
         return torch.from_numpy(found.astype(np.uint8))
 
+    def prepared_bytes(self, size: Size) -> int:
+        """Return the bytes of an image."""
+        return 3 * size[0] * size[1]
+
     def cost(self, size: Size) -> float:
         """Return the number of pixels."""
         return float(size[0] * size[1])

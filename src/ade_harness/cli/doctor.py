@@ -17,7 +17,7 @@ import torch
 
 from ade_harness import kernels
 from ade_harness.cli.answer import Answer
-from ade_harness.config.files import conf_dir
+from ade_harness.config.files import conf_dir, default_data_roots
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
 from ade_harness.models.ops import deformable
@@ -70,7 +70,7 @@ def findings() -> list[tuple[str, str]]:
             f" {_shared()}",
         ),
         ("ranks", _ranks(max(1, usable_gpus()), usable_cores(), usable_memory())),
-        ("runs", _run_place(Path.cwd())),
+        ("runs", _run_place(Path("runs").resolve() if Path("runs").is_dir() else Path.cwd())),
         ("disk", f"{free:.1f} GiB free here; cache in {cache_dir()} ({_writable(cache_parent)})"),
         ("dataset", _dataset()),
         ("W&B", f"{packages.get('wandb', 'not installed')}, mode {wandb_mode(None)}"),
@@ -183,8 +183,11 @@ def _kernels() -> str:
 
 
 def _tried(device: str, index: int | None) -> str:
-    label, reason = kernels.selection("auto", device)
-    attention, why = deformable.compiled(device, index)
+    try:
+        label, reason = kernels.selection("auto", device)
+        attention, why = deformable.compiled(device, index)
+    except HarnessError as error:  # a GPU that another program fills
+        return f"{_STOPS}: {error}"
     parts = [
         f"labels by {kernels.name_of(label)}{f' ({reason})' if reason else ''}",
         f"deformable attention by {attention.__name__.removeprefix('aggregate_')}{f' ({why})' if why else ''}",
@@ -204,7 +207,8 @@ def _writable(folder: Path) -> str:
 def _dataset() -> str:
     root = os.environ.get("ADE20K_ROOT")
     if root is None:
-        return "ADE20K_ROOT is not set: give dataset.root=PATH"
+        found = next((path for path in default_data_roots() if path.exists()), None)
+        return f"{found} (found)" if found else "ADE20K_ROOT is not set, and ./data has none: give dataset.root=PATH"
     return f"{root} ({'found' if Path(root).expanduser().exists() else 'NOT there'})"
 
 

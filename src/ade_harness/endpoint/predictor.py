@@ -161,6 +161,10 @@ class EndpointPredictor:
         with watch("copy"):
             return [Prediction(p.pixels[0].to(device, non_blocking=True)) for p in batch]
 
+    def prepared_bytes(self, size: Size) -> int:
+        """Return the bytes of a label map."""
+        return size[0] * size[1]
+
     def cost(self, size: Size) -> float:
         """Return the expected cost of an image: its pixels."""
         return float(size[0] * size[1])

@@ -24,9 +24,8 @@ from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
 from ade_harness.evaluation.packing import Layout, pack, unpack
 from ade_harness.inference.predictor import Predictor, Prepared
-from ade_harness.runtime.cluster import host_name, local_ranks
+from ade_harness.runtime.cluster import cores_per_rank, host_name, local_ranks
 from ade_harness.runtime.coordination import Coordinator
-from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, ignore_signals
 
 
@@ -190,7 +189,7 @@ class EvaluationData(pl.LightningDataModule):
     ) -> None:  # fmt: skip
         super().__init__()
         self.items, self.costs, self.names = items, costs, names
-        spare = max(0, min(8, usable_cores() // local_ranks() - 1))
+        spare = max(0, min(8, cores_per_rank() - 1))
         self.workers = min(spare if loaders.workers is None else loaders.workers, len(costs))
         self.sampler = SharedItems(
             costs, sharding, coordinator, coordinator.rank, coordinator.world_size, loaders.ahead * self.workers,
@@ -238,7 +237,7 @@ def make_data(cfg: Config, job: Job, done: set[str], coordinator: Coordinator) -
     costs = [sum(job.predictor.cost(sizes[i]) for i in group) for group in todo]
     names = [", ".join(ids[i] for i in group) for group in todo]
     data = EvaluationData(items, costs, names, cfg.runtime.sharding, job.loaders, coordinator)
-    if todo:  # pixels of one scale and the labels: one byte each
-        pixels = sum(height * width for height, width in sizes) / len(sizes) * len(ids) / len(groups)
-        check_shared_memory(data.workers, data.prefetch or 0, 4 * pixels)
+    if todo:  # what is prepared of an image, and its labels: one byte a pixel
+        handed = sum(job.predictor.prepared_bytes(size) + size[0] * size[1] for size in sizes)
+        check_shared_memory(data.workers, data.prefetch or 0, handed / len(groups))
     return data

@@ -29,7 +29,7 @@ from ade_harness.models.identity import state_hash
 from ade_harness.models.ops.deformable import FALLBACKS, implementation_of
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.cluster import host_name, local_ranks
+from ade_harness.runtime.cluster import cores_per_rank, host_name, local_ranks
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.limits import usable_cores
@@ -118,7 +118,8 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
         if attention is not None:
             why = FALLBACKS.get(device)
             facts = {**facts, "deformable_attention": attention if why is None else f"{attention}: {why}"}
-    implementations["the label kernels' remainder"] = reason
+    # the reason may name a rank's own temporary files
+    implementations["the label kernels' remainder"] = None if reason is None else "plain torch"
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations)
     if reason is not None:
         notes.append(f"runtime.kernels=auto: {reason}")
@@ -134,11 +135,10 @@ def _machine_notes(cfg: Config, device: str) -> list[str]:
     if device != "cuda":
         return []
     notes = [memory_warning(cfg, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)]
-    cores, ranks = usable_cores(), local_ranks()
-    if cores < 2 * ranks:
+    if cores_per_rank() < 2:
         notes.append(
-            f"{ranks} ranks share {cores} CPU cores, and their GPUs will idle: request at least two cores per rank"
-            " (sbatch --cpus-per-gpu=8)"
+            f"{local_ranks()} ranks share {usable_cores()} CPU cores, and their GPUs will idle: request at least two"
+            " cores per rank (sbatch --cpus-per-gpu=8)"
         )
     return [note for note in notes if note is not None]
 
@@ -180,9 +180,11 @@ def _compare_ranks(
         for what, value in other.items():
             per_node = what.startswith(("the data set's", "the code's", "the model's weights"))
             if value != expected[what] and (first or not per_node):
+                computes = what.startswith(("torch", "cuDNN", "the implementation"))
+                advice = "the same software and GPUs; `doctor` there says why" if computes else "the same files"
                 raise HarnessError(
                     f"rank {rank} on {other_host} differs from rank 0 on {host}: {what} is {value}, not"
-                    f" {expected[what]}. Give every node the same files."
+                    f" {expected[what]}. Give every node {advice}."
                 )
     devices = sorted({d for _, _, _, d in reported})
     return [] if len(devices) == 1 else [f"the ranks have different devices ({', '.join(devices)}): bits may differ"]

@@ -212,7 +212,7 @@ class EvaluationModule(pl.LightningModule):
             predictions = [Prediction(_to_host(p.labels), _to_host(p.invalid_share)) for p in predictions]
         done = None
         if device.type == "cuda":
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()
         return _Launched(images, predictions, counts, calibrated, watch, done)
 

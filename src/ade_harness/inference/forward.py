@@ -37,6 +37,7 @@ class BatchedForward:
     Attributes:
         halved: how often a batch was halved because memory was short.
         fits: the smallest batch that it was halved to, None if it never was.
+        needed: the most inputs of one size that any images have together; None if that is not known.
         passed_over: how many scores the network returned beside those that were taken, the first.
     """
 
@@ -46,6 +47,7 @@ class BatchedForward:
         self.channels = channels
         self.halved = 0
         self.fits: int | None = None
+        self.needed: int | None = None
         self.passed_over = 0
         self._module: Any = None
 
@@ -60,7 +62,7 @@ class BatchedForward:
             HarnessError: the network failed, or memory is too short for one image.
         """
         # the whole batch again for each image: what an earlier one has left free decides no image's bits
-        limit = self.batch(images[0].device)
+        limit, emptied = self.batch(images[0].device), False
         while True:
             short: Exception
             try:
@@ -75,6 +77,10 @@ class BatchedForward:
                     raise
                 short = error
             # outside of the except block, where the traceback would keep the failed batch's tensors
+            if not emptied and _empty_cache(images[0].device):
+                # libraries find none where torch's own cache holds it: the same batch again keeps every bit
+                emptied = True
+                continue
             size = f"{images[0].shape[2]}x{images[0].shape[1]}"
             limit = min(limit, len(images)) // 2
             if limit < 1 or self._always_full:
@@ -86,13 +92,15 @@ class BatchedForward:
             self.halved += 1
             self.fits = limit if self.fits is None else min(self.fits, limit)
             del short
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _empty_cache(images[0].device)
 
     def batch(self, device: torch.device) -> int:
         """Return how many inputs share a forward on this device, if memory allows."""
         # on a CPU several windows at a time only leave its caches (measured: up to 6 % slower)
-        return self.model.fixed_batch or self.cfg.batch or (self.cfg.images if device.type == "cpu" else 8)
+        usual = self.cfg.images if device.type == "cpu" else 8
+        if self.cfg.compile is not None and self.needed is not None:  # what fills up a batch is computed too
+            usual = min(usual, self.needed)
+        return self.model.fixed_batch or self.cfg.batch or usual
 
     @property
     def _always_full(self) -> bool:
@@ -223,6 +231,14 @@ class BatchedForward:
                 module = torch.compile(module, backend=self.cfg.compile, dynamic=False, options=options)
             self._module = module
         return self._module
+
+
+def _empty_cache(device: torch.device) -> bool:
+    """Give back the memory that torch holds and does not use; returns whether there may be any."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.empty_cache()
+    return True
 
 
 def _said(error: BaseException) -> str:

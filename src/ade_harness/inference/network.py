@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -100,14 +101,24 @@ class NetworkPredictor:
         """Refuse a protocol that the model cannot take, or that an image does not fit; see :class:`Predictor`."""
         checked: set[Size] = set()
         inputs: dict[Size, str] = {}
+        most = 1
         for image_id, size in sizes.items():
             if size not in checked:
                 checked.add(size)
+                windows: Counter[Size] = Counter()
                 for plan in plan_views(size, self.cfg):
                     check_plan(image_id, plan, self.cfg, self.model, self.stride)
                     inputs.setdefault(plan.window, image_id)
+                    windows[plan.window] += len(plan.origins)
+                most = max(most, *windows.values())
+        self.forward.needed = most * self.cfg.images
         if self.cfg.compile:
             check_one_size(self.cfg.compile, inputs)
+
+    def prepared_bytes(self, size: Size) -> int:
+        """Return the bytes of all scales, three a pixel."""
+        scales = {plan.sizes for plan in plan_views(size, self.cfg)}
+        return 3 * sum(height * width for height, width in (chain[-1] if chain else size for chain in scales))
 
     def cost(self, size: Size) -> float:
         """Return the pixels that go through the network, and a share of those that are labelled."""

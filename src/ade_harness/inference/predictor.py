@@ -76,6 +76,9 @@ class Predictor(Protocol):
     def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
         """Return the label map of each image."""
 
+    def prepared_bytes(self, size: Size) -> int:
+        """Return the bytes that :meth:`prepare` makes of an image of (height, width)."""
+
     def cost(self, size: Size) -> float:
         """Return the expected cost of an image of (height, width), in any unit."""
 

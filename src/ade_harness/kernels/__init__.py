@@ -112,6 +112,11 @@ def unavailable_reason(module: str, gpu: int | None) -> str | None:
                 f"{left}, too little to begin with ({first}). Most often another program uses it: `nvidia-smi` names"
                 " it; CUDA_VISIBLE_DEVICES chooses another GPU."
             ) from error
+        if "CUDA error" in str(error):  # after such an error this process cannot use its GPU any more
+            raise HarnessError(
+                f"{module} was tried on GPU {gpu}, which reports {first}. runtime.kernels=torch does without it; a GPU"
+                " that reports such errors again is broken."
+            ) from error
         return first
     return "it rounds differently from torch on this machine"
 

@@ -32,9 +32,9 @@ from ade_harness.runs.directory import (
 )
 from ade_harness.runs.progress import read_losses
 from ade_harness.runs.record import RunRecord, start_record
+from ade_harness.runtime.cluster import cores_per_rank
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
-from ade_harness.runtime.limits import usable_cores
 from ade_harness.runtime.ranks import arithmetic_as_set, started_ranks
 from ade_harness.tracking.lifecycle import Tracking, tracked
 
@@ -167,7 +167,7 @@ def _fit(
     if ranks.coordinator.rank == 0:
         cut_log(training.run_dir, training.first_step)
     workers = cfg.runtime.workers
-    spare = max(0, min(8, usable_cores() // max(1, ranks.trainer.num_devices) - 1))
+    spare = max(0, min(8, cores_per_rank() - 1))
     workers = spare if workers is None else workers
     loader = DataLoader(
         Crops(dataset, recipe, model.mean, model.std),

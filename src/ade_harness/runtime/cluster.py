@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import platform
 import re
+import secrets
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError, require
-from ade_harness.runtime.limits import usable_memory
+from ade_harness.runtime.limits import usable_cores, usable_memory
 
 HANDOVER = "ADE_HARNESS_HANDOVER"
 """Environment variable: of a supervised rank, the file that says what to do; it may not be there yet."""
@@ -136,14 +138,16 @@ def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
             f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."
         )
     tasks = _step_tasks_per_node()
-    if accelerator == "cuda" and tasks > 1 and in_slurm_step() and not is_supervised() and gpus < tasks:
+    started = is_rank() and not is_supervised()  # by srun, torchrun or mpirun: as many ranks as they have started
+    if accelerator == "cuda" and tasks > 1 and started and gpus < tasks:
         raise HarnessError(
-            f"srun started {tasks} tasks on {host_name()}, and this one sees {gpus} of its GPUs: ranks that see one GPU"
-            " each cannot be one evaluation. Start one task per node (--ntasks-per-node=1 --gpus-per-node=N), which"
-            " starts a rank on each GPU, or let every task see all (srun --gpu-bind=none, no --gpus-per-task)."
+            f"{'srun' if in_slurm_step() else 'the launcher'} started {tasks} tasks on {host_name()}, and this one sees"
+            f" {gpus} of its GPUs: ranks that see one GPU each cannot be one evaluation. Start one task per node"
+            " (--ntasks-per-node=1 --gpus-per-node=N), which starts a rank on each GPU, or let every task see all (srun"
+            " --gpu-bind=none, no --gpus-per-task; no CUDA_VISIBLE_DEVICES for each)."
         )
     if cfg.devices == "auto":
-        return accelerator, gpus if accelerator == "cuda" else _step_tasks_per_node()
+        return accelerator, gpus if accelerator == "cuda" and not (started and tasks > 1) else tasks
     maximum = max(1, usable_memory() // _RANK_BYTES)
     if int(cfg.devices) > maximum:
         raise HarnessError(
@@ -160,6 +164,20 @@ def local_ranks() -> int:
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     return _step_tasks_per_node()
+
+
+def cores_per_rank() -> int:
+    """Return how many cores each rank of this node may use, inside a rank, at least 1.
+
+    Those that this process may use are shared by the node's ranks, unless SLURM has bound each task to its own: then
+    they are, together, no more than the job has here.
+    """
+    cores, ranks = usable_cores(), local_ranks()
+    on_node = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    bound = (
+        in_slurm_step() and is_rank() and not is_supervised() and on_node.isdigit() and cores * ranks <= int(on_node)
+    )
+    return cores if bound else max(1, cores // ranks)
 
 
 def _step_tasks_per_node() -> int:
@@ -209,17 +227,23 @@ def find_node(cfg: RuntimeConfig) -> Node:
     )
     values = os.environ["NODE_RANK"], os.environ["MASTER_PORT"]
     require(
-        all(v.isdigit() for v in values) and int(values[0]) < count,
-        f"NODE_RANK={values[0]}, MASTER_PORT={values[1]}: expected a rank below {count}, and a port.",
+        all(v.isdigit() and len(v) < 10 for v in values) and int(values[0]) < count and 0 < int(values[1]) < 2**16,
+        f"NODE_RANK={values[0]}, MASTER_PORT={values[1]}: expected a rank below {count}, and a port from 1 to 65535.",
     )
     return Node(int(values[0]), count, os.environ["MASTER_ADDR"], int(values[1]))
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody uses now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port of this machine that nobody uses now, the first of several for later attempts.
+
+    Not one that the system would choose itself: it gives those to any connection, and rank 0 listens seconds later.
+    """
+    for _ in range(100):
+        port = _FIRST_PORT + 8 * secrets.randbelow(_PORTS // 8)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise HarnessError(f"{host_name()}: no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS} is free for the ranks.")
 
 
 def slurm_first_address() -> str:

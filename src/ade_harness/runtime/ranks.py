@@ -28,6 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from ade_harness.config.runtime import RuntimeConfig
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.cluster import (
+    cores_per_rank,
     host_name,
     is_rank,
     is_supervised,
@@ -225,6 +226,8 @@ def make_trainer(cfg: RuntimeConfig, training: bool = False, **options: Any) -> 
     accelerator, devices = resolve_devices(cfg)
     nodes = node_count(cfg)
     torch.set_num_threads(cfg.threads)
+    # torch.compile starts as many compilers as there are cores, in each rank
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores_per_rank()))
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)  # otherwise Lightning divides the cores by the ranks
     set_arithmetic(cfg.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and hides nothing here

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ade_harness.errors import HarnessError
 from ade_harness.kernels.constants import constant
 from ade_harness.models.ops.attention import in_reference
 
@@ -134,6 +135,11 @@ def _tried(device: str, place: str) -> tuple[_Aggregate, str | None]:
             return aggregate_torch, f"there is none for {device}"
         return (fast, None) if _agrees(fast, place) else (aggregate_torch, "it gave other values than torch")
     except Exception as error:  # a missing package, or a compiler that fails in any way
+        if "out of memory" in str(error) or "CUDA error" in str(error):  # the ranks of a run have to have the same
+            raise HarnessError(
+                f"deformable attention was tried on {place}, which reports {str(error).splitlines()[0]}. Most often"
+                " another program uses its memory: `nvidia-smi` names it; CUDA_VISIBLE_DEVICES chooses another GPU."
+            ) from error
         return aggregate_torch, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
