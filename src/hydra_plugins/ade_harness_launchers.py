@@ -154,8 +154,11 @@ class SlurmLauncher(_CheckedLauncher):
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Submit all; ``hydra.launcher.KEY`` says what SLURM is asked for."""
         from ade_harness.cli.slurm import submit
+        from ade_harness.cli.sweep import submitted
 
-        submit([[*job.overrides, *flags] for job in jobs], [job.config for job in jobs], self.settings)
+        submitted.extend(
+            submit([[*job.overrides, *flags] for job in jobs], [job.config for job in jobs], self.settings)
+        )
         return [_returned(job, 0, None) for job in jobs]
 
 
@@ -164,6 +167,20 @@ def _check_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> 
     from ade_harness.cli.sweep import NO_OTHER_PRIMARY, command
     from ade_harness.config.files import conf_dir
 
+    sweeper, launcher = config.hydra.sweeper, str(config.hydra.launcher.get("_target_", ""))
+    require(
+        not str(sweeper.get("_target_", "")).endswith(".BasicSweeper") or sweeper.get("max_batch_size") is None,
+        "hydra.sweeper.max_batch_size: jobs of a batch are checked and numbered without the others. Remove it: jobs run"
+        " one after another here, and SLURM decides how many of an array run at a time (runtime.slurm.extra).",
+    )
+    given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)  # each job resolves its own
+    placed = [o for o in given if re.match(r"[+~]*hydra\.sweep\.(dir|subdir)=", o)]
+    alone = launcher.endswith((".SlurmLauncher", ".OneJobLauncher"))
+    require(
+        not (placed and alone),
+        f"{placed[0] if placed else ''}: has no effect: each job of a cluster writes a directory below run.root that is"
+        " called like the job, in which it continues when it is requeued. run.root=PATH chooses where.",
+    )
     main = next((str(s.path) for s in config.hydra.runtime.config_sources if s.provider == "main"), "")
     require(
         config.hydra.job.config_name == "config" and (not main or Path(main).resolve() == conf_dir().resolve()),

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.hydra_errors import check_plugins, is_hydras, while_composing
 from ade_harness.cli.launch import launch
-from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, sweeps
+from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, submitted, sweeps
 from ade_harness.cli.sweep import command as current_command
 from ade_harness.cli.work import WORK, score_of, training_of
 from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
@@ -52,6 +52,12 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         HarnessError: a mistake in the configuration, or nothing was scored.
     """
     overrides = list(options.overrides)
+    recipe = next((override for override in overrides if override.startswith("probe=")), None)
+    require(
+        recipe is None, f"{recipe}: is a recipe of the command `probe`, and has no effect on `evaluate`. Remove it."
+    )
+    require(not (options.run and options.multirun), "-r and -m: one runs a configuration, the other many. Remove one.")
+    overrides += ["hydra.mode=RUN"] if options.run else []
     require(
         options.experimental_rerun is None,
         "--experimental-rerun: would run code from a pickle. `resume RUN` continues a run, `reproduce RUN` repeats it.",
@@ -136,6 +142,7 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     running = current_command.set(command)
     known = len(sweeps)
     listed.clear()
+    submitted.clear()
     check_plugins()
     try:
         with _explained(options), _arguments(options, overrides):
@@ -151,6 +158,8 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     code, run_dir = ends[-1] if ends else (0, None)
     if listed:
         return Answer({"jobs": listed}, code)
+    if submitted:
+        return Answer({"submitted": list(submitted)}, code)
     if sweeps[known:]:
         return Answer(_of_sweeps(sweeps[known:]), code)
     return Answer((score_of if command == "evaluate" else training_of)(run_dir), code)

@@ -18,6 +18,7 @@ from typing import Any
 from ade_harness.config.runtime import SlurmConfig
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError, require
+from ade_harness.runtime.console import make_console, print_line
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ def sbatch_parameters(cfg: SlurmConfig) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def submit(jobs: Sequence[Sequence[str]], configs: Sequence[Config], settings: Mapping[str, Any]) -> None:
-    """Submit one job for each command, as one array, and print their ids.
+def submit(
+    jobs: Sequence[Sequence[str]], configs: Sequence[Config], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Submit one job for each command, as one array; print and return their ids, overrides and logs.
 
     Args:
         jobs: the arguments of each command.
@@ -106,5 +109,10 @@ def submit(jobs: Sequence[Sequence[str]], configs: Sequence[Config], settings: M
             ]
     except (submitit.core.utils.FailedJobError, OSError) as error:
         raise HarnessError(f"sbatch refused: {' '.join(str(error).split())[:500]}") from error
-    for arguments, job in zip(jobs, submitted, strict=True):
-        print(f"job {job.job_id}: {' '.join(arguments)}\n  its log: {job.paths.stdout}")
+    found = [
+        {"job": str(job.job_id), "overrides": list(arguments), "log": str(job.paths.stdout)}
+        for arguments, job in zip(jobs, submitted, strict=True)
+    ]
+    for job in found:
+        print_line(make_console(), f"job {job['job']}: {' '.join(job['overrides'])}\n  its log: {job['log']}")
+    return found

@@ -148,6 +148,8 @@ def placed(jobs: Sequence[SweepJob], folder: Path) -> list[SweepJob]:
 
 listed: list[list[str]] = []
 """The overrides of each job that ``--list`` has shown."""
+submitted: list[dict[str, Any]] = []
+"""What SLURM has been given: the number of each job, its overrides, its log."""
 
 
 def _row(job: SweepJob, code: int) -> SweepRow:

@@ -155,9 +155,11 @@ def _with_own_protocol(overrides: Sequence[str], extra: Path | None, multirun: b
     protocols = read_choice("model", model, extra).get("protocols", {})
     name = protocols.get(kind)
     if name is None:
+        named = any(text.startswith("model=") for text in overrides)
         have = [f"inference={k} ({protocols[k]})" for k in OWN_PROTOCOLS if protocols.get(k) is not None]
         raise HarnessError(
-            f"{chosen}: no {OWN_PROTOCOLS[kind]} protocol was published for model={model}."
+            f"{chosen}: no {OWN_PROTOCOLS[kind]} protocol was published for model={model}"
+            f"{'' if named else ', which is the default: add model=NAME'}."
             f" {'It has ' + ', '.join(have) + '.' if have else 'Choose one by name: inference=NAME.'}"
         )
     return [f"inference={name}" if text == chosen else text for text in overrides]
@@ -214,7 +216,12 @@ def _with_quotes(text: str) -> str:
     return f"{key}={quote(value)}"
 
 
-_EVALUATION_ONLY = ("run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images")
+_EVALUATION_ONLY = (
+    "run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images",
+    "runtime.slurm", *(f"runtime.{name}=" for name in (
+        "devices", "num_nodes", "workers", "sharding", "supervise", "max_restarts", "requeue", "timeout_min",
+    )),
+)  # fmt: skip
 
 
 def refuse_idle(overrides: Sequence[str], command: str) -> None:
