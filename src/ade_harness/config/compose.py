@@ -26,6 +26,7 @@ from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.kinds import kind_of
+from ade_harness.config.labels import distinct_label
 from ade_harness.config.plain import as_dict
 from ade_harness.config.runtime import SlurmConfig
 from ade_harness.config.saved import AS_SAVED, apply_saved
@@ -107,6 +108,7 @@ def checked(tree: DictConfig) -> Config:
     if config.inference.name == AS_SAVED and kind_of(config.model.kind).saves_protocol:
         apply_saved(config.inference, config.model, config.dataset.kind != DatasetKind.folder)
     validate(config)
+    config.model.label = distinct_label(config.model)
     return config
 
 

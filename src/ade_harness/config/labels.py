@@ -1,0 +1,44 @@
+"""What tables call a model whose file in ``conf/model`` stands for many: the packaged label, and which one it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ade_harness.config.files import choices, read_choice
+from ade_harness.config.model import ModelConfig
+
+_LENGTH = 80
+
+
+def distinct_label(model: ModelConfig) -> str:
+    """Return a model's label: as the user has set it, or the packaged one with what tells it from others of its name.
+
+    Twenty runs of ``model=hf``, or of twenty checkpoints of one system, are twenty rows of a table.
+    """
+    if model.name not in choices("model") or model.label != read_choice("model", model.name).get("label"):
+        return model.label
+    which = _which(model)
+    if not which:
+        return model.label
+    text = f"{model.label}: {which}"
+    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
+
+
+def _which(model: ModelConfig) -> str:
+    backbone: Any = model.architecture.get("backbone")
+    network = {
+        "hf": _place(model.id), "http": model.url, "custom": model._target_,
+        "onnx": _place(model.path), "torchscript": _place(model.path), "exported": _place(model.path),
+        "predictions": _place(model.path), "timm": backbone.get("name") if isinstance(backbone, dict) else None,
+        "smp": _place(model.id) or "-".join(
+            str(model.architecture[key]) for key in ("arch", "encoder_name") if key in model.architecture
+        ),
+    }.get(model.name)  # fmt: skip
+    parts = (network, _place(model.checkpoint))
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _place(text: str | None) -> str | None:
+    """Return a hub id as it is, or the last two names of a path: checkpoints are often called alike."""
+    return "/".join(Path(text).expanduser().parts[-2:]).lstrip("/") if text else None
