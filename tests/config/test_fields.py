@@ -135,6 +135,13 @@ def test_older_names_of_choices_are_still_read() -> None:
     assert [*Sharding] == [Sharding.queue, Sharding.static]  # no help or message proposes it
 
 
+def test_infinity_is_in_no_range() -> None:
+    """A range without an upper end means numbers: an infinite deviation would make every pixel 0 without a word."""
+    for overrides in (["tracking.timeout_s=inf"], ["model.input.std=[inf,inf,inf]"], ["model.input.mean=[nan,1,1]"]):
+        with pytest.raises(HarnessError, match=r"(timeout_s|std|mean).*expected"):
+            validate(compose_config(overrides))
+
+
 def test_a_whole_number_beyond_any_float_is_no_value() -> None:
     """OmegaConf raises Python's own OverflowError, in each of its ways to set a value."""
     big = 10**400

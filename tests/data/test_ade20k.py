@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k import open_ade20k, recognise, resized_images, validation_sizes
 from ade_harness.data.ade20k_labels import ADE20K_ENCODING, ade20k_classes, ade20k_info
 from ade_harness.data.decode import decode_image, decode_labels, read_header
 from ade_harness.data.demo import make_sample, write_dataset
+from ade_harness.data.factory import open_dataset
 from ade_harness.data.verify import verify
 from ade_harness.errors import HarnessError
 from tests.conftest import write_pair
@@ -149,6 +151,13 @@ def test_exif_orientation_is_applied() -> None:
     assert turned.shape == (16, 8, 3)
     assert turned[2, 4, 0] > 200
     assert turned[13, 4, 0] < 50
+
+
+def test_a_link_that_leads_nowhere_is_no_image(tiny_ade: Path) -> None:
+    """Ranks compare names and sizes of all files: one that cannot be looked at is no error of theirs."""
+    (tiny_ade / "images/validation/thumbs").symlink_to(tiny_ade / "nowhere")
+    dataset = open_dataset(compose_config(["model=segformer_b0", f"dataset.root={tiny_ade}"]).dataset)
+    assert len(dataset.files_hash()) == 64
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])

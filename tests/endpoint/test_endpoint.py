@@ -867,6 +867,7 @@ def test_the_reference_server_answers_on_one_connection(server_address: str) -> 
     [
         (b"nonsense\r\n\r\n", 400),
         (b"GET /info HTTP/9.9\r\n\r\n", 505),
+        (b"GET http://[x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"PUT /predict HTTP/1.1\r\nHost: x\r\n\r\n", 501),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
         (b"GET /info HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
@@ -882,6 +883,26 @@ def test_what_is_no_request_is_refused_in_json(server_address: str, sent: bytes,
         assert response.status == code
         assert response.getheader("Content-Type") == "application/json"
         assert json.loads(response.read())["error"]
+
+
+def test_memory_for_bodies_and_scores_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = png(np.zeros((40, 50, 3), np.uint8))
+    with reference_server("inference.tta.flip=true") as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+
+        def ask(accept: str) -> tuple[int, bytes]:
+            connection = http.client.HTTPConnection(host, int(port), timeout=10)
+            connection.request("POST", "/predict", image, {"Content-Type": "image/png", "Accept": accept})
+            response = connection.getresponse()
+            return response.status, response.read()
+
+        for _ in range(3):  # what a body has taken is given back
+            assert ask("image/png")[0] == 200
+        monkeypatch.setattr("ade_harness.endpoint.service._MAX_SCORES_BYTES", 4 * 150 * 40 * 50 - 1)
+        assert ask("application/x-npy")[0] == 413
+        assert ask("image/png")[0] == 200
+        monkeypatch.setattr("ade_harness.endpoint.server._MAX_BODIES_BYTES", len(image) - 1)
+        assert ask("image/png")[0] == 503
 
 
 def test_connections_and_the_time_of_a_request_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ade_harness.errors import HarnessError
-from ade_harness.files.atomic import write_json
+from ade_harness.files.atomic import replaced, write_json, write_text
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of, sparse_counts
 from ade_harness.runs.directory import make_run_dir, new_run_name
 from ade_harness.runs.exactness import check_exact, check_rows, incomplete
@@ -155,6 +155,16 @@ def segments(folder: Path, number: int, rows: int = 1) -> list[Path]:
             writer.append(make_row(index))
         writer.flush()
     return sorted(folder.glob("*.parquet"))
+
+
+def test_the_longest_name_that_a_file_can_have_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 251 + ".png")
+    write_text(path, "x")
+    assert path.read_text() == "x"
+    too_long = path.with_name("a" * 300)
+    with pytest.raises(HarnessError) as raised, replaced(too_long, hint="Free disk space.") as temporary:
+        temporary.write_text("x")
+    assert str(raised.value) == f"{too_long}: cannot be written (File name too long)."
 
 
 def test_a_ledger_larger_than_any_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

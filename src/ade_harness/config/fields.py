@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -44,6 +45,8 @@ class Range:
         if self.also is not None and value == self.also and type(value) is type(self.also):
             return True
         if not isinstance(value, int | float) or isinstance(value, bool) or (self.whole and not isinstance(value, int)):
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
             return False
         return (
             (self.at_least is None or value >= self.at_least)

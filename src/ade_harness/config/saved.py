@@ -21,6 +21,7 @@ from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.files import read_choice
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
+from ade_harness.files.documents import read_json
 
 AS_SAVED = "as_saved"
 ONE_SIZE = ("eomt", "eomt_dinov3", "dpt", "data2vec-vision")
@@ -38,10 +39,8 @@ def read_saved(model: ModelConfig, name: str) -> dict[str, Any] | None:
     """Return one of the JSON files of ``model.id``, a folder or a repository of the hub; None if it cannot be read."""
     folder = Path(model.id or "").expanduser()
     try:
-        if folder.is_dir():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        else:
-            content = _of_hub(model.id or "", name, model.revision)
+        here = folder.is_dir()
+        content = read_json(folder / name) if here else _of_hub(model.id or "", name, model.revision)
     except Exception:  # not there, or not reachable: the loader of the weights says why, in its own message
         return None
     return content if isinstance(content, dict) else None

@@ -79,8 +79,15 @@ class FolderSource:
         return read_regular(self.location / name, MAX_FILE_BYTES, limit)
 
     def sizes(self) -> dict[str, int]:
-        """Return the size in bytes of every file."""
-        return {name: (self.location / name).stat().st_size for name in self.names()}
+        """Return the size in bytes of every file; a link that leads nowhere has 0."""
+        return {name: _size(self.location / name) for name in self.names()}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 _DAMAGED = (

@@ -23,6 +23,8 @@ _SLOW_CLIENT_S = 60
 """From one byte to the next."""
 _REQUEST_S = 120.0
 """For a whole request to arrive: 64 MiB at 0.6 MB/s."""
+_MAX_BODIES_BYTES = 8 * _MAX_BYTES
+"""Of all requests at a time."""
 _MAX_CONNECTIONS = 128
 """At once; each has a thread."""
 _IMAGE_TYPES = ("image/png", "image/jpeg")
@@ -60,6 +62,19 @@ class Server(ThreadingHTTPServer):
         self.service = service
         self.token = token
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._bodies, self._lock = 0, threading.Lock()
+
+    def take(self, number: int) -> int:
+        """Reserve memory for a body, or give it back; returns the bytes.
+
+        Raises:
+            RefusedError: bodies that are under way need too much.
+        """
+        with self._lock:
+            if number > 0 and self._bodies + number > _MAX_BODIES_BYTES:
+                raise RefusedError(503, "too many bytes are under way: try again", **{"Retry-After": "1"})
+            self._bodies += number
+        return number
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection a thread, or the answer that there are too many."""
@@ -94,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     timeout = _SLOW_CLIENT_S
+    _held = 0
+    """Bytes of the request's body, until it is answered."""
 
     def version_string(self) -> str:
         return f"ade-harness/{__version__}"
@@ -130,7 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         try:
-            path = urlsplit(self.path).path
+            try:
+                path = urlsplit(self.path).path
+            except ValueError as error:
+                raise RefusedError(400, "the address cannot be read") from error
             expected = {"/info": "GET", "/predict": "POST"}.get(path)
             if expected is None:
                 raise RefusedError(404, "no such address: available: /predict, /info")
@@ -152,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # a client must always get an answer; the owner sees why
             print(f"serve: {type(error).__name__}: {first_line(str(error))}", file=sys.stderr, flush=True)
             self._refuse(RefusedError(500, "the server failed"))
+        finally:
+            self.server.take(-self._held)
+            self._held = 0
 
     def _check_token(self) -> None:
         token = self.server.token
@@ -177,6 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(411, "Content-Length is needed")
         if len(length) > 12 or int(length) > _MAX_BYTES:
             raise RefusedError(413, f"at most {_MAX_BYTES:,} bytes are accepted")
+        self._held = self.server.take(int(length))
         data = self.rfile.read(int(length))
         if len(data) < int(length):
             raise RefusedError(400, f"the request ended after {len(data):,} of {length} bytes")

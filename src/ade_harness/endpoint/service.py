@@ -32,6 +32,8 @@ from ade_harness.runtime.ranks import make_trainer
 
 _MAX_PIXELS = 64_000_000
 """Pixels of one image, and of all at a time; a network needs a hundred bytes and more for each."""
+_MAX_SCORES_BYTES = 2 << 30
+"""Of one image; they are copied into the answer."""
 _MAX_WAITING = 64
 
 
@@ -121,6 +123,8 @@ class ModelService:
         one_step = view.is_whole and view.canvas == size and not view.flipped and not view.legacy
         if len(views) == 1 and one_step:
             return view.scores[0].float().cpu().numpy()
+        if 4 * len(self.predictor.classes) * size[0] * size[1] > _MAX_SCORES_BYTES:
+            raise RefusedError(413, f"scores of {size[1]}x{size[0]} pixels are too large: ask for labels")
         total = torch.zeros((len(self.predictor.classes), *size), device=self.device)
         probabilities = len(views) > 1 and self.predictor.cfg.tta.average == "probabilities"
         for view in views:

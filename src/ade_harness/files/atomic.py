@@ -6,6 +6,7 @@ nobody takes half a file for a whole one after a kill.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -27,13 +28,13 @@ def replaced(
     Args:
         path: of the file that will be there.
         durable: whether the content is on the disk (fsync) before it gets its name.
-        hint: what to do if it cannot be written; a sentence, added to the message.
+        hint: what to do if the disk is full; a sentence, added to the message.
         error: type of what is raised.
 
     Raises:
         HarnessError: the file cannot be written; no temporary file is left.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")  # names of 255 bytes are the longest that there are
     try:
         yield temporary
         if durable:
@@ -43,7 +44,8 @@ def replaced(
             _sync(path.parent)
     except OSError as problem:
         reason = problem.strerror or problem
-        raise error(f"{path}: cannot be written ({reason}).{f' {hint}' if hint else ''}") from problem
+        advice = f" {hint}" if hint and problem.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise error(f"{path}: cannot be written ({reason}).{advice}") from problem
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

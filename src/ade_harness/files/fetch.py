@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -149,7 +151,7 @@ def extract(archive: Path, folder: Path, on_bytes: OnBytes | None = None) -> Non
                 done += member.file_size
                 if on_bytes:
                     on_bytes(done, total)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError) as error:
         raise HarnessError(f"{archive}: not a whole zip file ({error}). Delete it and download again.") from error
     except OSError as error:
         raise HarnessError(f"{folder}: cannot be written ({error.strerror or error}).") from error

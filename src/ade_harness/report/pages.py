@@ -13,6 +13,7 @@ from rich.progress import track
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_text
+from ade_harness.files.reading import read_regular
 from ade_harness.report.contents import run_contents
 from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
 from ade_harness.report.page import render_page, write_run_page
@@ -110,9 +111,8 @@ def _read_scenes(path: str | None, run: FinishedRun) -> dict[str, str] | None:
     if path is None and not file.is_file():
         return None
     try:
-        if file.stat().st_size > _MAX_SCENES_BYTES:
-            raise HarnessError(f"{file}: too large for a list of scenes.")
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = read_regular(file, _MAX_SCENES_BYTES).decode("utf-8")
+        lines = [line.split() for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise HarnessError(f"{file}: cannot be read ({error}).") from error
     wrong = next((line for line in lines if len(line) < 2), None)

@@ -125,7 +125,7 @@ def print_ranking(console: Console, ranking: Ranking, level: float) -> None:
     """Print the ranking, the pairs, and what differs most."""
     for run in ranking.runs:
         for mark in run.run.marks:
-            console.print(Text(f" {run.name}: {mark} ", style="bold black on yellow"))
+            console.print(Text(f" {one_line(run.name)}: {one_line(mark)} ", style="bold black on yellow"))
     table = Table(title="Runs, best first (percent)", box=None, header_style="bold", pad_edge=False)
     for name in ("", "run", "mIoU", f"{level:.0%} interval", "pixel accuracy", "images", "protocol"):
         table.add_column(name, justify="right" if name in ("mIoU", "pixel accuracy", "images") else "left")
@@ -148,7 +148,7 @@ def print_ranking(console: Console, ranking: Ranking, level: float) -> None:
 
 def _print_pair(console: Console, ranking: Ranking, pair: Pair, level: float) -> None:
     one, two = ranking.runs[pair.first].name, ranking.runs[pair.second].name
-    console.print(Text(f"{two} minus {one}", style="bold"))
+    console.print(Text(one_line(f"{two} minus {one}"), style="bold"))
     differs = "they differ" if pair.headline.significant(level) else "no significant difference"
     print_line(console, f"  mIoU {format_difference(pair.headline)}: {differs}")
     accuracy = pair.comparison.scores["pixel_accuracy"]

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ade_harness.files.escapes import one_line
 from ade_harness.runs.result import BESIDE, Result, per_class_rows
 from ade_harness.runtime.balance import Balance
 from ade_harness.runtime.console import percent, print_fact
@@ -28,13 +29,13 @@ _CLASSES_SHOWN = 5
 def print_result(console: Console, result: Result) -> None:
     """Print marks, scores beside the published one, worst and best classes, and where everything is."""
     for mark in result.marks:
-        console.print(Text(f" {mark} ", style="bold black on yellow"))
+        console.print(Text(f" {one_line(mark)} ", style="bold black on yellow"))
     title = f"{result.label} on {result.dataset}, {result.images:,} of {result.expected_images:,} images"
     console.print(
         Panel(Group(_scores(result), _remarks(result), "", _classes(result)), title=Text(title), expand=False)
     )
     for note in result.notes:
-        console.print(Text(f"Note: {note}.", style="yellow"))
+        console.print(Text(f"Note: {one_line(note)}.", style="yellow"))
     ranks = "1 rank" if result.world_size == 1 else f"{result.world_size} ranks"
     speed = f"{result.images_per_second:.1f} images/s while evaluating"
     if not result.images_per_second:

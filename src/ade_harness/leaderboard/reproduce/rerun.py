@@ -19,7 +19,7 @@ from ade_harness.config.kinds import Source, kind_of
 from ade_harness.config.overrides import PATHS, as_override_value, composed_values, unexpected_override
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
-from ade_harness.files.escapes import escaped
+from ade_harness.files.escapes import escaped, one_line
 from ade_harness.files.fetch import cache_dir
 from ade_harness.leaderboard.reproduce.checkout import checked_out_code
 from ade_harness.leaderboard.reproduce.comparison import LabelComparison, compare_runs, list_differences
@@ -85,7 +85,7 @@ def reproduce(
     output = output or Path("runs") / new_run_name(f"{first.config['model']['name']}-again")
     with checked_out_code(first.manifest["code"], code_state()) as code:
         for remark in code.remarks:
-            console.print(Text(f"Note: {remark}.", style="yellow"))
+            console.print(Text(f"Note: {one_line(remark)}.", style="yellow"))
         command = _command(first, repeat, overrides, output)
         print_fact(console, "repeats", str(first.path))
         print_fact(console, "command", shlex.join(["python", *command[1:]]))
@@ -186,10 +186,10 @@ def _print(
             table.add_row(Text(image.image_id), f"{image.pixels:,}", f"{image.of:,}")
         console.print(table)
     style = "bold green" if comparison.bit_identical else "bold yellow"
-    console.print(Text(comparison.verdict, style=style), soft_wrap=True)
+    console.print(Text(one_line(comparison.verdict), style=style), soft_wrap=True)
     sentence = None if comparison.bit_identical else _within(first, second)
     if sentence:
-        console.print(Text(sentence), soft_wrap=True)
+        console.print(Text(one_line(sentence)), soft_wrap=True)
 
 
 def _within(first: FinishedRun, second: FinishedRun) -> str | None:

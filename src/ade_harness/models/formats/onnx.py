@@ -138,14 +138,20 @@ def _gives_labels(output: Any) -> bool:
     return output.type in _LABELS and (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
 
 
+_MAX_NAMES_BYTES = 1 << 20
+
+
 def _parse_names(text: str) -> list[str] | None:
+    if len(text) > _MAX_NAMES_BYTES:
+        return None
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # of brackets within brackets
             continue
         if isinstance(value, dict):
-            numbered = all(str(key).isdecimal() for key in value)  # else it is something else, such as name to number
+            # else it is something else, such as name to number
+            numbered = all(str(key).isdecimal() and len(str(key)) < 10 for key in value)
             return [str(v) for _, v in sorted(value.items(), key=lambda item: int(item[0]))] if numbered else None
         if isinstance(value, list | tuple):
             return [str(v) for v in value]
