@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +271,23 @@ def test_layers_that_stay_random_are_listed_and_mark_the_run(call: Call, tmp_pat
     assert '"random_keys": [' in manifest
     assert '"body.weight"' in manifest
     assert "RANDOM LAYERS" in (tmp_path / "run/metrics.json").read_text()
+
+
+@pytest.mark.slow
+def test_weights_that_take_no_part_are_listed_and_those_of_a_deeper_network_not_proposed(
+    call: Call, tmp_path: Path
+) -> None:
+    """A deeper network's file fills the shallower one: its score would be neither's."""
+    overrides = (*TWO, "model.checkpoint=w.safetensors", "dataset.images=2", *FAST, "metrics.resamples=0")
+    for name, proposed in (("auxiliary_head.conv.weight", True), ("body2.weight", False)):
+        save_file({**Two().state_dict(), name: torch.ones(3)}, tmp_path / "w.safetensors")
+        refused = call(*overrides)
+        one_message(refused, f"1 unexpected: {name}. Choose the model that the file was made for.")
+        assert ("model.allow_unexpected_keys" in refused.err) == proposed
+    done = call(*overrides, "model.allow_unexpected_keys=[body2.*]", "run.dir=run")
+    assert done.code == 0, done.err
+    assert "1 weights of the file took no part (body2.weight)" in done.out
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["model"]["unused_keys"] == ["body2.weight"]
 
 
 @pytest.mark.slow

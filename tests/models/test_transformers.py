@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as SEMANTIC,
 )
@@ -110,6 +112,30 @@ def saved(kind: str, folder: Path, processor: dict[str, Any] | None = None) -> P
 
 def test_every_class_is_supported_or_its_reason_written() -> None:
     assert {*SEMANTIC, *UNIVERSAL} == {*MAKE, *UNSUPPORTED}
+
+
+def test_a_folder_whose_weights_are_another_networks_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
+    folder = saved("segformer", tmp_path)
+    own = load_file(folder / "model.safetensors")
+    kept = dict(list(own.items())[:3])
+    save_file({**kept, **{f"other.{n}": torch.zeros(2) for n in range(9)}}, folder / "model.safetensors")
+    options = {"model.id": str(folder), "model.allow_missing_keys": ["*"], "model.allow_unexpected_keys": ["*"]}
+    with pytest.raises(HarnessError, match=r"3 of the file's 12 keys are the model's"):
+        evaluate("hf", dataset="demo", options={**options, "dataset.images": 1})
+
+
+def test_the_pixels_of_a_folder_and_its_own_weights_belong_to_its_identity(tmp_path: Path) -> None:
+    folder = saved(
+        "segformer", tmp_path, {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    )
+    (folder / "training_args.bin").write_bytes(b"of a trainer")  # no weights
+    overrides = ["model=hf", f"model.id={folder}", "dataset=demo"]
+    first = load_model(compose_config(overrides).model).facts
+    assert first["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.5] * 3}))
+    second = load_model(compose_config(overrides).model).facts
+    assert first["pixels_sha256"] != second["pixels_sha256"]
+    assert first["config_sha256"] == second["config_sha256"]
 
 
 @pytest.mark.parametrize("kind", MAKE)

@@ -28,7 +28,7 @@ from ade_harness.models.checkpoint.sources import (
     other_backbone,
     require_timm,
 )
-from ade_harness.models.checkpoint.strict import Strictness, noting_random_keys
+from ade_harness.models.checkpoint.strict import Strictness, noting_left_over
 from ade_harness.models.loaded import LoadedModel, statistics
 from ade_harness.models.registry import family_of, imported, named, systems
 
@@ -55,14 +55,19 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
         )
     is_system = kind.gives is Gives.family
     classes = classes or ade20k_classes()
-    with torch.random.fork_rng(devices=[]), noting_random_keys() as missing:
+    with torch.random.fork_rng(devices=[]), noting_left_over() as left:
         torch.manual_seed(cfg.seed)  # of layers that may be missing in the file
         model: LoadedModel = (
             _load_system(family_of(cfg.kind), cfg, classes) if is_system else imported(kind)(cfg, threads)
         )
-    random = _still_random(missing, cfg)
+    random = _still_random(left.random, cfg)
     if random:
         model.facts["random_keys"] = random
+    unused = [key for key in dict.fromkeys(left.unused) if any(fnmatchcase(key, p) for p in cfg.allow_unexpected_keys)]
+    if unused:
+        model.facts["unused_keys"] = unused
+        named = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        model = replace(model, notes=(*model.notes, f"{len(unused)} weights of the file took no part ({named})"))
     model.module.eval()
     if cfg.dtype != "fp32" or not (kind.as_exported or kind.is_code):  # modules of the user's have their own types
         _convert(model.module, DTYPES[cfg.dtype])

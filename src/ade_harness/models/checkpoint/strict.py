@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -59,18 +60,35 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], keys: Strictne
     module.load_state_dict(taken, strict=False, assign=True)
 
 
-_left_random: ContextVar[list[str] | None] = ContextVar("left_random", default=None)
+@dataclass
+class LeftOver:
+    """What was allowed not to fit."""
+
+    random: list[str] = field(default_factory=list)
+    """The model's keys that no file has filled."""
+    unused: list[str] = field(default_factory=list)
+    """Keys of files that the model does not have."""
+
+
+_left_over: ContextVar[LeftOver | None] = ContextVar("left_over", default=None)
 
 
 @contextmanager
-def noting_random_keys() -> Iterator[list[str]]:
-    """Collect the model's keys that no file has filled, from all that is loaded in this context."""
-    found: list[str] = []
-    token = _left_random.set(found)
+def noting_left_over() -> Iterator[LeftOver]:
+    """Collect what is left over by all that is loaded in this context."""
+    found = LeftOver()
+    token = _left_over.set(found)
     try:
         yield found
     finally:
-        _left_random.reset(token)
+        _left_over.reset(token)
+
+
+_TAKES_NO_PART = re.compile(
+    r"(^|\.)(aux|auxiliary)[^.]*\.|(^|\.)(criterion|loss|ema|teacher)[^.]*\."
+    r"|(^|[._])(num_batches_tracked|relative_position_index|relative_coords_table|position_ids|attn_mask)$"
+)
+"""Names of what trainings and buffers leave in files, and no forward of an evaluation uses."""
 
 
 def require_all_keys(
@@ -83,8 +101,8 @@ def require_all_keys(
     """Raise HarnessError unless every key was used; patterns are shell style (``auxiliary_head.*``).
 
     Args:
-        keys: how messages call the file and its keys, and what is allowed: what may be missing is collected by
-            :func:`noting_random_keys`.
+        keys: how messages call the file and its keys, and what is allowed: what is left over is collected by
+            :func:`noting_left_over`.
         missing: keys of the model that the file does not have.
         unexpected: keys of the file that the model does not have.
         shapes: keys of both that differ in shape.
@@ -114,7 +132,8 @@ def require_all_keys(
                 f"It holds several networks that fit, below {', '.join(map(repr, prefixes))}: choose one, as in"
                 f" model.checkpoint_prefix={prefixes[0]}"
             )
-        if not wrong_missing and not shapes:
+        # of anything else, such as the layers of a deeper network, the score would be another network's
+        if not wrong_missing and not shapes and all(_TAKES_NO_PART.search(key) for key in wrong_unexpected):
             advice += " Keys that the forward does not use can be named in model.allow_unexpected_keys."
         raise HarnessError(f"{keys.origin}: these weights do not fit the model. {'; '.join(parts)}. {advice}")
     if of_file is not None and 2 * (of_file - unused) < of_file:
@@ -123,9 +142,10 @@ def require_all_keys(
             f" {', '.join(sorted(unexpected)[:3])}. That is another model's file, whatever model.allow_unexpected_keys"
             " allows."
         )
-    collected = _left_random.get()
+    collected = _left_over.get()
     if collected is not None:
-        collected += sorted(missing)
+        collected.random += sorted(missing)
+        collected.unused += sorted(unexpected)
 
 
 def _common_prefixes(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:

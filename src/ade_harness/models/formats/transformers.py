@@ -198,7 +198,9 @@ def load_transformers(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    _check_loading_info(info, Strictness(where, tuple(allow_missing), tuple(allow_unexpected)))
+    filled = len(network.state_dict()) - len(info["missing_keys"])
+    strictness = Strictness(where, tuple(allow_missing), tuple(allow_unexpected))
+    _check_loading_info(info, strictness, filled + len(info["unexpected_keys"]))
     names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else None
     if names and all(n == f"LABEL_{i}" for i, n in enumerate(names)):
         names = None  # transformers' placeholder
