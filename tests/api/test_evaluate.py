@@ -222,6 +222,7 @@ def test_what_a_function_may_not_return(function: Any, message: str) -> None:
     [
         (Colours, {}, r"model is a type \(Colours\): pass an object of it"),
         (3, {}, "model is a int; expected an nn.Module"),
+        ("nvidia/segformer-b0", {}, r"A repository of the hub: model='hf', options={'model.id': 'nvidia/segformer-b0'}"),
         ("segformer_b9", {}, "'segformer_b9': no such system, file or folder. Did you mean 'segformer_b"),
         (Colours(), {"checkpoint": "x.pth"}, "checkpoint: load it into the network before"),
         (Colours(), {"protocol": "slide"}, "inference=slide: unknown value"),

@@ -111,8 +111,9 @@ def project(tmp_path: Path) -> Any:
     (tmp_path / "packed/__init__.py").write_text("")
     (tmp_path / "packed/net.py").write_text("import beside\nfrom my_net import Net\n\nclass Packed(Net):\n    pass\n")
     torch.save(torch.zeros(1), tmp_path / "plain.pth")
+    torch.save(torch.zeros(1), tmp_path / "global.pth")
     (tmp_path / "my_parts.py").write_text(
-        "import torch\n\nclass Layer(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, 150, 4, 4)\n"
+        "import torch\n\nGLOBAL = torch.load('global.pth')\n\nclass Layer(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, 150, 4, 4)\n"
     )
     torch.save(nn.Conv2d(3, 150, 4, 4).state_dict(), tmp_path / "own.pth")
     yield tmp_path
@@ -132,6 +133,7 @@ def forget() -> None:
         ("my_parts.py", "code.model_source"),
         ("own.pth", "model.state_sha256"),
         ("plain.pth", "model.state_sha256"),
+        ("global.pth", "model.state_sha256"),  # loaded where the module is imported
         ("beside/__init__.py", "code.model_source"),
         ("late.py", "code.model_source"),  # imported by the forward, when it is called
         ("later.py", "code.model_source"),
@@ -154,7 +156,7 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
         path.write_text(path.read_text() + "# another line\n")
     elif change == "numbers.json":
         path.write_text('{"a": [0.5, 1]}')
-    elif change == "plain.pth":
+    elif change in ("plain.pth", "global.pth"):
         torch.save(torch.ones(1), path)
     elif change.endswith(".pth"):
         torch.save(nn.Conv2d(3, 150, 4, 4).state_dict(), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +60,7 @@ _IN_MEMORY_KEYS = ("name", "input", "class_map", "class_names", "label", "publis
 """What `model.` says of a network in memory: what its input and its channels mean, and what is shown beside it."""
 
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HERE = ("runtime.kernels", "runtime.seed", "run.label_maps")
 """Options about ranks and run directories that an evaluation in the caller's process has too."""
 
@@ -143,10 +145,12 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
                 f" checkpoint={text!r}. Files that hold a network end in {', '.join(_FILES)}."
             )
         else:
+            hub = f" A repository of the hub: model='hf', options={{'model.id': {text!r}}}."
+            hub = hub if _HUB_ID.fullmatch(text) else ""
             raise HarnessError(
-                f"{text!r}: no such system, file or folder.{did_you_mean(text, names)} Expected a name that"
-                " `python -m ade_harness models` lists, an .onnx or TorchScript file, or a folder of transformers. A"
-                " checkpoint goes with its system: model='segformer_b0', checkpoint=PATH."
+                f"{text!r}: no such system, file or folder.{did_you_mean(text, names)}{hub} Expected a name that"
+                " `python -m ade_harness models` lists, an .onnx, TorchScript or .pt2 file, or a folder of"
+                " transformers. A checkpoint goes with its system: model='segformer_b0', checkpoint=PATH."
             )
     elif isinstance(model, type) or not callable(model):
         raise HarnessError(

@@ -104,7 +104,8 @@ _ORDERS: dict[str, Callable[[Any, Any], bool]] = {"<": lt, "<=": le, ">": gt, ">
 
 def _cells(row: RunRow) -> dict[str, str]:
     interval = "" if row.low is None or row.high is None else f"{100 * row.low:.2f} to {100 * row.high:.2f}"
-    images = "" if row.images is None else f"{row.images:,} of {row.expected_images:,}"
+    known = row.images is not None and row.expected_images is not None
+    images = f"{row.images:,} of {row.expected_images:,}" if known else ""
     return {
         "run": row.run,
         "label": row.label or "",

@@ -40,13 +40,13 @@ def state_hash(module: nn.Module, attributes: bool = False) -> str:
 
     Args:
         module: the network.
-        attributes: hash tensors, arrays and numbers too that are plain attributes of modules, as anybody's code may
-            have them.
+        attributes: hash tensors, arrays and numbers too that are plain attributes of modules, and tensors and arrays
+            that the Python modules beside them hold (``W = torch.load("w.pt")``), as anybody's code may have them.
             Not of a network that has been called before: it may keep what it has last computed.
     """
     named = list(_tensors(module))
     if attributes:
-        named += _attributes(module)
+        named += [*_attributes(module), *_globals(module)]
     named.sort(key=lambda item: item[0])
     with ThreadPoolExecutor(max(1, min(16, usable_cores()))) as pool:
         digests = list(pool.map(_tensor_hash, (tensor for _, tensor in named)))
@@ -67,6 +67,22 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if name == "training" or (name.startswith("_") and name in vars(_EMPTY)):
                 continue  # parameters, buffers and hooks
             yield from _tensors_in(value, f"{prefix}:{name}:", 0, set())
+
+
+def _globals(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors and arrays that are global in the Python files of parts' classes, and in those beside them."""
+    files = {name: Path(f) for name, m in list(sys.modules.items()) if (f := getattr(m, "__file__", None))}
+    names = {type(part).__module__ for part in module.modules()} & files.keys()
+    folders = {files[n].resolve().parent for n in names if not _is_installed(files[n])}
+    for name, file in sorted(files.items()):
+        place = file.resolve()
+        if place.parent not in folders or _is_installed(file) or place.is_relative_to(_THIS):
+            continue
+        for key, value in sorted(vars(sys.modules[name]).items()):
+            held = isinstance(value, Tensor | np.ndarray)
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            if held or (inside and all(isinstance(v, Tensor | np.ndarray) for v in inside)):
+                yield from _tensors_in(value, f"{name}:{key}:", 0, set())
 
 
 _MAX_NESTING = 8

@@ -141,7 +141,7 @@ def stages_figure(stages: dict[str, float]) -> Figure:
 
 def ranks_figure(ranks: Sequence[dict[str, Any]]) -> Figure:
     """Draw how long each rank was busy, and how long it waited for the last one."""
-    max_active_seconds = max(r["active_seconds"] for r in ranks)
+    max_active_seconds = max((r["active_seconds"] for r in ranks), default=0.0)
     names = [f"rank {r['rank']}" for r in ranks]
     busy = [r["busy_seconds"] for r in ranks]
     idle = [max_active_seconds - r["active_seconds"] for r in ranks]

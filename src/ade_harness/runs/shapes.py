@@ -85,7 +85,7 @@ METRICS = {
     "intervals": {"*": (dict, type(None)), **{f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
     "other_intervals": {"*": {f"{name}?": OrNull(_INTERVAL) for name in _SCORES}},
     "convention": str, "notes": [str],
-    "published?": OrNull(dict),
+    "published?": OrNull({"mIoU": float, "protocol": str, "source": str}),
     "reproduced?": OrNull({"sentence": str}),
 }  # fmt: skip
 CONFIG = {

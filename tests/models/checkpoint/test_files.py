@@ -412,5 +412,5 @@ def test_pipes_and_folders_are_not_waited_for(overrides: list[str], tmp_path: Pa
     (tmp_path / "folder.pth").mkdir()
     for name in ("pipe.pth", "folder.pth"):
         cfg = compose_config([*(text.format(tmp_path / name) for text in overrides), "dataset=demo"]).model
-        with pytest.raises(HarnessError, match=rf"{name}: is not a regular file \(a folder, pipe or device\)"):
+        with pytest.raises(HarnessError, match=rf"{name}: is (not a regular file|a folder)"):
             load_model(cfg)

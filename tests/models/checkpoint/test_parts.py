@@ -25,6 +25,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.convert import convert
 from ade_harness.models.checkpoint.key_tables import name_there, rename
 from ade_harness.models.checkpoint.parts import Choice, Part, read_part, take_part
+from ade_harness.models.checkpoint.public import local_checkpoint
 from ade_harness.models.checkpoint.sources import backbone_checkpoint
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.formats import timm
@@ -223,6 +224,26 @@ def test_mappings_that_are_shared_are_looked_into_once() -> None:
         content = {"a": content, "b": content}  # 2^60 ways to the innermost
     with pytest.raises(HarnessError, match="holds no state_dict"):
         take_part(content, FILE, Choice(), known)
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (["zero_to_fp32.py", "latest"], "DeepSpeed wrote it: run `python zero_to_fp32.py"),
+        (["__0_0.distcp", ".metadata"], "dcp_to_torch"),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "by their index: .*index.json"),
+        (["config.json", "model.safetensors"], "transformers wrote it: model=hf model.id="),
+        (["last.ckpt", "hparams.yaml"], r"Expected a file of weights, such as .*last\.ckpt"),
+        ([], r"Expected a file of weights\.$"),
+    ],
+)
+def test_a_folder_in_place_of_a_file_is_one_message_with_the_next_step(
+    tmp_path: Path, names: list[str], advice: str
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(HarnessError, match=rf"model\.checkpoint=.*: is a folder\. .*{advice}"):
+        local_checkpoint(str(tmp_path), None)
 
 
 # the systems' own names

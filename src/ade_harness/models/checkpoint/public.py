@@ -33,8 +33,29 @@ def local_checkpoint(path: str, sha256: str | None, key: str = "model.checkpoint
         HarnessError: it is not there, or its hash is not the expected one.
     """
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise HarnessError(f"{key}={path}: is a folder. {_advice_for(file)}")
     require_regular(file, f"{key}={path}")
     return _checked(file, sha256, str(file), f"{key}_sha256")
+
+
+def _advice_for(folder: Path) -> str:
+    """Return how to get one file of weights from what trainers write as folders."""
+    names = {entry.name for entry in folder.iterdir()}
+    index = next((name for name in sorted(names) if name.endswith(".index.json")), None)
+    if index is not None:
+        return f"Its shards are read by their index: {folder / index}"
+    if "zero_to_fp32.py" in names:
+        return "DeepSpeed wrote it: run `python zero_to_fp32.py . OUT` in it, and give a file of OUT."
+    if any(name.endswith(".distcp") for name in names):
+        return (
+            "torch.distributed.checkpoint (FSDP) wrote it: `python -m torch.distributed.checkpoint.format_utils"
+            f" dcp_to_torch {folder} OUT.pth`."
+        )
+    if "config.json" in names:
+        return f"transformers wrote it: model=hf model.id={folder}"
+    files = sorted(name for name in names if name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt")))
+    return f"Expected a file of weights{f', such as {folder / files[-1]}' if files else ''}."
 
 
 def url_checkpoint(
