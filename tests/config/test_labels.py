@@ -25,6 +25,7 @@ from ade_harness.config.plain import as_dict
         (["model=segformer_b0", "dataset=demo"], "SegFormer (MiT-B0)"),
         (["model=segformer_b0", "dataset=demo", "model.checkpoint=run3/last.ckpt"], "SegFormer (MiT-B0): run3/last.ckpt"),
         (["model=segformer_b0", "dataset=demo", "model.checkpoint=last.ckpt", "model.label=mine"], "mine"),
+        (["model=segformer_b0", "dataset=demo", "model.checkpoint=/home/alice/last.ckpt"], "SegFormer (MiT-B0): last.ckpt"),
         (["model=demo"], "demo network"),
     ],
 )  # fmt: skip

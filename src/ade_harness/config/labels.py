@@ -40,5 +40,12 @@ def _which(model: ModelConfig) -> str:
 
 
 def _place(text: str | None) -> str | None:
-    """Return a hub id as it is, or the last two names of a path: checkpoints are often called alike."""
-    return "/".join(Path(text).expanduser().parts[-2:]).lstrip("/") if text else None
+    """Return a hub id as it is, or the last two names of a path: checkpoints are often called alike.
+
+    Of a file in somebody's home directory only its own: a label is published with a score.
+    """
+    if not text:
+        return None
+    path = Path(text).expanduser()
+    at_home = path.parent == Path.home() or path.parent.parent in (Path("/home"), Path("/Users"))
+    return path.name if at_home else "/".join(path.parts[-2:]).lstrip("/")

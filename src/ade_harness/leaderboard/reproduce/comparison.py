@@ -143,6 +143,9 @@ def list_differences(one: FinishedRun, two: FinishedRun) -> list[str]:
     if identities[0].get("checkpoint.sha256") == identities[1].get("checkpoint.sha256") is not None:
         for identity in identities:
             identity.pop("checkpoint.origin", None)  # the same bytes from elsewhere
+    for identity, other in (identities, identities[::-1]):  # versions that one of them did not keep yet
+        for key in [k for k in identity if k.startswith("environment.") and k not in other]:
+            del identity[key]
     found = differences(*identities)
     found += differences(*(_machine(m["environment"]) for m in (first, second)))
     packages = [m["environment"].get("distributions", {}) for m in (first, second)]
