@@ -213,6 +213,8 @@ def describe_marks(
             f"RANDOM LAYERS: {len(random)} weights are not in the checkpoint and stayed random ({named}), the score"
             " says nothing about the model"
         )
+    if facts.get("other_backbone"):
+        marks.append("OTHER BACKBONE: the head was trained above another file of the backbone than the one used here")
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
     resized = resized_images(dataset, sizes) if sizes else []

@@ -32,7 +32,8 @@ MANIFEST = {
     "arithmetic?": {"*": (str, bool, int, float, type(None))},
     "model?": {
         "name?": str, "weights?": str, "origin?": (str, dict), "sha256?": str, "state_sha256?": str, "source?": str,
-        "part?": str, "files?": {"*": str}, "random_keys?": [str], "unused_keys?": [str], "parameters?": int,
+        "part?": str, "files?": {"*": str}, "random_keys?": [str], "unused_keys?": [str],
+        "other_backbone?": bool, "parameters?": int,
     },
     "dataset?": {
         "name?": str, "root?": str, "images?": int, "expected_images?": int, "ids_hash?": str, "content_hash?": str,
