@@ -587,7 +587,7 @@ def test_nothing_is_advised_that_cannot_be() -> None:
     """A network in memory is gone for a later command, and so is a run that nobody asked to keep."""
     message = (
         "ADE_val_00000001: broken\nNo score: 3 of 4 images are counted. They are kept: after fixing this, `python -m"
-        " ade_harness resume /tmp/x/run` does the rest; run.on_error=skip would leave out images that fail."
+        " ade_harness resume /tmp/x/run` evaluates the others; run.on_error=skip would leave out images that fail."
     )
     expected = "ADE_val_00000001: broken\nNo score: 3 of 4 images are counted."
     assert evaluation._without_resume(message) == expected

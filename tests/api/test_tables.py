@@ -149,7 +149,7 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="no such folder"):
         ade.runs(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(HarnessError, match="no run is in there"):
+    with pytest.raises(HarnessError, match="contains no run"):
         ade.runs(tmp_path / "empty")
 
 

@@ -191,7 +191,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["model=custom"], ["model._target_ must be set"]),
         (["model=hf"], ["model.id must be set"]),
         (["model=segformer_b0"], ["dataset.root must be set", "data download --root data", "dataset=demo tries", "data/ADEChallengeData2016"]),
-        (["dataset=ade20k", "dataset.root=x"], ["model=demo knows only the synthetic demo images"]),
+        (["dataset=ade20k", "dataset.root=x"], ["model=demo works only on the synthetic demo images"]),
         (["inference.resize.pad_to=[1]"], ["inference.resize.pad_to=[1]: expected 2 numbers (height, width), each 1 to 16,384"]),
         (["inference=fit_input", "inference.output.upsample=one_step"], ["does not go with padding"]),
         (["+foo=1"], ["foo: no such option"]),

@@ -531,7 +531,7 @@ def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
         (["hydra/launcher=slurm"], "hydra/launcher=slurm: starts the jobs of a sweep: add -m"),
         (["hydra/launcher=list"], "hydra/launcher=list: starts the jobs of a sweep: add -m"),
         (["-p", "inference"], "--package: says which part --cfg prints"),
-        (["--cfg", "job", "-p", "nope"], "--package nope: no such part. `--cfg job` prints the whole."),
+        (["--cfg", "job", "-p", "nope"], "--package nope: no such node. `--cfg job` prints the whole configuration."),
         (["--json", "--cfg", "job"], "--json: --cfg prints text of Hydra's"),
         (["hydra.run.dir=a", "run.dir=b"], "both name the run's directory"),
         (["model.label=${nope.x}"], "nope"),

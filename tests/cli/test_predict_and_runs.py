@@ -63,7 +63,7 @@ def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) 
     [
         (("model=demo",), "name an image or a folder of images"),
         (("model=demo", "nowhere"), "nowhere: no such image or folder"),
-        (("model=demo", "empty"), "empty: no image is in there"),
+        (("model=demo", "empty"), "empty: contains no image"),
         (("model=demo", "photos/street.jpg", "photos"), "would be written to the same files as photos/street.jpg"),
         (("model=predictions", "model.path=empty", "photos"), "model=predictions: gives label maps"),
         (("model=nothing", "photos"), "model=nothing: unknown value"),

@@ -130,7 +130,7 @@ def test_resume_refuses_what_changed_and_shows_it(call: Call, overrides: list[st
     assert "allow_changed" not in done.err  # no advice that makes a score meaningless
     mixed = call("resume", "run", "inference.exif=false", "run.allow_changed=true")
     assert mixed.code == 0, mixed.err
-    assert "MIXED: continued though it had changed: inference.exif" in mixed.out
+    assert "MIXED: continued with changed settings: inference.exif" in mixed.out
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["changes"] == ["inference.exif: was true, is false"]
     for name in ("metrics.json", "per_class.csv", "config.yaml"):

@@ -264,7 +264,7 @@ def test_mistakes_in_the_list_of_classes(tmp_path: Path, text: str, message: str
         (["dataset.image_dir=null"], "dataset.image_dir must be set: the folder of images"),
         (["dataset.classes=null"], "dataset.classes must be set: a YAML file"),
         (["dataset.name=ade20k"], "dataset.name=ade20k: is the name of another data set"),
-        (["model=demo"], "model=demo knows only the synthetic demo images"),
+        (["model=demo"], "model=demo works only on the synthetic demo images"),
         (["dataset.classes={root}/none.yaml"], "none.yaml: cannot be read"),
         (["dataset.label_dir={root}/none"], "none: no such folder or zip. dataset.image_dir and dataset.label_dir say"),
         (["dataset.image_suffix=.tif"], "no files that end in .tif are there"),

@@ -282,7 +282,7 @@ def test_a_run_that_is_not_the_same_says_where(demo: Path, cli: Callable[..., Do
 def test_mistakes_are_one_message(demo: Path, call: Call, tmp_path: Path) -> None:
     one_message(call("reproduce"), "the following arguments are required: RUN|SUBMISSION")
     one_message(
-        call("reproduce", demo, "inference.batch=4"), "would be another evaluation", "dataset.root", "runtime.*"
+        call("reproduce", demo, "inference.batch=4"), "would change the evaluation", "dataset.root", "runtime.*"
     )
     one_message(call("reproduce", demo, "tracking=none"), "reruns are not tracked", "--output")
     one_message(call("reproduce", demo, "--fast"), "unrecognized arguments: --fast")

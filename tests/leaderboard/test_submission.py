@@ -200,7 +200,7 @@ def refusal(run: FinishedRun) -> str:
         ({"origin": None}, "no remote: name where others can clone"),
         ({"origin": "/home/me/repo"}, "others cannot clone from there"),
         ({"origin": "http://10.0.0.7/x.git"}, "others cannot clone from there"),
-        ({"marks": ("PARTIAL: 1,999 of 2,000 images",)}, "PARTIAL.*resume.*leave dataset.limit"),
+        ({"marks": ("PARTIAL: 1,999 of 2,000 images",)}, "PARTIAL.*resume.*remove dataset.limit"),
         ({"marks": ("MIXED: continued",)}, "MIXED.*evaluate all 2,000"),
         ({"facts": {"weights": "random", "origin": "random, seed 0"}}, "random.*Evaluate a published checkpoint"),
         ({"facts": {"weights": "pretrained", "origin": "/data/best.pth", "sha256": "a" * 64}},

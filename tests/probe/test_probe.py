@@ -369,7 +369,7 @@ def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: P
     assert call("probe", *PROBE, *short).code == 0
     done = call("probe", *PROBE, *short, "probe.lr=0.5")
     assert done.code == 2
-    assert "holds a run of something else, so it is not continued. Different: probe.lr: was 0.02, is 0.5" in done.err
+    assert "holds a run with another setup, so it is not continued. Different: probe.lr: was 0.02, is 0.5" in done.err
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert {"device", "environment.torch", "code.version"} <= manifest["identity"].keys()
     other = {**manifest["identity"], "environment.torch": "1.0"}

@@ -313,7 +313,7 @@ def test_run_dir_is_continued_only_by_the_same_run(tmp_path: Path) -> None:
     mixed = record(path, a=2, allow_changed=True)
     mixed.lock.release()
     assert mixed.manifest["changes"] == ["model.a: was 1, is 2"]
-    assert mixed.manifest["marks"] == ["PARTIAL", "MIXED: continued though it had changed: model.a"]
+    assert mixed.manifest["marks"] == ["PARTIAL", "MIXED: continued with changed settings: model.a"]
     later = record(path, a=2)  # nothing has changed since, but the counts are still mixed
     later.lock.release()
     assert later.manifest["marks"] == mixed.manifest["marks"]

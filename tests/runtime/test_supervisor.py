@@ -217,7 +217,7 @@ def test_a_silent_rank_is_lost_after_the_time_that_was_set(start: Callable[..., 
     done = started.end()
     assert 4 < time.monotonic() - begin < 40
     assert done.code == 76
-    text = rf"error: rank 1 on \S+ \(process {process.pid}\) is silent for 5 s, last processing ADE_val_\d+"
+    text = rf"error: rank 1 on \S+ \(process {process.pid}\) has been silent for 5 s, last processing ADE_val_\d+"
     assert re.search(text, done.err), done.err
 
 

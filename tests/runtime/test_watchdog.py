@@ -70,7 +70,7 @@ def test_a_silent_rank_is_lost_with_all_that_is_known_of_it(watched: Any, monkey
     clock.now += 1.0
     watchdog._publish()
     watchdog._look_at_all()
-    text = "rank 1 on n2 (process 77) is silent for 10 s, last processing ADE_val_00000007"
+    text = "rank 1 on n2 (process 77) has been silent for 10 s, last processing ADE_val_00000007"
     assert coordinator.lost == text
     assert store.get("lost").decode() == text  # the other ranks read it there
     with pytest.raises(RankLostError, match="silent for 10 s"):

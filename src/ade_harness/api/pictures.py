@@ -117,7 +117,7 @@ def find_images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str
             made = output.resolve()  # by an earlier command
             below = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
             found = sorted(p for p in below if made not in p.resolve().parents)
-        require(bool(found), f"{path}: no image is in there ({', '.join(_SUFFIXES)}).")
+        require(bool(found), f"{path}: contains no image ({', '.join(_SUFFIXES)}).")
         for file in found:
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
             require(

@@ -70,7 +70,7 @@ def run_download(options: argparse.Namespace) -> Answer:
 def _download_copy(console: Console, folder: Path, options: argparse.Namespace) -> Answer:
     """Write the hub's copy of the validation split out, and check it as `data verify` does."""
     given = [name for name in ("url", "sha1", "zip_only") if getattr(options, name)]
-    require(not given, f"--{', --'.join(given).replace('_', '-')}: of the archive; leave it out with --source hub.")
+    require(not given, f"--{', --'.join(given).replace('_', '-')}: of the archive: cannot be used with --source hub.")
     repository = options.repository or REPOSITORY
     root = _watched("writing", lambda on_pair: write_copy(folder, repository=repository, on_pair=on_pair))
     report = _watched("checking", lambda on_pair: verify(root, "validation", on_pair))

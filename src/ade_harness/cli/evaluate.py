@@ -174,7 +174,9 @@ def _explained(options: argparse.Namespace) -> Iterator[None]:
     except SystemExit as end:
         if not (options.package and end.code):
             raise
-        raise HarnessError(f"--package {options.package}: no such part. `--cfg job` prints the whole.") from end
+        raise HarnessError(
+            f"--package {options.package}: no such node. `--cfg job` prints the whole configuration."
+        ) from end
     except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         if isinstance(error, UNREADABLE) and not while_composing(error):
             raise

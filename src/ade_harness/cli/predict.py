@@ -39,7 +39,7 @@ def run_predict(options: argparse.Namespace) -> Answer:
     require(
         any(override.lstrip("+").startswith("model=") for override in overrides),
         "predict: name a model: predict model=NAME IMAGE_OR_FOLDER. `models` lists them; model=demo, a small network"
-        " that comes with the package, is there to try it.",
+        " that comes with the package, can be used to try the command.",
     )
     output = Path(options.output).expanduser()
     files = list(find_images([Path(path).expanduser() for path in paths], output))

@@ -46,7 +46,7 @@ def run_compare(options: argparse.Namespace) -> Answer:
     runs = [load_run(path) for path in _distinct([_fetched(name) for name in options.runs])]
     resamples = RESAMPLES if options.resamples is None else options.resamples
     if resamples < 100:
-        raise HarnessError(f"--resamples={resamples}: expected a number from 100 up.")
+        raise HarnessError(f"--resamples={resamples}: expected a number of at least 100.")
     ranking = rank_runs(runs, resamples, 0, LEVEL)
     print_ranking(console, ranking, LEVEL)
     write_comparison_page(with_folder(page), ranking, LEVEL)

@@ -26,12 +26,12 @@ def run_serve(options: argparse.Namespace) -> Answer:
     with make_server(service, options.host, options.port, token) as server:
         host, port = server.server_address[:2]
         address = f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
-        line = f"{service.name} on {service.device}: model=http model.url={address}   (Ctrl-C ends it)"
+        line = f"{service.name} on {service.device}: model=http model.url={address}   (Ctrl-C stops it)"
         print_line(console, line)
         if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
             print_line(
                 console,
-                "no authentication: anybody who reaches this address can use it. --token-env=NAME asks for a token",
+                "no authentication: anyone who can reach this address can use it. --token-env=NAME requires a token",
             )
         try:
             server.serve_forever()

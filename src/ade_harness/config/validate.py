@@ -224,7 +224,7 @@ def _check_endpoint(model: ModelConfig) -> None:
     )
     require(
         model.class_map is None or model.http.returns == Returns.scores,
-        "model.class_map: is about channels of scores. Set model.http.returns=scores, or leave model.class_map out.",
+        "model.class_map: applies to channels of scores. Set model.http.returns=scores, or leave model.class_map out.",
     )
 
 
@@ -232,7 +232,7 @@ def _check_dataset(config: Config) -> None:
     dataset = config.dataset
     require(
         not kind_of(config.model.kind).synthetic or dataset.kind == DatasetKind.demo,
-        "model=demo knows only the synthetic demo images. Choose a model for this data set, such as"
+        "model=demo works only on the synthetic demo images. Choose a model for this data set, such as"
         " model=segformer_b0: `python -m ade_harness models` lists them.",
     )
     if dataset.kind == DatasetKind.folder:

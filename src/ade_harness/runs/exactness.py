@@ -70,5 +70,5 @@ def incomplete(failures: Mapping[str, str], counted: int, images: int, run_dir: 
         "\n".join(shown)
         + more
         + f"\nNo score: {counted} of {images} images are counted. They are kept: after fixing this,"
-        f" `{resume_command(run_dir)}` does the rest; run.on_error=skip would leave out images that fail."
+        f" `{resume_command(run_dir)}` evaluates the others; run.on_error=skip would leave out images that fail."
     )

@@ -94,7 +94,7 @@ def load_run(path: Path) -> FinishedRun:
     if manifest.get("status") != "finished":
         raise HarnessError(
             f"{path}: the run is not finished ({state_of(path, str(manifest.get('status')))})."
-            f" `{resume_command(path)}` ends it."
+            f" `{resume_command(path)}` completes it."
         )
     checked(manifest, FINISHED, str(path / MANIFEST))
     rows, broken = read_rows(path / LEDGER)

@@ -72,7 +72,7 @@ def list_runs(folders: Sequence[Path]) -> list[RunRow]:
             raise HarnessError(f"{folder}: no such folder. Give the folder of runs, or of one run.")
     found = dict.fromkeys(path for folder in folders for path in _directories(folder, _DEPTH))
     if not found:
-        raise HarnessError(f"{', '.join(map(str, folders))}: no run is in there (no {MANIFEST}).")
+        raise HarnessError(f"{', '.join(map(str, folders))}: contains no run (no {MANIFEST}).")
     return sorted((_row(path) for path in found), key=lambda row: (row.started or "", row.run))
 
 

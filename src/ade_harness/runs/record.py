@@ -142,9 +142,9 @@ def start_record(
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
-                f"run.dir={path} holds a run of something else, so it is not continued. Different: "
+                f"run.dir={path} holds a run with another setup, so it is not continued. Different: "
                 + "; ".join(changes[:8])
-                + ". Put it back to continue this run, or choose another run.dir for a new one."
+                + ". Restore these to continue this run, or choose another run.dir for a new one."
             )
         return _write_record(path, lock, config, facts, marks, seeds, code, diff, found, then, before, changes)
     except BaseException:
@@ -240,7 +240,7 @@ def _body(text: str) -> str:
 def mixed_mark(changes: Sequence[str]) -> str:
     """Return the mark of a run that was continued though something had changed."""
     keys = ", ".join(c.partition(":")[0] for c in changes[:4])
-    return f"MIXED: continued though it had changed: {keys}{', ...' if len(changes) > 4 else ''}"
+    return f"MIXED: continued with changed settings: {keys}{', ...' if len(changes) > 4 else ''}"
 
 
 def decided_counts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Watchdog:
             beats.append(beat)
             if now - self._last[rank][1] > self.silent_s:
                 work = f", last processing {beat.item}" if beat.item else ""
-                text = f"rank {rank} on {beat.host} (process {beat.pid}) is silent for {self.silent_s:g} s{work}"
+                text = f"rank {rank} on {beat.host} (process {beat.pid}) has been silent for {self.silent_s:g} s{work}"
                 self._store.set("lost", text)
                 self._lose(text)
         if self.on_beats is not None:

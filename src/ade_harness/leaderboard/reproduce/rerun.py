@@ -63,7 +63,7 @@ def reproduce(
     other = next((override for override in overrides if not override.startswith(_PLACES)), None)
     if other is not None:
         places = ", ".join(f"{place}*" if place.endswith(".") else place for place in _PLACES)
-        why = "would be another evaluation"
+        why = "would change the evaluation"
         if other.startswith(("tracking", "run.")):
             why = "reruns are not tracked, and --output says where it goes"
         raise HarnessError(f"{other}: {why}. Allowed: {places}.")
@@ -93,7 +93,8 @@ def reproduce(
     if done.returncode:
         print_line(
             console,
-            f"The repetition ended with exit code {done.returncode}. The same command with --output {output} goes on.",
+            f"The rerun ended with exit code {done.returncode}. Repeat the command with --output {output} to continue"
+            " it.",
         )
         return (done.returncode if done.returncode > 0 else 128 - done.returncode), None
     second = load_run(output)

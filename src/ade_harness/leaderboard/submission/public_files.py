@@ -127,7 +127,7 @@ def _reference(
         if kind_of(model["kind"]).source is Source.repository
         else f"publish it, and say where: --{role} {_EXAMPLE}"
     )
-    raise HarnessError(f"the {role} is a file that is not public ({origin}): {advice}.")
+    raise HarnessError(f"the {role} is not publicly available ({origin}): {advice}.")
 
 
 def _is_of(file: Mapping[str, Any], sha256: Any) -> bool:
