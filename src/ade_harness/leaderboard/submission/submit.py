@@ -102,7 +102,8 @@ def run_problems(run: FinishedRun) -> list[str]:
         if why.startswith(OTHER_DATASET):
             advice = "evaluate the model on it (dataset=ade20k)"
         elif why.startswith("PARTIAL"):
-            advice = f"`{resume_command(run.path)}` evaluates the failed images; or remove dataset.limit and dataset.ids"
+            again = resume_command(run.path)
+            advice = f"`{again}` evaluates the failed images; or remove dataset.limit and dataset.ids"
         problems.append(f"{why}: {advice}.")
     if code["commit"] is None:
         problems.append("the run was made by an installed package, so there is no commit: evaluate in a git clone.")
