@@ -234,10 +234,20 @@ BOMBS = {
 }  # fmt: skip
 
 
+_ONE_DOOR = ("base 60", "hexadecimal", "resamples", "no float")
+"""All doors have one reader for each file."""
+
+
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", BOMBS)
-@pytest.mark.parametrize("door", ["status", "report", "leaderboard", "resume", "compare"])
-def test_bombs(good: Path, tmp_path: Path, name: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [
+        (door, name)
+        for door in ("status", "report", "leaderboard", "resume", "compare")
+        for name in BOMBS if name not in _ONE_DOOR or door == "report"
+    ],
+)  # fmt: skip
+def test_bombs(good: Path, tmp_path: Path, door: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     shutil.copytree(good, run)

@@ -303,7 +303,7 @@ def test_a_repetition_that_fails_passes_its_code_on(demo: Path, cli: Callable[..
     done = cli("reproduce", edited, "--trust", "--output", tmp_path / "again")
     assert done.code == 2
     assert "unknown value" in done.err
-    assert f"--output {tmp_path / 'again'} goes on" in done.out
+    assert f"--output {tmp_path / 'again'} to continue it" in done.out
 
 
 @pytest.mark.parametrize(

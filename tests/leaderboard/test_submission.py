@@ -204,7 +204,7 @@ def refusal(run: FinishedRun) -> str:
         ({"marks": ("MIXED: continued",)}, "MIXED.*evaluate all 2,000"),
         ({"facts": {"weights": "random", "origin": "random, seed 0"}}, "random.*Evaluate a published checkpoint"),
         ({"facts": {"weights": "pretrained", "origin": "/data/best.pth", "sha256": "a" * 64}},
-         "a file that is not public.*publish it, and say where: --checkpoint https"),
+         "not publicly available.*publish it, and say where: --checkpoint https"),
         ({"facts": {"weights": "pretrained", "origin": "http://192.168.0.2/a.pth", "sha256": "a" * 64}}, "only this machine or network"),
     ],
 )  # fmt: skip
@@ -264,7 +264,7 @@ def test_files_from_disk_get_their_public_address(whole: Path) -> None:
     own = {**same, "sha256": "c" * 64}
     run = variant(whole, facts=own, model={"checkpoint": weights})
     run.manifest["repeat"] = [*run.manifest["repeat"], f"model.checkpoint={weights}"]
-    assert "a file that is not public" in refusal(run)
+    assert "not publicly available" in refusal(run)
     declaration, _ = prepare(run, {**ME, "--checkpoint": "https://example.org/w.safetensors"}, lambda r: r)
     assert "model.official.url='https://example.org/w.safetensors'" in declaration["command"]
     assert f"model.official.sha256='{'c' * 64}'" in declaration["command"]

@@ -64,7 +64,7 @@ class Striped:
 
     loaders = FolderPredictor.loaders
     group_key = FolderPredictor.group_key
-    cost = FolderPredictor.cost
+    cost, prepared_bytes = FolderPredictor.cost, FolderPredictor.prepared_bytes
     stop = FolderPredictor.stop
 
     def prepare(self, image_id: str, image: np.ndarray) -> Prepared:

@@ -128,7 +128,7 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
         notes = other_backbone(checkpoint.path, backbone.sha256)
-        facts |= {"other_backbone": True} if notes else {}
+        facts |= {"other_backbone": notes[0]} if notes else {}
     keys = Strictness(
         facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file
     )

@@ -33,7 +33,7 @@ MANIFEST = {
     "model?": {
         "name?": str, "weights?": str, "origin?": (str, dict), "sha256?": str, "state_sha256?": str, "source?": str,
         "part?": str, "files?": {"*": str}, "random_keys?": [str], "unused_keys?": [str],
-        "other_backbone?": bool, "parameters?": int,
+        "other_backbone?": str, "parameters?": int,
     },
     "dataset?": {
         "name?": str, "root?": str, "images?": int, "expected_images?": int, "ids_hash?": str, "content_hash?": str,

@@ -58,7 +58,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{below.sha256}".encode()).hexdigest()
     facts["head_sha256"] = checkpoint.sha256
     notes = other_backbone(checkpoint.path, below.sha256)
-    facts |= {"other_backbone": True} if notes else {}
+    facts |= {"other_backbone": notes[0]} if notes else {}
     loaded = _loaded(cfg, name, network, "pretrained", facts)
     return replace(loaded, notes=(*loaded.notes, *notes))
 
