@@ -108,6 +108,21 @@ def test_resume_takes_options_of_this_session_and_refuses_unknown_ones(call: Cal
     assert call("resume", "run", "tracking=none", "runtime.timeout_min=1").code == 0
 
 
+def test_a_data_set_that_was_moved_refuses_no_resume(
+    call: Call, overrides: list[str], tiny_ade: Path, tmp_path: Path
+) -> None:
+    """Where files lie decides no number: ids and the files of counted images are compared by their hashes."""
+    assert call(*overrides, "run.dir=run").code == 0
+    expected = hashes(tmp_path / "run")
+    lose_some(tmp_path / "run")
+    moved = tiny_ade.rename(tmp_path / "elsewhere")
+    done = call("resume", "run", f"dataset.root={moved}")
+    assert done.code == 0, done.err
+    assert hashes(tmp_path / "run") == expected
+    assert "MIXED" not in done.out
+    assert "changes" not in json.loads((tmp_path / "run/manifest.json").read_text())
+
+
 def test_a_changed_label_paper_or_note_refuses_no_resume(call: Call, overrides: list[str], tmp_path: Path) -> None:
     assert call(*overrides, "run.dir=run").code == 0
     before = json.loads((tmp_path / "run/metrics.json").read_text())["mIoU"]

@@ -132,6 +132,11 @@ _PROSE = (
     "model.probe", "model.official.license", "model.hub.license", "model.backbone.license", "inference.source",
 )  # fmt: skip
 """Keys of an identity that describe a run and decide no number in it."""
+_PLACES = (
+    "dataset.root", "dataset.image_dir", "dataset.label_dir", "dataset.check_headers", "model.checkpoint",
+    "model.backbone_checkpoint", "model.path",
+)  # fmt: skip
+"""Keys that say where files lie: hashes of weights, ids and each counted image's files are compared instead."""
 _SECTION = re.compile(r"^model\.architecture\.(backbone|adapter|head)\.")
 """Configurations of before sections had the same fields without them."""
 
@@ -139,7 +144,9 @@ _SECTION = re.compile(r"^model\.architecture\.(backbone|adapter|head)\.")
 def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of an identity decides numbers, by keys that all versions share."""
     plain: dict[str, Any] = json_safe(dict(identity))
-    return {_SECTION.sub("model.architecture.", key): v for key, v in plain.items() if not key.startswith(_PROSE)}
+    places = {*_PLACES, *(["checkpoint.origin"] if plain.get("checkpoint.sha256") is not None else [])}
+    kept = {key: v for key, v in plain.items() if not key.startswith(_PROSE) and key not in places}
+    return {_SECTION.sub("model.architecture.", key): value for key, value in kept.items()}
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
