@@ -58,6 +58,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("data/decode.py", "odd_metadata = plain != data and", "or", "pixels alone give the same error or pixels"),
     ("data/decode.py", "entries = 256 if header.palette", "257", "both are no less than 256"),
     ("kernels/reference.py", 'plain = device.type == "cpu"', "!=", "the same labels, later"),
+    ("kernels/reference.py", "merge([whole(scores, size)], size, False)", "True", "one view is never averaged"),
+    ("inference/plan.py", "zip(canvas, crop, strict=True)", "False", "both are two"),
     ("kernels/reference.py", "_GPU_BYTES = 256 << 20", "257", "the same labels, of other pieces"),
     ("kernels/reference.py", "zip(starts, [*starts[1:], channels]", "False", "one each"),
     ("data/containers.py", "while 0 <= place < len(data) - 3", "1", "a place is at least 2, or -1"),

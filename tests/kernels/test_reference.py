@@ -37,6 +37,14 @@ def test_labels_of_more_channels_than_a_byte_holds(channels: int, dtype: torch.d
     assert bool((labels == channels - 1).all())
 
 
+def test_one_view_is_labelled_by_its_scores_whatever_is_averaged() -> None:
+    """Softmax rounds scores that differ to equal probabilities, of which the first would win."""
+    scores = torch.zeros(2, 8, 8)
+    scores[1] = 1e-9
+    assert torch.equal(scores.softmax(0)[0], scores.softmax(0)[1])
+    assert bool((reference.merge([whole(scores, (8, 8))], (8, 8), True) == 1).all())
+
+
 def test_legacy_bilinear_is_old_tensorflows() -> None:
     scores = np.random.default_rng(1).normal(size=(1, 2, 3, 4)).astype(np.float32)
     found = reference.legacy_bilinear(torch.from_numpy(scores), (5, 9)).numpy()

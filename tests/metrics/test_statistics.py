@@ -59,6 +59,9 @@ def test_resampled_scores_equal_the_naive_loop_in_every_bit() -> None:
     for index in (0, 39):
         left_out = scores(matrix_of([r for i, r in enumerate(rows) if i != index], 150))
         assert found.scores["mIoU"].without[index, 0] == left_out.mIoU
+    for kind in ("centred", "percentile", "bca"):
+        one_each = {name: getattr(score, kind)(0.9) for name, score in found.scores.items()}
+        assert found.intervals(0.9, kind) == {name: intervals[0] for name, intervals in one_each.items()}
     again = bootstrap(image_areas(rows, 150), 700, seed=3)
     assert np.array_equal(again.class_iou.draws, found.class_iou.draws, equal_nan=True)
     assert not np.array_equal(

@@ -24,6 +24,8 @@ from ade_harness.config.validate import require_data
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
 
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
 
 @contextmanager
 def _averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
@@ -54,9 +56,6 @@ def _buffers_of_rank_zero(network: nn.Module, world_size: int) -> Iterator[None]
         with torch.no_grad():
             for buffer, before in own:
                 buffer.copy_(before)
-
-
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class ADE20KEvaluation(pl.Callback):

@@ -16,6 +16,12 @@ MISSING: Any = "???"
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy's and Lightning's generators take."""
 
+PATHS = (
+    "dataset.root", "dataset.image_dir", "dataset.label_dir", "dataset.classes", "model.checkpoint",
+    "model.backbone_checkpoint", "model.path",
+)  # fmt: skip
+"""Keys that hold a path on this machine."""
+
 
 @dataclass(frozen=True)
 class Range:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.config.arguments import literal, prepare
 from ade_harness.config.compose import checked, compose_tree, packaged_choices, packaged_tree
+from ade_harness.config.fields import PATHS
 from ade_harness.config.plain import as_dict, flatten
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
@@ -22,11 +23,6 @@ from ade_harness.errors import HarnessError
 GROUPS = ("model", "dataset", "inference", "metrics")
 RUNTIME = ("runtime.seed", "runtime.threads", "runtime.deterministic", "runtime.kernels")
 """Fields of ``runtime`` that can change a bit. The number of ranks cannot."""
-PATHS = (
-    "dataset.root", "dataset.image_dir", "dataset.label_dir", "dataset.classes", "model.checkpoint",
-    "model.backbone_checkpoint", "model.path",
-)  # fmt: skip
-"""Keys that hold a path on this machine."""
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
 """What Hydra's grammar takes for a string without quotes."""
 _OWN = re.compile(

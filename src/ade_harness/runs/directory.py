@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ade_harness.config.fields import PATHS
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import json_safe
 from ade_harness.files.documents import checked, read_json
@@ -132,11 +133,8 @@ _PROSE = (
     "model.probe", "model.official.license", "model.hub.license", "model.backbone.license", "inference.source",
 )  # fmt: skip
 """Keys of an identity that describe a run and decide no number in it."""
-_PLACES = (
-    "dataset.root", "dataset.image_dir", "dataset.label_dir", "dataset.check_headers", "model.checkpoint",
-    "model.backbone_checkpoint", "model.path",
-)  # fmt: skip
-"""Keys that say where files lie: hashes of weights, ids and each counted image's files are compared instead."""
+_DECIDE_NOTHING = (*PATHS, "dataset.check_headers")
+"""Where files lie, and how early they are looked at: their hashes are compared instead."""
 _SECTION = re.compile(r"^model\.architecture\.(backbone|adapter|head)\.")
 """Configurations of before sections had the same fields without them."""
 
@@ -144,7 +142,7 @@ _SECTION = re.compile(r"^model\.architecture\.(backbone|adapter|head)\.")
 def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of an identity decides numbers, by keys that all versions share."""
     plain: dict[str, Any] = json_safe(dict(identity))
-    places = {*_PLACES, *(["checkpoint.origin"] if plain.get("checkpoint.sha256") is not None else [])}
+    places = {*_DECIDE_NOTHING, *(["checkpoint.origin"] if plain.get("checkpoint.sha256") is not None else [])}
     kept = {key: v for key, v in plain.items() if not key.startswith(_PROSE) and key not in places}
     return {_SECTION.sub("model.architecture.", key): value for key, value in kept.items()}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ade_harness.config.overrides import PATHS
+from ade_harness.config.fields import PATHS
 from ade_harness.data.labels import MAX_CLASSES
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.counts import Row, matrix_of

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ade_harness.config.fields import PATHS
 from ade_harness.config.kinds import Source, kind_of
-from ade_harness.config.overrides import PATHS, as_override_value, composed_values, unexpected_override
+from ade_harness.config.overrides import as_override_value, composed_values, unexpected_override
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json
 from ade_harness.files.escapes import escaped, one_line

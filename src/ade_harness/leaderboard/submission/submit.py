@@ -14,8 +14,8 @@ import yaml
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from ade_harness.config.fields import PATHS
 from ade_harness.config.kinds import Source, kind_of
-from ade_harness.config.overrides import PATHS
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_json, write_text
 from ade_harness.files.documents import yaml_text
