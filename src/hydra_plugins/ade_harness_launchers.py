@@ -1,7 +1,8 @@
 """Hydra launchers: jobs of a sweep as processes here, as SLURM jobs, one of them alone, or listed.
 
-All but the last check every job, its files too, before the first one starts. Hydra imports this module whenever it
-starts, so that it imports what it needs when a sweep runs.
+All but the last check every job, its files too, before the first one starts; so do launchers of others, which a
+callback puts into one of ours. Hydra imports this module whenever it starts, so that it imports what it needs when a
+sweep runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -35,6 +38,7 @@ class _CheckedLauncher(Launcher, ABC):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra hands over; called by Hydra."""
         self.context = hydra_context
+        self.task_function = task_function
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -106,6 +110,53 @@ class ProcessLauncher(_CheckedLauncher):
             codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *arguments], check=False).returncode)
         rows = self._sweep.add(jobs, codes)
         return [_returned(job, code, row.mIoU) for job, code, row in zip(jobs, codes, rows, strict=True)]
+
+
+class OthersLauncher(_CheckedLauncher):
+    """The jobs of a launcher that is not ours, such as Hydra's basic one or an installed plugin's.
+
+    It gets the jobs once all are checked, and runs them as it does; what they leave becomes one table.
+    """
+
+    _sweep: Sweep | None = None
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run jobs; called by Hydra's sweeper. Raises as the others."""
+        self._handed = job_overrides, initial_job_idx
+        return super().launch(job_overrides, initial_job_idx)
+
+    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
+        """Hand all to the other launcher."""
+        from ade_harness.cli.sweep import Sweep, sweeps
+
+        config = self.config.copy()
+        with open_dict(config):
+            config.hydra.launcher = self.settings["launcher"]
+        other = Plugins.instance().instantiate_launcher(
+            hydra_context=self.context, task_function=self.task_function, config=config
+        )
+        returned = other.launch(*self._handed)
+        if self._sweep is None:
+            self._sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
+            sweeps.append(self._sweep)
+        self._sweep.add(jobs, [int(job.status == JobStatus.FAILED) for job in returned])
+        return returned
+
+
+class CheckSweeps(Callback):
+    """Puts a launcher that is not ours into one that checks all jobs first: Hydra's sweepers ask the configuration."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Change what sweepers read; called by Hydra."""
+        launcher = config.hydra.launcher
+        target = "" if launcher is None else str(launcher.get("_target_", ""))
+        if target and not target.startswith(f"{__name__}."):
+            with open_dict(config):
+                config.hydra.launcher = {
+                    "_target_": f"{__name__}.{OthersLauncher.__name__}",
+                    "_recursive_": False,
+                    "launcher": launcher,
+                }
 
 
 class OneJobLauncher(_CheckedLauncher):

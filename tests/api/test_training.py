@@ -225,6 +225,9 @@ def test_training_is_the_same_with_and_without_the_callback() -> None:
     expected = ade.evaluate(watched.net, dataset="demo", protocol="original_size", options=SMALL)
     assert callback.result.scores == expected.scores
     assert np.array_equal(callback.result.matrix, expected.matrix)
+    logged = {name for name in trainer.callback_metrics if name.startswith("ade20k/")}
+    assert logged == {f"ade20k/{name}" for name in expected.scores}
+    assert "ade20k/mean_dice" in logged
     assert float(trainer.callback_metrics["ade20k/mIoU"]) == pytest.approx(expected.mIoU, abs=1e-7)  # kept as float32
     assert 0 <= float(trainer.callback_metrics["mIoU"]) <= 1  # of the metric
 

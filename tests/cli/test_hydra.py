@@ -411,6 +411,60 @@ def test_a_primary_configuration_that_jobs_would_not_see_is_refused(call: Call) 
         assert "these would have no effect" in done.err
 
 
+def test_jobs_of_another_launcher_are_checked_and_become_a_table(call: Call, tmp_path: Path) -> None:
+    basic = ("-m", "hydra/launcher=basic", *QUICK, "hydra.sweep.dir=all", "dataset.images=2,3")
+    done = call(*basic, "model.checkpoint=null,nowhere.pth")
+    assert done.code == 2
+    assert "2 of 4 jobs cannot run, so none was started" in done.err
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["multirun.yaml"]  # of Hydra's sweeper
+    done = call(*basic, "metrics.level=0.9", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["runs"]
+    assert [(row["state"], row["images"]) for row in rows] == [("finished", 2), ("finished", 3)]
+    assert [row["overrides"].split()[-2:] for row in rows] == [
+        [f"dataset.images={n}", "metrics.level=0.9"] for n in (2, 3)
+    ]
+    assert json.loads((tmp_path / "all/sweep.json").read_text()) == rows
+    assert [float(row["mIoU"]) for row in csv.DictReader((tmp_path / "all/sweep.csv").open())] == [
+        json.loads((tmp_path / row["run"] / "metrics.json").read_text())["mIoU"] for row in rows
+    ]
+
+
+def test_a_configuration_in_place_of_the_packaged_one(call: Call, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(conf_dir(), own)
+    (own / "model/mine.yaml").write_text("defaults: [demo, _self_]\nname: mine\nlabel: My own\n")
+    (own / "model/beit3.yaml").unlink()
+    for flag in (["-cp", "own"], ["--config-path", str(own)]):  # from here, as the shell completes it
+        done = call(*flag, "model=mine", "dataset.images=3", "--cfg", "job", "--package", "model.label")
+        assert done.code == 0, done.err
+        assert "My own" in done.out
+    done = call("-cp", "own", "model=beit3", "--cfg", "job")
+    assert done.code == 2
+    assert "model=beit3: unknown value" in done.err
+    assert "--config-path: nowhere is not a folder" in call("-cp", "nowhere", "model=mine").err
+    assert "Remove one" in call("-cp", "own", "--config-dir", "own", "model=mine").err
+    done = call("-cp", "own", "model=mine", *QUICK, "dataset.images=3", "--json")
+    assert json.loads(done.out)["model"] == "mine"
+
+
+def test_the_own_protocol_of_a_model_that_a_file_chooses(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "own/model").mkdir(parents=True)
+    (tmp_path / "own/nightly.yaml").write_text("defaults: [config, {override model: small}, _self_]\n")
+    (tmp_path / "own/model/small.yaml").write_text(
+        "defaults: [demo, _self_]\nname: small\nprotocols: {ss: mmseg_whole_512_align32}\n"
+    )
+    base = ("--config-dir", "own", "-cn", "nightly")
+    done = call(*base, "inference=ss", "inference.batch=2", "dataset.images=1", *QUICK, "--json")
+    assert done.code == 0, done.err
+    assert {key: json.loads(done.out)[key] for key in ("model", "protocol")} == {
+        "model": "small", "protocol": "mmseg_whole_512_align32",
+    }  # fmt: skip
+    done = call(*base, "inference=ms", "dataset.images=1", *QUICK)
+    assert done.code == 2
+    assert "no multi-scale protocol was published for model=small. It has inference=ss" in done.err
+
+
 def test_a_sweeper_that_launches_in_batches_gets_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep, config = Sweep(tmp_path), compose_config([])
     scores = dict.fromkeys((field.name for field in fields(Scores)), 0.5)

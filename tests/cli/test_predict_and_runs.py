@@ -58,6 +58,17 @@ def test_pictures_without_annotations(call: Call, photos: Path, tmp_path: Path) 
     assert labels.getpixel((0, 0)) == segmenter(photos / "street.jpg")[0, 0] + 1
 
 
+def test_pictures_that_are_not_read_are_counted(call: Call, photos: Path) -> None:
+    for name in ("a.webp", "more/b.TIF"):
+        (photos / name).write_bytes(b"whatever it holds")
+    done = call("predict", "model=demo", photos)
+    assert done.code == 0, done.err
+    assert "3 of 3 images" in done.out
+    assert f"2 other pictures were left out, such as {photos / 'a.webp'}" in " ".join(done.out.split())
+    done = call("predict", "model=demo", photos, "--json")
+    assert json.loads(done.out)["left_out"] == [str(photos / "a.webp"), str(photos / "more/b.TIF")]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

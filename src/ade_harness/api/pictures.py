@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,25 @@ from ade_harness.report.overlays import draw_prediction
 from ade_harness.runs.provenance import code_state
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_UNREAD = frozenset(
+    (
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".gif",
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jp2",
+        ".jxl",
+        ".jfif",
+        ".jpe",
+        ".ppm",
+        ".dng",
+    )
+)
+"""Endings of pictures that are not read."""
 _RECORD = "predictions.json"
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
 
@@ -114,9 +133,7 @@ def find_images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str
         require(path.exists(), f"{path}: no such image or folder.")
         found = [path]
         if path.is_dir():
-            made = output.resolve()  # by an earlier command
-            below = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-            found = sorted(p for p in below if made not in p.resolve().parents)
+            found = _below(path, output, frozenset(_SUFFIXES))
         require(bool(found), f"{path}: contains no image ({', '.join(_SUFFIXES)}).")
         for file in found:
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
@@ -126,6 +143,18 @@ def find_images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str
             )
             seen[name] = file
             yield file, name
+
+
+def unread_pictures(given: Sequence[Path], output: Path) -> list[Path]:
+    """Return pictures in these folders that :func:`find_images` passes over: neither JPEG nor PNG by their names."""
+    return [file for path in given if path.is_dir() for file in _below(path, output, _UNREAD)]
+
+
+def _below(folder: Path, output: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files below a folder with one of these endings, sorted; not what an earlier command made."""
+    made = output.resolve()
+    below = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    return sorted(p for p in below if made not in p.resolve().parents)
 
 
 def prediction_marks(segmenter: Segmenter) -> list[str]:

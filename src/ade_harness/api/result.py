@@ -67,8 +67,9 @@ class Evaluation:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Every score by name, 0..1: mIoU by three conventions, accuracies, fwIoU, final score."""
-        return {name: float(self.metrics[name]) for name in SCORE_NAMES}
+        """Every score by name, 0..1: mIoU by three conventions, accuracies, fwIoU, final score, mean Dice."""
+        names = [*SCORE_NAMES, *(["mean_dice"] if self.metrics.get("mean_dice") is not None else [])]  # not of old runs
+        return {name: float(self.metrics[name]) for name in names}
 
     @property
     def images(self) -> int:

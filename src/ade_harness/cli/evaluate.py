@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.cli.answer import Answer
@@ -31,8 +32,8 @@ from ade_harness.cli.launch import launch
 from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, submitted, sweeps
 from ade_harness.cli.sweep import command as current_command
 from ade_harness.cli.work import WORK, score_of, training_of
-from ade_harness.config.arguments import OWN_PROTOCOLS, prepare, with_recipe
-from ade_harness.config.compose import checked, compose_config, explain, register_schemas
+from ade_harness.config.arguments import OWN_PROTOCOLS, own_protocol, prepare, with_recipe
+from ade_harness.config.compose import checked, explain, register_schemas
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
@@ -80,13 +81,14 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         overrides += ["hydra/launcher=one_job", f"hydra.launcher.number={options.job}"]
     elif "hydra/launcher=slurm" in overrides and not any(override.startswith("runtime=") for override in overrides):
         overrides.append("runtime=slurm")
-    ready = overrides if _shows(options) else prepare(overrides, _config_dir(options), several)
+    primary = bool(options.config_name or options.config_path)
+    ready = overrides if _shows(options) else prepare(overrides, _own_folder(options), several, primary)
     return _run_hydra(options, ready, "evaluate")
 
 
 def run_probe(options: argparse.Namespace) -> Answer:
     """Train a linear head; raises as :func:`run_evaluate`."""
-    extra = _config_dir(options)
+    extra = _own_folder(options)
     require(not options.multirun, "probe -m: cannot be swept: each training is a command of its own.")
     _check_shown(options)
     ready = list(options.overrides) if _shows(options) else prepare(with_recipe(options.overrides, extra), extra)
@@ -114,8 +116,7 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     def run(tree: DictConfig) -> float | None:
         mine = HydraConfig.get()
         try:
-            own = tree.inference.name in OWN_PROTOCOLS  # of a sweep: each job knows its model only now
-            config = compose_config(list(mine.overrides.task), _config_dir(options)) if own else checked(tree)
+            config = checked(_with_own_protocol(tree) if tree.inference.name in OWN_PROTOCOLS else tree)
             handed_over = {
                 "work": command,
                 "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
@@ -163,6 +164,18 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     if sweeps[known:]:
         return Answer(_of_sweeps(sweeps[known:]), code)
     return Answer((score_of if command == "evaluate" else training_of)(run_dir), code)
+
+
+def _with_own_protocol(tree: DictConfig) -> DictConfig:
+    """Compose again by the model's own protocol, where a file or a sweep has chosen the model: it is known only now."""
+    mine, kind = HydraConfig.get(), str(tree.inference.name)
+    name = own_protocol(kind, str(tree.model.name), tree.model.protocols)
+    kept = [text for text in mine.overrides.task if text != f"inference={kind}"]
+    loader = GlobalHydra.instance().config_loader()  # of this application: with the user's folders
+    again = loader.load_configuration(mine.job.config_name, [*kept, f"inference={name}"], RunMode.RUN)
+    with open_dict(again):
+        del again["hydra"]  # as in the tree that Hydra gives an application
+    return again
 
 
 @contextmanager
@@ -222,9 +235,14 @@ def _arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Iterato
 
 
 def _hydra_options(options: argparse.Namespace) -> list[str]:
-    """Return the options that say where configurations are, for Hydra and for the ranks."""
-    names = ("config_dir", "config_name", "config_path")
-    return [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names if getattr(options, name)]
+    """Return the options that say where configurations are, for Hydra."""
+    given = {
+        "config-dir": options.config_dir,
+        "config-name": options.config_name,
+        # Hydra takes it from the folder of the module with @hydra.main, which is nobody's
+        "config-path": options.config_path and str(Path(options.config_path).resolve()),
+    }
+    return [f"--{name}={value}" for name, value in given.items() if value]
 
 
 def _shows(options: argparse.Namespace) -> bool:
@@ -235,6 +253,18 @@ def _config_dir(options: argparse.Namespace) -> Path | None:
     extra = Path(options.config_dir) if options.config_dir else None
     require(extra is None or extra.is_dir(), f"--config-dir: {extra} is not a folder.")
     return extra
+
+
+def _own_folder(options: argparse.Namespace) -> Path | None:
+    """Return the folder of the user's choices: beside the packaged ones, or in their place."""
+    require(
+        not (options.config_dir and options.config_path),
+        "--config-dir and --config-path: the one adds a folder to the packaged configuration, the other replaces it."
+        " Remove one.",
+    )
+    own = _config_dir(options) or (Path(options.config_path) if options.config_path else None)
+    require(own is None or own.is_dir(), f"--config-path: {own} is not a folder.")
+    return own
 
 
 def _hydras_directory(config: Config) -> bool:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ade_harness.api.pictures import describe_model, find_images, open_output, predict_files, prediction_marks
+from ade_harness.api.pictures import (
+    describe_model,
+    find_images,
+    open_output,
+    predict_files,
+    prediction_marks,
+    unread_pictures,
+)
 from ade_harness.api.predictors import Segmenter
 from ade_harness.cli.answer import Answer
 from ade_harness.config.arguments import refuse_idle
@@ -42,7 +49,8 @@ def run_predict(options: argparse.Namespace) -> Answer:
         " that comes with the package, can be used to try the command.",
     )
     output = Path(options.output).expanduser()
-    files = list(find_images([Path(path).expanduser() for path in paths], output))
+    given = [Path(path).expanduser() for path in paths]
+    files, unread = list(find_images(given, output)), unread_pictures(given, output)
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
     refuse_idle(overrides, "predict")
     extra = Path(options.config_dir) if options.config_dir else None
@@ -72,11 +80,19 @@ def run_predict(options: argparse.Namespace) -> Answer:
             f" {found.constant[0]}: are they label maps? They were treated as images.",
             style="yellow",
         )
+    if unread:
+        print_line(
+            console,
+            f"{len(unread)} other pictures were left out, such as {unread[0]}: only JPEG and PNG are read. Convert them"
+            " to PNG, which changes no pixel.",
+            style="yellow",
+        )
     if failed:
         left = f"\nand {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
         shown = "\n".join(list(failed.values())[:_SHOWN])
         print_error(f"error: {len(failed)} of {len(files)} images failed:\n{shown}{left}")
     content = {**made_by, "output": str(output), "images": [str(file) for file, _ in files if str(file) not in failed]}
+    content["left_out"] = [str(file) for file in unread]
     return Answer({**content, "failed": failed}, EXIT_MESSAGE if failed else 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,16 @@ OWN_PROTOCOLS = {"ss": "single-scale", "ms": "multi-scale"}
 """``inference=ss`` and ``inference=ms``: the model's own protocol."""
 
 
-def prepare(overrides: Sequence[str], extra: Path | None = None, multirun: bool = False) -> list[str]:
+def prepare(
+    overrides: Sequence[str], extra: Path | None = None, multirun: bool = False, primary: bool = False
+) -> list[str]:
     """Check overrides, and write them as Hydra's grammar wants them.
 
     Args:
         overrides: as typed: paths, URLs and ids need no quotes; free-form keys no ``+``.
         extra: folder of ``--config-dir``.
         multirun: whether they may hold sweeps.
+        primary: whether the primary configuration is the user's own, which may choose the model.
 
     Raises:
         HarnessError: an unknown key or choice, with the nearest known ones; or no override.
@@ -55,7 +58,9 @@ def prepare(overrides: Sequence[str], extra: Path | None = None, multirun: bool 
     ready = [_quoted(_timms(text), multirun) for text in overrides]
     for text in ready:
         _check(text, extra)
-    return [_opened(text) for text in _with_own_protocol(ready, extra, multirun)]
+    named = any(text.startswith("model=") for text in ready)
+    known = not multirun and (named or not primary)
+    return [_opened(text) for text in (_with_own_protocol(ready, extra) if known else ready)]
 
 
 def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str]:
@@ -142,27 +147,39 @@ def _chosen_model(overrides: Sequence[str]) -> str:
     return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("model=")), "demo")
 
 
-def _with_own_protocol(overrides: Sequence[str], extra: Path | None, multirun: bool) -> list[str]:
-    """Replace inference=ss and inference=ms by the name of the model's own protocol.
-
-    In a sweep each job does so for its own model.
-    """
+def _with_own_protocol(overrides: Sequence[str], extra: Path | None) -> list[str]:
+    """Replace inference=ss and inference=ms by the name of the model's own protocol."""
     chosen = next((text for text in overrides if text in ("inference=ss", "inference=ms")), None)
-    if chosen is None or multirun:
+    if chosen is None:
         return list(overrides)
-    kind = chosen.partition("=")[2]
     model = _chosen_model(overrides)
+    named = any(text.startswith("model=") for text in overrides)
     protocols = read_choice("model", model, extra).get("protocols", {})
+    name = own_protocol(
+        chosen.partition("=")[2], f"{model}{'' if named else ', which is the default: add model=NAME'}", protocols
+    )
+    return [f"inference={name}" if text == chosen else text for text in overrides]
+
+
+def own_protocol(kind: str, model: str, protocols: Mapping[str, str | None]) -> str:
+    """Return the name of a model's own protocol.
+
+    Args:
+        kind: a key of OWN_PROTOCOLS.
+        model: its name.
+        protocols: ``model.protocols``.
+
+    Raises:
+        HarnessError: none was published.
+    """
     name = protocols.get(kind)
     if name is None:
-        named = any(text.startswith("model=") for text in overrides)
         have = [f"inference={k} ({protocols[k]})" for k in OWN_PROTOCOLS if protocols.get(k) is not None]
         raise HarnessError(
-            f"{chosen}: no {OWN_PROTOCOLS[kind]} protocol was published for model={model}"
-            f"{'' if named else ', which is the default: add model=NAME'}."
+            f"inference={kind}: no {OWN_PROTOCOLS[kind]} protocol was published for model={model}."
             f" {'It has ' + ', '.join(have) + '.' if have else 'Choose one by name: inference=NAME.'}"
         )
-    return [f"inference={name}" if text == chosen else text for text in overrides]
+    return name
 
 
 def _opened(text: str) -> str:
