@@ -68,7 +68,7 @@ def write_data(root: Path, images: int = 6) -> list[str]:
     return sorted(ids)
 
 
-def words_for(root: Path) -> list[str]:
+def overrides_for(root: Path) -> list[str]:
     return [
         "dataset=folder", "dataset.name=streets", f"dataset.image_dir={root / 'images'}",
         f"dataset.label_dir={root / 'labels'}", f"dataset.classes={root / 'classes.yaml'}",
@@ -77,7 +77,7 @@ def words_for(root: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def net_words(colors: list[tuple[int, int, int]]) -> list[str]:
+def net_overrides(colors: list[tuple[int, int, int]]) -> list[str]:
     return [
         "model=custom", "model._target_=own_net.Net", f"model.kwargs.colors={[list(c) for c in colors]}",
         "model.kwargs.mean=[123.675,116.28,103.53]", "model.kwargs.std=[58.395,57.12,57.375]",
@@ -98,9 +98,9 @@ def test_nineteen_classes_through_the_whole_pipeline(
 ) -> None:
     monkeypatch.syspath_prepend(str(streets))
     colors = list(default_colors(19))
-    base, run = words_for(streets), streets / "run"
+    base, run = overrides_for(streets), streets / "run"
     options = ["run.label_maps=all", "run.overlays=2", "metrics.calibration=true", f"run.dir={run}"]
-    done = call(*base, *net_words(colors), *options)
+    done = call(*base, *net_overrides(colors), *options)
     assert done.code == 0, done.err
     assert "nearest colour on streets, 6 of 6 images" in done.out
     assert "PARTIAL" not in done.out
@@ -131,7 +131,7 @@ def test_nineteen_classes_through_the_whole_pipeline(
     # two ranks, and a worse model: a class map that confuses two classes
     swapped = ["model.class_map=[1,0,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18]", "runtime.devices=2"]
     options = ["run.label_maps=all", f"run.dir={streets / 'worse'}"]
-    worse = cli(*base, *net_words(colors), *swapped, *options, PYTHONPATH=str(streets))
+    worse = cli(*base, *net_overrides(colors), *swapped, *options, PYTHONPATH=str(streets))
     assert worse.code == 0, worse.err
     swapped_matrix = load_run(streets / "worse").matrix
     assert np.array_equal(swapped_matrix[:, [1, 0, *range(2, 20)]], finished.matrix)
@@ -167,8 +167,8 @@ def test_a_changed_mapping_is_another_run(
     copy = tmp_path / "copy"
     shutil.copytree(streets, copy)
     overrides = [
-        *words_for(copy),
-        *net_words(list(default_colors(19))),
+        *overrides_for(copy),
+        *net_overrides(list(default_colors(19))),
         "dataset.limit=2",
         f"run.dir={tmp_path / 'run'}",
     ]
@@ -186,7 +186,7 @@ def test_systems_are_built_for_the_number_of_classes(streets: Path) -> None:
         "model=segformer_b0", "model.weights=random", "model.architecture.backbone.depths=[1,1,1,1]",
         "model.architecture.backbone.hidden_sizes=[8,8,8,8]", "model.architecture.head.decoder_hidden_size=8",
     ]  # fmt: skip
-    cfg = compose_config([*words_for(streets), *small])
+    cfg = compose_config([*overrides_for(streets), *small])
     dataset = open_dataset(cfg.dataset)
     model = load_model(cfg.model, 1, dataset.classes)
     assert model.channels == 19
@@ -195,8 +195,25 @@ def test_systems_are_built_for_the_number_of_classes(streets: Path) -> None:
     assert model.module(torch.zeros(1, 3, 64, 64)).shape[1] != load_model(cfg.model).channels == 150
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("model=timm", "model.backbone=resnet18"),
+        ("model=smp", "model.architecture.arch=fpn", "model.architecture.encoder_name=resnet18"),
+    ],
+    ids=lambda given: given[0],
+)
+def test_networks_of_libraries_are_built_for_the_number_of_classes(streets: Path, model: tuple[str, ...]) -> None:
+    if model[0] == "model=smp":
+        pytest.importorskip("segmentation_models_pytorch", reason="pip install 'ade-harness[smp]'")
+    cfg = compose_config([*overrides_for(streets), *model, "model.weights=random"])
+    network = load_model(cfg.model, 1, open_dataset(cfg.dataset).classes).module.eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 64, 64)).shape[1] == 19
+
+
 def test_labels_become_classes(streets: Path) -> None:
-    dataset = open_dataset(compose_config(["model=segformer_b0", *words_for(streets)]).dataset)
+    dataset = open_dataset(compose_config(["model=segformer_b0", *overrides_for(streets)]).dataset)
     assert dataset.ids == ["aachen/001", "aachen/003", "aachen/005", "ulm/000", "ulm/002", "ulm/004"]
     sample = dataset.load(0)
     assert sample.target[0, :19].tolist() == list(range(19))
@@ -279,17 +296,17 @@ def test_mistakes_with_own_data(
     streets: Path, call: Call, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(streets))
-    model = [] if "model=demo" in overrides else net_words(list(default_colors(19)))
+    model = [] if "model=demo" in overrides else net_overrides(list(default_colors(19)))
     changed = [word.format(root=streets) for word in overrides]
-    one_message(call(*words_for(streets), *model, *changed), message)
+    one_message(call(*overrides_for(streets), *model, *changed), message)
 
 
 @pytest.mark.slow
 def test_a_model_of_other_classes_is_refused(streets: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(streets))
-    overrides = net_words(list(default_colors(20)))
-    one_message(call(*words_for(streets), *overrides), "The model outputs 20 channels, streets has 19 classes", "0..18")
-    assert main([*words_for(streets), *overrides, "dataset.limit=1"]) == 2
+    overrides = net_overrides(list(default_colors(20)))
+    one_message(call(*overrides_for(streets), *overrides), "The model outputs 20 channels, streets has 19 classes", "0..18")
+    assert main([*overrides_for(streets), *overrides, "dataset.limit=1"]) == 2
 
 
 def test_images_and_labels_of_one_folder_and_of_zips(tmp_path: Path) -> None:
@@ -300,7 +317,7 @@ def test_images_and_labels_of_one_folder_and_of_zips(tmp_path: Path) -> None:
         stem = path.stem.partition("_")[0]
         shutil.copy(path, tmp_path / "one" / f"{stem}{kind}.png")
         assert index < 4
-    overrides = words_for(tmp_path / "data")
+    overrides = overrides_for(tmp_path / "data")
     together = [
         f"dataset.image_dir={tmp_path / 'one'}",
         f"dataset.label_dir={tmp_path / 'one'}",
@@ -322,6 +339,6 @@ def test_names_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
     write_data(tmp_path)
     for file in [file for kind in ("images", "labels") for file in (tmp_path / kind).rglob("001_*")]:
         file.rename(file.with_name(os.fsdecode(b"caf\xe9_" + file.name.partition("_")[2].encode())))
-    cfg = compose_config(["model=segformer_b0", *words_for(tmp_path)]).dataset
+    cfg = compose_config(["model=segformer_b0", *overrides_for(tmp_path)]).dataset
     with pytest.raises(HarnessError, match=r"its name is not UTF-8\. Rename it"):
         open_dataset(cfg)

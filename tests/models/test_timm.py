@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.models import from_official
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, statistics_of
@@ -101,7 +102,9 @@ def test_published_files_have_rounded_periods(tmp_path: Path) -> None:
     save_file(state, tmp_path / "timm.safetensors")
     small = [f"model.architecture.backbone.{k}={v}" for k, v in SMALL.items()]
     overrides = ("model=dinov3_7b_linear", *small, f"model.backbone_checkpoint={tmp_path}/timm.safetensors")
-    periods: Any = load_for_probe(model_cfg(*overrides)).module.backbone.network.rope_embeddings.periods  # type: ignore[union-attr]
+    periods: Any = load_for_probe(
+        model_cfg(*overrides), ade20k_classes()
+    ).module.backbone.network.rope_embeddings.periods  # type: ignore[union-attr]
     exact = 100.0 ** (2 * torch.arange(16) / 32)
     assert torch.equal(periods, exact.bfloat16().float())
     assert not torch.equal(periods, exact)
@@ -152,7 +155,7 @@ def test_dinov3s_files_are_asked_of_timms_repository(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         HarnessError, match=r"backbone\.source=timm: timm has no such backbone for model=siglip2_so400m"
     ):
-        load_for_probe(model_cfg("model=siglip2_so400m", "model.backbone.source=timm"))
+        load_for_probe(model_cfg("model=siglip2_so400m", "model.backbone.source=timm"), ade20k_classes())
 
 
 # any backbone

@@ -20,7 +20,7 @@ class Gives(Enum):
     family = auto()
     """A family of published systems: weights by key tables."""
     network = auto()
-    """A function of (``model`` node, threads): any other network."""
+    """A function of (``model`` node, threads, classes of the data set): any other network."""
     labels = auto()
     """A function of a whole configuration: a predictor without a network of ours."""
 
@@ -59,7 +59,7 @@ class Kind:
     is_code: bool = False
     """Whether it is code of the user's, which others need too."""
     probe: str | None = None
-    """``module:NAME`` of the function of (``model`` node) that loads it with a linear head still to be trained."""
+    """``module:NAME`` of the function of (``model`` node, classes) that loads it with a linear head to be trained."""
     own_source: str | None = None
     """Field of ``model`` that may name where the weights are, in place of a weight file."""
     saves_protocol: bool = False

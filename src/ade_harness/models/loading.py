@@ -41,7 +41,7 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
     Args:
         cfg: ``model`` node of the configuration.
         threads: of this process, for formats that have their own.
-        classes: that a published system is built for; None are ADE20K's.
+        classes: that a network is built for where its file does not say it; None are ADE20K's.
 
     Raises:
         HarnessError: anything that the user can fix: see the loaders; or the kind has no network.
@@ -58,7 +58,7 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
     with torch.random.fork_rng(devices=[]), noting_left_over() as left:
         torch.manual_seed(cfg.seed)  # of layers that may be missing in the file
         model: LoadedModel = (
-            _load_system(family_of(cfg.kind), cfg, classes) if is_system else imported(kind)(cfg, threads)
+            _load_system(family_of(cfg.kind), cfg, classes) if is_system else imported(kind)(cfg, threads, classes)
         )
     random = _still_random(left.random, cfg)
     if random:
@@ -179,8 +179,8 @@ def _system(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, 
     )
 
 
-def load_for_probe(cfg: ModelConfig) -> LoadedModel:
-    """Build a system with its backbone's public weights and a head that is still to be trained.
+def load_for_probe(cfg: ModelConfig, classes: Classes) -> LoadedModel:
+    """Build a system with its backbone's public weights and a head that is still to be trained, for these classes.
 
     Raises:
         HarnessError: the model has no linear head, or there are no weights for its backbone.
@@ -195,18 +195,21 @@ def load_for_probe(cfg: ModelConfig) -> LoadedModel:
     if cfg.weights != "random":
         _check_probed(cfg)
     if kind.probe is not None:
-        headless: LoadedModel = named(kind.probe)(cfg)
+        headless: LoadedModel = named(kind.probe)(cfg, classes)
         headless.module.eval()
         _convert(headless.module, DTYPES[cfg.dtype])
         return headless
     assert family is not None
     if cfg.weights == "random":
-        module, facts = random_network(family, cfg.architecture, cfg.seed), {"origin": f"random, seed {cfg.seed}"}
+        module, facts = (
+            random_network(family, cfg.architecture, cfg.seed, classes),
+            {"origin": f"random, seed {cfg.seed}"},
+        )
         return LoadedModel(module.eval(), "random", **statistics(cfg), facts=facts)
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
     keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
     module = family.load(
-        cfg.architecture, read_part(backbone.path, known=family.known).state, keys, published=True
+        cfg.architecture, read_part(backbone.path, known=family.known).state, keys, classes, published=True
     ).eval()
     _convert(module, DTYPES[cfg.dtype])
     return LoadedModel(module, "pretrained", **statistics(cfg), facts=facts_of(backbone))

@@ -19,6 +19,7 @@ from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.factory import open_dataset
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_text
 from ade_harness.files.tensors import write_tensors
@@ -69,7 +70,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
     with tracked(cfg, console) as tracking, started_ranks(cfg.runtime, training=True, **options) as ranks:
         first = ranks.coordinator.rank == 0
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
-        model = agreed(ranks.coordinator, "model", lambda: _loaded(cfg, recipe))
+        model = agreed(ranks.coordinator, "model", lambda: _loaded(cfg, recipe, dataset.classes))
         device = ranks.trainer.strategy.root_device.type
         record = agreed(
             ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, device, console) if first else None
@@ -90,9 +91,9 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         return _finish(cfg, training, record, console, tracking) if record is not None else None
 
 
-def _loaded(cfg: Config, recipe: ProbeConfig) -> LoadedModel:
+def _loaded(cfg: Config, recipe: ProbeConfig, classes: Classes) -> LoadedModel:
     """Load the backbone, and check that it takes the crops; raises HarnessError as :func:`load_for_probe`."""
-    model = load_for_probe(cfg.model)
+    model = load_for_probe(cfg.model, classes)
     size = model.fixed_size
     if size is not None and size != (recipe.crop, recipe.crop):
         raise HarnessError(

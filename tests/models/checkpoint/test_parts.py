@@ -21,6 +21,7 @@ from torch import nn
 import ade_harness as ade
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import CheckpointWeights, ModelConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.convert import convert
 from ade_harness.models.checkpoint.key_tables import name_there, rename
@@ -553,7 +554,7 @@ def test_a_backbone_that_cannot_be_fetched_is_asked_for_as_one(monkeypatch: pyte
     ):
         cfg = compose_config([*overrides, "model.checkpoint=head.safetensors"]).model
         with pytest.raises(HarnessError, match=r"give model\.backbone_checkpoint=PATH"):
-            backbone_checkpoint(cfg, "x") if cfg.kind != "timm" else timm.load_headless(cfg)
+            backbone_checkpoint(cfg, "x") if cfg.kind != "timm" else timm.load_headless(cfg, ade20k_classes())
 
 
 @pytest.mark.parametrize("prefix", ["module.", "net.", "_orig_mod.", "ema_model.", "module.student."])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import NUM_CLASSES
+from ade_harness.data.labels import Classes
 from ade_harness.models.loaded import LoadedModel, statistics
 
 WEIGHTS = "demo_network.safetensors"
@@ -50,7 +51,7 @@ def load_demo_network() -> DemoNetwork:
     return network.eval()
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load the packaged network."""
     facts = {"origin": "packaged demo network"}
     return LoadedModel(load_demo_network(), "demo", **statistics(cfg), channels=NUM_CLASSES, facts=facts)

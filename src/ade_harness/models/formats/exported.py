@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.archive import check_expansion
 from ade_harness.files.fetch import file_hash
@@ -46,7 +47,7 @@ class ExportedModel(nn.Module):
         return self.graph(images)
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load ``model.path``.
 
     Raises:

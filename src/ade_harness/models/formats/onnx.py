@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.reading import require_regular
@@ -159,7 +160,7 @@ def _parse_names(text: str) -> list[str] | None:
     return lines if len(lines) > 1 else None
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load ``model.path``; raises as :class:`OnnxModel`."""
     path = model_file(cfg)
     module = OnnxModel(path, threads, cfg.output)

@@ -14,6 +14,7 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
@@ -22,7 +23,7 @@ from ade_harness.models.identity import sources_of
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Make the module by Hydra's own rules (nested ``_target_``, ``_partial_``, ``_args_``, its block-list).
 
     Raises:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.parts import read_part
@@ -21,8 +21,10 @@ from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load ``model.architecture`` (``arch``, ``encoder_name`` and other arguments of smp's constructor).
+
+    It gets a channel for each of `classes`, unless ``model.architecture.classes`` says otherwise.
 
     The weights are ``model.checkpoint``, strictly; or ``model.id`` names a folder or repository that smp's
     ``save_pretrained`` wrote, whose constructor and weights are taken. Pixel statistics are ``model.input``'s, by
@@ -46,7 +48,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
         "model=smp: name the network: model.architecture.arch=unet model.architecture.encoder_name=resnet34,"
         " or model.id=FOLDER of a saved one.",
     )
-    settings = {"classes": ADE20K_CLASSES, **fields, "encoder_weights": None}  # the checkpoint has all weights
+    settings = {"classes": len(classes), **fields, "encoder_weights": None}  # the checkpoint has all weights
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)

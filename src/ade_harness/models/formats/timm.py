@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ade_harness.config.model import ModelConfig
-from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.labels import Classes
 from ade_harness.errors import require
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, known_names, pretrained_cfg, statistics_of
 from ade_harness.models.checkpoint.parts import read_part
@@ -24,7 +24,7 @@ from ade_harness.models.loaded import LoadedModel
 _HEAD = "head."
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load a head that ``probe model=timm`` trained, above its backbone's weights.
 
     Raises:
@@ -32,7 +32,9 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     """
     name = _name(cfg)
     if cfg.weights == "random":
-        return _loaded(cfg, name, _segmenter(cfg, name, None), "random", {"origin": f"random, seed {cfg.seed}"})
+        return _loaded(
+            cfg, name, _segmenter(cfg, name, None, classes), "random", {"origin": f"random, seed {cfg.seed}"}
+        )
     require(
         cfg.checkpoint is not None,
         f"model=timm: has a linear head, which is trained first: `python -m ade_harness probe model=timm"
@@ -49,7 +51,7 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     )
     below = _backbone_file(cfg, name)
     of_backbone = read_part(below.path, choice_of(cfg), known_names(name))
-    network = _segmenter(cfg, name, of_backbone.state)
+    network = _segmenter(cfg, name, of_backbone.state, classes)
     keys = Strictness(checkpoint.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys))
     load_strictly(network.head, head, keys)
     facts = facts_of(checkpoint, part) | {"backbone_origin": below.origin, "backbone_sha256": below.sha256}
@@ -63,17 +65,17 @@ def load(cfg: ModelConfig, threads: int) -> LoadedModel:
     return replace(loaded, notes=(*loaded.notes, *notes))
 
 
-def load_headless(cfg: ModelConfig) -> LoadedModel:
+def load_headless(cfg: ModelConfig, classes: Classes) -> LoadedModel:
     """Load a backbone with a head that is still to be trained; raises as :func:`load`."""
     name = _name(cfg)
     if cfg.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            network = _segmenter(cfg, name, None)
+            network = _segmenter(cfg, name, None, classes)
         return _loaded(cfg, name, network, "random", {"origin": f"random, seed {cfg.seed}"})
     below = _backbone_file(cfg, name)
     part = read_part(below.path, choice_of(cfg), known_names(name))
-    return _loaded(cfg, name, _segmenter(cfg, name, part.state), "pretrained", facts_of(below, part))
+    return _loaded(cfg, name, _segmenter(cfg, name, part.state, classes), "pretrained", facts_of(below, part))
 
 
 def _sections(cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,13 +104,13 @@ def _name(cfg: ModelConfig) -> str:
     return str(name)
 
 
-def _segmenter(cfg: ModelConfig, name: str, state: Mapping[str, Tensor] | None) -> LinearSegmenter:
+def _segmenter(cfg: ModelConfig, name: str, state: Mapping[str, Tensor] | None, classes: Classes) -> LinearSegmenter:
     backbone, head = _sections(cfg)
     if state is not None:
         width = next((v for k, v in state.items() if k.startswith("head.norm.")), None)
         require(width is None, f"model.backbone_checkpoint: holds a head of ours (head.norm.*), not {name}.")
     features = build_timm(name, state, head.get("maps"), backbone.get("img_size"))
-    return LinearSegmenter(features, pad=True, classes=len(ade20k_classes()))
+    return LinearSegmenter(features, pad=True, classes=len(classes))
 
 
 def _backbone_file(cfg: ModelConfig, name: str) -> Checkpoint:
@@ -133,7 +135,7 @@ def _loaded(cfg: ModelConfig, name: str, network: LinearSegmenter, weights: str,
         weights,
         tuple(mean),
         tuple(std),
-        channels=len(ade20k_classes()),
+        channels=network.head.classifier.out_channels,
         fixed_size=fixed,
         notes=notes,
         facts=facts,

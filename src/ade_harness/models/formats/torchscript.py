@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ade_harness.config.model import ModelConfig
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.models.checkpoint.sources import model_file
@@ -34,7 +35,7 @@ def _check(path: Path) -> None:
                     pass  # lengths and the end are looked at; nothing is built
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load ``model.path``; raises HarnessError if it is no TorchScript file."""
     path = model_file(cfg)
     try:

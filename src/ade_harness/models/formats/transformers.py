@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
+from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
@@ -232,7 +233,7 @@ _NOT_DECISIVE = ("transformers_version", "_name_or_path", "architectures", "torc
 """Entries of a configuration that do not change what the network computes from the weights in memory."""
 
 
-def load(cfg: ModelConfig, threads: int) -> LoadedModel:
+def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load ``model.id``; raises as :func:`load_transformers`."""
     module, names, pixels, facts = load_transformers(
         cfg.id or "", cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
