@@ -190,8 +190,8 @@ def test_a_ledger_of_another_run_is_refused(stub: StubServer, local: Path) -> No
 
 
 def test_a_view_has_the_documented_columns(stub: StubServer, local: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert wandb_workspace.main([ENTITY, "ade20k", "--name", "Mine"]) == 0
-    assert re.match(rf"{stub.base}/{ENTITY}/ade20k\?nw=\w+\n", capsys.readouterr().out)
+    assert main(["workspace", ENTITY, "ade20k", "--name", "Mine", "--json"]) == 0
+    assert re.match(rf"{stub.base}/{ENTITY}/ade20k\?nw=\w+$", json.loads(capsys.readouterr().out)["url"])
     (view,) = stub.views
     assert (view["entityName"], view["projectName"], view["displayName"]) == (ENTITY, "ade20k", "Mine")
     spec = json.loads(view["spec"])
@@ -216,7 +216,7 @@ def test_a_view_has_the_documented_columns(stub: StubServer, local: Path, capsys
 
 def test_a_view_without_its_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    assert wandb_workspace.main([ENTITY, "ade20k"]) == 2
+    assert main(["workspace", ENTITY, "ade20k"]) == 2
     assert "pip install 'ade-harness[wandb]'" in capsys.readouterr().err
 
 
@@ -232,5 +232,5 @@ def test_a_view_that_cannot_be_saved(
 ) -> None:
     monkeypatch.setenv("NETRC", "/nowhere")
     monkeypatch.setenv(variable, value)
-    assert wandb_workspace.main([ENTITY, "ade20k"]) == 2
+    assert main(["workspace", ENTITY, "ade20k"]) == 2
     assert message in capsys.readouterr().err

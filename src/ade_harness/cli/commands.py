@@ -232,6 +232,14 @@ COMMANDS = (
             Argument("--prefix", metavar="PREFIX", help="only weights with this name prefix, such as student."),
         ),
     ),
+    Command(
+        "workspace", "save a W&B view with the columns that matter, best mIoU first", "workspace:run_workspace",
+        (
+            Argument("entity", metavar="ENTITY", help="user or team"),
+            Argument("project", metavar="PROJECT", help="W&B project, such as ade20k"),
+            Argument("--name", default="ADE20K evaluations", metavar="NAME", help="of the view"),
+        ),
+    ),
     Command("doctor", "check this machine's installation", "doctor:run_doctor"),
 )  # fmt: skip
 EVERYWHERE = (

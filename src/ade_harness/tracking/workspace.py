@@ -1,13 +1,7 @@
-"""Make a saved view in W&B with the columns and panels by which evaluations are compared.
-
-python -m ade_harness.tracking.workspace ENTITY PROJECT [--name "ADE20K evaluations"]
-"""
+"""A saved view in W&B with the columns and panels by which evaluations are compared."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from ade_harness.errors import HarnessError
@@ -33,21 +27,6 @@ COLUMNS = (
     "config:provenance.value.model.sha256",
 )
 """In this order, left to right. W&B keeps a nested configuration under ``value`` of its first key."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Save the view and print its address; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ade_harness.tracking.workspace", description=__doc__)
-    parser.add_argument("entity", help="user or team")
-    parser.add_argument("project", help="W&B project, such as ade20k")
-    parser.add_argument("--name", default="ADE20K evaluations", help="of the view")
-    options = parser.parse_args(arguments)
-    try:
-        print(save_view(options.entity, options.project, options.name))
-    except HarnessError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def save_view(entity: str, project: str, name: str) -> str:
@@ -111,6 +90,3 @@ def make_view(entity: str, project: str, name: str) -> Any:
     )
     return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections, runset_settings=runs)
 
-
-if __name__ == "__main__":
-    sys.exit(main())
