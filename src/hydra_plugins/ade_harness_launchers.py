@@ -105,7 +105,7 @@ class ProcessLauncher(_CheckedLauncher):
         codes = []
         for place, job in enumerate(jobs, start=1):
             batch = f"{place} of {len(jobs)}" if job.number < len(jobs) else f"job {job.number}"
-            print_line(make_console(), f"[{batch}] {' '.join(job.overrides)}")
+            print_line(make_console(result=False), f"[{batch}] {' '.join(job.overrides)}")
             arguments = [*job.arguments, *flags]
             codes.append(subprocess.run([sys.executable, "-m", "ade_harness", *arguments], check=False).returncode)
         rows = self._sweep.add(jobs, codes)

@@ -305,7 +305,9 @@ def test_mistakes_with_own_data(
 def test_a_model_of_other_classes_is_refused(streets: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(streets))
     overrides = net_overrides(list(default_colors(20)))
-    one_message(call(*overrides_for(streets), *overrides), "The model outputs 20 channels, streets has 19 classes", "0..18")
+    one_message(
+        call(*overrides_for(streets), *overrides), "The model outputs 20 channels, streets has 19 classes", "0..18"
+    )
     assert main([*overrides_for(streets), *overrides, "dataset.limit=1"]) == 2
 
 

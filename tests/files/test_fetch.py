@@ -151,6 +151,10 @@ def test_data_download_and_verify_from_the_command_line(server: Server, tmp_path
         assert call("data", "verify").out.splitlines()[1:] == done.out.splitlines()[1:]  # the first says the rate
         assert compose_config(["model=segformer_b0"]).dataset.root == str(root / "ADEChallengeData2016")
         assert compose_config(["model=segformer_b0", "dataset.root=x"]).dataset.root == "x"
+    again = call("data", "download", "--root", tmp_path / "again", "--url", url(server), "--sha1", digest, "--quiet")
+    assert again.code == 0
+    assert "downloading" not in again.out + again.err  # no progress, the result alone
+    assert len(again.out.splitlines()) == 2
     done = call("data", "download", "--root", root, "--url", url(server), "--sha1", "0" * 40)
     assert done.code == 2
     assert "expected 0000" in done.err

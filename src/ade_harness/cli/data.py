@@ -49,7 +49,7 @@ def run_download(options: argparse.Namespace) -> Answer:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
         TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=make_console(result=False)) as bar:
         task = bar.add_task("downloading", total=None)
         fetch(
             url,

@@ -77,9 +77,7 @@ def run_submit(options: argparse.Namespace) -> Answer:
     if output.exists():
         raise HarnessError(f"{output}: exists already. Choose another folder: --output DIR.")
     given = {f"--{k.replace('_', '-')}": v for k, v in vars(options).items() if isinstance(v, str) and k != "run"}
-    declaration, texts = prepare(
-        run, given, lambda reference: reference if options.no_network else look_up(console, reference)
-    )
+    declaration, texts = prepare(run, given, lambda reference: reference if options.no_network else look_up(reference))
     build(run, output, declaration, texts)
     for reference in declaration["references"]:
         print_fact(console, reference["role"], f"{reference['address']} ({reference['checked']})")

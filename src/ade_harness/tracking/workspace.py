@@ -89,4 +89,3 @@ def make_view(entity: str, project: str, name: str) -> Any:
         pinned_columns=list(COLUMNS),
     )
     return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections, runset_settings=runs)
-

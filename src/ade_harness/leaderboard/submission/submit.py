@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from ade_harness.config.fields import PATHS
@@ -33,6 +32,7 @@ from ade_harness.leaderboard.table import OTHER_DATASET, why_not_ranked
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.ledger import write_ledger
+from ade_harness.runtime.console import make_console
 from ade_harness.runtime.notes import resume_command
 
 _KEPT = (
@@ -201,9 +201,10 @@ def _without(content: Any, places: Mapping[str, str]) -> Any:
     return content
 
 
-def look_up(console: Console, reference: PublicSource) -> PublicSource:
+def look_up(reference: PublicSource) -> PublicSource:
     """Check that a reference is public, with progress while its content is read."""
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = make_console(result=False)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"reading {reference.role}", total=None)
         return check_public(reference, True, lambda have, total: progress.update(task, completed=have, total=total))
