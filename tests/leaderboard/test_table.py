@@ -68,7 +68,7 @@ def test_published_rows_are_the_sites() -> None:
     assert {e.kind for e in entries} == {"published"}
 
 
-def test_complete_runs_are_merged_in_and_marked(demo: Path) -> None:
+def test_complete_runs_are_merged_in_and_marked(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = complete(load_run(demo), mIoU=0.62905, intervals={"mIoU": {"low": 0.62, "high": 0.64, "level": 0.95}})
     assert why_not_ranked(run) is None
     entries = [*published_entries(), *measured_entries(run)]
@@ -80,6 +80,13 @@ def test_complete_runs_are_merged_in_and_marked(demo: Path) -> None:
     mine = next(row for row in rows if row["kind"] == "measured")
     assert (mine["system"], mine["place"], mine["interval"]) == ("Ours | <best>", "1", "62.00 to 64.00")
     assert "Ours \\| &lt;best>" in as_markdown(entries)
+    strange = replace(
+        run, config={**run.config, "model": {**run.config["model"], "label": "![x](http://a.b/c.png) `y`"}}
+    )
+    assert "| !\\[x\\](http://a.b/c.png) \\`y\\` |" in as_markdown(measured_entries(strange))
+    assert table.NOT_OWN not in as_csv(entries)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # somebody else's machine
+    assert {e.note.partition(";")[0] for e in measured_entries(run)} == {table.NOT_OWN}
     tie = replace(measured_entries(run)[0], score=57.3, date="2026-01")
     assert [e.date for e in ranked([*published_entries(), tie], "mIoU") if e.score == 57.3] == [
         "2025-12",

@@ -15,7 +15,9 @@ import yaml
 from PIL import Image
 
 from ade_harness.cli.main import main
+from ade_harness.data.labels import Classes
 from ade_harness.report import pages as commands
+from ade_harness.report.plots import class_iou_figure, confusion_data
 from ade_harness.runs.finished import load_run
 from tests.cli.test_cli import FAST, Call
 
@@ -200,6 +202,15 @@ def test_hostile_names_are_text(runs, browser) -> None:  # type: ignore[no-untyp
         assert opened.problems == [], name
         opened.page.close()
     assert "49" not in re.findall(r"&amp;(.{0,12})", runs["worse"].read_text())[0]
+
+
+def test_names_of_classes_in_figures_are_no_markup() -> None:
+    classes = Classes("mine", ("<a href='https://a.b'>tree</a>", "R&D &lt;"), ((1, 2, 3), (4, 5, 6)))
+    assert confusion_data(np.eye(2, 3, dtype=np.int64), classes)["names"] == [
+        "&lt;a href='https://a.b'>tree&lt;/a>", "R&amp;D &amp;lt;",
+    ]  # fmt: skip
+    row = {"class": 0, "name": "a <b>bold</b>", "IoU": 0.5, "low": None, "high": None}
+    assert class_iou_figure([row])["data"][0]["x"] == ["a &lt;b>bold&lt;/b> (0)"]
 
 
 def test_a_page_is_one_small_file_that_names_no_server(runs: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ from rich.text import Text
 from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.atomic import write_text
-from ade_harness.files.escapes import one_line
+from ade_harness.files.escapes import markdown_cell, one_line
 from ade_harness.runs.overview import COLUMNS, RunRow, list_runs
 from ade_harness.runtime.console import make_console, print_fact, print_line
 
@@ -145,7 +145,7 @@ def _markdown(rows: Sequence[RunRow]) -> str:
     lines = [f"| {' | '.join(_SHOWN)} |", "|" + "---|" * len(_SHOWN)]
     for row in rows:
         cells = _cells(row)
-        lines.append(f"| {' | '.join(one_line(cells[name]).replace('|', chr(92) + '|') for name in _SHOWN)} |")
+        lines.append(f"| {' | '.join(markdown_cell(cells[name]) for name in _SHOWN)} |")
     return "\n".join(lines) + "\n"
 
 

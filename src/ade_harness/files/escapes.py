@@ -25,6 +25,14 @@ def one_line(text: str) -> str:
     return _LINES.sub(lambda found: found[0].encode("unicode_escape").decode(), escaped(text))
 
 
+_MARKDOWN = re.compile(r"[\\`*\[\]|&<]")
+
+
+def markdown_cell(text: str) -> str:
+    """Return a text for a cell of a Markdown table that means itself: no picture that a viewer would load, no link."""
+    return _MARKDOWN.sub(lambda found: {"&": "&amp;", "<": "&lt;"}.get(found[0], "\\" + found[0]), one_line(text))
+
+
 def require_utf8(text: str, what: str) -> None:
     """Refuse what came from names of files whose bytes are not UTF-8: no file of a run could hold it.
 

@@ -19,14 +19,18 @@ from rich.text import Text
 from ade_harness.data.ade20k import validation_sizes
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced, write_text
+from ade_harness.files.escapes import markdown_cell
 from ade_harness.leaderboard.published import published_rows
 from ade_harness.runs.directory import MANIFEST
 from ade_harness.runs.finished import FinishedRun, load_run
+from ade_harness.runs.record import is_own
 
 METRICS = ("mIoU", "miou")
 """The leaderboard's two names for one number; a submission has a row for each."""
 OTHER_DATASET = "evaluated on"
 """How :func:`why_not_ranked` begins for a run of other images than ADE20K's."""
+NOT_OWN = "not made by you on this machine: `reproduce` checks it"
+"""Note of a run that carries no signature of this user's."""
 MEASURED, PUBLISHED = "measured", "published"
 _COLUMNS = ("metric", "place", "system", "org", "date", "score", "interval", "kind", "note")
 _FORMATS = {".md": "markdown", ".csv": "csv", ".png": "chart", ".svg": "chart", ".pdf": "chart"}
@@ -60,10 +64,14 @@ def published_entries() -> list[Entry]:
 
 
 def measured_entries(run: FinishedRun) -> list[Entry]:
-    """Return a run's two rows; the date is that of the run."""
+    """Return a run's two rows; the date is that of the run.
+
+    A ledger that sums to its score may be somebody's invention: what this user has not made says so.
+    """
     found = run.metrics["intervals"].get("mIoU")
     interval = (100 * found["low"], 100 * found["high"]) if found else None
-    note = "; ".join(filter(None, [f"{run.name}, inference={run.config['inference']['name']}", run.verdict]))
+    others = None if is_own(run.path, run.manifest) else NOT_OWN
+    note = "; ".join(filter(None, [others, f"{run.name}, inference={run.config['inference']['name']}", run.verdict]))
     month, score = str(run.manifest["finished"])[:7], 100 * float(run.metrics["mIoU"])
     return [Entry(metric, run.label, "", month, score, MEASURED, note, interval) for metric in METRICS]
 
@@ -163,7 +171,7 @@ def as_markdown(entries: Sequence[Entry]) -> str:
     for metric in METRICS:
         lines += [f"## {metric}", "", "| " + " | ".join(_COLUMNS[1:]) + " |", "|" + "---|" * (len(_COLUMNS) - 1)]
         for row in _rows(entries, metric):
-            cells = [c.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for c in row[1:]]
+            cells = [markdown_cell(c) for c in row[1:]]
             lines.append("| " + " | ".join(f"**{c}**" if c == MEASURED else c for c in cells) + " |")
         lines.append("")
     return "\n".join(lines)

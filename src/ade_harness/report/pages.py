@@ -17,6 +17,7 @@ from ade_harness.files.reading import read_regular
 from ade_harness.report.contents import run_contents
 from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
 from ade_harness.report.page import render_page, write_run_page
+from ade_harness.report.plots import figure_text
 from ade_harness.report.ranking import Ranking, format_p_value
 from ade_harness.runs.finished import FinishedRun
 
@@ -90,7 +91,7 @@ def write_comparison_page(path: Path, ranking: Ranking, level: float) -> None:
         f"{len(ranking.runs)} runs compared",
         [f"{ranked.name}: {mark}" for ranked in ranking.runs for mark in ranked.run.marks],
         ranking.runs[0].run.classes,
-        {"names": list(ranking.runs[0].run.classes.names), "pairs": pairs},
+        {"names": [figure_text(name) for name in ranking.runs[0].run.classes.names], "pairs": pairs},
         ranking=ranking,
         examples=examples,
         notes=notes,

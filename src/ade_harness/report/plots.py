@@ -31,6 +31,11 @@ def rounded(values: Sequence[float | None] | Floats, digits: int = 4) -> list[fl
     return [None if v is None or not np.isfinite(v) else round(float(v), digits) for v in values]
 
 
+def figure_text(name: str) -> str:
+    """Return a name for a figure, where Plotly would read ``<b>`` and ``<a>`` as markup, ``&lt;`` as a character."""
+    return name.replace("&", "&amp;").replace("<", "&lt;")
+
+
 def class_iou_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Draw every class's IoU with its interval, best first; rows as in :mod:`ade_harness.report.contents`."""
     known = sorted((r for r in rows if r["IoU"] is not None), key=lambda r: -r["IoU"])
@@ -39,7 +44,7 @@ def class_iou_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     down = [100 * (r["IoU"] - (r["low"] if r["low"] is not None else r["IoU"])) for r in known]
     bars = {
         "type": "bar",
-        "x": [f"{r['name']} ({r['class']})" for r in known],
+        "x": [f"{figure_text(r['name'])} ({r['class']})" for r in known],
         "y": rounded(iou, 2),
         "error_y": {
             "type": "data",
@@ -73,7 +78,7 @@ def confusion_data(matrix: Matrix, classes: Classes) -> dict[str, Any]:
     """Return the matrix for the browser, which normalises it: its non-zero entries and the classes' names."""
     truth, prediction = np.nonzero(matrix)
     return {
-        "names": list(classes.names),
+        "names": [figure_text(name) for name in classes.names],
         "truth": truth.tolist(),
         "prediction": prediction.tolist(),
         "pixels": matrix[truth, prediction].tolist(),
