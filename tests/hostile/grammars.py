@@ -251,3 +251,44 @@ def reply(seed: int, body: bytes, kind: str) -> bytes:
         size = rng.choice((f"{len(body):x}", "-5", "ffffffffffffffff", "zz", ""))
         body = size.encode() + b"\r\n" + body + b"\r\n0\r\n\r\n"
     return b"\r\n".join([status, *headers, b"", body])
+
+
+def request(seed: int, image: bytes) -> bytes:
+    """Return what a client may send: a request line, headers and a body that agree with each other, or do not."""
+    rng = random.Random(seed)
+
+    def mostly(good: Any, *odd: Any) -> Any:
+        return good if rng.random() < 0.8 else rng.choice(odd)
+
+    method = mostly(b"POST", b"GET", b"HEAD", b"PUT", b"post", b"", b"\x16\x03\x01", b"G" * 70_000)
+    path = mostly(
+        b"/predict",
+        b"/info",
+        b"/",
+        b"http://[x",
+        b"/predict?a=\x1b[2J",
+        b"//predict",
+        b"*",
+        b"/" + b"a" * 70_000,
+        b"\xff",
+    )
+    version = mostly(b"HTTP/1.1", b"HTTP/1.0", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/1.1.1", b"HTTP/-1.1", b"", b"FTP/1.1")
+    body = mostly(image, image[: len(image) // 2], b"", rng.randbytes(200), image * 3)
+    size = str(len(body))
+    length = mostly(
+        size, str(len(body) // 2), str(2 * len(body) + 1), "0", "-1", str(2**40), "9" * 5000, "+" + size, ""
+    )
+    kind = mostly("image/png", "text/html", "", "image/png;" * 50, "image/jpeg")
+    headers = [b"Host: a", f"Content-Type: {kind}".encode()]
+    headers += mostly([f"Content-Length: {length}".encode()], [])
+    if rng.random() < 0.4:
+        headers.append(
+            rng.choice((
+                b"Transfer-Encoding: chunked", b"Expect: 100-continue", b"Accept: application/x-npy", b"Accept: nothing/at-all", b"X: " + b"x" * 70_000,
+                b"Authorization: Bearer \xff\xfe", b"no colon", b": empty", b" folded", b"Connection: keep-alive", b"Content-Length: 5", b"A: \x1b]0;owned\x07",
+                b"\r\n".join(b"H%d: 1" % i for i in range(300)),
+            ))
+        )  # fmt: skip
+    rng.shuffle(headers)
+    following = mostly(b"", b"\r\n\r\n", b"GET /info HTTP/1.1\r\n\r\n")
+    return b"\r\n".join([b" ".join((method, path, version)), *headers, b"", body]) + following

@@ -10,6 +10,7 @@ import threading
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ import yaml
 from ade_harness.cli.main import main
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
+from ade_harness.leaderboard.reproduce import rerun
 from ade_harness.leaderboard.submission.bundle import bundle_problems
 from ade_harness.runs.ledger import SCHEMA, read_rows
 from tests.cli.test_cli import FAST, Call
@@ -71,8 +73,14 @@ def mutated(good: Path, folder: Path, seed: int) -> Path:
     return run
 
 
+def not_again(arguments: list[str], **_: Any) -> None:
+    """Stand for the rerun that `reproduce` would start."""
+    assert all("${" not in argument for argument in arguments)
+    raise HarnessError("would be run again")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("door", ["status", "report", "leaderboard", "resume"])
+@pytest.mark.parametrize("door", ["status", "report", "leaderboard", "resume", "runs", "reproduce"])
 def test_run_directories(seeds: range, good: Path, tmp_path: Path, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     seeds = seeds[:: 3 if door in ("report", "resume") else 1]  # a page takes half a second
@@ -81,6 +89,9 @@ def test_run_directories(seeds: range, good: Path, tmp_path: Path, door: str, mo
         run = mutated(good, tmp_path, seed)
         if door == "resume":
             command("resume", run, "runtime.supervise=false")
+        elif door == "reproduce":
+            monkeypatch.setattr(rerun, "subprocess", SimpleNamespace(run=not_again))
+            command("reproduce", run, "--output", tmp_path / "again")
         else:
             command(door, run, *(["--output", tmp_path / "page.html"] if door == "report" else []))
 
@@ -228,13 +239,14 @@ BOMBS = {
     "object": ("config.yaml", "model: !!python/object/apply:os.system ['touch owned']"),
     "digits": ("metrics.json", '{"mIoU": ' + "9" * 5000 + "}"),
     "base 60": ("config.yaml", "model: {name: " + ":".join(["1"] * 200_000) + "}"),  # minutes in PyYAML's own reader
+    "values": ("config.yaml", f"metrics: [{'1,' * 8_000_000}1]"),  # minutes
     "hexadecimal": ("config.yaml", f"metrics: {{seed: 0x{'f' * 5000}}}"),
     "resamples": ("config.yaml", "metrics: {resamples: 1000000000, seed: -1, level: 2.0}"),
     "no float": ("metrics.json", '{"intervals": {"mIoU": {"low": ' + "9" * 400 + ', "high": 1, "level": 0.95}}}'),
 }  # fmt: skip
 
 
-_ONE_DOOR = ("base 60", "hexadecimal", "resamples", "no float")
+_ONE_DOOR = ("base 60", "values", "hexadecimal", "resamples", "no float")
 """All doors have one reader for each file."""
 
 

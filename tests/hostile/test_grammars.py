@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ from ade_harness.data.decode import decode_image, decode_labels, read_header
 from ade_harness.data.labels import LabelStorage
 from ade_harness.endpoint.client import Endpoint
 from ade_harness.endpoint.predictor import EndpointPredictor, read_scores
+from ade_harness.endpoint.service import make_server, open_service
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import extract
 from ade_harness.inference.folder import FolderPredictor
@@ -270,3 +272,59 @@ def test_the_grammars_are_wide() -> None:
                 continue
             taken += 1
         assert 0 < taken < 60, name
+
+
+def replies_of(data: bytes) -> Iterator[tuple[int, str, bytes]]:
+    """Yield status, type and body of each reply in what a server has sent; fails on what is no whole reply."""
+    while data:
+        head, _, rest = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("ascii").split("\r\n")
+        assert first.startswith("HTTP/1.1 "), first
+        headers = dict(line.split(": ", 1) for line in lines)
+        if first.startswith("HTTP/1.1 100"):
+            data = rest
+            continue
+        length = int(headers["Content-Length"])
+        assert len(rest) >= length
+        yield int(first.split()[1]), headers["Content-Type"], rest[:length]
+        data = rest[length:]
+
+
+def test_requests(seeds: range, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every request that is answered has a whole answer, each error in JSON, and the server goes on."""
+    service = open_service(compose_config(["model=demo", "runtime.accelerator=cpu"]))
+    server = make_server(service)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    image = encoded(PHOTO, "PNG")
+    statuses: set[int] = set()
+
+    def door(seed: int) -> None:
+        with socket.create_connection(server.server_address[:2], timeout=15) as connection:
+            with contextlib.suppress(OSError):  # the server may have hung up
+                connection.sendall(grammars.request(seed, image))
+                connection.shutdown(socket.SHUT_WR)
+            received = b""
+            with contextlib.suppress(ConnectionError):
+                while part := connection.recv(1 << 16):
+                    received += part
+        for status, kind, body in replies_of(received):
+            statuses.add(status)
+            assert status != 500
+            if status >= 400:
+                assert kind == "application/json"
+                assert b"\x1b" not in body
+                assert json.loads(body)["error"]
+
+    try:
+        attack(seeds, door, "request", most_left=20)
+        with socket.create_connection(server.server_address[:2], timeout=15) as connection:
+            connection.sendall(b"GET /info HTTP/1.1\r\nConnection: close\r\n\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        service.forward.shutdown()
+    assert {200, 400, 404} <= statuses
+    assert "serve: " not in capfd.readouterr().err

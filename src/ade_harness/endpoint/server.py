@@ -146,6 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("POST")
 
     def _answer(self, method: str) -> None:
+        if self.request_version == "HTTP/0.9":  # it knows neither statuses nor headers
+            self.send_error(505, "HTTP/1.0 or HTTP/1.1 is needed")
+            return
         try:
             try:
                 path = urlsplit(self.path).path

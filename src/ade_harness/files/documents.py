@@ -21,6 +21,8 @@ from ade_harness.files.reading import read_regular
 
 MAX_TEXT_BYTES = 2**24
 _MAX_DEPTH = 40
+_MAX_NODES = 100_000
+"""Values of a YAML text, which take a second to read: the ids of all of ADE20K's images are a quarter of them."""
 _MAX_DIGITS = 70
 """Of a whole number: 64 binary ones, and their sign and underscores."""
 _MAX_FLOAT = 1e300
@@ -113,10 +115,15 @@ else:
 
 
 class PlainLoader(_SafeLoader):
-    """Loads plain values; refuses aliases, and whole numbers beyond 64 bits or in base 60."""
+    """Loads plain values, not too many; refuses aliases, and whole numbers beyond 64 bits or in base 60."""
+
+    _nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse an alias; compose anything else."""
+        self._nodes += 1
+        if self._nodes > _MAX_NODES:
+            raise yaml.YAMLError(f"more than {_MAX_NODES:,} values")
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*) are not allowed")
         return super().compose_node(parent, index)
