@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -46,6 +47,23 @@ def read(cubin: bytes) -> Code:
         path.write_bytes(cubin)
         out = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
     return parse(out)
+
+
+def sections(cubin: bytes) -> dict[str, tuple[bytes, int]]:
+    """Return the machine code of a cubin's functions, and the registers of each, by their sections' names.
+
+    A cubin is an ELF file of 64 bits whose code sections have their registers in the upper byte of `sh_info`.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(number)]
+    names = headers[of_names][4]
+    found = {}
+    for name, _, _, _, offset, length, _, info, _, _ in headers:
+        text = cubin[names + name :].split(b"\0", 1)[0].decode()
+        if text.startswith(".text."):
+            found[text] = cubin[offset : offset + length], info >> 24
+    return found
 
 
 def parse(sass: str) -> Code:

@@ -1,7 +1,8 @@
 """Compile every Triton kernel for real GPUs, without one; prints one JSON object a kernel and target.
 
 Run as a program of its own: the tests' process has TRITON_INTERPRET=1, under which nothing is compiled.
-Usage: compile_ahead.py [--loops] ARCH [ARCH ...], such as 80 90 100; with --loops also the instructions of each loop of all kernels.
+Usage: compile_ahead.py [--loops|--check] ARCH [ARCH ...], such as 80 90 100; with --loops also the instructions of each loop of all kernels;
+--check compares what is compiled by way of another GPU with what is compiled from the source, and prints nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _VIEWS = {"table": "*i64", "first": "*{dtype}", "norms": "*fp32", "labels": "*u8
 _ROWS, _COLUMNS = triton_gpu.TILES["cuda"]
 _TILE = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "CUDA": True}
 _RUN = {"SIZE": triton_gpu.RUN}
-_SAMPLES = {"values": "*{dtype}", "weights": "*{dtype}", "out": "*{dtype}", "levels": "*i32", "points": "*fp32",
+_SAMPLES = {"values": "*{dtype}", "out": "*{dtype}", "levels": "*i32", "points": "*fp32", "weights": "*fp32",
             "queries": "i32", "groups": "i32", "pixels": "i32"}  # fmt: skip
 _PLACES = ("canvas_height", "canvas_width", "top", "left", "height", "width")
 KERNELS = {
@@ -89,13 +90,15 @@ KERNELS = {
 }  # fmt: skip
 
 
-def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[int]) -> Iterator[tuple[int, Any]]:
+def compiled(
+    kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[int], whole: bool = False
+) -> Iterator[tuple[int, Any]]:
     """Compile one kernel as its launcher would: pointers are multiples of 16 bytes, where that is looked at at all.
 
-    What Triton makes of a source on its way is the same for several GPUs: its own IR for all of them (none of these
-    kernels has tensor descriptors), its IR for GPUs before sm_100 (that of sm_90 has other passes for matrix products
-    alone), PTX for sm_86 and sm_89. Each is made for the first and compiled on for the others, which halves the work;
-    `check_shortcut` compares machine code.
+    What Triton makes of a source on its way is the same for several GPUs: its own two IRs for all of them (they differ
+    for matrix products and tensor descriptors, which none of these kernels has), PTX for sm_86 and sm_89. Each is made
+    for the first and compiled on for the others, which halves the work; with `whole`, and for sm_100 in the first
+    variant of each kernel, from the source. `--check` compares the machine code of all variants.
     """
     names = kernel.function.arg_names
     types = {n: t.format(dtype=dtype) for n, t in kernel.types.items() if n not in constants}
@@ -106,6 +109,7 @@ def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") and n in looked_at
     }
     source: Any = ASTSource(kernel.function, signature, constexprs=values, attrs=aligned)
+    first_variant = constants == kernel.constants[0] and dtype == "fp32"
     before: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
 
@@ -115,41 +119,27 @@ def compiled(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[
             return text.replace(name.format(first), name.format(arch))
 
         for arch in archs:
-            like = next((first for first in before if first < 100 and arch < 100), None)
             target = GPUTarget("cuda", arch, 32)
-            if arch == 89 and 86 in before:
+            if arch == 89 and 86 in before and not whole:
                 backend, ptx = make_backend(target), rewritten("ptx", 86, arch, ".target sm_{}")
                 cubin = backend.make_cubin(ptx, {}, backend.parse_options(dict(kernel.options)), arch)
                 made: Any = SimpleNamespace(asm={"cubin": cubin}, metadata=before[86].metadata)
-            elif like is not None:
-                path = Path(folder, f"kernel{arch}.ttgir")
-                path.write_text(rewritten("ttgir", like, arch, '"cuda:{}"'))
-                made = triton.compile(str(path), target=target, options=kernel.options)
-            else:
+            elif not before or whole or (first_variant and arch >= 100):
                 made = triton.compile(source, target=target, options=kernel.options)
+            else:
+                path = Path(folder, f"kernel{arch}.ttgir")
+                path.write_text(rewritten("ttgir", next(iter(before)), arch, '"cuda:{}"'))
+                made = triton.compile(str(path), target=target, options=kernel.options)
             before[arch] = made
             yield arch, made
-            if len(before) == 1:
-                source = str(Path(folder, "kernel.ttir"))
-                Path(source).write_text(made.asm["ttir"])
 
 
-def check_shortcut(archs: list[int]) -> None:
-    """Compile two kernels from their sources for each GPU too, and compare the instructions."""
-    for name, dtype in (("_aggregate", "fp16"), ("view_norms", "bf16")):
-        kernel = KERNELS[name]
-        for arch, made in compiled(kernel, kernel.constants[0], dtype, archs):
-            [(_, whole)] = compiled(kernel, kernel.constants[0], dtype, [arch])
-            assert code_of(whole.asm["cubin"]) == code_of(made.asm["cubin"]), (name, arch)
-
-
-def code_of(cubin: bytes) -> str:
-    """Return the machine instructions of a cubin, without the names of the files that it was made from."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [machine_code.TOOLS / "cuobjdump", "-sass", path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def check_shortcut(kernel: Kernel, constants: dict[str, Any], dtype: str, archs: list[int]) -> None:
+    """Compile a kernel from its source for each GPU too, and compare machine code and registers."""
+    whole = dict(compiled(kernel, constants, dtype, archs, whole=True))
+    for arch, made in compiled(kernel, constants, dtype, archs):
+        found, expected = (machine_code.sections(one.asm["cubin"]) for one in (made, whole[arch]))
+        assert found == expected, (kernel.function.__name__, constants, dtype, arch)
 
 
 def specialised(kernel: Kernel) -> list[str]:
@@ -172,23 +162,32 @@ def usage(cubin: bytes) -> dict[str, int]:
     return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
 
 
+def variants() -> Iterator[tuple[Kernel, dict[str, Any], str]]:
+    """Yield each kernel with the constants and dtypes that it is launched with."""
+    for kernel in KERNELS.values():
+        several = "*{dtype}" in kernel.types.values()
+        for constants in kernel.constants:
+            for dtype in ("fp32", "fp16", "bf16") if several else ("fp32",):
+                yield kernel, constants, dtype
+
+
 def main(archs: list[int], with_loops: bool) -> None:
     """Compile all; an error ends the program."""
-    check_shortcut(archs)
-    for kernel in KERNELS.values():
-        for constants in kernel.constants:
-            several = "*{dtype}" in kernel.types.values()
-            dtypes = ("fp32", "fp16", "bf16") if several else ("fp32",)
-            for dtype in dtypes:
-                for arch, made in compiled(kernel, constants, dtype, archs):
-                    found = {"kernel": kernel.function.__name__, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion,
-                             "specialised": specialised(kernel)}  # fmt: skip
-                    whole = constants.get("WHOLE") and kernel.types["labels"] == "*u8" and arch % 10 == 0
-                    loops = with_loops or whole
-                    code = {"loops": machine_code.read(made.asm["cubin"]).loops} if loops else {}
-                    print(json.dumps({**found, "constants": constants, **usage(made.asm["cubin"]), **code}), flush=True)
+    for name, dtype in (("_aggregate", "fp16"), ("view_norms", "bf16")):
+        check_shortcut(KERNELS[name], KERNELS[name].constants[0], dtype, archs)
+    for kernel, constants, dtype in variants():
+        for arch, made in compiled(kernel, constants, dtype, archs):
+            found = {"kernel": kernel.function.__name__, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion,
+                     "specialised": specialised(kernel)}  # fmt: skip
+            whole = constants.get("WHOLE") and kernel.types["labels"] == "*u8" and arch % 10 == 0
+            code = {"loops": machine_code.read(made.asm["cubin"]).loops} if with_loops or whole else {}
+            print(json.dumps({**found, "constants": constants, **usage(made.asm["cubin"]), **code}), flush=True)
 
 
 if __name__ == "__main__":
-    overrides = sys.argv[1:]
-    main([int(word) for word in overrides if word != "--loops"], "--loops" in overrides)
+    given = [int(word) for word in sys.argv[1:] if not word.startswith("--")]
+    if "--check" in sys.argv:
+        for one in variants():
+            check_shortcut(*one, given)
+    else:
+        main(given, "--loops" in sys.argv)

@@ -272,6 +272,15 @@ def test_a_compiled_operation_that_does_not_work_here_is_not_used(monkeypatch: p
     for broken, expected in (
         (lambda *_: (_ for _ in ()).throw(RuntimeError("no C compiler\nx")), "RuntimeError: no C compiler"),
         (lambda *a: deformable.aggregate_torch(*a) * 1.001, "it gave other values than torch"),
+        # each dtype is compiled for itself, and so are wide heads
+        (
+            lambda *a: deformable.aggregate_torch(*a) * (1 + (a[0].dtype == torch.bfloat16) / 64),
+            "it gave other values than torch",
+        ),
+        (
+            lambda *a: deformable.aggregate_torch(*a) * (1 + (a[0].shape[3] > 64) / 64),
+            "it gave other values than torch",
+        ),
     ):
         monkeypatch.setattr("ade_harness.models.ops.deformable_numba.aggregate_numba", broken)
         deformable.compiled.cache_clear()

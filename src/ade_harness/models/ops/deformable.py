@@ -94,6 +94,8 @@ def _(values: Tensor, shapes: list[int], points: Tensor, weights: Tensor) -> Ten
 
 _AGREES = 1e-5
 """Largest difference to torch's result, over its largest value: sums of a dozen products in another order."""
+_TRIED = ((8, torch.float32), (8, torch.float16), (8, torch.bfloat16), (128, torch.float32))
+"""Channels and dtypes of values that are compared: each dtype is compiled for itself, and so are wide heads."""
 
 
 FALLBACKS: dict[str, str] = {}
@@ -144,14 +146,19 @@ def _tried(device: str, place: str) -> tuple[_Aggregate, str | None]:
 
 
 def _agrees(fast: _Aggregate, device: str) -> bool:
+    return all(_agrees_on(fast, device, channels, dtype) for channels, dtype in _TRIED)
+
+
+def _agrees_on(fast: _Aggregate, device: str, channels: int, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (3, 4)]
     with torch.no_grad():
-        values = torch.randn(1, 5 * 7 + 3 * 4, 2, 8, generator=generator).to(device)
+        values = torch.randn(1, 5 * 7 + 3 * 4, 2, channels, generator=generator).to(device, dtype)
         points = (torch.rand(1, 6, 2, 4, 2, generator=generator) * 1.4 - 0.2).to(device)  # some lie outside
-        weights = torch.rand(1, 6, 2, 4, generator=generator).to(device)
-        found, expected = (f(values, shapes, points, weights) for f in (fast, aggregate_torch))
-        return bool((found - expected).abs().max() <= _AGREES * expected.abs().max())
+        weights = torch.rand(1, 6, 2, 4, generator=generator).to(device)  # float32, as autocast's softmax gives them
+        found, expected = (f(values, shapes, points, weights).float() for f in (fast, aggregate_torch))
+        rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps  # sums round to the dtype at the end
+        return bool((found - expected).abs().max() <= max(_AGREES, rounding) * expected.abs().max())
 
 
 def centres(shapes: Sequence[Shape], device: torch.device) -> Tensor:

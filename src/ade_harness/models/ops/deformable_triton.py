@@ -42,7 +42,10 @@ def _aggregate(
     values, levels, points, weights, out, queries, groups, pixels,
     TAPS: tl.constexpr, PER_LEVEL: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Fill a tile of out [N, Q, G, D]; levels int32 [L, 3] are (start, height, width)."""
+    """Fill a tile of out [N, Q, G, D]; levels int32 [L, 3] are (start, height, width), points and weights float32.
+
+    Under autocast weights are float32 beside values of half precision: one variant takes weights of any model.
+    """
     query = tl.program_id(0) * TILE + tl.arange(0, TILE)
     group = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -59,7 +62,7 @@ def _aggregate(
         width = tl.load(levels + level * 3 + 2)
         x = tl.load(points + (place * TAPS + tap) * 2, mask=in_query, other=-2.0) * width - 0.5
         y = tl.load(points + (place * TAPS + tap) * 2 + 1, mask=in_query, other=-2.0) * height - 0.5
-        weight = tl.load(weights + place * TAPS + tap, mask=in_query, other=0.0).to(tl.float32)
+        weight = tl.load(weights + place * TAPS + tap, mask=in_query, other=0.0)
         weight = tl.where((x == x) & (y == y), weight, float("nan"))  # noqa: PLR0124  (NaN must not get lost)
         near = (x > -1) & (y > -1) & (x < width) & (y < height)
         x, y = tl.where(near, x, -2.0), tl.where(near, y, -2.0)
@@ -107,7 +110,7 @@ def aggregate_triton(values: Tensor, shapes: Sequence[tuple[int, int]], points: 
     grid = (triton.cdiv(queries, constants["TILE"]), groups, batch)
     with torch.cuda.device_of(values):  # Triton launches on the current GPU
         _aggregate[grid](
-            values.contiguous(), levels, points.float().contiguous(), weights.contiguous(), out, queries, groups,
-            pixels, **constants, **(WIDE if constants["LANES"] > _USUAL_LANES else EXACT),
+            values.contiguous(), levels, points.float().contiguous(), weights.float().contiguous(), out, queries,
+            groups, pixels, **constants, **(WIDE if constants["LANES"] > _USUAL_LANES else EXACT),
         )  # fmt: skip
     return out.flatten(2)
