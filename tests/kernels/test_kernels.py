@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -213,15 +214,11 @@ def test_triton_is_checked_at_its_first_use() -> None:
 
 
 @pytest.fixture
-def untried() -> Iterator[None]:
-    """Forget which GPUs were tried, before and afterwards."""
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test know of no GPU that was tried; what other tests know takes half a minute in the interpreter."""
     made: Any = implementation("triton_gpu")
-    kept = (made._agrees, made._softmax_agrees, deformable.compiled)
-    for function in kept:
-        function.cache_clear()
-    yield
-    for function in kept:
-        function.cache_clear()
+    for module, name in ((made, "_agrees"), (made, "_softmax_agrees"), (deformable, "compiled")):
+        monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
 
 
 def test_every_gpu_is_tried(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
