@@ -29,10 +29,10 @@ LAUNCH_S = 4e-6
 FP32_PER_S, BF16_PER_S = 67e12, 989e12
 """Operations of an H100 SXM by NVIDIA's data sheet: float32 without tensor cores, and bfloat16 with them, dense."""
 _COLUMNS = (
-    "| model | fp32 GiB | bf16 weights GiB | views, windows | launches in the network | beside it | 10^12 operations"
-    " | ms: launches | fp32 | bf16 |"
+    "| model | fp32 GiB | bf16 GiB | views, windows | launches in the network: fp32 | bf16 | beside it"
+    " | 10^12 operations | ms: launches, fp32 | launches, bf16 | operations, fp32 | operations, bf16 |"
 )
-_HEAD = f"{_COLUMNS}\n|{'---|' * 10}\n"
+_HEAD = f"{_COLUMNS}\n|{'---|' * 12}\n"
 
 
 def operations(name: str) -> float:
@@ -51,12 +51,13 @@ def operations(name: str) -> float:
 
 def row(whole: dict[str, Any], half: dict[str, Any]) -> str:
     """Return a system's line of the table, of what both passes found."""
-    launches, count = sum(whole["forward"].values()), operations(whole["model"])
-    beside = sum(whole["beside"].values())
-    times = (LAUNCH_S * (launches + beside), count / FP32_PER_S, count / BF16_PER_S)
+    launches, in_half = (sum(found["forward"].values()) for found in (whole, half))
+    beside, count = sum(whole["beside"].values()), operations(whole["model"])
+    of_launches = [LAUNCH_S * (number + beside) for number in (launches, in_half)]
+    times = (*of_launches, count / FP32_PER_S, count / BF16_PER_S)
     return (
         f"| `{whole['model']}` | {whole['peak_mib'] / 1024:.1f} | {half['peak_mib'] / 1024:.1f} | {whole['views']},"
-        f" {whole['windows']} | {launches} | {beside} | {count / 1e12:.3g} |"
+        f" {whole['windows']} | {launches} | {in_half} | {beside} | {count / 1e12:.3g} |"
         f" {' | '.join(_milliseconds(seconds) for seconds in times)} |\n"
     )
 

@@ -18,6 +18,10 @@ class ArgumentError(HarnessError, ValueError):
     """An argument from Python that makes no sense; also a ValueError, as Python's and torchmetrics' callers expect."""
 
 
+class ShortMemoryError(HarnessError):
+    """Memory is too short for a batch, however it was divided: fewer images at a time may fit."""
+
+
 class EveryImageError(HarnessError):
     """What failed for one image and would fail for every other one: a server that is gone."""
 

@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import ade_harness as ade
+from ade_harness import kernels
 from ade_harness.api import evaluation
 from ade_harness.data.labels import NO_CLASS
 from ade_harness.errors import HarnessError
@@ -594,3 +595,9 @@ def test_nothing_is_advised_that_cannot_be() -> None:
     stopped = "Stopped. Completed work is saved; to resume:\n  python -m ade_harness resume /tmp/x/run"
     assert evaluation._without_resume(stopped) == "Stopped."
     assert evaluation._without_resume("model=x: no such system.") == "model=x: no such system."
+
+
+def test_kernels_that_cannot_be_used_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda module, gpu: "no compiler")
+    result = ade.evaluate("demo", dataset="demo", options=SMALL)
+    assert "runtime.kernels=auto: plain torch is used, which is slower: no compiler" in result.notes

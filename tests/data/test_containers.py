@@ -794,3 +794,22 @@ def test_metadata_is_found_behind_a_long_segment_whose_length_looks_like_a_scan(
     end = 4 + int.from_bytes(data[4:6], "big")
     long = b"\xff\xe1" + struct.pack(">H", length) + bytes(length - 2)
     assert _without_metadata(data[:2] + long + data[2:]) == data[:2] + long + data[end:]
+
+
+def test_a_palette_of_one_colour_is_enough_for_labels_of_one_class() -> None:
+    picture = Image.fromarray(np.zeros((4, 5), np.uint8), mode="P")
+    picture.putpalette([7, 8, 9])
+    colors: tuple[Any, ...] = ((7, 8, 9), (1, 2, 3))
+    found = decode_labels(encoded(picture, bits=8), "a", LabelStorage("colour", colors))
+    assert np.array_equal(found, np.zeros((4, 5)))
+
+
+def test_a_segment_for_arithmetic_coding_is_no_frame() -> None:
+    """DAC (0xCC) stands among the markers of frames: what the frame said, and its scans lack, is still known after it."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3)).astype(np.uint8))
+    plain = encoded(photo, "JPEG", progressive=True)
+    first, last = plain.index(b"\xff\xda"), plain.rindex(b"\xff\xda")
+    with_segment = plain[:first] + b"\xff\xcc\x00\x04\x00\x10" + plain[first:]
+    assert np.array_equal(decode_image(with_segment, "a"), decode_image(plain, "a"))
+    with pytest.raises(HarnessError, match="the last scans of the JPEG are missing"):
+        decode_image(with_segment[: last + 6] + b"\xff\xd9", "a")

@@ -30,6 +30,7 @@ from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference import network
 from ade_harness.inference.factory import open_network
 from ade_harness.inference.forward import is_out_of_memory, short_memory_named
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.runs.provenance import environment
 from ade_harness.runtime import cluster, ranks
@@ -220,6 +221,66 @@ def test_a_batch_that_is_too_much_is_halved(
         fits = fits[fits.image_id != bad[0]]
     assert list(halved.image_id) == list(fits.image_id)
     assert list(halved.label_hash) == list(fits.label_hash)
+
+
+def test_labels_for_which_memory_is_short_are_redone_in_smaller_batches(
+    monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
+) -> None:
+    """Outputs of all images of a batch are held until the last is labelled."""
+    original, batches = NetworkPredictor.predict, [0]
+
+    def predict(self: Any, batch: Any, *arguments: Any) -> Any:
+        batches.append(len(batch))
+        return original(self, batch, *arguments)
+
+    def labels(self: Any, *arguments: Any) -> Any:
+        if batches[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return labelled(self, *arguments)
+
+    labelled = NetworkPredictor._labels
+    monkeypatch.setattr(NetworkPredictor, "predict", predict)
+    monkeypatch.setattr(NetworkPredictor, "_labels", labels)
+    overrides = (*FAST, "runtime.workers=0", "metrics.resamples=0", "inference.images=4", "inference=fit_512")
+    done = call("dataset.images=8", *overrides, "run.dir=halved")
+    assert done.code == 0, done.err
+    assert "inference.images=2 avoids it" in " ".join(done.out.split())
+    assert {2, 4} <= set(batches)
+    assert len(pd.read_parquet(tmp_path / "halved/ledger")) == 8
+
+
+def test_what_the_machine_lacks_is_said_before_the_first_image(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    monkeypatch.setattr("ade_harness.evaluation.job._machine_notes", lambda cfg, device: ["this GPU is too small"])
+
+    def stopped(*_: Any) -> None:
+        raise HarnessError("out of memory with one input")
+
+    monkeypatch.setattr(EvaluationModule, "_launch", stopped)
+    done = call(*FAST, "dataset.images=2", "runtime.workers=0", "metrics.resamples=0")
+    assert done.code == 2
+    assert "Note: this GPU is too small." in done.out
+
+
+def test_gpus_are_counted_without_torch() -> None:
+    """A supervisor's ranks wait for it meanwhile."""
+    program = """
+import ctypes, sys
+from types import SimpleNamespace
+from ade_harness.config.runtime import RuntimeConfig
+from ade_harness.runtime import cluster
+def count(place):
+    place._obj.value = 4
+    return 0
+fits = SimpleNamespace(cuInit=lambda flags: 0, cuDeviceGetCount=count)
+cluster._has_gpu_files = lambda: True
+ctypes.CDLL = lambda name: {"libcuda.so.1": fits}[name]
+assert cluster.resolve_devices(RuntimeConfig()) == ("cuda", 4)
+assert "torch" not in sys.modules
+ctypes.CDLL = lambda name: SimpleNamespace(cuInit=lambda flags: 100)
+assert cluster._driver_gpus() == 0
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_gpus_that_cuda_cannot_use_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

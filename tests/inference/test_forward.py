@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import ade_harness as ade
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import group_images
@@ -19,8 +21,10 @@ from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import uncovered, window_grid
 from ade_harness.inference.predictor import Prediction
 from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels import reference
 from ade_harness.models.formats.demo import load_demo_network
 from ade_harness.models.loaded import LoadedModel
+from ade_harness.models.outputs import LabelMap
 
 CPU = torch.device("cpu")
 SLIDE = ["inference=mmseg_slide_512", "inference.resize.side=96", "inference.resize.max_side=400", "inference.window.crop=64", "inference.window.stride=43"]  # fmt: skip
@@ -228,6 +232,51 @@ def test_inductor_chooses_no_sums_by_their_time(monkeypatch: pytest.MonkeyPatch)
         made = predictor(load_demo_network(), "inference=original_size", f"inference.compile={backend}")
         predict(made, picture(64, 80))
     assert [options["options"] for options in asked] == [{"deterministic": True}, None]
+
+
+def test_a_compiled_network_is_not_compiled_for_a_second_size() -> None:
+    segmenter = ade.load_model("demo", options={"inference.compile": "eager"})
+    first = segmenter(picture(64, 64))
+    assert np.array_equal(segmenter(picture(64, 64)), first)
+    with pytest.raises(HarnessError, match=r"has compiled the network for a batch of \[1, 3, 64, 64\], this one is"):
+        segmenter(picture(96, 64))
+
+
+def test_a_shortage_that_a_library_reports_by_an_error_of_its_own_is_one() -> None:
+    class FailError(Exception):
+        """As onnxruntime's, which are no RuntimeErrors."""
+
+    made = predictor(Recorder(2, FailError, "Failed to allocate memory for requested buffer of size 9"), *SLIDE)
+    made.forward.cfg.batch = 6
+    predict(made, picture(96, 128))
+    assert made.forward.fits is not None
+
+
+def test_no_value_of_a_label_map_is_read_beside_the_cpu() -> None:
+    labels = torch.zeros(2, 5, 7, dtype=torch.int64)
+    assert LabelMap(labels.to("meta")).as_scores(19, "image0").shape == (2, 19, 5, 7)
+    scores = LabelMap(labels + 3).as_scores(19, "image0")
+    assert torch.equal(scores.argmax(1), labels + 3)
+    assert scores.sum() == labels.numel()
+
+
+def test_scores_are_enlarged_by_the_native_kernel_whatever_the_caller_has_set() -> None:
+    """torch's global switch of determinism puts a decomposition in its place on CUDA, with other bits."""
+    called: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Watch():
+            reference._resize(torch.empty(1, 3, 4, 5, device="meta"), (8, 9))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert called[-1] == "upsample_bilinear2d.default"
+    assert len(called) == 2  # the other is the input
 
 
 def test_a_compiled_network_has_one_graph_whatever_comes_first() -> None:

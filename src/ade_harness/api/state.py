@@ -8,6 +8,7 @@ network is evaluated by one thread at a time: the next one waits.
 from __future__ import annotations
 
 import copy
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.lifetime import exit_location
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _composing = threading.RLock()
 _process = threading.Lock()
 _modules: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -52,6 +54,8 @@ class _Before:
     """Values of torch's newer switches, in the order of :func:`_newer`."""
     strict: bool
     warns: bool
+    workspace: str | None
+    """Of cuBLAS, from the environment."""
 
 
 @dataclass
@@ -230,6 +234,7 @@ def _remember() -> _Before:
         tuple(newer.fp32_precision for newer in _newer()),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        os.environ.get(_WORKSPACE),
     )  # fmt: skip
 
 
@@ -264,6 +269,8 @@ def _seed(seed: int) -> None:
 
 
 def _set_switches() -> None:
+    if not _uses_cuda():  # read when CUDA starts; a process that uses it has chosen
+        os.environ.setdefault(_WORKSPACE, ":4096:8")
     backends = torch.backends
     backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
     backends.cuda.enable_cudnn_sdp(False)  # as in the command line's runs (runtime/ranks.py)
@@ -301,6 +308,8 @@ def _give_back(before: _Before) -> None:
     for newer, value in zip(_newer(), before.precisions, strict=True):
         if newer.fp32_precision != value:
             newer.fp32_precision = value
+    if before.workspace is None:
+        os.environ.pop(_WORKSPACE, None)
     if torch.are_deterministic_algorithms_enabled() != before.strict:
         torch.use_deterministic_algorithms(before.strict, warn_only=before.warns)
 

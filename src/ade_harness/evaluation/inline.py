@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ade_harness import kernels
 from ade_harness.config.composed import Composed
@@ -27,11 +29,12 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_images
 from ade_harness.evaluation.job import describe_marks
-from ade_harness.evaluation.module import refuse_invalid
+from ade_harness.evaluation.module import refuse_invalid, to_host
 from ade_harness.evaluation.recorder import row_of
 from ade_harness.evaluation.score import advice, describe_costs, require_labelled
-from ade_harness.inference.predictor import Predictor
+from ade_harness.inference.predictor import Prediction, Predictor
 from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels import Kernels
 from ade_harness.kernels.confidence import count_confidence
 from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.counts import Row
@@ -70,6 +73,8 @@ class Counted:
     seconds: float
     gpu_peak: int | None = None
     """Bytes of GPU memory that torch held at once; None without a GPU, or where the process had held more before."""
+    kernels_reason: str | None = None
+    """What of the label kernels had to be left to plain torch, and why."""
 
 
 def open_here(cfg: Config, open_predictor: Callable[[Classes], Predictor]) -> Opened:
@@ -129,32 +134,73 @@ def count_here(
     """
     begin = time.perf_counter()
     held = most_held(device)
-    chosen = kernels.select(kernels_choice, device.type)
+    chosen, reason = kernels.selection(kernels_choice, device.type)
     classes = len(opened.dataset.classes)
     matrix, rows = np.zeros((classes, classes + 1), np.int64), []
     items = ImageItems(opened.dataset, opened.groups, opened.predictor, set())
-    for batch in _prepared(items, numbers, threads):
+    launched = deque[_Launched]()
+    last = time.perf_counter()
+
+    def finish(batch: _Launched) -> None:
+        nonlocal last
+        if batch.done is not None:
+            batch.done.synchronize()
+        now = time.perf_counter()
+        seconds, last = (now - max(batch.start, last)) / len(batch.images), now
+        for image, prediction, counted, confidence in zip(
+            batch.images, batch.predictions, batch.counts, batch.calibrations, strict=True
+        ):
+            refuse_invalid(image.image_id, prediction.invalid_share)
+            counts = counted.numpy()
+            rows.append(row_of(image, prediction.labels, counts, confidence.numpy(), seconds, rank))
+            np.add(matrix, counts, out=matrix)
+            keep(rows[-1], prediction.labels.numpy(), counts)
+        on_images(len(rows))
+
+    for batch in _prepared(items, numbers, threads, pinned=device.type == "cuda"):
         for item in batch:
             if isinstance(item, Failure):
                 raise HarnessError(item.message)
-        images = [item for item in batch if isinstance(item, LoadedImage)]
-        start = time.perf_counter()
-        predictions = opened.predictor.predict([image.prepared for image in images], device, Stopwatch(device))
-        for image, prediction in zip(images, predictions, strict=True):
-            refuse_invalid(image.image_id, prediction.invalid_share)
-            target = image.target.to(device)
-            counts = chosen.count(prediction.labels, target, classes).cpu().numpy()
-            confidence = np.zeros(0, np.int64)
-            if prediction.confidence is not None:
-                confidence = count_confidence(prediction.confidence, prediction.labels, target).cpu().numpy()
-            seconds = (time.perf_counter() - start) / len(images)
-            labels = prediction.labels.cpu()
-            rows.append(row_of(image, labels, counts, confidence, seconds, rank))
-            matrix += counts
-            keep(rows[-1], labels.numpy(), counts)
-        on_images(len(rows))
+        launched.append(_launch([item for item in batch if isinstance(item, LoadedImage)], opened, device, chosen))
+        while len(launched) > (1 if device.type == "cuda" else 0):  # a GPU works on one while another is counted
+            finish(launched.popleft())
+    while launched:
+        finish(launched.popleft())
     peak = most_held(device)
-    return Counted(rows, matrix, time.perf_counter() - begin, peak if peak > held else None)
+    return Counted(rows, matrix, time.perf_counter() - begin, peak if peak > held else None, reason)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch whose results are on their way to the host."""
+
+    images: list[LoadedImage]
+    predictions: list[Prediction]
+    counts: list[Tensor]
+    calibrations: list[Tensor]
+    start: float
+    done: Any
+    """A CUDA event after the last copy; None where everything is there already."""
+
+
+def _launch(images: list[LoadedImage], opened: Opened, device: torch.device, chosen: Kernels) -> _Launched:
+    """Predict and count a batch; on a GPU nothing waits for it."""
+    start = time.perf_counter()
+    predictions = opened.predictor.predict([image.prepared for image in images], device, Stopwatch(device))
+    counts, calibrations = [], []
+    for image, prediction in zip(images, predictions, strict=True):
+        target = image.target.to(device, non_blocking=True)
+        counts.append(to_host(chosen.count(prediction.labels, target, len(opened.dataset.classes))))
+        found = torch.zeros(0, dtype=torch.int64)
+        if prediction.confidence is not None:
+            found = to_host(count_confidence(prediction.confidence, prediction.labels, target))
+        calibrations.append(found)
+    on_host = [Prediction(to_host(p.labels), to_host(p.invalid_share)) for p in predictions]
+    done = None
+    if device.type == "cuda":
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+    return _Launched(images, on_host, counts, calibrations, start, done)
 
 
 def most_held(device: torch.device) -> int:
@@ -165,17 +211,30 @@ def most_held(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _prepared(items: ImageItems, numbers: Sequence[int], threads: int) -> Iterator[list[LoadedImage | Failure]]:
-    """Yield prepared batches in order; threads work ahead, and are ended with the generator."""
+def _prepared(
+    items: ImageItems, numbers: Sequence[int], threads: int, pinned: bool = False
+) -> Iterator[list[LoadedImage | Failure]]:
+    """Yield prepared batches in order; threads work ahead, and are ended with the generator.
+
+    Args:
+        items: of the data set.
+        numbers: of the batches.
+        threads: how many; 0 prepares in between.
+        pinned: whether pixels are to lie in pinned memory, from which a GPU copies them while the host goes on.
+    """
+
+    def prepared(number: int) -> list[LoadedImage | Failure]:
+        return [i.pin_memory() if pinned and isinstance(i, LoadedImage) else i for i in items[number]]
+
     if threads == 0:
         for number in numbers:
-            yield items[number]
+            yield prepared(number)
         return
     todo, pending = iter(numbers), deque[Future[list[LoadedImage | Failure]]]()
     pool = ThreadPoolExecutor(threads, "ade_harness")
     try:
         for number in todo:
-            pending.append(pool.submit(items.__getitem__, number))
+            pending.append(pool.submit(prepared, number))
             if len(pending) > _AHEAD * threads:
                 yield pending.popleft().result()
         while pending:
@@ -215,7 +274,14 @@ def conclude(
     result = summarise(
         composed.config, run_dir, dataset, rows, matrix, opened.marks, composed.changes, opened.predictor.facts(),
         code_state()["commit"],
-        notes=(*opened.predictor.notes(), *advice(rows, dataset.classes, opened.predictor.facts())),
+        notes=(
+            *opened.predictor.notes(),
+            *dict.fromkeys(
+                f"runtime.kernels={composed.config.runtime.kernels}: {part.kernels_reason}"
+                for part in counted if part.kernels_reason is not None
+            ),
+            *advice(rows, dataset.classes, opened.predictor.facts()),
+        ),
         seconds=seconds,
         images_per_second=len(rows) / seconds if seconds else 0.0,
         balance=Balance(tuple(shares)),

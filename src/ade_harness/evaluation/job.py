@@ -23,6 +23,7 @@ from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.inference.factory import open_predictor
+from ade_harness.inference.forward import AUTOCAST
 from ade_harness.inference.memory import memory_warning
 from ade_harness.inference.predictor import Predictor
 from ade_harness.models.identity import state_hash
@@ -47,7 +48,8 @@ def open_run(composed: Composed, job: Job, ranks: Ranks, console: Console) -> Ru
     facts = describe_facts(job.dataset, job.ids_hash, job.facts, cfg, ranks.trainer.strategy.root_device.type)
     facts["repeat"] = composed.repeat
     record = start_record(config, facts, job.marks, seeds, console.print)
-    for line in (*record.manifest["marks"], f"run directory: {record.path}"):
+    known = [f"Note: {note}." for note in job.notes]  # now, and not only after the last image
+    for line in (*record.manifest["marks"], *known, f"run directory: {record.path}"):
         print_line(console, line)
     return record
 
@@ -114,7 +116,9 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
     implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}
     if predictor.network is not None:
-        implementations["deformable attention"] = attention = implementation_of(predictor.network, device)
+        implementations["deformable attention"] = attention = implementation_of(
+            predictor.network, device, AUTOCAST.get(cfg.inference.precision)
+        )
         if attention is not None:
             why = FALLBACKS.get(device)
             facts = {**facts, "deformable_attention": attention if why is None else f"{attention}: {why}"}
@@ -122,8 +126,9 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     implementations["the label kernels' remainder"] = None if reason is None else "plain torch"
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations)
     if reason is not None:
-        notes.append(f"runtime.kernels=auto: {reason}")
-    notes += _machine_notes(cfg, device)
+        notes.append(f"runtime.kernels={cfg.runtime.kernels}: {reason}")
+    of_ranks = gather(_machine_notes(cfg, device))  # nodes may have other GPUs
+    notes += dict.fromkeys(note for of_rank in of_ranks for note in of_rank)
     marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
     return Job(
         dataset, sizes, wrong, ids_hash, predictor, facts, loaders, tuple(marks), tuple(composed.changes), tuple(notes)

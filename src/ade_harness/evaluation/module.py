@@ -17,7 +17,7 @@ from torch import Tensor
 from ade_harness import kernels
 from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
-from ade_harness.errors import EveryImageError, HarnessError
+from ade_harness.errors import EveryImageError, HarnessError, ShortMemoryError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job
 from ade_harness.evaluation.recorder import CountedImage, Recorder
@@ -99,7 +99,7 @@ class EvaluationModule(pl.LightningModule):
             self.progress = self.process(loaded, self.device, self.global_rank)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave copying to the predictor, which does it beside the computation."""
+        """Leave copying to the predictor."""
         return batch
 
     def cpu(self) -> EvaluationModule:
@@ -169,8 +169,11 @@ class EvaluationModule(pl.LightningModule):
                 self._launched.append(self._launch(images, device))
                 return None
             except HarnessError as error:
-                if len(images) == 1 or not self.skip_failures or isinstance(error, EveryImageError):
+                short = isinstance(error, ShortMemoryError)
+                may_be_one = (self.skip_failures or short) and not isinstance(error, EveryImageError)
+                if len(images) == 1 or not may_be_one:
                     return self._fail(ids, error)
+                reason = str(error) if short else ""
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -207,9 +210,9 @@ class EvaluationModule(pl.LightningModule):
                     None if confidence is None else count_confidence(confidence, prediction.labels, target)
                 )
         with watch("copy"):
-            counts = [_to_host(c) for c in counts]
-            calibrated = [torch.zeros(0, dtype=torch.int64) if c is None else _to_host(c) for c in calibrations]
-            predictions = [Prediction(_to_host(p.labels), _to_host(p.invalid_share)) for p in predictions]
+            counts = [to_host(c) for c in counts]
+            calibrated = [torch.zeros(0, dtype=torch.int64) if c is None else to_host(c) for c in calibrations]
+            predictions = [Prediction(to_host(p.labels), to_host(p.invalid_share)) for p in predictions]
         done = None
         if device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -267,7 +270,8 @@ def refuse_invalid(image_id: str, share: Tensor | None) -> None:
     if share is not None and share > 0:
         raise HarnessError(
             f"{image_id}: {100 * share.item():.3g}% of the model's scores are NaN or +inf. Check the checkpoint, the"
-            " pixel statistics (model.input) and the precision: half precision overflows above 65,504."
+            " pixel statistics (model.input) and the precision: half precision overflows above 65,504. (A network that"
+            " returns labels: some are none of its channels.)"
         )
 
 
@@ -277,7 +281,7 @@ def sum_stages(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(stages.get(name, 0.0) for stages in of_ranks) for name in names}
 
 
-def _to_host(tensor: Tensor | None) -> Tensor:
+def to_host(tensor: Tensor | None) -> Tensor:
     """Start copying a tensor to the host; on a GPU it is there when the stream has come this far."""
     if tensor is None:
         return torch.zeros(())

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ade_harness.config.inference import InferenceConfig
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, ShortMemoryError
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import LabelMap, MaskLogits, other_scores, read_output
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""``inference.precision`` -> what the forward's autocast computes in."""
 
 
 _OUT_OF_MEMORY = (
@@ -23,6 +24,7 @@ _OUT_OF_MEMORY = (
     "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_NOT_INITIALIZED",
     "unable to find an engine to execute this computation",  # cuDNN, where no plan's workspace fits
+    "Failed to allocate memory for requested buffer",  # onnxruntime
 )  # fmt: skip
 
 
@@ -50,6 +52,8 @@ class BatchedForward:
         self.needed: int | None = None
         self.passed_over = 0
         self._module: Any = None
+        self._compiled_for: tuple[int, ...] | None = None
+        """The shape of the first batch, where the network is compiled."""
 
     def __call__(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
         """Return each image's scores [1, C, h, w] float32, or mask classification with N = 1.
@@ -84,7 +88,7 @@ class BatchedForward:
             size = f"{images[0].shape[2]}x{images[0].shape[1]}"
             limit = min(limit, len(images)) // 2
             if limit < 1 or self._always_full:
-                raise HarnessError(
+                raise ShortMemoryError(
                     f"{what}: out of memory with one input of {size} ({str(short).splitlines()[0]})."
                     " Use a device with more memory, inference.precision=bf16, a smaller inference.batch, or a protocol"
                     " with smaller inputs."
@@ -96,6 +100,8 @@ class BatchedForward:
 
     def batch(self, device: torch.device) -> int:
         """Return how many inputs share a forward on this device, if memory allows."""
+        if self._compiled_for is not None:
+            return self._compiled_for[0]
         # on a CPU several windows at a time only leave its caches (measured: up to 6 % slower)
         usual = self.cfg.images if device.type == "cpu" else 8
         if self.cfg.compile is not None and self.needed is not None:  # what fills up a batch is computed too
@@ -170,6 +176,14 @@ class BatchedForward:
         return abs(output[2] - output[3]) > 2 and fits(output[:1:-1]) and not fits(output[2:])
 
     def _run(self, batch: Tensor, what: str) -> Any:
+        if self.cfg.compile:
+            self._compiled_for = self._compiled_for or tuple(batch.shape)
+            if self._compiled_for != tuple(batch.shape):
+                raise HarnessError(
+                    f"{what}: inference.compile={self.cfg.compile} has compiled the network for a batch of"
+                    f" {list(self._compiled_for)}, this one is {list(batch.shape)}: what is compiled for a second shape"
+                    " depends on the first. Use a protocol with windows, or leave inference.compile out."
+                )
         if self.cfg.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         try:
@@ -179,6 +193,8 @@ class BatchedForward:
         except (HarnessError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the network may be anybody's code
+            if is_out_of_memory(error) and not isinstance(error, RuntimeError):
+                raise torch.OutOfMemoryError(str(error)) from error  # of a library with errors of its own
             if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise  # the first is dealt with above; after the second this process cannot use its GPU any more
             reason = " ".join(_said(error).split())[:300]
@@ -202,12 +218,12 @@ class BatchedForward:
         """Return what to do where weights are of another type than the images, which are float32; else nothing."""
         weights = {p.dtype for p in self.model.module.parameters() if p.is_floating_point()} - {torch.float32}
         about_types = any(word in reason for word in ("type", "Float", "Half", "Double"))
-        if not weights or not about_types or self.cfg.precision in _AUTOCAST:
+        if not weights or not about_types or self.cfg.precision in AUTOCAST:
             return ""
         name = str(min(weights, key=str)).removeprefix("torch.")
         exported = isinstance(self.model.module, torch.jit.ScriptModule | torch.fx.GraphModule)
         permitted = self.model.of_caller or not exported  # an exported file runs as it says
-        known = next((k for k, dtype in _AUTOCAST.items() if dtype in weights and permitted), None)
+        known = next((k for k, dtype in AUTOCAST.items() if dtype in weights and permitted), None)
         convert = "network.float()" if self.model.of_caller else "export it in float32"
         advice = f"inference.precision={known}, or {convert}" if known else convert
         return f" Its weights are {name}, images float32: {advice}."
@@ -289,7 +305,7 @@ def arithmetic_of(name: str, device_type: str) -> Iterator[None]:
         before = False, False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     try:
-        with torch.autocast(device_type, dtype=_AUTOCAST.get(name), enabled=name in _AUTOCAST):
+        with torch.autocast(device_type, dtype=AUTOCAST.get(name), enabled=name in AUTOCAST):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -17,7 +17,7 @@ from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, ShortMemoryError
 from ade_harness.inference.fitting import check_one_size, check_plan, fitted
 from ade_harness.inference.forward import BatchedForward, is_out_of_memory
 from ade_harness.inference.masks import mask_view
@@ -178,7 +178,7 @@ class NetworkPredictor:
             if again and torch.cuda.is_available():
                 torch.cuda.empty_cache()
         height, width = prepared.original_size
-        raise HarnessError(
+        raise ShortMemoryError(
             f"{prepared.image_id}: out of memory while labelling {width}x{height} ({reason}). Use a device with more"
             " memory, metrics.calibration=false, or a protocol that averages scores."
         )
@@ -242,10 +242,13 @@ class NetworkPredictor:
         windows: dict[Size, list[tuple[int, int, Tensor]]] = {}
         for image, (prepared, views) in enumerate(zip(batch, plans, strict=True)):
             distinct = list(dict.fromkeys(plan.sizes for plan in views))
+            copied: dict[int, Tensor] = {}  # of each scale, which views and their mirrored ones share
             for view, plan in enumerate(views):
                 with watch("copy"):
-                    pixels = prepared.pixels[distinct.index(plan.sizes)].to(device, non_blocking=True)
-                    canvas = self._canvas(pixels, plan)
+                    scale = distinct.index(plan.sizes)
+                    if scale not in copied:
+                        copied[scale] = prepared.pixels[scale].to(device, non_blocking=True)
+                    canvas = self._canvas(copied[scale], plan)
                 for top, left in plan.origins:
                     part = canvas[:, top : top + plan.window[0], left : left + plan.window[1]]
                     windows.setdefault(plan.window, []).append((image, view, part))

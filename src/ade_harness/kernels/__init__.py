@@ -63,7 +63,7 @@ def select(choice: str, device_type: str) -> Kernels:
 
 
 def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
-    """Return what :func:`select` returns, and what ``auto`` had to leave to plain torch, and why; None if nothing.
+    """Return what :func:`select` returns, and what had to be left to plain torch, and why; None if nothing.
 
     Raises:
         HarnessError: as :func:`select`.
@@ -79,7 +79,7 @@ def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
         reason = unavailable_reason(module, gpu)
         if reason is None:
             found = importlib.import_module(f"ade_harness.kernels.{module}")
-            return cast(Kernels, found), found.shortcoming() if choice == "auto" else None
+            return cast(Kernels, found), found.shortcoming()
         if choice != "auto":
             raise HarnessError(f"runtime.kernels={choice}: cannot be used ({reason}). runtime.kernels=torch works.")
     plain = cast(Kernels, importlib.import_module("ade_harness.kernels.reference"))

@@ -201,6 +201,9 @@ def _resize(scores: Tensor, size: Size) -> Tensor:
     # torch's CUDA kernel copies in this case; its CPU kernel multiplies by 0, which turns infinities into NaN
     if same and (scores.device.type != "cpu" or bool(torch.isfinite(scores).all())):
         return scores
+    if scores.device.type != "cpu":  # F.interpolate has other bits there under torch's global switch of determinism
+        native: Tensor = torch.ops.aten.upsample_bilinear2d(scores, list(size), False)
+        return native
     return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 

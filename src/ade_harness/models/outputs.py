@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ade_harness.errors import HarnessError
 
@@ -29,12 +29,18 @@ class LabelMap(NamedTuple):
         """Return 1 for the label's channel and 0 for the others, float32 [N, channels, h, w].
 
         Their argmax is the labels, so that a protocol goes on with them as with any scores; where it enlarges or
-        averages them, pixels vote.
+        averages them, pixels vote. On a GPU, where nothing waits for a value, all scores of a label that is no channel
+        are NaN, which is found at the end.
 
         Raises:
-            HarnessError: a label that is no channel.
+            HarnessError: a label that is no channel, on a CPU.
         """
         labels = self.labels.long()  # of uint16 torch knows no minimum
+        every = torch.arange(channels, device=labels.device)
+        scores = (labels[:, None] == every[:, None, None]).float()
+        if labels.device.type != "cpu":
+            wrong = (labels < 0) | (labels >= channels)
+            return scores.masked_fill_(wrong[:, None], float("nan"))
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= channels:
             raise HarnessError(
@@ -42,7 +48,7 @@ class LabelMap(NamedTuple):
                 " its channels for every pixel. Labels that mean other classes, or none, go by model.class_map; what"
                 " numbers classes otherwise goes by model=predictions, as PNG files."
             )
-        return nn.functional.one_hot(labels, channels).permute(0, 3, 1, 2).float()
+        return scores
 
 
 def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:

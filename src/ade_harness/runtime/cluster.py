@@ -5,6 +5,7 @@ Nothing here needs torch, so that the process that only starts ranks stays small
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -73,8 +75,25 @@ def _has_gpu_files() -> bool:
 
 
 def gpu_count() -> int:
-    """Return how many GPUs torch can use; torch is not imported where there can be none."""
-    return usable_gpus() if _has_gpu_files() else 0
+    """Return how many GPUs there are for ranks.
+
+    The driver is asked where torch is not imported yet, which takes a supervisor seconds before its ranks can begin;
+    whether this torch can use them each rank finds out. Torch says it, and why not, where the driver has none.
+    """
+    if not _has_gpu_files():
+        return 0
+    return ("torch" not in sys.modules and _driver_gpus()) or usable_gpus()
+
+
+def _driver_gpus() -> int:
+    """Return how many GPUs the CUDA driver gives this process (by CUDA_VISIBLE_DEVICES); 0 if it gives none."""
+    number = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(number))
+    return 0 if failed else number.value
 
 
 def usable_gpus() -> int:

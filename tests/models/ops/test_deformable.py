@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.inference.factory import open_network
+from ade_harness.models.backbones.internimage import Dcnv3
 from ade_harness.models.ops import deformable
 from ade_harness.models.ops.attention import attend, reference_operations
 from ade_harness.models.ops.deformable import (
@@ -272,20 +274,20 @@ def test_a_compiled_operation_that_does_not_work_here_is_not_used(monkeypatch: p
     for broken, expected in (
         (lambda *_: (_ for _ in ()).throw(RuntimeError("no C compiler\nx")), "RuntimeError: no C compiler"),
         (lambda *a: deformable.aggregate_torch(*a) * 1.001, "it gave other values than torch"),
-        # each dtype is compiled for itself, and so are wide heads
-        (
-            lambda *a: deformable.aggregate_torch(*a) * (1 + (a[0].dtype == torch.bfloat16) / 64),
-            "it gave other values than torch",
-        ),
-        (
-            lambda *a: deformable.aggregate_torch(*a) * (1 + (a[0].shape[3] > 64) / 64),
-            "it gave other values than torch",
-        ),
     ):
         monkeypatch.setattr("ade_harness.models.ops.deformable_numba.aggregate_numba", broken)
         deformable.compiled.cache_clear()
         assert deformable.compiled("cpu") == (deformable.aggregate_torch, expected)
         assert deformable.FALLBACKS["cpu"] == expected
+    monkeypatch.setattr(
+        "ade_harness.models.ops.deformable_numba.aggregate_numba",
+        lambda *a: deformable.aggregate_torch(*a) * (1 + (a[0].dtype == torch.bfloat16) / 16),
+    )
+    deformable.compiled.cache_clear()
+    one = deformable.Variant(12, 3, 32)  # each variant is compiled for itself, and tried for itself
+    assert deformable.compiled("cpu", None, one)[1] is None
+    half = dataclasses.replace(one, dtype=torch.bfloat16)
+    assert deformable.compiled("cpu", None, half)[1] == "it gave other values than torch"
     monkeypatch.undo()
     deformable.compiled.cache_clear()
 
@@ -312,8 +314,12 @@ def test_compiling_a_network_goes_through_the_operation(backend: str) -> None:
         assert torch.equal(compiled(values), network(values))
 
 
-class Calls(nn.Module):
+class Calls(nn.Linear):
     aggregates = True
+    variant = deformable.Variant(12, 3, 32)
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
 
 
 def test_every_module_that_calls_the_operation_says_so() -> None:
@@ -335,5 +341,13 @@ def test_every_module_that_calls_the_operation_says_so() -> None:
 def test_the_implementation_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deformable.implementation_of(nn.Linear(2, 2), "cpu") is None
     assert deformable.implementation_of(nn.Sequential(Calls()), "cpu") == "numba"
+    tried: list[deformable.Variant] = []
+    monkeypatch.setattr(deformable, "compiled", lambda *a: (tried.append(a[2]), (deformable.aggregate_torch, ""))[1])
+    network = nn.Sequential(DeformableAttention(64, 4, 3, 4, value_width=32), Dcnv3(48, 3, 5), Calls())
+    assert deformable.implementation_of(network, "cpu", torch.bfloat16) == "torch"
+    assert set(tried) == {  # all that its operations are called with, before the first image
+        deformable.Variant(12, 3, 8, torch.bfloat16), deformable.Variant(9, 1, 16, torch.bfloat16),
+        deformable.Variant(12, 3, 32, torch.bfloat16),
+    }  # fmt: skip
     monkeypatch.setattr(deformable, "compiled", lambda *_: (deformable.aggregate_torch, "no compiler"))
     assert deformable.implementation_of(nn.Sequential(Calls()), "cpu") == "torch"

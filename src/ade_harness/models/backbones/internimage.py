@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade_harness.models.ops.deformable import deformable_convolution_v3
+from ade_harness.models.ops.deformable import Variant, deformable_convolution_v3
 
 _EPS = 1e-6
 
@@ -29,6 +29,11 @@ class Dcnv3(nn.Module):
     """
 
     aggregates = True
+
+    @property
+    def variant(self) -> Variant:
+        """What :func:`deformable_convolution_v3` is called with."""
+        return Variant(TAPS, 1, self.input_proj.out_features // self.groups)
 
     def __init__(self, width: int, groups: int, kernel: int) -> None:
         super().__init__()

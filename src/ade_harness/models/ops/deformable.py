@@ -9,7 +9,9 @@ samples. Sources: Deformable DETR (Zhu et al. 2021), InternImage (Wang et al. 20
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,8 @@ _Aggregate = Callable[[Tensor, Sequence[Shape], Tensor, Tensor], Tensor]
 def _aggregate(values: Tensor, shapes: list[int], points: Tensor, weights: Tensor) -> Tensor:
     """What is compiled, as an operator: torch.compile, torch.export and fake tensors know the shape of its result."""
     levels = list(zip(shapes[::2], shapes[1::2], strict=True))
-    return compiled(values.device.type, values.device.index)[0](values, levels, points, weights)
+    variant = Variant(points.shape[3], len(levels), values.shape[3], values.dtype)
+    return compiled(values.device.type, values.device.index, variant)[0](values, levels, points, weights)
 
 
 @_aggregate.register_fake
@@ -94,8 +97,19 @@ def _(values: Tensor, shapes: list[int], points: Tensor, weights: Tensor) -> Ten
 
 _AGREES = 1e-5
 """Largest difference to torch's result, over its largest value: sums of a dozen products in another order."""
-_TRIED = ((8, torch.float32), (8, torch.float16), (8, torch.bfloat16), (128, torch.float32))
-"""Channels and dtypes of values that are compared: each dtype is compiled for itself, and so are wide heads."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a compiled kernel is made for: each other one is compiled for itself."""
+
+    taps: int = 8
+    """Samples of each query, of all levels together."""
+    levels: int = 2
+    channels: int = 8
+    """Of a head or group."""
+    dtype: torch.dtype = torch.float32
+    """Of the values."""
 
 
 FALLBACKS: dict[str, str] = {}
@@ -103,31 +117,41 @@ FALLBACKS: dict[str, str] = {}
 
 
 @cache
-def compiled(device: str, index: int | None = None) -> tuple[_Aggregate, str | None]:
+def compiled(device: str, index: int | None = None, variant: Variant = Variant()) -> tuple[_Aggregate, str | None]:
     """Return the implementation for a type of device, or for one of several, and why it is plain torch if it is.
 
-    The compiled one is called once, on a few points, and compared: a compiler that is missing, a cache that cannot be
-    written and an architecture that is not known are found before the first image.
+    Each variant of the compiled one is called once, on a few points, and compared: a compiler that is missing, a cache
+    that cannot be written and an architecture that is not known are found before the first image.
     """
-    found, reason = _tried(device, device if index is None else f"{device}:{index}")
+    found, reason = _tried(device, device if index is None else f"{device}:{index}", variant)
     if reason is not None:
         FALLBACKS[device] = reason
     return found, reason
 
 
-def implementation_of(network: nn.Module, device: str) -> str | None:
+def implementation_of(network: nn.Module, device: str, dtype: torch.dtype | None = None) -> str | None:
     """Return what a network's deformable operations run on a type of device; None if it has none.
 
-    Others round otherwise, so the ranks of a run must have the same.
+    Others round otherwise, so the ranks of a run must have the same. All variants that the network needs are tried, so
+    that none is compiled for the first image.
+
+    Args:
+        network: on any device.
+        device: "cpu" or "cuda".
+        dtype: of autocast; None: of the network's weights.
     """
-    if not any(getattr(module, "aggregates", False) for module in network.modules()):
-        return None
-    if compiled(device, torch.cuda.current_device() if device == "cuda" else None)[0] is aggregate_torch:
-        return "torch"
-    return "triton" if device == "cuda" else "numba"
+    modules: Any = network.modules()
+    needed = {
+        replace(module.variant, dtype=dtype or next(module.parameters()).dtype)
+        for module in modules if getattr(module, "aggregates", False)
+    }  # fmt: skip
+    index = torch.cuda.current_device() if device == "cuda" else None
+    made = "triton" if device == "cuda" else "numba"
+    found = {"torch" if compiled(device, index, one)[0] is aggregate_torch else made for one in needed}
+    return " and ".join(sorted(found)) or None
 
 
-def _tried(device: str, place: str) -> tuple[_Aggregate, str | None]:
+def _tried(device: str, place: str, variant: Variant) -> tuple[_Aggregate, str | None]:
     try:
         if device == "cuda":
             from ade_harness.models.ops.deformable_triton import aggregate_triton as fast
@@ -135,7 +159,7 @@ def _tried(device: str, place: str) -> tuple[_Aggregate, str | None]:
             from ade_harness.models.ops.deformable_numba import aggregate_numba as fast
         else:
             return aggregate_torch, f"there is none for {device}"
-        return (fast, None) if _agrees(fast, place) else (aggregate_torch, "it gave other values than torch")
+        return (fast, None) if _agrees(fast, place, variant) else (aggregate_torch, "it gave other values than torch")
     except Exception as error:  # a missing package, or a compiler that fails in any way
         if "out of memory" in str(error) or "CUDA error" in str(error):  # the ranks of a run have to have the same
             raise HarnessError(
@@ -145,19 +169,16 @@ def _tried(device: str, place: str) -> tuple[_Aggregate, str | None]:
         return aggregate_torch, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _agrees(fast: _Aggregate, device: str) -> bool:
-    return all(_agrees_on(fast, device, channels, dtype) for channels, dtype in _TRIED)
-
-
-def _agrees_on(fast: _Aggregate, device: str, channels: int, dtype: torch.dtype) -> bool:
+def _agrees(fast: _Aggregate, device: str, variant: Variant) -> bool:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(5, 7), (3, 4)]
+    shapes = [(5, 7), (3, 4), (2, 2), (6, 1)][: variant.levels]
+    pixels = sum(height * width for height, width in shapes)
     with torch.no_grad():
-        values = torch.randn(1, 5 * 7 + 3 * 4, 2, channels, generator=generator).to(device, dtype)
-        points = (torch.rand(1, 6, 2, 4, 2, generator=generator) * 1.4 - 0.2).to(device)  # some lie outside
-        weights = torch.rand(1, 6, 2, 4, generator=generator).to(device)  # float32, as autocast's softmax gives them
+        values = torch.randn(1, pixels, 2, variant.channels, generator=generator).to(device, variant.dtype)
+        points = (torch.rand(1, 6, 2, variant.taps, 2, generator=generator) * 1.4 - 0.2).to(device)  # some lie outside
+        weights = torch.rand(1, 6, 2, variant.taps, generator=generator).to(device)  # float32, as autocast's softmax
         found, expected = (f(values, shapes, points, weights).float() for f in (fast, aggregate_torch))
-        rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps  # sums round to the dtype at the end
+        rounding = 0.0 if variant.dtype == torch.float32 else torch.finfo(variant.dtype).eps  # of sums, in the end
         return bool((found - expected).abs().max() <= max(_AGREES, rounding) * expected.abs().max())
 
 
@@ -184,6 +205,11 @@ class DeformableAttention(nn.Module):
 
     aggregates = True
     """Calls :func:`aggregate`, for :func:`implementation_of`."""
+
+    @property
+    def variant(self) -> Variant:
+        """What it calls it with."""
+        return Variant(self.levels * self.points, self.levels, self.value_proj.out_features // self.heads)
 
     def __init__(self, width: int, heads: int, levels: int, points: int, value_width: int | None = None) -> None:
         super().__init__()
