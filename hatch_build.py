@@ -45,13 +45,17 @@ def state_of(root: Path) -> dict[str, Any] | None:
         return None
     commit, origin = git(root, "rev-parse", "HEAD"), git(root, "remote", "get-url", "origin")
     diff = git(root, "diff", "HEAD", "--no-ext-diff") or ""
+    deciding = git(root, "diff", "HEAD", "--no-ext-diff", "--", "src", "conf") or ""
+    trees = git(root, "rev-parse", "HEAD:src", "HEAD:conf")
     for name in (git(root, "ls-files", "--others", "--exclude-standard", "src", "conf") or "").splitlines():
-        diff += f"\n+++ new file {name}\n{(root / name).read_text(errors='replace')}"
+        new = f"\n+++ new file {name}\n{(root / name).read_text(errors='replace')}"
+        diff, deciding = diff + new, deciding + new
     return {
         "commit": commit.strip() if commit else None,
         "origin": re.sub(r"//[^/@]*@", "//", origin.strip()) if origin else None,
         "dirty": bool(diff),
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "diff_sha256": hashlib.sha256(deciding.encode()).hexdigest() if deciding else None,
+        "tree": hashlib.sha256(trees.encode()).hexdigest() if trees else None,
     }
 
 

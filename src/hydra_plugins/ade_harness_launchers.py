@@ -23,6 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ade_harness.errors import HarnessError, require
+from ade_harness.files.reading import expanded
 
 if TYPE_CHECKING:
     from ade_harness.cli.sweep import Sweep, SweepJob
@@ -66,9 +67,26 @@ class _CheckedLauncher(Launcher, ABC):
             raise HarnessError(
                 f"{len(mistakes)} of {len(job_overrides)} jobs cannot run, so none was started.\n" + "\n".join(mistakes)
             )
+        self._check_places(jobs)
         # a file may say that everything is a sweep: a job is not one, or it would start jobs without end
         flags = [*_of_jobs(self.config), "hydra.mode=RUN", *(["--config-dir", str(extra.resolve())] if extra else [])]
         return self.run(jobs, flags)
+
+    shares_places = False
+    """Whether jobs may be given one directory: each of SLURM's has its own, whatever a sweep says."""
+
+    def _check_places(self, jobs: Sequence[SweepJob]) -> None:
+        """Refuse jobs that would write one directory: the second would continue the first, or find another setup."""
+        seen: dict[Path, SweepJob] = {}
+        for job in () if self.shares_places else jobs:
+            place = job.run_dir.absolute()
+            require(
+                place not in seen,
+                f"jobs {seen[place].number if place in seen else 0} and {job.number} of the sweep write the same"
+                f" directory, {job.run_dir}. Leave run.dir out, or give hydra.sweep.subdir the job's number"
+                " (${hydra.job.num}).",
+            )
+            seen[place] = job
 
     @abstractmethod  # Hydra registers no abstract classes
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
@@ -162,8 +180,14 @@ class CheckSweeps(Callback):
 class OneJobLauncher(_CheckedLauncher):
     """The job of one number alone, for SLURM's job arrays."""
 
+    shares_places = True
+
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Run the job ``hydra.launcher.number``."""
+        require(
+            self.settings["number"] is not None,
+            "hydra/launcher=one_job: runs the job of one number: -m --job N.",
+        )
         number = int(self.settings["number"])
         require(
             0 <= number < len(jobs),
@@ -201,6 +225,8 @@ class ListLauncher(Launcher):
 
 class SlurmLauncher(_CheckedLauncher):
     """SLURM jobs, as one array: see :mod:`ade_harness.cli.slurm`."""
+
+    shares_places = True
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Submit all; ``hydra.launcher.KEY`` says what SLURM is asked for."""
@@ -259,11 +285,11 @@ def check_job(config: Config) -> None:
     model = config.model
     for key in ("checkpoint", "backbone_checkpoint", "path"):
         value = getattr(model, key)
-        require(value is None or Path(value).expanduser().exists(), f"model.{key}={value}: no such file or folder.")
+        require(value is None or expanded(value).exists(), f"model.{key}={value}: no such file or folder.")
     keys = {"demo": (), "folder": ("image_dir", "label_dir", "classes")}.get(config.dataset.kind, ("root",))
     for key in keys:
         value = getattr(config.dataset, key)
-        found = value is None or Path(value).expanduser().exists()
+        found = value is None or expanded(value).exists()
         require(found, f"dataset.{key}={value}: no such file, folder or zip.")
 
 

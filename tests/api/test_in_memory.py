@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import ade_harness as ade
+from ade_harness.config.compose import compose_config
 from ade_harness.errors import ArgumentError, HarnessError
+from ade_harness.inference.flops import flops_of_image
 from ade_harness.metrics import SegmentationScores
 from tests.api.networks import Colours
 
@@ -233,3 +236,30 @@ def test_a_network_that_exits_ends_no_program_of_the_callers() -> None:
     for model, code in ((Leaves(), 0), (leaves, 3)):
         with pytest.raises(HarnessError, match=rf"called sys.exit\({code}\) at .*test_in_memory.py:\d+, in "):
             ade.evaluate(model, dataset="demo", limit=1, options={"metrics.resamples": 0})
+
+
+def test_a_network_of_transformers_travels_to_ranks(tmp_path: Path) -> None:
+    """Its constructor tells transformers what it records, which a pickle does not; and hooks count FLOPs once more."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150, decoder_hidden_size=8, **sizes)).eval()
+    torch.save(network, tmp_path / "network.pt")
+    program = (
+        "import sys, torch\nfrom ade_harness.api.predictors import unpickled\n"
+        "print(float(unpickled(sys.argv[1])(torch.ones(1, 3, 64, 64)).logits.sum()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "network.pt"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    inference = compose_config(["inference=original_size"]).inference
+    images = torch.ones(1, 3, 64, 64)
+    with torch.no_grad():
+        assert float(done.stdout) == pytest.approx(float(network(images).logits.sum()), rel=1e-5)
+    for own in (True, False):  # after a forward too, at which transformers installs its hooks
+        assert (flops_of_image(network, inference, (64, 64), own_hooks=own) or 0) > 1e5

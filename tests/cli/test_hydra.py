@@ -430,6 +430,64 @@ def test_jobs_of_another_launcher_are_checked_and_become_a_table(call: Call, tmp
     ]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("status", "~nobody_here"), ("report", "~nobody_here/run"), ("runs", "~nobody_here"), ("compare", "~nobody_here/a", "b"),
+        ("data", "verify", "~nobody_here/x"), ("convert", "~nobody_here/x.pth", "x.safetensors"),
+        ("run.dir=~nobody_here/r",), ("model=onnx", "model.path=~nobody_here/x.onnx", "dataset=demo"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_home_that_nobody_has_is_one_message(call: Call, given: tuple[str, ...]) -> None:
+    done = call(*given, *(QUICK if "=" in given[0] else ()))
+    assert done.code == 2
+    assert "no home directory is known for ~nobody_here" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_hydras_own_help(call: Call) -> None:
+    done = call("--hydra-help")
+    assert done.code == 0, done.err
+    assert "Use '--cfg hydra' to Show" in done.out
+
+
+def test_folders_of_ones_own_have_any_name(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "cd, v=2 (1)/model").mkdir(parents=True)
+    (tmp_path / "cd, v=2 (1)/model/mine.yaml").write_text("defaults: [demo, _self_]\nname: mine\n")
+    done = call(
+        "-m", "-cd", "cd, v=2 (1)", "model=mine", "dataset.images=1,2", "hydra/launcher=basic", *QUICK, "--json"
+    )
+    assert done.code == 0, done.err
+    assert [row["state"] for row in json.loads(done.out)["runs"]] == ["finished"] * 2
+
+
+@pytest.mark.parametrize("launcher", ["process", "basic"])
+def test_jobs_of_one_directory_are_refused(call: Call, launcher: str, tmp_path: Path) -> None:
+    for place in ("run.dir=same", "hydra.sweep.subdir=same"):
+        done = call("-m", f"hydra/launcher={launcher}", "hydra.sweep.dir=all", "metrics.seed=1,2", place, *QUICK)
+        assert done.code == 2
+        assert "jobs 0 and 1 of the sweep write the same directory" in done.err
+    assert not (tmp_path / "same").exists()
+
+
+def test_lists_and_single_jobs_pass_over_the_launchers_options(call: Call) -> None:
+    of_slurm = ("hydra/launcher=slurm", "hydra.launcher.partition=gpu")
+    done = call("-m", "dataset.images=1,2", "--list", *of_slurm, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["jobs"] == [["dataset.images=1"], ["dataset.images=2"]]
+    assert "-m --job N" in call("-m", "dataset.images=1,2", "hydra/launcher=one_job").err
+
+
+def test_information_is_of_the_configuration_that_would_run(call: Call) -> None:
+    done = call("--info", "config", "model=timm", "model.backbone=resnet50", "run.dir=/data/v2 (1)/x")
+    assert done.code == 0, done.err
+    assert "resnet50" in done.out
+    done = call("--info", "defaults-tree", "model=segformer_b0", "inference=ss")
+    assert "mmseg_whole_512_align32" in done.out
+    assert "has no effect on `evaluate`" in call("probe.iterations=3").err
+
+
 def test_a_configuration_in_place_of_the_packaged_one(call: Call, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(conf_dir(), own)

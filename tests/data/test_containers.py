@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import struct
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -813,3 +814,26 @@ def test_a_segment_for_arithmetic_coding_is_no_frame() -> None:
     assert np.array_equal(decode_image(with_segment, "a"), decode_image(plain, "a"))
     with pytest.raises(HarnessError, match="the last scans of the JPEG are missing"):
         decode_image(with_segment[: last + 6] + b"\xff\xd9", "a")
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded() -> None:
+    """Each costs a pass over all pixels, and has 14 bytes: 264 kB held a server for 15 seconds."""
+    whole = encoded(Image.new("RGB", (64, 48), (9, 9, 9)), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    scan = whole[last:-2]
+    begin = time.monotonic()
+    with pytest.raises(HarnessError, match="a JPEG of more than 200 scans"):
+        decode_image(whole[:-2] + scan * 50_000 + whole[-2:], "a")
+    assert time.monotonic() - begin < 20
+
+
+def test_only_exif_turns_an_image() -> None:
+    """Not what XMP says: OpenCV, with which labels are compared, does not look there."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3)).astype(np.uint8))
+    xmp = b'http://ns.adobe.com/xap/1.0/\x00<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    plain = encoded(photo, "JPEG")
+    with_xmp = plain[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + plain[2:]
+    assert decode_image(with_xmp, "a").shape == (24, 40, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(photo, "JPEG", exif=exif), "a").shape == (40, 24, 3)

@@ -73,11 +73,30 @@ def test_counting_leaves_no_trace_in_the_network() -> None:
     network, seen = Keeps(), []
     network.net[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.device.type))
     inference = compose_config(["inference=original_size"]).inference
-    assert flops_of_image(network, inference, (64, 96)) == 2 * 64 * 96 * (3 * 8 + 8 * 150)
+    assert flops_of_image(network, inference, (64, 96), own_hooks=False) == 2 * 64 * 96 * (3 * 8 + 8 * 150)
     assert network.positions == {}
     assert seen == []
     assert network(torch.zeros(1, 3, 64, 96)).device.type == "cpu"
     assert network.tied is network.net[0].weight
+
+
+def test_a_network_that_needs_its_hooks_is_counted() -> None:
+    """Backbones of transformers pass their features by hooks."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Conv2d(3, 150, 1)
+            self.kept: list[torch.Tensor] = []
+            self.net.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.net(images)
+            return kept.pop()
+
+    kept: list[torch.Tensor] = []
+    inference = compose_config(["inference=original_size"]).inference
+    assert flops_of_image(Hooked(), inference, (64, 96)) == 2 * 64 * 96 * 3 * 150
 
 
 @pytest.mark.slow

@@ -214,35 +214,40 @@ def version(environment: dict[str, str]) -> str:
 def test_another_commit_is_checked_out_and_removed_again(repository: Path) -> None:
     one, two = git(repository, "rev-parse", "HEAD~1"), git(repository, "rev-parse", "HEAD")
     current = {"commit": two, "dirty": False, "diff_sha256": None}
-    with checked_out_code({"commit": one, "dirty": False, "diff_sha256": None}, current) as code:
+    with checked_out_code({"commit": one, "dirty": False, "diff_sha256": None}, current, True) as code:
         tree = Path(code.environment["PYTHONPATH"].split(os.pathsep)[0])
         assert version(dict(code.environment)) == ade_harness.__version__ != "2.0.0"
         assert git(tree, "rev-parse", "HEAD") == one
         assert code.remarks == ()
     assert not tree.exists()
     assert len(git(repository, "worktree", "list").splitlines()) == 1
-    with checked_out_code({"commit": two, "dirty": False, "diff_sha256": None}, current) as code:
+    with checked_out_code({"commit": two, "dirty": False, "diff_sha256": None}, current, True) as code:
         assert (code.environment, code.remarks) == ({}, ())
     with checked_out_code(
-        {"commit": two, "dirty": True, "diff_sha256": "1"}, {**current, "dirty": True, "diff_sha256": "1"}
+        {"commit": two, "dirty": True, "diff_sha256": "1"},
+        {**current, "dirty": True, "diff_sha256": "1"},
+        True,
     ) as code:
         assert (code.environment, code.remarks) == ({}, ())  # the very same uncommitted changes
-    with checked_out_code({"commit": one, "dirty": True, "diff_sha256": "1"}, current) as code:
+    with checked_out_code({"commit": one, "dirty": False}, current, trusted=False) as code:  # before a hole was closed
+        assert code.environment == {}
+        assert "was not made by you on this machine: this code repeats it" in code.remarks[0]
+    with checked_out_code({"commit": one, "dirty": True, "diff_sha256": "1"}, current, True) as code:
         assert "PYTHONPATH" in code.environment
         assert "uncommitted changes" in code.remarks[0]
     git(repository, "checkout", "-q", "--detach")
     git(repository, "commit", "-q", "--allow-empty", "-m", "of a pull request")
     foreign = git(repository, "rev-parse", "HEAD")
     git(repository, "checkout", "-q", two)
-    with checked_out_code({"commit": foreign, "dirty": False}, current) as code:
+    with checked_out_code({"commit": foreign, "dirty": False}, current, True) as code:
         assert code.environment == {}  # code that somebody else's manifest names would be run
         assert "is neither in the history of HEAD nor in a branch" in code.remarks[0]
-    with checked_out_code({"commit": "--output=x", "dirty": False}, current) as code:
+    with checked_out_code({"commit": "--output=x", "dirty": False}, current, True) as code:
         assert "no such commit" in code.remarks[0]
-    with checked_out_code({"commit": "f" * 40, "dirty": False}, current) as code:
+    with checked_out_code({"commit": "f" * 40, "dirty": False}, current, True) as code:
         assert code.environment == {}
         assert "no such commit" in code.remarks[0]
-    with checked_out_code({"commit": None, "version": "0.1.0", "dirty": None}, current) as code:
+    with checked_out_code({"commit": None, "version": "0.1.0", "dirty": None}, current, True) as code:
         assert "installed version 0.1.0, without a commit" in code.remarks[0]
 
 

@@ -717,3 +717,27 @@ def test_a_map_that_leaves_channels_out_is_no_identity() -> None:
     assert not ClassMap((0, 1), (0, 1)).is_identity  # two kept channels of more
     assert ClassMap(None, (0, 1)).is_identity
     assert not ClassMap(None, (1, 0)).is_identity
+
+
+@pytest.mark.parametrize(
+    "overrides", [["model=hf", "model.id=x"], ["model=torchscript", "model.path=x.pt"], ["model=smp", "model.id=x"]]
+)
+def test_random_weights_of_what_reads_none_are_refused(overrides: list[str]) -> None:
+    with pytest.raises(HarnessError, match="model.weights=random: would have no effect"):
+        compose_config([*overrides, "model.weights=random", "dataset=demo"])
+
+
+def test_statistics_of_another_scale_are_refused() -> None:
+    shares = ["model.input.mean=[0.485,0.456,0.406]", "model.input.std=[0.229,0.224,0.225]"]
+    with pytest.raises(
+        HarnessError, match=r"on the scale 0\.\.1, and pixels on that of 0\.\.255: set model\.input\.max_value=1"
+    ):
+        compose_config(["model=segformer_b0", *shares, "dataset=demo"])
+    compose_config(["model=segformer_b0", *shares, "model.input.max_value=1", "dataset=demo"])
+
+
+def test_names_that_are_none_of_the_classes_are_a_note() -> None:
+    classes = ade20k_classes()
+    found = resolve_class_map(150, None, [f"thing {i}" for i in range(150)], classes)
+    assert f"none of {classes.dataset}'s, such as 'thing 0'" in str(found.note)
+    assert resolve_class_map(150, None, list(classes.names), classes).note is None

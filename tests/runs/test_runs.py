@@ -424,6 +424,8 @@ def test_code_state_in_a_checkout(tmp_path: Path) -> None:
     package = tmp_path / "src" / "ade_harness"
     package.mkdir(parents=True)
     (package / "a.py").write_text("x = 1\n")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/a.yaml").write_text("a: 1\n")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
@@ -432,6 +434,17 @@ def test_code_state_in_a_checkout(tmp_path: Path) -> None:
     assert state["commit"] == git(tmp_path, "rev-parse", "HEAD")
     assert state["dirty"] is False
     assert state["origin"] == "https://example.org/a/b.git"
+    tree = state["tree"]
+    (tmp_path / "README.md").write_text("prose\n")
+    git(tmp_path, "add", "README.md")
+    assert code_state(package)["dirty"] is True
+    assert code_state(package)["diff_sha256"] is None  # prose decides no number
+    git(tmp_path, "commit", "-qm", "second")
+    assert code_state(package)["tree"] == tree
+    (tmp_path / "conf/.#lock.yaml").symlink_to("nowhere")  # an editor's
+    (tmp_path / "conf/größe.yaml").write_text("a: 1\n")
+    (package / "latin.py").write_bytes("# gr\xf6\xdfe\n".encode("latin-1"))
+    assert "größe.yaml" in code_state(package)["diff"]
     (package / "a.py").write_text("x = 2\n")
     (package / "new.py").write_text("y = 3\n")
     state = code_state(package)

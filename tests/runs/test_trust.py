@@ -242,7 +242,17 @@ def test_a_strangers_run_chooses_no_server(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["logs/rank00000.log", "ledger", "overlays", "label_maps", "wandb/.session", "metrics.json"]
+    "name",
+    [
+        "logs/rank00000.log",
+        "ledger",
+        "overlays",
+        "label_maps",
+        "label_maps/sub/deep",
+        "overlays/sub",
+        "wandb/.session",
+        "metrics.json",
+    ],
 )
 def test_a_link_in_a_run_directory_is_not_written_through(
     call: Call, finished: Path, tmp_path: Path, name: str
@@ -253,7 +263,7 @@ def test_a_link_in_a_run_directory_is_not_written_through(
     (victim / "file").write_text("mine")
     place = tmp_path / "run" / name
     shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-    place.parent.mkdir(exist_ok=True)
+    place.parent.mkdir(exist_ok=True, parents=True)
     place.symlink_to(victim if "." not in name else victim / "file")
     done = call("resume", "run", "dataset.check_headers=true")
     assert done.code == 2

@@ -16,6 +16,7 @@ from torch import nn
 from ade_harness.config.files import choices
 from ade_harness.config.overrides import as_override_value
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.files.reading import expanded
 
 Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
 
@@ -93,6 +94,8 @@ def option_overrides(
         raise HarnessError(f"options={options!r}: expected a mapping from dotted keys to values.")
     found = []
     for key, value in (options or {}).items():
+        if not isinstance(key, str):
+            raise HarnessError(f"options: {key!r} is no key: expected texts such as 'inference.tta.flip'.")
         if key in _ARGUMENTS:
             raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
         group, _, field = str(key).partition(".")
@@ -131,7 +134,7 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
     """
     overrides = []
     if isinstance(model, str | Path):
-        text, path = str(model), Path(model).expanduser()
+        text, path = str(model), expanded(model)
         names = choices("model")
         if text in names:
             overrides = [f"model={text}"]

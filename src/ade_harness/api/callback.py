@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from torch import nn
 
 from ade_harness.api.arguments import option_overrides, whole_number
@@ -27,10 +27,16 @@ from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here,
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
+def _is(callback: object, name: str) -> bool:
+    """Whether a callback is one of Lightning's, by its name: of `lightning.pytorch`, or of `pytorch_lightning`."""
+    packages = ("lightning.pytorch.", "pytorch_lightning.")
+    return any(c.__name__ == name and c.__module__.startswith(packages) for c in type(callback).__mro__)
+
+
 @contextmanager
 def _averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Have the averaged weights in the network, as for a validation, where Lightning keeps some: it saves those."""
-    averages = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, WeightAveraging)]
+    averages: list[Any] = [c for c in getattr(trainer, "callbacks", ()) if _is(c, "WeightAveraging")]
     for average in averages:
         average.on_validation_epoch_start(trainer, module)
     try:
@@ -139,16 +145,16 @@ class ADE20KEvaluation(pl.Callback):
                         f" {remedy}"
                     )
 
-    def _missed(self, monitor: pl.Callback, trainer: pl.Trainer) -> str | None:
+    def _missed(self, monitor: Any, trainer: pl.Trainer) -> str | None:
         """Return what to do about a callback whose looks are not after our evaluations; None if all are."""
         often = self.every_n_epochs
-        if isinstance(monitor, ModelCheckpoint):
+        if _is(monitor, "ModelCheckpoint"):
             # Lightning decides these by more than its arguments, and offers no public way to ask
             if not monitor._should_save_on_train_epoch_end(trainer):
                 return "Give it save_on_train_epoch_end=True: the evaluation is at the end of the training's epoch."
             if monitor._every_n_epochs < 1 or monitor._every_n_epochs % often:
                 return f"Give it every_n_epochs={often}, as ADE20KEvaluation has."
-        if isinstance(monitor, EarlyStopping):
+        if _is(monitor, "EarlyStopping"):
             callbacks: list[Any] = trainer.callbacks
             if callbacks.index(monitor) < callbacks.index(self):
                 return "Put it behind ADE20KEvaluation in the list of callbacks."
@@ -178,7 +184,10 @@ class ADE20KEvaluation(pl.Callback):
             whole: nn.Module = module
             return whole
         chosen = self._network
-        found: Any = getattr(module, chosen, None) if isinstance(chosen, str) else chosen(module)
+        try:
+            found: Any = attrgetter(chosen)(module) if isinstance(chosen, str) else chosen(module)
+        except AttributeError:
+            found = None
         if not isinstance(found, nn.Module):
             raise HarnessError(
                 f"ADE20KEvaluation: network={self._network!r} gives a {type(found).__name__}, expected an nn.Module of"

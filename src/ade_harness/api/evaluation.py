@@ -44,6 +44,7 @@ from ade_harness.evaluation.inline import Opened, conclude, count_here, open_her
 from ade_harness.evaluation.job import describe_facts
 from ade_harness.evaluation.recorder import keep_labels
 from ade_harness.evaluation.session import warn_on_error
+from ade_harness.files.reading import expanded
 from ade_harness.inference.factory import open_predictor
 from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
@@ -130,7 +131,7 @@ def evaluate(
     if run_dir is not None:
         if not isinstance(run_dir, str | Path):
             raise HarnessError(f"run_dir={run_dir!r}: expected a path.")
-        run_dir = Path(run_dir).expanduser()
+        run_dir = expanded(run_dir)
     asked = None if device is None else place_of(device, here=devices == 1)
     overrides = _overrides(model, root, dataset, protocol, limit, checkpoint, options, devices == 1)
     if is_tracked(options) and run_dir is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ade_harness.data.containers import MAX_FILE_BYTES
 from ade_harness.data.decode import decode_image
 from ade_harness.data.labels import NO_CLASS, Classes
 from ade_harness.errors import HarnessError
-from ade_harness.files.reading import read_regular
+from ade_harness.files.reading import expanded, read_regular
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
@@ -60,7 +61,18 @@ def unpickled(path: str) -> nn.Module:
     network = torch.load(path, map_location="cpu", weights_only=False)
     if not isinstance(network, nn.Module):
         raise HarnessError(f"{path}: holds a {type(network).__name__}, expected an nn.Module.")
+    _know_outputs(network)
     return network
+
+
+def _know_outputs(network: nn.Module) -> None:
+    """Tell transformers what its networks in this one record, which their constructors do and a pickle does not."""
+    utilities = sys.modules.get("transformers.utils.output_capturing")
+    registry: Any = getattr(utilities, "_CAN_RECORD_REGISTRY", None)
+    models: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    for module in network.modules() if registry is not None else ():
+        if isinstance(module, models):
+            registry[module] = module._can_record_outputs
 
 
 class FunctionPredictor:
@@ -251,7 +263,7 @@ def read_image(image: Any, exif: bool = True) -> tuple[npt.NDArray[np.uint8], st
         HarnessError: it is something else.
     """
     if isinstance(image, str | Path):
-        path = Path(image).expanduser()
+        path = expanded(image)
         return decode_image(read_regular(path, MAX_FILE_BYTES), str(path), exif), str(path)
     if isinstance(image, Image.Image):
         from PIL import ImageOps

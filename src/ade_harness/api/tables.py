@@ -10,9 +10,10 @@ import numpy as np
 
 from ade_harness.api.arguments import whole_number
 from ade_harness.api.result import Evaluation
-from ade_harness.errors import HarnessError
+from ade_harness.errors import ArgumentError, HarnessError
+from ade_harness.files.reading import expanded
 from ade_harness.metrics import comparison
-from ade_harness.metrics.bootstrap import LEVEL, RESAMPLES
+from ade_harness.metrics.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from ade_harness.runs import finished
 from ade_harness.runs.matching import match_rows
 
@@ -28,7 +29,7 @@ def load_run(path: str | Path) -> Evaluation:
     """
     if not isinstance(path, str | Path):
         raise HarnessError(f"load_run: {type(path).__name__} given, expected the folder of a run.")
-    return Evaluation.of_run(finished.load_run(Path(path).expanduser()))
+    return Evaluation.of_run(finished.load_run(expanded(path)))
 
 
 def compare(
@@ -53,6 +54,8 @@ def compare(
     if isinstance(evaluations, Evaluation | str | Path) or not isinstance(evaluations, Iterable):
         raise HarnessError("compare: one evaluation was given, expected a list of two or more.")
     whole_number("compare: resamples", resamples, 1)
+    if resamples > MAX_RESAMPLES:
+        raise ArgumentError(f"compare: resamples={resamples}: expected {MAX_RESAMPLES:,} at most.")
     whole_number("compare: seed", seed, 0)
     if not isinstance(level, float) or not 0 < level < 1:
         raise HarnessError(f"compare: level={level!r}: expected a number between 0 and 1, such as 0.95.")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ade_harness.cli.answer import Answer
 from ade_harness.config.model import CheckpointWeights
+from ade_harness.files.reading import expanded
 from ade_harness.models.checkpoint.convert import convert
 from ade_harness.models.checkpoint.parts import Choice
 from ade_harness.runtime.console import make_console, print_fact
@@ -14,7 +14,7 @@ from ade_harness.runtime.console import make_console, print_fact
 
 def run_convert(options: argparse.Namespace) -> Answer:
     """Write the weights of a file as safetensors; raises as :func:`ade_harness.models.checkpoint.convert.convert`."""
-    file, output = Path(options.file).expanduser(), Path(options.output).expanduser()
+    file, output = expanded(options.file), expanded(options.output)
     weights = None if options.weights is None else CheckpointWeights(options.weights)
     choice = Choice(options.prefix, weights, prefix_option="--prefix ", weights_option="--weights ")
     part, left, digest = convert(file, output, choice)

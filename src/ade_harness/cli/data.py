@@ -23,8 +23,9 @@ from ade_harness.cli.answer import Answer
 from ade_harness.config.files import default_data_roots
 from ade_harness.data.hub_copy import REPOSITORY, write_copy
 from ade_harness.data.verify import VerifyReport, verify
-from ade_harness.errors import require
+from ade_harness.errors import HarnessError, require
 from ade_harness.files.fetch import OFFICIAL_SHA1, OFFICIAL_URL, cache_dir, extract, fetch
+from ade_harness.files.reading import expanded
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.progress_bar import ProgressReporter
 
@@ -39,7 +40,7 @@ def run_download(options: argparse.Namespace) -> Answer:
         HarnessError: see :func:`ade_harness.files.fetch.fetch`.
     """
     console = make_console()
-    folder = Path(options.root).expanduser() if options.root else cache_dir() / "data"
+    folder = expanded(options.root) if options.root else cache_dir() / "data"
     if options.source == "hub":
         return _download_copy(console, folder, options)
     require(options.repository is None, "--repository: goes with --source hub.")
@@ -51,13 +52,20 @@ def run_download(options: argparse.Namespace) -> Answer:
     )  # fmt: skip
     with Progress(*columns, console=make_console(result=False)) as bar:
         task = bar.add_task("downloading", total=None)
-        fetch(
-            url,
-            archive,
-            algorithm="sha1",
-            digest=sha1,
-            on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        try:
+            fetch(
+                url,
+                archive,
+                algorithm="sha1",
+                digest=sha1,
+                on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except HarnessError as error:
+            if options.url:
+                raise
+            raise HarnessError(
+                f"{error} `data download --source hub` fetches the hub's copy of the validation split instead."
+            ) from error
         if not options.zip_only:
             task = bar.add_task("extracting", total=None)
             extract(archive, folder, lambda done, total: bar.update(task, completed=done, total=total))
@@ -107,7 +115,7 @@ def run_verify(options: argparse.Namespace) -> Answer:
     console = make_console()
     given = options.root or os.environ.get("ADE20K_ROOT")
     places = default_data_roots()
-    root = Path(given).expanduser() if given else next((p for p in places if p.exists()), places[0])
+    root = expanded(given) if given else next((p for p in places if p.exists()), places[0])
     report = _watched("checking", lambda on_pair: verify(root, options.split, on_pair))
     _print_report(console, report)
     content = {

@@ -20,6 +20,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.config.files import conf_dir, default_data_roots
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
+from ade_harness.files.reading import expanded
 from ade_harness.models.ops import deformable
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, environment
@@ -209,7 +210,7 @@ def _dataset() -> str:
     if root is None:
         found = next((path for path in default_data_roots() if path.exists()), None)
         return f"{found} (found)" if found else "ADE20K_ROOT is not set, and ./data has none: give dataset.root=PATH"
-    return f"{root} ({'found' if Path(root).expanduser().exists() else 'NOT there'})"
+    return f"{root} ({'found' if expanded(root).exists() else 'NOT there'})"
 
 
 def _network() -> str:

@@ -53,7 +53,7 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         HarnessError: a mistake in the configuration, or nothing was scored.
     """
     overrides = list(options.overrides)
-    recipe = next((override for override in overrides if override.startswith("probe=")), None)
+    recipe = next((text for text in overrides if text.startswith(("probe=", "probe."))), None)
     require(
         recipe is None, f"{recipe}: is a recipe of the command `probe`, and has no effect on `evaluate`. Remove it."
     )
@@ -75,6 +75,8 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         f"{launcher}: starts the jobs of a sweep: add -m.",
     )
     _check_shown(options)
+    if options.list or options.job is not None:  # what the launcher of all jobs is given has no place here
+        overrides = [text for text in overrides if not text.startswith(("hydra/launcher=", "hydra.launcher."))]
     if options.list:
         overrides.append("hydra/launcher=list")
     elif options.job is not None:
@@ -82,7 +84,8 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
     elif "hydra/launcher=slurm" in overrides and not any(override.startswith("runtime=") for override in overrides):
         overrides.append("runtime=slurm")
     primary = bool(options.config_name or options.config_path)
-    ready = overrides if _shows(options) else prepare(overrides, _own_folder(options), several, primary)
+    plain = options.shell_completion or options.hydra_help
+    ready = overrides if plain else prepare(overrides, _own_folder(options), several, primary)
     return _run_hydra(options, ready, "evaluate")
 
 
@@ -91,7 +94,8 @@ def run_probe(options: argparse.Namespace) -> Answer:
     extra = _own_folder(options)
     require(not options.multirun, "probe -m: cannot be swept: each training is a command of its own.")
     _check_shown(options)
-    ready = list(options.overrides) if _shows(options) else prepare(with_recipe(options.overrides, extra), extra)
+    plain = options.shell_completion or options.hydra_help
+    ready = list(options.overrides) if plain else prepare(with_recipe(options.overrides, extra), extra)
     return _run_hydra(options, ready, "probe")
 
 
@@ -185,6 +189,8 @@ def _explained(options: argparse.Namespace) -> Iterator[None]:
         with redirect_stderr(io.StringIO()) if options.package else nullcontext():  # Hydra prints a line of its own
             yield
     except SystemExit as end:
+        if _shows(options) and not end.code:  # Hydra's own help ends so
+            return
         if not (options.package and end.code):
             raise
         raise HarnessError(

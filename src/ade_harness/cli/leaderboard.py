@@ -12,6 +12,7 @@ from rich.console import Console
 from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import json_safe, with_folder
+from ade_harness.files.reading import expanded
 from ade_harness.leaderboard.table import (
     METRICS,
     find_runs,
@@ -33,13 +34,13 @@ def run_leaderboard(options: argparse.Namespace) -> Answer:
         HarnessError: a run that cannot be read or is not comparable, or a file that cannot be written.
     """
     console = make_console()
-    root = Path(options.root or "runs").expanduser()
+    root = expanded(options.root or "runs")
     if options.root and not root.is_dir():
         raise HarnessError(f"--root {root}: no such folder.")
     runs: list[FinishedRun] = []
     excluded: list[str] = []
     if options.runs:
-        runs, excluded = ranked_runs([Path(folder).expanduser() for folder in options.runs])
+        runs, excluded = ranked_runs([expanded(folder) for folder in options.runs])
         if not runs:  # all that was named; else the others are ranked, and these are lines below the table
             raise HarnessError("\n".join(excluded))
     elif root.is_dir():
@@ -51,7 +52,7 @@ def run_leaderboard(options: argparse.Namespace) -> Answer:
     for why in excluded if options.runs else excluded[:5]:
         print_line(console, f"  {why}", style="dim")
     for output in options.output:
-        write_output(with_folder(Path(output).expanduser()), entries)
+        write_output(with_folder(expanded(output)), entries)
         print_fact(console, "written", output)
     return Answer({"rows": [asdict(e) for metric in METRICS for e in ranked(entries, metric)], "excluded": excluded})
 
@@ -69,11 +70,11 @@ def run_submit(options: argparse.Namespace) -> Answer:
     if options.check:
         if options.run:
             raise HarnessError("submit --check takes one folder, the submission's.")
-        return _check(console, Path(options.check).expanduser())
+        return _check(console, expanded(options.check))
     if not options.run:
         raise HarnessError("submit needs one run directory and --contact, or --check DIR.")
-    run = load_run(Path(options.run).expanduser())
-    output = Path(options.output or f"submission-{run.name}").expanduser()
+    run = load_run(expanded(options.run))
+    output = expanded(options.output or f"submission-{run.name}")
     if output.exists():
         raise HarnessError(f"{output}: exists already. Choose another folder: --output DIR.")
     given = {f"--{k.replace('_', '-')}": v for k, v in vars(options).items() if isinstance(v, str) and k != "run"}
@@ -116,7 +117,7 @@ def run_reproduce(options: argparse.Namespace) -> Answer:
     """
     from ade_harness.leaderboard.reproduce.rerun import reproduce
 
-    output = Path(options.output).expanduser() if options.output else None
-    source = Path(options.source).expanduser()
+    output = expanded(options.output) if options.output else None
+    source = expanded(options.source)
     code, content = reproduce(make_console(), source, output, options.overrides, options.trust)
     return Answer(content, code)

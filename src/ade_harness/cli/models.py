@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,7 @@ from rich.table import Table
 
 from ade_harness.cli.answer import Answer
 from ade_harness.config.files import choices, read_choice
-from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.published import PublishedRow, published_rows
 from ade_harness.runtime.console import make_console, print_fact, print_line
 
@@ -24,7 +26,7 @@ def run_models(options: argparse.Namespace) -> Answer:
     models = {name: read_choice("model", name) for name in choices("model")}
     for name in options.names:
         if name not in models:
-            raise HarnessError(f"models {name}: no such model.{did_you_mean(name, models)} `models` lists them.")
+            raise HarnessError(f"models {name}: no such model.{_nearest(name, models)}")
     console = make_console()
     if options.names:
         for name in options.names:
@@ -37,6 +39,11 @@ def run_models(options: argparse.Namespace) -> Answer:
         if not options.names or name in options.names
     }
     return Answer({"models": content})
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
+    return f" Nearest: {', '.join(near)}; `models` lists all." if near else " `models` lists all."
 
 
 def _table(title: str) -> Table:

@@ -21,6 +21,7 @@ from ade_harness.config.arguments import refuse_idle
 from ade_harness.config.compose import compose_config
 from ade_harness.data.factory import open_classes
 from ade_harness.errors import require
+from ade_harness.files.reading import expanded
 from ade_harness.inference.factory import open_network
 from ade_harness.runtime.cluster import resolve_devices
 from ade_harness.runtime.console import make_console, print_error, print_fact, print_line
@@ -41,15 +42,15 @@ def run_predict(options: argparse.Namespace) -> Answer:
         HarnessError: no model or no image is named, a mistake in the configuration, or the folder holds the
             predictions of another model.
     """
-    paths = [given for given in options.arguments if "=" not in given or Path(given).expanduser().exists()]
+    paths = [given for given in options.arguments if "=" not in given or expanded(given).exists()]
     overrides = [given for given in options.arguments if given not in paths]
     require(
         any(override.lstrip("+").startswith("model=") for override in overrides),
         "predict: name a model: predict model=NAME IMAGE_OR_FOLDER. `models` lists them; model=demo, a small network"
         " that comes with the package, can be used to try the command.",
     )
-    output = Path(options.output).expanduser()
-    given = [Path(path).expanduser() for path in paths]
+    output = expanded(options.output)
+    given = [expanded(path) for path in paths]
     files, unread = list(find_images(given, output)), unread_pictures(given, output)
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
     refuse_idle(overrides, "predict")
@@ -71,8 +72,9 @@ def run_predict(options: argparse.Namespace) -> Answer:
     finally:
         reporter.close()
     failed = found.failed
-    print_fact(console, "labels", str(output / "labels"))
-    print_fact(console, "pictures", str(output / "pictures"))
+    if len(failed) < len(files):
+        print_fact(console, "labels", str(output / "labels"))
+        print_fact(console, "pictures", str(output / "pictures"))
     if found.constant:
         print_line(
             console,

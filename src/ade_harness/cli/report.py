@@ -10,7 +10,8 @@ from rich.console import Console
 from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import with_folder
-from ade_harness.metrics.bootstrap import LEVEL, RESAMPLES
+from ade_harness.files.reading import expanded
+from ade_harness.metrics.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from ade_harness.report.pages import COMPARISON_PAGE, PAGE, write_comparison_page, write_report
 from ade_harness.report.ranking import MAX_RUNS, print_ranking, rank_runs, ranking_content
 from ade_harness.runs.finished import load_run
@@ -24,7 +25,7 @@ def run_report(options: argparse.Namespace) -> Answer:
         HarnessError: see :func:`ade_harness.runs.finished.load_run`; or the page cannot be written.
     """
     console = make_console()
-    run = load_run(Path(options.run).expanduser())
+    run = load_run(expanded(options.run))
     page = _page(options.output or run.path / PAGE)
     write_report(console, run, with_folder(page), options.scenes)
     _print_page(console, page)
@@ -45,8 +46,8 @@ def run_compare(options: argparse.Namespace) -> Answer:
     page = _page(options.output or COMPARISON_PAGE)
     runs = [load_run(path) for path in _distinct([_fetched(name) for name in options.runs])]
     resamples = RESAMPLES if options.resamples is None else options.resamples
-    if resamples < 100:
-        raise HarnessError(f"--resamples={resamples}: expected a number of at least 100.")
+    if not 100 <= resamples <= MAX_RESAMPLES:
+        raise HarnessError(f"--resamples={resamples}: expected a number of at least 100 and at most {MAX_RESAMPLES:,}.")
     ranking = rank_runs(runs, resamples, 0, LEVEL)
     print_ranking(console, ranking, LEVEL)
     write_comparison_page(with_folder(page), ranking, LEVEL)
@@ -65,7 +66,7 @@ def _distinct(paths: list[Path]) -> list[Path]:
 
 def _page(given: str | Path) -> Path:
     """Return where the page goes; raises HarnessError for the name of another kind of file."""
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.suffix.lower() not in (".html", ".htm"):
         raise HarnessError(f"--output {given}: the page is HTML, expected a name that ends in .html.")
     return path
@@ -74,7 +75,7 @@ def _page(given: str | Path) -> Path:
 def _fetched(name: str) -> Path:
     """Return a run's directory; wandb is imported only for runs that are there."""
     if not name.startswith("wandb:"):
-        return Path(name).expanduser()
+        return expanded(name)
     from ade_harness.tracking.pull import pull_run
 
     return pull_run(name)

@@ -16,6 +16,7 @@ from ade_harness.config.composed import Composed
 from ade_harness.config.fields import place_keys
 from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.errors import require
+from ade_harness.files.reading import expanded
 from ade_harness.runs.directory import PROBE, read_manifest
 from ade_harness.runs.record import config_and_owner
 from ade_harness.runs.trust import require_trust
@@ -33,7 +34,7 @@ def run_resume(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: no run, or a damaged one; or nothing was scored.
     """
-    path = Path(options.run).expanduser()
+    path = expanded(options.run)
     wrong = next((override for override in options.overrides if "=" not in override), None)
     require(wrong is None, f"{wrong!r}: expected key=value; resume takes one run directory.")
     for override in options.overrides:
@@ -42,7 +43,7 @@ def run_resume(options: argparse.Namespace) -> Answer:
             f"{override}: has no effect on a run that is resumed. Remove it.",
         )
         require(
-            not override.startswith("run.dir="),
+            not override.lstrip("+~").startswith(("run.dir=", "run.root=")),
             f"{override}: a run is resumed in its own directory. Move it, or remove this.",
         )
     manifest = read_manifest(path)
@@ -89,8 +90,8 @@ def _where_it_was_started(there: Path, config: Config, path: Path, overrides: Se
         node, _, name = key.rpartition(".")
         owner = attrgetter(node)(config)
         given = getattr(owner, name)
-        if given is not None and Path(given).expanduser().exists():
-            setattr(owner, name, str(Path(given).expanduser().absolute()))
+        if given is not None and expanded(given).exists():
+            setattr(owner, name, str(expanded(given).absolute()))
     config.run.dir = str(path.absolute())
     print_error(f"relative paths of this run belong to {there}, where it was started.")
     with chdir(there):

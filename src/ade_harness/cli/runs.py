@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from operator import ge, gt, le, lt
-from pathlib import Path
 from typing import Any
 
 from rich.box import HORIZONTALS
@@ -22,6 +21,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.atomic import write_text
 from ade_harness.files.escapes import markdown_cell, one_line
+from ade_harness.files.reading import expanded
 from ade_harness.runs.overview import COLUMNS, RunRow, list_runs
 from ade_harness.runtime.console import make_console, print_fact, print_line
 
@@ -38,7 +38,7 @@ def run_runs(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: no run, an unknown column, or a file that cannot be written.
     """
-    rows = list_runs([Path(folder).expanduser() for folder in options.folders or ["runs"]])
+    rows = list_runs([expanded(folder) for folder in options.folders or ["runs"]])
     for condition in options.where:
         rows = [row for row in rows if _matches(row, condition)]
     if options.sort is not None:
@@ -52,7 +52,7 @@ def run_runs(options: argparse.Namespace) -> Answer:
     else:
         print_line(console, "no run matches --where")
     for name in options.output:
-        path = Path(name).expanduser()
+        path = expanded(name)
         write = _WRITERS.get(path.suffix.lower())
         require(write is not None, f"--output {name}: expected a name that ends in {', '.join(_WRITERS)}.")
         assert write is not None

@@ -12,12 +12,12 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ade_harness.config.runtime import SlurmConfig
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError, require
+from ade_harness.files.reading import expanded
 from ade_harness.runtime.console import make_console, print_line
 
 
@@ -98,7 +98,7 @@ def submit(
         "hydra/launcher=slurm: sbatch is not on this machine. Give the command on a login node of the cluster.",
     )
     asked = replace(configs[0].runtime.slurm, **{k: v for k, v in settings.items() if v is not None})
-    folder = Path(asked.folder).expanduser()
+    folder = expanded(asked.folder)
     executor = submitit.SlurmExecutor(folder=folder / "%j", python=asked.python or sys.executable)
     executor.update_parameters(**sbatch_parameters(asked))
     try:

@@ -14,12 +14,13 @@ from rich.table import Table
 from ade_harness.cli.answer import Answer
 from ade_harness.files.documents import checked, read_json
 from ade_harness.files.escapes import one_line
+from ade_harness.files.reading import expanded
 from ade_harness.runs.directory import LEDGER, MANIFEST, PROBE, SAVED, read_manifest
+from ade_harness.runs.finished import load_run
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LOCK, at_work, owner_state, read_lock
 from ade_harness.runs.progress import read_losses, read_progress
 from ade_harness.runs.record import read_config
-from ade_harness.runs.shapes import METRICS
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
 from ade_harness.runtime.notes import resume_command
 from ade_harness.runtime.progress_bar import format_seconds
@@ -32,7 +33,7 @@ def run_status(options: argparse.Namespace) -> Answer:
         HarnessError: it holds no run.
     """
     console = make_console()
-    path = Path(options.run).expanduser()
+    path = expanded(options.run)
     manifest = read_manifest(path)
     if manifest.get("kind") == PROBE:
         return _probe_status(console, path, manifest)
@@ -42,7 +43,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     total = manifest["dataset"]["images"]
     holder = read_lock(path / LOCK)
     state = run_state(manifest.get("status") or "running", holder, progress)
-    miou = read_json(path / "metrics.json", METRICS)["mIoU"] if state == "finished" else None
+    miou = load_run(path).metrics["mIoU"] if state == "finished" else None  # what its ledger sums to
     for mark in manifest.get("marks") or ():
         print_line(console, one_line(mark), style="bold yellow")
     print_fact(console, "state", state)

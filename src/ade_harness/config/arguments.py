@@ -234,7 +234,8 @@ def _with_quotes(text: str) -> str:
 
 
 _EVALUATION_ONLY = (
-    "run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images",
+    "run.", "metrics.", "tracking", "probe", "hydra", "dataset.limit", "dataset.ids", "dataset.images", "dataset.root",
+    "dataset.split", "dataset.check_headers",
     "runtime.slurm", *(f"runtime.{name}=" for name in (
         "devices", "num_nodes", "workers", "sharding", "supervise", "max_restarts", "requeue", "timeout_min",
     )),

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config.arguments import NODES, nearest, prepare, without_interpolations
+from ade_harness.config.arguments import NODES, nearest, prepare, quote, without_interpolations
 from ade_harness.config.dataset import DatasetKind
 from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
@@ -36,7 +36,7 @@ from ade_harness.errors import HarnessError, did_you_mean
 
 _LAUNCHERS: dict[str, dict[str, Any]] = {
     "process": {},
-    "one_job": {"number": 0},
+    "one_job": {"number": None},
     "list": {},
     "slurm": dict.fromkeys(SlurmConfig.__dataclass_fields__),
 }
@@ -81,7 +81,7 @@ def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictCon
     """Compose Hydra's tree of a configuration, in which mandatory values may be missing; raises as above."""
     register_schemas()
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
+    search = [f"hydra.searchpath=[{quote(f'file://{extra.resolve()}')}]"] if extra else []
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             return compose("config", overrides=[*overrides, *search])

@@ -7,6 +7,7 @@ from typing import Any
 
 from ade_harness.config.files import choices, read_choice
 from ade_harness.config.model import ModelConfig
+from ade_harness.files.reading import expanded
 
 _LENGTH = 80
 
@@ -46,6 +47,6 @@ def _place(text: str | None) -> str | None:
     """
     if not text:
         return None
-    path = Path(text).expanduser()
+    path = expanded(text)
     at_home = path.parent == Path.home() or path.parent.parent in (Path("/home"), Path("/Users"))
     return path.name if at_home else "/".join(path.parts[-2:]).lstrip("/")

@@ -19,6 +19,7 @@ from ade_harness.config.fields import PATHS
 from ade_harness.config.plain import as_dict, flatten
 from ade_harness.config.schema import Config
 from ade_harness.errors import HarnessError
+from ade_harness.files.reading import expanded
 
 GROUPS = ("model", "dataset", "inference", "metrics")
 RUNTIME = ("runtime.seed", "runtime.threads", "runtime.deterministic", "runtime.kernels")
@@ -131,4 +132,4 @@ def _absolute(override: str, wanted: Mapping[str, Any]) -> str:
         return override  # of the hub
     if key not in (*PATHS, "model.id") or value is None:
         return override
-    return f"{key}={as_override_value(str(Path(value).expanduser().resolve()))}"
+    return f"{key}={as_override_value(str(expanded(value).resolve()))}"

@@ -22,6 +22,7 @@ from ade_harness.config.files import read_choice
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
 from ade_harness.files.documents import read_json
+from ade_harness.files.reading import expanded
 
 AS_SAVED = "as_saved"
 ONE_SIZE = ("eomt", "eomt_dinov3", "dpt", "data2vec-vision")
@@ -37,7 +38,7 @@ CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "pr
 
 def read_saved(model: ModelConfig, name: str) -> dict[str, Any] | None:
     """Return one of the JSON files of ``model.id``, a folder or a repository of the hub; None if it cannot be read."""
-    folder = Path(model.id or "").expanduser()
+    folder = expanded(model.id or "")
     try:
         here = folder.is_dir()
         content = read_json(folder / name) if here else _of_hub(model.id or "", name, model.revision)

@@ -17,7 +17,7 @@ from ade_harness.config.inference import (
     Upsample,
 )
 from ade_harness.config.kinds import Gives, Kind, Source, kind_of
-from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns
+from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns, Weights
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
 from ade_harness.errors import require
@@ -181,6 +181,12 @@ def _check_model(config: Config) -> None:
         kind.needs is None or getattr(model, kind.needs) is not None, f"model.{kind.needs} must be set: {kind.what}."
     )
     _check_weight_fields(model, kind)
+    pixels = model.input
+    require(
+        pixels.max_value <= 1 or max(map(abs, (*pixels.mean, *pixels.std))) > 1,
+        f"model.input.mean={list(pixels.mean)} and std={list(pixels.std)} are on the scale 0..1, and pixels on that of"
+        f" 0..{pixels.max_value:g}: set model.input.max_value=1, or give them times 255.",
+    )
     if model.url is not None:
         _check_endpoint(model)
 
@@ -195,6 +201,10 @@ def _check_weight_fields(model: ModelConfig, kind: Kind) -> None:
     require(
         given is None or reads,
         f"model.{given}: model.kind={model.kind} reads no weight file: {instead}. Leave it out.",
+    )
+    require(
+        model.weights != Weights.random or reads,
+        f"model.weights=random: would have no effect on model.kind={model.kind}: {instead}. Leave it out.",
     )
     require(
         model.output is None or kind.several_outputs,

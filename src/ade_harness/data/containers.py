@@ -29,6 +29,8 @@ _JPEG = b"\xff\xd8\xff"
 _SOS, _EOI, _PROGRESSIVE = 0xDA, 0xD9, (0xC2, 0xCA)
 _FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
 """Markers of a JPEG: the start of a scan, the end, frames of scans that refine each other, and all frames."""
+_MAX_SCANS = 200
+"""Usual progressive JPEGs have 10; each costs a pass over all pixels, and may be 14 bytes."""
 _ALONE = (0x00, 0x01, *range(0xD0, 0xD9))
 """After 0xFF: a byte of coded pixels, and markers that no length follows."""
 _ADAM7 = (
@@ -167,6 +169,12 @@ def _filtered_bytes(header: PngHeader) -> int:
         if columns > 0:
             wanted += rows * (1 + -(-columns * channels * header.depth // 8))
     return wanted
+
+
+def limit_scans(data: bytes, name: str, what: str) -> None:
+    """Refuse a JPEG of so many scans that decoding it would take for ever; of any bytes, before they are decoded."""
+    if sum(marker == _SOS for marker, _ in _segments(data)) > _MAX_SCANS:
+        raise unreadable(name, what, f"a JPEG of more than {_MAX_SCANS} scans")
 
 
 def check_scans(data: bytes, name: str, what: str) -> None:

@@ -29,6 +29,7 @@ from ade_harness.data.containers import (
     check_png,
     check_scans,
     container_of,
+    limit_scans,
     read_png_header,
     unreadable,
 )
@@ -84,16 +85,20 @@ def decode_image(data: bytes, name: str, apply_exif: bool = True) -> npt.NDArray
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1..8; a PNG's only if it stands before the pixels, where a header has it too."""
-    if image.format == "PNG" and "exif" not in image.info:
+    block = image.info.get("exif")  # alone: Pillow's getexif also takes what XMP says, as OpenCV and others do not
+    if not isinstance(block, bytes):
         return 1
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        exif = Image.Exif()
+        exif.load(block)
+        return int(exif.get(_EXIF_ORIENTATION, 1))
     except Exception:  # metadata that no reader understands turns nothing; Pillow raises many kinds (struct.error, ...)
         return 1
 
 
 def _decode_jpeg(data: bytes, name: str, mode: str) -> npt.NDArray[np.uint8] | None:
     """Return RGB pixels; None for a file that is intact, but whose colours are left to Pillow."""
+    limit_scans(data, name, "image")  # first: a decoder takes seconds for each hundred
     space = "CMYK" if mode == "CMYK" else "RGB"
     odd_metadata = False
     try:

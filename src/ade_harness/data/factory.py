@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ade_harness.config.dataset import DatasetConfig
 from ade_harness.data.ade20k import open_ade20k
@@ -13,6 +12,7 @@ from ade_harness.data.demo import open_demo
 from ade_harness.data.folder import open_folders, read_classes
 from ade_harness.data.labels import Classes
 from ade_harness.files.fetch import cache_dir
+from ade_harness.files.reading import expanded
 
 
 def open_dataset(cfg: DatasetConfig, apply_exif: bool = True) -> SegmentationDataset:
@@ -30,12 +30,12 @@ def open_dataset(cfg: DatasetConfig, apply_exif: bool = True) -> SegmentationDat
         return open_folders(cfg, apply_exif)
     if cfg.kind == "demo":
         return open_demo(cache_dir(), cfg.images, cfg.limit, ids, cfg.split)
-    dataset = open_ade20k(Path(cfg.root or "").expanduser(), cfg.split, cfg.limit, ids)
+    dataset = open_ade20k(expanded(cfg.root or ""), cfg.split, cfg.limit, ids)
     return replace(dataset, apply_exif=apply_exif)
 
 
 def open_classes(cfg: DatasetConfig) -> Classes:
     """Return the classes of a ``dataset`` node, without looking for its images; raises HarnessError as above."""
     if cfg.kind == "folder":
-        return read_classes(Path(cfg.classes or "").expanduser(), cfg.name)[0]
+        return read_classes(expanded(cfg.classes or ""), cfg.name)[0]
     return ade20k_classes()

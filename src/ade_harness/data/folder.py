@@ -33,7 +33,7 @@ from ade_harness.data.labels import (
 from ade_harness.data.source import MountedSource, open_source
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.documents import PlainLoader
-from ade_harness.files.reading import read_regular
+from ade_harness.files.reading import expanded, read_regular
 
 _KEYS = ("names", "ignore", "mapping", "colors", "storage")
 _STORAGE = ("grey", "palette_index", "palette_colour", "uint16")
@@ -183,8 +183,8 @@ def open_folders(cfg: DatasetConfig, apply_exif: bool = True) -> SegmentationDat
     Raises:
         HarnessError: nothing there, a pair that is not whole, an unknown id, or a mistake in the classes' file.
     """
-    image_dir, label_dir = (Path(p or "").expanduser() for p in (cfg.image_dir, cfg.label_dir))
-    classes, encoding = read_classes(Path(cfg.classes or "").expanduser(), cfg.name)
+    image_dir, label_dir = (expanded(p or "") for p in (cfg.image_dir, cfg.label_dir))
+    classes, encoding = read_classes(expanded(cfg.classes or ""), cfg.name)
     sources = {
         str(path): open_source(path, "dataset.image_dir and dataset.label_dir") for path in (image_dir, label_dir)
     }

@@ -56,7 +56,8 @@ def describe_costs(
     """Return what a network costs, for metrics.json: parameters, operations of the first image, GPU memory."""
     wanted = cfg.dataset.kind != "demo" if cfg.metrics.flops is None else cfg.metrics.flops
     size = next(iter(sizes.values()), None) if wanted else None
-    flops = None if size is None else flops_of_image(predictor.network, cfg.inference, size)
+    mine = bool(getattr(getattr(predictor, "model", None), "of_caller", False))
+    flops = None if size is None else flops_of_image(predictor.network, cfg.inference, size, not mine)
     return {
         "parameters": facts.get("parameters"),
         "flops": flops,

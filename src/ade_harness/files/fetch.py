@@ -17,6 +17,7 @@ import requests
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.archive import check_member_name
+from ade_harness.files.reading import expanded
 
 OFFICIAL_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 OFFICIAL_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
@@ -34,8 +35,8 @@ def cache_dir() -> Path:
     """Return where synthetic data and downloads are kept: ADE_HARNESS_CACHE, or below the user's cache folder."""
     base = os.environ.get("ADE_HARNESS_CACHE")
     if base:
-        return Path(base).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ade_harness"
+        return expanded(base)
+    return expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "ade_harness"
 
 
 def file_hash(path: Path, algorithm: str) -> str:

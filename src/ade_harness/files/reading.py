@@ -9,6 +9,21 @@ from pathlib import Path
 from ade_harness.errors import HarnessError
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` and ``~name`` replaced by home directories.
+
+    Raises:
+        HarnessError: there is no such user, or no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise HarnessError(
+            f"{path}: no home directory is known for {str(path).partition('/')[0]}. Write ./{path} for a file of that"
+            " name."
+        ) from error
+
+
 def require_regular(path: Path, shown: str) -> None:
     """Refuse what is no regular file.
 

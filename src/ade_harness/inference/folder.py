@@ -17,7 +17,7 @@ from ade_harness.data.containers import MAX_FILE_BYTES, check_pixels
 from ade_harness.data.decode import decode_labels
 from ade_harness.data.labels import NO_CLASS, Classes, Color, LabelStorage
 from ade_harness.errors import HarnessError, require
-from ade_harness.files.reading import read_regular
+from ade_harness.files.reading import expanded, read_regular
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.views import Size
@@ -193,4 +193,4 @@ def _read_array(content: bytes, name: str) -> npt.NDArray[np.uint8]:
 
 def open_folder(cfg: Config, classes: Classes) -> FolderPredictor:
     """Open ``model.path``; raises as :class:`FolderPredictor`."""
-    return FolderPredictor(Path(cfg.model.path or "").expanduser(), cfg.model.encoding, classes)
+    return FolderPredictor(expanded(cfg.model.path or ""), cfg.model.encoding, classes)

@@ -24,6 +24,7 @@ from ade_harness.metrics.areas import ImageAreas, split_areas
 from ade_harness.metrics.confusion import Floats, area_iou, area_scores
 
 RESAMPLES = 10_000
+MAX_RESAMPLES = 1_000_000
 LEVEL = 0.95
 _BLOCK = 500
 """Resamples at a time: 8 MB of counts for 2,000 images. The draws are the same in blocks of any size."""

@@ -84,7 +84,7 @@ def compare(
     intervals = resampled.centred(level)
     one, two = (np.array([*_statistics(areas.stacked.sum(0), names)]) for areas in (first, second))
     differences = []
-    seldom = [False] * len(names) + [bool(n < 2) for n in (first.truth > 0).sum(0)]
+    seldom = [len(first.ids) < 2] * len(names) + [bool(n < 2) for n in (first.truth > 0).sum(0)]
     for column, difference in enumerate(value):
         draws = resampled.draws[:, column]
         draws = draws[np.isfinite(draws)]

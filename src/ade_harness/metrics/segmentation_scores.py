@@ -182,7 +182,7 @@ class SegmentationScores(Metric):
         return chosen.label_map(scores.detach().float().contiguous(), size).long()
 
     def compute(self) -> Any:
-        """Return every score by name, float64, 0..1.
+        """Return every score by name, float64 (float32 on Apple's GPUs), 0..1, on the metric's device.
 
         They are those of :class:`ade_harness.metrics.confusion.Scores`, and `mean_dice`. Of a metric that was made with
         `score`, that one alone. All are NaN while no pixel is counted.
@@ -190,7 +190,9 @@ class SegmentationScores(Metric):
         matrix = self._on_host()
         areas = np.ascontiguousarray(np.diagonal(matrix)), matrix.sum(1), matrix[:, :-1].sum(0)
         found: dict[str, Any] = {**area_scores(*areas), "mean_dice": mean_dice(matrix)}
-        numbers = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in found.items()}
+        device = self.matrix.device  # of what Lightning is to compare over ranks
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        numbers = {name: torch.tensor(float(value), dtype=dtype, device=device) for name, value in found.items()}
         return numbers if self.score is None else numbers[self.score]
 
     def class_iou(self) -> Tensor:

@@ -64,6 +64,12 @@ def resolve_class_map(
             f"the model's {len(names)} class names are not used: it outputs {channels} channels",
         )
     found = _classes_by_name(names, classes) if names is not None else None
+    if names is not None and found is None and class_map is None:
+        return _with_note(
+            resolve_class_map(channels, class_map, None, classes),
+            f"most of the model's class names are none of {classes.dataset}'s, such as {names[0]!r}, so nothing says"
+            " whether its channels are in the right order",
+        )
     if class_map is None:
         if channels != len(classes):
             raise HarnessError(_wrong_number(channels, found, names, classes))

@@ -22,6 +22,7 @@ from ade_harness.metrics.counts import Row
 from ade_harness.metrics.regions import Regions, add_regions, find_regions
 from ade_harness.runs.finished import FinishedRun
 from ade_harness.runs.label_maps import FOLDER, read_label_map
+from ade_harness.runs.record import is_own
 
 _MAX_SIDE = 480
 _JPEG_QUALITY = 80
@@ -67,6 +68,8 @@ def reopen_dataset(run: FinishedRun) -> tuple[SegmentationDataset | None, str | 
     Returns:
         The data set, or None and the reason why it cannot be opened.
     """
+    if not is_own(run.path, run.manifest):  # it may name any folder of this machine, or ask for thousands of images
+        return None, f"{run.name} was not made by you on this machine, so its data set is not opened"
     try:
         dataset: DatasetConfig = stored_node(DatasetConfig, run.config["dataset"])
         return open_dataset(dataset, run.config["inference"]["exif"]), None

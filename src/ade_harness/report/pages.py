@@ -13,7 +13,7 @@ from rich.progress import track
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import write_text
-from ade_harness.files.reading import read_regular
+from ade_harness.files.reading import expanded, read_regular
 from ade_harness.report.contents import run_contents
 from ade_harness.report.examples import Samples, kept_images, make_examples, measure_regions, reopen_dataset
 from ade_harness.report.page import render_page, write_run_page
@@ -108,7 +108,7 @@ def _read_scenes(path: str | None, run: FinishedRun) -> dict[str, str] | None:
         path: of the file; None looks beside the images.
         run: whose data set it may lie in.
     """
-    file = Path(path).expanduser() if path else Path(str(run.manifest["dataset"]["root"])) / _SCENES
+    file = expanded(path) if path else Path(str(run.manifest["dataset"]["root"])) / _SCENES
     if path is None and not file.is_file():
         return None
     try:

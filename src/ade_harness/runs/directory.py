@@ -17,6 +17,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import json_safe
 from ade_harness.files.documents import checked, read_json
 from ade_harness.files.escapes import escaped
+from ade_harness.files.reading import expanded
 from ade_harness.runs.shapes import MANIFEST as MANIFEST_SHAPE
 
 MANIFEST = "manifest.json"
@@ -50,7 +51,7 @@ def make_run_dir(directory: str | None, root: str, model: str) -> Path:
     Raises:
         HarnessError: it cannot be written, or is something else than a run.
     """
-    path = Path(directory).expanduser() if directory else Path(root).expanduser() / new_run_name(model)
+    path = expanded(directory) if directory else expanded(root) / new_run_name(model)
     try:
         path.mkdir(parents=True, exist_ok=directory is not None)
         if not is_new(path) and not (path / MANIFEST).is_file():
@@ -77,6 +78,8 @@ def _refuse_links(path: Path) -> None:
     inside = [*path.iterdir(), path / "wandb" / ".session"]  # wandb itself makes links below its own folder
     for folder in (path / LOGS, path / "ledger", *(path / "wandb").glob("data-*")):
         inside += [folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())]
+    for images in ("label_maps", "overlays"):  # whose files may lie in folders of their own
+        inside += [Path(where) / n for where, folders, files in os.walk(path / images) for n in (*folders, *files)]
     for entry in inside:
         if entry.is_symlink() or (os.path.lexists(entry) and not (entry.is_file() or entry.is_dir())):
             raise HarnessError(

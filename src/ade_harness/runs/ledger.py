@@ -59,7 +59,7 @@ _FLUSH_EVERY_S = 30.0
 """A slow model's images must not be lost either."""
 
 
-_MAX_ROWS = 2**20
+_MAX_ROWS = 2**18
 """Images of a ledger."""
 _MAX_VALUES = 2**26
 """Values of a ledger: six hundred for each of a hundred thousand images."""

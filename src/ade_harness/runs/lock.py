@@ -185,7 +185,10 @@ def _started(pid: int) -> float | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else float(fields[19])
     except (OSError, IndexError, ValueError):
-        return psutil.Process(pid).create_time() if psutil.pid_exists(pid) else None
+        try:
+            return psutil.Process(pid).create_time() if psutil.pid_exists(pid) else None
+        except (psutil.Error, OverflowError, ValueError):  # no system has such a number
+            return None
 
 
 def _machine() -> str:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ade_harness.errors import HarnessError
 from ade_harness.files.documents import read_json, read_yaml
+from ade_harness.files.reading import expanded
 from ade_harness.runs.directory import MANIFEST, read_manifest
+from ade_harness.runs.finished import load_run
 from ade_harness.runs.progress import state_of
+from ade_harness.runs.record import is_own
 from ade_harness.runs.shapes import CONFIG, METRICS
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class RunRow:
     parameters: int | None = None
     flops: int | None = None
     """Floating-point operations for the run's first image."""
+    gpu_peak_bytes: int | None = None
     seconds: float | None = None
     marks: str = ""
     """What the score is not: demo, partial, random weights."""
@@ -66,7 +70,7 @@ def list_runs(folders: Sequence[Path]) -> list[RunRow]:
     Raises:
         HarnessError: a folder that is not there, or no run in any of them.
     """
-    folders = [folder.expanduser() for folder in folders]
+    folders = [expanded(folder) for folder in folders]
     for folder in folders:
         if not folder.is_dir():
             raise HarnessError(f"{folder}: no such folder. Give the folder of runs, or of one run.")
@@ -113,6 +117,8 @@ def _row(path: Path) -> RunRow:
         config = read_yaml(path / "config.yaml", CONFIG) if (path / "config.yaml").exists() else {}
         finished = manifest.get("status") == "finished" and manifest.get("kind") != "probe"
         metrics = read_json(path / "metrics.json", METRICS) if finished else {}
+        if finished and not is_own(path, manifest):
+            load_run(path)  # whether its ledger sums to its scores
     except HarnessError as error:
         return RunRow(str(path), f"damaged: {error}", "?")
     model, dataset = manifest.get("model", {}), manifest.get("dataset", {})
@@ -139,6 +145,7 @@ def _row(path: Path) -> RunRow:
         mean_dice=metrics.get("mean_dice"),
         parameters=metrics.get("parameters"),
         flops=metrics.get("flops"),
+        gpu_peak_bytes=metrics.get("gpu_peak_bytes"),
         seconds=manifest.get("timings", {}).get("seconds"),
         marks="; ".join(manifest.get("marks", ())),
     )

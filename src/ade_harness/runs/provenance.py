@@ -128,6 +128,10 @@ def _driver() -> str | None:
         return None
 
 
+_DECIDING = ("src", "conf")
+"""Folders whose files decide what a run counts."""
+
+
 def code_state(package: Path | None = None) -> dict[str, Any]:
     """Return version, commit and uncommitted changes of this package's own checkout, or of the one it was built from.
 
@@ -136,8 +140,9 @@ def code_state(package: Path | None = None) -> dict[str, Any]:
 
     Returns:
         ``version``; in a git checkout also ``commit``, ``origin`` (without credentials), ``dirty``, ``diff``
-        (text, also of new files below src/ and conf/), and ``diff_sha256``. An installed package has what its build
-        wrote down (hatch_build.py): the same without ``diff``, and ``built`` is true.
+        (text, also of new files below src/ and conf/), ``diff_sha256`` of what of it lies in these two folders, and
+        ``tree``, a hash of both at the commit: prose and tests decide no number. An installed package has what its
+        build wrote down (hatch_build.py): the same without ``diff``, and ``built`` is true.
     """
     folder = package or Path(ade_harness.__file__).parent
     state: dict[str, Any] = {"version": ade_harness.__version__, "commit": None, "dirty": None}
@@ -147,16 +152,22 @@ def code_state(package: Path | None = None) -> dict[str, Any]:
     root = Path(top.strip())
     commit = _git(root, "rev-parse", "HEAD")
     diff = _git(root, "diff", "HEAD", "--no-ext-diff") or ""
+    deciding = _git(root, "diff", "HEAD", "--no-ext-diff", "--", *_DECIDING) or ""
+    trees = _git(root, "rev-parse", *(f"HEAD:{folder}" for folder in _DECIDING))
     untracked = (_git(root, "ls-files", "--others", "--exclude-standard", "src", "conf") or "").splitlines()
     for name in untracked:
-        diff += f"\n+++ new file {name}\n{(root / name).read_text(errors='replace')}"
+        if not (root / name).is_file():  # a link that leads nowhere, such as an editor's lock
+            continue
+        new = f"\n+++ new file {name}\n{(root / name).read_text(encoding='utf-8', errors='replace')}"
+        diff, deciding = diff + new, deciding + new
     origin = _git(root, "remote", "get-url", "origin")
     state.update(
         commit=commit.strip() if commit else None,
         origin=re.sub(r"//[^/@]*@", "//", origin.strip()) if origin else None,
         dirty=bool(diff),
         diff=diff,
-        diff_sha256=hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        diff_sha256=hashlib.sha256(deciding.encode()).hexdigest() if deciding else None,
+        tree=hashlib.sha256(trees.encode()).hexdigest() if trees else None,
     )
     return state
 
@@ -167,7 +178,7 @@ def _built_from(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / "built_from.json").read_text())
     except (OSError, ValueError):
         return {}
-    return {**{key: found.get(key) for key in ("commit", "origin", "dirty", "diff_sha256")}, "built": True}
+    return {**{key: found.get(key) for key in ("commit", "origin", "dirty", "diff_sha256", "tree")}, "built": True}
 
 
 def describe_code(state: dict[str, Any]) -> str:
@@ -181,7 +192,12 @@ def describe_code(state: dict[str, Any]) -> str:
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True
+            ["git", "-C", str(folder), "-c", "core.quotePath=false", *arguments],
+            capture_output=True,
+            timeout=30,
+            check=True,
+            encoding="utf-8",
+            errors="replace",
         )
     except (OSError, subprocess.SubprocessError):
         return None

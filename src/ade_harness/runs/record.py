@@ -139,6 +139,8 @@ def start_record(
         then = {**{key: value for key, value in now.items() if key.startswith(_LATER)}, **then}  # likewise
         if facts.get("kind") == PROBE:
             then = {**{key: value for key, value in now.items() if key.startswith(_OF_TRAININGS)}, **then}
+        if "code.tree" in now and "code.tree" not in then:  # an earlier version looked at the commit
+            now = {**{key: value for key, value in now.items() if key != "code.tree"}, "code.commit": code["commit"]}
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
@@ -282,7 +284,8 @@ def _computed_by(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str,
         "environment.torch": torch.__version__,
         **{f"environment.{name}": version for name, version in computing_packages().items()},
         "code.version": code["version"],
-        "code.commit": code["commit"],
+        # a commit may change prose alone; what was installed without it has no other name
+        **({"code.tree": code["tree"]} if code.get("tree") else {"code.commit": code["commit"]}),
         "code.diff_sha256": code.get("diff_sha256"),
     }
 

@@ -20,7 +20,10 @@ MANIFEST = {
     "finished?": (str, bool),
     "command?": [str],
     "marks?": [str],
-    "code?": {"version?": str, "commit?": str, "dirty?": bool, "built?": bool, "origin?": str, "diff_sha256?": str},
+    "code?": {
+        "version?": str, "commit?": str, "dirty?": bool, "built?": bool, "origin?": str, "diff_sha256?": str,
+        "tree?": str,
+    },
     "seeds?": {"*": int},
     "environment?": {
         "python?": str, "platform?": str, "cpu?": str, "gpus?": [str], "cuda?": str, "driver?": str,

@@ -20,6 +20,7 @@ from ade_harness.config.files import choices, read_choice
 from ade_harness.config.kinds import KINDS
 from ade_harness.errors import HarnessError
 from ade_harness.files.escapes import escaped
+from ade_harness.files.reading import expanded
 
 _KEY_BYTES = 32
 _HUBS = re.compile(r"(hf[-_]hub|local-dir|file):", re.IGNORECASE)
@@ -28,7 +29,7 @@ _HUBS = re.compile(r"(hf[-_]hub|local-dir|file):", re.IGNORECASE)
 
 def key_path() -> Path:
     """Return where this user's key is: ``$XDG_STATE_HOME/ade_harness/key``."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "ade_harness" / "key"
+    return expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "ade_harness" / "key"
 
 
 def signature(*parts: Any) -> str | None:

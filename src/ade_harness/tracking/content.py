@@ -16,6 +16,7 @@ import numpy as np
 
 from ade_harness.data.labels import IGNORE_INDEX, NO_CLASS, Classes
 from ade_harness.files.fetch import OFFICIAL_URL
+from ade_harness.files.reading import expanded
 from ade_harness.metrics.confusion import Scores, mean_iou
 from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.report.overlays import MASKS
@@ -287,7 +288,7 @@ def reference_of(origin: str) -> str | None:
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w.-]+)/(.+)", origin)
     if hub:
         return f"https://huggingface.co/{hub[1]}/resolve/{hub[2]}/{hub[3]}"
-    path = Path(origin).expanduser()
+    path = expanded(origin)
     return path.resolve().as_uri() if origin and path.exists() else None
 
 

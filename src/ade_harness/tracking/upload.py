@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ade_harness.files.reading import expanded
+
 LIMITS = {
     "WANDB_HTTP_TIMEOUT": "8",  # seconds, of one request
     "WANDB_X_GRAPHQL_RETRY_MAX": "1",
@@ -108,7 +110,7 @@ def _settings_of_files() -> Any:
     import wandb
 
     # `wandb.setup()` would give them too, but once for all of this process, and it changes the environment
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    folder = expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     settings = wandb.Settings(silent=True, settings_system=str(folder / "settings"))
     settings.update_from_system_settings()
     return settings
@@ -176,7 +178,7 @@ def has_key() -> bool:
 
 
 def _key_in_netrc() -> bool:
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    path = expanded(os.environ.get("NETRC", "~/.netrc"))
     try:
         return any("wandb" in host for host in netrc.netrc(path).hosts)
     except (OSError, netrc.NetrcParseError):

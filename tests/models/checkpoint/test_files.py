@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import threading
 import zipfile
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.convert import convert
 from ade_harness.models.checkpoint.parts import Choice
-from ade_harness.models.checkpoint.public import hub_checkpoint
+from ade_harness.models.checkpoint.public import hub_checkpoint, local_checkpoint
 from ade_harness.models.loading import load_model
 from ade_harness.models.systems.siglip2 import SIGLIP2
 from tests.conftest import Done
@@ -414,3 +415,23 @@ def test_pipes_and_folders_are_not_waited_for(overrides: list[str], tmp_path: Pa
         cfg = compose_config([*(text.format(tmp_path / name) for text in overrides), "dataset=demo"]).model
         with pytest.raises(HarnessError, match=rf"{name}: is (not a regular file|a folder)"):
             load_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("names", "advised"),
+    [
+        (("scheduler.bin", "optimizer.bin", "model.safetensors", "random_states_0.pkl"), "model.safetensors"),
+        (("state.pt", "head.safetensors"), "head.safetensors"),
+        (("iter_8000.pth", "iter_16000.pth"), "iter_16000.pth"),  # the newest
+        (("optimizer.bin", "scheduler.pt"), None),
+    ],
+)  # fmt: skip
+def test_of_a_trainers_folder_the_weights_are_advised(
+    names: tuple[str, ...], advised: str | None, tmp_path: Path
+) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (number, number))
+    expected = f"such as {tmp_path / advised}" if advised else "Expected a file of weights."
+    with pytest.raises(HarnessError, match=re.escape(expected)):
+        local_checkpoint(str(tmp_path), None)

@@ -29,12 +29,13 @@ class Code:
 
 
 @contextmanager
-def checked_out_code(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Code]:
+def checked_out_code(recorded: Mapping[str, Any], current: Mapping[str, Any], trusted: bool) -> Iterator[Code]:
     """Give the code that a run was made with, or this one and a remark.
 
     Args:
         recorded: ``code`` of the run's manifest.
         current: :func:`ade_harness.runs.provenance.code_state` of now.
+        trusted: whether the run is one's own. Somebody else's may name a commit from before a hole was closed.
 
     Yields:
         The run's commit in a worktree that is removed afterwards; or this code, if it is that commit, or if this
@@ -59,6 +60,13 @@ def checked_out_code(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     if installed or not re.fullmatch(r"[0-9a-f]{7,64}", commit) or not _has(root, commit):
         where = "this is no git checkout" if installed else f"{root} has no such commit: git fetch"
         remarks.append(f"the run's commit {commit[:12]} is not here ({where}), so this code repeats it")
+        yield Code({}, tuple(remarks))
+        return
+    if not trusted:
+        remarks.append(
+            f"the run's commit {commit[:12]} is not checked out, as the run was not made by you on this machine: this"
+            " code repeats it (--trust checks it out)"
+        )
         yield Code({}, tuple(remarks))
         return
     if not _is_known(root, commit):

@@ -84,7 +84,8 @@ def reproduce(
         own = trust or is_own(first.path, first.manifest)
         overrides = [*_fetched(source, first.config["model"]["kind"], overrides, own), *overrides]
     output = output or Path("runs") / new_run_name(f"{first.config['model']['name']}-again")
-    with checked_out_code(first.manifest["code"], code_state()) as code:
+    trusted = trust or (not is_bundle(source) and is_own(first.path, first.manifest))
+    with checked_out_code(first.manifest["code"], code_state(), trusted) as code:
         for remark in code.remarks:
             console.print(Text(f"Note: {one_line(remark)}.", style="yellow"))
         command = _command(first, repeat, overrides, output)

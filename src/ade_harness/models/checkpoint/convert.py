@@ -107,6 +107,13 @@ def convert(file: Path, output: Path, choice: Choice) -> tuple[Part, list[str], 
     require(not output.exists(), f"{output}: exists already. Give another name, or delete it.")
     content, left = _read(file)
     part = take_part(_opened(content), file, choice)
+    for name, tensor in part.state.items():
+        held = tensor.untyped_storage().nbytes()
+        require(
+            tensor.numel() * tensor.element_size() <= held,
+            f"{file}: {name} says that it has {tensor.numel():,} values, and the file holds {held:,} bytes of them.",
+        )
+        require(not tensor.is_complex(), f"{file}: {name} is complex, which no network here has.")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in part.state.items()}  # none share memory
     require(output.absolute().parent.is_dir(), f"{output}: there is no folder {output.parent}. Make it first.")
     write_tensors(output, tensors, {"format": "pt"})

@@ -109,7 +109,8 @@ def _unpacked(archive: Path) -> Path:
                     f"{archive}: holds {len(names)} weight files (.pth, .pth.tar, .pt, .bin), expected one."
                 )
             check_expansion(content.infolist(), archive)
-            target = archive.with_name(f"{archive.name}.{Path(names[0]).name}")  # never a folder from the archive
+            member = content.getinfo(names[0])  # of another archive under the same name its content has another sum
+            target = archive.with_name(f"{archive.name}.{member.CRC:08x}{member.file_size:x}.{Path(names[0]).name}")
             with FileLock(str(target) + ".lock"):
                 if not target.exists():
                     with replaced(target) as part, content.open(names[0]) as source, part.open("wb") as out:

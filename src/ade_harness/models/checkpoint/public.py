@@ -13,7 +13,7 @@ from filelock import FileLock
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import OnBytes, fetch, file_hash
 from ade_harness.files.hub import hub_explained
-from ade_harness.files.reading import require_regular
+from ade_harness.files.reading import expanded, require_regular
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,16 @@ def local_checkpoint(path: str, sha256: str | None, key: str = "model.checkpoint
     Raises:
         HarnessError: it is not there, or its hash is not the expected one.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_dir():
         raise HarnessError(f"{key}={path}: is a folder. {_advice_for(file)}")
     require_regular(file, f"{key}={path}")
     return _checked(file, sha256, str(file), f"{key}_sha256")
+
+
+_WEIGHTS = ("head.safetensors", "model.safetensors", "pytorch_model.bin")
+_NO_WEIGHTS = ("optimizer", "scheduler", "sampler", "random_states", "rng_state", "state.", "training_args", "scaler")
+"""Begins of what trainers write beside weights."""
 
 
 def _advice_for(folder: Path) -> str:
@@ -54,8 +59,11 @@ def _advice_for(folder: Path) -> str:
         )
     if "config.json" in names:
         return f"transformers wrote it: model=hf model.id={folder}"
-    files = sorted(name for name in names if name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt")))
-    return f"Expected a file of weights{f', such as {folder / files[-1]}' if files else ''}."
+    files = [name for name in names if name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))]
+    files = [name for name in files if not name.startswith(_NO_WEIGHTS)]
+    usual = [name for name in _WEIGHTS if name in files]  # else the newest
+    files = usual or sorted(files, key=lambda name: -(folder / name).stat().st_mtime_ns)
+    return f"Expected a file of weights{f', such as {folder / files[0]}' if files else ''}."
 
 
 def url_checkpoint(
@@ -136,9 +144,9 @@ def shards(index: Path) -> list[str]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names no files, or files elsewhere")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not names or any(Path(name).name != name or name.endswith(INDEX) for name in names):
+            raise ValueError("it names no files, or files elsewhere, or an index")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HarnessError(f"{index}: not an index of weight files ({error}). Download it again.") from error
     return names
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ade_harness.config.model import CheckpointConfig, ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import cache_dir, file_hash
-from ade_harness.files.reading import require_regular
+from ade_harness.files.reading import expanded, require_regular
 from ade_harness.models.checkpoint.parts import Choice, Part
 from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint, url_checkpoint
 
@@ -121,7 +121,7 @@ def other_backbone(head: Path, sha256: str | None) -> tuple[str, ...]:
 
 def model_file(cfg: ModelConfig) -> Path:
     """Return ``model.path``; raises HarnessError if it is not there, or not the file of ``checkpoint_sha256``."""
-    path = Path(cfg.path or "").expanduser()
+    path = expanded(cfg.path or "")
     require_regular(path, f"model.path={cfg.path}")
     digest = cfg.checkpoint_sha256
     if digest is not None and file_hash(path, "sha256") != digest.lower():

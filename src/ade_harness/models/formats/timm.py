@@ -126,7 +126,7 @@ def _loaded(cfg: ModelConfig, name: str, network: LinearSegmenter, weights: str,
     mean, std = statistics_of(name)
     known = pretrained_cfg(name)
     notes: tuple[str, ...] = ()
-    if known is not None and known.license and weights != "random":
+    if known is not None and known.license and weights != "random" and cfg.backbone_checkpoint is None:
         facts = {**facts, "backbone_license": known.license}
         notes = (f"the backbone's weights are under the licence {known.license}",)
     fixed = None if backbone.side is None else (backbone.side, backbone.side)

@@ -195,6 +195,7 @@ def load_transformers(
         network, info = auto.from_pretrained(
             model_id,
             revision=revision,
+            dtype=torch.float32,  # config.json may say half precision, to which a file of float32 would be rounded
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
