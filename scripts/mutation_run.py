@@ -123,6 +123,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("models/class_map.py", "found is not None and names", "or", "classes are found by names: both or neither"),
     ("runs/trust.py", "_KEY_BYTES = 32", "33", "a key of another length"),
     ("runs/ledger.py", " = 2**", "", "bounds far above any data set"),
+    ("runs/ledger.py", "np.zeros(0, kind)", "1", "of an empty array no number is looked at"),
+    ("kernels/reference.py", "View(torch.empty(0), origins", "True", "where windows overlap depends on neither"),
     ("runs/ledger.py", "hex[:8]", "9", "a digit more"),
     ("runs/ledger.py", "row.pixels.min(initial=0)", "1", "not below 0 either"),
     ("runs/ledger.py", ">= _FLUSH_EVERY_S", "> _FLUSH_EVERY_S", "a clock never stands at exactly that"),
