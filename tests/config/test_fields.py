@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import omegaconf
@@ -14,7 +16,7 @@ from ade_harness.config.dataset import ADE20K_CLASSES, DatasetKind
 from ade_harness.config.fields import Range, bounded, bounded_list, check_ranges, place, place_keys, written
 from ade_harness.config.runtime import RuntimeConfig, Sharding
 from ade_harness.config.schema import Config, MetricsConfig
-from ade_harness.config.validate import validate
+from ade_harness.config.validate import require_data, validate
 from ade_harness.errors import HarnessError
 
 
@@ -152,3 +154,26 @@ def test_a_whole_number_beyond_any_float_is_no_value() -> None:
         stored_config({"metrics": {"level": big}})
     with pytest.raises(HarnessError, match=r"config\.yaml is damaged"):
         stored_node(MetricsConfig, {"level": big})
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ("model.path=/nope.onnx", "Add model=onnx, torchscript, exported or predictions"), ("model.id=foo/bar", "Add model=hf or smp"),
+        ("model.url=http://127.0.0.1:9", "Add model=http"), ("model._target_=a.B", "Add model=custom"),
+    ],
+)  # fmt: skip
+def test_a_place_that_the_model_does_not_read_is_refused(given: str, advice: str) -> None:
+    """Without `model=` the demo's network would be evaluated."""
+    with pytest.raises(HarnessError, match=f"would not be read, as the model is demo .*{re.escape(advice)}"):
+        compose_config([given])
+
+
+def test_classes_alone_are_enough_where_nothing_is_evaluated(tmp_path: Path) -> None:
+    """Of `predict` and `serve`."""
+    (tmp_path / "classes.yaml").write_text("names: [a, b]\n")
+    cfg = compose_config(
+        ["model=custom", "model._target_=a.B", "dataset=folder", f"dataset.classes={tmp_path}/classes.yaml"]
+    )
+    with pytest.raises(HarnessError, match="dataset.image_dir must be set"):
+        require_data(cfg)

@@ -168,6 +168,15 @@ def _check_output(inference: InferenceConfig) -> None:
     )
 
 
+_PLACES = {
+    "path": "model=onnx, torchscript, exported or predictions",
+    "id": "model=hf or smp",
+    "url": "model=http",
+    "_target_": "model=custom",
+}
+"""Fields that say where a model is, and the choices that read them."""
+
+
 def _check_model(config: Config) -> None:
     model = config.model
     require(
@@ -179,6 +188,14 @@ def _check_model(config: Config) -> None:
     kind = kind_of(model.kind)
     require(
         kind.needs is None or getattr(model, kind.needs) is not None, f"model.{kind.needs} must be set: {kind.what}."
+    )
+    unread = next(
+        (n for n in _PLACES if getattr(model, n) is not None and n not in (kind.needs, kind.own_source)), None
+    )
+    require(
+        unread is None,
+        f"model.{unread}={getattr(model, unread or 'id')}: would not be read, as the model is {model.name}"
+        f" (model.kind={model.kind}). Add {_PLACES.get(unread or '', '')}, or leave it out.",
     )
     _check_weight_fields(model, kind)
     pixels = model.input
@@ -291,6 +308,8 @@ def require_data(config: Config) -> None:
         f"dataset.root={config.dataset.root}: would not be read, as the data set is {config.dataset.kind}. Add"
         " dataset=ade20k to evaluate it, or leave it out.",
     )
+    for key, what in _OWN_DATA.items() if config.dataset.kind == DatasetKind.folder else ():
+        require(bool(getattr(config.dataset, key)), f"dataset.{key} must be set: {what}.")
     require(
         config.dataset.kind != DatasetKind.ade20k or bool(config.dataset.root),
         "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT). It is not in"
@@ -307,8 +326,7 @@ _OWN_DATA = {
 
 
 def _check_own_data(dataset: DatasetConfig) -> None:
-    for key, what in _OWN_DATA.items():
-        require(bool(getattr(dataset, key)), f"dataset.{key} must be set: {what}.")
+    require(bool(dataset.classes), f"dataset.classes must be set: {_OWN_DATA['classes']}.")
     require(
         dataset.name not in (DatasetKind.ade20k, DatasetKind.demo),
         f"dataset.name={dataset.name}: is the name of another data set. Give your data a name of its own.",
