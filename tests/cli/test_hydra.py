@@ -519,6 +519,10 @@ def test_the_own_protocol_of_a_model_that_a_file_chooses(call: Call, tmp_path: P
     assert {key: json.loads(done.out)[key] for key in ("model", "protocol")} == {
         "model": "small", "protocol": "mmseg_whole_512_align32",
     }  # fmt: skip
+    sweep = ("-m", "--config-dir", "own", "hydra/launcher=basic", "model=small", "metrics.seed=1,2", "dataset.images=1")
+    done = call(*sweep, "inference=ss", *QUICK, "--json")
+    assert done.code == 0, done.err
+    assert [row["state"] for row in json.loads(done.out)["runs"]] == ["finished"] * 2
     done = call(*base, "inference=ms", "dataset.images=1", *QUICK)
     assert done.code == 2
     assert "no multi-scale protocol was published for model=small. It has inference=ss" in done.err

@@ -33,7 +33,7 @@ from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, submitted, sw
 from ade_harness.cli.sweep import command as current_command
 from ade_harness.cli.work import WORK, score_of, training_of
 from ade_harness.config.arguments import OWN_PROTOCOLS, own_protocol, prepare, with_recipe
-from ade_harness.config.compose import checked, explain, register_schemas
+from ade_harness.config.compose import checked, compose_config, explain, register_schemas
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
@@ -120,7 +120,12 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     def run(tree: DictConfig) -> float | None:
         mine = HydraConfig.get()
         try:
-            config = checked(_with_own_protocol(tree) if tree.inference.name in OWN_PROTOCOLS else tree)
+            if tree.inference.name not in OWN_PROTOCOLS:
+                config = checked(tree)
+            elif mine.mode == RunMode.MULTIRUN:  # each job knows its model only now; it has the packaged primary
+                config = compose_config(list(mine.overrides.task), _config_dir(options))
+            else:
+                config = checked(_with_own_protocol(tree))
             handed_over = {
                 "work": command,
                 "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
@@ -171,7 +176,7 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
 
 
 def _with_own_protocol(tree: DictConfig) -> DictConfig:
-    """Compose again by the model's own protocol, where a file or a sweep has chosen the model: it is known only now."""
+    """Compose again by the model's own protocol, where a file has chosen the model: it is known only now."""
     mine, kind = HydraConfig.get(), str(tree.inference.name)
     name = own_protocol(kind, str(tree.model.name), tree.model.protocols)
     kept = [text for text in mine.overrides.task if text != f"inference={kind}"]
