@@ -344,3 +344,10 @@ def test_names_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
     cfg = compose_config(["model=segformer_b0", *overrides_for(tmp_path)]).dataset
     with pytest.raises(HarnessError, match=r"its name is not UTF-8\. Rename it"):
         open_dataset(cfg)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    for text in ("names: [a, b]\nnames: [c, d]\n", "names: [a, b]\nmapping: {7: a, 8: b, 7: b}\n"):
+        (tmp_path / "classes.yaml").write_text(text)
+        with pytest.raises(HarnessError, match="the key '(names|7)' stands twice"):
+            read_classes(tmp_path / "classes.yaml", "mine")

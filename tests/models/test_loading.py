@@ -741,3 +741,16 @@ def test_names_that_are_none_of_the_classes_are_a_note() -> None:
     found = resolve_class_map(150, None, [f"thing {i}" for i in range(150)], classes)
     assert f"none of {classes.dataset}'s, such as 'thing 0'" in str(found.note)
     assert resolve_class_map(150, None, list(classes.names), classes).note is None
+
+
+def test_a_lazy_layer_is_one_message() -> None:
+    cfg = compose_config(
+        [
+            "model=custom",
+            "model._target_=torch.nn.LazyConv2d",
+            "model.kwargs.out_channels=150",
+            "model.kwargs.kernel_size=1",
+        ]
+    )
+    with pytest.raises(HarnessError, match=r"its weight has no values \(a lazy layer"):
+        load_model(cfg.model)

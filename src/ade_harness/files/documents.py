@@ -128,6 +128,16 @@ class PlainLoader(_SafeLoader):
             raise yaml.YAMLError("aliases (*) are not allowed")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice: of its two values one would be taken in silence."""
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise ValueError(f"the key {key.value[:60]!r} stands twice (line {key.start_mark.line + 1})")
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Refuse texts whose conversion takes time that grows with their square: ``1:1:1:...``, thousands of digits."""
         text = str(self.construct_scalar(node))

@@ -12,10 +12,11 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ade_harness.config.model import ModelConfig
 from ade_harness.data.labels import Classes
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, require
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
@@ -33,6 +34,12 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     module = _make(target, cfg)
     if not isinstance(module, nn.Module):
         raise HarnessError(f"model._target_={target}: gave a {type(module).__name__}, expected a torch.nn.Module.")
+    unknown = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t) or t.is_meta]
+    require(
+        not unknown,
+        f"model._target_={target}: its {unknown[0] if unknown else ''} has no values (a lazy layer, or one on the meta"
+        " device). Make all of them in the constructor.",
+    )
     checkpoint = chosen_checkpoint(cfg)
     if checkpoint is None:
         weights = "random" if cfg.weights == "random" else "constructed"

@@ -93,6 +93,8 @@ def _saved(cfg: ModelConfig, smp: Any) -> LoadedModel:
         ) from error
     folder = Path(cfg.id or "")
     facts: dict[str, Any] = {"origin": str(cfg.id)}
+    if (folder / "config.json").is_file():  # what the constructor got beside the weights
+        facts["config_sha256"] = file_hash(folder / "config.json", "sha256")
     if (folder / "model.safetensors").is_file():
         facts["sha256"] = file_hash(folder / "model.safetensors", "sha256")
     return _loaded(cfg, module, "pretrained", facts)
