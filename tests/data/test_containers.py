@@ -837,3 +837,12 @@ def test_only_exif_turns_an_image() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode_image(encoded(photo, "JPEG", exif=exif), "a").shape == (40, 24, 3)
+
+
+def test_a_damaged_png_is_named_without_addresses_of_memory() -> None:
+    data = bytearray(encoded(Image.new("RGB", (8, 8))))
+    data[12:16] = b"IHDX"
+    with pytest.raises(HarnessError) as caught:
+        decode_image(bytes(data), "a.png")
+    assert "a.png" in str(caught.value)
+    assert "0x" not in str(caught.value)

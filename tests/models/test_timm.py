@@ -352,6 +352,8 @@ def test_a_network_of_smp(tmp_path: Path) -> None:
     network = smp.create_model("unet", "resnet18", encoder_weights=None, classes=150).eval()
     torch.save({"state_dict": {f"model.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "w.ckpt")
     network.save_pretrained(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved/config.json").read_text())
+    (tmp_path / "saved/config.json").write_text(json.dumps({**settings, "encoder_weights": "imagenet"}))  # as usual
     overrides = ("model=smp", "model.architecture.arch=unet", "model.architecture.encoder_name=resnet18")
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():

@@ -6,6 +6,7 @@ Ghostscript on the sender's program.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ class UnreadableError(HarnessError):
 def unreadable(name: str, what: str, reason: object) -> UnreadableError:
     """Return the error of a file that cannot be decoded; `what` is "image" or "label map"."""
     text = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+    text = re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", text)  # Pillow names the bytes in memory
     return UnreadableError(f"{name}: this {what} cannot be read ({text}). Replace the file.")
 
 

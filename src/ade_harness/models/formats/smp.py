@@ -84,7 +84,8 @@ def _saved(cfg: ModelConfig, smp: Any) -> LoadedModel:
     """Load what ``save_pretrained`` wrote, from a folder or the hub."""
     try:
         with redirect_stdout(StringIO()):  # it says from where it loads
-            module = smp.from_pretrained(cfg.id, revision=cfg.revision, strict=True).eval()
+            # its encoder's are among the saved weights; config.json may say that the hub has them
+            module = smp.from_pretrained(cfg.id, revision=cfg.revision, strict=True, encoder_weights=None).eval()
     except Exception as error:  # of the hub, of smp and of torch
         text = " ".join(str(error).split())[:400]
         raise HarnessError(
