@@ -463,6 +463,14 @@ def test_folders_of_ones_own_have_any_name(call: Call, tmp_path: Path) -> None:
     assert [row["state"] for row in json.loads(done.out)["runs"]] == ["finished"] * 2
 
 
+def test_a_sweep_of_more_jobs_than_anybody_means_is_refused(call: Call) -> None:
+    for given in ("runtime.seed=range(0,100000000)", "runtime.seed=range(0,5000)"):
+        done = call("-m", "model=demo", given, "metrics.seed=1,2,3", *QUICK)
+        assert done.code == 2
+        assert f"{given}: a sweep of" in done.err
+    assert call("-m", "runtime.seed=range(0,3)", "metrics.seed=1,2", "--list").code == 0
+
+
 @pytest.mark.parametrize("launcher", ["process", "basic"])
 def test_jobs_of_one_directory_are_refused(call: Call, launcher: str, tmp_path: Path) -> None:
     for place in ("run.dir=same", "hydra.sweep.subdir=same"):

@@ -32,7 +32,7 @@ from ade_harness.cli.launch import launch
 from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, submitted, sweeps
 from ade_harness.cli.sweep import command as current_command
 from ade_harness.cli.work import WORK, score_of, training_of
-from ade_harness.config.arguments import OWN_PROTOCOLS, own_protocol, prepare, with_recipe
+from ade_harness.config.arguments import OWN_PROTOCOLS, limit_sweep, own_protocol, prepare, with_recipe
 from ade_harness.config.compose import checked, compose_config, explain, register_schemas
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import UNREADABLE, conf_dir
@@ -86,6 +86,8 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
     primary = bool(options.config_name or options.config_path)
     plain = options.shell_completion or options.hydra_help
     ready = overrides if plain else prepare(overrides, _own_folder(options), several, primary)
+    if several and not plain:
+        limit_sweep(ready)
     return _run_hydra(options, ready, "evaluate")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -61,6 +62,27 @@ def prepare(
     named = any(text.startswith("model=") for text in ready)
     known = not multirun and (named or not primary)
     return [_opened(text) for text in (_with_own_protocol(ready, extra) if known else ready)]
+
+
+_MAX_JOBS = 10_000
+"""Of a sweep: each is composed and checked before the first starts, in a tenth of a second."""
+
+
+def limit_sweep(overrides: Sequence[str]) -> None:
+    """Refuse a sweep of more jobs than anybody means, before Hydra lists them; overrides as :func:`prepare` gives them.
+
+    Raises:
+        HarnessError: names the override with the most values.
+    """
+    jobs, most = 1, (0, "")
+    for text in overrides:
+        found = OverridesParser.create().parse_override(text)
+        values: Any = found._value if found.is_sweep_override() else None  # its public iterator makes them all
+        number = len(getattr(values, "list", None) or ())
+        if hasattr(values, "stop") and values.step:
+            number = max(0, math.ceil((values.stop - values.start) / values.step))
+        jobs, most = jobs * max(1, number), max(most, (number, text))
+    require(jobs <= _MAX_JOBS, f"{most[1]}: a sweep of {jobs:,} jobs; at most {_MAX_JOBS:,} are taken.")
 
 
 def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str]:
