@@ -23,7 +23,8 @@ from ade_harness.cli.doctor import _ranks
 from ade_harness.cli.main import run_command
 from ade_harness.config.arguments import known_keys
 from ade_harness.config.compose import compose_config
-from ade_harness.config.files import choices, conf_dir
+from ade_harness.config.files import choices, conf_dir, read_choice
+from ade_harness.config.kinds import kind_of
 from ade_harness.errors import HarnessError
 from ade_harness.leaderboard.published import published_rows
 from tests.conftest import REPOSITORY, Done, write_pair
@@ -136,9 +137,9 @@ def test_cfg_job_shows_the_composed_configuration(call: Call) -> None:
 
 @pytest.mark.parametrize("name", choices("model"))
 def test_every_model_configuration_composes(name: str) -> None:
-    needed = {"custom": ["model._target_=a.b"], "hf": ["model.id=x"], "http": ["model.url=http://x"]}.get(
-        name, ["model.path=x"]
-    )
+    kind = kind_of(read_choice("model", name)["kind"])
+    values = {"_target_": "a.b", "id": "x", "url": "http://x", "path": "x"}
+    needed = [f"model.{kind.needs}={values[kind.needs]}"] if kind.needs else []
     data = [] if name == "demo" else ["dataset=ade20k", "dataset.root=x"]
     cfg = compose_config([f"model={name}", *needed, *data])
     assert cfg.model.name == name
