@@ -723,7 +723,7 @@ def test_a_map_that_leaves_channels_out_is_no_identity() -> None:
     "overrides", [["model=hf", "model.id=x"], ["model=torchscript", "model.path=x.pt"], ["model=smp", "model.id=x"]]
 )
 def test_random_weights_of_what_reads_none_are_refused(overrides: list[str]) -> None:
-    with pytest.raises(HarnessError, match="model.weights=random: would have no effect"):
+    with pytest.raises(HarnessError, match="model.weights: cannot be chosen for model.kind="):
         compose_config([*overrides, "model.weights=random", "dataset=demo"])
 
 
@@ -734,6 +734,8 @@ def test_statistics_of_another_scale_are_refused() -> None:
     ):
         compose_config(["model=segformer_b0", *shares, "dataset=demo"])
     compose_config(["model=segformer_b0", *shares, "model.input.max_value=1", "dataset=demo"])
+    own = ["model.input.mean=[0,0,0]", "model.input.std=[1,1,1]"]  # of a network that normalises for itself
+    compose_config(["model=segformer_b0", *own, "dataset=demo"])
 
 
 def test_names_that_are_none_of_the_classes_are_a_note() -> None:

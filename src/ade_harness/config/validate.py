@@ -200,7 +200,8 @@ def _check_model(config: Config) -> None:
     _check_weight_fields(model, kind)
     pixels = model.input
     require(
-        pixels.max_value <= 1 or max(map(abs, (*pixels.mean, *pixels.std))) > 1,
+        # 0 and 1: a network that normalises for itself
+        pixels.max_value <= 1 or not any(pixels.mean) or max(map(abs, (*pixels.mean, *pixels.std))) > 1,
         f"model.input.mean={list(pixels.mean)} and std={list(pixels.std)} are on the scale 0..1, and pixels on that of"
         f" 0..{pixels.max_value:g}: set model.input.max_value=1, or give them times 255.",
     )
@@ -221,7 +222,7 @@ def _check_weight_fields(model: ModelConfig, kind: Kind) -> None:
     )
     require(
         model.weights != Weights.random or reads,
-        f"model.weights=random: would have no effect on model.kind={model.kind}: {instead}. Leave it out.",
+        f"model.weights: cannot be chosen for model.kind={model.kind}: {instead}. Leave it out.",
     )
     require(
         model.output is None or kind.several_outputs,
