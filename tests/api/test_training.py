@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAv
 from lightning.pytorch.loggers import CSVLogger
 
 import ade_harness as ade
+from ade_harness.api import callback as callback_module
 from ade_harness.errors import HarnessError
 from ade_harness.metrics import SegmentationScores, scores
 from ade_harness.metrics.confusion import mean_dice
@@ -290,6 +291,20 @@ def test_who_would_look_for_a_score_when_there_is_none_is_found_before_the_train
     assert module.losses == []
     with pytest.raises(HarnessError, match="Put it behind ADE20KEvaluation in the list"):
         fit([EarlyStopping(monitor="ade20k/mIoU"), of_demo()])
+
+
+def test_the_callbacks_of_the_other_package_are_known() -> None:
+    """`import pytorch_lightning as pl` has classes of its own: their averages and monitors count too."""
+    others = pytest.importorskip("pytorch_lightning.callbacks", reason="pip install pytorch-lightning")
+
+    class Mine(others.EarlyStopping):  # type: ignore[misc, name-defined]
+        pass
+
+    assert callback_module._is(others.WeightAveraging(), "WeightAveraging")
+    assert callback_module._is(Mine("x"), "EarlyStopping")
+    assert callback_module._is(ModelCheckpoint(), "ModelCheckpoint")
+    assert not callback_module._is(others.EarlyStopping("x"), "ModelCheckpoint")
+    assert not callback_module._is(type("EarlyStopping", (), {})(), "EarlyStopping")  # somebody else's of that name
 
 
 def test_the_average_that_is_saved_is_what_is_evaluated(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from ade_harness.config.runtime import Accelerator, RuntimeConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation import data, job
+from ade_harness.evaluation.launching import Launched
 from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference import network
 from ade_harness.inference.factory import open_network
@@ -365,7 +366,8 @@ def test_rows_that_were_counted_stay_after_an_error_of_the_device() -> None:
     def lost() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    module._launched.append(SimpleNamespace(done=SimpleNamespace(synchronize=lost)))  # type: ignore[arg-type]
+    event: Any = SimpleNamespace(synchronize=lost)
+    module._launched.append(Launched([], [], [], [], Stopwatch(torch.device("cpu")), event))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         module.close(0)
     assert done == ["settled 0", "closed", "flushed"]

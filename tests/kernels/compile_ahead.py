@@ -97,7 +97,7 @@ def compiled(
 
     What Triton makes of a source on its way is the same for several GPUs: its own two IRs for all of them (they differ
     for matrix products and tensor descriptors, which none of these kernels has), PTX for sm_86 and sm_89. Each is made
-    for the first and compiled on for the others, which halves the work; with `whole`, and for sm_100 in the first
+    for the first and compiled on for the others, which saves a third of the work; with `whole`, and for sm_100 in the first
     variant of each kernel, from the source. `--check` compares the machine code of all variants.
     """
     names = kernel.function.arg_names

@@ -124,6 +124,17 @@ def test_a_folder_whose_weights_are_another_networks_is_refused_whatever_is_allo
         evaluate("hf", dataset="demo", options={**options, "dataset.images": 1})
 
 
+def test_a_file_in_float32_is_not_rounded_to_what_its_configuration_says(tmp_path: Path) -> None:
+    folder = saved("segformer", tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float16", "torch_dtype": "float16"}))
+    expected = load_file(folder / "model.safetensors")
+    found = load_model(compose_config(["model=hf", f"model.id={folder}", "dataset=demo"]).model).module.state_dict()
+    key = "decode_head.classifier.weight"
+    assert torch.equal(found[f"network.{key}"], expected[key])
+    assert not torch.equal(expected[key], expected[key].half().float())
+
+
 def test_the_pixels_of_a_folder_and_its_own_weights_belong_to_its_identity(tmp_path: Path) -> None:
     folder = saved(
         "segformer", tmp_path, {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -26,7 +26,7 @@ from ade_harness.runs.provenance import code_state
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _UNREAD = frozenset(
-    (
+    [
         ".webp",
         ".tif",
         ".tiff",
@@ -41,7 +41,7 @@ _UNREAD = frozenset(
         ".jpe",
         ".ppm",
         ".dng",
-    )
+    ]
 )
 """Endings of pictures that are not read."""
 _RECORD = "predictions.json"

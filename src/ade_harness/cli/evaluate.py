@@ -252,7 +252,7 @@ def _hydra_options(options: argparse.Namespace) -> list[str]:
     given = {
         "config-dir": options.config_dir,
         "config-name": options.config_name,
-        # Hydra takes it from the folder of the module with @hydra.main, which is nobody's
+        # relative to here: Hydra would take it from the folder of the module with @hydra.main, inside the package
         "config-path": options.config_path and str(Path(options.config_path).resolve()),
     }
     return [f"--{name}={value}" for name, value in given.items() if value]

@@ -38,12 +38,13 @@ def run_status(options: argparse.Namespace) -> Answer:
     if manifest.get("kind") == PROBE:
         return _probe_status(console, path, manifest)
     checked(manifest, {"dataset": {"images": int}}, str(path / MANIFEST))
-    rows, damaged = read_rows(path / LEDGER)
     progress = read_progress(path)
     total = manifest["dataset"]["images"]
     holder = read_lock(path / LOCK)
     state = run_state(manifest.get("status") or "running", holder, progress)
-    miou = load_run(path).metrics["mIoU"] if state == "finished" else None  # what its ledger sums to
+    run = load_run(path) if state == "finished" else None  # whose ledger sums to its scores
+    rows, damaged = (run.rows, []) if run is not None else read_rows(path / LEDGER)
+    miou = None if run is None else run.metrics["mIoU"]
     for mark in manifest.get("marks") or ():
         print_line(console, one_line(mark), style="bold yellow")
     print_fact(console, "state", state)

@@ -20,7 +20,7 @@ from ade_harness.config.kinds import Gives, Kind, Source, kind_of
 from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns, Weights
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
-from ade_harness.errors import require
+from ade_harness.errors import HarnessError, require
 from ade_harness.files.address import check_url
 
 _NEEDED_LENGTHS = {
@@ -192,11 +192,11 @@ def _check_model(config: Config) -> None:
     unread = next(
         (n for n in _PLACES if getattr(model, n) is not None and n not in (kind.needs, kind.own_source)), None
     )
-    require(
-        unread is None,
-        f"model.{unread}={getattr(model, unread or 'id')}: would not be read, as the model is {model.name}"
-        f" (model.kind={model.kind}). Add {_PLACES.get(unread or '', '')}, or leave it out.",
-    )
+    if unread is not None:
+        raise HarnessError(
+            f"model.{unread}={getattr(model, unread)}: would not be read, as the model is {model.name}"
+            f" (model.kind={model.kind}). Add {_PLACES[unread]}, or leave it out."
+        )
     _check_weight_fields(model, kind)
     pixels = model.input
     require(

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ade_harness import kernels
 from ade_harness.config.composed import Composed
@@ -29,13 +27,10 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_images
 from ade_harness.evaluation.job import describe_marks
-from ade_harness.evaluation.module import refuse_invalid, to_host
+from ade_harness.evaluation.launching import Launched, launch, refuse_invalid
 from ade_harness.evaluation.recorder import row_of
 from ade_harness.evaluation.score import advice, describe_costs, require_labelled
-from ade_harness.inference.predictor import Prediction, Predictor
-from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.kernels import Kernels
-from ade_harness.kernels.confidence import count_confidence
+from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.counts import Row
 from ade_harness.runs.exactness import check_exact, check_rows
@@ -138,15 +133,10 @@ def count_here(
     classes = len(opened.dataset.classes)
     matrix, rows = np.zeros((classes, classes + 1), np.int64), []
     items = ImageItems(opened.dataset, opened.groups, opened.predictor, set())
-    launched = deque[_Launched]()
-    last = time.perf_counter()
+    launched = deque[Launched]()
 
-    def finish(batch: _Launched) -> None:
-        nonlocal last
-        if batch.done is not None:
-            batch.done.synchronize()
-        now = time.perf_counter()
-        seconds, last = (now - max(batch.start, last)) / len(batch.images), now
+    def finish(batch: Launched) -> None:
+        seconds = sum(batch.wait().values()) / len(batch.images)
         for image, prediction, counted, confidence in zip(
             batch.images, batch.predictions, batch.counts, batch.calibrations, strict=True
         ):
@@ -161,46 +151,14 @@ def count_here(
         for item in batch:
             if isinstance(item, Failure):
                 raise HarnessError(item.message)
-        launched.append(_launch([item for item in batch if isinstance(item, LoadedImage)], opened, device, chosen))
+        images = [item for item in batch if isinstance(item, LoadedImage)]
+        launched.append(launch(images, opened.predictor, device, chosen, classes))
         while len(launched) > (1 if device.type == "cuda" else 0):  # a GPU works on one while another is counted
             finish(launched.popleft())
     while launched:
         finish(launched.popleft())
     peak = most_held(device)
     return Counted(rows, matrix, time.perf_counter() - begin, peak if peak > held else None, reason)
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A batch whose results are on their way to the host."""
-
-    images: list[LoadedImage]
-    predictions: list[Prediction]
-    counts: list[Tensor]
-    calibrations: list[Tensor]
-    start: float
-    done: Any
-    """A CUDA event after the last copy; None where everything is there already."""
-
-
-def _launch(images: list[LoadedImage], opened: Opened, device: torch.device, chosen: Kernels) -> _Launched:
-    """Predict and count a batch; on a GPU nothing waits for it."""
-    start = time.perf_counter()
-    predictions = opened.predictor.predict([image.prepared for image in images], device, Stopwatch(device))
-    counts, calibrations = [], []
-    for image, prediction in zip(images, predictions, strict=True):
-        target = image.target.to(device, non_blocking=True)
-        counts.append(to_host(chosen.count(prediction.labels, target, len(opened.dataset.classes))))
-        found = torch.zeros(0, dtype=torch.int64)
-        if prediction.confidence is not None:
-            found = to_host(count_confidence(prediction.confidence, prediction.labels, target))
-        calibrations.append(found)
-    on_host = [Prediction(to_host(p.labels), to_host(p.invalid_share)) for p in predictions]
-    done = None
-    if device.type == "cuda":
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-    return _Launched(images, on_host, counts, calibrations, start, done)
 
 
 def most_held(device: torch.device) -> int:

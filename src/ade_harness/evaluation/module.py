@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from ade_harness import kernels
 from ade_harness.config.schema import Config
@@ -20,11 +18,10 @@ from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError, ShortMemoryError
 from ade_harness.evaluation.data import Failure, LoadedImage
 from ade_harness.evaluation.job import Job
+from ade_harness.evaluation.launching import Launched, launch, refuse_invalid
 from ade_harness.evaluation.recorder import CountedImage, Recorder
 from ade_harness.inference.forward import is_out_of_memory
-from ade_harness.inference.predictor import Prediction, Predictor
-from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.kernels.confidence import count_confidence
+from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.counts import Row
 from ade_harness.runs.directory import LEDGER
 from ade_harness.runs.label_maps import LabelMaps
@@ -35,19 +32,6 @@ _MAX_PENDING = 16
 """Images that may wait for the recorder: enough for its slow moments (a segment made durable), little memory."""
 _MAX_FAILURES = 20
 """Failures of one rank: more than that is no single damaged file."""
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A batch whose results the device may still be working on."""
-
-    images: list[LoadedImage]
-    predictions: list[Prediction]
-    counts: list[Tensor]
-    calibrations: list[Tensor]
-    """int64 [15, 3], or [] if they were not asked for."""
-    watch: Stopwatch
-    done: torch.cuda.Event | None
 
 
 class EvaluationModule(pl.LightningModule):
@@ -88,7 +72,7 @@ class EvaluationModule(pl.LightningModule):
         """Images of the last batch that are new in the ledger, or soon will be; None if it was not evaluated."""
         self.remarks: list[str] = []
         """What was done otherwise than asked."""
-        self._launched: list[_Launched] = []
+        self._launched: list[Launched] = []
         self._free_since = time.perf_counter()
 
     def test_step(self, batch: tuple[int, list[LoadedImage | Failure] | None], batch_idx: int) -> None:
@@ -196,33 +180,12 @@ class EvaluationModule(pl.LightningModule):
         )
         return self._fail(ids, HarnessError(text))
 
-    def _launch(self, images: list[LoadedImage], device: torch.device) -> _Launched:
-        watch = Stopwatch(device)
-        predictions = self.predictor.predict([image.prepared for image in images], device, watch)
+    def _launch(self, images: list[LoadedImage], device: torch.device) -> Launched:
         chosen = kernels.select(self.kernels_choice, device.type)
-        counts, calibrations = [], []
-        with watch("counts"):
-            for image, prediction in zip(images, predictions, strict=True):
-                target = image.target.to(device, non_blocking=True)
-                counts.append(chosen.count(prediction.labels, target, len(self.recorder.classes)))
-                confidence = prediction.confidence
-                calibrations.append(
-                    None if confidence is None else count_confidence(confidence, prediction.labels, target)
-                )
-        with watch("copy"):
-            counts = [to_host(c) for c in counts]
-            calibrated = [torch.zeros(0, dtype=torch.int64) if c is None else to_host(c) for c in calibrations]
-            predictions = [Prediction(to_host(p.labels), to_host(p.invalid_share)) for p in predictions]
-        done = None
-        if device.type == "cuda":
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            done.record()
-        return _Launched(images, predictions, counts, calibrated, watch, done)
+        return launch(images, self.predictor, device, chosen, len(self.recorder.classes))
 
-    def _finish(self, batch: _Launched, rank: int) -> None:
-        if batch.done is not None:
-            batch.done.synchronize()
-        seconds = batch.watch.seconds()
+    def _finish(self, batch: Launched, rank: int) -> None:
+        seconds = batch.wait()
         for stage, spent in seconds.items():
             self._spend(stage, spent)
         each = sum(seconds.values()) / len(batch.images)
@@ -265,30 +228,10 @@ class EvaluationModule(pl.LightningModule):
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
-def refuse_invalid(image_id: str, share: Tensor | None) -> None:
-    """Raise HarnessError if some of an image's scores are NaN or +inf."""
-    if share is not None and share > 0:
-        raise HarnessError(
-            f"{image_id}: {100 * share.item():.3g}% of the model's scores are NaN or +inf. Check the checkpoint, the"
-            " pixel statistics (model.input) and the precision: half precision overflows above 65,504. (A network that"
-            " returns labels: some are none of its channels.)"
-        )
-
-
 def sum_stages(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
     """Add up the seconds that ranks spent in each stage."""
     names = dict.fromkeys(name for stages in of_ranks for name in stages)
     return {name: sum(stages.get(name, 0.0) for stages in of_ranks) for name in names}
-
-
-def to_host(tensor: Tensor | None) -> Tensor:
-    """Start copying a tensor to the host; on a GPU it is there when the stream has come this far."""
-    if tensor is None:
-        return torch.zeros(())
-    if tensor.device.type == "cpu":
-        return tensor
-    tensor = tensor.contiguous()  # what is not goes through memory that is not pinned, and waits
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor: Predictor) -> None:

@@ -201,11 +201,8 @@ def load_for_probe(cfg: ModelConfig, classes: Classes) -> LoadedModel:
         return headless
     assert family is not None
     if cfg.weights == "random":
-        module, facts = (
-            random_network(family, cfg.architecture, cfg.seed, classes),
-            {"origin": f"random, seed {cfg.seed}"},
-        )
-        return LoadedModel(module.eval(), "random", **statistics(cfg), facts=facts)
+        module = random_network(family, cfg.architecture, cfg.seed, classes).eval()
+        return LoadedModel(module, "random", **statistics(cfg), facts={"origin": f"random, seed {cfg.seed}"})
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
     keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
     module = family.load(

@@ -595,3 +595,15 @@ def test_which_of_two_networks_is_the_users_to_say(tmp_path: Path) -> None:
         torch.save({f"{n}.{k}": v for n in names for k, v in network.state_dict().items()}, tmp_path / "w.pth")
         with pytest.raises(HarnessError, match=message):
             ade.load_model("segformer_b0", checkpoint=tmp_path / "w.pth")
+
+
+def test_tensors_larger_than_their_file_are_not_written_out(tmp_path: Path) -> None:
+    for name, tensor, message in (
+        ("expanded", torch.zeros(1).expand(3000, 3000), "says that it has 9,000,000 values"),
+        ("strided", torch.zeros(2)[:1].expand(500), "says that it has 500 values"),
+        ("complex", torch.zeros(2, dtype=torch.complex64), "is complex"),
+    ):
+        torch.save({"state_dict": {"layer.weight": tensor, "layer.bias": torch.zeros(3)}}, tmp_path / f"{name}.pth")
+        with pytest.raises(HarnessError, match=message):
+            convert(tmp_path / f"{name}.pth", tmp_path / "out.safetensors", Choice())
+        assert not (tmp_path / "out.safetensors").exists()
