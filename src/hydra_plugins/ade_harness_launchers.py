@@ -167,7 +167,7 @@ class CheckSweeps(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Change what sweepers read; called by Hydra."""
         launcher = config.hydra.launcher
-        target = "" if launcher is None else str(launcher.get("_target_", ""))
+        target = str(launcher.get("_target_", "")) if isinstance(launcher, DictConfig) else ""  # Hydra refuses others
         if target and not target.startswith(f"{__name__}."):
             with open_dict(config):
                 config.hydra.launcher = {
@@ -273,16 +273,19 @@ def _check_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> 
 
 
 def check_job(config: Config) -> None:
-    """Check what an evaluation needs beside a valid configuration: no recipe of a training, and every file.
+    """Check what an evaluation needs beside a valid configuration: no recipe of a training, and files.
 
     Raises:
         HarnessError: there is a recipe, or names the first key whose file is not there.
     """
+    from ade_harness.config.targets import require_target
     from ade_harness.config.validate import refuse_recipe, require_data
 
     refuse_recipe(config)
     require_data(config)
     model = config.model
+    if model._target_ is not None:
+        require_target(model._target_)
     for key in ("checkpoint", "backbone_checkpoint", "path"):
         value = getattr(model, key)
         require(value is None or expanded(value).exists(), f"model.{key}={value}: no such file or folder.")

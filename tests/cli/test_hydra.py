@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ade_harness.cli.sweep import Sweep, SweepJob
 from ade_harness.config.arguments import prepare
 from ade_harness.config.compose import compose_config, register_schemas
 from ade_harness.config.files import conf_dir
+from ade_harness.config.targets import require_target
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import Scores
 from tests.cli.test_cli import FAST, Call, one_message
@@ -534,6 +536,79 @@ def test_the_own_protocol_of_a_model_that_a_file_chooses(call: Call, tmp_path: P
     done = call(*base, "inference=ms", "dataset.images=1", *QUICK)
     assert done.code == 2
     assert "no multi-scale protocol was published for model=small. It has inference=ss" in done.err
+
+
+def test_a_group_of_ones_own_chooses_the_model(call: Call, tmp_path: Path) -> None:
+    """Hydra's pattern of experiments: the model's own protocol and recipe are known once all is composed."""
+    (tmp_path / "own/model/lab").mkdir(parents=True)
+    (tmp_path / "own/experiment").mkdir()
+    (tmp_path / "own/model/lab/small.yaml").write_text(
+        "defaults: [/model/demo@_here_, _self_]\nname: small\nprotocols: {ss: mmseg_whole_512_align32}\nprobe: dinov3_linear\n"
+    )
+    (tmp_path / "own/experiment/nightly.yaml").write_text(
+        "# @package _global_\ndefaults: [{override /model: lab/small}]\nrun: {overlays: 0}\n"
+    )
+    base = ("--config-dir", "own", "+experiment=nightly")
+    for chosen in (base, ("--config-dir", "own", "model=lab/small")):
+        done = call(*chosen, "inference=ss", "dataset.images=1", *QUICK, "--json")
+        assert done.code == 0, done.err
+        assert {key: json.loads(done.out)[key] for key in ("model", "protocol")} == {
+            "model": "small", "protocol": "mmseg_whole_512_align32",
+        }  # fmt: skip
+    found = compose_config(["+experiment=nightly", "inference=ss"], tmp_path / "own")
+    assert (found.model.name, found.inference.name) == ("small", "mmseg_whole_512_align32")
+    done = call(*base, "inference=ms", "dataset.images=1", *QUICK)
+    assert "no multi-scale protocol was published for model=small. It has inference=ss" in done.err
+    done = call("probe", *base, "dataset=demo", *QUICK)
+    assert "model.architecture.backbone" in done.err or "frozen backbone" in done.err, done.err  # its recipe was found
+    done = call("predict", *base, "nowhere.jpg")
+    assert "nowhere.jpg" in done.err
+    assert "name a model" not in done.err
+    done = call("--config-dir", "own", "model=lab/smal")
+    assert "model=lab/smal: unknown value. Nearest: lab/small" in done.err
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("no_such_module.Net", "there is no module 'no_such_module'"),
+        ("mine.Nett", "mine.py defines no 'Nett'"),
+        ("packed.lost.Net", "packed/__init__.py defines no 'lost'"),
+        ("mine.Net", None),
+        ("packed.inner.Net", None),
+        ("starred.Net", None),  # who knows
+        ("torch.nn.Identity", None),
+        ("builtins.print", None),  # no network: the run says so
+    ],
+)
+def test_targets_of_a_sweep_are_found_without_running_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packed").mkdir()
+    for name in ("mine", "starred", "packed/__init__", "packed/inner"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('is not to be run')\nclass Net: ...\n")
+    (tmp_path / "starred.py").write_text("from mine import *\n")
+    if reason is None:
+        require_target(target)
+    else:
+        with pytest.raises(HarnessError, match=re.escape(f"model._target_={target}: ")) as error:
+            require_target(target)
+        assert reason in str(error.value)
+
+
+def test_options_of_every_command_may_come_first(call: Call, tmp_path: Path) -> None:
+    assert call("--quiet", *QUICK, "dataset.images=1", "run.dir=run").code == 0
+    done = call("--json", "status", "run")
+    assert json.loads(done.out)["images"] == 1
+    assert call("-v", "--quiet", "nothing").code == 2
+
+
+def test_a_home_in_hydras_directories_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepare(["hydra.run.dir=~/x, y", "hydra.sweep.dir=~/z"]) == [
+        f"hydra.run.dir='{tmp_path}/x, y'", f"hydra.sweep.dir='{tmp_path}/z'",
+    ]  # fmt: skip
 
 
 def test_a_sweeper_that_launches_in_batches_gets_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,11 +135,13 @@ def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> N
     written = (tmp_path / "predictions/labels/street.png").read_bytes()
     for overrides in (
         ("model=demo", "inference=mmseg_slide_512"),
+        ("model=demo", "inference.resize.width=64"),  # a protocol of the same name
+        ("model=demo", "model.input.mean=[1, 2, 3]"),
         ("model=segformer_b0", "model.weights=random"),
     ):
         done = call("predict", *overrides, photos / "street.jpg")
         assert done.code == 2, overrides
-        assert "predictions: holds the predictions of another model" in done.err
+        assert "predictions: holds the predictions of another model or setup (" in done.err
     assert (tmp_path / "predictions/labels/street.png").read_bytes() == written
     (tmp_path / "mine/labels").mkdir(parents=True)
     done = call("predict", "model=demo", photos / "street.jpg", "--output", "mine")

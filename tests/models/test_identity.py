@@ -22,6 +22,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.identity import companion_hashes, source_hash, state_hash
 from ade_harness.models.loading import load_model
 from ade_harness.models.outputs import MaskLogits, read_output
+from ade_harness.runs.ledger import read_rows, write_ledger
 from tests.cli.test_cli import FAST, Call, one_message
 
 
@@ -166,6 +167,73 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
         assert done.code == 0, done.err
     else:
         one_message(done, f"Different: {key}: was ")
+
+
+def lose_a_row(run: Path) -> None:
+    """Leave a run as a kill leaves it: without its last image, and without a score."""
+    rows, _ = read_rows(run / "ledger")
+    for segment in (run / "ledger").iterdir():
+        segment.unlink()
+    write_ledger(run / "ledger/rank00000-00000000-000000.parquet", rows[:-1])
+
+
+@pytest.mark.slow
+def test_what_no_hash_sees_is_found_by_predicting_a_counted_image_again(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that a forward reads, closures, attributes of classes: the labels of what was counted show them."""
+    (tmp_path / "reading.py").write_text(
+        "import pathlib, torch\n\nclass Net(torch.nn.Module):\n    scale = float(pathlib.Path('scale.txt').read_text())\n"
+        "    def __init__(self):\n        super().__init__()\n        self.layer = torch.nn.Conv2d(3, 150, 4, 4)\n"
+        "        by = pathlib.Path('closure.txt').read_text()\n        self.roll = lambda y: y.roll(int(by), 1)\n"
+        "    def forward(self, x):\n        up = int(pathlib.Path('roll.txt').read_text())\n"
+        "        return self.roll(self.layer(x) * self.scale).roll(up, 1)\n"
+    )
+    files = {"scale.txt": ("1.5", "-1.5"), "closure.txt": ("0", "1"), "roll.txt": ("0", "3")}
+    for name, (first, _) in files.items():
+        (tmp_path / name).write_text(first)
+    overrides = ("model=custom", "model._target_=reading.Net", "dataset.images=4", *FAST, "run.dir=run", "metrics.resamples=0")  # fmt: skip
+    assert call(*overrides).code == 0
+    whole, _ = read_rows(tmp_path / "run/ledger")
+    lose_a_row(tmp_path / "run")
+    for name, (first, second) in files.items():
+        (tmp_path / name).write_text(second)
+        sys.modules.pop("reading", None)
+        refused = call(*overrides)
+        one_message(refused, "was predicted again, and gets other labels: at least ")
+        assert len(read_rows(tmp_path / "run/ledger")[0]) == 3  # nothing was added
+        (tmp_path / name).write_text(first)
+    sys.modules.pop("reading", None)
+    assert call(*overrides).code == 0  # with the model that it began with
+    assert [row.label_hash for row in read_rows(tmp_path / "run/ledger")[0]] == [row.label_hash for row in whole]
+
+    lose_a_row(tmp_path / "run")
+    (tmp_path / "roll.txt").write_text("3")
+    sys.modules.pop("reading", None)
+    mixed = call(*overrides, "run.allow_changed=true")
+    assert mixed.code == 0, mixed.err
+    assert "MIXED: continued with changed settings: labels" in mixed.out
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["changes"][0].startswith("labels: ")
+    assert any(mark.startswith("MIXED") for mark in manifest["marks"])
+
+
+@pytest.mark.slow
+def test_a_few_pixels_of_another_processor_are_a_note(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "near.py").write_text(
+        "import pathlib, torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+        "        n, _, h, w = x.shape\n        y = torch.zeros(n, 150, h, w)\n        y[:, 1] = 1\n"
+        "        y[:, 2, 0, :int(pathlib.Path('pixels.txt').read_text())] = 2\n        return y\n"
+    )
+    (tmp_path / "pixels.txt").write_text("0")
+    overrides = ("model=custom", "model._target_=near.Net", "dataset.images=4", *FAST, "run.dir=run", "metrics.resamples=0")  # fmt: skip
+    assert call(*overrides).code == 0
+    lose_a_row(tmp_path / "run")
+    (tmp_path / "pixels.txt").write_text("4")
+    done = call(*overrides)
+    assert done.code == 0, done.err
+    assert "was predicted again, and gets other labels: at least " in done.out
+    assert "MIXED" not in done.out
 
 
 @pytest.mark.slow

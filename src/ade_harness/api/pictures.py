@@ -12,6 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ade_harness.api.predictors import Segmenter, read_image
+from ade_harness.config.kinds import kind_of
+from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.containers import MAX_FILE_BYTES
 from ade_harness.data.labels import NO_CLASS
@@ -22,7 +24,9 @@ from ade_harness.files.documents import read_json
 from ade_harness.files.reading import read_regular
 from ade_harness.models.identity import state_hash
 from ade_harness.report.overlays import draw_prediction
+from ade_harness.runs.directory import decisive, differences
 from ade_harness.runs.provenance import code_state
+from ade_harness.runs.record import decided_counts
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _UNREAD = frozenset(
@@ -45,6 +49,8 @@ _UNREAD = frozenset(
 )
 """Endings of pictures that are not read."""
 _RECORD = "predictions.json"
+_OF_ANNOTATIONS = ("dataset.", "metrics.")
+"""Fields that no prediction reads: classes are compared by their data set's name."""
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
 
 
@@ -83,16 +89,26 @@ def predict_files(
     return found
 
 
-def describe_model(segmenter: Segmenter, cfg: Config) -> dict[str, str]:
-    """Return what identifies the model and protocol behind predictions."""
-    file = segmenter.facts.get("sha256")  # of what has no tensors in memory, such as ONNX
+def describe_model(segmenter: Segmenter, cfg: Config) -> dict[str, Any]:
+    """Return what identifies the model and protocol behind predictions.
+
+    Args:
+        segmenter: the model, before its first prediction.
+        cfg: its configuration, all of which that decides labels stands under ``setup``.
+    """
+    facts = segmenter.facts
+    file = facts.get("sha256")  # of what has no tensors in memory, such as ONNX
+    setup = decisive({key: v for key, v in decided_counts(as_dict(cfg)).items() if not key.startswith(_OF_ANNOTATIONS)})
+    also = {f"files.{name}": digest for name, digest in facts.get("files", {}).items()}
+    also |= {name: facts[name] for name in ("source", "config_sha256", "pixels_sha256") if facts.get(name) is not None}
     return {
-        "model": cfg.model.name, "protocol": cfg.inference.name, "state_sha256": state_hash(segmenter.network),
-        "dataset": segmenter.classes.dataset, **({"sha256": str(file)} if file else {}),
+        "model": cfg.model.name, "protocol": cfg.inference.name,
+        "state_sha256": state_hash(segmenter.network, kind_of(cfg.model.kind).is_code),
+        "dataset": segmenter.classes.dataset, **({"sha256": str(file)} if file else {}), "setup": {**setup, **also},
     }  # fmt: skip
 
 
-def open_output(output: Path, made_by: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+def open_output(output: Path, made_by: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Write a record of the model into the folder of its predictions.
 
     Raises:
@@ -101,12 +117,14 @@ def open_output(output: Path, made_by: Mapping[str, str], facts: Mapping[str, An
     path = output / _RECORD
     there = [output / folder for folder in ("labels", "pictures") if (output / folder).exists()]
     if path.exists():
-        before = read_json(path, {**dict.fromkeys(_MADE_BY, str), "sha256?": str})
-        keys = [*_MADE_BY, "sha256"]
-        other = [f"{k} {before.get(k)}, now {made_by.get(k)}" for k in keys if before.get(k) != made_by.get(k)]
+        before = read_json(path, {**dict.fromkeys(_MADE_BY, str), "sha256?": str, "setup?": dict})
+        then, now = ({k: made.get(k) for k in (*_MADE_BY, "sha256")} for made in (before, made_by))
+        if "setup" in before:  # earlier versions did not write it
+            then, now = {**then, **before["setup"]}, {**now, **made_by["setup"]}
+        other = differences(then, now)[:8]
         require(
             not other,
-            f"{output}: holds the predictions of another model ({'; '.join(other)}). Name another folder with"
+            f"{output}: holds the predictions of another model or setup ({'; '.join(other)}). Name another folder with"
             " --output, or remove this one.",
         )
     elif there:

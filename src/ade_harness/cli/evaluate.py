@@ -32,8 +32,8 @@ from ade_harness.cli.launch import launch
 from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, submitted, sweeps
 from ade_harness.cli.sweep import command as current_command
 from ade_harness.cli.work import WORK, score_of, training_of
-from ade_harness.config.arguments import OWN_PROTOCOLS, limit_sweep, own_protocol, prepare, with_recipe
-from ade_harness.config.compose import checked, compose_config, explain, register_schemas
+from ade_harness.config.arguments import OWN_PROTOCOLS, limit_sweep, own_recipe, prepare, with_recipe
+from ade_harness.config.compose import checked, compose_config, explain, register_schemas, with_own_protocol
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
@@ -97,7 +97,10 @@ def run_probe(options: argparse.Namespace) -> Answer:
     require(not options.multirun, "probe -m: cannot be swept: each training is a command of its own.")
     _check_shown(options)
     plain = options.shell_completion or options.hydra_help
-    ready = list(options.overrides) if plain else prepare(with_recipe(options.overrides, extra), extra)
+    primary = bool(options.config_name or options.config_path)
+    ready = list(options.overrides)
+    if not plain:
+        ready = prepare(with_recipe(ready, extra, primary), extra, primary=primary)
     return _run_hydra(options, ready, "probe")
 
 
@@ -122,12 +125,11 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     def run(tree: DictConfig) -> float | None:
         mine = HydraConfig.get()
         try:
-            if tree.inference.name not in OWN_PROTOCOLS:
-                config = checked(tree)
-            elif mine.mode == RunMode.MULTIRUN:  # each job knows its model only now; it has the packaged primary
+            if tree.inference.name in OWN_PROTOCOLS and mine.mode == RunMode.MULTIRUN:
+                # each job knows its model only now; it has the packaged primary
                 config = compose_config(list(mine.overrides.task), _config_dir(options))
             else:
-                config = checked(_with_own_protocol(tree))
+                config = checked(_completed(tree, command, _own_folder(options)))
             handed_over = {
                 "work": command,
                 "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
@@ -177,13 +179,18 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     return Answer((score_of if command == "evaluate" else training_of)(run_dir), code)
 
 
-def _with_own_protocol(tree: DictConfig) -> DictConfig:
-    """Compose again by the model's own protocol, where a file has chosen the model: it is known only now."""
+def _completed(tree: DictConfig, command: str, own: Path | None) -> DictConfig:
+    """Compose again by the model's own protocol and recipe, where a file has chosen the model: it is known only now."""
     mine, kind = HydraConfig.get(), str(tree.inference.name)
-    name = own_protocol(kind, str(tree.model.name), tree.model.protocols)
-    kept = [text for text in mine.overrides.task if text != f"inference={kind}"]
+    given = overrides = list(mine.overrides.task)
+    if kind in OWN_PROTOCOLS:
+        overrides = with_own_protocol(overrides, kind, tree)
+    if command == "probe" and tree.probe is None:
+        overrides = [own_recipe(str(tree.model.name), tree.model.probe, own), *overrides]
+    if overrides == given:
+        return tree
     loader = GlobalHydra.instance().config_loader()  # of this application: with the user's folders
-    again = loader.load_configuration(mine.job.config_name, [*kept, f"inference={name}"], RunMode.RUN)
+    again = loader.load_configuration(mine.job.config_name, overrides, RunMode.RUN)
     with open_dict(again):
         del again["hydra"]  # as in the tree that Hydra gives an application
     return again

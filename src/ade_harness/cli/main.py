@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from ade_harness.cli.answer import Answer
-from ade_harness.cli.commands import COMMANDS, find_command, overview, parser_of
+from ade_harness.cli.commands import COMMANDS, EVERYWHERE, find_command, overview, parser_of
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.console import OUTPUT, Output, debug_messages, print_error
 from ade_harness.runtime.lifetime import no_silent_exit
@@ -108,7 +108,7 @@ def _dispatch(arguments: list[str], in_this_process: bool) -> int:
     if group and arguments[1:2] in (["-h"], ["--help"]):
         print("\n".join(parser_of(command).format_help() for command in group), end="")
         return 0
-    command, rest = find_command(arguments)
+    command, rest = find_command(_flags_last(arguments))
     if "-h" in rest or "--help" in rest:
         print(parser_of(command, _choices()).format_help(), end="")
         return 0
@@ -128,6 +128,13 @@ def _dispatch(arguments: list[str], in_this_process: bool) -> int:
     if options.json and answer.content is not None:
         print(json.dumps(answer.content, indent=2))
     return answer.code
+
+
+def _flags_last(arguments: list[str]) -> list[str]:
+    """Return arguments with the options of every command behind the command's name: `--quiet status RUN` is usual."""
+    flags = {name for argument in EVERYWHERE for name in argument.names}
+    first = next((place for place, given in enumerate(arguments) if given not in flags), len(arguments))
+    return [*arguments[first:], *arguments[:first]]
 
 
 @contextmanager

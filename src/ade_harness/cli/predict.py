@@ -17,7 +17,7 @@ from ade_harness.api.pictures import (
 )
 from ade_harness.api.predictors import Segmenter
 from ade_harness.cli.answer import Answer
-from ade_harness.config.arguments import refuse_idle
+from ade_harness.config.arguments import model_is_open, refuse_idle
 from ade_harness.config.compose import compose_config
 from ade_harness.data.factory import open_classes
 from ade_harness.errors import require
@@ -44,8 +44,9 @@ def run_predict(options: argparse.Namespace) -> Answer:
     """
     paths = [given for given in options.arguments if "=" not in given or expanded(given).exists()]
     overrides = [given for given in options.arguments if given not in paths]
+    extra = Path(options.config_dir) if options.config_dir else None
     require(
-        any(override.lstrip("+").startswith("model=") for override in overrides),
+        any(override.lstrip("+").startswith("model=") for override in overrides) or model_is_open(overrides, extra),
         "predict: name a model: predict model=NAME IMAGE_OR_FOLDER. `models` lists them; model=demo, a small network"
         " that comes with the package, can be used to try the command.",
     )
@@ -54,7 +55,6 @@ def run_predict(options: argparse.Namespace) -> Answer:
     files, unread = list(find_images(given, output)), unread_pictures(given, output)
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
     refuse_idle(overrides, "predict")
-    extra = Path(options.config_dir) if options.config_dir else None
     cfg = compose_config([*overrides, "tracking=none"], extra)
     console = make_console()
     torch.set_num_threads(cfg.runtime.threads)  # as an evaluation: the same labels

@@ -59,9 +59,26 @@ def prepare(
     ready = [_quoted(_timms(text), multirun) for text in overrides]
     for text in ready:
         _check(text, extra)
-    named = any(text.startswith("model=") for text in ready)
-    known = not multirun and (named or not primary)
+    known = not multirun and not model_is_open(ready, extra, primary)
     return [_opened(text) for text in (_with_own_protocol(ready, extra) if known else ready)]
+
+
+def model_is_open(overrides: Sequence[str], extra: Path | None = None, primary: bool = False) -> bool:
+    """Whether a file may choose the model, so that it is known only once Hydra has composed.
+
+    Args:
+        overrides: of the command.
+        extra: folder of ``--config-dir``, whose own groups (``+experiment=NAME``) may override any other.
+        primary: whether the primary configuration is the user's own.
+    """
+    named = any(text.startswith("model=") for text in overrides)
+    return not named and (primary or any(_of_own_group(text, extra) for text in overrides))
+
+
+def _of_own_group(text: str, extra: Path | None) -> bool:
+    """Whether an override chooses from a group that the packaged configuration does not have."""
+    key = text.partition("=")[0].lstrip("+").partition("@")[0]
+    return extra is not None and bool(key) and key not in GROUPS and (extra / key).is_dir()
 
 
 _MAX_JOBS = 10_000
@@ -85,8 +102,10 @@ def limit_sweep(overrides: Sequence[str]) -> None:
     require(jobs <= _MAX_JOBS, f"{most[1]}: a sweep of {jobs:,} jobs; at most {_MAX_JOBS:,} are taken.")
 
 
-def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str]:
+def with_recipe(overrides: Sequence[str], extra: Path | None = None, primary: bool = False) -> list[str]:
     """Return overrides of a training: the model's own recipe unless one is chosen, and the training split.
+
+    Where a file may choose the model (:func:`model_is_open`), the recipe is left out: it is known only then.
 
     Raises:
         HarnessError: no recipe is known for the model.
@@ -94,17 +113,30 @@ def with_recipe(overrides: Sequence[str], extra: Path | None = None) -> list[str
     own = [f"+{text}" if text.startswith("probe=") else text for text in overrides]
     if not any(text.startswith("dataset.split=") for text in own):
         own.append("dataset.split=training")
-    if not any(text.startswith("+probe=") for text in own):
+    if not any(text.startswith("+probe=") for text in own) and not model_is_open(overrides, extra, primary):
         name = _chosen_model(overrides)
         known_models = choices("model", extra)
         if name not in known_models:
             raise HarnessError(f"model={name}: unknown value.{nearest('model', name, known_models)}")
-        recipe = read_choice("model", name, extra).get("probe")
-        known = ", ".join(choices("probe", extra))
-        if recipe is None:
-            raise HarnessError(f"model={name}: no recipe is published for it. Choose one: probe=NAME ({known}).")
-        own.insert(0, f"+probe={recipe}")
+        own.insert(0, own_recipe(name, read_choice("model", name, extra).get("probe"), extra))
     return own
+
+
+def own_recipe(model: str, recipe: str | None, extra: Path | None = None) -> str:
+    """Return the override that chooses a model's own recipe.
+
+    Args:
+        model: its name.
+        recipe: ``model.probe``.
+        extra: folder of ``--config-dir``.
+
+    Raises:
+        HarnessError: no recipe is known for the model.
+    """
+    if recipe is None:
+        known = ", ".join(choices("probe", extra))
+        raise HarnessError(f"model={model}: no recipe is published for it. Choose one: probe=NAME ({known}).")
+    return f"+probe={recipe}"
 
 
 def _timms(text: str) -> str:
@@ -133,6 +165,9 @@ def _quoted(text: str, multirun: bool) -> str:
     key, equals, value = text.partition("=")
     if not equals or key.lstrip("+") not in _places() or not value or value.lower() == "null":
         return text
+    if key.startswith("hydra.") and value.startswith("~/"):  # which Hydra would make a folder of that name
+        value = str(Path(value).expanduser())
+        text = f"{key}={value}"
     if len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]:
         return text
     if "${" in value:

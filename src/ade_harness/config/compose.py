@@ -20,7 +20,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ade_harness.config.arguments import NODES, nearest, prepare, quote, without_interpolations
+from ade_harness.config.arguments import (
+    NODES,
+    OWN_PROTOCOLS,
+    nearest,
+    own_protocol,
+    prepare,
+    quote,
+    without_interpolations,
+)
 from ade_harness.config.dataset import DatasetKind
 from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
@@ -74,7 +82,27 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> Confi
     """
     if extra is not None and not extra.is_dir():
         raise HarnessError(f"--config-dir: {extra} is not a folder.")
-    return checked(compose_tree(prepare(overrides, extra), extra))
+    ready = prepare(overrides, extra)
+    tree = compose_tree(ready, extra)
+    kind = str(tree.inference.name)
+    if kind in OWN_PROTOCOLS:  # a file has chosen the model
+        tree = compose_tree(with_own_protocol(ready, kind, tree), extra)
+    return checked(tree)
+
+
+def with_own_protocol(overrides: Sequence[str], kind: str, tree: DictConfig) -> list[str]:
+    """Return overrides that choose the own protocol of the model that was composed.
+
+    Args:
+        overrides: of Hydra's grammar.
+        kind: a key of OWN_PROTOCOLS.
+        tree: what they compose.
+
+    Raises:
+        HarnessError: no such protocol was published.
+    """
+    name = own_protocol(kind, str(tree.model.name), tree.model.protocols)
+    return [*(text for text in overrides if text != f"inference={kind}"), f"inference={name}"]
 
 
 def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:

@@ -39,9 +39,13 @@ def choices(group: str, extra: Path | None = None) -> list[str]:
     Args:
         group: such as ``model``.
         extra: folder of ``--config-dir``.
+
+    Returns:
+        Names of its files, and of those in folders below it (``model=lab/mine``).
     """
     folders = [conf_dir(), *([extra] if extra else [])]
-    return sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
+    roots = [folder / group for folder in folders]
+    return sorted({p.relative_to(root).with_suffix("").as_posix() for root in roots for p in root.rglob("*.yaml")})
 
 
 def read_choice(group: str, name: str, extra: Path | None = None) -> dict[str, Any]:
@@ -67,8 +71,10 @@ def _merged(group: str, name: str, extra: Path | None, above: tuple[str, ...]) -
     content = _read(path)
     merged: dict[str, Any] = {}
     for below in content.pop("defaults", ()):
-        if isinstance(below, str) and below not in ("schema", "_self_"):
-            merged |= _merged(group, below, extra, (*above, name))
+        named = below.partition("@")[0] if isinstance(below, str) else ""  # /model/demo@_here_ is demo
+        named = named.removeprefix(f"/{group}/")
+        if named not in ("", "schema", "_self_") and not named.startswith("/"):
+            merged |= _merged(group, named, extra, (*above, name))
     merged |= content
     return merged
 

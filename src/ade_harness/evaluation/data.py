@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import time
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
 from ade_harness.evaluation.packing import Layout, pack, unpack
 from ade_harness.inference.predictor import Predictor, Prepared
+from ade_harness.metrics.counts import Row
 from ade_harness.runtime.cluster import cores_per_rank, host_name, local_ranks
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, ignore_signals
@@ -181,14 +182,15 @@ class EvaluationData(pl.LightningDataModule):
         sharding: how ranks share them.
         loaders: of this rank.
         coordinator: of the ranks.
+        control: a batch that an earlier session has counted, which every rank predicts again before anything else.
     """
 
     def __init__(
         self, items: ImageItems, costs: Sequence[float], names: Sequence[str], sharding: Sharding, loaders: Loaders,
-        coordinator: Coordinator,
+        coordinator: Coordinator, control: ImageItems | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.items, self.costs, self.names = items, costs, names
+        self.items, self.costs, self.names, self.control = items, costs, names, control
         spare = max(0, min(8, cores_per_rank() - 1))
         self.workers = min(spare if loaders.workers is None else loaders.workers, len(costs))
         self.sampler = SharedItems(
@@ -219,24 +221,42 @@ class EvaluationData(pl.LightningDataModule):
         self.items.stop()
 
 
-def make_data(cfg: Config, job: Job, done: set[str], coordinator: Coordinator) -> EvaluationData:
+def control_group(groups: Sequence[list[int]], ids: Sequence[str], counted: Mapping[str, Row]) -> list[list[int]]:
+    """Choose the batch by which another session's model is told from the one that counted before.
+
+    Args:
+        groups: indices of the images of each batch.
+        ids: of all images.
+        counted: the rows of an earlier session, by image id.
+
+    Returns:
+        The batch, all of whose images are counted, with the most pairs of annotated and predicted class an image: it
+        notices most. None if there is none.
+    """
+    whole = [group for group in groups if all(ids[i] in counted for i in group)]
+    most = max(whole, key=lambda group: sum(len(counted[ids[i]].pixels) for i in group) / len(group), default=None)
+    return [] if most is None else [most]
+
+
+def make_data(cfg: Config, job: Job, counted: Mapping[str, Row], coordinator: Coordinator) -> EvaluationData:
     """Return what is still to be evaluated.
 
     Args:
         cfg: the whole configuration.
         job: data set, predictor and loaders.
-        done: images that are in the ledger.
+        counted: rows of images that are in the ledger, by image id.
         coordinator: of the ranks.
     """
     ids = job.dataset.ids
     sizes = [job.sizes[i] for i in ids]
     groups = group_images(sizes, job.predictor, cfg.inference.images)  # of all images: batches never depend on the past
-    todo = [group for group in groups if not done.issuperset(ids[i] for i in group)]
+    todo = [group for group in groups if any(ids[i] not in counted for i in group)]
     drawn = np.linspace(0, len(ids) - 1, min(cfg.run.overlays, len(ids))).astype(int)
     items = ImageItems(job.dataset, todo, job.predictor, {ids[i] for i in drawn})
     costs = [sum(job.predictor.cost(sizes[i]) for i in group) for group in todo]
     names = [", ".join(ids[i] for i in group) for group in todo]
-    data = EvaluationData(items, costs, names, cfg.runtime.sharding, job.loaders, coordinator)
+    control = ImageItems(job.dataset, control_group(groups, ids, counted), job.predictor, set())
+    data = EvaluationData(items, costs, names, cfg.runtime.sharding, job.loaders, coordinator, control)
     if todo:  # what is prepared of an image, and its labels: one byte a pixel
         handed = sum(job.predictor.prepared_bytes(size) + size[0] * size[1] for size in sizes)
         check_shared_memory(data.workers, data.prefetch or 0, handed / len(groups))

@@ -44,6 +44,8 @@ class Work:
     stages: Mapping[str, float]
     gpu_peak: int | None = None
     """Bytes of GPU memory that torch held at once, on the rank that needed most."""
+    changes: Sequence[str] = ()
+    """How the model differed from the one that an earlier session counted with (``run.allow_changed``)."""
 
 
 def describe_costs(
@@ -113,6 +115,7 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
         raise
     if lost:
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
+    marks = record.add_changes(work.changes, marks)
     result = summarise(
         cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes, job.facts,
         record.manifest["code"]["commit"],

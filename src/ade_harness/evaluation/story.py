@@ -25,7 +25,7 @@ from ade_harness.evaluation.job import Job, build_job, open_run
 from ade_harness.evaluation.module import counted_before, make_module, sum_stages
 from ade_harness.evaluation.score import Work, score
 from ade_harness.inference.forward import short_memory_named
-from ade_harness.metrics.counts import matrix_of
+from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.runs.directory import wait_to_see
 from ade_harness.runs.live_status import LiveStatus
 from ade_harness.runs.record import RunRecord, holding_lock
@@ -81,7 +81,7 @@ def _work(
     watchdog.on_beats = live.on_beats if live else None
     # one rank reads the ledger: others may write soon
     before = agreed(coordinator, "past", lambda: counted_before(run_dir, job, console.print) if record else []) or []
-    done: set[str] = broadcast({row.image_id for row in before})
+    done: dict[str, Row] = broadcast({row.image_id: row for row in before})
 
     data = make_data(cfg, job, done, coordinator)
     module = make_module(cfg, job, done, coordinator, run_dir, marks)
@@ -103,9 +103,11 @@ def _work(
     failures: list[Failure] = sum(gather(module.failures), [])
     counted = module.recorder.matrix
     total = all_reduce_sum(counted) + matrix_of(before, len(counted))
+    changes = tuple(dict.fromkeys(sum(gather(module.changes), [])))
     notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.remarks, *module.recorder.remarks]), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     on_gpu = torch.cuda.is_available() and ranks.trainer.strategy.root_device.type == "cuda"
     peak = max(gather(torch.cuda.max_memory_allocated() if on_gpu else 0)) or None
     ranks.part()
-    return Work(total, failures, stopped, live.close() if live else (), notes, start, rate, balance, stages, peak)
+    warnings = live.close() if live else ()
+    return Work(total, failures, stopped, warnings, notes, start, rate, balance, stages, peak, changes)

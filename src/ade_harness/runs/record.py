@@ -39,6 +39,14 @@ class RunRecord:
         self.manifest.update(status=status, finished=_now(), failures=dict(failures))
         write_json(self.path / MANIFEST, self.manifest)
 
+    def add_changes(self, changes: Sequence[str], marks: Sequence[str]) -> Sequence[str]:
+        """Note changes that were found while the run was continued; returns its marks, with that of a mixed run."""
+        found = [*self.manifest.get("changes", ()), *changes]
+        if not changes:
+            return marks
+        self.manifest["changes"] = found
+        return [*(mark for mark in marks if not mark.startswith("MIXED")), mixed_mark(found)]
+
     def finish(
         self, rows: Sequence[Row], timings: Mapping[str, Any], marks: Sequence[str], failures: Mapping[str, str]
     ) -> None:
