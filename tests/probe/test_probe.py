@@ -441,7 +441,7 @@ def test_a_training_has_the_run_directory_of_an_evaluation(
 def test_a_running_training_says_its_rate(
     call: Callable[..., Done], backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ade_harness.probe.module._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("ade_harness.probe.module._REPORT_EVERY_S", 0.0)
     seen: list[dict[str, Any]] = []
     unlink = Path.unlink
 

@@ -113,7 +113,7 @@ def test_masks_can_be_shown_and_hidden(evaluated: tuple[Done, Path], online: Stu
         assert kept["truth"].shape == kept["prediction"].shape == kept["image"].shape[:2]
     config = json.loads(online.runs[run_id(folder)]["config"])
     text = json.dumps(config["_wandb"])
-    assert "none of the classes" in text
+    assert "void (no class)" in text
     assert "not counted" in text
     assert "wall" in text
 

@@ -36,7 +36,7 @@ from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.overrides import as_override_value, overrides_of
 from ade_harness.config.plain import as_dict
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.config.validate import require_data
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
@@ -203,13 +203,13 @@ def _evaluate(
                 why = str(error) or type(error).__name__
                 record.leave("incomplete", {"evaluate": why})
                 tracking.leave()
-                if cfg.tracking.kind == "wandb" and isinstance(error, Exception):
+                if cfg.tracking.kind == TrackingKind.wandb and isinstance(error, Exception):
                     with warn_on_error(console, "W&B: not logged"):
                         log_failure(cfg.tracking, path, why)
                 raise
             write_result(result)
             record.finish(rows, result.timings(), result.marks, {})
-            if cfg.tracking.kind == "wandb":
+            if cfg.tracking.kind == TrackingKind.wandb:
                 with warn_on_error(console, "W&B: not logged"):
                     tracking.finish(result, record.manifest)
     return Evaluation.of_result(result, tuple(rows), path)

@@ -79,7 +79,7 @@ class FunctionPredictor:
     """A function from an image to labels as a predictor; it is called by one thread, one image after another.
 
     Args:
-        function: uint8 [H, W, 3] RGB to integers [H, W]: 0..C-1, and 255 for none of the classes.
+        function: uint8 [H, W, 3] RGB to integers [H, W]: 0..C-1, and 255 for void.
         classes: that it predicts.
     """
 
@@ -140,7 +140,7 @@ class FunctionPredictor:
         if wrong.any():
             raise HarnessError(
                 f"{prepared.image_id}: the function returned the label {int(found[wrong][0])}, expected 0 to"
-                f" {classes - 1}, and {NO_CLASS} for none of the classes."
+                f" {classes - 1}, and {NO_CLASS} for void."
             )
         return torch.from_numpy(found.astype(np.uint8))
 

@@ -55,7 +55,7 @@ class _Before:
     strict: bool
     warns: bool
     workspace: str | None
-    """Of cuBLAS, from the environment."""
+    """cuBLAS's, from the environment."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.cluster import is_reporting_process
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST
@@ -25,7 +25,7 @@ def report_failure(cfg: Config, run_dir: Path | None, why: str, say: Callable[[s
         why: the message that the user saw; empty takes the last error in the logs of the ranks.
         say: prints a line.
     """
-    if cfg.tracking.kind != "wandb" or run_dir is None:
+    if cfg.tracking.kind != TrackingKind.wandb or run_dir is None:
         return
     from ade_harness.tracking.run import log_failure
 

@@ -82,7 +82,7 @@ def _of_own_group(text: str, extra: Path | None) -> bool:
 
 
 _MAX_JOBS = 10_000
-"""Of a sweep: each is composed and checked before the first starts, in a tenth of a second."""
+"""Jobs of a sweep: each is composed and checked before the first starts, in a tenth of a second."""
 
 
 def limit_sweep(overrides: Sequence[str]) -> None:

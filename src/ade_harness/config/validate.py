@@ -8,8 +8,10 @@ from ade_harness.config.dataset import DatasetConfig, DatasetKind
 from ade_harness.config.fields import check_lists, check_ranges
 from ade_harness.config.files import default_data_roots
 from ade_harness.config.inference import (
+    FirstStep,
     InferenceConfig,
     LabelSize,
+    MaskResolution,
     Mode,
     ResizeConfig,
     ResizeRule,
@@ -19,7 +21,7 @@ from ade_harness.config.inference import (
 from ade_harness.config.kinds import Gives, Kind, Source, kind_of
 from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns, Weights
 from ade_harness.config.probe import ProbeConfig
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.errors import HarnessError, require
 from ade_harness.files.address import check_url
 
@@ -120,9 +122,9 @@ def _check_windows(inference: InferenceConfig) -> None:
             " windows would have no scores. Choose a stride up to the crop.",
         )
     for key, holds in (
-        ("output.labels", inference.output.labels == "original"),
-        ("output.first_step", inference.output.first_step == "bilinear"),
-        ("masks.resolution", inference.masks.resolution != "original"),
+        ("output.labels", inference.output.labels == LabelSize.original),
+        ("output.first_step", inference.output.first_step == FirstStep.bilinear),
+        ("masks.resolution", inference.masks.resolution != MaskResolution.original),
     ):
         require(holds, f"inference.{key}: needs inference.mode=whole.")
 
@@ -274,7 +276,7 @@ def _check_tracking(config: Config) -> None:
     if tracking.run_id is None:
         require(tracking.step is None, "tracking.step: is the step of the run tracking.run_id. Set both, or neither.")
         return
-    require(tracking.kind == "wandb", "tracking.run_id: needs tracking=wandb.")
+    require(tracking.kind == TrackingKind.wandb, "tracking.run_id: needs tracking=wandb.")
     require(
         tracking.mode in (None, "online"),
         f"tracking.run_id={tracking.run_id}: a score can be added to a run only online, and tracking.mode is"

@@ -23,7 +23,7 @@ MAX_CLASSES = 255
 IGNORE_INDEX = 255
 """Target value of pixels without ground truth: they are never counted."""
 NO_CLASS = 255
-"""Label value of a pixel predicted as none of the classes: wrong wherever there is ground truth."""
+"""Label value of a pixel predicted as none of the classes (void): wrong wherever there is ground truth."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _SLOW_CLIENT_S = 60
 _REQUEST_S = 120.0
 """For a whole request to arrive: 64 MiB at 0.6 MB/s."""
 _MAX_BODIES_BYTES = 8 * _MAX_BYTES
-"""Of all requests at a time."""
+"""Bodies of all requests at a time."""
 _MAX_CONNECTIONS = 128
 """At once; each has a thread."""
 _IMAGE_TYPES = ("image/png", "image/jpeg")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ade_harness import __version__
+from ade_harness.config.inference import Average, LabelSize
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_image, read_header
 from ade_harness.data.factory import open_classes
@@ -33,7 +34,7 @@ from ade_harness.runtime.ranks import make_trainer
 _MAX_PIXELS = 64_000_000
 """Pixels of one image, and of all at a time; a network needs a hundred bytes and more for each."""
 _MAX_SCORES_BYTES = 2 << 30
-"""Of one image; they are copied into the answer."""
+"""Scores of one image; they are copied into the answer."""
 _MAX_WAITING = 64
 
 
@@ -73,7 +74,7 @@ class ModelService:
         with self._place(height * width):
             array = self._answer(data, scores)
         if not scores:
-            return encode(array + np.uint8(1), "png"), LABELS_TYPE  # 255, none of the classes, wraps to 0
+            return encode(array + np.uint8(1), "png"), LABELS_TYPE  # 255, void, wraps to 0
         file = io.BytesIO()
         np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
         return file.getvalue(), SCORES_TYPE
@@ -113,7 +114,7 @@ class ModelService:
 
     def _scores(self, prepared: Prepared) -> np.ndarray:
         """Return float32 [C, h, w] from which one bilinear interpolation and argmax make the protocol's labels."""
-        if self.predictor.cfg.output.labels == "input":
+        if self.predictor.cfg.output.labels == LabelSize.input:
             raise RefusedError(406, "this protocol resizes labels, so it has no scores of the image: ask for labels")
         views, class_map, invalid_share = self.predictor.views(prepared, self.device)
         if not class_map.is_identity or len(class_map.class_of) != len(self.predictor.classes):
@@ -126,7 +127,7 @@ class ModelService:
         if 4 * len(self.predictor.classes) * size[0] * size[1] > _MAX_SCORES_BYTES:
             raise RefusedError(413, f"scores of {size[1]}x{size[0]} pixels are too large: ask for labels")
         total = torch.zeros((len(self.predictor.classes), *size), device=self.device)
-        probabilities = len(views) > 1 and self.predictor.cfg.tta.average == "probabilities"
+        probabilities = len(views) > 1 and self.predictor.cfg.tta.average == Average.probabilities
         for view in views:
             reference.accumulate(total, view, probabilities)
         return total.div_(len(views)).cpu().numpy()

@@ -39,9 +39,9 @@ class LoadedImage:
     target: Tensor
     """uint8 [H, W]."""
     content_hash: str
-    """Of the image's and the annotation's files."""
+    """Hash of the image's and the annotation's files."""
     source_hash: str
-    """Of the file with the prediction, if there is one."""
+    """Hash of the file with the prediction, if there is one."""
     overlay_image: Tensor | None
     """uint8 [H, W, 3], for the few images that are drawn."""
     load_seconds: float
@@ -222,7 +222,7 @@ class EvaluationData(pl.LightningDataModule):
 
 
 def control_group(groups: Sequence[list[int]], ids: Sequence[str], counted: Mapping[str, Row]) -> list[list[int]]:
-    """Choose the batch by which another session's model is told from the one that counted before.
+    """Choose the batch by which another session's model is distinguished from the one that counted before.
 
     Args:
         groups: indices of the images of each batch.

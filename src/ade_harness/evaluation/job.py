@@ -13,9 +13,10 @@ from rich.console import Console
 
 from ade_harness import kernels
 from ade_harness.config.composed import Composed
+from ade_harness.config.dataset import Split
 from ade_harness.config.kinds import kind_of
 from ade_harness.config.plain import as_dict
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, OnError
 from ade_harness.data.ade20k import resized_images
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.dataset import SegmentationDataset
@@ -102,7 +103,7 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
         lambda: dataset.read_headers(cfg.dataset.check_headers) if coordinator.rank == 0 else None,
     )
     sizes, wrong = broadcast(headers)
-    if wrong and (cfg.run.on_error == "fail" or len(wrong) == len(dataset.ids)):
+    if wrong and (cfg.run.on_error == OnError.fail or len(wrong) == len(dataset.ids)):
         more = f" {len(wrong) - 1} more images fail." if len(wrong) > 1 else ""
         raise HarnessError(next(iter(wrong.values())) + more)
     ids_hash, dataset = dataset.ids_hash(), dataset.without(wrong)
@@ -225,7 +226,7 @@ def describe_marks(
     resized = resized_images(dataset, sizes) if sizes else []
     if resized:
         marks.append(f"NOT THE OFFICIAL IMAGES: {len(resized)} of {len(sizes)} have another size, such as {resized[0]}")
-    if dataset.is_official and cfg.dataset.split != "validation":
+    if dataset.is_official and cfg.dataset.split != Split.validation:
         marks.append(f"NOT VALIDATION: the {cfg.dataset.split} images")
     return marks
 

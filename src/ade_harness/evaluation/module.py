@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ade_harness import kernels
-from ade_harness.config.schema import Config, OnError
+from ade_harness.config.schema import Config, OnError, TrackingKind
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError, ShortMemoryError
 from ade_harness.evaluation.data import Failure, LoadedImage
@@ -336,7 +336,9 @@ def make_module(
 ) -> EvaluationModule:
     """Return the module of a rank: with its ledger's writer, and what it keeps of label maps."""
     writer, label_maps = LedgerWriter(run_dir / LEDGER, marks), LabelMaps(run_dir, cfg.run.label_maps)
-    recorder = Recorder(run_dir, job.dataset.classes, writer, label_maps, marks, cfg.tracking.kind == "wandb")
+    recorder = Recorder(
+        run_dir, job.dataset.classes, writer, label_maps, marks, cfg.tracking.kind == TrackingKind.wandb
+    )
     return EvaluationModule(
         job.predictor, recorder, coordinator, cfg.runtime.kernels, cfg.run.on_error == OnError.skip, counted,
         cfg.run.allow_changed,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ade_harness.config.schema import Config
+from ade_harness.config.dataset import DatasetKind
+from ade_harness.config.schema import Config, OnError
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import Failure
@@ -56,7 +57,7 @@ def describe_costs(
     gpu_peak: int | None,
 ) -> dict[str, Any]:
     """Return what a network costs, for metrics.json: parameters, operations of the first image, GPU memory."""
-    wanted = cfg.dataset.kind != "demo" if cfg.metrics.flops is None else cfg.metrics.flops
+    wanted = cfg.dataset.kind != DatasetKind.demo if cfg.metrics.flops is None else cfg.metrics.flops
     size = next(iter(sizes.values()), None) if wanted else None
     mine = bool(getattr(getattr(predictor, "model", None), "of_caller", False))
     flops = None if size is None else flops_of_image(predictor.network, cfg.inference, size, not mine)
@@ -100,7 +101,7 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
     Raises:
         HarnessError: images are missing or the sum is not the ledger's: there is no score, and the message names them.
     """
-    dataset, skip = job.dataset, cfg.run.on_error == "skip"
+    dataset, skip = job.dataset, cfg.run.on_error == OnError.skip
     rows, _ = read_rows(record.path / LEDGER)
     lost = job.skipped | {f.image_id: f.message for f in work.failures}
     if work.failures and (not skip or not rows or work.stopped):

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ade_harness.config.composed import Composed
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.story import evaluate
 from ade_harness.report.terminal import print_result
@@ -41,7 +41,7 @@ def run_session(
             return None
         result, record = finished
         _show(cfg, console, result)
-        if cfg.tracking.kind == "wandb":
+        if cfg.tracking.kind == TrackingKind.wandb:
             with warn_on_error(console, "W&B: not logged"):
                 tracking.finish(result, record.manifest)
     return result
@@ -54,7 +54,7 @@ def _show(cfg: Config, console: Console, result: Result) -> None:
         shown = make_console()
         print_fact(shown, "mIoU", percent(result.scores.mIoU))
         print_fact(shown, "run directory", str(result.run_dir))
-    if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == "wandb"):
+    if cfg.run.report or (cfg.run.report is None and cfg.tracking.kind == TrackingKind.wandb):
         with warn_on_error(console, "no page"):
             _write_page(console, result.run_dir)
 

@@ -24,7 +24,7 @@ _MAX_DEPTH = 40
 _MAX_NODES = 100_000
 """Values of a YAML text, which take a second to read: the ids of all of ADE20K's images are a quarter of them."""
 _MAX_DIGITS = 70
-"""Of a whole number: 64 binary ones, and their sign and underscores."""
+"""Digits of a whole number: 64 binary ones, and their sign and underscores."""
 _MAX_FLOAT = 1e300
 
 Shape = Any

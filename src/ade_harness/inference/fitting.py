@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.inference import InferenceConfig, ResizeRule
 from ade_harness.errors import HarnessError
 from ade_harness.inference.plan import ViewPlan, uncovered
 from ade_harness.kernels import Size
@@ -13,7 +13,7 @@ from ade_harness.models.loaded import UNBOUNDED, LoadedModel
 
 def fitted(inference: InferenceConfig, fixed_size: Size | None) -> InferenceConfig:
     """Fill in the model's only input size where the protocol leaves it open."""
-    if inference.resize.rule == "fit" and inference.resize.height is None and fixed_size is not None:
+    if inference.resize.rule == ResizeRule.fit and inference.resize.height is None and fixed_size is not None:
         inference.resize.height, inference.resize.width = fixed_size
     return inference
 

@@ -29,7 +29,7 @@ def classes_of_stored(stored: npt.NDArray[np.uint8], encoding: str, name: str, c
 
     Args:
         stored: uint8 [H, W], the file's own values.
-        encoding: "official" (0 none of the classes, 1..C) or "zero_based" (0..C-1, 255 none).
+        encoding: "official" (0 void, 1..C) or "zero_based" (0..C-1, 255 void).
         name: how messages call the file.
         classes: their number C.
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ade_harness.config.inference import MaskConfig
+from ade_harness.config.inference import MaskConfig, MaskResolution
 from ade_harness.inference.plan import ViewPlan
 from ade_harness.kernels.reference import average_windows
 from ade_harness.kernels.views import Size, View, whole
@@ -35,11 +35,11 @@ def mask_view(
     Returns:
         Scores for the kernels: at the masks' resolution, or on the canvas, or at the original size.
     """
-    if cfg.resolution == "scores":
+    if cfg.resolution == MaskResolution.scores:
         of_windows = [_scores(w.classes, w.masks, cfg, class_map) for w in windows]
         scores = of_windows[0] if len(of_windows) == 1 else torch.cat(of_windows)  # one is not copied
         return View(scores, plan.origins, plan.window, plan.canvas, plan.valid, plan.flipped)
-    if cfg.resolution == "original":
+    if cfg.resolution == MaskResolution.original:
         masks = _resize(windows[0].masks, plan.canvas)
         top, left, height, width = plan.valid
         masks = _resize(masks[:, :, top : top + height, left : left + width], original)

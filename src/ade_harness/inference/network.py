@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ade_harness import kernels
-from ade_harness.config.inference import InferenceConfig
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.inference import (
+    Average,
+    FirstStep,
+    InferenceConfig,
+    LabelSize,
+    MaskResolution,
+    Mode,
+    ResizeRule,
+    Upsample,
+)
+from ade_harness.config.model import ChannelOrder, ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, ShortMemoryError
@@ -64,7 +73,7 @@ class NetworkPredictor:
         self.cfg = fitted(inference, model.fixed_size)
         self.class_map_cfg: list[int | None] | None = None if model_cfg.class_map is None else list(model_cfg.class_map)
         pixels = model_cfg.input
-        bgr = pixels.channel_order == "bgr" if model.bgr is None else model.bgr
+        bgr = pixels.channel_order == ChannelOrder.bgr if model.bgr is None else model.bgr
         self.statistics = PixelStatistics(model.mean, model.std, bgr, pixels.max_value)
         self.stride: int = pixels.stride
         named = self.class_map_cfg or model.class_names or self.classes.names
@@ -129,7 +138,7 @@ class NetworkPredictor:
         if self.cfg.images == 1:
             return None
         plans = plan_views(size, self.cfg)
-        if self.cfg.mode != "whole":
+        if self.cfg.mode != Mode.whole:
             return tuple(plan.window for plan in plans)
         return tuple((plan.sizes[-1], plan.canvas) for plan in plans)
 
@@ -210,7 +219,7 @@ class NetworkPredictor:
         if self.model.facts.get("part"):
             notes.append(f"of {self.model.facts['origin']}: {self.model.facts['part']}")
         notes += [self._class_map.note] if self._class_map is not None and self._class_map.note else []
-        if self.cfg.resize.rule == "fit":
+        if self.cfg.resize.rule == ResizeRule.fit:
             size = "images as they are" if self.cfg.resize.height is None else "images fitted into the model's input"
             notes.append(
                 f"inference={self.cfg.name} is not a published protocol ({size}, pixels normalised with mean"
@@ -285,15 +294,15 @@ class NetworkPredictor:
         """Merge, upsample and argmax, in the protocol's order of steps."""
         assert self._class_map is not None
         assert self._kernels is not None
-        probabilities = self.cfg.tta.average == "probabilities"
-        if self.cfg.output.labels == "input":
+        probabilities = self.cfg.tta.average == Average.probabilities
+        if self.cfg.output.labels == LabelSize.input:
             view = self._view(plans[0], outputs[0], original)
             top, left, height, width = view.area
             labels = self._kernels.merge([replace(view, valid=None)], view.canvas, False)
             labels = labels[top : top + height, left : left + width]
             return self._class_map.classes_of(resize_labels(labels, original))
         is_mask = isinstance(outputs[0][0], MaskLogits)
-        if is_mask and len(plans) > 1 and self.cfg.masks.resolution != "scores":
+        if is_mask and len(plans) > 1 and self.cfg.masks.resolution != MaskResolution.scores:
             # the queries are the smallest form; their full-size scores are added up one view at a time
             total: Tensor | None = None
             for plan, output in zip(plans, outputs, strict=True):
@@ -311,11 +320,11 @@ class NetworkPredictor:
     ) -> Tensor:
         """Return the largest class probability of each pixel, float32 [H, W]."""
         views = [self._view(plan, output, original) for plan, output in zip(plans, outputs, strict=True)]
-        at_input = self.cfg.output.labels == "input"
+        at_input = self.cfg.output.labels == LabelSize.input
         size = views[0].canvas if at_input else original
         if at_input:
             views = [replace(views[0], valid=None)]
-        probabilities = self.cfg.tta.average == "probabilities" and len(views) > 1
+        probabilities = self.cfg.tta.average == Average.probabilities and len(views) > 1
         total = torch.zeros((views[0].scores.shape[1], *size), device=views[0].scores.device)
         for view in views:
             torch_kernels.accumulate(total, view, probabilities)
@@ -339,9 +348,9 @@ class NetworkPredictor:
         class_map = self._class_map
         kept = [class_map.select(w[0]) for w in windows if isinstance(w, Tensor)]
         scores = kept[0][None] if len(kept) == 1 else torch.stack(kept)  # one window is not copied
-        if self.cfg.output.upsample == "one_step" and plan.window == plan.canvas:
+        if self.cfg.output.upsample == Upsample.one_step and plan.window == plan.canvas:
             return whole(scores[0], original, flipped=plan.flipped)
-        legacy = self.cfg.output.first_step == "legacy_bilinear"
+        legacy = self.cfg.output.first_step == FirstStep.legacy_bilinear
         return View(scores, plan.origins, plan.window, plan.canvas, plan.valid, plan.flipped, legacy)
 
 

@@ -6,7 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ade_harness.config.inference import AugmentationConfig, InferenceConfig, ResizeConfig, ResizeRule, WindowConfig
+from ade_harness.config.inference import (
+    AugmentationConfig,
+    InferenceConfig,
+    ResizeConfig,
+    ResizeRule,
+    ScaleSource,
+    Shrink,
+    ViewOrder,
+    WindowConfig,
+)
 from ade_harness.inference.resize import padded_size, padding_offset, round_half_up, target_sizes
 from ade_harness.kernels.views import Size
 
@@ -48,14 +57,14 @@ def plan_views(size: Size, cfg: InferenceConfig) -> list[ViewPlan]:
     if not cfg.tta.flip:
         return plain
     mirrored = [replace(view, flipped=True) for view in plain]
-    if cfg.tta.order == "flips_last":
+    if cfg.tta.order == ViewOrder.flips_last:
         return [*plain, *mirrored]
     return [view for pair in zip(plain, mirrored, strict=True) for view in pair]
 
 
 def _scaled_sizes(size: Size, rule: ResizeConfig, tta: AugmentationConfig) -> Iterator[list[Size]]:
     """Yield the chain of sizes of each scale."""
-    before = target_sizes(size, rule) if tta.source == "resized" else []
+    before = target_sizes(size, rule) if tta.source == ScaleSource.resized else []
     source = before[-1] if before else size
     if tta.sides is not None:
         for side in tta.sides:
@@ -65,7 +74,7 @@ def _scaled_sizes(size: Size, rule: ResizeConfig, tta: AugmentationConfig) -> It
             yield [*before, *target_sizes(source, replace(rule, side=side, max_side=cap))]
         return
     for scale in tta.scales:
-        if tta.source == "protocol":
+        if tta.source == ScaleSource.protocol:
             yield target_sizes(source, _scaled(source, rule, scale, tta))
             continue
         # mmseg 1.x, Resize(scale_factor=r, keep_ratio=True): the scaled size becomes the target of a second rescale
@@ -77,7 +86,7 @@ def _scaled_sizes(size: Size, rule: ResizeConfig, tta: AugmentationConfig) -> It
 
 def _scaled(size: Size, rule: ResizeConfig, scale: float, tta: AugmentationConfig) -> ResizeConfig:
     """Return the resize rule with its lengths multiplied, cut to whole pixels as the official configs do."""
-    if rule.rule in ("none", "fit") and scale != 1:
+    if rule.rule in (ResizeRule.none, ResizeRule.fit) and scale != 1:
         height, width = round_half_up(size, scale)
         return replace(rule, rule=ResizeRule.exact, height=height, width=width)
 
@@ -113,7 +122,7 @@ def window_grid(canvas: Size, mode: str, cfg: WindowConfig) -> tuple[Size, tuple
         return (short, cfg.crop), tuple((0, start) for start in starts)
     assert cfg.stride is not None
     crop = (cfg.crop, cfg.crop)
-    if cfg.shrink == "both" and cfg.crop > height and cfg.crop > width:
+    if cfg.shrink == Shrink.both and cfg.crop > height and cfg.crop > width:
         crop = (min(canvas), min(canvas))
     tops, lefts = (_starts(side, c, cfg.stride) for side, c in zip(canvas, crop, strict=True))
     window = (min(crop[0], height), min(crop[1], width))

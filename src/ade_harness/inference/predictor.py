@@ -31,7 +31,7 @@ class Prediction:
     """What a network makes of an image."""
 
     labels: Tensor
-    """uint8 [H, W], 0..C-1 or 255 for none of the classes; on the device, which may still be working on it."""
+    """uint8 [H, W], 0..C-1 or 255 for void; on the device, which may still be working on it."""
     invalid_share: Tensor | None = None
     """Share of NaN and +inf among the scores; over 0 the labels are worth nothing."""
     confidence: Tensor | None = None

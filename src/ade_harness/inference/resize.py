@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ade_harness.config.inference import ResizeConfig
+from ade_harness.config.inference import MultipleRounding, PadPosition, ResizeConfig, ResizeRule, Rounding
 from ade_harness.kernels.constants import to_device
 from ade_harness.kernels.views import Size
 
@@ -35,7 +35,7 @@ def target_sizes(size: Size, rule: ResizeConfig) -> list[Size]:
     multiple = rule.multiple_of
     if multiple == 1:
         return [first]
-    if rule.multiple_rounding == "nearest":
+    if rule.multiple_rounding == MultipleRounding.nearest:
         height, width = (max(multiple, math.floor(side / multiple + 0.5) * multiple) for side in first)
     else:
         height, width = (-(-side // multiple) * multiple for side in first)
@@ -44,30 +44,32 @@ def target_sizes(size: Size, rule: ResizeConfig) -> list[Size]:
 
 def _first_size(size: Size, rule: ResizeConfig) -> Size:
     height, width = size
-    if rule.rule == "none" or (rule.rule == "fit" and rule.height is None):
+    if rule.rule == ResizeRule.none or (rule.rule == ResizeRule.fit and rule.height is None):
         return size
-    if rule.rule in ("exact", "fit", "cover"):
+    if rule.rule in (ResizeRule.exact, ResizeRule.fit, ResizeRule.cover):
         assert rule.height is not None
         assert rule.width is not None
-        if rule.rule == "exact":
+        if rule.rule == ResizeRule.exact:
             return (rule.height, rule.width)
-        if rule.rule == "fit":
+        if rule.rule == ResizeRule.fit:
             return round_half_up(size, min(rule.height / height, rule.width / width))
         factor = max(rule.height / height, rule.width / width)
         return (round(height * factor), round(width * factor))  # EoMT: Python's round, halves to even
     assert rule.side is not None
-    return round_half_up(size, rule.side / max(size)) if rule.rule == "longest_side" else _short_side(size, rule)
+    return (
+        round_half_up(size, rule.side / max(size)) if rule.rule == ResizeRule.longest_side else _short_side(size, rule)
+    )
 
 
 def _short_side(size: Size, rule: ResizeConfig) -> Size:
     height, width = size
     side = rule.side
     assert side is not None
-    if rule.rounding == "mmseg":
+    if rule.rounding == Rounding.mmseg:
         # mmcv.imrescale: the smaller of the two factors, each side rounded half up
         cap = rule.max_side if rule.max_side is not None else np.inf
         return round_half_up(size, min(cap / max(size), side / min(size)))
-    if rule.rounding == "dinov3":
+    if rule.rounding == Rounding.dinov3:
         # dinov3/eval/segmentation/transforms.py: the short side is exact, no cap
         return (int(side * height / width + 0.5), side) if height > width else (side, int(side * width / height + 0.5))
     # detectron2 ResizeShortestEdge: the short side is exact first, then the cap scales both
@@ -86,7 +88,7 @@ def round_half_up(size: Size, scale: float) -> Size:
 
 def padded_size(size: Size, rule: ResizeConfig) -> Size:
     """Return the size after padding."""
-    if rule.rule == "fit" and rule.height is not None and rule.width is not None:
+    if rule.rule == ResizeRule.fit and rule.height is not None and rule.width is not None:
         return (rule.height, rule.width)
     if rule.pad_to is not None:
         return (rule.pad_to[0], rule.pad_to[1])
@@ -96,7 +98,7 @@ def padded_size(size: Size, rule: ResizeConfig) -> Size:
 
 def padding_offset(size: Size, padded: Size, rule: ResizeConfig) -> Size:
     """Return (top, left) of the image in the padded input."""
-    if rule.pad_position == "corner":
+    if rule.pad_position == PadPosition.corner:
         return (0, 0)
     return ((padded[0] - size[0]) // 2, (padded[1] - size[1]) // 2)
 

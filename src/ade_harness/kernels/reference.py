@@ -258,7 +258,7 @@ def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     so it is exact and does not depend on the order.
 
     Args:
-        labels: uint8 [H, W], 0..C-1, anything above is "none of the classes".
+        labels: uint8 [H, W], 0..C-1, anything above is void.
         target: uint8 [H, W], 0..C-1, 255 where nothing is counted.
         classes: their number C, at most 255.
 

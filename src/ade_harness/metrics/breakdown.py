@@ -17,7 +17,7 @@ class ConfusedPair:
 
     truth: int
     prediction: int
-    """0..C-1, and C = none of the classes."""
+    """0..C-1, and C = void."""
     pixels: int
     share_of_truth: float
     share_of_errors: float

@@ -26,7 +26,7 @@ class Row:
     ignored_pixels: int
     ground_truth: npt.NDArray[np.uint8]
     prediction: npt.NDArray[np.uint8]
-    """0..C-1, and C = none of the classes."""
+    """0..C-1, and C = void."""
     pixels: npt.NDArray[np.int64]
     label_hash: str
     """BLAKE2b of the uint8 label map: equal hashes mean equal predictions in every pixel."""

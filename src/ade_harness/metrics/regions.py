@@ -56,7 +56,7 @@ def find_regions(target: Labels, labels: Labels, classes: int) -> Regions:
 
     Args:
         target: uint8 [H, W], 0..C-1, 255 where nothing is counted: such pixels belong to no class in either map.
-        labels: uint8 [H, W], 0..C-1, 255 for none of the classes.
+        labels: uint8 [H, W], 0..C-1, 255 for void.
         classes: their number.
     """
     valid = target != IGNORE_INDEX

@@ -99,7 +99,7 @@ class SegmentationScores(Metric):
 
         Args:
             predictions: scores float [N, C, h, w] of any size, or labels, integers [N, H, W], where values outside of
-                0..C-1 are none of the classes. Without N for one image. Scores are compared in float32.
+                0..C-1 are void. Without N for one image. Scores are compared in float32.
             target: integers [N, H, W]: 0..C-1, or `ignore_index`.
 
         Raises:

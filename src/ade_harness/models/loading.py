@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ade_harness.config.kinds import Gives, kind_of
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.model import BackboneSource, Dtype, ModelConfig, Weights
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
@@ -49,7 +49,7 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
     kind = kind_of(cfg.kind)
     if kind.gives is Gives.labels:
         raise HarnessError(f"model={cfg.name}: gives label maps and has no network.")
-    if cfg.dtype != "fp32" and kind.as_exported:
+    if cfg.dtype != Dtype.fp32 and kind.as_exported:
         raise HarnessError(
             f"model.dtype: a model of kind {cfg.kind} keeps the types of its file. Leave model.dtype out."
         )
@@ -69,7 +69,7 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
         named = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         model = replace(model, notes=(*model.notes, f"{len(unused)} weights of the file took no part ({named})"))
     model.module.eval()
-    if cfg.dtype != "fp32" or not (kind.as_exported or kind.is_code):  # modules of the user's have their own types
+    if cfg.dtype != Dtype.fp32 or not (kind.as_exported or kind.is_code):  # modules of the user's have their own types
         _convert(model.module, DTYPES[cfg.dtype])
     for parameter in model.module.parameters():  # ScriptModules have no requires_grad_ of their own
         parameter.requires_grad_(False)
@@ -102,7 +102,7 @@ def _convert(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedModel:
     """Load a published system: of models/systems/."""
-    if cfg.weights == "random":
+    if cfg.weights == Weights.random:
         module = random_network(family, cfg.architecture, cfg.seed, classes)
         facts = {"origin": f"random, seed {cfg.seed}"}
         return _system(cfg, module, "random", facts, classes)
@@ -170,7 +170,7 @@ def _known(family: Family, cfg: ModelConfig, classes: Classes) -> Known:
 
 def _system(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, Any], classes: Classes) -> LoadedModel:
     size: Any = getattr(module, "fixed_size", None)
-    of_timm = weights == "pretrained" and cfg.backbone.source == "timm" and cfg.backbone_checkpoint is None
+    of_timm = weights == "pretrained" and cfg.backbone.source == BackboneSource.timm and cfg.backbone_checkpoint is None
     notes = (
         (f"the backbone's weights, from timm's repository, are under the {cfg.backbone.license}",) if of_timm else ()
     )
@@ -192,7 +192,7 @@ def load_for_probe(cfg: ModelConfig, classes: Classes) -> LoadedModel:
         raise HarnessError(
             f"model={cfg.name}: has no linear head on a frozen backbone. Models to probe: {', '.join(names)}."
         )
-    if cfg.weights != "random":
+    if cfg.weights != Weights.random:
         _check_probed(cfg)
     if kind.probe is not None:
         headless: LoadedModel = named(kind.probe)(cfg, classes)
@@ -200,7 +200,7 @@ def load_for_probe(cfg: ModelConfig, classes: Classes) -> LoadedModel:
         _convert(headless.module, DTYPES[cfg.dtype])
         return headless
     assert family is not None
-    if cfg.weights == "random":
+    if cfg.weights == Weights.random:
         module = random_network(family, cfg.architecture, cfg.seed, classes).eval()
         return LoadedModel(module, "random", **statistics(cfg), facts={"origin": f"random, seed {cfg.seed}"})
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")

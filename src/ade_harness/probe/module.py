@@ -32,7 +32,7 @@ from ade_harness.runtime.ranks import Ranks
 from ade_harness.runtime.uninterrupted import uninterrupted
 
 STATE = "state.pt"
-_TELL_EVERY_S = 2.0
+_REPORT_EVERY_S = 2.0
 
 
 class HeadTraining(pl.LightningModule):
@@ -60,7 +60,7 @@ class HeadTraining(pl.LightningModule):
         self.step = self.first_step
         """Optimiser steps done."""
         self.stopped = False
-        self._begun = self._told = time.monotonic()
+        self._begun = self._reported = time.monotonic()
         before = (self._saved or {}).get("losses", [])  # states of earlier versions have none
         mine = before[ranks.coordinator.rank] if ranks.coordinator.rank < len(before) else []
         self._losses = [torch.tensor(loss) for loss in mine]
@@ -144,19 +144,19 @@ class HeadTraining(pl.LightningModule):
         self.ranks.watchdog.finished(1, 1.0, 0.0)
         if self._reporter is not None:
             self._reporter.update(self.step - self.first_step)
-            self._tell()
+            self._report()
         if self.step % self.recipe.save_every == 0 or stop or done:
             self._save()
         if stop and not done:
             self.stopped = True
             self.trainer.should_stop = True
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         """Write progress.json for `status` in other shells, every few seconds; an iteration counts as an image."""
         now = time.monotonic()
-        if now - self._told < _TELL_EVERY_S:
+        if now - self._reported < _REPORT_EVERY_S:
             return
-        self._told = now
+        self._reported = now
         done = self.step - self.first_step
         rate = done / max(now - self._begun, 1e-9)
         content: dict[str, Any] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ade_harness.config.probe import ProbeConfig
+from ade_harness.config.probe import ProbeConfig, Schedule
 
 
 def learning_rate(recipe: ProbeConfig, step: int) -> float:
@@ -13,11 +13,11 @@ def learning_rate(recipe: ProbeConfig, step: int) -> float:
     ``poly`` is mmsegmentation's: a straight line to zero, under a straight warm-up. ``cosine`` is DINOv3's: the same
     warm-up, then half a cosine over all iterations; its schedule stays one step behind, as theirs does.
     """
-    n = step if recipe.schedule == "poly" else max(0, step - 1)
+    n = step if recipe.schedule == Schedule.poly else max(0, step - 1)
     total, warmup = recipe.iterations, recipe.warmup
     line = recipe.lr * (1 - n / total)
     if n < warmup:
         return float(line * (1 - (1 - n / warmup) * (1 - recipe.warmup_ratio)))
-    if recipe.schedule == "poly":
+    if recipe.schedule == Schedule.poly:
         return float(line)
     return float(recipe.lr / 2 * (1 + math.cos(math.pi * (n + 1) / total)))

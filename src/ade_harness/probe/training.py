@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from ade_harness.config.overrides import as_override_value, overrides_of
 from ade_harness.config.plain import as_dict, flatten
 from ade_harness.config.probe import ProbeConfig
-from ade_harness.config.schema import Config
+from ade_harness.config.runtime import Accelerator
+from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import Classes
@@ -105,7 +106,7 @@ def _loaded(cfg: Config, recipe: ProbeConfig, classes: Classes) -> LoadedModel:
 
 def _on_gpus(cfg: Config) -> bool:
     """Whether batch norm is to see the crops of all ranks; torch has no such norm for the CPU."""
-    return cfg.runtime.accelerator != "cpu" and torch.cuda.is_available()
+    return cfg.runtime.accelerator != Accelerator.cpu and torch.cuda.is_available()
 
 
 def _decided(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Con
     console.print(f"loss: {begin}{rows[-1]['loss']:.4f} in {training.step:,} iterations")
     print_line(console, f"head: {path}")
     print_line(console, f"evaluate it: python -m ade_harness {shlex.join(_evaluation_of(cfg, path))}")
-    if cfg.tracking.kind == "wandb":
+    if cfg.tracking.kind == TrackingKind.wandb:
         facts = {"identity": {**_decided(as_dict(cfg)), **manifest["identity"]}}
         tracking.finish_training(training.run_dir, rows, facts)
     return path

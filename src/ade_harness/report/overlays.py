@@ -77,7 +77,7 @@ def draw_prediction(
 
     Args:
         image: uint8 [H, W, 3] RGB.
-        labels: uint8 [H, W]: 0..C-1, 255 for none of the classes.
+        labels: uint8 [H, W]: 0..C-1, 255 for void.
         classes: of the data set.
         maximum: classes in the legend.
     """

@@ -48,7 +48,7 @@ class LabelMaps:
 
         Args:
             image_id: names the file.
-            labels: uint8 [H, W], 0..C-1, 255 for none of the classes.
+            labels: uint8 [H, W], 0..C-1, 255 for void.
             score: the image's own; images are ordered by it.
 
         Raises:

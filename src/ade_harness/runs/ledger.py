@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
     metadata={"ade_harness.ledger": "3"},
 )
 _SCHEMA_2 = pa.schema([field for field in SCHEMA if field.name != "source_hash"])
-"""Of ledgers that were written before: the hash of a prediction's file follows that of the data set's in one column."""
+"""Earlier versions: the hash of a prediction's file follows that of the data set's in one column."""
 _CONTENT_HASH_DIGITS = 32
 
 
@@ -64,7 +64,7 @@ _MAX_ROWS = 2**18
 _MAX_VALUES = 2**26
 """Values of a ledger: six hundred for each of a hundred thousand images."""
 _MAX_TEXT_BYTES = 2**28
-"""Of one column of texts, unpacked: a few bytes can stand for a million equal ones."""
+"""Bytes of one column of texts, unpacked: a few bytes can stand for a million equal ones."""
 _TEXTS = ("image_id", "label_hash", "content_hash", "host", "source_hash")
 _MAX_BYTES = 2**31
 """Bytes of one segment, unpacked."""

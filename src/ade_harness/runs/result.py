@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ade_harness.config.dataset import DatasetKind
 from ade_harness.config.schema import Config, MetricsConfig
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.labels import Classes
@@ -54,7 +55,7 @@ def published_score(cfg: Config) -> Published | None:
     """
     model, name = cfg.model, cfg.inference.name
     published = model.published
-    if cfg.dataset.kind != "ade20k":
+    if cfg.dataset.kind != DatasetKind.ade20k:
         return None
     for kind, described in (("ss", "single scale"), ("ms", "multi-scale with flip")):
         score: float | None = getattr(published, kind)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ade_harness.config.runtime import RuntimeConfig
+from ade_harness.config.runtime import Accelerator, RuntimeConfig
 from ade_harness.errors import HarnessError, require
 from ade_harness.runtime.limits import usable_cores, usable_memory
 
@@ -145,20 +145,20 @@ def resolve_devices(cfg: RuntimeConfig) -> tuple[str, int]:
 
 
 def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
-    gpus = gpu_count() if cfg.accelerator != "cpu" else 0
-    accelerator = str(cfg.accelerator) if cfg.accelerator != "auto" else ("cuda" if gpus else "cpu")
-    reason = unusable_gpus() if cfg.accelerator != "cpu" and not gpus and _has_gpu_files() else None
+    gpus = gpu_count() if cfg.accelerator != Accelerator.cpu else 0
+    accelerator = str(cfg.accelerator) if cfg.accelerator != Accelerator.auto else ("cuda" if gpus else "cpu")
+    reason = unusable_gpus() if cfg.accelerator != Accelerator.cpu and not gpus and _has_gpu_files() else None
     if reason is not None:
         raise HarnessError(
             f"runtime.accelerator={cfg.accelerator}: on {host_name()}, {reason}; runtime.accelerator=cpu uses none."
         )
-    if accelerator == "cuda" and not gpus:
+    if accelerator == Accelerator.cuda and not gpus:
         raise HarnessError(
             f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."
         )
     tasks = _step_tasks_per_node()
     started = is_rank() and not is_supervised()  # by srun, torchrun or mpirun: as many ranks as they have started
-    if accelerator == "cuda" and tasks > 1 and started and gpus < tasks:
+    if accelerator == Accelerator.cuda and tasks > 1 and started and gpus < tasks:
         raise HarnessError(
             f"{'srun' if in_slurm_step() else 'the launcher'} started {tasks} tasks on {host_name()}, and this one sees"
             f" {gpus} of its GPUs: ranks that see one GPU each cannot be one evaluation. Start one task per node"
@@ -166,14 +166,14 @@ def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
             " --gpu-bind=none, no --gpus-per-task; no CUDA_VISIBLE_DEVICES for each)."
         )
     if cfg.devices == "auto":
-        return accelerator, gpus if accelerator == "cuda" and not (started and tasks > 1) else tasks
+        return accelerator, gpus if accelerator == Accelerator.cuda and not (started and tasks > 1) else tasks
     maximum = max(1, usable_memory() // _RANK_BYTES)
     if int(cfg.devices) > maximum:
         raise HarnessError(
             f"runtime.devices={cfg.devices}: {host_name()} has memory for {maximum} ranks at most, each of which needs"
             f" {_RANK_BYTES / 2**30:g} GiB before it has a model."
         )
-    if accelerator == "cuda" and int(cfg.devices) > gpus:
+    if accelerator == Accelerator.cuda and int(cfg.devices) > gpus:
         raise HarnessError(f"runtime.devices={cfg.devices}: {host_name()} has {gpus} GPUs.")
     return accelerator, int(cfg.devices)
 

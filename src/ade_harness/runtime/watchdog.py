@@ -70,7 +70,7 @@ class Watchdog:
         self._last: dict[int, tuple[int, float]] = {}
         self._ended = threading.Event()
         self._said = False
-        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._tell, self._listen)]
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._report, self._listen)]
 
     def start(self) -> None:
         """Begin."""
@@ -107,7 +107,7 @@ class Watchdog:
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(self.beat)))
         self._heard = time.monotonic()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         try:
             while not self._ended.wait(BEAT_EVERY_S):
                 self._publish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ade_harness.config.schema import TrackingConfig
+from ade_harness.config.schema import TrackingConfig, TrackingKind
 from ade_harness.errors import HarnessError, require
 from ade_harness.tracking.upload import limits, user_settings, wandb_mode
 from ade_harness.tracking.wandb_run import PROJECT
@@ -30,7 +30,7 @@ def require_attachable(cfg: TrackingConfig, ask: bool = True) -> None:
         HarnessError: W&B is not online.
         NoSuchRunError: there is no such run.
     """
-    if cfg.kind != "wandb" or cfg.run_id is None:
+    if cfg.kind != TrackingKind.wandb or cfg.run_id is None:
         return
     mode = wandb_mode(cfg.mode)
     require(

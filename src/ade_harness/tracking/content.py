@@ -218,7 +218,7 @@ def _overlay(wandb: Any, picture: Path, image_id: str, classes: Classes) -> Any:
     names = dict(enumerate(classes.names))
     with np.load(file, allow_pickle=False) as kept:
         masks = {
-            "prediction": {"mask_data": kept["prediction"], "class_labels": names | {NO_CLASS: "none of the classes"}},
+            "prediction": {"mask_data": kept["prediction"], "class_labels": names | {NO_CLASS: "void (no class)"}},
             "truth": {"mask_data": kept["truth"], "class_labels": names | {IGNORE_INDEX: "not counted"}},
         }
         return wandb.Image(kept["image"], caption=image_id, masks=masks)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ade_harness.config.plain import as_dict
-from ade_harness.config.schema import Config
+from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.runs.record import short_manifest
 from ade_harness.runs.result import Result
 from ade_harness.runtime.console import print_fact, print_line
@@ -39,7 +39,7 @@ class Tracking:
             folder: the run directory.
             manifest: the run's record.
         """
-        if self.cfg.tracking.kind != "wandb":
+        if self.cfg.tracking.kind != TrackingKind.wandb:
             return
         from ade_harness.tracking.run import begin_live
 

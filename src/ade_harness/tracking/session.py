@@ -123,7 +123,7 @@ def main() -> int:
         with _alone(start.entry.folder / "wandb"), staging(start.entry.folder.resolve() / "wandb"):
             return _session(start, inbox, channel)
     except Exception as error:  # of wandb, of a server, of files: the rank says it and goes on
-        _tell(channel, problem=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        _report(channel, problem=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return 1
 
 
@@ -132,7 +132,7 @@ def _session(start: Start, inbox: queue.Queue[Content | None], channel: TextIO) 
     run = attached_run(start.cfg, start.entry.folder) if attached else open_run(
         start.cfg, start.entry, start.identifier, start.watched
     )  # fmt: skip
-    _tell(channel, url=run.url)
+    _report(channel, url=run.url)
     content = inbox.get() if attached else _follow(run, start, inbox)
     if content is None:
         _end_soon()
@@ -148,7 +148,7 @@ def _session(start: Start, inbox: queue.Queue[Content | None], channel: TextIO) 
         run.finish(exit_code=1)
         raise
     run.finish(exit_code=content.exit_code)
-    _tell(channel, done=True)
+    _report(channel, done=True)
     return 0
 
 
@@ -184,7 +184,7 @@ def _own_output() -> TextIO:
     return channel
 
 
-def _tell(channel: TextIO, **content: Any) -> None:
+def _report(channel: TextIO, **content: Any) -> None:
     with suppress(OSError):  # the rank is gone
         channel.write(json.dumps(content) + "\n")
 

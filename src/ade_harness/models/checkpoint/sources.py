@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ade_harness.config.model import CheckpointConfig, ModelConfig
+from ade_harness.config.model import BackboneSource, CheckpointConfig, ModelConfig, Weights, WeightSource
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import cache_dir, file_hash
 from ade_harness.files.reading import expanded, require_regular
@@ -22,7 +22,7 @@ OF_BACKBONE = "model.backbone_checkpoint"
 
 def chosen_checkpoint(cfg: ModelConfig) -> Checkpoint | None:
     """Return the weight file to load; None if there is none, or for random weights."""
-    if cfg.weights == "random":
+    if cfg.weights == Weights.random:
         return None
     if cfg.checkpoint is not None:
         return local_checkpoint(cfg.checkpoint, cfg.checkpoint_sha256)
@@ -33,7 +33,7 @@ def backbone_checkpoint(cfg: ModelConfig, why: str) -> Checkpoint:
     """Return the file of the frozen backbone below a head; `why` leads the message if there is none."""
     if cfg.backbone_checkpoint is not None:
         return local_checkpoint(cfg.backbone_checkpoint, cfg.backbone.sha256, OF_BACKBONE)
-    if cfg.backbone.source == "timm":
+    if cfg.backbone.source == BackboneSource.timm:
         require_timm(cfg)
         assert cfg.backbone.timm is not None
         return hub_checkpoint(*timm_repository(cfg.backbone.timm), cfg.backbone.revision, None, OF_BACKBONE)
@@ -45,7 +45,7 @@ def backbone_checkpoint(cfg: ModelConfig, why: str) -> Checkpoint:
 
 def require_timm(cfg: ModelConfig) -> None:
     """Raise HarnessError if a system's backbone is to come from timm, and timm has none such."""
-    if cfg.backbone.source == "timm" and cfg.backbone.timm is None:
+    if cfg.backbone.source == BackboneSource.timm and cfg.backbone.timm is None:
         raise HarnessError(f"model.backbone.source=timm: timm has no such backbone for model={cfg.name}. Leave it out.")
 
 
@@ -79,9 +79,9 @@ def _public_file(
     cfg: ModelConfig, official: CheckpointConfig, hub: CheckpointConfig, key: str = "model.checkpoint"
 ) -> Checkpoint | None:
     """Fetch one of a model's public files, if it has one; the user can give it as `key`."""
-    if official.url is not None and cfg.source != "hub":
+    if official.url is not None and cfg.source != WeightSource.hub:
         return url_checkpoint(official.url, cache_dir() / "checkpoints", official.sha256, key=key)
-    if hub.hub_id is not None and cfg.source != "official":
+    if hub.hub_id is not None and cfg.source != WeightSource.official:
         return hub_checkpoint(hub.hub_id, hub.filename or "", hub.revision, hub.sha256, key)
     if cfg.source is not None and (official.url or hub.hub_id):
         raise HarnessError(f"model.source={cfg.source}: {cfg.name} has no such file. Leave model.source out.")

@@ -14,7 +14,7 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.model import ModelConfig, Weights
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, require
 from ade_harness.models.checkpoint.parts import read_part
@@ -42,7 +42,7 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     )
     checkpoint = chosen_checkpoint(cfg)
     if checkpoint is None:
-        weights = "random" if cfg.weights == "random" else "constructed"
+        weights = "random" if cfg.weights == Weights.random else "constructed"
         facts: dict[str, Any] = {"origin": f"{target}, as constructed (seed {cfg.seed})"}
     else:
         own = module.state_dict()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.model import ModelConfig, Weights
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.fetch import file_hash
@@ -59,7 +59,7 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     known = set(inspect.signature(type(module).__init__).parameters)
     unknown = sorted(fields.keys() - known) if not str(encoder).startswith("tu-") else []  # timm's take any
     require(not unknown, f"model.architecture: {arch} has no field {', '.join(unknown)}.{_nearest(unknown, known)}")
-    if cfg.weights == "random":
+    if cfg.weights == Weights.random:
         return _loaded(cfg, module, "random", {"origin": f"random, seed {cfg.seed}"})
     checkpoint = chosen_checkpoint(cfg)
     require(

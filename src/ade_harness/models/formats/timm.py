@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.model import ModelConfig, Weights
 from ade_harness.data.labels import Classes
 from ade_harness.errors import require
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, known_names, pretrained_cfg, statistics_of
@@ -31,7 +31,7 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
         HarnessError: no backbone or no head is named, timm does not know the backbone, or weights do not fit.
     """
     name = _name(cfg)
-    if cfg.weights == "random":
+    if cfg.weights == Weights.random:
         return _loaded(
             cfg, name, _segmenter(cfg, name, None, classes), "random", {"origin": f"random, seed {cfg.seed}"}
         )
@@ -68,7 +68,7 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
 def load_headless(cfg: ModelConfig, classes: Classes) -> LoadedModel:
     """Load a backbone with a head that is still to be trained; raises as :func:`load`."""
     name = _name(cfg)
-    if cfg.weights == "random":
+    if cfg.weights == Weights.random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             network = _segmenter(cfg, name, None, classes)

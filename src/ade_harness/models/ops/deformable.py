@@ -107,9 +107,9 @@ class Variant:
     """Samples of each query, of all levels together."""
     levels: int = 2
     channels: int = 8
-    """Of a head or group."""
+    """Channels of a head or group."""
     dtype: torch.dtype = torch.float32
-    """Of the values."""
+    """The values' type."""
 
 
 FALLBACKS: dict[str, str] = {}
