@@ -47,6 +47,7 @@ from ade_harness.endpoint.server import RefusedError
 from ade_harness.endpoint.service import ModelService, make_server, open_service
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.runtime.queue import max_held
+from tests.cli.test_cli import one_message
 from tests.conftest import Done
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
@@ -972,6 +973,31 @@ def test_ctrl_c_while_a_connection_gets_its_thread_ends_the_server(monkeypatch: 
         before = threading.active_count()
         with pytest.raises(KeyboardInterrupt):
             server.serve_forever()
+
+
+def test_a_server_of_other_classes_is_refused(call: Call) -> None:
+    """Labels below 150 would be counted as ADE20K's, whatever they mean to the server."""
+    ours = list(ade20k_classes().names)
+    with serving(good) as server:
+        overrides = ("model=http", f"model.url={server.url}", "dataset.limit=1", *FAST, "runtime.workers=0")
+        for names, said in (
+            (["road", "sidewalk", "car"], "/info: its labels are of 3 classes ('road', 'sidewalk', 'car', ...), and"),
+            (ours[1:] + ours[:1], "/info: its class 0 is 'building', and"),
+        ):
+            server.info["classes"] = names
+            one_message(call(*overrides), said)
+        scores = call(*overrides, "model.http.returns=scores")
+        assert scores.code == 2
+        assert "By the model's own names: model.class_map=[1,2," in scores.err
+        assert server.requests == []
+        for names in (
+            ours,
+            [f"name {n}" for n in range(150)],
+            [1, 2],
+            "wall",
+        ):  # of names that are nobody's nothing is known
+            server.info["classes"] = names
+            assert call(*overrides).code == 0
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from ade_harness.endpoint.http import NoReplyError, Reply, exchange
@@ -147,8 +147,11 @@ class Endpoint:
             )
         raise HarnessError(f"{lead}: {problem}; {tries}.")
 
-    def info(self) -> dict[str, str]:
-        """Ask what the server says of itself: ``name``, ``version``, ``sha256``, each if it says so.
+    def info(self) -> dict[str, Any]:
+        """Ask what the server says of itself: ``name``, ``version``, ``sha256``, ``classes``, each if it says so.
+
+        Returns:
+            Texts, and the names of its classes as a tuple of texts.
 
         Raises:
             HarnessError: no answer, or the token is refused. A server without ``/info`` is fine.
@@ -165,7 +168,10 @@ class Endpoint:
         }
         if not re.fullmatch(r"[0-9a-f]{64}", kept.get("sha256", "")):
             kept.pop("sha256", None)
-        return {k: v for k, v in kept.items() if v}
+        named = reported.get("classes")
+        names = tuple(name for name in named if isinstance(name, str)) if isinstance(named, list) else ()
+        known = {"classes": names} if names and len(names) == len(named or ()) else {}
+        return {k: v for k, v in kept.items() if v} | known
 
     def quote(self, reply: Reply) -> str:
         """Return what a reply says, for a message: ``: '...'``, or nothing if it is no text."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ade_harness import kernels
-from ade_harness.config.model import ModelConfig
+from ade_harness.config.model import ModelConfig, Returns
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_labels, read_header
 from ade_harness.data.labels import Classes, LabelStorage
@@ -23,7 +23,7 @@ from ade_harness.inference.folder import classes_of_stored
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels.views import Size
-from ade_harness.models.class_map import ClassMap, resolve_class_map
+from ade_harness.models.class_map import ClassMap, refuse_other_classes, resolve_class_map
 from ade_harness.runtime.queue import Loaders
 
 LABELS_TYPE, SCORES_TYPE = "image/png", "application/x-npy"
@@ -50,25 +50,29 @@ class EndpointPredictor:
         kernels_choice: ``runtime.kernels``.
 
     Raises:
-        HarnessError: ``model.class_map`` does not fit.
+        HarnessError: ``model.class_map`` does not fit, or the server says that its classes are others.
     """
 
     def __init__(
-        self, model: ModelConfig, classes: Classes, endpoint: Endpoint, info: dict[str, str], kernels_choice: str
+        self, model: ModelConfig, classes: Classes, endpoint: Endpoint, info: dict[str, Any], kernels_choice: str
     ) -> None:
         self.endpoint = endpoint
         self.classes = len(classes)
-        self.info = info
+        self.info = {key: text for key, text in info.items() if key != "classes"}
+        of_server: tuple[str, ...] | None = info.get("classes")
         self.send: str = model.http.send
         self.quality: int = model.http.jpeg_quality
-        self.returns: str = model.http.returns
+        self.returns = model.http.returns
         self.encoding: str = model.encoding
         self.concurrency: int = model.http.concurrency
         self._class_map: ClassMap | None = None
         self._channels = len(classes)
-        if self.returns == "scores":
+        if self.returns == Returns.labels and of_server is not None:
+            refuse_other_classes(of_server, classes, endpoint.shown("info"))
+        if self.returns == Returns.scores:
             given = None if model.class_map is None else list(model.class_map)
             names = None if model.class_names is None else list(model.class_names)
+            names = names if names is not None or of_server is None else list(of_server)
             self._channels = len(classes) if given is None else len(given)
             self._class_map = resolve_class_map(self._channels, given, names, classes)
             # loaders have no device; compiled before they are forked
@@ -103,7 +107,7 @@ class EndpointPredictor:
             HarnessError: names image and address: no answer, or one that is not what was asked for.
         """
         size = (image.shape[0], image.shape[1])
-        scores = self.returns == "scores"
+        scores = self.returns == Returns.scores
         headers = {
             "Content-Type": "image/jpeg" if self.send == "jpeg" else "image/png",
             "Accept": SCORES_TYPE if scores else LABELS_TYPE,
@@ -116,7 +120,7 @@ class EndpointPredictor:
         return Prepared(image_id, (labels,), size)
 
     def _max_bytes(self, size: Size) -> int:
-        if self.returns == "labels":
+        if self.returns == Returns.labels:
             return 2 * size[0] * size[1] + _SPARE_BYTES
         return 4 * self._channels * max(size[0] * size[1], _LEAST_SCORES) + _SPARE_BYTES
 
@@ -180,7 +184,13 @@ class EndpointPredictor:
         """Return what the manifest keeps: where the labels came from, and how the server describes itself."""
         origin = self._origin()
         sent = f"jpeg, quality {self.quality}" if self.send == "jpeg" else "png"
-        facts = {"weights": "endpoint", "origin": origin, "sent": sent, "returned": self.returns, "server": self.info}
+        facts = {
+            "weights": "endpoint",
+            "origin": origin,
+            "sent": sent,
+            "returned": str(self.returns),
+            "server": self.info,
+        }
         return {**facts, **({"sha256": self.info["sha256"]} if "sha256" in self.info else {})}
 
     def notes(self) -> list[str]:

@@ -60,6 +60,7 @@ class ModelService:
             "name": self.name,
             "version": f"ade-harness {__version__}",
             "inference": self.predictor.cfg.name,
+            "classes": list(self.predictor.classes.names),
             **({"sha256": sha256} if sha256 else {}),
         }
 

@@ -89,6 +89,36 @@ def resolve_class_map(
     return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names, classes))
 
 
+def refuse_other_classes(names: Sequence[str], classes: Classes, who: str) -> None:
+    """Refuse label maps of other classes: they are numbers below the data set's, and would be counted as its own.
+
+    Args:
+        names: of the classes of whoever makes the labels, in order.
+        classes: of the data set.
+        who: leads the message.
+
+    Raises:
+        HarnessError: there are more or fewer, or another order.
+    """
+    remedy = (
+        "Evaluate it on its own data set, or ask for scores (model.http.returns=scores), whose channels"
+        f" model.class_map can assign to the classes of {classes.dataset}."
+    )
+    if len(names) != len(classes):
+        raise HarnessError(
+            f"{who}: its labels are of {len(names)} classes ({', '.join(map(repr, names[:3]))}, ...), and"
+            f" {classes.dataset} has {len(classes)}. {remedy}"
+        )
+    found = _classes_by_name(names, classes) or [None] * len(names)
+    other = _other_order(found, names, classes)
+    if other:
+        label, actual = other[0]
+        raise HarnessError(
+            f"{who}: its class {label} is {names[label]!r}, and {classes.dataset}'s is {classes.names[label]!r}"
+            f" ({names[label]!r} is {actual}); {len(other)} classes differ. {remedy}"
+        )
+
+
 def _with_note(found: ClassMap, note: str) -> ClassMap:
     return replace(found, note=note if found.note is None else f"{found.note}; {note}")
 
@@ -103,12 +133,19 @@ def _classes_by_name(names: Sequence[str], classes: Classes) -> list[int | None]
     return found if sum(f is not None for f in found) * 2 > len(names) else None
 
 
-def _refuse_other_order(found: list[int | None], names: Sequence[str], classes: Classes) -> None:
+def _other_order(found: Sequence[int | None], names: Sequence[str], classes: Classes) -> list[tuple[int, int]]:
+    """Return the channels whose names are those of other classes, with these; [] where that may be an accident."""
     wrong = [(c, f) for c, f in enumerate(found) if f is not None and f != c]
+    if len(wrong) > len(classes) // 10:
+        return wrong
     # a few names have other spellings or are shared by two classes; two that are other classes' own are no accident
     exact = [(c, f) for c, f in wrong if str(names[c]).strip().lower() == classes.names[f].strip().lower()]
-    if len(wrong) > len(classes) // 10 or len(exact) > 1:
-        wrong = wrong if len(wrong) > len(classes) // 10 else exact
+    return exact if len(exact) > 1 else []
+
+
+def _refuse_other_order(found: list[int | None], names: Sequence[str], classes: Classes) -> None:
+    wrong = _other_order(found, names, classes)
+    if wrong:
         channel, actual = wrong[0]
         raise HarnessError(
             f"The model's own names are not in the order of {classes.dataset}: channel {channel} is {names[channel]!r},"
