@@ -307,6 +307,46 @@ def test_runs_of_before_can_be_continued(call: Call, tmp_path: Path) -> None:
     assert call(*overrides).code == 0
 
 
+# what anybody's code may do while it is loaded
+
+
+class Odd(nn.Conv2d):
+    """A network that misbehaves once it is made."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(3, 150, 4, 4)
+        self.what = what
+        if what == "holds itself":
+            self.me = self
+
+    def eval(self) -> Any:
+        """Fail, if asked to."""
+        if self.what == "eval":
+            raise GeneratorExit
+        return super().eval()
+
+    @property
+    def class_names(self) -> Any:
+        """Fail, or return no names."""
+        if self.what == "names":
+            raise ValueError("odd names")
+        return 5
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("holds itself", "RecursionError: "), ("eval", "GeneratorExit."), ("names", "ValueError: odd names")],
+)
+def test_code_that_fails_while_it_is_loaded_is_one_message(what: str, reason: str) -> None:
+    target = "tests.models.test_identity.Odd"
+    overrides = ["model=custom", f"model._target_={target}", f"model.kwargs.what={what}"]
+    with pytest.raises(HarnessError, match=f"_target_={target}: its code failed while it was loaded .{reason}"):
+        load_model(compose_config(overrides).model)
+    loaded = load_model(compose_config([*overrides[:2], "model.kwargs.what=nothing"]).model)
+    assert loaded.class_names is None
+    assert loaded.notes == ("the module's class_names are not a list of texts, and are not used",)
+
+
 # layers that stay random
 
 

@@ -190,9 +190,9 @@ class BatchedForward:
             without_gradients = torch.no_grad if self.model.of_caller else torch.inference_mode
             with arithmetic_of(self.cfg.precision, batch.device.type), without_gradients(), self._as_scripted(batch):
                 return self._callable(batch.device)(batch)
-        except (HarnessError, torch.OutOfMemoryError):
+        except (HarnessError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # the network may be anybody's code
+        except BaseException as error:  # the network may be anybody's code
             if is_out_of_memory(error) and not isinstance(error, RuntimeError):
                 raise torch.OutOfMemoryError(str(error)) from error  # of a library with errors of its own
             if is_out_of_memory(error) or "CUDA error" in str(error):
@@ -200,7 +200,7 @@ class BatchedForward:
             reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
-                f" ({type(error).__name__}: {reason}).{self._of_type(reason) or self._of_device(reason, batch)}"
+                f" ({type(error).__name__}{reason and f': {reason}'}).{self._of_type(reason) or self._of_device(reason, batch)}"
                 " ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ade_harness.config.model import ModelConfig
+from ade_harness.errors import HarnessError
 
 UNBOUNDED = 1 << 40
 """Pixels that no image has on a side: a limit that is none."""
@@ -40,6 +43,30 @@ class LoadedModel:
     """What the user should know about the network."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the manifest: origin and sha256 of the weights, parameters."""
+
+
+@contextmanager
+def anybodys_code(is_code: bool, what: str) -> Iterator[None]:
+    """Turn whatever the user's own code raises into one message.
+
+    Args:
+        is_code: whether it is the user's: errors of this package's pass.
+        what: leads the message.
+
+    Raises:
+        HarnessError: in place of the error.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, HarnessError):
+        raise
+    except BaseException as error:  # a constructor, a property or an overridden method may raise anything
+        if not is_code:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[:300]
+        raise HarnessError(
+            f"{what}: its code failed while it was loaded ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
+        ) from error
 
 
 def statistics(cfg: ModelConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ade_harness.models.checkpoint.sources import (
     require_timm,
 )
 from ade_harness.models.checkpoint.strict import Strictness, noting_left_over
-from ade_harness.models.loaded import LoadedModel, statistics
+from ade_harness.models.loaded import LoadedModel, anybodys_code, statistics
 from ade_harness.models.registry import family_of, imported, named, systems
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,8 +53,13 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
         raise HarnessError(
             f"model.dtype: a model of kind {cfg.kind} keeps the types of its file. Leave model.dtype out."
         )
+    with anybodys_code(kind.is_code, f"model._target_={cfg._target_}"):
+        return _load(cfg, threads, classes or ade20k_classes())
+
+
+def _load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
+    kind = kind_of(cfg.kind)
     is_system = kind.gives is Gives.family
-    classes = classes or ade20k_classes()
     with torch.random.fork_rng(devices=[]), noting_left_over() as left:
         torch.manual_seed(cfg.seed)  # of layers that may be missing in the file
         model: LoadedModel = (

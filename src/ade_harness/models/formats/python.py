@@ -52,8 +52,11 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
         weights, facts = "pretrained", facts_of(checkpoint, part)
     others = [getattr(get_object(name), "__module__", "") for name in (target, *_nested_targets(cfg.kwargs))]
     facts["source"] = ", ".join(sources_of(module, others)) or None
-    names = getattr(module, "class_names", None)
-    return LoadedModel(module, weights, **statistics(cfg), class_names=names_of(cfg, names), facts=facts)
+    names, notes = getattr(module, "class_names", None), tuple[str, ...]()
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        names, notes = None, ("the module's class_names are not a list of texts, and are not used",)
+    names = names_of(cfg, None if names is None else list(names))
+    return LoadedModel(module, weights, **statistics(cfg), class_names=names, notes=notes, facts=facts)
 
 
 def _nested_targets(value: Any) -> Iterator[str]:
