@@ -200,8 +200,8 @@ class BatchedForward:
             reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
-                f" ({type(error).__name__}{reason and f': {reason}'}).{self._of_type(reason) or self._of_device(reason, batch)}"
-                " ADE_HARNESS_TRACEBACK=1 shows where."
+                f" ({type(error).__name__}{reason and f': {reason}'})."
+                f"{self._of_type(reason) or self._of_device(reason, batch)} ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
 
     def _as_scripted(self, batch: Tensor) -> AbstractContextManager[Any]:
