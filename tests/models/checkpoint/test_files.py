@@ -263,10 +263,24 @@ def test_a_model_in_shards(hub: HubOfFiles, tmp_path: Path) -> None:
     assert set(state) == {"a", "b"}
     assert torch.equal(state["a"], first["a"])
     before = found.sha256
+    assert hub_checkpoint("a/b", "model.safetensors", None, before).sha256 == before
+    with pytest.raises(HarnessError, match=r"model\.hub\.sha256 expects 000000"):
+        hub_checkpoint("a/b", "model.safetensors", None, "000000")
     hub.commit = hub.commit[::-1]
     save_file({"b": torch.ones(2, 2)}, tmp_path / "part")
     hub.files["model-00002-of-00002.safetensors"] = (tmp_path / "part").read_bytes()
     assert hub_checkpoint("a/b", "model.safetensors", None, None).sha256 != before
+    for name, content in hub.files.items():  # the same on this machine: a pin is of the weights, not of their index
+        (tmp_path / name).write_bytes(content)
+    index = tmp_path / "model.safetensors.index.json"
+    pin = local_checkpoint(str(index), None).sha256
+    assert pin == hub_checkpoint("a/b", "model.safetensors", None, None).sha256
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes((tmp_path / "part").read_bytes())
+    with pytest.raises(HarnessError, match=r"model\.checkpoint_sha256 expects"):
+        local_checkpoint(str(index), pin)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(HarnessError, match=r"index\.json: its shard model-00001-of-00002\.safetensors: no such file"):
+        local_checkpoint(str(index), None)
     (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
     with pytest.raises(
         HarnessError, match=r"x\.index\.json: not an index of weight files \(it names no files, or files els"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -36,7 +37,10 @@ def local_checkpoint(path: str, sha256: str | None, key: str = "model.checkpoint
     if file.is_dir():
         raise HarnessError(f"{key}={path}: is a folder. {_advice_for(file)}")
     require_regular(file, f"{key}={path}")
-    return _checked(file, sha256, str(file), f"{key}_sha256")
+    digest = None
+    if file.name.endswith(INDEX):  # the weights are in the files that it names
+        digest = _joined([_hash_of_shard(file.with_name(name), file) for name in shards(file)])
+    return _checked(file, sha256, str(file), f"{key}_sha256", digest)
 
 
 _WEIGHTS = ("head.safetensors", "model.safetensors", "pytorch_model.bin")
@@ -125,7 +129,17 @@ def hub_checkpoint(
     if not path.name.endswith(INDEX):
         return _checked(path, sha256, origin, "model.hub.sha256")
     digests = [file_hash(_hub_file(hub_id, shard, commit, key), "sha256") for shard in shards(path)]
-    return Checkpoint(path, hashlib.sha256("".join(digests).encode()).hexdigest(), origin)
+    return _checked(path, sha256, origin, "model.hub.sha256", _joined(digests))
+
+
+def _joined(digests: Sequence[str]) -> str:
+    """Return the sha256 of a checkpoint in several files: of their own, in the order of their names."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _hash_of_shard(shard: Path, index: Path) -> str:
+    require_regular(shard, f"{index}: its shard {shard.name}")
+    return file_hash(shard, "sha256")
 
 
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -163,8 +177,9 @@ def _hub_file(hub_id: str, filename: str, revision: str | None, key: str) -> Pat
         return Path(hf_hub_download(hub_id, filename, revision=revision))
 
 
-def _checked(path: Path, expected: str | None, origin: str, key: str) -> Checkpoint:
-    found = file_hash(path, "sha256")
+def _checked(path: Path, expected: str | None, origin: str, key: str, digest: str | None = None) -> Checkpoint:
+    """Compare a file's hash with the expected one; `digest`: of the files that it names, in place of its own."""
+    found = digest or file_hash(path, "sha256")
     if expected is not None and not (len(expected) >= 6 and found.startswith(expected.lower())):
         raise HarnessError(
             f"{path}: the sha256 is {found}, {key} expects {expected}."
