@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ade_harness as ade
 from ade_harness.config.compose import compose_config
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import ArgumentError, HarnessError
 from ade_harness.inference.flops import flops_of_image
 from ade_harness.metrics import SegmentationScores
@@ -236,6 +237,30 @@ def test_a_network_that_exits_ends_no_program_of_the_callers() -> None:
     for model, code in ((Leaves(), 0), (leaves, 3)):
         with pytest.raises(HarnessError, match=rf"called sys.exit\({code}\) at .*test_in_memory.py:\d+, in "):
             ade.evaluate(model, dataset="demo", limit=1, options={"metrics.resamples": 0})
+
+
+def test_what_a_network_of_transformers_says_of_itself_is_heeded() -> None:
+    """Without its folder: names are checked, and what the folder's loader would correct is said."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    names = ade20k_classes().names
+    shown: dict[str, Any] = {"dataset": "demo", "limit": 1, "options": {"metrics.resamples": 0}}
+
+    def network(**labels: Any) -> torch.nn.Module:
+        return SegformerForSemanticSegmentation(SegformerConfig(decoder_hidden_size=8, **sizes, **labels)).eval()
+
+    with pytest.raises(HarnessError, match=r"not in the order of .*: channel 0 is 'building'"):
+        ade.evaluate(network(id2label=dict(enumerate((*names[1:], names[0])))), **shown)
+    for made in (network(id2label=dict(enumerate(names))), network(num_labels=150)):
+        notes = " ".join(ade.evaluate(made, **shown).notes)
+        assert "no preprocessor_config.json, so pixels were normalised with model.input's mean 123.675/" in notes
+        assert "its layer norms use another eps than the official code" in notes
+        assert "class names" not in notes
+    made.register_buffer("attn_mask_probs", torch.ones(2))
+    assert "attn_mask_probs are not 0" in " ".join(ade.evaluate(made, **shown).notes)
+    made.attn_mask_probs.zero_()
+    assert "attn_mask_probs" not in " ".join(ade.evaluate(made, **shown).notes)
 
 
 def test_a_network_of_transformers_travels_to_ranks(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -654,6 +655,7 @@ class Universal:
         MaskLogits(torch.zeros(1, 5, 151), torch.ones(1, 5, 3, 4)),
         {"pred_logits": torch.zeros(1, 5, 151), "pred_masks": torch.ones(1, 5, 3, 4), "aux_outputs": []},
         Universal(),
+        SimpleNamespace(logits=torch.zeros(1, 5, 151), pred_masks=torch.ones(1, 5, 3, 4)),  # DETR's
     ],
 )
 def test_mask_classification_outputs(output: Any) -> None:

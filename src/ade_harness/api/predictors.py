@@ -24,6 +24,7 @@ from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import Size
+from ade_harness.models.formats.transformers import describe_network
 from ade_harness.models.identity import state_hash
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 from ade_harness.report.overlays import draw_prediction
@@ -39,7 +40,8 @@ def network_predictor(network: nn.Module, cfg: Config, classes: Classes) -> Netw
         classes: that it predicts.
     """
     device_of(network)  # of weights that are nowhere there is no hash
-    names = getattr(network, "class_names", None)
+    names, notes = describe_network(network, cfg.model)
+    names = getattr(network, "class_names", names)
     facts = {
         "origin": f"a {type(network).__qualname__} in the memory of a Python process",
         "state_sha256": state_hash(network),
@@ -47,7 +49,7 @@ def network_predictor(network: nn.Module, cfg: Config, classes: Classes) -> Netw
     }
     model = LoadedModel(
         network, "in memory", **statistics(cfg.model), class_names=names_of(cfg.model, names), of_caller=True,
-        facts=facts,
+        facts=facts, notes=tuple(notes),
     )  # fmt: skip
     return NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels, cfg.metrics.calibration, classes)
 

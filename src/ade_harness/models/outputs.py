@@ -54,9 +54,9 @@ class LabelMap(NamedTuple):
 def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:
     """Find the scores in what a network returned.
 
-    A :class:`MaskLogits`, or ``.class_queries_logits`` with ``.masks_queries_logits`` (transformers), or
-    ``pred_logits`` with ``pred_masks`` in a dict (detectron2); else a tensor, ``.logits``, a dict's "logits", "out"
-    or "sem_seg", or a first item. Integers [N, h, w] or [N, 1, h, w] are labels.
+    A :class:`MaskLogits`, or ``.class_queries_logits`` with ``.masks_queries_logits``, or ``.logits`` with
+    ``.pred_masks`` (transformers), or ``pred_logits`` with ``pred_masks`` in a dict (detectron2); else a tensor,
+    ``.logits``, a dict's "logits", "out" or "sem_seg", or a first item. Integers [N, h, w] or [N, 1, h, w] are labels.
 
     Raises:
         HarnessError: nothing of that kind is there; `what` names the image.
@@ -67,6 +67,8 @@ def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:
         return MaskLogits(_checked(output.class_queries_logits, what), _checked(output.masks_queries_logits, what))
     if isinstance(output, dict) and "pred_logits" in output and "pred_masks" in output:
         return MaskLogits(_checked(output["pred_logits"], what), _checked(output["pred_masks"], what))
+    if isinstance(getattr(output, "pred_masks", None), Tensor) and isinstance(getattr(output, "logits", None), Tensor):
+        return MaskLogits(_checked(output.logits, what), _checked(output.pred_masks, what))  # DETR's
     found = output
     if isinstance(found, dict):
         found = found.get("logits", found.get("out", found.get("sem_seg")))

@@ -203,9 +203,7 @@ def load_transformers(
     filled = len(network.state_dict()) - len(info["missing_keys"])
     strictness = Strictness(where, tuple(allow_missing), tuple(allow_unexpected))
     _check_loading_info(info, strictness, filled + len(info["unexpected_keys"]))
-    names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else None
-    if names and all(n == f"LABEL_{i}" for i, n in enumerate(names)):
-        names = None  # transformers' placeholder
+    names = _names_in(config)
     commit = getattr(config, "_commit_hash", None)
     origin = {"origin": f"{model_id}@{commit}" if commit else model_id}
     if "attn_mask_probs" in dict(network.named_buffers()):
@@ -228,6 +226,42 @@ def _explained(where: str) -> Iterator[None]:
             f"{where}: cannot be loaded ({text[:400]}). Expected a hub id that can be reached, or a folder with"
             " config.json and model.safetensors."
         ) from error
+
+
+def describe_network(network: nn.Module, cfg: ModelConfig) -> tuple[list[str] | None, list[str]]:
+    """Return what a network of transformers in memory says of itself: class names in channel order, and notes.
+
+    It came without its processor and is somebody's who goes on with it, so that what :func:`load` corrects is said.
+
+    Args:
+        network: any module; of one that is not transformers' nothing is known.
+        cfg: the ``model`` node.
+    """
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    config = getattr(network, "config", None)
+    kind = getattr(config, "model_type", None)
+    if not isinstance(kind, str) or not hasattr(config, "id2label"):
+        return None, []
+    mean, std = ("/".join(f"{v:g}" for v in values) for values in (cfg.input.mean, cfg.input.std))
+    notes = [
+        f"a network in memory has no preprocessor_config.json, so pixels were normalised with model.input's mean {mean}"
+        f" and std {std}: options={{'model.input.mean': ...}} sets those that it was trained with"
+    ]
+    if kind in _DIFFERENT:
+        notes.append(_DIFFERENT[kind])
+    probabilities = getattr(network, "attn_mask_probs", None)
+    if isinstance(probabilities, Tensor) and not probabilities.is_meta and bool(probabilities.any()):
+        notes.append(
+            "EoMT's official evaluation is without masked attention, and this network's attn_mask_probs are not 0:"
+            " network.attn_mask_probs.zero_()"
+        )
+    return _names_in(config), notes
+
+
+def _names_in(config: Any) -> list[str] | None:
+    """Return the class names of a configuration in channel order; None if they are transformers' placeholders."""
+    names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else None
+    return None if names and all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 _NOT_DECISIVE = ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
