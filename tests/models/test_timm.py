@@ -305,7 +305,7 @@ def test_the_command_that_a_probe_prints_evaluates_what_was_trained(call: Callab
     save_file(timm.create_model(TINY).state_dict(), below)
     done = call(*overrides, *quick, "run.dir=other", "inference.tta.flip=false")
     assert "head.safetensors was trained above another file of the backbone" in " ".join(done.out.split())
-    assert "OTHER BACKBONE: the head was trained above another file" in done.out
+    assert "OTHER BACKBONE: the head was trained above other weights" in done.out
 
 
 def test_crops_that_a_backbone_does_not_take_are_refused(call: Callable[..., Done]) -> None:

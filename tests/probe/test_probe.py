@@ -235,6 +235,27 @@ def test_the_loss_falls_and_evaluate_reads_the_head(call: Callable[..., Done], t
     assert torch.equal(model.module.head.classifier.weight, head["head.classifier.weight"])
 
 
+def test_which_weights_of_the_backbones_file_is_said_and_heeded(
+    call: Callable[..., Done], tmp_path: Path, backbone: Path
+) -> None:
+    """A trainer's file holds averages beside the weights: a head is scored above those that it was trained above."""
+    state = torch.load(backbone)
+    torch.save({"model": state, "model_ema": {key: value + 1 for key, value in state.items()}}, backbone)
+    done = call("probe", *PROBE, "probe.iterations=1", "probe.warmup=0", "model.checkpoint_weights=ema", "run.dir=run")
+    assert done.code == 0, done.err
+    assert "Note: of backbone.pth: model_ema" in done.out
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["identity"]["backbone.part"].startswith("model_ema")
+    assert "model.checkpoint_weights=ema" in done.out.partition("evaluate it: ")[2]
+    head = f"model.checkpoint={tmp_path}/run/head.safetensors"
+    same = load_model(compose_config([*SMALL, head, "model.checkpoint_weights=ema"]).model)
+    assert "other_backbone" not in same.facts
+    assert same.facts["backbone_part"].startswith("model_ema")
+    other = load_model(compose_config([*SMALL, head]).model)  # the weights that were trained, unless one asks
+    assert other.facts["backbone_part"].startswith("model;")
+    assert "was trained above other weights of the backbone's file (model_ema" in other.facts["other_backbone"]
+    assert other.facts["other_backbone"] in other.notes
+
+
 def test_an_interrupted_training_ends_with_the_same_bits(
     call: Callable[..., Done], tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

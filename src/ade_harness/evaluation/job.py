@@ -220,7 +220,7 @@ def describe_marks(
             " says nothing about the model"
         )
     if facts.get("other_backbone"):
-        marks.append("OTHER BACKBONE: the head was trained above another file of the backbone than the one used here")
+        marks.append("OTHER BACKBONE: the head was trained above other weights of the backbone than those used here")
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
     resized = resized_images(dataset, sizes) if sizes else []

@@ -218,6 +218,8 @@ class NetworkPredictor:
         notes = list(self.model.notes)
         if self.model.facts.get("part"):
             notes.append(f"of {self.model.facts['origin']}: {self.model.facts['part']}")
+        if self.model.facts.get("backbone_part"):
+            notes.append(f"of {self.model.facts['backbone_origin']}: {self.model.facts['backbone_part']}")
         notes += [self._class_map.note] if self._class_map is not None and self._class_map.note else []
         if self.cfg.resize.rule == ResizeRule.fit:
             size = "images as they are" if self.cfg.resize.height is None else "images fitted into the model's input"

@@ -19,13 +19,14 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.backbones.vit import Beit3Trunk
 from ade_harness.models.checkpoint.family import Family, add_delta, random_network
 from ade_harness.models.checkpoint.files import StateDict
-from ade_harness.models.checkpoint.parts import Known, read_part
+from ade_harness.models.checkpoint.parts import Choice, Known, read_part
 from ade_harness.models.checkpoint.sources import (
     backbone_checkpoint,
     choice_of,
     chosen_checkpoint,
     facts_of,
     other_backbone,
+    probed,
     require_timm,
 )
 from ade_harness.models.checkpoint.strict import Strictness, noting_left_over
@@ -118,7 +119,8 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
         )
     require_timm(cfg)
     known = _known(family, cfg, classes)
-    part = read_part(checkpoint.path, choice_of(cfg), known)
+    trained = bool(probed(checkpoint.path))  # what the user chooses is then a part of the backbone's file
+    part = read_part(checkpoint.path, Choice() if trained else choice_of(cfg), known)
     state, facts = part.state, facts_of(checkpoint, part)
     alone = _is_head_alone(family, state)
     notes: tuple[str, ...] = ()
@@ -127,12 +129,13 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
             "the head alone" if alone else "differences from its backbone (a file of whole weights: model.delta=false)"
         )
         backbone = backbone_checkpoint(cfg, f"{checkpoint.origin}: this file holds {why}")
-        below = read_part(backbone.path, known=known).state
-        state = {**below, **state} if alone else add_delta(family, state, below)
+        below = read_part(backbone.path, choice_of(cfg) if trained else Choice(), known)
+        state = {**below.state, **state} if alone else add_delta(family, state, below.state)
         facts |= {"backbone_origin": backbone.origin, "backbone_sha256": backbone.sha256}
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
-        notes = other_backbone(checkpoint.path, backbone.sha256)
+        facts |= {"backbone_part": str(below)} if str(below) else {}
+        notes = other_backbone(checkpoint.path, backbone.sha256, str(below))
         facts |= {"other_backbone": notes[0]} if notes else {}
     keys = Strictness(
         facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file
@@ -210,11 +213,10 @@ def load_for_probe(cfg: ModelConfig, classes: Classes) -> LoadedModel:
         return LoadedModel(module, "random", **statistics(cfg), facts={"origin": f"random, seed {cfg.seed}"})
     backbone = backbone_checkpoint(cfg, f"model={cfg.name}")
     keys = Strictness(backbone.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), headless=True)
-    module = family.load(
-        cfg.architecture, read_part(backbone.path, known=family.known).state, keys, classes, published=True
-    ).eval()
+    part = read_part(backbone.path, choice_of(cfg), family.known)
+    module = family.load(cfg.architecture, part.state, keys, classes, published=True).eval()
     _convert(module, DTYPES[cfg.dtype])
-    return LoadedModel(module, "pretrained", **statistics(cfg), facts=facts_of(backbone))
+    return LoadedModel(module, "pretrained", **statistics(cfg), facts=facts_of(backbone, part))
 
 
 def _check_probed(cfg: ModelConfig) -> None:

@@ -130,6 +130,7 @@ def _open(
     found = {
         "backbone.origin": model.facts["origin"],
         "backbone.sha256": model.facts.get("sha256"),
+        **({"backbone.part": part} if (part := model.facts.get("part")) else {}),
         "dataset.ids": dataset.ids_hash(),
     }
     facts = {
@@ -154,6 +155,8 @@ def _open(
     seeds = {"probe.seed": recipe.seed, "model.seed": cfg.model.seed}
     record = start_record(as_dict(cfg), facts, marks, seeds, console.print, _decided, found)
     print_line(console, f"run directory: {record.path}")
+    if part:
+        print_line(console, f"Note: of {model.facts['origin']}: {part}.")
     return record
 
 
@@ -209,6 +212,7 @@ def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Con
         "images": manifest["dataset"]["images"],
         "demo": manifest["dataset"]["name"] == "demo",
         "backbone_sha256": manifest["model"].get("sha256"),
+        "backbone_part": manifest["model"].get("part", ""),
     }
     write_tensors(path, weights, {"probe": json.dumps(about)})  # one entry: the order of several is arbitrary
     rows = read_losses(training.run_dir)

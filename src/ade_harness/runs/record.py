@@ -95,8 +95,8 @@ _LOADED = ("model.state_sha256", "model.files.", "model.config_sha256", "code.mo
 """What an identity says of the model in memory; runs of earlier versions do not have it."""
 _LATER = ("environment.", "model.pixels_sha256")
 """What came into identities last."""
-_OF_TRAININGS = ("device", "environment.", "code.", "runtime.")
-"""What the identity of a training says of what computes it; those of earlier versions do not."""
+_OF_TRAININGS = ("device", "environment.", "code.", "runtime.", "backbone.part")
+"""What the identity of a training says of what computes it, and of which weights; those of earlier versions do not."""
 
 
 def start_record(

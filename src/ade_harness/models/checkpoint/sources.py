@@ -99,24 +99,38 @@ def facts_of(checkpoint: Checkpoint, part: Part | None = None) -> dict[str, Any]
     return {"origin": checkpoint.origin, "sha256": checkpoint.sha256, **({"part": taken} if taken else {})}
 
 
-def other_backbone(head: Path, sha256: str | None) -> tuple[str, ...]:
-    """Return a note if a head that `probe` wrote was trained above another backbone's file than it is now.
+def probed(head: Path) -> dict[str, Any]:
+    """Return what `probe` has written into the file of a head; empty for a file of others."""
+    try:
+        with safe_open(head, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("probe", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}  # of another format
+    return about if isinstance(about, dict) else {}
+
+
+def other_backbone(head: Path, sha256: str | None, part: str = "") -> tuple[str, ...]:
+    """Return a note if a head that `probe` wrote was trained above other weights of the backbone than it is now.
 
     Args:
         head: its file.
         sha256: of the backbone's file.
+        part: which of its weights were taken.
     """
-    try:
-        with safe_open(head, framework="pt") as file:
-            trained = json.loads((file.metadata() or {}).get("probe", "{}")).get("backbone_sha256")
-    except (SafetensorError, OSError, ValueError, AttributeError):
-        return ()  # of another format, or written by others
-    if trained is None or trained == sha256:
-        return ()
-    return (
-        f"{head.name} was trained above another file of the backbone (sha256 {str(trained)[:12]}..., here"
-        f" {str(sha256)[:12]}...): unless both hold the same weights, the score says nothing",
-    )
+    about = probed(head)
+    trained, of_file = about.get("backbone_sha256"), about.get("backbone_part")
+    if trained not in (None, sha256):
+        return (
+            f"{head.name} was trained above another file of the backbone (sha256 {str(trained)[:12]}..., here"
+            f" {str(sha256)[:12]}...): unless both hold the same weights, the score says nothing",
+        )
+    if of_file is not None and trained == sha256 and of_file != part:
+        return (
+            f"{head.name} was trained above other weights of the backbone's file ({of_file or 'all of it'}; here"
+            f" {part or 'all of it'}): the score says nothing. model.checkpoint_weights and model.checkpoint_prefix"
+            " choose them",
+        )
+    return ()
 
 
 def model_file(cfg: ModelConfig) -> Path:

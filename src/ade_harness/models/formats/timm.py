@@ -59,7 +59,7 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
         facts["backbone_part"] = str(of_backbone)
     facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{below.sha256}".encode()).hexdigest()
     facts["head_sha256"] = checkpoint.sha256
-    notes = other_backbone(checkpoint.path, below.sha256)
+    notes = other_backbone(checkpoint.path, below.sha256, str(of_backbone))
     facts |= {"other_backbone": notes[0]} if notes else {}
     loaded = _loaded(cfg, name, network, "pretrained", facts)
     return replace(loaded, notes=(*loaded.notes, *notes))
