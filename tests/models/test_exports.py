@@ -85,6 +85,70 @@ def test_programs_that_do_not_take_images(tmp_path: Path, make: Any, message: st
         evaluated(tmp_path / "net.pt2")
 
 
+class ByName(nn.Module):
+    """Takes images as transformers' networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = network()
+
+    def forward(self, *, pixel_values: Tensor) -> Tensor:
+        return self.below(pixel_values)
+
+
+def test_a_program_that_takes_images_by_name(tmp_path: Path) -> None:
+    program = torch.export.export(ByName().eval(), (), {"pixel_values": torch.zeros(1, 3, 64, 96)})
+    torch.export.save(program, tmp_path / "net.pt2")
+    fitted = {"inference.resize.height": 64, "inference.resize.width": 96}
+    expected = hashes(evaluated(network(), protocol="fit_input", **fitted))
+    assert hashes(evaluated(tmp_path / "net.pt2", protocol="fit_input")) == expected
+    assert hashes(evaluated(program, protocol="fit_input")) == expected  # in memory too: its size is known
+    with pytest.raises(HarnessError, match="the model takes 96x64 .width x height. only"):
+        evaluated(program)
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.permute(0, 3, 1, 2).repeat(1, 50, 1, 1)
+
+
+def test_files_with_channels_last_say_so(tmp_path: Path) -> None:
+    """As TensorFlow's networks are converted by default: 3 would be taken for the width."""
+    program = torch.export.export(ChannelsLast(), (torch.zeros(1, 64, 64, 3),))
+    torch.export.save(program, tmp_path / "last.pt2")
+    node = helper.make_node("Transpose", ["x"], ["y"], perm=[0, 3, 1, 2])
+    image, scores = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", [1, 64, 64, 3]), ("y", [1, 3, 64, 64]))
+    )
+    graph = helper.make_graph([node], "g", [image], [scores])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "last.onnx"
+    )
+    message = r"takes \[1, 64, 64, 3\], expected RGB images \[N, 3, H, W\]\. Its channels are last"
+    for model in (tmp_path / "last.pt2", tmp_path / "last.onnx", program):
+        with pytest.raises(HarnessError, match=message):
+            evaluated(model)
+    four = torch.export.export(nn.Conv2d(4, 150, 1), (torch.zeros(1, 4, 64, 64),))
+    with pytest.raises(HarnessError, match=r"takes \[1, 4, 64, 64\], expected RGB images \[N, 3, H, W\]\.$"):
+        evaluated(four)
+
+
+class Flat(nn.Module):
+    """As a network whose reshapes a trace has written down as numbers."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        side = images.shape[-1]
+        return images.flatten().reshape(1, 3, side, side).repeat(1, 50, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_network_of_one_size_leads_to_the_protocol(tmp_path: Path) -> None:
+    torch.jit.trace(Flat(), torch.zeros(1, 3, 64, 64)).save(tmp_path / "net.ts")
+    with pytest.raises(HarnessError, match=r"may take the size alone that it was traced with: inference=fit_512"):
+        evaluated(tmp_path / "net.ts")
+
+
 def test_what_is_no_program(tmp_path: Path) -> None:
     (tmp_path / "net.pt2").write_bytes(b"no zip")
     with pytest.raises(HarnessError, match=r"net.pt2: not a program of torch.export"):

@@ -359,7 +359,9 @@ def test_a_network_of_smp(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = network(images)
         for given in ((*overrides, f"model.checkpoint={tmp_path}/w.ckpt"), ("model=smp", f"model.id={tmp_path}/saved")):
-            assert torch.equal(load_model(model_cfg(*given)).module(images), expected)
+            loaded = load_model(model_cfg(*given))
+            assert torch.equal(loaded.module(images), expected)
+            assert "do not say how pixels were normalised; model.input's mean 123.675/" in loaded.notes[0]
         assert load_model(model_cfg(*overrides, "model.weights=random")).weights == "random"
     for given, text in (
         (("model=smp",), "name the network"),

@@ -26,7 +26,7 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
-from ade_harness.models.formats.transformers import UNSUPPORTED
+from ade_harness.models.formats.transformers import UNSUPPORTED, load_transformers
 from ade_harness.models.loading import load_model
 
 pytestmark = pytest.mark.slow  # the file takes more than a few seconds
@@ -354,3 +354,18 @@ def test_damaged_weights_are_one_message(name: str, content: bytes, tmp_path: Pa
     with pytest.raises(HarnessError, match="cannot be loaded") as raised:
         load_model(compose_config(["model=hf", f"model.id={folder}"]).model)
     assert "weights_only" not in str(raised.value)
+
+
+def test_folders_that_trainers_write_around_a_network_say_what_to_give(tmp_path: Path) -> None:
+    for name in ("out/checkpoint-500", "out/checkpoint-1000", "out/checkpoint-best", "adapter"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ("adapter_config.json" if name == "adapter" else "config.json")).write_text("{}")
+    with pytest.raises(
+        HarnessError, match=r"Its last checkpoint is .*/out/checkpoint-1000: give that\. Expected a hub"
+    ):
+        load_transformers(str(tmp_path / "out"), None)
+    with pytest.raises(HarnessError, match=r"It holds an adapter of PEFT alone: merge it into its network first"):
+        load_transformers(str(tmp_path / "adapter"), None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HarnessError, match=r"\)\. Expected a hub id that can be reached"):
+        load_transformers(str(tmp_path / "empty"), None)

@@ -175,9 +175,17 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
 
 
 def as_network(model: Any) -> Any:
-    """Return a program of ``torch.export`` as the module that it is; anything else as it is."""
+    """Return a program of ``torch.export`` as a module that runs it; anything else as it is.
+
+    Raises:
+        HarnessError: the program takes something else than float32 images.
+    """
     exporting: Any = sys.modules.get("torch.export")  # what holds such a program has imported it
-    return model.module() if exporting is not None and isinstance(model, exporting.ExportedProgram) else model
+    if exporting is None or not isinstance(model, exporting.ExportedProgram):
+        return model
+    from ade_harness.models.formats.exported import ExportedModel  # imports what is for programs alone
+
+    return ExportedModel(model)
 
 
 def in_memory(model: Model) -> bool:

@@ -47,9 +47,11 @@ def network_predictor(network: nn.Module, cfg: Config, classes: Classes) -> Netw
         "state_sha256": state_hash(network),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
+    exported: Any = sys.modules.get("ade_harness.models.formats.exported")  # a program of it has imported that
+    sizes = exported.sizes_of(network) if exported is not None else {}
     model = LoadedModel(
         network, "in memory", **statistics(cfg.model), class_names=names_of(cfg.model, names), of_caller=True,
-        facts=facts, notes=tuple(notes),
+        facts=facts, notes=tuple(notes), **sizes,
     )  # fmt: skip
     return NetworkPredictor(model, cfg.inference, cfg.model, cfg.runtime.kernels, cfg.metrics.calibration, classes)
 

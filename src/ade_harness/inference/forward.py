@@ -201,7 +201,8 @@ class BatchedForward:
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
                 f" ({type(error).__name__}{reason and f': {reason}'})."
-                f"{self._of_type(reason) or self._of_device(reason, batch)} ADE_HARNESS_TRACEBACK=1 shows where."
+                f"{self._of_type(reason) or self._of_device(reason, batch) or self._of_size(reason)}"
+                " ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
 
     def _as_scripted(self, batch: Tensor) -> AbstractContextManager[Any]:
@@ -227,6 +228,17 @@ class BatchedForward:
         convert = "network.float()" if self.model.of_caller else "export it in float32"
         advice = f"inference.precision={known}, or {convert}" if known else convert
         return f" Its weights are {name}, images float32: {advice}."
+
+    def _of_size(self, reason: str) -> str:
+        """Return what to do where a traced network has kept the size that it was traced with; else nothing."""
+        scripted = isinstance(self.model.module, torch.jit.ScriptModule)
+        if not scripted or not any(word in reason for word in ("shape", "size", "Sizes", "must match")):
+            return ""
+        return (
+            " A network that was traced (torch.jit.trace) may take the size alone that it was traced with:"
+            " inference=fit_512 inference.resize.height=H inference.resize.width=W fits images into it. Or export it"
+            " with torch.jit.script."
+        )
 
     def _of_device(self, reason: str, batch: Tensor) -> str:
         """Return what to do where an exported program names another device than the one it runs on; else nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,25 @@ def anybodys_code(is_code: bool, what: str) -> Iterator[None]:
         raise HarnessError(
             f"{what}: its code failed while it was loaded ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
         ) from error
+
+
+def require_channels_first(shape: Sequence[Any], name: str) -> None:
+    """Refuse a file whose input is not of three channels in the second place.
+
+    Args:
+        shape: of four sizes; one that may vary is no integer.
+        name: leads the message.
+
+    Raises:
+        HarnessError: says what it takes; with channels last, how to change that.
+    """
+    if not isinstance(shape[1], int) or shape[1] == 3:
+        return
+    last = " Its channels are last, as TensorFlow's: convert it with channels first (tf2onnx: --inputs-as-nchw)."
+    raise HarnessError(
+        f"{name}: takes {[size if isinstance(size, int) else '?' for size in shape]}, expected RGB images [N, 3, H, W]."
+        f"{last if shape[3] == 3 else ''}"
+    )
 
 
 def statistics(cfg: ModelConfig) -> dict[str, Any]:

@@ -59,7 +59,17 @@ def is_other(part: Part) -> bool:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "model.", "net.", "_orig_mod.", "student.", "teacher.", "module._orig_mod.", "model.net.module."],
+    [
+        "module.",
+        "model.",
+        "net.",
+        "network.",
+        "_orig_mod.",
+        "student.",
+        "teacher.",
+        "module._orig_mod.",
+        "model.net.module.",
+    ],
 )
 def test_the_one_prefix_that_fits_is_taken(prefix: str) -> None:
     part = take_part({"state_dict": {**below(prefix), "criterion.weight": torch.ones(3)}}, FILE, Choice(), known)

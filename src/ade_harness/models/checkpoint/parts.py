@@ -67,7 +67,17 @@ _STEPS = ("n_averaged", "steps")
 """Counters among averaged weights: torch's AveragedModel, mmengine."""
 _NO_NETWORK = re.compile(r"optim|sched|scaler|loss|criterion")
 """Words in the names of what trainers keep beside networks, with tensors in it."""
-_PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "_forward_module.", "online_model.", "student.", "teacher.")
+_PREFIXES = (
+    "module.",
+    "model.",
+    "net.",
+    "network.",
+    "_orig_mod.",
+    "_forward_module.",
+    "online_model.",
+    "student.",
+    "teacher.",
+)
 _AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_module.")
 _LIGHTNINGS_TRAINED = "current_model_state"
 """Where Lightning's WeightAveraging puts what was trained: ``state_dict`` holds the average."""

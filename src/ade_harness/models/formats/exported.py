@@ -16,21 +16,35 @@ from ade_harness.files.archive import check_expansion
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
 from ade_harness.models.checkpoint.sources import model_file
-from ade_harness.models.loaded import UNBOUNDED, LoadedModel, names_of, statistics
+from ade_harness.models.loaded import UNBOUNDED, LoadedModel, names_of, require_channels_first, statistics
 
 
 class ExportedModel(nn.Module):
     """Runs a program, on any device: constants in its graph move with it.
 
     Args:
-        program: with one input, float32 [N, 3, H, W].
+        program: with one input, float32 [N, 3, H, W], by place or by name (``pixel_values=``).
+        name: leads messages.
+
+    Raises:
+        HarnessError: it takes something else than float32 images.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, name: str = "the program") -> None:
         super().__init__()
+        shape = _image_shape(program, name)
+        fixed = [size if isinstance(size, int) else None for size in shape]
+        height, width = fixed[2:]
+        self.fixed_size = (height, width) if height is not None and width is not None else None
+        """(height, width) if it takes no other."""
+        self.fixed_batch = fixed[0]
+        """Images per call if it takes no other number."""
+        self.side_limits = _side_limits(program, shape)
+        """Least and greatest height, and width; None if they are not known, or fixed."""
         self.graph: nn.Module | None = program.module()
         self._program = program
-        self._device = torch.device("cpu")
+        self._keyword = _keyword_of(program)
+        self._device = next((tensor.device for tensor in program.state_dict.values()), torch.device("cpu"))
 
     def train(self, mode: bool = True) -> ExportedModel:
         """Do nothing: a program was exported in one mode, and refuses to be put into another."""
@@ -44,7 +58,7 @@ class ExportedModel(nn.Module):
             self.graph = move_to_device_pass(self._program, str(images.device)).module()
             self._device = images.device
         assert self.graph is not None
-        return self.graph(images)
+        return self.graph(images) if self._keyword is None else self.graph(**{self._keyword: images})
 
 
 def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
@@ -67,15 +81,24 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
             f"{path}: not a program of torch.export ({reason}). TorchScript goes with model=torchscript, a state_dict"
             " with model=custom or a named model, as model.checkpoint=PATH."
         ) from error
-    shape = _image_shape(program, str(path))
-    fixed = [size if isinstance(size, int) else None for size in shape]
-    height, width = fixed[2:]
+    module = ExportedModel(program, str(path))
     facts = {"origin": str(path), "sha256": file_hash(path, "sha256")}
     return LoadedModel(
-        ExportedModel(program), "pretrained", **statistics(cfg), class_names=names_of(cfg),
-        fixed_size=(height, width) if height is not None and width is not None else None, fixed_batch=fixed[0],
-        side_limits=_side_limits(program, shape), facts=facts,
-    )  # fmt: skip
+        module, "pretrained", **statistics(cfg), class_names=names_of(cfg), facts=facts, **sizes_of(module)
+    )
+
+
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+    """Return the inputs that a program takes as arguments of :class:`LoadedModel`; {} for other modules."""
+    if not isinstance(module, ExportedModel):
+        return {}
+    return {name: getattr(module, name) for name in ("fixed_size", "fixed_batch", "side_limits")}
+
+
+def _keyword_of(program: torch.export.ExportedProgram) -> str | None:
+    """Return the name by which a program takes its input; None if by its place."""
+    _, keywords = program.call_spec.in_spec.children()
+    return next(iter(keywords.context), None)
 
 
 def _side_limits(program: torch.export.ExportedProgram, shape: tuple[Any, ...]) -> Any:
@@ -106,4 +129,5 @@ def _image_shape(program: torch.export.ExportedProgram, name: str) -> tuple[Any,
             f"{name}: expected one input, float32 [N, 3, H, W]; the program has {described or 'no tensor'}. Export the"
             " network in float32, alone, without its preprocessing."
         )
+    require_channels_first(tuple(tensors[0].shape), name)
     return tuple(tensors[0].shape)

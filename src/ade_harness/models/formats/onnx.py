@@ -18,7 +18,7 @@ from ade_harness.files.fetch import file_hash
 from ade_harness.files.reading import require_regular
 from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.identity import companion_hashes
-from ade_harness.models.loaded import LoadedModel, names_of, statistics
+from ade_harness.models.loaded import LoadedModel, names_of, require_channels_first, statistics
 
 _LABELS = ("tensor(int64)", "tensor(int32)", "tensor(int16)", "tensor(int8)", "tensor(uint8)", "tensor(uint16)")
 _SCORES = ("tensor(float)", "tensor(float16)", "tensor(double)")
@@ -49,6 +49,7 @@ class OnnxModel(nn.Module):
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
             described = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
             raise HarnessError(f"{path}: expected one input, float32 [N, 3, H, W]; the model has {described}.")
+        require_channels_first(inputs[0].shape, str(path))
         self.input_name: str = inputs[0].name
         self.input_shape = tuple(inputs[0].shape)
         outputs = _usable(session.get_outputs())

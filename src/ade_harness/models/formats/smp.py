@@ -102,4 +102,9 @@ def _saved(cfg: ModelConfig, smp: Any) -> LoadedModel:
 
 
 def _loaded(cfg: ModelConfig, module: nn.Module, weights: str, facts: dict[str, Any]) -> LoadedModel:
-    return LoadedModel(module, weights, **statistics(cfg), class_names=names_of(cfg), facts=facts)
+    mean, std = ("/".join(f"{v:g}" for v in values) for values in (cfg.input.mean, cfg.input.std))
+    note = (
+        f"model=smp: smp's files do not say how pixels were normalised; model.input's mean {mean} and std {std} were"
+        " used (smp.encoders.get_preprocessing_params names an encoder's)"
+    )
+    return LoadedModel(module, weights, **statistics(cfg), class_names=names_of(cfg), notes=(note,), facts=facts)

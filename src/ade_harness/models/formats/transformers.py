@@ -222,10 +222,23 @@ def _explained(where: str) -> Iterator[None]:
         pickled = isinstance(error, pickle.UnpicklingError | EOFError)  # its text advises to run code of the file
         text = "its .bin is no whole file of tensors" if pickled else f"{type(error).__name__}: " + str(error)
         text = " ".join(text.split())
+        folder = Path(where.removeprefix("model.id="))
         raise HarnessError(
-            f"{where}: cannot be loaded ({text[:400]}). Expected a hub id that can be reached, or a folder with"
-            " config.json and model.safetensors."
+            f"{where}: cannot be loaded ({text[:400]}). {_inside(folder)}Expected a hub id that can be reached, or a"
+            " folder with config.json and model.safetensors."
         ) from error
+
+
+def _inside(folder: Path) -> str:
+    """Return what to give in place of a folder that trainers write around, or beside, a network; "" for others."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "It holds an adapter of PEFT alone: merge it into its network first"
+            " (PeftModel.from_pretrained(network, FOLDER).merge_and_unload().save_pretrained(OUT)). "
+        )
+    saved = [path.parent for path in folder.glob("checkpoint-*/config.json")] if folder.is_dir() else []
+    steps = sorted((int(path.name[11:]), path) for path in saved if path.name[11:].isdecimal())
+    return f"Its last checkpoint is {steps[-1][1]}: give that. " if steps else ""
 
 
 def describe_network(network: nn.Module, cfg: ModelConfig) -> tuple[list[str] | None, list[str]]:
