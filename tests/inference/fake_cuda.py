@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import torch
 from omegaconf import OmegaConf
@@ -33,6 +34,9 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import Precision
 from ade_harness.config.schema import Config
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.evaluation import launching
+from ade_harness.evaluation.data import LoadedImage
+from ade_harness.evaluation.launching import launch
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.stopwatch import Stopwatch
@@ -339,16 +343,34 @@ def run(overrides: list[str], size: tuple[int, int] = (512, 683), half: bool = F
             with outer.counting(inside), autocast_of_cuda() if half else nullcontext():
                 return forward(images)
 
-        target = torch.empty(size, dtype=torch.uint8, device=CUDA)
-        with outer:
+        target = mode.from_tensor(torch.zeros(size, dtype=torch.uint8))
+        loaded = LoadedImage("x", dataclasses.replace(image, pixels=pixels), target, "", "", None, 0.0)
+        with outer, without_events():
             network.forward = Repeated(watched, beside, inside)  # type: ignore[method-assign]
-            [prediction] = predictor.predict(
-                [dataclasses.replace(image, pixels=pixels)], CUDA, Stopwatch(torch.device("cpu"))
-            )
-            made.count(prediction.labels, target, 150)
-        assert prediction.labels.device == CUDA
+            launched = launch([loaded], predictor, CUDA, made, 150)  # what an evaluation does with a batch
+        [prediction] = launched.predictions
+        assert launched.done is not None
+        assert {prediction.labels.device.type, launched.counts[0].device.type} == {"cpu"}  # or soon will be
         assert tuple(prediction.labels.shape) == size
+        assert tuple(launched.counts[0].shape) == (150, 151)
     return inside, beside
+
+
+@contextmanager
+def without_events() -> Iterator[None]:
+    """Let a batch be launched where there is no CUDA: no events, and memory for copies to the host is not pinned."""
+    pinned = torch.empty_like
+
+    def empty_like_(tensor: Tensor, pin_memory: bool = False, **options: Any) -> Tensor:
+        assert pin_memory or options.get("device") != "cpu", "a copy to memory that is not pinned waits for the GPU"
+        return pinned(tensor, **options)
+
+    with (
+        patch.object(launching, "Stopwatch", lambda _: Stopwatch(torch.device("cpu"))),
+        patch.object(torch.cuda, "Event", MagicMock()),
+        patch.object(torch, "empty_like", empty_like_),
+    ):
+        yield
 
 
 def gpu_kernels() -> kernels.Kernels:
