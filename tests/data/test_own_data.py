@@ -127,6 +127,9 @@ def test_nineteen_classes_through_the_whole_pipeline(
     again = call(*base, "model=predictions", f"model.path={run / 'label_maps'}", f"run.dir={streets / 'again'}")
     assert again.code == 0, again.err
     assert np.array_equal(load_run(streets / "again").matrix, finished.matrix)
+    named = [override for override in base if not override.startswith("dataset.name=")]
+    renamed = ("model=predictions", f"model.path={run / 'label_maps'}", f"run.dir={streets / 'again'}")
+    assert call(*named, "dataset.name=roads", *renamed).code == 0  # a name decides no number
 
     # two ranks, and a worse model: a class map that confuses two classes
     swapped = ["model.class_map=[1,0,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18]", "runtime.devices=2"]

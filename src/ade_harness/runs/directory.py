@@ -136,8 +136,9 @@ _PROSE = (
     "model.probe", "model.official.license", "model.hub.license", "model.backbone.license", "inference.source",
 )  # fmt: skip
 """Keys of an identity that describe a run and decide no number in it."""
-_DECIDE_NOTHING = (*PATHS, "dataset.check_headers")
-"""Where files lie, and how early they are looked at: their hashes are compared instead."""
+_DECIDE_NOTHING = (*PATHS, "dataset.check_headers", "dataset.name")
+"""Where files lie, how early they are looked at, and what a data set is called: hashes of files, ids and classes are
+compared instead."""
 _SECTION = re.compile(r"^model\.architecture\.(backbone|adapter|head)\.")
 """Configurations of before sections had the same fields without them."""
 
