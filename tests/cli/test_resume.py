@@ -418,9 +418,10 @@ def test_a_file_system_that_becomes_read_only_is_one_message(
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs a user who may mount a file system (root)")
     (tmp_path / "remounting.py").write_text(
-        "import os, subprocess, torch\n\nseen = 0\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+        "import os, subprocess, time, torch\n\nseen = 0\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
         "        global seen\n        seen += 1\n        if seen == 3 and 'TO_REMOUNT' in os.environ:\n"
-        "            subprocess.run(['mount', '-o', 'remount,ro', os.environ['TO_REMOUNT']], check=True)\n"
+        "            while subprocess.run(['mount', '-o', 'remount,ro', os.environ['TO_REMOUNT']]).returncode:\n"
+        "                time.sleep(0.02)  # a file may be open for writing just now\n"
         "        return torch.zeros(len(x), 150, 4, 4)\n"
     )
     overrides = ("model=custom", "model._target_=remounting.Net", "dataset.images=6", *FAST, f"run.dir={place / 'run'}")
@@ -455,3 +456,12 @@ def test_a_run_of_a_version_that_looked_at_the_commit_goes_on(call: Call, tmp_pa
         done = call(*overrides)
         assert done.code == code
         assert ('code.commit: was "ffff' in done.err) == (code == 2)
+
+
+def test_a_manifest_and_a_configuration_of_two_kinds_are_damaged(call: Callable[..., Done], tmp_path: Path) -> None:
+    assert call(*FAST, "metrics.resamples=0", "dataset.images=1", "run.dir=run").code == 0
+    path = tmp_path / "run/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "probe"}))
+    done = call("resume", "run")
+    assert done.code == 2
+    assert "run: is damaged: its manifest.json says a probe, its config.yaml the other." in done.err

@@ -64,6 +64,11 @@ def run_resume(options: argparse.Namespace) -> Answer:
         print_error(f"{path} was not made by you on this machine: it is not logged to W&B. --trust logs it.")
         config.tracking.kind = TrackingKind.none
     work = "probe" if manifest.get("kind") == PROBE else "evaluate"
+    require(
+        (work == "probe") == (config.probe is not None),
+        f"{path}: is damaged: its manifest.json says {'a probe' if work == 'probe' else 'an evaluation'}, its"
+        " config.yaml the other. Start a new run.",
+    )
     with _where_it_was_started(directory, config, path, options.overrides):
         code, run_dir = launch(
             config, options.in_this_process, lambda found: WORK[work](Composed.from_config(config), found),
