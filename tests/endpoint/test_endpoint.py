@@ -1000,6 +1000,10 @@ def test_a_server_of_other_classes_is_refused(call: Call) -> None:
             assert call(*overrides).code == 0
 
 
+def test_a_token_of_serve_is_named_by_its_own_option(call: Call) -> None:
+    one_message(call("serve", "--token-env", "NO_SUCH_VARIABLE"), "error: --token-env: no environment variable of that")
+
+
 @pytest.mark.slow
 def test_serve_runs_until_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ade_harness", "serve", "--port", "0"]

@@ -21,7 +21,7 @@ def run_serve(options: argparse.Namespace) -> Answer:
     """
     console = make_console()
     refuse_idle(options.overrides, "serve")
-    token = read_token(options.token_env)
+    token = read_token(options.token_env, "--token-env")
     service = open_service(compose_config(options.overrides, Path(options.config_dir) if options.config_dir else None))
     with make_server(service, options.host, options.port, token) as server:
         host, port = server.server_address[:2]

@@ -36,8 +36,12 @@ _ADVICE = {
 _jitter = random.SystemRandom()  # the ranks' and loaders' own generators are all seeded alike
 
 
-def read_token(variable: str | None) -> str | None:
+def read_token(variable: str | None, option: str = "model.http.token_env") -> str | None:
     """Return the token that an environment variable holds; None if no variable is named.
+
+    Args:
+        variable: its name.
+        option: that names it, for messages.
 
     Raises:
         HarnessError: it is not set, or cannot be sent in a header; the message shows neither name nor value, because
@@ -48,12 +52,12 @@ def read_token(variable: str | None) -> str | None:
     token = os.environ.get(variable, "").strip()
     if not token:
         raise HarnessError(
-            "model.http.token_env: no environment variable of that name is set. Give the name of the variable, not the"
+            f"{option}: no environment variable of that name is set. Give the name of the variable, not the"
             " token, and set the variable before the command."
         )
     if not re.fullmatch(r"[\x21-\x7e]+", token):
         raise HarnessError(
-            "model.http.token_env: the variable's value cannot be sent in a header. Expected printable ASCII characters"
+            f"{option}: the variable's value cannot be sent in a header. Expected printable ASCII characters"
             " without spaces."
         )
     return token
