@@ -230,12 +230,12 @@ def control_group(groups: Sequence[list[int]], ids: Sequence[str], counted: Mapp
         counted: the rows of an earlier session, by image id.
 
     Returns:
-        The batch, all of whose images are counted, with the most pairs of annotated and predicted class an image: it
-        notices most. None if there is none.
+        The batch whose counted images have the most pairs of annotated and predicted class: it notices most. None if
+        no image is counted.
     """
-    whole = [group for group in groups if all(ids[i] in counted for i in group)]
-    most = max(whole, key=lambda group: sum(len(counted[ids[i]].pixels) for i in group) / len(group), default=None)
-    return [] if most is None else [most]
+    pairs = [sum(len(counted[ids[i]].pixels) for i in group if ids[i] in counted) / len(group) for group in groups]
+    most = max(range(len(groups)), key=pairs.__getitem__, default=None)
+    return [] if most is None or not pairs[most] else [groups[most]]
 
 
 def make_data(cfg: Config, job: Job, counted: Mapping[str, Row], coordinator: Coordinator) -> EvaluationData:

@@ -85,6 +85,8 @@ class EvaluationModule(pl.LightningModule):
         self.changes: list[str] = []
         """How this session's model differs from the one that counted before, where that is allowed."""
         self._launched: list[Launched] = []
+        self._only_compares = False
+        """Whether nothing is counted, only compared with what was."""
         self._free_since = time.perf_counter()
 
     def on_test_start(self) -> None:
@@ -99,10 +101,14 @@ class EvaluationModule(pl.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is None or data.control is None:
             return
-        for batch in (data.control[number] for number in range(len(data.control))):
-            self.process(batch, self.device, self.global_rank)
-            while self._launched:
-                self._finish(self._launched.pop(0), self.global_rank)
+        self._only_compares = True
+        try:
+            for batch in (data.control[number] for number in range(len(data.control))):
+                self.process(batch, self.device, self.global_rank)
+                while self._launched:
+                    self._finish(self._launched.pop(0), self.global_rank)
+        finally:
+            self._only_compares = False
         self.stages.clear()
 
     def test_step(self, batch: tuple[int, list[LoadedImage | Failure] | None], batch_idx: int) -> None:
@@ -224,13 +230,14 @@ class EvaluationModule(pl.LightningModule):
         for stage, spent in seconds.items():
             self._spend(stage, spent)
         each = sum(seconds.values()) / len(batch.images)
+        for image, prediction, counts in zip(batch.images, batch.predictions, batch.counts, strict=True):
+            if image.image_id in self.counted:  # before any of the batch is counted
+                self._compare(self.counted[image.image_id], prediction.labels, counts.numpy())
         for image, prediction, counts, confidence in zip(
             batch.images, batch.predictions, batch.counts, batch.calibrations, strict=True
         ):
             self._spend("decode", image.load_seconds)
-            if image.image_id in self.counted:
-                self._compare(self.counted[image.image_id], prediction.labels, counts.numpy())
-            else:
+            if image.image_id not in self.counted and not self._only_compares:
                 with self._failing([image.image_id]):
                     refuse_invalid(image.image_id, prediction.invalid_share)
                     self.recorder.put(
