@@ -26,7 +26,7 @@ from ade_harness.config.runtime import Accelerator, RuntimeConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation import data, job
-from ade_harness.evaluation.data import control_group
+from ade_harness.evaluation.data import control_groups
 from ade_harness.evaluation.launching import Launched
 from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference import network
@@ -399,16 +399,14 @@ def test_amds_compiler_gets_no_option_that_it_does_not_know() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_the_control_batch_is_the_one_that_notices_most() -> None:
+def test_the_control_batches_are_those_that_notice_most() -> None:
     def row(pairs: int) -> Any:
         return SimpleNamespace(pixels=[1] * pairs)
 
     ids = ["a", "b", "c", "d", "e"]
     groups = [[0, 1], [2], [3, 4]]
-    assert control_group(groups, ids, {}) == []
-    assert control_group(groups, ids, {"b": row(0)}) == []  # without a labelled pixel it shows nothing
-    assert control_group(groups, ids, {"a": row(4), "c": row(3)}) == [[2]]  # an image, a forward
-    assert control_group(groups, ids, {"a": row(4), "b": row(3), "c": row(3)}) == [[0, 1]]
-    assert control_group(groups, ids, {"e": row(1)}) == [
-        [3, 4]
-    ]  # its batch is predicted whole: so its bits are the same
+    assert control_groups(groups, ids, {}) == []
+    assert control_groups(groups, ids, {"b": row(0)}) == []  # without a labelled pixel it shows nothing
+    assert control_groups(groups, ids, {"a": row(4), "c": row(3)}) == [[2], [0, 1]]  # an image, a forward
+    assert control_groups(groups, ids, {"a": row(4), "b": row(3), "c": row(3), "d": row(1)}) == [[0, 1], [2]]
+    assert control_groups(groups, ids, {"e": row(1)}) == [[3, 4]]  # predicted whole: so its bits are the same

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +171,12 @@ def test_a_run_is_not_continued_with_another_model(call: Call, project: Path, ch
         one_message(done, f"Different: {key}: was ")
 
 
-def lose_a_row(run: Path) -> None:
+def lose_a_row(run: Path, **changed: Any) -> None:
     """Leave a run as a kill leaves it: without its last image, and without a score."""
     rows, _ = read_rows(run / "ledger")
     for segment in (run / "ledger").iterdir():
         segment.unlink()
-    write_ledger(run / "ledger/rank00000-00000000-000000.parquet", rows[:-1])
+    write_ledger(run / "ledger/rank00000-00000000-000000.parquet", [replace(row, **changed) for row in rows[:-1]])
 
 
 @pytest.mark.slow
@@ -200,7 +202,7 @@ def test_what_no_hash_sees_is_found_by_predicting_a_counted_image_again(
         (tmp_path / name).write_text(second)
         sys.modules.pop("reading", None)
         refused = call(*overrides)
-        one_message(refused, "was predicted again, and gets other labels: at least ")
+        one_message(refused, "got other labels: at least ")
         assert len(read_rows(tmp_path / "run/ledger")[0]) == 3  # nothing was added
         (tmp_path / name).write_text(first)
     sys.modules.pop("reading", None)
@@ -213,9 +215,80 @@ def test_what_no_hash_sees_is_found_by_predicting_a_counted_image_again(
     mixed = call(*overrides, "run.allow_changed=true")
     assert mixed.code == 0, mixed.err
     assert "MIXED: continued with changed settings: labels" in mixed.out
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert_mixed(tmp_path / "run")
+
+
+def assert_mixed(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["changes"][0].startswith("labels: ")
     assert any(mark.startswith("MIXED") for mark in manifest["marks"])
+    if manifest["status"] == "finished":
+        assert any(mark.startswith("MIXED") for mark in json.loads((run / "metrics.json").read_text())["marks"])
+
+
+FAILING = """
+import os, pathlib, torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = torch.nn.Conv2d(3, 150, 4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if str(self.calls) in os.environ.get("FAILS_AT", "").split(","):
+            raise ValueError("a fault that passes")
+        return self.layer(x).roll(int(pathlib.Path("roll.txt").read_text()), 1)
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_while_models_are_compared_hides_no_other_model(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "roll.txt").write_text("0")
+    overrides = ("model=custom", "model._target_=failing.Net", "dataset.images=6", *FAST, "run.dir=run", "metrics.resamples=0")  # fmt: skip
+    monkeypatch.setenv("FAILS_AT", "4")
+    assert call(*overrides).code == 2  # interrupted by its fourth image
+    kept = len(read_rows(tmp_path / "run/ledger")[0])
+    assert 0 < kept < 6
+    (tmp_path / "roll.txt").write_text("3")
+    for fails, said in (
+        ("", "got other labels"),
+        ("1", "got other labels"),
+        ("1,2", "no image that this run has counted could"),
+    ):
+        for extra in ((), ("run.on_error=skip",)):
+            monkeypatch.setenv("FAILS_AT", fails)
+            one_message(call(*overrides, *extra), said)
+            assert len(read_rows(tmp_path / "run/ledger")[0]) == kept  # nothing was added
+    # a mixed run stays one, also where the session that mixes it is interrupted
+    monkeypatch.setenv("FAILS_AT", "4")
+    assert call(*overrides, "run.allow_changed=true").code == 2
+    assert kept < len(read_rows(tmp_path / "run/ledger")[0]) < 6
+    assert_mixed(tmp_path / "run")
+    monkeypatch.setenv("FAILS_AT", "")
+    assert call(*overrides, "run.allow_changed=true").code == 0
+    assert_mixed(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_fault_that_passes_costs_nothing(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is not counted yet, in a batch that is compared, has its turn later."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "roll.txt").write_text("0")
+    overrides = (
+        "model=custom", "model._target_=failing.Net", "dataset.images=6", *FAST, "run.dir=run", "metrics.resamples=0",
+        "inference.images=3", "run.on_error=skip",
+    )  # fmt: skip
+    assert call(*overrides).code == 0
+    lose_a_row(tmp_path / "run")
+    monkeypatch.setenv("FAILS_AT", "1")
+    done = call(*overrides)
+    assert done.code == 0, done.err
+    assert "PARTIAL" not in done.out
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 6
 
 
 @pytest.mark.slow
@@ -223,17 +296,25 @@ def test_a_few_pixels_of_another_processor_are_a_note(call: Call, tmp_path: Path
     (tmp_path / "near.py").write_text(
         "import pathlib, torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
         "        n, _, h, w = x.shape\n        y = torch.zeros(n, 150, h, w)\n        y[:, 1] = 1\n"
-        "        y[:, 2, 0, :int(pathlib.Path('pixels.txt').read_text())] = 2\n        return y\n"
+        "        y[:, 2, :int(pathlib.Path('rows.txt').read_text())] = 2\n        return y\n"
     )
-    (tmp_path / "pixels.txt").write_text("0")
+    (tmp_path / "rows.txt").write_text("0")
     overrides = ("model=custom", "model._target_=near.Net", "dataset.images=4", *FAST, "run.dir=run", "metrics.resamples=0")  # fmt: skip
     assert call(*overrides).code == 0
     lose_a_row(tmp_path / "run")
-    (tmp_path / "pixels.txt").write_text("4")
+    (tmp_path / "rows.txt").write_text("1")
+    one_message(call(*overrides), "got other labels")  # here each image has the same bits in every session
+    lose_a_row(tmp_path / "run", host="elsewhere")
     done = call(*overrides)
     assert done.code == 0, done.err
-    assert "was predicted again, and gets other labels: at least " in done.out
-    assert "MIXED" not in done.out
+    text = " ".join(done.out.split())
+    assert re.search(
+        r"which this run counted on elsewhere, was predicted again on \S+ and got other labels: at least", text
+    )
+    assert "MIXED" not in text
+    lose_a_row(tmp_path / "run", host="elsewhere")
+    (tmp_path / "rows.txt").write_text("20")
+    one_message(call(*overrides), "got other labels")
 
 
 @pytest.mark.slow

@@ -182,12 +182,12 @@ class EvaluationData(pl.LightningDataModule):
         sharding: how ranks share them.
         loaders: of this rank.
         coordinator: of the ranks.
-        control: a batch that an earlier session has counted, which every rank predicts again before anything else.
+        control: batches with images that an earlier session has counted: every rank predicts them again first.
     """
 
     def __init__(
         self, items: ImageItems, costs: Sequence[float], names: Sequence[str], sharding: Sharding, loaders: Loaders,
-        coordinator: Coordinator, control: ImageItems | None = None,
+        coordinator: Coordinator, control: ImageItems,
     ) -> None:  # fmt: skip
         super().__init__()
         self.items, self.costs, self.names, self.control = items, costs, names, control
@@ -221,8 +221,11 @@ class EvaluationData(pl.LightningDataModule):
         self.items.stop()
 
 
-def control_group(groups: Sequence[list[int]], ids: Sequence[str], counted: Mapping[str, Row]) -> list[list[int]]:
-    """Choose the batch by which another session's model is distinguished from the one that counted before.
+_CONTROLS = 2
+
+
+def control_groups(groups: Sequence[list[int]], ids: Sequence[str], counted: Mapping[str, Row]) -> list[list[int]]:
+    """Choose the batches by which another session's model is distinguished from the one that counted before.
 
     Args:
         groups: indices of the images of each batch.
@@ -230,12 +233,12 @@ def control_group(groups: Sequence[list[int]], ids: Sequence[str], counted: Mapp
         counted: the rows of an earlier session, by image id.
 
     Returns:
-        The batch whose counted images have the most pairs of annotated and predicted class: it notices most. None if
-        no image is counted.
+        The two batches whose counted images have the most pairs of annotated and predicted class: they notice most.
+        Fewer where fewer have a counted image with a labelled pixel.
     """
     pairs = [sum(len(counted[ids[i]].pixels) for i in group if ids[i] in counted) / len(group) for group in groups]
-    most = max(range(len(groups)), key=pairs.__getitem__, default=None)
-    return [] if most is None or not pairs[most] else [groups[most]]
+    telling = sorted((number for number in range(len(groups)) if pairs[number]), key=lambda number: -pairs[number])
+    return [groups[number] for number in telling[:_CONTROLS]]
 
 
 def make_data(cfg: Config, job: Job, counted: Mapping[str, Row], coordinator: Coordinator) -> EvaluationData:
@@ -255,7 +258,7 @@ def make_data(cfg: Config, job: Job, counted: Mapping[str, Row], coordinator: Co
     items = ImageItems(job.dataset, todo, job.predictor, {ids[i] for i in drawn})
     costs = [sum(job.predictor.cost(sizes[i]) for i in group) for group in todo]
     names = [", ".join(ids[i] for i in group) for group in todo]
-    control = ImageItems(job.dataset, control_group(groups, ids, counted), job.predictor, set())
+    control = ImageItems(job.dataset, control_groups(groups, ids, counted), job.predictor, set())
     data = EvaluationData(items, costs, names, cfg.runtime.sharding, job.loaders, coordinator, control)
     if todo:  # what is prepared of an image, and its labels: one byte a pixel
         handed = sum(job.predictor.prepared_bytes(size) + size[0] * size[1] for size in sizes)

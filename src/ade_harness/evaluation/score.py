@@ -21,7 +21,7 @@ from ade_harness.metrics.diagnosis import diagnose
 from ade_harness.runs.directory import LEDGER
 from ade_harness.runs.exactness import check_exact, check_rows, incomplete
 from ade_harness.runs.ledger import read_rows
-from ade_harness.runs.record import RunRecord
+from ade_harness.runs.record import RunRecord, is_mixed
 from ade_harness.runs.result import Result, summarise, write_result
 from ade_harness.runtime.balance import Balance
 
@@ -116,7 +116,10 @@ def score(cfg: Config, job: Job, record: RunRecord, marks: Sequence[str], work: 
         raise
     if lost:
         marks = skipped_marks(marks, len(rows), dataset.expected_images, len(lost))
-    marks = record.add_changes(work.changes, marks)
+    if work.changes:
+        record.add_changes(work.changes)
+    mixed = [mark for mark in record.manifest["marks"] if is_mixed(mark)]
+    marks = [*(mark for mark in marks if not is_mixed(mark)), *mixed]
     result = summarise(
         cfg, record.path, dataset, rows, work.matrix, marks, job.protocol_changes, job.facts,
         record.manifest["code"]["commit"],

@@ -85,6 +85,7 @@ def _work(
 
     data = make_data(cfg, job, done, coordinator)
     module = make_module(cfg, job, done, coordinator, run_dir, marks)
+    module.on_change = record.add_changes if record is not None else module.on_change
     reporter = reporter_for(coordinator.rank, console, len(job.dataset.ids), len(done))
     callback = RankCallback(ranks, data.costs, data.names, data.sampler, reporter)
     ranks.trainer.callbacks.append(callback)
@@ -93,6 +94,8 @@ def _work(
     with closing(callback):
         try:
             if data.costs:
+                if module.network is None:  # before there are loaders, which ask servers too
+                    module.compare_with_before(data.control, torch.device("cpu"))
                 with short_memory_named("the network is brought to its GPU, or an image is evaluated"):
                     ranks.trainer.test(module, datamodule=data, verbose=False)
         finally:

@@ -39,13 +39,13 @@ class RunRecord:
         self.manifest.update(status=status, finished=_now(), failures=dict(failures))
         write_json(self.path / MANIFEST, self.manifest)
 
-    def add_changes(self, changes: Sequence[str], marks: Sequence[str]) -> Sequence[str]:
-        """Note changes that were found while the run was continued; returns its marks, with that of a mixed run."""
-        found = [*self.manifest.get("changes", ()), *changes]
-        if not changes:
-            return marks
-        self.manifest["changes"] = found
-        return [*(mark for mark in marks if not mark.startswith("MIXED")), mixed_mark(found)]
+    def add_changes(self, changes: Sequence[str]) -> None:
+        """Note in the manifest, at once, what was found to differ while the run was continued, and mark the run."""
+        before = self.manifest.get("changes", [])
+        found = [*before, *(change for change in changes if change not in before)]
+        marks = [mark for mark in self.manifest["marks"] if not is_mixed(mark)]
+        self.manifest.update(changes=found, marks=[*marks, mixed_mark(found)])
+        write_json(self.path / MANIFEST, self.manifest)
 
     def finish(
         self, rows: Sequence[Row], timings: Mapping[str, Any], marks: Sequence[str], failures: Mapping[str, str]
@@ -247,10 +247,18 @@ def _body(text: str) -> str:
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
 
 
+_MIXED = "MIXED"
+
+
+def is_mixed(mark: str) -> bool:
+    """Whether a mark is that of :func:`mixed_mark`."""
+    return mark.startswith(_MIXED)
+
+
 def mixed_mark(changes: Sequence[str]) -> str:
     """Return the mark of a run that was continued though something had changed."""
-    keys = ", ".join(c.partition(":")[0] for c in changes[:4])
-    return f"MIXED: continued with changed settings: {keys}{', ...' if len(changes) > 4 else ''}"
+    keys = ", ".join(dict.fromkeys(c.partition(":")[0] for c in changes[:4]))
+    return f"{_MIXED}: continued with changed settings: {keys}{', ...' if len(changes) > 4 else ''}"
 
 
 def decided_counts(config: Mapping[str, Any]) -> dict[str, Any]:
