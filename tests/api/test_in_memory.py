@@ -288,3 +288,125 @@ def test_a_network_of_transformers_travels_to_ranks(tmp_path: Path) -> None:
         assert float(done.stdout) == pytest.approx(float(network(images).logits.sum()), rel=1e-5)
     for own in (True, False):  # after a forward too, at which transformers installs its hooks
         assert (flops_of_image(network, inference, (64, 64), own_hooks=own) or 0) > 1e5
+
+
+class Merging(nn.Module):
+    """As low-rank adapters: merged into the weight for evaluation, taken out for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 150, 1)
+        self.weight, self.low = nn.Parameter(torch.randn(150, 3)), nn.Parameter(torch.full((150, 3), 0.1))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        """Merge or take out."""
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.low.data if mode else self.low.data
+            self.merged = not mode
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores."""
+        weight = self.weight if self.merged else self.weight + self.low
+        return self.conv(images) + torch.einsum("nchw,kc->nkhw", images, weight)
+
+
+class Counting(nn.Module):
+    """Keeps statistics of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 150, 1)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores, and count."""
+        self.seen += images.mean() + 1
+        scores: Tensor = self.conv(images) + self.seen
+        return scores
+
+
+class AlwaysTraining(nn.Sequential):
+    def train(self, mode: bool = True) -> AlwaysTraining:
+        """Stay in training mode."""
+        super().train(True)
+        return self
+
+
+SHORT: dict[str, Any] = {"dataset": "demo", "limit": 2, "options": {"metrics.resamples": 0}}
+
+
+def test_a_network_gets_back_what_its_own_train_or_forward_has_changed() -> None:
+    merging = Merging().train()
+    before = {name: value.clone() for name, value in merging.state_dict().items()}
+    ade.evaluate(merging, **SHORT)
+    assert not merging.merged
+    assert merging.training
+    assert all(torch.equal(value, before[name]) for name, value in merging.state_dict().items())
+    counting = Counting()
+    first, second = (ade.evaluate(counting, **SHORT) for _ in range(2))
+    assert torch.equal(counting.seen, torch.zeros(1))
+    assert [row.label_hash for row in first.rows] == [row.label_hash for row in second.rows]
+    norm = nn.BatchNorm2d(3)
+    always = AlwaysTraining(norm, nn.Conv2d(3, 150, 1))
+    kept = norm.running_mean.clone() if norm.running_mean is not None else None
+    result = ade.evaluate(always, **SHORT)
+    assert kept is not None
+    assert norm.running_mean is not None
+    assert torch.equal(norm.running_mean, kept)
+    assert any("stay in training mode though it was put into evaluation mode" in note for note in result.notes)
+    assert not any("training mode" in note for note in first.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"checkpoint": {"a": 1}},
+            "checkpoint is a dict, expected the path of a file. A state_dict goes into its network",
+        ),
+        ({"limit": 2.5}, "limit=2.5: expected a whole number from 1 up"),
+        ({"limit": True}, "limit=True: expected a whole number"),
+        ({"protocol": "a,b"}, "protocol='a,b': expected a name, such as 'mmseg_slide_512'"),
+        ({"dataset": ""}, "dataset='': expected a name, such as 'ade20k'"),
+        ({"device": "mps"}, r"device='mps': no such device here"),
+        ({"options": {"run.label_maps": "all"}}, "run.label_maps has no effect: there is no run directory"),
+    ],
+)
+def test_odd_arguments_are_one_message_each(given: dict[str, Any], message: str) -> None:
+    model: Any = "demo" if "checkpoint" in given else Colours()
+    with pytest.raises(HarnessError, match=message) as error:
+        ade.evaluate(model, **{**SHORT, **given})
+    assert len(str(error.value)) < 200
+
+
+def test_a_method_is_no_function_of_an_image_and_wrappers_have_the_name_of_what_they_wrap() -> None:
+    net = Colours().eval()
+    with pytest.raises(HarnessError, match="model is a method of a Colours: give the network itself"):
+        ade.evaluate(net.forward, **SHORT)
+    for wrapped in (nn.DataParallel(net), torch.jit.script(net)):
+        assert ade.evaluate(wrapped, **SHORT).label == "Colours"
+
+    def inside(image: np.ndarray) -> np.ndarray:
+        return np.zeros(image.shape[:2], np.uint8)
+
+    assert ade.evaluate(inside, **SHORT).label == "inside"
+    with pytest.raises(HarnessError, match="cannot be pickled"):
+        ade.evaluate(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 150, 1)), devices=2, **SHORT)
+
+
+def test_a_class_that_is_ignored_by_default_is_asked_for() -> None:
+    with pytest.raises(ArgumentError, match="num_classes=847: 255, which is ignored by default, is one of the classes"):
+        SegmentationScores(847)
+    every = torch.arange(847).view(1, 7, 121)
+    metric = SegmentationScores(847, ignore_index=None)
+    metric.update(every, every)
+    assert float(metric.compute()["mIoU"]) == 1.0
+    assert int(metric.matrix.sum()) == 847
+    assert SegmentationScores(255).ignore_index == 255
+    metric.update(every[:0], every[:0])  # of no image nothing is counted
+    assert int(metric.matrix.sum()) == 847
+    with pytest.raises(ArgumentError, match=r"Give target\.squeeze\(1\)"):
+        SegmentationScores(5).update(torch.zeros(1, 5, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.int64))

@@ -531,3 +531,48 @@ def test_the_callback_evaluates_at_the_end_whatever_ends_the_training() -> None:
         callback = ade.ADE20KEvaluation(dataset="demo", every_n_epochs=7, limit=2, network="net", options=SMALL)
         fit([*callbacks, callback], **limits)
         assert callback.result is not None
+
+
+def test_what_ends_a_training_early_costs_no_last_score(tmp_path: Path) -> None:
+    """EarlyStopping decides after the callback's own turn."""
+    callback = of_demo(every_n_epochs=5)
+    stop = EarlyStopping("mIoU", patience=1, min_delta=1e9, check_on_train_epoch_end=True)
+    _, trainer = fit([callback, stop], max_epochs=9, logger=CSVLogger(tmp_path))
+    assert trainer.current_epoch == 2
+    assert callback.result is not None
+    rows = list(csv.DictReader((tmp_path / "lightning_logs/version_0/metrics.csv").open()))
+    logged = [float(row["ade20k/mIoU"]) for row in rows if row.get("ade20k/mIoU")]
+    assert logged == [callback.result.scores["mIoU"]]
+    times: list[int] = []
+
+    class Counted(type(callback)):  # type: ignore[misc]
+        def _evaluate(self, trainer: pl.Trainer, *rest: Any) -> Any:
+            times.append(trainer.current_epoch)
+            return super()._evaluate(trainer, *rest)
+
+    fit([Counted(dataset="demo", network="net", every_n_epochs=2, options=SMALL)], max_epochs=3)
+    assert times == [1, 2]  # and none beside them
+
+
+def test_callbacks_of_one_prefix_and_schedulers_without_a_score_are_refused() -> None:
+    with pytest.raises(HarnessError, match="2 of the trainer's callbacks log as 'ade20k/'"):
+        fit([of_demo(), of_demo()])
+
+    class Plateau(Trained):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "ade20k/mIoU"}}
+
+    with pytest.raises(HarnessError, match="learning rate's scheduler .* Give it interval='epoch' and frequency=2"):
+        fit([of_demo(every_n_epochs=2)], Plateau())
+    fit([of_demo()], Plateau())
+    for odd, message in (
+        ({"network": 5}, "network=5: expected a name, a function or None"),
+        ({"limit": 3, "options": {"dataset.limit": 2}}, "dataset.limit is given as an argument too"),
+        ({"limit": 0}, "limit=0: expected a whole number from 1 up"),
+        ({"protocol": "a,b"}, "protocol='a,b': expected a name"),
+    ):
+        with pytest.raises(HarnessError, match=message):
+            ade.ADE20KEvaluation(dataset="demo", **odd)  # type: ignore[arg-type]
+    ade.ADE20KEvaluation(dataset="demo", limit=np.int64(2))  # type: ignore[arg-type]

@@ -617,7 +617,7 @@ def test_a_server_that_is_killed_leaves_a_run_to_continue(
         again = call("resume", "run", "model.http.concurrency=2", "model.http.timeout_s=5")
         assert again.code == 0, again.err
         assert "continuing: 3 images are done" in again.out
-        assert len(back.requests) == 6  # and one image that is counted, to see that the model is the same
+        assert len(back.requests) == 7  # and two images that are counted, to see that the model is the same
         assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 8
 
 

@@ -42,10 +42,30 @@ def place_of(asked: Any, here: bool = True) -> torch.device:
         if here:
             torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise HarnessError(f"device={asked!r}: {str(error).splitlines()[0]}") from error
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0]
+        reason = "" if len(reason) > 120 else f" ({reason})"  # torch lists every backend that it could have
+        raise HarnessError(f"device={asked!r}: no such device here{reason}. Expected {', '.join(there)}.") from error
     if device.type == "meta":
         raise HarnessError(f"device={asked!r}: nothing is computed there. Give cpu, or cuda:0.")
     return device
+
+
+def plain_name(argument: str, value: Any) -> None:
+    """Raise HarnessError unless an argument is the name of a choice, or None."""
+    if value is None or (isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)):
+        return
+    raise HarnessError(f"{argument}={value!r}: expected a name, such as {_EXAMPLES[argument]!r}.")
+
+
+_EXAMPLES = {"dataset": "ade20k", "protocol": "mmseg_slide_512"}
+
+
+def refuse_twice(given: Mapping[str, Any], options: Mapping[str, Any] | None) -> None:
+    """Raise HarnessError for an option that is given as an argument too."""
+    for key, value in given.items():
+        if value is not None and key in (options or {}):
+            raise HarnessError(f"options: {key} is given as an argument too. Leave one of them out.")
 
 
 _ARGUMENTS = {
@@ -62,8 +82,9 @@ _IN_MEMORY_KEYS = ("name", "input", "class_map", "class_names", "label", "publis
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HERE = ("runtime.kernels", "runtime.seed", "run.label_maps")
-"""Options about ranks and run directories that an evaluation in the caller's process has too."""
+_HERE = ("runtime.kernels", "runtime.seed")
+_OF_RUNS = ("run.label_maps",)
+"""Options about ranks, and about run directories, that an evaluation in the caller's process has too."""
 
 
 def is_tracked(options: Mapping[str, Any] | None) -> bool:
@@ -108,7 +129,9 @@ def option_overrides(
                 f"options: {key} has no effect: the model is in memory. Its options are"
                 f" {', '.join(f'model.{name}' for name in _IN_MEMORY_KEYS)}."
             )
-        if here and group in ("runtime", "run") and not key.startswith(_HERE):
+        if group == "run" and not runs:
+            raise HarnessError(f"options: {key} has no effect: there is no run directory.")
+        if here and group in ("runtime", "run") and not key.startswith((*_HERE, *_OF_RUNS)):
             raise HarnessError(
                 f"options: {key} has no effect: this process is evaluated in, without ranks, loaders or restarts (its"
                 " threads: torch.set_num_threads). devices=2 or more, or the command line, has them."
@@ -164,14 +187,34 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
         )
     else:
         kind = type(getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
-        named = getattr(model, "__qualname__", kind.__qualname__)
+        owner = getattr(model, "__self__", None)
+        if isinstance(owner, nn.Module):
+            raise HarnessError(
+                f"model is a method of a {type(owner).__name__}: give the network itself. (A function gets an image as"
+                " an array, and returns labels.)"
+            )
+        named = _called(model, kind)
         overrides = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
                  f"model.label={as_override_value(str(named))}"]  # fmt: skip
+    if checkpoint is not None and not isinstance(checkpoint, str | Path):
+        raise HarnessError(
+            f"checkpoint is a {type(checkpoint).__name__}, expected the path of a file. A state_dict goes into its"
+            " network, net.load_state_dict(...), and the network is given."
+        )
     if checkpoint is not None:
         if in_memory(model):
             raise HarnessError("checkpoint: load it into the network before: net.load_state_dict(...).")
         overrides.append(f"model.checkpoint={as_override_value(str(checkpoint))}")
     return overrides
+
+
+def _called(model: Any, kind: type) -> str:
+    """Return what a model in memory is called: of wrappers, what they wrap."""
+    if isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
+        return _called(model.module, type(model.module))
+    if isinstance(model, torch.jit.ScriptModule):
+        return str(getattr(model, "original_name", kind.__name__))
+    return str(getattr(model, "__qualname__", kind.__qualname__)).rpartition("<locals>.")[2]
 
 
 def as_network(model: Any) -> Any:

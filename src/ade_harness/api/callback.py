@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ade_harness.api.arguments import option_overrides, whole_number
+from ade_harness.api.arguments import option_overrides, plain, plain_name, refuse_twice, whole_number
 from ade_harness.api.predictors import network_predictor
 from ade_harness.api.result import Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process
@@ -108,7 +108,14 @@ class ADE20KEvaluation(pl.Callback):
             raise HarnessError(f"ADE20KEvaluation: prefix={prefix!r}: expected a string.")
         self.every_n_epochs, self.prefix, self.workers, self._network = every_n_epochs, prefix, workers, network
         overrides = ["model=custom", "model._target_=torch.nn.Module", f"dataset={dataset}", "tracking=none"]
-        given = {"dataset.root": None if root is None else str(root), "dataset.limit": limit}
+        if limit is not None:
+            whole_number("limit", limit, 1)
+        if not (network is None or isinstance(network, str) or callable(network)):
+            raise HarnessError(f"ADE20KEvaluation: network={network!r}: expected a name, a function or None.")
+        refuse_twice({"dataset.limit": limit, "dataset.root": root, "inference": protocol}, options)
+        for key, name in (("dataset", dataset), ("protocol", protocol)):
+            plain_name(key, name)
+        given = {"dataset.root": None if root is None else str(root), "dataset.limit": plain(limit)}
         overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
         overrides += [f"inference={protocol}"] if protocol is not None else []
         with callers_hydra():
@@ -119,9 +126,18 @@ class ADE20KEvaluation(pl.Callback):
         self._composed.config.model.label = "network in training"
         self.result: Evaluation | None = None
         """The result of the last evaluation, on every rank."""
+        self._evaluated: int | None = None
+        """How many epochs were done when it was made."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before hours of training."""
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        same = [c for c in callbacks if isinstance(c, ADE20KEvaluation) and c.prefix == self.prefix]
+        if len(same) > 1:
+            raise HarnessError(
+                f"ADE20KEvaluation: {len(same)} of the trainer's callbacks log as {self.prefix!r}, and would overwrite"
+                " each other's scores. Give each a prefix of its own."
+            )
         if type(trainer.strategy).__name__ in _SHARDED:
             raise HarnessError(
                 f"ADE20KEvaluation: {type(trainer.strategy).__name__} shards the network, and ranks would wait for each"
@@ -135,6 +151,15 @@ class ADE20KEvaluation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse callbacks that would look for a score when there is none, or an older one, before the first epoch."""
+        for scheduler in getattr(trainer, "lr_scheduler_configs", ()):
+            watched = scheduler.monitor
+            every = scheduler.frequency if scheduler.interval == "epoch" else 1
+            mine = isinstance(watched, str) and watched.startswith(self.prefix)
+            if mine and (scheduler.interval != "epoch" or every % self.every_n_epochs):
+                raise HarnessError(
+                    f"the learning rate's scheduler (monitor={watched!r}) would look when there is no new score. Give"
+                    f" it interval='epoch' and frequency={self.every_n_epochs}, as ADE20KEvaluation's every_n_epochs."
+                )
         for monitor in getattr(trainer, "callbacks", ()):
             watched = getattr(monitor, "monitor", None)
             if isinstance(watched, str) and watched.startswith(self.prefix):
@@ -175,9 +200,21 @@ class ADE20KEvaluation(pl.Callback):
         network = self._part(pl_module)
         with _averaged_weights(trainer, pl_module), _buffers_of_rank_zero(network, trainer.world_size):
             self.result = self._evaluate(trainer, network, pl_module.device)
+        self._evaluated = trainer.current_epoch + 1
         scores = {self.prefix + name: value for name, value in self.result.scores.items()}
         # equal on all ranks: Lightning warns of each where it may not compare them, and a mean could round
         pl_module.log_dict(scores, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate once more if a callback after this one has ended the training: its last epoch has a score too."""
+        if trainer.fast_dev_run or trainer.current_epoch in (0, self._evaluated):
+            return
+        network = self._part(pl_module)
+        with _averaged_weights(trainer, pl_module), _buffers_of_rank_zero(network, trainer.world_size):
+            self.result = self._evaluate(trainer, network, pl_module.device)
+        scores = {self.prefix + name: value for name, value in self.result.scores.items()}
+        for logger in trainer.loggers:  # `log_dict` is for epochs that are under way
+            logger.log_metrics(scores, step=trainer.global_step)
 
     def _part(self, module: pl.LightningModule) -> nn.Module:
         if self._network is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from ade_harness.api.arguments import (
     option_overrides,
     place_of,
     plain,
+    plain_name,
+    refuse_twice,
     whole_number,
 )
 from ade_harness.api.predictors import FunctionPredictor, network_predictor
@@ -66,9 +67,6 @@ from ade_harness.tracking.lifecycle import tracked
 from ade_harness.tracking.run import log_failure
 
 Labels = npt.NDArray[np.uint8]
-
-
-_NAMES = {"dataset": "ade20k", "protocol": "mmseg_slide_512"}
 
 
 def evaluate(
@@ -123,9 +121,10 @@ def evaluate(
     """
     whole_number("devices", devices, 1)
     model = as_network(model)
-    for name, value in (("dataset", dataset), ("protocol", protocol)):
-        if not isinstance(value, str) and not (value is None and name == "protocol"):
-            raise HarnessError(f"{name}={value!r}: expected a name, such as {_NAMES[name]!r}.")
+    plain_name("dataset", dataset if dataset is not None else "")
+    plain_name("protocol", protocol)
+    if limit is not None:
+        whole_number("limit", limit, 1)
     if workers is not None:
         whole_number("workers", workers, 0)
     if run_dir is not None:
@@ -133,9 +132,11 @@ def evaluate(
             raise HarnessError(f"run_dir={run_dir!r}: expected a path.")
         run_dir = expanded(run_dir)
     asked = None if device is None else place_of(device, here=devices == 1)
-    overrides = _overrides(model, root, dataset, protocol, limit, checkpoint, options, devices == 1)
     if is_tracked(options) and run_dir is None:
         raise HarnessError("options: tracking logs a run directory. Give run_dir=PATH, or leave tracking out.")
+    overrides = _overrides(
+        model, root, dataset, protocol, limit, checkpoint, options, devices == 1, run_dir is not None
+    )
     if devices > 1:
         return _in_ranks(model, overrides, devices, workers, run_dir, progress, asked)
     with callers_process():
@@ -226,7 +227,7 @@ def _refuse(reason: str) -> None:
 
 def _overrides(
     model: Model, root: str | Path | None, dataset: str, protocol: str | None, limit: int | None,
-    checkpoint: str | Path | None, options: Mapping[str, Any] | None, here: bool,
+    checkpoint: str | Path | None, options: Mapping[str, Any] | None, here: bool, runs: bool,
 ) -> list[str]:  # fmt: skip
     """Return the configuration that was asked for, as overrides of the command line."""
     overrides = [*model_overrides(model, checkpoint), f"dataset={dataset}"]
@@ -236,16 +237,14 @@ def _overrides(
         overrides.append(f"inference={protocol}")
     given: dict[str, Any] = {"dataset.root": None if root is None else str(root), "dataset.limit": plain(limit)}
     overrides += [f"{key}={as_override_value(value)}" for key, value in given.items() if value is not None]
-    for key, value in {**given, "inference": protocol}.items():
-        if value is not None and key in (options or {}):
-            raise HarnessError(f"options: {key} is given as an argument too. Leave one of them out.")
+    refuse_twice({**given, "inference": protocol}, options)
     function = callable(model) and not isinstance(model, nn.Module)
     if function and protocol is not None:
         raise HarnessError(
             f"protocol={protocol!r}: has no effect: the model is a function, which gets each image as it is. Leave it"
             " out."
         )
-    return overrides + option_overrides(options, in_memory(model), runs=True, function=function, here=here)
+    return overrides + option_overrides(options, in_memory(model), runs=runs, function=function, here=here)
 
 
 def _predictor(model: Model, cfg: Config, classes: Classes) -> Predictor:
@@ -339,7 +338,7 @@ def _pickled(model: Model, path: Path, devices: int) -> list[str]:
         )
     try:
         torch.save(model, path)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+    except Exception as error:  # of anybody's __reduce__, and of torch's kinds that cannot be written so
         raise HarnessError(
             f"devices={devices}: ranks are other processes, and this {kind.__name__} cannot be pickled"
             f" ({' '.join(str(error).split())[:200]}). Give the model by name, or use devices=1."

@@ -12,7 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ade_harness.errors import HarnessError
@@ -156,7 +156,10 @@ def require_usual_device() -> None:
 
 @contextmanager
 def callers_network(network: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """Have a network in evaluation mode on a device; each of its modules gets its own mode back, and it its device.
+    """Have a network in evaluation mode on a device; it gets its modes, buffers and device back.
+
+    Modules that override ``train`` (as those that merge low-rank weights in evaluation, or freeze layers) are asked to
+    go back by it, and get the bits of their own parameters, since merging rounds.
 
     The device is the current one meanwhile, which is where kernels are launched and events recorded.
     """
@@ -171,6 +174,10 @@ def callers_network(network: nn.Module | None, device: torch.device) -> Iterator
         # what was frozen or exported has one mode, and no such attribute
         modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
         home = device_of(network)
+        own = [module for module, _ in modes if type(module).train is not nn.Module.train]
+        kept = [(p, p.detach().clone()) for module in own for p in module.parameters(recurse=False)]
+        wanted = [(p, p.requires_grad) for p in network.parameters()]
+        buffers = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
         try:
             _evaluation_mode(network, [module for module, _ in modes])
             if home is not None and home != device:
@@ -179,8 +186,28 @@ def callers_network(network: nn.Module | None, device: torch.device) -> Iterator
         finally:
             if home is not None and home != device:
                 network.to(home)
+            if own:
+                _back_by_their_train(own, {id(module): mode for module, mode in modes})
             for module, mode in modes:
                 module.training = mode
+            for parameter, wants in wanted:
+                parameter.requires_grad_(wants)
+            with torch.no_grad():
+                _copy_back([*kept, *((b, buffers[n]) for n, b in network.named_buffers() if n in buffers)])
+
+
+def _back_by_their_train(modules: list[nn.Module], modes: dict[int, bool]) -> None:
+    """Put modules into their modes by their own ``train``, the outermost first; what refuses gets the attribute."""
+    for module in modules:
+        with suppress(NotImplementedError, AttributeError, RuntimeError):
+            module.train(modes[id(module)])
+
+
+def _copy_back(values: list[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors the values that they had, where an evaluation has changed them."""
+    for now, before in values:
+        if now.shape == before.shape and not torch.equal(now, before.to(now.device)):
+            now.copy_(before)
 
 
 def _evaluation_mode(network: nn.Module, modules: list[nn.Module]) -> None:

@@ -39,7 +39,8 @@ class SegmentationScores(Metric):
 
     Args:
         num_classes: C.
-        ignore_index: value of the target where nothing is counted; None counts every pixel.
+        ignore_index: value of the target where nothing is counted, by default 255; None counts every pixel. To be given
+            where 255 is a class.
         validate_args: look for targets that are neither a class nor `ignore_index`; on a GPU it waits for the device.
         score: name of one score, such as ``mIoU``: `compute` then returns that number alone, for
             ``self.log("val/mIoU", metric)`` and torchmetrics' MetricTracker.
@@ -64,7 +65,7 @@ class SegmentationScores(Metric):
     equal after the first batch share one: two that ignore different values may be, by then."""
 
     def __init__(
-        self, num_classes: int = NUM_CLASSES, ignore_index: int | None = IGNORE_INDEX, validate_args: bool = True,
+        self, num_classes: int = NUM_CLASSES, ignore_index: int | str | None = "default", validate_args: bool = True,
         kernels_choice: str = "auto", score: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         try:
@@ -77,17 +78,25 @@ class SegmentationScores(Metric):
             raise ArgumentError(f"score={score!r}: expected one of {', '.join(_SCORES)}, or None for all.")
         if not _is_whole(num_classes) or num_classes < 1:
             raise ArgumentError(f"num_classes={num_classes!r}: expected a whole number from 1 up.")
-        if ignore_index is not None and not _is_whole(ignore_index):
-            raise ArgumentError(f"ignore_index={ignore_index!r}: expected a whole number, or None.")
         if num_classes > _MAX_CLASSES:
             raise ArgumentError(
                 f"num_classes={num_classes}: its matrix would need {8 * num_classes**2 / 2**30:,.0f} GiB; at most"
                 f" {_MAX_CLASSES:,} classes are counted."
             )
-        self.num_classes, self.ignore_index, self.validate_args = num_classes, ignore_index, validate_args
+        if ignore_index == "default":
+            if num_classes > IGNORE_INDEX:
+                raise ArgumentError(
+                    f"num_classes={num_classes}: {IGNORE_INDEX}, which is ignored by default, is one of the classes."
+                    " Say ignore_index=VALUE, or None to count every pixel."
+                )
+            ignore_index = IGNORE_INDEX
+        if ignore_index is not None and not _is_whole(ignore_index):
+            raise ArgumentError(f"ignore_index={ignore_index!r}: expected a whole number, or None.")
+        ignored_value = None if ignore_index is None else int(ignore_index)
+        self.num_classes, self.ignore_index, self.validate_args = num_classes, ignored_value, validate_args
         self.kernels_choice, self.score = kernels_choice, score
         self.add_state("matrix", torch.zeros(num_classes, num_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
-        ignored = torch.tensor([ignore_index is not None, ignore_index or 0], dtype=torch.int64)
+        ignored = torch.tensor([ignored_value is not None, ignored_value or 0], dtype=torch.int64)
         self.add_state("ignored", ignored, dist_reduce_fx="max")
 
     def set_dtype(self, dst_type: str | torch.dtype) -> SegmentationScores:
@@ -106,7 +115,7 @@ class SegmentationScores(Metric):
             ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class, or NaN or +inf
                 among the scores. Then nothing of the batch is counted.
         """
-        predictions, target = self._batched(predictions, target)
+        predictions, target = self._batched(predictions, target)  # of no image nothing is counted
         found = torch.zeros_like(self.matrix)
         for one, truth in zip(predictions, target, strict=True):
             found += self._counts(one, truth)
@@ -133,11 +142,12 @@ class SegmentationScores(Metric):
             if scores
             else predictions.shape == target.shape
         )
-        if target.ndim != 3 or not fits or not predictions.numel():
+        if target.ndim != 3 or not fits or (len(target) and not predictions.numel()):
+            one = " Give target.squeeze(1)." if target.ndim == 4 and target.shape[1] == 1 else ""
             raise ArgumentError(
                 f"predictions are {predictions.dtype} {list(predictions.shape)} for a target of {list(target.shape)};"
                 f" expected scores {expected if scores else [len(target), self.num_classes, 'h', 'w']} or integer"
-                f" labels {list(target.shape)}."
+                f" labels {list(target.shape)}.{one}"
             )
         if predictions.device.type == "meta" or target.device.type == "meta":
             raise ArgumentError("predictions or target are on the device meta: they have no values to count.")

@@ -118,6 +118,7 @@ _EMPTY = nn.Module()
 
 def _tensor_hash(tensor: Tensor) -> str:
     values = tensor.detach()
+    values = values.resolve_conj().resolve_neg()
     if values.layout != torch.strided:
         values = values.to_dense()
     if values.is_quantized:
