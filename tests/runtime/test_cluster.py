@@ -20,7 +20,16 @@ STEP = {
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*STEP, "LOCAL_RANK", "TORCHELASTIC_RUN_ID", cluster.SUPERVISED, "NODE_RANK", "SLURM_RESTART_COUNT"):
+    for name in (
+        *STEP,
+        "LOCAL_RANK",
+        "TORCHELASTIC_RUN_ID",
+        cluster.SUPERVISED,
+        "NODE_RANK",
+        "SLURM_RESTART_COUNT",
+        "SLURM_LOCALID",
+        *cluster._LOCAL_SIZES,
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -110,3 +119,59 @@ def test_a_jobs_run_directory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert with_run_dir([], "runs") == ["run.dir=runs/slurm-8_3"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            1,
+        ),  # of eight GPUs, as torchrun says
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"LOCAL_RANK": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"LOCAL_RANK": "2", "MPI_LOCALNRANKS": "3"}, 3),
+        ({"LOCAL_RANK": "2", "WORLD_SIZE": "4"}, 4),  # as Lightning's own launcher
+        ({"LOCAL_RANK": "0"}, 1),
+        ({}, 8),
+        ({"LOCAL_RANK": "2"}, None),
+    ],
+)
+def test_a_launcher_decides_the_number_of_ranks_on_gpus_too(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: int | None
+) -> None:
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 8)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(
+            HarnessError, match="LOCAL_RANK=2 says that this is one of several ranks .* how many: set LOCAL_WORLD"
+        ):
+            cluster.resolve_devices(runtime())
+    else:
+        assert cluster.resolve_devices(runtime()) == ("cuda", expected)
+        assert cluster.local_rank() == int(given.get("LOCAL_RANK", "0"))
+
+
+def test_one_task_of_a_node_is_its_first_under_slurm_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (STEP | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "3"}).items():
+        monkeypatch.setenv(name, value)
+    assert cluster.local_rank() == 3
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # one task a node: it starts the ranks, and is none
+    assert cluster.local_rank() == 0
+
+
+def test_ranks_that_met_and_cannot_connect_name_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ade_harness.runtime.ranks import started_ranks
+
+    class Launcher:
+        def launch(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("Gloo connectFullMesh failed with [../third_party/gloo] no route to host")
+
+    strategy = SimpleNamespace(launcher=Launcher(), setup_environment=None)
+    monkeypatch.setattr("ade_harness.runtime.ranks.make_trainer", lambda *_, **__: SimpleNamespace(strategy=strategy))
+    with (
+        pytest.raises(HarnessError, match="cannot reach each other .*connectFullMesh.* set GLOO_SOCKET_IFNAME"),
+        started_ranks(runtime()),
+    ):
+        pass

@@ -24,12 +24,13 @@ from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import Classes
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, ShortMemoryError
 from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage, group_images
 from ade_harness.evaluation.job import describe_marks
 from ade_harness.evaluation.launching import Launched, launch, refuse_invalid
 from ade_harness.evaluation.recorder import row_of
 from ade_harness.evaluation.score import advice, describe_costs, require_labelled
+from ade_harness.inference.forward import is_out_of_memory
 from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.counts import Row
@@ -152,7 +153,24 @@ def count_here(
             if isinstance(item, Failure):
                 raise HarnessError(item.message)
         images = [item for item in batch if isinstance(item, LoadedImage)]
-        launched.append(launch(images, opened.predictor, device, chosen, classes))
+        for again in (False, True):
+            try:
+                launched.append(launch(images, opened.predictor, device, chosen, classes))
+                break
+            except RuntimeError as error:
+                if isinstance(error, HarnessError) or not is_out_of_memory(error):
+                    raise
+                short = str(error).splitlines()[0]
+            # outside of the except block, where the traceback would keep tensors: once more with nothing else there
+            while launched:
+                finish(launched.popleft())
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if again:
+                raise ShortMemoryError(
+                    f"{images[0].image_id}: out of memory beside the forward ({short}). Use a smaller"
+                    " inference.images, or a device with more free memory."
+                )
         while len(launched) > (1 if device.type == "cuda" else 0):  # a GPU works on one while another is counted
             finish(launched.popleft())
     while launched:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from ade_harness.models.identity import state_hash
 from ade_harness.models.ops.deformable import FALLBACKS, implementation_of
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.cluster import cores_per_rank, host_name, local_ranks
+from ade_harness.runtime.cluster import cores_per_rank, host_name, local_rank, local_ranks
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.limits import usable_cores
@@ -90,7 +89,7 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
         HarnessError: on every rank, if it fails on one; it names rank and host if they differ.
     """
     cfg = composed.config
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_first = local_rank() == 0
 
     def open_it() -> SegmentationDataset:
         return open_dataset(cfg.dataset, cfg.inference.exif)
@@ -117,9 +116,9 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
     implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}
     if predictor.network is not None:
-        implementations["deformable attention"] = attention = implementation_of(
-            predictor.network, device, AUTOCAST.get(cfg.inference.precision)
-        )
+        network, dtype = predictor.network, AUTOCAST.get(cfg.inference.precision)
+        attention = agreed(coordinator, "deformable attention", lambda: implementation_of(network, device, dtype))
+        implementations["deformable attention"] = attention
         if attention is not None:
             why = FALLBACKS.get(device)
             facts = {**facts, "deformable_attention": attention if why is None else f"{attention}: {why}"}

@@ -71,6 +71,12 @@ def evaluate(
             return (score(cfg, job, record, marks, work), record) if record is not None else None
 
 
+def _shortages() -> int:
+    """Return how often torch found no memory on this rank's GPU, also where a second attempt did."""
+    stats: dict[str, int] = torch.cuda.memory_stats()
+    return int(stats.get("num_ooms", 0)) + int(stats.get("num_alloc_retries", 0))
+
+
 def _work(
     cfg: Config, console: Console, ranks: Ranks, job: Job, record: RunRecord | None, run_dir: Path,
     marks: Sequence[str], start: float,
@@ -110,6 +116,10 @@ def _work(
     notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.remarks, *module.recorder.remarks]), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     on_gpu = torch.cuda.is_available() and ranks.trainer.strategy.root_device.type == "cuda"
+    short = sum(gather(_shortages() if on_gpu else 0))
+    if short:
+        notes = (*notes, f"GPU memory was short {short} times on all ranks together: what cuDNN chose may have depended"
+                 " on it, and with it a float sum's last bit")  # fmt: skip
     peak = max(gather(torch.cuda.max_memory_allocated() if on_gpu else 0)) or None
     ranks.part()
     warnings = live.close() if live else ()

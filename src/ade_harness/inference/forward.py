@@ -279,7 +279,14 @@ def _said(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short: torch's own, the CPU's, cuBLAS's and cuDNN's ways to say it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+    text = str(error)
+    if "_STATUS_NOT_INITIALIZED" in text and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] < _LITTLE_BYTES  # else a library is broken, and stays so
+    return isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _OUT_OF_MEMORY)
+
+
+_LITTLE_BYTES = 2**30
+"""Of a GPU's memory: cuBLAS and cuDNN start with less than that."""
 
 
 @contextmanager

@@ -330,17 +330,24 @@ def _agrees(gpu: int | None) -> bool:
 
 def softmax_agrees_with_torch() -> bool:
     """Whether labels of averaged probabilities equal torch's in every bit on the current GPU; else torch makes them."""
-    return _softmax_agrees(_gpu())
+    return _softmax_fault(_gpu()) is None
 
 
 @cache
-def _softmax_agrees(gpu: int | None) -> bool:
+def _softmax_fault(gpu: int | None) -> str | None:
+    """Return why labels of averaged probabilities are left to torch; None if they are not."""
     views = _sample_views()[:3]
-    return torch.equal(_merge(views, _SIZE, True), reference.merge(views, _SIZE, True))
+    try:
+        if torch.equal(_merge(views, _SIZE, True), reference.merge(views, _SIZE, True)):
+            return None
+    except Exception as error:  # a compiler that fails in any way, at this kernel alone
+        if "CUDA error" in str(error):  # after which this process cannot use its GPU
+            raise
+        return f"the kernel for the softmax of views fails ({type(error).__name__}: {error})".splitlines()[0]
+    return "the softmax of views rounds differently from torch's here"
 
 
 def shortcoming() -> str | None:
     """Say what is left to plain torch on this device; None if nothing is."""
-    if softmax_agrees_with_torch():
-        return None
-    return "the softmax of views rounds differently from torch's here, so plain torch averages probabilities"
+    fault = _softmax_fault(_gpu())
+    return None if fault is None else f"{fault}, so plain torch averages probabilities"

@@ -57,6 +57,15 @@ def is_rank() -> bool:
     return "LOCAL_RANK" in os.environ  # mpirun's and others' wrappers
 
 
+def local_rank() -> int:
+    """Return which rank of its node this process is: 0 is the first, which does once what its node needs once."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    if in_slurm_step() and is_rank():
+        return int(os.environ.get("SLURM_LOCALID", "0"))
+    return 0
+
+
 def is_reporting_process() -> bool:
     """Whether this process speaks for the whole run: rank 0, where no supervisor does."""
     return not is_supervised() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -156,7 +165,7 @@ def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
         raise HarnessError(
             f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."
         )
-    tasks = _step_tasks_per_node()
+    tasks = _step_tasks_per_node(node_count(cfg))
     started = is_rank() and not is_supervised()  # by srun, torchrun or mpirun: as many ranks as they have started
     if accelerator == Accelerator.cuda and tasks > 1 and started and gpus < tasks:
         raise HarnessError(
@@ -166,7 +175,7 @@ def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
             " --gpu-bind=none, no --gpus-per-task; no CUDA_VISIBLE_DEVICES for each)."
         )
     if cfg.devices == "auto":
-        return accelerator, gpus if accelerator == Accelerator.cuda and not (started and tasks > 1) else tasks
+        return accelerator, gpus if accelerator == Accelerator.cuda and not started else tasks
     maximum = max(1, usable_memory() // _RANK_BYTES)
     if int(cfg.devices) > maximum:
         raise HarnessError(
@@ -180,9 +189,7 @@ def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
 
 def local_ranks() -> int:
     """Return the number of ranks on this node, inside a rank."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    return _step_tasks_per_node()
+    return _started_locally() or _step_tasks_per_node()
 
 
 def cores_per_rank() -> int:
@@ -199,10 +206,29 @@ def cores_per_rank() -> int:
     return cores if bound else max(1, cores // ranks)
 
 
-def _step_tasks_per_node() -> int:
+def _step_tasks_per_node(nodes: int = 1) -> int:
     if in_slurm_step() and is_rank() and not is_supervised():
         return int(os.environ["SLURM_STEP_NUM_TASKS"]) // int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    number = _started_locally()
+    world = os.environ.get("WORLD_SIZE", "")
+    if number is None and is_rank() and not is_supervised() and world.isdigit():  # Lightning's own launcher
+        return max(1, int(world) // nodes)
+    if number is None and is_rank() and not is_supervised() and local_rank() > 0:
+        raise HarnessError(
+            f"LOCAL_RANK={local_rank()} says that this is one of several ranks on {host_name()}, and nothing says how"
+            " many: set LOCAL_WORLD_SIZE (and RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) for each."
+        )
+    return number or 1
+
+
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
+"""Where torchrun, Open MPI, MPICH and MVAPICH say how many processes they have started on a node."""
+
+
+def _started_locally() -> int | None:
+    """Return how many processes a launcher has started on this node, by its variables; None if it does not say."""
+    given = (os.environ.get(name, "") for name in _LOCAL_SIZES)
+    return next((int(text) for text in given if text.isdigit()), None)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ade_harness.config.runtime import Sharding
 from ade_harness.runtime.coordination import Coordinator
+from ade_harness.runtime.lifetime import end_with_parent
 
 NOTHING = -1
 """An item that is none: it keeps the loaders turning while the rank may not take more."""
@@ -138,5 +139,6 @@ def ignore_signals(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()  # it holds the rank's GPU open: a rank that was killed must leave it free at once
     torch.set_num_threads(1)
     cv2.setNumThreads(0)  # else each loader starts a pool of all cores at its first resize

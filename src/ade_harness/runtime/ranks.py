@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 import warnings
@@ -285,6 +286,10 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
             launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
         except dist.DistError as missing:
             raise HarnessError(_connection_error(cfg, str(missing))) from missing
+        except RuntimeError as unreachable:
+            if not _OF_GLOO.search(str(unreachable)):
+                raise
+            raise HarnessError(_gloo_error(str(unreachable))) from unreachable
     coordinator = Coordinator()
     watchdog = Watchdog(coordinator, cfg.dead_after_s)
     watchdog.start()
@@ -309,6 +314,19 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
         raise
     finally:
         watchdog.close()
+
+
+def _gloo_error(reason: str) -> str:
+    """Say why ranks that have met cannot connect, and what to set."""
+    return (
+        f"rank {os.environ.get('RANK', '0')} on {host_name()}: the ranks met, and cannot reach each other"
+        f" ({' '.join(reason.split())[:200]}). Each offers the address that its own host name means, which may be"
+        " 127.0.1.1 (/etc/hosts) or of a network that the others do not have: set GLOO_SOCKET_IFNAME to the interface"
+        " that they share (`ip -br addr` lists them)."
+    )
+
+
+_OF_GLOO = re.compile(r"gloo|connectFullMesh|Unable to find address", re.IGNORECASE)
 
 
 def _connection_error(cfg: RuntimeConfig, reason: str) -> str:

@@ -345,9 +345,10 @@ def test_the_implementation_of_a_network(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(deformable, "compiled", lambda *a: (tried.append(a[2]), (deformable.aggregate_torch, ""))[1])
     network = nn.Sequential(DeformableAttention(64, 4, 3, 4, value_width=32), Dcnv3(48, 3, 5), Calls())
     assert deformable.implementation_of(network, "cpu", torch.bfloat16) == "torch"
-    assert set(tried) == {  # all that its operations are called with, before the first image
-        deformable.Variant(12, 3, 8, torch.bfloat16), deformable.Variant(9, 1, 16, torch.bfloat16),
-        deformable.Variant(12, 3, 32, torch.bfloat16),
-    }  # fmt: skip
+    assert set(tried) == {  # all that its operations are called with, before the first image: in heads that switch
+        deformable.Variant(taps, levels, channels, dtype)  # autocast off too, as Mask2Former's pixel decoder does
+        for taps, levels, channels in ((12, 3, 8), (9, 1, 16), (12, 3, 32))
+        for dtype in (torch.bfloat16, torch.float32)
+    }
     monkeypatch.setattr(deformable, "compiled", lambda *_: (deformable.aggregate_torch, "no compiler"))
     assert deformable.implementation_of(nn.Sequential(Calls()), "cpu") == "torch"

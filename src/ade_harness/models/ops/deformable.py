@@ -138,12 +138,13 @@ def implementation_of(network: nn.Module, device: str, dtype: torch.dtype | None
     Args:
         network: on any device.
         device: "cpu" or "cuda".
-        dtype: of autocast; None: of the network's weights.
+        dtype: of autocast; None: there is none. Heads that switch it off compute in the type of their weights.
     """
     modules: Any = network.modules()
     needed = {
-        replace(module.variant, dtype=dtype or next(module.parameters()).dtype)
+        replace(module.variant, dtype=one)
         for module in modules if getattr(module, "aggregates", False)
+        for one in {dtype, next(module.parameters()).dtype} - {None}
     }  # fmt: skip
     index = torch.cuda.current_device() if device == "cuda" else None
     made = "triton" if device == "cuda" else "numba"
