@@ -578,6 +578,8 @@ def test_a_group_of_ones_own_chooses_the_model(call: Call, tmp_path: Path) -> No
         ("packed.inner.Net", None),
         ("starred.Net", None),  # who knows
         ("torch.nn.Identity", None),
+        ("rich.table.Table", None),  # a folder of the same name is here
+        ("lazy.Net", None),
         ("builtins.print", None),  # no network: the run says so
     ],
 )
@@ -589,6 +591,9 @@ def test_targets_of_a_sweep_are_found_without_running_them(
     for name in ("mine", "starred", "packed/__init__", "packed/inner"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('is not to be run')\nclass Net: ...\n")
     (tmp_path / "starred.py").write_text("from mine import *\n")
+    (tmp_path / "lazy.py").write_text("__getattr__, __dir__, __all__ = attach(__name__)\n")
+    (tmp_path / "rich").mkdir()
+    monkeypatch.delitem(sys.modules, "rich", raising=False)
     if reason is None:
         require_target(target)
     else:

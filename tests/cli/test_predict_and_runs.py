@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,12 +143,26 @@ def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> N
         done = call("predict", *overrides, photos / "street.jpg")
         assert done.code == 2, overrides
         assert "predictions: holds the predictions of another model or setup (" in done.err
+    others = tmp_path / "others"
+    others.mkdir()
+    shutil.copy(photos / "street.jpg", others / "street.jpg")
+    done = call("predict", "model=demo", others)
+    assert done.code == 2
+    assert (
+        f"{others}/street.jpg: predictions holds the prediction of {photos}/street.jpg under the same name" in done.err
+    )
+    done = call("predict", "model=demo", others, photos / "street.jpg", "--output", "both")
+    assert "in two commands, with an --output of its own for each" in done.err
     assert (tmp_path / "predictions/labels/street.png").read_bytes() == written
     (tmp_path / "mine/labels").mkdir(parents=True)
     done = call("predict", "model=demo", photos / "street.jpg", "--output", "mine")
     assert done.code == 2
     assert "mine/labels: exists already" in done.err
     assert list((tmp_path / "mine").rglob("*.*")) == []
+    # a picture that can be read no more leaves no labels of what it was
+    (photos / "street.jpg").write_bytes(b"no picture")
+    assert call("predict", "model=demo", photos / "street.jpg").code == 2
+    assert not list((tmp_path / "predictions").rglob("street.png"))
 
 
 @pytest.mark.slow

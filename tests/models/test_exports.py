@@ -107,6 +107,37 @@ def test_a_program_that_takes_images_by_name(tmp_path: Path) -> None:
         evaluated(program)
 
 
+class WithConstants(nn.Module):
+    """As networks of transformers are exported: with arguments that are None or flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = network()
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, dense: bool = True) -> Tensor:
+        scores: Tensor = self.below(images)
+        return scores if dense and labels is None else scores * 0
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ((True,), {"labels": None}),
+        ((True, None, True), {}),
+        ((), {"labels": None, "images": True}),
+        ((True,), {"dense": True}),
+    ],
+)
+def test_a_program_with_constant_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    images = torch.zeros(1, 3, 64, 96)
+    place = tuple(images if number == 0 else value for number, value in enumerate(given))
+    names = {key: images if key == "images" else value for key, value in named.items()}
+    program = torch.export.export(WithConstants().eval(), place, names)
+    fitted = {"inference.resize.height": 64, "inference.resize.width": 96}
+    expected = hashes(evaluated(network(), protocol="fit_input", **fitted))
+    assert hashes(evaluated(program, protocol="fit_input")) == expected
+
+
 class ChannelsLast(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.permute(0, 3, 1, 2).repeat(1, 50, 1, 1)

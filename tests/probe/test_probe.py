@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from safetensors.torch import load_file
 from ade_harness.config.compose import compose_config
 from ade_harness.config.files import choices
 from ade_harness.config.probe import ProbeConfig
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.demo import open_demo
 from ade_harness.errors import HarnessError
+from ade_harness.evaluation.job import describe_marks
 from ade_harness.files.atomic import write_json
 from ade_harness.models.loading import load_model
 from ade_harness.probe import module
@@ -254,6 +257,14 @@ def test_which_weights_of_the_backbones_file_is_said_and_heeded(
     assert other.facts["backbone_part"].startswith("model;")
     assert "was trained above other weights of the backbone's file (model_ema" in other.facts["other_backbone"]
     assert other.facts["other_backbone"] in other.notes
+    # what the head was trained for is in its file too
+    assert same.class_names == list(ade20k_classes().names)
+    assert same.facts["head_demo"]
+    elsewhere = SimpleNamespace(
+        is_demo=False, is_partial=False, is_official=False, classes=None, pairs=[], expected_images=1
+    )
+    marks = describe_marks(compose_config([]), elsewhere, same.facts, [])  # type: ignore[arg-type]
+    assert marks[0].startswith("DEMO: the head was trained on synthetic images")
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(

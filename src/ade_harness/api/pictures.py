@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from ade_harness.api.predictors import Segmenter, read_image
@@ -25,7 +26,7 @@ from ade_harness.files.reading import read_regular
 from ade_harness.models.identity import state_hash
 from ade_harness.report.overlays import draw_prediction
 from ade_harness.runs.directory import decisive, differences
-from ade_harness.runs.provenance import code_state
+from ade_harness.runs.provenance import code_state, computing_packages
 from ade_harness.runs.record import decided_counts
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -49,9 +50,13 @@ _UNREAD = frozenset(
 )
 """Endings of pictures that are not read."""
 _RECORD = "predictions.json"
+_FOLDERS = ("labels", "pictures")
 _OF_ANNOTATIONS = ("dataset.", "metrics.")
 """Fields that no prediction reads: classes are compared by their data set's name."""
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
+
+
+_SHAPE: Any = {**dict.fromkeys(_MADE_BY, str), "sha256?": str, "setup?": dict, "sources?": {"*": str}}
 
 
 @dataclass
@@ -85,8 +90,20 @@ def predict_files(
             _write(segmenter, file, pixels, output, name)
         except HarnessError as error:
             found.failed[str(file)] = str(error)
+            for folder in _FOLDERS:  # of what the file was before: it must not be taken for the present one's
+                (output / folder / f"{name}.png").unlink(missing_ok=True)
         on_done(done)
+    failed = {name for file, name in files if str(file) in found.failed}
+    if failed:
+        _forget(output, failed)
     return found
+
+
+def _forget(output: Path, names: Collection[str]) -> None:
+    """Take images that failed out of the record: nothing of them is there."""
+    content = read_json(output / _RECORD, dict)
+    content["sources"] = {name: file for name, file in content.get("sources", {}).items() if name not in names}
+    write_json(output / _RECORD, content)
 
 
 def describe_model(segmenter: Segmenter, cfg: Config) -> dict[str, Any]:
@@ -98,30 +115,43 @@ def describe_model(segmenter: Segmenter, cfg: Config) -> dict[str, Any]:
     """
     facts = segmenter.facts
     file = facts.get("sha256")  # of what has no tensors in memory, such as ONNX
+    names = list(segmenter.classes.names)
     setup = decisive({key: v for key, v in decided_counts(as_dict(cfg)).items() if not key.startswith(_OF_ANNOTATIONS)})
     also = {f"files.{name}": digest for name, digest in facts.get("files", {}).items()}
     also |= {name: facts[name] for name in ("source", "config_sha256", "pixels_sha256") if facts.get(name) is not None}
     return {
         "model": cfg.model.name, "protocol": cfg.inference.name,
         "state_sha256": state_hash(segmenter.network, kind_of(cfg.model.kind).is_code),
-        "dataset": segmenter.classes.dataset, **({"sha256": str(file)} if file else {}), "setup": {**setup, **also},
+        "dataset": segmenter.classes.dataset, **({"sha256": str(file)} if file else {}),
+        "setup": {**setup, **also, "classes": names, **computing_packages(), "torch": torch.__version__},
     }  # fmt: skip
 
 
-def open_output(output: Path, made_by: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def open_output(
+    output: Path, made_by: Mapping[str, Any], facts: Mapping[str, Any], files: Sequence[tuple[Path, str]] = ()
+) -> None:
     """Write a record of the model into the folder of its predictions.
 
+    Args:
+        output: the folder.
+        made_by: as :func:`describe_model` says it.
+        facts: of the weights.
+        files: images with the name of what is written, as :func:`find_images` yields them.
+
     Raises:
-        HarnessError: it holds those of another one, or files of which nobody knows, or cannot be written.
+        HarnessError: it holds predictions of another model, or of another image of the same name, or files of which
+            nobody knows; or it cannot be written.
     """
-    path = output / _RECORD
-    there = [output / folder for folder in ("labels", "pictures") if (output / folder).exists()]
+    path, sources = output / _RECORD, {}
+    there = [output / folder for folder in _FOLDERS if (output / folder).exists()]
     if path.exists():
-        before = read_json(path, {**dict.fromkeys(_MADE_BY, str), "sha256?": str, "setup?": dict})
+        before = read_json(path, _SHAPE)
         then, now = ({k: made.get(k) for k in (*_MADE_BY, "sha256")} for made in (before, made_by))
         if "setup" in before:  # earlier versions did not write it
             then, now = {**then, **before["setup"]}, {**now, **made_by["setup"]}
+            then.pop("dataset"), now.pop("dataset")  # a name; its classes are compared
         other = differences(then, now)[:8]
+        sources = before.get("sources", {})
         require(
             not other,
             f"{output}: holds the predictions of another model or setup ({'; '.join(other)}). Name another folder with"
@@ -136,8 +166,15 @@ def open_output(output: Path, made_by: Mapping[str, Any], facts: Mapping[str, An
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HarnessError(f"--output {output}: cannot be written ({error.strerror or error}).") from error
+    new = {name: str(file.absolute()) for file, name in files}
+    other_file = next((name for name, file in new.items() if sources.get(name, file) != file), None)
+    require(
+        other_file is None,
+        f"{new.get(other_file or '')}: {output} holds the prediction of {sources.get(other_file or '')} under the same"
+        " name. Name another folder with --output.",
+    )
     code = {key: value for key, value in code_state().items() if key in ("version", "commit", "dirty")}
-    write_json(path, {**made_by, "weights": dict(facts), "code": code})
+    write_json(path, {**made_by, "weights": dict(facts), "code": code, "sources": sources | new})
 
 
 def find_images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str]]:
@@ -157,7 +194,8 @@ def find_images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
             require(
                 name not in seen,
-                f"{file}: would be written to the same files as {seen.get(name)}. Predict them in two commands.",
+                f"{file}: would be written to the same files as {seen.get(name)}. Predict them in two commands, with an"
+                " --output of its own for each.",
             )
             seen[name] = file
             yield file, name

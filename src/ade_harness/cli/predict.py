@@ -61,7 +61,7 @@ def run_predict(options: argparse.Namespace) -> Answer:
     accelerator, _ = resolve_devices(cfg.runtime)
     segmenter = Segmenter(open_network(cfg, open_classes(cfg.dataset)), cfg, torch.device(accelerator))
     made_by = describe_model(segmenter, cfg)
-    open_output(output, made_by, segmenter.facts)
+    open_output(output, made_by, segmenter.facts, files)
     print_fact(console, "model", f"{cfg.model.name}, inference={cfg.inference.name}, {_weights(segmenter)}")
     for mark in prediction_marks(segmenter):
         print_line(console, mark, style="bold yellow")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ade_harness.errors import HarnessError
 
-_MAKES_NAMES = re.compile(r"import\s+\*|def\s+__getattr__|globals\(\)|setattr\(")
+_MAKES_NAMES = re.compile(r"import\s+\*|__getattr__|globals\(|setattr\(|sys\.modules|\bexec\(|\bvars\(")
 """A file with one of these may have more names than its text shows."""
 
 
@@ -45,8 +45,10 @@ def require_target(target: str) -> None:
 def _top(name: str) -> ModuleSpec | None:
     if name in sys.modules:
         return sys.modules[name].__spec__ or importlib.util.spec_from_loader(name, None)
-    with suppress(ValueError, ImportError):
-        return PathFinder.find_spec(name, [str(Path.cwd())]) or importlib.util.find_spec(name)
+    with suppress(
+        ValueError, ImportError
+    ):  # as Python looks: a package that is installed is before a plain folder here
+        return PathFinder.find_spec(name, [str(Path.cwd()), *sys.path]) or importlib.util.find_spec(name)
     return None
 
 
@@ -58,7 +60,7 @@ def _below(spec: ModuleSpec, name: str) -> ModuleSpec | None:
 def _has_name(spec: ModuleSpec, name: str) -> bool:
     """Whether a module may have a name: what is no Python file, or makes names as it is imported, may have any."""
     if spec.origin is None or not spec.origin.endswith(".py"):
-        return spec.origin is not None or spec.submodule_search_locations is None
+        return True
     try:
         text = Path(spec.origin).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -36,6 +36,10 @@ _ADVICE = {
 _jitter = random.SystemRandom()  # the ranks' and loaders' own generators are all seeded alike
 
 
+_TEXTS = ("name", "version", "inference", "sha256")
+"""What a server may say of itself as text."""
+
+
 def read_token(variable: str | None, option: str = "model.http.token_env") -> str | None:
     """Return the token that an environment variable holds; None if no variable is named.
 
@@ -152,7 +156,7 @@ class Endpoint:
         raise HarnessError(f"{lead}: {problem}; {tries}.")
 
     def info(self) -> dict[str, Any]:
-        """Ask what the server says of itself: ``name``, ``version``, ``sha256``, ``classes``, each if it says so.
+        """Ask what the server says of itself: ``name``, ``version``, ``inference``, ``sha256``, ``classes``.
 
         Returns:
             Texts, and the names of its classes as a tuple of texts.
@@ -167,14 +171,14 @@ class Endpoint:
             return {}
         if not isinstance(reported, dict):
             return {}
-        kept = {
-            k: first_line(self.hide(v)) for k in ("name", "version", "sha256") if isinstance(v := reported.get(k), str)
-        }
+        kept = {k: first_line(self.hide(v)) for k in _TEXTS if isinstance(v := reported.get(k), str)}
         if not re.fullmatch(r"[0-9a-f]{64}", kept.get("sha256", "")):
             kept.pop("sha256", None)
         named = reported.get("classes")
         names = tuple(name for name in named if isinstance(name, str)) if isinstance(named, list) else ()
-        known = {"classes": names} if names and len(names) == len(named or ()) else {}
+        known: dict[str, Any] = {"classes": names} if names and len(names) == len(named or ()) else {}
+        if named is not None and not known:
+            known = {"odd": f"/info says its classes as {first_line(self.hide(str(named)))[:60]}, which is not read"}
         return {k: v for k, v in kept.items() if v} | known
 
     def quote(self, reply: Reply) -> str:

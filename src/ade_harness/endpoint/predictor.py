@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from ade_harness import kernels
-from ade_harness.config.model import ModelConfig, Returns
+from ade_harness.config.model import NO_CLASS_NAMES, Encoding, ModelConfig, Returns
 from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_labels, read_header
 from ade_harness.data.labels import Classes, LabelStorage
@@ -58,8 +60,14 @@ class EndpointPredictor:
     ) -> None:
         self.endpoint = endpoint
         self.classes = len(classes)
-        self.info = {key: text for key, text in info.items() if key != "classes"}
+        self.info = {key: text for key, text in info.items() if key not in ("classes", "odd")}
         of_server: tuple[str, ...] | None = info.get("classes")
+        self._remark: str | None = info.get("odd")
+        if model.class_names is not None:  # the user knows better
+            of_server = tuple(model.class_names)
+        elif of_server is not None and of_server[0].strip().lower() in NO_CLASS_NAMES and self._holds_void(model):
+            of_server = of_server[1:]  # named by the values that label maps hold
+        self._classes_hash = None if of_server is None else hashlib.sha256("\n".join(of_server).encode()).hexdigest()
         self.send: str = model.http.send
         self.quality: int = model.http.jpeg_quality
         self.returns = model.http.returns
@@ -68,7 +76,7 @@ class EndpointPredictor:
         self._class_map: ClassMap | None = None
         self._channels = len(classes)
         if self.returns == Returns.labels and of_server is not None:
-            refuse_other_classes(of_server, classes, endpoint.shown("info"))
+            self._remark = refuse_other_classes(of_server, classes, endpoint.shown("info")) or self._remark
         if self.returns == Returns.scores:
             given = None if model.class_map is None else list(model.class_map)
             names = None if model.class_names is None else list(model.class_names)
@@ -79,6 +87,11 @@ class EndpointPredictor:
             self._kernels = kernels.select("auto" if kernels_choice == "triton" else kernels_choice, "cpu")
 
     network = None
+
+    @staticmethod
+    def _holds_void(model: ModelConfig) -> bool:
+        """Whether label maps hold 0 for void."""
+        return model.http.returns == Returns.labels and model.encoding == Encoding.official
 
     def check(self, sizes: Mapping[str, Size]) -> None:
         """Nothing is known of what a server can take."""
@@ -191,6 +204,9 @@ class EndpointPredictor:
             "returned": str(self.returns),
             "server": self.info,
         }
+        said = {"inference": self.info.get("inference"), "classes": self._classes_hash}
+        if any(said.values()):  # decides what it answers with, as a configuration does
+            facts["config_sha256"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         return {**facts, **({"sha256": self.info["sha256"]} if "sha256" in self.info else {})}
 
     def notes(self) -> list[str]:
@@ -203,6 +219,8 @@ class EndpointPredictor:
             )
         if self.endpoint.token and self.endpoint.is_open:
             notes.append("the token went over the network without encryption: https would hide it")
+        if self._remark is not None:
+            notes.append(self._remark)
         if self._class_map is not None and self._class_map.note:
             notes.append(self._class_map.note)
         return notes

@@ -220,6 +220,8 @@ def describe_marks(
         )
     if facts.get("other_backbone"):
         marks.append("OTHER BACKBONE: the head was trained above other weights of the backbone than those used here")
+    if facts.get("head_demo") and not dataset.is_demo:
+        marks.append("DEMO: the head was trained on synthetic images, the score says nothing about scene parsing")
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
     resized = resized_images(dataset, sizes) if sizes else []

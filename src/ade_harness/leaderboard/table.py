@@ -71,9 +71,16 @@ def measured_entries(run: FinishedRun) -> list[Entry]:
     found = run.metrics["intervals"].get("mIoU")
     interval = (100 * found["low"], 100 * found["high"]) if found else None
     others = None if is_own(run.path, run.manifest) else NOT_OWN
-    note = "; ".join(filter(None, [others, f"{run.name}, inference={run.config['inference']['name']}", run.verdict]))
+    note = "; ".join(filter(None, [others, f"{run.name}, inference={run.protocol}", _own_weights(run), run.verdict]))
     month, score = str(run.manifest["finished"])[:7], 100 * float(run.metrics["mIoU"])
     return [Entry(metric, run.label, "", month, score, MEASURED, note, interval) for metric in METRICS]
+
+
+def _own_weights(run: FinishedRun) -> str | None:
+    """Return that a system's row has other weights than the published ones; None where it has those, or is none."""
+    given = run.config["model"].get("checkpoint")
+    published = run.config["model"].get("published") or {}
+    return f"with weights of one's own ({Path(str(given)).name})" if given and any(published.values()) else None
 
 
 def why_not_ranked(run: FinishedRun) -> str | None:

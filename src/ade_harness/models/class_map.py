@@ -89,13 +89,16 @@ def resolve_class_map(
     return ClassMap(None if len(kept) == channels else kept, class_of, _note(class_map, found, names, classes))
 
 
-def refuse_other_classes(names: Sequence[str], classes: Classes, who: str) -> None:
+def refuse_other_classes(names: Sequence[str], classes: Classes, who: str) -> str | None:
     """Refuse label maps of other classes: they are numbers below the data set's, and would be counted as its own.
 
     Args:
         names: of the classes of whoever makes the labels, in order.
         classes: of the data set.
         who: leads the message.
+
+    Returns:
+        A remark, where most names are none of the data set's, so that nothing is known.
 
     Raises:
         HarnessError: there are more or fewer, or another order.
@@ -109,7 +112,9 @@ def refuse_other_classes(names: Sequence[str], classes: Classes, who: str) -> No
             f"{who}: its labels are of {len(names)} classes ({', '.join(map(repr, names[:3]))}, ...), and"
             f" {classes.dataset} has {len(classes)}. {remedy}"
         )
-    found = _classes_by_name(names, classes) or [None] * len(names)
+    found = _classes_by_name(names, classes)
+    if found is None:
+        return f"{who}: most of its class names are none of {classes.dataset}'s, such as {names[0]!r}"
     other = _other_order(found, names, classes)
     if other:
         label, actual = other[0]
@@ -117,6 +122,7 @@ def refuse_other_classes(names: Sequence[str], classes: Classes, who: str) -> No
             f"{who}: its class {label} is {names[label]!r}, and {classes.dataset}'s is {classes.names[label]!r}"
             f" ({names[label]!r} is {actual}); {len(other)} classes differ. {remedy}"
         )
+    return None
 
 
 def _with_note(found: ClassMap, note: str) -> ClassMap:

@@ -25,12 +25,13 @@ from ade_harness.models.checkpoint.sources import (
     choice_of,
     chosen_checkpoint,
     facts_of,
+    head_facts,
     other_backbone,
     probed,
     require_timm,
 )
 from ade_harness.models.checkpoint.strict import Strictness, noting_left_over
-from ade_harness.models.loaded import LoadedModel, anybodys_code, statistics
+from ade_harness.models.loaded import LoadedModel, anybodys_code, names_of, statistics
 from ade_harness.models.registry import family_of, imported, named, systems
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,7 +136,7 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
         facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{backbone.sha256}".encode()).hexdigest()
         facts["head_sha256"] = checkpoint.sha256
         facts |= {"backbone_part": str(below)} if str(below) else {}
-        notes = other_backbone(checkpoint.path, backbone.sha256, str(below))
+        notes = other_backbone(checkpoint.path, backbone.sha256, below.place)
         facts |= {"other_backbone": notes[0]} if notes else {}
     keys = Strictness(
         facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file
@@ -148,8 +149,9 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
             f"{facts['origin']}: BEiT-3's encoder alone, without adapter and head. {cfg.missing or ''}"
             " An encoder goes with model.backbone_checkpoint=PATH, beside a head as model.checkpoint=PATH."
         )
-    loaded = _system(cfg, module, "pretrained", facts, classes)
-    return replace(loaded, notes=(*loaded.notes, *notes))
+    of_head = head_facts(checkpoint.path) if alone else {}
+    loaded = _system(cfg, module, "pretrained", facts | of_head, classes)
+    return replace(loaded, notes=(*loaded.notes, *notes), class_names=names_of(cfg, of_head.get("head_classes")))
 
 
 def _known(family: Family, cfg: ModelConfig, classes: Classes) -> Known:

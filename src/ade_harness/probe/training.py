@@ -89,7 +89,9 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
             if record is not None:
                 record.lock.release()
         ranks.part()
-        return _finish(cfg, training, record, console, tracking) if record is not None else None
+        if record is None:
+            return None
+        return _finish(cfg, training, record, console, tracking, dataset.classes)
 
 
 def _loaded(cfg: Config, recipe: ProbeConfig, classes: Classes) -> LoadedModel:
@@ -201,7 +203,9 @@ def cut_log(run_dir: Path, step: int) -> None:
         write_text(run_dir / LOSS, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Console, tracking: Tracking) -> Path:
+def _finish(
+    cfg: Config, training: HeadTraining, record: RunRecord, console: Console, tracking: Tracking, classes: Classes
+) -> Path:
     manifest = record.manifest
     path = training.run_dir / HEAD
     weights = {f"head.{k}": v.detach().cpu().contiguous() for k, v in training.head.state_dict().items()}
@@ -212,7 +216,8 @@ def _finish(cfg: Config, training: HeadTraining, record: RunRecord, console: Con
         "images": manifest["dataset"]["images"],
         "demo": manifest["dataset"]["name"] == "demo",
         "backbone_sha256": manifest["model"].get("sha256"),
-        "backbone_part": manifest["model"].get("part", ""),
+        "backbone_part": manifest["model"].get("part_place", ""),
+        "classes": list(classes.names),
     }
     write_tensors(path, weights, {"probe": json.dumps(about)})  # one entry: the order of several is arbitrary
     rows = read_losses(training.run_dir)

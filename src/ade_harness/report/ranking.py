@@ -135,7 +135,7 @@ def print_ranking(console: Console, ranking: Ranking, level: float) -> None:
             str(place), Text(ranked.name), percent(ranked.scores.mIoU),
             f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-",
             percent(ranked.scores.pixel_accuracy), f"{len(ranked.run.rows):,}",
-            Text(ranked.run.config["inference"]["name"]),
+            Text(ranked.run.protocol),
         )  # fmt: skip
     console.print(table)
     for ranked in ranking.runs:

@@ -59,6 +59,12 @@ class FinishedRun:
         return str(judged["sentence"]) if judged else None
 
     @property
+    def protocol(self) -> str:
+        """The name of the protocol, and which of its fields are not as its file says."""
+        name, changed = str(self.config["inference"]["name"]), self.metrics.get("protocol_changes") or []
+        return one_line(f"{name}, changed: {', '.join(changed)}" if changed else name)
+
+    @property
     def classes(self) -> Classes:
         """The classes of the data set; a run does not keep ADE20K's."""
         dataset = self.manifest["dataset"]

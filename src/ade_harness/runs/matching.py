@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ade_harness.config.plain import flatten
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.metrics.areas import ImageAreas, image_areas
@@ -39,14 +41,29 @@ def match_runs(first: FinishedRun, second: FinishedRun) -> Matched:
     for run in (first, second):
         remarks += [f"{run.name}: {mark}" for mark in run.marks]
     for what, one, two in (
-        ("protocols", *(run.config["inference"]["name"] for run in (first, second))),
+        ("protocols", *(run.protocol for run in (first, second))),
         ("conventions", *(run.metrics.get("convention") for run in (first, second))),
         ("versions of this package", *(run.manifest["code"]["version"] for run in (first, second))),
     ):
         if one != two:
             shown = f": {one} and {two}" if what != "conventions" else "; mIoU here is computed alike for both"
             remarks.append(f"different {what}{shown}")
+    names_alike = first.protocol == second.protocol
+    changed = different_fields(first.config["inference"], second.config["inference"])
+    if names_alike and changed:
+        remarks.append(f"different protocols of one name, {first.protocol}: {', '.join(changed)}")
     return Matched(one_areas, two_areas, tuple(remarks))
+
+
+_OF_PROTOCOL = ("exif", "resize", "mode", "window", "tta", "masks", "output")
+"""What decides what is computed, beside batches and precision."""
+
+
+def different_fields(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Return the fields of two protocols that differ, by dotted keys."""
+    first, second = ({key: node[key] for key in _OF_PROTOCOL if key in node} for node in (one, two))
+    flat, other = flatten(first), flatten(second)
+    return sorted(key for key in flat.keys() & other.keys() if flat[key] != other[key])
 
 
 def match_rows(

@@ -111,6 +111,10 @@ def _directories(folder: Path, depth: int) -> Iterator[Path]:
             yield from _directories(Path(path), depth - 1)
 
 
+def _protocol(name: str | None, changed: Sequence[str]) -> str | None:
+    return f"{name}, changed: {', '.join(changed)}" if changed else name
+
+
 def _row(path: Path) -> RunRow:
     try:
         manifest = read_manifest(path)
@@ -133,7 +137,7 @@ def _row(path: Path) -> RunRow:
         model=of_config.get("name") or model.get("name"),
         checkpoint=model.get("sha256") or model.get("state_sha256"),  # of a network in memory
         dataset=dataset.get("name"),
-        protocol=config.get("inference", {}).get("name"),
+        protocol=_protocol(config.get("inference", {}).get("name"), metrics.get("protocol_changes") or []),
         commit=manifest.get("code", {}).get("commit"),
         images=metrics.get("images"),
         expected_images=dataset.get("expected_images"),

@@ -244,6 +244,7 @@ def summarise(
             "checkpoint_sha256": facts.get("sha256"),
             "dataset": dataset.name,
             "protocol": cfg.inference.name,
+            "protocol_changes": list(changed),
             "commit": commit,
         },
         label=cfg.model.label or cfg.model.name,

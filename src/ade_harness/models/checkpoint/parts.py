@@ -52,6 +52,11 @@ class Part:
         """Return the file's own name of a weight."""
         return self.wrapped.get(self.prefix + name, self.prefix + name)
 
+    @property
+    def place(self) -> str:
+        """Which part of the file it is, without what is said of others; empty for a whole file."""
+        return ", ".join(self.where)
+
     def __str__(self) -> str:
         """Return what a run's notes and manifest say of it; empty for a whole file."""
         return "; ".join([", ".join(self.where), *self.beside] if self.where else self.beside)

@@ -95,8 +95,9 @@ def choice_of(cfg: ModelConfig) -> Choice:
 
 def facts_of(checkpoint: Checkpoint, part: Part | None = None) -> dict[str, Any]:
     """Return what the manifest keeps of a weight file, and of the part of it that was taken."""
-    taken = str(part) if part is not None else ""
-    return {"origin": checkpoint.origin, "sha256": checkpoint.sha256, **({"part": taken} if taken else {})}
+    taken, place = (str(part), part.place) if part is not None else ("", "")
+    found = {"origin": checkpoint.origin, "sha256": checkpoint.sha256, **({"part": taken} if taken else {})}
+    return found | ({"part_place": place} if place else {})
 
 
 def probed(head: Path) -> dict[str, Any]:
@@ -109,13 +110,25 @@ def probed(head: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
+def head_facts(head: Path) -> dict[str, Any]:
+    """Return what a run has to know of a head that `probe` wrote: its classes, and whether it knows synthetic images.
+
+    Args:
+        head: its file.
+    """
+    about = probed(head)
+    names = about.get("classes")
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return {**({"head_classes": names} if known else {}), **({"head_demo": True} if about.get("demo") is True else {})}
+
+
 def other_backbone(head: Path, sha256: str | None, part: str = "") -> tuple[str, ...]:
     """Return a note if a head that `probe` wrote was trained above other weights of the backbone than it is now.
 
     Args:
         head: its file.
         sha256: of the backbone's file.
-        part: which of its weights were taken.
+        part: which of its weights were taken: its place in the file.
     """
     about = probed(head)
     trained, of_file = about.get("backbone_sha256"), about.get("backbone_part")

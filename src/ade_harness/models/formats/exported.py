@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.export.passes import move_to_device_pass
+from torch.utils._pytree import tree_unflatten
 
 from ade_harness.config.model import ModelConfig
 from ade_harness.data.labels import Classes
@@ -43,7 +46,7 @@ class ExportedModel(nn.Module):
         """Least and greatest height, and width; None if they are not known, or fixed."""
         self.graph: nn.Module | None = program.module()
         self._program = program
-        self._keyword = _keyword_of(program)
+        self._call = _arguments_of(program)
         self._device = next((tensor.device for tensor in program.state_dict.values()), torch.device("cpu"))
 
     def train(self, mode: bool = True) -> ExportedModel:
@@ -58,7 +61,8 @@ class ExportedModel(nn.Module):
             self.graph = move_to_device_pass(self._program, str(images.device)).module()
             self._device = images.device
         assert self.graph is not None
-        return self.graph(images) if self._keyword is None else self.graph(**{self._keyword: images})
+        arguments, keywords = self._call(images)
+        return self.graph(*arguments, **keywords)
 
 
 def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
@@ -95,10 +99,19 @@ def sizes_of(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(module, name) for name in ("fixed_size", "fixed_batch", "side_limits")}
 
 
-def _keyword_of(program: torch.export.ExportedProgram) -> str | None:
-    """Return the name by which a program takes its input; None if by its place."""
-    _, keywords = program.call_spec.in_spec.children()
-    return next(iter(keywords.context), None)
+_Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+def _arguments_of(program: torch.export.ExportedProgram) -> Callable[[Tensor], _Arguments]:
+    """Return what makes a program's arguments of images, by place or by name, beside constants."""
+    specs = [spec for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+
+    def arguments(images: Tensor) -> _Arguments:
+        flat = [spec.arg.value if isinstance(spec.arg, ConstantArgument) else images for spec in specs]
+        found: _Arguments = tree_unflatten(flat, program.call_spec.in_spec)
+        return found
+
+    return arguments
 
 
 def _side_limits(program: torch.export.ExportedProgram, shape: tuple[Any, ...]) -> Any:
@@ -124,7 +137,12 @@ def _image_shape(program: torch.export.ExportedProgram, name: str) -> tuple[Any,
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     described = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {[str(size) for size in t.shape]}" for t in tensors)
-    if len(inputs) != 1 or len(tensors) != 1 or tensors[0].ndim != 4 or tensors[0].dtype != torch.float32:
+    if (
+        len(tensors) != 1
+        or any(isinstance(v, torch.SymInt) for v in inputs)
+        or tensors[0].ndim != 4
+        or tensors[0].dtype != torch.float32
+    ):
         raise HarnessError(
             f"{name}: expected one input, float32 [N, 3, H, W]; the program has {described or 'no tensor'}. Export the"
             " network in float32, alone, without its preprocessing."

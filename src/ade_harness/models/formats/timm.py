@@ -16,10 +16,17 @@ from ade_harness.errors import require
 from ade_harness.models.backbones.timm import TimmFeatures, build_timm, known_names, pretrained_cfg, statistics_of
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.public import Checkpoint, hub_checkpoint, local_checkpoint
-from ade_harness.models.checkpoint.sources import OF_BACKBONE, choice_of, facts_of, other_backbone, timm_repository
+from ade_harness.models.checkpoint.sources import (
+    OF_BACKBONE,
+    choice_of,
+    facts_of,
+    head_facts,
+    other_backbone,
+    timm_repository,
+)
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
 from ade_harness.models.heads.linear import LinearSegmenter
-from ade_harness.models.loaded import LoadedModel
+from ade_harness.models.loaded import LoadedModel, names_of
 
 _HEAD = "head."
 
@@ -59,10 +66,12 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
         facts["backbone_part"] = str(of_backbone)
     facts["sha256"] = hashlib.sha256(f"{checkpoint.sha256}{below.sha256}".encode()).hexdigest()
     facts["head_sha256"] = checkpoint.sha256
-    notes = other_backbone(checkpoint.path, below.sha256, str(of_backbone))
+    notes = other_backbone(checkpoint.path, below.sha256, of_backbone.place)
     facts |= {"other_backbone": notes[0]} if notes else {}
-    loaded = _loaded(cfg, name, network, "pretrained", facts)
-    return replace(loaded, notes=(*loaded.notes, *notes))
+    of_head = head_facts(checkpoint.path)
+    loaded = _loaded(cfg, name, network, "pretrained", facts | of_head)
+    names = names_of(cfg, of_head.get("head_classes"))
+    return replace(loaded, notes=(*loaded.notes, *notes), class_names=names or loaded.class_names)
 
 
 def load_headless(cfg: ModelConfig, classes: Classes) -> LoadedModel:
