@@ -13,6 +13,9 @@ class HarnessError(Exception):
     file, key or image, says what was expected, and what to do.
     """
 
+    exit_code: int | None = None
+    """Of a process that this is about, such as a sweep's job."""
+
 
 class ArgumentError(HarnessError, ValueError):
     """An argument from Python that makes no sense; also a ValueError, as Python's and torchmetrics' callers expect."""

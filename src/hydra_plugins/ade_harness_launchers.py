@@ -52,6 +52,7 @@ class _CheckedLauncher(Launcher, ABC):
         from ade_harness.config.compose import compose_config
 
         _check_sweep(self.config, job_overrides)
+        job_overrides = choices_only(job_overrides)
         extra = _config_dir(self.config)
         jobs, mistakes = [], []
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
@@ -140,7 +141,7 @@ class OthersLauncher(_CheckedLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run jobs; called by Hydra's sweeper. Raises as the others."""
-        self._handed = job_overrides, initial_job_idx
+        self._handed = choices_only(job_overrides), initial_job_idx
         return super().launch(job_overrides, initial_job_idx)
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
@@ -157,8 +158,14 @@ class OthersLauncher(_CheckedLauncher):
         if self._sweep is None:
             self._sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
             sweeps.append(self._sweep)
-        self._sweep.add(jobs, [int(job.status == JobStatus.FAILED) for job in returned])
+        self._sweep.add(jobs, [_code_of(job) for job in returned])
         return returned
+
+
+def _code_of(job: JobReturn) -> int:
+    """Return the exit code of a job that another launcher has run."""
+    failed = job.status == JobStatus.FAILED
+    return int(getattr(job._return_value, "exit_code", None) or 1) if failed else 0
 
 
 class CheckSweeps(Callback):
@@ -182,18 +189,22 @@ class OneJobLauncher(_CheckedLauncher):
 
     shares_places = True
 
-    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
-        """Run the job ``hydra.launcher.number``."""
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose, check and run one job: each task of an array would take minutes to look at all of a large sweep."""
         require(
             self.settings["number"] is not None,
             "hydra/launcher=one_job: runs the job of one number: -m --job N.",
         )
-        number = int(self.settings["number"])
+        job_overrides = choices_only(job_overrides)
+        number, last = int(self.settings["number"]), len(job_overrides) - 1
         require(
-            0 <= number < len(jobs),
-            f"--job {number}: expected 0 to {len(jobs) - 1}, as this sweep has {len(jobs)} combinations.",
+            0 <= number <= last, f"--job {number}: expected 0 to {last}, as this sweep has {last + 1} combinations."
         )
-        job = jobs[number]
+        return super().launch(job_overrides[number : number + 1], number)
+
+    def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
+        """Run the job ``hydra.launcher.number``."""
+        [job] = jobs
         from ade_harness.runtime.console import Output, output
 
         arguments = ["evaluate", *job.overrides, *flags]  # its directory is its own: the jobs of an array do not meet
@@ -217,7 +228,7 @@ class ListLauncher(Launcher):
         from ade_harness.cli.sweep import listed
         from ade_harness.runtime.console import make_console, print_line
 
-        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+        for number, overrides in enumerate(choices_only(job_overrides), start=initial_job_idx):
             listed.append(list(filter_overrides(overrides)))
             print_line(make_console(), f"{number}: {' '.join(listed[-1])}")
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in job_overrides]
@@ -270,6 +281,14 @@ def _check_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> 
     require(
         len(job_overrides) > 0, "the sweep has no jobs: no choice fits its glob(...), or a list of values is empty."
     )
+
+
+def choices_only(job_overrides: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Leave out jobs of `schema`, which each group has for files to name: a glob finds it, and it is no choice."""
+    from ade_harness.config.arguments import GROUPS
+
+    none = {f"{group}=schema" for group in GROUPS}
+    return [overrides for overrides in job_overrides if not none & set(overrides)]
 
 
 def check_job(config: Config) -> None:

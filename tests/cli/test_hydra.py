@@ -386,6 +386,39 @@ def test_shells_complete_groups_and_keys(tmp_path: Path, shell: str, line: str, 
     assert expected in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ade-harness evaluate model=segformer_b", "model=segformer_b0 model=segformer_b1"),
+        ("python -m ade_harness --quiet model=segformer_b", "model=segformer_b0"),
+        ("ade-harness resu", "resume"),
+        ("ade-harness probe probe=", "probe=dinov2_linear"),
+        ("ade-harness --config-dir own model=mi", "model=mine"),
+        ("ade-harness status ru", "runs/"),
+        ("ade-harness report runs/a", "runs/a.txt"),
+        ("ade-harness --co", "--config-dir"),
+        ("ade-harness runs --so", "--sort"),
+        ("ade-harness inference=s", "inference=ss"),
+        ("ade-harness model=zzz inference=((", ""),  # a mistake in the line proposes nothing, and says nothing
+        ("ade-harness --config-dir o", ""),
+    ],
+)
+def test_lines_with_commands_and_options_are_completed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/a.txt").touch()
+    (tmp_path / "own/model").mkdir(parents=True)
+    (tmp_path / "own/model/mine.yaml").write_text("defaults: [demo]\n")
+    monkeypatch.setenv("COMP_LINE", line)
+    done = call("-sc", "query=bash")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.strip().startswith(expected)
+    assert expected or not done.out.strip()
+    assert "schema" not in done.out
+    assert os.environ["COMP_LINE"] == line
+
+
 def test_what_is_not_hydras_grammar_is_one_message_with_the_quoted_form() -> None:
     with pytest.raises(HarnessError, match=r"not in Hydra's grammar .* Quote the value: \"?model\.label='a: b \('"):
         prepare(["model.label=a: b ("])
@@ -512,7 +545,7 @@ def test_a_configuration_in_place_of_the_packaged_one(call: Call, tmp_path: Path
     assert done.code == 2
     assert "model=beit3: unknown value" in done.err
     assert "--config-path: nowhere is not a folder" in call("-cp", "nowhere", "model=mine").err
-    assert "Remove one" in call("-cp", "own", "--config-dir", "own", "model=mine").err
+    assert "Give only one" in call("-cp", "own", "--config-dir", "own", "model=mine").err
     done = call("-cp", "own", "model=mine", *QUICK, "dataset.images=3", "--json")
     assert json.loads(done.out)["model"] == "mine"
 
@@ -607,6 +640,41 @@ def test_options_of_every_command_may_come_first(call: Call, tmp_path: Path) -> 
     done = call("--json", "status", "run")
     assert json.loads(done.out)["images"] == 1
     assert call("-v", "--quiet", "nothing").code == 2
+
+
+@pytest.mark.slow
+def test_a_glob_finds_choices_only_and_a_job_of_an_array_looks_at_itself(call: Call) -> None:
+    for group in ("inference", "dataset"):
+        done = call("-m", "--list", f"{group}=glob(*)")
+        assert done.code == 0
+        assert "schema" not in done.out
+        assert len(done.out.splitlines()) > 2
+    sweep = ("-m", *QUICK, "dataset.images=1,2", "model.checkpoint=null,nowhere.pth", "--job")
+    done = call(*sweep, "3")
+    assert done.code == 2
+    assert "1 of 1 jobs cannot run, so none was started.\njob 3 (" in done.err
+    assert call(*sweep, "4").err.startswith("error: --job 4: expected 0 to 3, as this sweep has 4 combinations.")
+    assert call(*sweep, "0").code == 0
+
+
+def test_an_option_of_hydras_without_effect_is_refused(call: Call) -> None:
+    one_message(call("hydra.job.chdir=true", *QUICK), "hydra.job.chdir=true: has no effect")
+    one_message(call("hydra.output_subdir=.hydra", *QUICK), "a run directory holds the configuration already")
+    assert call("hydra.job.chdir=false", "hydra.output_subdir=null", "--cfg", "job").code == 0
+
+
+@pytest.mark.parametrize("how", ["--verbose", "-v", "HYDRA_FULL_ERROR"])
+def test_the_traceback_behind_an_error_can_be_had(call: Call, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "HYDRA_FULL_ERROR":
+        monkeypatch.setenv(how, "1")
+    for command in (["status", "nowhere"], ["dataset.limit=zero"], ["compare", "a", "b"]):
+        assert "Traceback" not in (call(*command).err if how.startswith("-") else "")
+        done = call(*command, *([how] if how.startswith("-") else []))
+        assert done.code == 2
+        assert "Traceback (most recent call last)" in done.err
+        assert done.err.splitlines()[-1].startswith("error: ")
+        if how.startswith("-"):
+            assert "Traceback" not in call(*command).err  # the next command is as usual
 
 
 def test_a_home_in_hydras_directories_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -729,7 +797,7 @@ def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
         (["-m", "dataset.limit=1,2", "hydra.sweeper.max_batch_size=1"], "hydra.sweeper.max_batch_size: jobs of a batch are"),
         (["-m", "dataset.limit=1,2", "--job=0", "hydra.sweep.dir=x"], "hydra.sweep.dir=x: has no effect: each job of a cluster"),
         (["-m", "dataset.limit=1,2", "hydra/launcher=slurm", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: has no effect"),
-        (["-r", "-m", "dataset.limit=1,2"], "-r and -m: one runs a configuration, the other many"),
+        (["-r", "-m", "dataset.limit=1,2"], "-r and -m are mutually exclusive"),
         (["probe=dinov3_linear"], "probe=dinov3_linear: is a recipe of the command `probe`"),
         (["inference=ms"], "no multi-scale protocol was published for model=demo, which is the default: add model=NAME"),
         (["serve", "model=demo", "runtime.devices=2"], "runtime.devices=2: has no effect on serve"),
@@ -737,7 +805,7 @@ def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
         (["hydra/launcher=list"], "hydra/launcher=list: starts the jobs of a sweep: add -m"),
         (["-p", "inference"], "--package: says which part --cfg prints"),
         (["--cfg", "job", "-p", "nope"], "--package nope: no such node. `--cfg job` prints the whole configuration."),
-        (["--json", "--cfg", "job"], "--json: --cfg prints text of Hydra's"),
+        (["--json", "--cfg", "job"], "--json cannot be combined with --cfg, which prints Hydra's own text"),
         (["hydra.run.dir=a", "run.dir=b"], "both name the run's directory"),
         (["model.label=${nope.x}"], "nope"),
         (["model.label=${foo:1}"], "foo"),

@@ -38,7 +38,7 @@ def run_doctor(options: argparse.Namespace) -> Answer:
     found = findings()
     stops = [name for name, finding in found if _STOPS in finding]
     for name, finding in found:
-        print_line(console, f"{name + ':':12}{finding}", style="bold red" if name in stops else None)
+        print_line(console, f"{name + ':':13}{finding}", style="bold red" if name in stops else None)
     return Answer(dict(found), 2 if stops else 0)
 
 

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ade_harness.cli.answer import Answer
+from ade_harness.cli.completion import complete
 from ade_harness.cli.hydra_errors import check_plugins, is_hydras, while_composing
 from ade_harness.cli.launch import launch
 from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, submitted, sweeps
@@ -52,23 +53,29 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: a mistake in the configuration, or nothing was scored.
     """
+    query = next((text for text in options.overrides if text.startswith("query=")), None)
+    if options.shell_completion and query is not None:
+
+        def ask_hydra(folder: str | None) -> None:
+            options.config_dir = folder
+            _run_hydra(options, [query], "evaluate")
+
+        complete(query, ask_hydra)
+        return Answer()
     overrides = list(options.overrides)
     recipe = next((text for text in overrides if text.startswith(("probe=", "probe."))), None)
     require(
         recipe is None, f"{recipe}: is a recipe of the command `probe`, and has no effect on `evaluate`. Remove it."
     )
-    require(not (options.run and options.multirun), "-r and -m: one runs a configuration, the other many. Remove one.")
+    require(not (options.run and options.multirun), "-r and -m are mutually exclusive.")
     overrides += ["hydra.mode=RUN"] if options.run else []
     require(
         options.experimental_rerun is None,
         "--experimental-rerun: would run code from a pickle. `resume RUN` continues a run, `reproduce RUN` repeats it.",
     )
-    require(
-        options.multirun or not (options.list or options.job is not None),
-        "--job and --list are about the jobs of a sweep: add -m.",
-    )
-    require(not options.multirun or not (options.config_name or options.config_path), NO_OTHER_PRIMARY)
     several = options.multirun or _MULTIRUN in overrides
+    require(several or not (options.list or options.job is not None), "--job and --list need a sweep: add -m.")
+    require(not several or not (options.config_name or options.config_path), NO_OTHER_PRIMARY)
     launcher = next((override for override in overrides if override.startswith("hydra/launcher=")), None)
     require(
         several or launcher in (None, "hydra/launcher=process"),
@@ -149,7 +156,9 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
         code, run_dir = launch(config, options.in_this_process, work, handed_over)
         ends.append((code, run_dir))
         if code and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise HarnessError(f"a job ended with exit code {code}: see its messages.")
+            failed = HarnessError(f"a job ended with exit code {code}: see its messages.")
+            failed.exit_code = code
+            raise failed
         found = score_of(run_dir) if code == 0 and command == "evaluate" else None
         return float(found["mIoU"]) if found else None  # what a sweeper that optimises looks at
 
@@ -279,8 +288,7 @@ def _own_folder(options: argparse.Namespace) -> Path | None:
     """Return the folder of the user's choices: beside the packaged ones, or in their place."""
     require(
         not (options.config_dir and options.config_path),
-        "--config-dir and --config-path: the one adds a folder to the packaged configuration, the other replaces it."
-        " Remove one.",
+        "--config-dir adds a folder to the packaged configuration, --config-path replaces it. Give only one.",
     )
     own = _config_dir(options) or (Path(options.config_path) if options.config_path else None)
     require(own is None or own.is_dir(), f"--config-path: {own} is not a folder.")
@@ -308,4 +316,4 @@ def _check_shown(options: argparse.Namespace) -> None:
     """Refuse options that would have no effect beside those that print something."""
     require(options.cfg or not options.package, "--package: says which part --cfg prints. Add --cfg job.")
     printed = next((f"--{name.replace('_', '-')}" for name in _SHOWS if getattr(options, name)), None)
-    require(not (options.json and printed), f"--json: {printed} prints text of Hydra's. Remove one of them.")
+    require(not (options.json and printed), f"--json cannot be combined with {printed}, which prints Hydra's own text.")

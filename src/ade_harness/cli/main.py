@@ -13,8 +13,10 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from importlib import import_module
 
 from ade_harness.cli.answer import Answer
@@ -25,6 +27,8 @@ from ade_harness.runtime.lifetime import no_silent_exit
 from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE
 
 _TRACEBACK = "ADE_HARNESS_TRACEBACK"
+_verbose: ContextVar[bool] = ContextVar("verbose", default=False)
+"""Whether the command that runs was given ``--verbose``."""
 _OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
 """What a path that the user named may be: before Python 3.12, `Path.exists` raises some of these too."""
 
@@ -69,11 +73,14 @@ def run_command(arguments: list[str], in_this_process: bool = False) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """Do `work`; errors become messages and exit codes."""
+    _verbose.set(False)
     try:
         return work()
     except HarnessError as error:
         if os.environ.get(_TRACEBACK):
             raise
+        if _verbose.get() or os.environ.get("HYDRA_FULL_ERROR") == "1":  # as Hydra's documentation says
+            traceback.print_exc()
         print_error(f"error: {error}")
         return EXIT_MESSAGE
     except KeyboardInterrupt:
@@ -146,7 +153,8 @@ def _output(options: argparse.Namespace) -> Iterator[None]:
     elif options.quiet:
         os.environ[OUTPUT] = Output.quiet
     if options.verbose:
-        os.environ[_TRACEBACK] = "1"
+        os.environ[_TRACEBACK] = "1"  # of ranks
+        _verbose.set(True)
     try:
         with debug_messages() if options.verbose else nullcontext():
             yield

@@ -82,7 +82,7 @@ def _of_own_group(text: str, extra: Path | None) -> bool:
 
 
 _MAX_JOBS = 10_000
-"""Jobs of a sweep: each is composed and checked before the first starts, in a tenth of a second."""
+"""Jobs of a sweep: each is composed and checked before the first starts, in some tenths of a second."""
 
 
 def limit_sweep(overrides: Sequence[str]) -> None:
@@ -266,6 +266,16 @@ def _check(text: str, extra: Path | None) -> None:
             raise HarnessError(f"{key}={shortened(given)}: unknown value.{nearest(key, given[:100], known)}")
     elif key.startswith("hydra/") and _is_no_choice(override):
         raise HarnessError(f"{shortened(text)}: {key} takes the name of a choice.")
+    elif key == "hydra.job.chdir" and override.value() is True:
+        raise HarnessError(
+            "hydra.job.chdir=true: has no effect: relative paths are taken from where the command is given, and a run"
+            " directory holds all that a run writes. Leave it out."
+        )
+    elif key == "hydra.output_subdir" and override.value() is not None:
+        raise HarnessError(
+            "hydra.output_subdir: a run directory holds the configuration already (config.yaml, with what was typed in"
+            " manifest.json). Leave it out."
+        )
     elif key == "hydra.searchpath":
         raise HarnessError(
             "hydra.searchpath: choices are looked for in the package's configuration and in your own folder, which"

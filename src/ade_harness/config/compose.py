@@ -263,5 +263,5 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
             return f"{name}={value}: expected a list of texts or numbers: {name}=[...]."
         return f"{name}={value}: expected a list: {name}=[{value}]."
     where = f" (key {key[1]})" if key and key[1] not in text else ""
-    given = " ".join(overrides) or "(nothing)"
-    return f"The configuration is not valid{where}: {(text or type(error).__name__).rstrip('.')}. Given: {given}"
+    given = f" Given: {' '.join(overrides)}" if overrides else ""
+    return f"The configuration is not valid{where}: {(text or type(error).__name__).rstrip('.')}.{given}"

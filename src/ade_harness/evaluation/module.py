@@ -308,8 +308,7 @@ class EvaluationModule(pl.LightningModule):
             raise HarnessError(
                 f"{found}. The files of the model are those that the run began with: does it read another one while it"
                 " predicts, draw random numbers, or ask a server that was changed? Nothing was added. Restore the"
-                " model, or start a new run in another run.dir; run.allow_changed=true goes on, and marks the run"
-                " MIXED."
+                " model, or start a new run in another run.dir."
             )
         self.changes.append(f"labels: {found}")
         self.on_change(self.changes)  # now: this session may not come to its end

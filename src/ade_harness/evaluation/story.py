@@ -25,6 +25,7 @@ from ade_harness.evaluation.job import Job, build_job, open_run
 from ade_harness.evaluation.module import counted_before, make_module, sum_stages
 from ade_harness.evaluation.score import Work, score
 from ade_harness.inference.forward import short_memory_named
+from ade_harness.inference.memory import gpu_shortages, shortage_note
 from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.runs.directory import wait_to_see
 from ade_harness.runs.live_status import LiveStatus
@@ -71,12 +72,6 @@ def evaluate(
             return (score(cfg, job, record, marks, work), record) if record is not None else None
 
 
-def _shortages() -> int:
-    """Return how often torch found no memory on this rank's GPU, also where a second attempt did."""
-    stats: dict[str, int] = torch.cuda.memory_stats()
-    return int(stats.get("num_ooms", 0)) + int(stats.get("num_alloc_retries", 0))
-
-
 def _work(
     cfg: Config, console: Console, ranks: Ranks, job: Job, record: RunRecord | None, run_dir: Path,
     marks: Sequence[str], start: float,
@@ -116,10 +111,7 @@ def _work(
     notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.remarks, *module.recorder.remarks]), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     on_gpu = torch.cuda.is_available() and ranks.trainer.strategy.root_device.type == "cuda"
-    short = sum(gather(_shortages() if on_gpu else 0))
-    if short:
-        notes = (*notes, f"GPU memory was short {short} times on all ranks together: what cuDNN chose may have depended"
-                 " on it, and with it a float sum's last bit")  # fmt: skip
+    notes += shortage_note(sum(gather(gpu_shortages() if on_gpu else 0)))
     peak = max(gather(torch.cuda.max_memory_allocated() if on_gpu else 0)) or None
     ranks.part()
     warnings = live.close() if live else ()

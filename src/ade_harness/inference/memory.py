@@ -6,6 +6,8 @@ import json
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from ade_harness.config.model import Dtype
 from ade_harness.config.schema import Config
 
@@ -44,3 +46,15 @@ def memory_warning(cfg: Config, total: int) -> str | None:
         f"model={cfg.model.name} needs about {need:.0f} GiB of GPU memory for an image of 683x512, up to 8 of whose"
         f" windows or views share a forward; this GPU has {total / 2**30:.0f}.{other} inference.batch=1 needs least."
     )
+
+
+def gpu_shortages() -> int:
+    """Return how often torch found no memory on this process's GPU, also where its second attempt did."""
+    stats: dict[str, int] = torch.cuda.memory_stats()
+    return int(stats.get("num_ooms", 0)) + int(stats.get("num_alloc_retries", 0))
+
+
+def shortage_note(times: int) -> tuple[str, ...]:
+    """Return what a run says of GPU memory that was short so many times on all its ranks; nothing for 0."""
+    note = f"GPU memory was short {times} times: what cuDNN chose, and a float sum's last bit, may have depended on it"
+    return (note,) if times else ()
