@@ -1,4 +1,4 @@
-"""Made-up images and scores for the benchmarks: real ADE20K sizes, file sizes like real ones, no download."""
+"""Synthetic images and scores for the benchmarks: real ADE20K sizes, file sizes like real ones, no download."""
 
 from __future__ import annotations
 

@@ -378,7 +378,7 @@ def test_a_default_device_of_torch_is_refused() -> None:
 
 def test_messages_that_name_the_way_out(tmp_path: Path) -> None:
     torch.save(Colours().state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(HarnessError, match=r"is a file of weights, by its name: name its system too"):
+    with pytest.raises(HarnessError, match=r"looks like a weight file; also give its system"):
         ade.evaluate(tmp_path / "weights.pth", dataset="demo")
     with pytest.raises(HarnessError, match=r"a function runs in this one\. devices=1"):
         ade.evaluate(lambda image: image[..., 0], dataset="demo", devices=2)
@@ -515,7 +515,7 @@ def test_networks_that_share_a_module_are_evaluated_one_after_the_other() -> Non
         ({"devices": True}, "devices=True: expected a whole number"),
         ({"devices": "2"}, "devices='2': expected a whole number"),
         ({"workers": -1}, "workers=-1: expected a whole number from 0 up"),
-        ({"device": "meta"}, "device='meta': nothing is computed there"),
+        ({"device": "meta"}, "device='meta': unsupported device"),
         ({"device": 1.5}, "device=1.5: "),
         ({"device": "mps"}, "device='mps': "),
         ({"run_dir": 5}, "run_dir=5: expected a path"),

@@ -339,7 +339,7 @@ def test_terminal_shows_the_table(demo: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_the_result_says_where_the_time_went(demo: tuple[Path, str]) -> None:
     run, shown = demo
-    assert re.search(r"breakdown: .*forward \d+%.*; beside it loaders \d+%, recorder \d+%", shown)
+    assert re.search(r"time breakdown: .*forward \d+%.*; in parallel: loaders \d+%, recorder \d+%", shown)
     stages = json.loads((run / "manifest.json").read_text())["timings"]["stages"]
     assert set(stages) == {"wait", "copy", "forward", "labels", "counts", "backlog", "ledger", "decode"}
     assert all(seconds >= 0 for seconds in stages.values())

@@ -283,7 +283,7 @@ def test_a_small_ledger_that_says_it_is_large_is_refused(tmp_path: Path) -> None
     del table, values, lists
 
     def door(_: int) -> None:
-        with pytest.raises(Exception, match="says that it holds 180,0"):
+        with pytest.raises(Exception, match="declares 180,0"):
             read_rows(tmp_path)
 
     attack(range(1), door, "ledger bomb")
@@ -301,7 +301,7 @@ def test_a_small_ledger_of_long_texts_is_refused(tmp_path: Path) -> None:
     del table
 
     def door(_: int) -> None:
-        with pytest.raises(HarnessError, match="image_id has 5,000 texts of up to 100,000 bytes. Not a ledger"):
+        with pytest.raises(HarnessError, match="image_id has 5,000 strings of up to 100,000 bytes. Not a ledger"):
             read_rows(tmp_path)
 
     attack(range(1), door, "ledger of texts")

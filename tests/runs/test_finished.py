@@ -155,7 +155,7 @@ def test_runs_of_other_images_are_not_compared(demo: Path, call: Call, tmp_path:
     part = FinishedRun(tmp_path, first.manifest, first.config, first.metrics, first.rows[:20], "")
     matched = match_runs(first, part)
     assert len(matched.first.ids) == 20
-    assert "compared on the 20 images that both have" in matched.remarks[0]
+    assert "compared on the 20 images common to both runs" in matched.remarks[0]
 
 
 def test_confidence_is_the_softmax_at_the_labels_size(demo: Path) -> None:

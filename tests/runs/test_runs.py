@@ -180,7 +180,7 @@ def test_a_ledger_larger_than_any_is_refused_before_it_is_read(tmp_path: Path, m
             patch.setattr(f"ade_harness.runs.ledger.{name}", fits)
             assert len(read_rows(tmp_path)[0]) == 8
             patch.setattr(f"ade_harness.runs.ledger.{name}", of_a_segment)
-            with pytest.raises(HarnessError, match="says that it holds .* values; no ledger has so many"):
+            with pytest.raises(HarnessError, match="declares .* values, more than any ledger can hold"):
                 read_rows(tmp_path)
     assert pixels > values  # so that it is the sum over segments that is too large
     for name, too_few in (("_MAX_ROWS", 7), ("_MAX_VALUES", pixels - 1)):

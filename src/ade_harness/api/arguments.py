@@ -47,7 +47,7 @@ def place_of(asked: Any, here: bool = True) -> torch.device:
         reason = "" if len(reason) > 120 else f" ({reason})"  # torch lists every backend that it could have
         raise HarnessError(f"device={asked!r}: no such device here{reason}. Expected {', '.join(there)}.") from error
     if device.type == "meta":
-        raise HarnessError(f"device={asked!r}: nothing is computed there. Give cpu, or cuda:0.")
+        raise HarnessError(f"device={asked!r}: unsupported device; use cpu or cuda:0.")
     return device
 
 
@@ -133,8 +133,8 @@ def option_overrides(
             raise HarnessError(f"options: {key} has no effect: there is no run directory.")
         if here and group in ("runtime", "run") and not key.startswith((*_HERE, *_OF_RUNS)):
             raise HarnessError(
-                f"options: {key} has no effect: this process is evaluated in, without ranks, loaders or restarts (its"
-                " threads: torch.set_num_threads). devices=2 or more, or the command line, has them."
+                f"options: {key} has no effect: the evaluation runs in this process, without ranks, loader processes or"
+                " restarts. Set threads with torch.set_num_threads, or use devices=2 or more."
             )
         if function and key.startswith(("model.input", "model.class_map", "model.class_names", "inference")):
             raise HarnessError(f"options: {key} has no effect: the model is a function of an image to labels.")
@@ -167,7 +167,7 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
             overrides = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
         elif path.is_file():
             raise HarnessError(
-                f"{text!r}: is a file of weights, by its name: name its system too: model='segformer_b0',"
+                f"{text!r}: looks like a weight file; also give its system: model='segformer_b0',"
                 f" checkpoint={text!r}. Files that hold a network end in {', '.join(_FILES)}."
             )
         else:

@@ -191,13 +191,13 @@ COMMANDS = (
         ),
     ),
     Command(
-        "data download", "fetch ADEChallengeData2016.zip, check it, extract it", "data:run_download",
+        "data download", "download ADEChallengeData2016.zip, verify and extract it", "data:run_download",
         (
             Argument("--root", metavar="DIR", help="default: the cache"),
             Argument("--url", metavar="URL", help="a mirror of the official archive"),
             Argument(
                 "--source", choices=("archive", "hub"), default="archive",
-                help="hub: the Parquet copy of the validation split on the hub, where the official host is down",
+                help="hub: the Parquet copy of the validation split on the hub, if the official host is down",
             ),
             Argument("--repository", metavar="ID", help="with --source hub: a copy other than the authors'"),
             Argument("--sha1", metavar="HEX", help="expected SHA-1 of the archive"),
@@ -208,7 +208,7 @@ COMMANDS = (
         "data verify", "read every pair and check it against the official list", "data:run_verify",
         (
             Argument("root", nargs="?", metavar="ROOT", help="folder or zip; default: ADE20K_ROOT, ./data, the cache"),
-            Argument("--split", default=Split.validation.value, choices=_SPLITS, help="of the data set"),
+            Argument("--split", default=Split.validation.value, choices=_SPLITS, help="dataset split"),
         ),
     ),
     Command(
@@ -237,7 +237,7 @@ COMMANDS = (
         (
             Argument("entity", metavar="ENTITY", help="user or team"),
             Argument("project", metavar="PROJECT", help="W&B project, such as ade20k"),
-            Argument("--name", default="ADE20K evaluations", metavar="NAME", help="of the view"),
+            Argument("--name", default="ADE20K evaluations", metavar="NAME", help="name of the view"),
         ),
     ),
     Command("doctor", "check this machine's installation", "doctor:run_doctor"),

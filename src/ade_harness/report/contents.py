@@ -22,7 +22,7 @@ from ade_harness.runs.result import per_class_rows
 SCORE_NAMES = {
     "mIoU": "mIoU",
     "mIoU_csail": "mIoU, absent classes as 0 (CSAIL)",
-    "mIoU_detectron2": "mIoU, classes in truth (detectron2)",
+    "mIoU_detectron2": "mIoU, classes in the ground truth (detectron2)",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
     "fwIoU": "frequency-weighted IoU",

@@ -44,7 +44,7 @@ def print_result(console: Console, result: Result) -> None:
         *([("weights", found)] if (found := _weights(result.origin)) else []),
         ("time", f"{format_seconds(result.seconds)} on {ranks}; {speed}"),
         *([("balance", _balance(result.balance))] if result.world_size > 1 else []),
-        *([("breakdown", _stages(result.stage_shares))] if result.stage_shares else []),
+        *([("time breakdown", _stages(result.stage_shares))] if result.stage_shares else []),
         ("run directory", str(result.run_dir)),
     ]
     for name, value in lines:
@@ -70,8 +70,14 @@ def _balance(balance: Balance) -> str:
 
 
 def _stages(shares: Mapping[str, float]) -> str:
-    own = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name not in BESIDE)
-    return f"{own}; beside it loaders {shares.get('decode', 0):.0%}, recorder {shares.get('ledger', 0):.0%}"
+    own = ", ".join(f"{_SHOWN.get(name, name)} {share:.0%}" for name, share in shares.items() if name not in BESIDE)
+    return f"{own}; in parallel: loaders {shares.get('decode', 0):.0%}, recorder {shares.get('ledger', 0):.0%}"
+
+
+_SHOWN = {
+    "wait": "data loading", "copy": "host-to-device", "labels": "post-processing", "counts": "metric",
+}  # fmt: skip
+"""What stages are called, whose names in files are shorter."""
 
 
 def _scores(result: Result) -> Table:
@@ -99,12 +105,12 @@ def _scores(result: Result) -> Table:
 def _remarks(result: Result) -> Text:
     """Say what mIoU means here."""
     scores, published = result.scores, result.published
-    lines = [f"{result.pixels:,} pixels; mIoU is the mean over classes in truth or prediction (mmseg)"]
+    lines = [f"{result.pixels:,} pixels; mIoU is the mean over classes in the ground truth or the prediction (mmseg)"]
     if len({scores.mIoU, scores.mIoU_csail, scores.mIoU_detectron2}) > 1:
         lines += [
             "some classes are absent from these images, so conventions differ:"
             f" CSAIL {percent(scores.mIoU_csail)} (absent = 0),"
-            f" detectron2 {percent(scores.mIoU_detectron2)} (classes in truth)"
+            f" detectron2 {percent(scores.mIoU_detectron2)} (classes in the ground truth)"
         ]
     if any(result.intervals.values()):
         lines += ["interval: bootstrap over images"]

@@ -200,7 +200,7 @@ def _read_segment(path: Path) -> list[dict[str, Any]]:
         values = sum(g.column(c).num_values for g in groups for c in range(g.num_columns))
         size = sum(g.total_byte_size for g in groups)
         if file.metadata.num_rows > _MAX_ROWS or values > _MAX_VALUES or size > _MAX_BYTES:
-            raise HarnessError(f"{path}: says that it holds {values:,} values; no ledger has so many.")
+            raise HarnessError(f"{path}: declares {values:,} values, more than any ledger can hold.")
     # texts that repeat stay dictionaries, whatever length they have
     with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=texts) as file:
         table = file.read()
@@ -208,7 +208,9 @@ def _read_segment(path: Path) -> list[dict[str, Any]]:
         words = table.column(name).combine_chunks().dictionary
         longest = max((len(word.as_buffer()) for word in words if word.is_valid), default=0)
         if longest * table.num_rows > _MAX_TEXT_BYTES:
-            raise HarnessError(f"{path}: {name} has {table.num_rows:,} texts of up to {longest:,} bytes. Not a ledger.")
+            raise HarnessError(
+                f"{path}: {name} has {table.num_rows:,} strings of up to {longest:,} bytes. Not a ledger."
+            )
     columns = {name: _values(table.column(name).combine_chunks()) for name in table.column_names}
     return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 

@@ -35,8 +35,8 @@ def match_runs(first: FinishedRun, second: FinishedRun) -> Matched:
     remarks = []
     if len(one_areas.ids) < max(len(first.rows), len(second.rows)):
         remarks.append(
-            f"compared on the {len(one_areas.ids):,} images that both have: {first.name} has {len(first.rows):,},"
-            f" {second.name} {len(second.rows):,}; their own scores are of all of theirs"
+            f"compared on the {len(one_areas.ids):,} images common to both runs ({first.name}: {len(first.rows):,},"
+            f" {second.name}: {len(second.rows):,}); each run's own score covers all its images"
         )
     for run in (first, second):
         remarks += [f"{run.name}: {mark}" for mark in run.marks]

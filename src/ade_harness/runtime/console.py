@@ -78,7 +78,7 @@ def make_console(*, result: bool = True) -> Console:
 
 def print_fact(console: Console, name: str, value: str) -> None:
     """Print one of the lines below the table."""
-    print_line(console, f"{name + ':':15}{one_line(value)}")
+    print_line(console, f"{name + ':':16}{one_line(value)}")
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
