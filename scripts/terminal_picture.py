@@ -20,7 +20,7 @@ from ade_harness.config.composed import Composed
 from ade_harness.evaluation.session import run_session
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
-WIDTH = 1120
+WIDTH = 1280
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars")  # fmt: skip
 
