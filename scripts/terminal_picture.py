@@ -20,7 +20,7 @@ from ade_harness.config.composed import Composed
 from ade_harness.evaluation.session import run_session
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.png"
-WIDTH = 1280
+WIDTH = 1200
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars")  # fmt: skip
 
@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         with Path(os.devnull).open("w") as nowhere:
-            console = Console(record=True, force_terminal=False, width=118, file=nowhere)
+            console = Console(record=True, force_terminal=False, width=136, file=nowhere)
             console.print("[bold green]$[/] python -m ade_harness")
             run_session(Composed.from_config(compose_config([])), console=console)
         page = Path(folder) / "page.html"

@@ -452,7 +452,7 @@ def test_a_training_has_the_run_directory_of_an_evaluation(
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["probe"]["iterations"] == 8
     shown = cli("status", "run")
     assert shown.code == 0, shown.err
-    assert "state:         finished" in shown.out
+    assert "state:          finished" in shown.out
     assert "trained:       8 of 8 iterations" in shown.out
     again = cli("resume", "run")
     assert again.code == 0, again.err
@@ -460,7 +460,7 @@ def test_a_training_has_the_run_directory_of_an_evaluation(
     manifest = {"schema": manifest["schema"], "kind": "probe", "identity": old, "finished": False}  # as older ones were
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "run/config.yaml").unlink()
-    assert "state:         interrupted" in cli("status", "run").out
+    assert "state:          interrupted" in cli("status", "run").out
     for damage in ({"identity": {**old, "probe.iterations": "8"}}, {"identity": {}}):
         (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, **damage}))
         damaged = cli("status", "run")

@@ -266,7 +266,7 @@ def test_the_terminal_says_who_is_better(runs: dict[str, Path], call: Call, tmp_
     assert done.code == 0
     assert "they differ" in done.out
     assert "(corrected for" in done.out
-    assert f"page:          {commands.COMPARISON_PAGE}" in done.out
+    assert f"page:           {commands.COMPARISON_PAGE}" in done.out
     again = shutil.copytree(runs["run"], tmp_path / "again" / runs["run"].name)
     same = call("compare", runs["run"], again, "--resamples", "300")
     assert "no significant difference" in same.out

@@ -155,7 +155,7 @@ def test_all_killed_at_once(start: Callable[..., Started], cli: Callable[..., Do
     again = cli("resume", "run", "runtime.devices=3", SLOW_MODEL_SECONDS="0")
     assert again.code == 0, again.err
     assert_same(started.run, expected)
-    assert "state:         finished" in cli("status", "run").out
+    assert "state:          finished" in cli("status", "run").out
 
 
 def test_a_crash_of_the_models_code_shows_its_log(start: Callable[..., Started], work: Path) -> None:

@@ -70,7 +70,8 @@ def _balance(balance: Balance) -> str:
 
 
 def _stages(shares: Mapping[str, float]) -> str:
-    own = ", ".join(f"{_SHOWN.get(name, name)} {share:.0%}" for name, share in shares.items() if name not in BESIDE)
+    shown = {name: f"{share:.0%}" for name, share in shares.items() if name not in BESIDE}
+    own = ", ".join(f"{_SHOWN.get(name, name)} {share}" for name, share in shown.items() if share != "0%")
     return f"{own}; in parallel: loaders {shares.get('decode', 0):.0%}, recorder {shares.get('ledger', 0):.0%}"
 
 
