@@ -453,7 +453,7 @@ def test_a_training_has_the_run_directory_of_an_evaluation(
     shown = cli("status", "run")
     assert shown.code == 0, shown.err
     assert "state:          finished" in shown.out
-    assert "trained:       8 of 8 iterations" in shown.out
+    assert "trained:        8 of 8 iterations" in shown.out
     again = cli("resume", "run")
     assert again.code == 0, again.err
     old = {**manifest["identity"], "probe.iterations": 8}

@@ -40,6 +40,7 @@ from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import refuse_recipe, require_data
 from ade_harness.errors import HarnessError, require
+from ade_harness.runtime.notes import GIVEN_FULL_ERROR
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 """Options of Hydra's that print something instead of running."""
@@ -254,11 +255,13 @@ def _arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Iterato
         flags.append("hydra.verbose=true")
     sys.argv = [argv[0], *overrides, *flags]
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ[GIVEN_FULL_ERROR] = full or ""  # processes that are started meanwhile inherit both
     try:
         yield
     finally:
         sys.argv = argv
         os.environ.pop("HYDRA_FULL_ERROR")
+        os.environ.pop(GIVEN_FULL_ERROR)
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
 

@@ -24,7 +24,7 @@ from ade_harness.cli.commands import COMMANDS, EVERYWHERE, find_command, overvie
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.console import OUTPUT, Output, debug_messages, print_error
 from ade_harness.runtime.lifetime import no_silent_exit
-from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE
+from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE, GIVEN_FULL_ERROR
 
 _TRACEBACK = "ADE_HARNESS_TRACEBACK"
 _verbose: ContextVar[bool] = ContextVar("verbose", default=False)
@@ -79,7 +79,7 @@ def guarded(work: Callable[[], int]) -> int:
     except HarnessError as error:
         if os.environ.get(_TRACEBACK):
             raise
-        if _verbose.get() or os.environ.get("HYDRA_FULL_ERROR") == "1":  # as Hydra's documentation says
+        if _verbose.get() or os.environ.get(GIVEN_FULL_ERROR, os.environ.get("HYDRA_FULL_ERROR")) == "1":
             traceback.print_exc()
         print_error(f"error: {error}")
         return EXIT_MESSAGE

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ade_harness.runtime.cluster import SUPERVISED
 
+GIVEN_FULL_ERROR = "ADE_HARNESS_FULL_ERROR"
+"""Environment variable: what the user has set HYDRA_FULL_ERROR to, which we set too while Hydra runs."""
 COMMAND = "ADE_HARNESS_COMMAND"
 """Environment variable: the command that the user gave, as JSON; ranks have it from their supervisor."""
 EXIT_MESSAGE = 2
