@@ -215,12 +215,17 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
     assert [Path(row["run"]).name for row in one] == ["first"]
     assert one[0]["images"] == 4
     assert "no run matches --where" in call("runs", "--where", "model=beit3").out
+    of_images = [
+        len(json.loads(call("runs", "--json", "--where", f"images{is_}").out)["runs"]) for is_ in ("=2.0", "!=2.0")
+    ]
+    assert sum(of_images) == len(json.loads(call("runs", "--json").out)["runs"])
     for condition, names in (
         (f"mIoU>={scores[0]}", 1), (f"mIoU<{scores[0]}", 1), ("mIoU > 1", 0), ("images<=4", 2), ("started>2020", 2), ("seconds<0", 0),
     ):  # fmt: skip
         assert len(json.loads(call("runs", "--json", "--where", condition).out)["runs"]) == names, condition
     for overrides, message in (
         (("--where", "model"), "expected COLUMN=VALUE"),
+        (("--where", "mIoU>20"), "scores are fractions: mIoU>0.2"),  # as the table's percent suggests
         (("--where", "mIoU>high"), "--where mIoU>high: mIoU is a number, and 'high' is none"),
         (("--where", "points>1"), "points: no such column"),
         (("--sort", "mIoUs"), "mIoUs: no such column. Did you mean 'mIoU'"),

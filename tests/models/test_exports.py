@@ -176,8 +176,14 @@ class Flat(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 def test_a_traced_network_of_one_size_leads_to_the_protocol(tmp_path: Path) -> None:
     torch.jit.trace(Flat(), torch.zeros(1, 3, 64, 64)).save(tmp_path / "net.ts")
-    with pytest.raises(HarnessError, match=r"may take the size alone that it was traced with: inference=fit_512"):
+    with pytest.raises(HarnessError, match=r"may take the size alone that it was made with: inference=fit_input"):
         evaluated(tmp_path / "net.ts")
+    fitted = {"inference.resize.height": 64, "inference.resize.width": 64}
+    assert evaluated(tmp_path / "net.ts", protocol="fit_input", **fitted).images == 4  # as the message says
+    module = torch.export.export(Flat(), (torch.zeros(1, 3, 64, 64),)).module()
+    with pytest.raises(HarnessError, match=r"may take the size alone that it was made with: inference=fit_input"):
+        evaluated(module)
+    assert evaluated(module, protocol="fit_input", **fitted).images == 4
 
 
 def test_what_is_no_program(tmp_path: Path) -> None:
@@ -305,6 +311,13 @@ class Nowhere(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(images), 150, 4, 4, device="meta")
+
+
+def test_a_network_that_torch_save_wrote_is_no_torchscript(tmp_path: Path) -> None:
+    torch.save(nn.Conv2d(3, 150, 1), tmp_path / "net.pt")
+    with pytest.raises(HarnessError, match=r"net\.pt: was written by torch\.save, and is no TorchScript") as error:
+        evaluated(tmp_path / "net.pt")
+    assert "corrupted" not in str(error.value)
 
 
 def test_torchscript_says_its_reason(tmp_path: Path) -> None:

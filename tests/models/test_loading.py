@@ -671,6 +671,13 @@ def test_outputs_without_scores(output: Any) -> None:
         read_output(output, "x")
 
 
+def test_a_dict_without_scores_says_what_it_has() -> None:
+    with pytest.raises(
+        HarnessError, match=r"returned a dict, expected logits .* Its keys are 'pred', 'aux'; read are 'logits'"
+    ):
+        read_output({"pred": torch.zeros(1, 2, 3, 3), "aux": 1}, "x")
+
+
 def test_architecture_can_be_changed_on_the_command_line() -> None:
     cfg = model_cfg("model=segformer_b0", "model.weights=random", "model.architecture.head.decoder_hidden_size=64")
     assert family_of("segformer").flat(cfg.architecture) == B0 | {"decoder_hidden_size": 64}

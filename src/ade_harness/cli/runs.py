@@ -85,6 +85,13 @@ def _matches(row: RunRow, condition: str) -> bool:
         raise HarnessError(f"--where {condition}: expected COLUMN=VALUE, such as model=segformer_b0, or mIoU>0.4.")
     name, operator, value = parts.groups()
     found = getattr(row, _column(name.strip()))
+    score = _column(name.strip()) in _FRACTIONS
+    if score and _is_number(value) and float(value) > 1:
+        raise HarnessError(
+            f"--where {condition}: scores are fractions: {name.strip()}{operator}{float(value) / 100:g}."
+        )
+    if operator in ("=", "!=") and isinstance(found, int | float) and _is_number(value):
+        return (found == float(value)) == (operator == "=")
     if operator in ("=", "!="):
         return fnmatchcase("" if found is None else str(found), value.strip()) == (operator == "=")
     if found is None:
@@ -96,6 +103,18 @@ def _matches(row: RunRow, condition: str) -> bool:
     except ValueError as error:
         problem = f"{name.strip()} is a number, and {value.strip()!r} is none."
         raise HarnessError(f"--where {condition}: {problem}") from error
+
+
+_FRACTIONS = ("mIoU", "low", "high", "pixel_accuracy", "mean_accuracy", "mean_dice")
+"""Columns of scores, which tables show as percent."""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 _CONDITION = re.compile(r"([^=!<>]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)

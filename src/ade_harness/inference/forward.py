@@ -230,14 +230,14 @@ class BatchedForward:
         return f" Its weights are {name}, images float32: {advice}."
 
     def _of_size(self, reason: str) -> str:
-        """Return what to do where a traced network has kept the size that it was traced with; else nothing."""
-        scripted = isinstance(self.model.module, torch.jit.ScriptModule)
-        if not scripted or not any(word in reason for word in ("shape", "size", "Sizes", "must match")):
+        """Return what to do where a traced or exported network has kept the size of its example; else nothing."""
+        made = isinstance(self.model.module, torch.jit.ScriptModule | torch.fx.GraphModule)
+        if not made or not any(word in reason for word in ("shape", "size", "Sizes", "must match", "Guard failed")):
             return ""
         return (
-            " A network that was traced (torch.jit.trace) may take the size alone that it was traced with:"
-            " inference=fit_512 inference.resize.height=H inference.resize.width=W fits images into it. Or export it"
-            " with torch.jit.script."
+            " A network that was traced or exported may take the size alone that it was made with:"
+            " inference=fit_input inference.resize.height=H inference.resize.width=W fits images into it. Or export it"
+            " for any size."
         )
 
     def _of_device(self, reason: str, batch: Tensor) -> str:

@@ -84,6 +84,9 @@ def read_output(output: Any, what: str) -> Tensor | MaskLogits | LabelMap:
         got = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
         flat = isinstance(found, Tensor) and found.ndim == 3
         hint = " Labels are integers: .long(); scores have a batch dimension: [None]." if flat else ""
+        if isinstance(output, dict):
+            keys = ", ".join(repr(str(key))[:40] for key in list(output)[:8])
+            hint = f" Its keys are {keys}; read are 'logits', 'out', 'sem_seg', and 'pred_logits' with 'pred_masks'."
         raise HarnessError(f"{what}: the model returned {got}, expected logits [N, C, h, w].{hint}")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def _check(path: Path) -> None:
         Exception: of zipfile or pickletools, of what is damaged; ValueError for a member that is too large.
     """
     with zipfile.ZipFile(path) as archive:
+        names = {name.rpartition("/")[2] for name in archive.namelist()}
+        if "data.pkl" in names and "constants.pkl" not in names:
+            raise HarnessError(
+                f"{path}: was written by torch.save, and is no TorchScript. From Python: torch.load it, and give the"
+                " network. Weights go with their system (model=NAME model.checkpoint=PATH); `convert` takes the tensors"
+                " out of a pickled network."
+            )
         for member in archive.infolist():
             pickled = member.filename.endswith(".pkl")
             if (pickled or member.compress_type != zipfile.ZIP_STORED) and member.file_size > _MAX_BYTES:
@@ -40,7 +48,12 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     path = model_file(cfg)
     try:
         _check(path)
-        module = torch.jit.load(str(path), map_location="cpu")
+        with warnings.catch_warnings():  # torch calls all of TorchScript deprecated
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(path), map_location="cpu")
+    except HarnessError:
+        raise
     except Exception as error:  # torch's reader of a damaged file fails in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HarnessError(
