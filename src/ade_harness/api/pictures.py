@@ -52,7 +52,7 @@ _UNREAD = frozenset(
 _RECORD = "predictions.json"
 _FOLDERS = ("labels", "pictures")
 _OF_ANNOTATIONS = ("dataset.", "metrics.")
-"""Fields that no prediction reads: classes are compared by their data set's name."""
+"""Fields that no prediction reads: the names of classes are compared."""
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -281,7 +281,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short: torch's own, the CPU's, cuBLAS's and cuDNN's ways to say it."""
     text = str(error)
     if "_STATUS_NOT_INITIALIZED" in text and torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] < _LITTLE_BYTES  # else a library is broken, and stays so
+        with suppress(RuntimeError):
+            return torch.cuda.mem_get_info()[0] < _LITTLE_BYTES  # else a library is broken, and stays so
+        return False
     return isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _OUT_OF_MEMORY)
 
 
