@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ade_harness as ade
+from ade_harness.cli.main import main
 from ade_harness.config.compose import compose_config
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import ArgumentError, HarnessError
@@ -410,3 +411,19 @@ def test_a_class_that_is_ignored_by_default_is_asked_for() -> None:
     assert int(metric.matrix.sum()) == 847
     with pytest.raises(ArgumentError, match=r"Give target\.squeeze\(1\)"):
         SegmentationScores(5).update(torch.zeros(1, 5, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.int64))
+
+
+def test_what_no_command_can_make_again_is_not_to_be_resumed(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def failing(image: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("a fault")
+        return np.zeros(image.shape[:2], np.uint8)
+
+    with pytest.raises(HarnessError, match="the function failed"):
+        ade.evaluate(failing, run_dir=tmp_path / "run", **SHORT)
+    with pytest.raises(HarnessError, match="not finished .* Its model was in memory: evaluate it again, into another"):
+        ade.load_run(tmp_path / "run")
+    assert main(["resume", str(tmp_path / "run")]) == 2

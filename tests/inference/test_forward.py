@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ade_harness as ade
 from ade_harness.config.compose import compose_config
+from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.evaluation.data import group_images
 from ade_harness.inference.forward import BatchedForward, arithmetic_of
@@ -24,6 +25,7 @@ from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.kernels import reference
 from ade_harness.models.formats.demo import load_demo_network
 from ade_harness.models.loaded import LoadedModel
+from ade_harness.models.ops.deformable import DeformableAttention
 from ade_harness.models.outputs import LabelMap
 
 CPU = torch.device("cpu")
@@ -449,3 +451,21 @@ def test_torchscript_is_not_fused_on_a_gpu() -> None:
         assert not torch._C._get_graph_executor_optimize()
     with forward._as_scripted(torch.zeros(1)):
         assert torch._C._get_graph_executor_optimize()
+
+
+def test_graphs_that_torch_would_leave_out_are_refused() -> None:
+    """It says so in its own log alone, and runs without them."""
+    cfg = compose_config(["model=mask2former_swin_t", "inference.compile=cudagraphs", "inference=original_size"])
+    network = nn.Sequential(DeformableAttention(64, 4, 3, 4))
+    predictor = NetworkPredictor(
+        LoadedModel(network, "random", (0.0,) * 3, (1.0,) * 3),
+        cfg.inference,
+        cfg.model,
+        "torch",
+        False,
+        ade20k_classes(),
+    )
+    with pytest.raises(HarnessError, match="inference.compile=cudagraphs: has no effect on networks with deformable"):
+        predictor.check({"x": (64, 64)})
+    predictor.cfg.compile = "inductor"
+    predictor.check({"x": (64, 64)})

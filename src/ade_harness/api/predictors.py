@@ -28,6 +28,7 @@ from ade_harness.models.formats.transformers import describe_network
 from ade_harness.models.identity import state_hash
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
 from ade_harness.report.overlays import draw_prediction
+from ade_harness.runs.directory import IN_MEMORY
 from ade_harness.runtime.queue import Loaders
 
 
@@ -43,7 +44,7 @@ def network_predictor(network: nn.Module, cfg: Config, classes: Classes) -> Netw
     names, notes = describe_network(network, cfg.model)
     names = getattr(network, "class_names", names)
     facts = {
-        "origin": f"a {type(network).__qualname__} in the memory of a Python process",
+        "origin": f"a {type(network).__qualname__} {IN_MEMORY}",
         "state_sha256": state_hash(network),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
@@ -98,7 +99,7 @@ class FunctionPredictor:
     def facts(self) -> dict[str, Any]:
         """Return what the function calls itself."""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
-        return {"weights": "in memory", "origin": f"the function {name} in the memory of a Python process"}
+        return {"weights": "in memory", "origin": f"the function {name} {IN_MEMORY}"}
 
     def loaders(self, workers: int | None, rank: int, world_size: int) -> Loaders:
         """Return as many as were asked for."""

@@ -17,7 +17,7 @@ from ade_harness.config.fields import place_keys
 from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.errors import require
 from ade_harness.files.reading import expanded
-from ade_harness.runs.directory import PROBE, read_manifest
+from ade_harness.runs.directory import PROBE, is_of_memory, read_manifest
 from ade_harness.runs.record import config_and_owner
 from ade_harness.runs.trust import require_trust
 from ade_harness.runtime.console import print_error
@@ -47,6 +47,11 @@ def run_resume(options: argparse.Namespace) -> Answer:
             f"{override}: a run is resumed in its own directory. Move it, or remove this.",
         )
     manifest = read_manifest(path)
+    require(
+        not is_of_memory(manifest),
+        f"{path}: cannot be resumed: its model was in the memory of a Python process. Evaluate it again, into another"
+        " folder.",
+    )
     file = path / "config.yaml"
     if not file.exists():
         require(manifest.get("kind") != PROBE, _OLD_PROBE.format(path=path))

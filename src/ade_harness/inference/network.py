@@ -26,7 +26,7 @@ from ade_harness.config.inference import (
 from ade_harness.config.model import ChannelOrder, ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
-from ade_harness.errors import HarnessError, ShortMemoryError
+from ade_harness.errors import HarnessError, ShortMemoryError, require
 from ade_harness.inference.fitting import check_one_size, check_plan, fitted
 from ade_harness.inference.forward import BatchedForward, is_out_of_memory
 from ade_harness.inference.masks import mask_view
@@ -123,6 +123,12 @@ class NetworkPredictor:
         self.forward.needed = most * self.cfg.images
         if self.cfg.compile:
             check_one_size(self.cfg.compile, inputs)
+        require(
+            self.cfg.compile != "cudagraphs"
+            or not any(getattr(module, "aggregates", False) for module in self.network.modules()),
+            "inference.compile=cudagraphs: has no effect on networks with deformable attention, of which torch makes no"
+            " graph (they hold a constant of the CPU). Leave it out.",
+        )
 
     def prepared_bytes(self, size: Size) -> int:
         """Return the bytes of all scales, three a pixel."""

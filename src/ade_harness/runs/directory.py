@@ -151,6 +151,15 @@ def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {_SECTION.sub("model.architecture.", key): value for key, value in kept.items()}
 
 
+IN_MEMORY = "in the memory of a Python process"
+"""How the origin of a model ends that no command can make again."""
+
+
+def is_of_memory(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run's model was an object of the process that evaluated it."""
+    return str((manifest.get("model") or {}).get("origin", "")).endswith(IN_MEMORY)
+
+
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Return what decides numbers and differs between two identities (configuration, hashes, code), one line each."""
     before, now = decisive(first), decisive(second)

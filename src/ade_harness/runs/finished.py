@@ -16,7 +16,7 @@ from ade_harness.files.escapes import one_line
 from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
-from ade_harness.runs.directory import LEDGER, MANIFEST, read_manifest
+from ade_harness.runs.directory import LEDGER, MANIFEST, is_of_memory, read_manifest
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.progress import state_of
 from ade_harness.runs.shapes import CONFIG, FINISHED, METRICS
@@ -98,9 +98,11 @@ def load_run(path: Path) -> FinishedRun:
     if manifest.get("kind") == "probe":
         raise HarnessError(f"{path}: is the training of a probe, not an evaluation.")
     if manifest.get("status") != "finished":
+        completes = f"`{resume_command(path)}` completes it."
+        if is_of_memory(manifest):
+            completes = "Its model was in memory: evaluate it again, into another folder."
         raise HarnessError(
-            f"{path}: the run is not finished ({state_of(path, str(manifest.get('status')))})."
-            f" `{resume_command(path)}` completes it."
+            f"{path}: the run is not finished ({state_of(path, str(manifest.get('status')))}). {completes}"
         )
     checked(manifest, FINISHED, str(path / MANIFEST))
     rows, broken = read_rows(path / LEDGER)
