@@ -84,7 +84,7 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> Confi
         raise HarnessError(f"--config-dir: {extra} is not a folder.")
     ready = prepare(overrides, extra)
     tree = compose_tree(ready, extra)
-    kind = str(tree.inference.name)
+    kind = "" if OmegaConf.is_missing(tree.inference, "name") else str(tree.inference.name)
     if kind in OWN_PROTOCOLS:  # a file has chosen the model
         tree = compose_tree(with_own_protocol(ready, kind, tree), extra)
     return checked(tree)

@@ -222,12 +222,6 @@ class NetworkPredictor:
     def notes(self) -> list[str]:
         """Return the class map's remarks, and what the run had to do otherwise than asked."""
         notes = list(self.model.notes)
-        staying = [name or "itself" for name, part in self.network.named_modules() if getattr(part, "training", False)]
-        if staying:
-            notes.append(
-                f"{len(staying)} modules of the network stay in training mode though it was put into evaluation mode"
-                f" (such as {staying[0]}): dropout and statistics of batches change labels"
-            )
         if self.model.facts.get("part"):
             notes.append(f"of {self.model.facts['origin']}: {self.model.facts['part']}")
         if self.model.facts.get("backbone_part"):
@@ -238,6 +232,12 @@ class NetworkPredictor:
             notes.append(
                 f"inference={self.cfg.name} is not a published protocol ({size}, pixels normalised with mean"
                 f" {_written(self.model.mean)} and std {_written(self.model.std)}): choose the model's own"
+            )
+        staying = [name or "itself" for name, part in self.network.named_modules() if getattr(part, "training", False)]
+        if staying:
+            notes.append(
+                f"{len(staying)} modules of the network stay in training mode though it was put into evaluation mode"
+                f" (such as {staying[0]}): dropout and statistics of batches change labels"
             )
         notes += [
             f"deformable attention: plain torch is used, which is slower: {reason}" for reason in FALLBACKS.values()
