@@ -66,6 +66,7 @@ def test_every_option_in_the_readme_exists() -> None:
     from ade_harness.config.probe import ProbeConfig
 
     keys = {*known_keys(), "install", "model", "dataset", "inference", "tracking", "probe"}
+    keys |= {"experiment"}  # a group of one's own
     keys |= {f"probe.{field}" for field in ProbeConfig.__dataclass_fields__}
     for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
         for key, value in re.findall(r"(?<![\w./(-])([a-z]+(?:\.[a-z_]+)*)=(\S*?)(?=[\s`|,;)\]]|$)", prose(page)):
