@@ -87,6 +87,13 @@ def test_complete_runs_are_merged_in_and_marked(demo: Path, tmp_path: Path, monk
     assert table.NOT_OWN not in as_csv(entries)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # somebody else's machine
     assert {e.note.partition(";")[0] for e in measured_entries(run)} == {table.NOT_OWN}
+    given = {**run.config, "model": {**run.config["model"], "checkpoint": "/a/mine.pth"}}
+    by = replace(run, config=given, metrics={**run.metrics, "protocol_changes": ["resize.side"]})
+    assert {
+        "inference=original_size, changed: resize.side; weights given as mine.pth" in e.note
+        for e in measured_entries(by)
+    } == {True}
+    assert not any("weights given" in e.note or "changed" in e.note for e in measured_entries(run))
     tie = replace(measured_entries(run)[0], score=57.3, date="2026-01")
     assert [e.date for e in ranked([*published_entries(), tie], "mIoU") if e.score == 57.3] == [
         "2025-12",

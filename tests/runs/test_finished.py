@@ -158,6 +158,20 @@ def test_runs_of_other_images_are_not_compared(demo: Path, call: Call, tmp_path:
     assert "compared on the 20 images common to both runs" in matched.remarks[0]
 
 
+def test_a_changed_protocol_has_another_name(demo: Path, tmp_path: Path) -> None:
+    """Two runs by one protocol's name are not alike where a field of it was changed, of which only the run knows."""
+    first = load_run(demo)
+    inference = {**first.config["inference"], "tta": {**first.config["inference"]["tta"], "flip": True}}
+    config, known = {**first.config, "inference": inference}, {**first.metrics, "protocol_changes": ["tta.flip"]}
+    changed = FinishedRun(tmp_path, first.manifest, config, known, first.rows, "")
+    assert changed.protocol == f"{first.protocol}, changed: tta.flip"
+    assert f"different protocols: {first.protocol} and {changed.protocol}" in match_runs(first, changed).remarks
+    older = FinishedRun(tmp_path, first.manifest, config, first.metrics, first.rows, "")  # did not write it
+    remark = f"different protocols of one name, {first.protocol}: tta.flip"
+    assert remark in match_runs(first, older).remarks
+    assert not any("different protocols" in text for text in match_runs(first, first).remarks)
+
+
 def test_confidence_is_the_softmax_at_the_labels_size(demo: Path) -> None:
     from torch.nn import functional as F
 

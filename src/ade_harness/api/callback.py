@@ -197,11 +197,8 @@ class ADE20KEvaluation(pl.Callback):
         last = last or trainer.global_step == trainer.max_steps
         if not last and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        network = self._part(pl_module)
-        with _averaged_weights(trainer, pl_module), _buffers_of_rank_zero(network, trainer.world_size):
-            self.result = self._evaluate(trainer, network, pl_module.device)
+        scores = self._scores(trainer, pl_module)
         self._evaluated = trainer.current_epoch + 1
-        scores = {self.prefix + name: value for name, value in self.result.scores.items()}
         # equal on all ranks: Lightning warns of each where it may not compare them, and a mean could round
         pl_module.log_dict(scores, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
 
@@ -209,12 +206,16 @@ class ADE20KEvaluation(pl.Callback):
         """Evaluate once more if a callback after this one has ended the training: its last epoch has a score too."""
         if trainer.fast_dev_run or trainer.current_epoch in (0, self._evaluated):
             return
-        network = self._part(pl_module)
-        with _averaged_weights(trainer, pl_module), _buffers_of_rank_zero(network, trainer.world_size):
-            self.result = self._evaluate(trainer, network, pl_module.device)
-        scores = {self.prefix + name: value for name, value in self.result.scores.items()}
+        scores = self._scores(trainer, pl_module)
         for logger in trainer.loggers:  # `log_dict` is for epochs that are under way
             logger.log_metrics(scores, step=trainer.global_step)
+
+    def _scores(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        """Evaluate what would be saved now; return the scores by the names that are logged."""
+        network = self._part(module)
+        with _averaged_weights(trainer, module), _buffers_of_rank_zero(network, trainer.world_size):
+            self.result = self._evaluate(trainer, network, module.device)
+        return {self.prefix + name: value for name, value in self.result.scores.items()}
 
     def _part(self, module: pl.LightningModule) -> nn.Module:
         if self._network is None:

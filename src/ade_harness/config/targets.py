@@ -45,7 +45,7 @@ def require_target(target: str) -> None:
 def _top(name: str) -> ModuleSpec | None:
     if name in sys.modules:
         return sys.modules[name].__spec__ or importlib.util.spec_from_loader(name, None)
-    # as Python looks: a package that is installed goes before a plain folder in the working directory
+    # as Python looks: a package that is installed takes precedence over a plain folder in the working directory
     with suppress(ValueError, ImportError):
         return PathFinder.find_spec(name, [str(Path.cwd()), *sys.path]) or importlib.util.find_spec(name)
     return None

@@ -291,7 +291,7 @@ class EvaluationModule(pl.LightningModule):
             f"{before.image_id}, which this run counted on {before.host}, was predicted again on {host_name()} and got"
             f" other labels: at least {moved:,} of its {before.valid_pixels:,} labelled pixels differ"
         )
-        # on one processor an image has the same bits in every session, whatever is evaluated beside it
+        # on one processor every session is bit-identical
         repeats = self.predictor.network is not None and before.host == host_name() and self.device.type == "cpu"
         if not repeats and moved <= max(MAX_MOVED * before.valid_pixels, _FEW_PIXELS):
             self.remarks.append(found)

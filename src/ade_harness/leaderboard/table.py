@@ -19,7 +19,7 @@ from rich.text import Text
 from ade_harness.data.ade20k import validation_sizes
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced, write_text
-from ade_harness.files.escapes import markdown_cell
+from ade_harness.files.escapes import markdown_cell, one_line
 from ade_harness.leaderboard.published import published_rows
 from ade_harness.runs.directory import MANIFEST
 from ade_harness.runs.finished import FinishedRun, load_run
@@ -71,16 +71,15 @@ def measured_entries(run: FinishedRun) -> list[Entry]:
     found = run.metrics["intervals"].get("mIoU")
     interval = (100 * found["low"], 100 * found["high"]) if found else None
     others = None if is_own(run.path, run.manifest) else NOT_OWN
-    note = "; ".join(filter(None, [others, f"{run.name}, inference={run.protocol}", _own_weights(run), run.verdict]))
+    note = "; ".join(filter(None, [others, f"{run.name}, inference={run.protocol}", _given_weights(run), run.verdict]))
     month, score = str(run.manifest["finished"])[:7], 100 * float(run.metrics["mIoU"])
     return [Entry(metric, run.label, "", month, score, MEASURED, note, interval) for metric in METRICS]
 
 
-def _own_weights(run: FinishedRun) -> str | None:
-    """Return that a system's row has other weights than the published ones; None where it has those, or is none."""
+def _given_weights(run: FinishedRun) -> str | None:
+    """Return which file of weights was given on the command line; None where the configuration names them."""
     given = run.config["model"].get("checkpoint")
-    published = run.config["model"].get("published") or {}
-    return f"with weights of one's own ({Path(str(given)).name})" if given and any(published.values()) else None
+    return f"weights given as {one_line(Path(str(given)).name)}" if given else None
 
 
 def why_not_ranked(run: FinishedRun) -> str | None:

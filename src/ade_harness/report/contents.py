@@ -140,7 +140,7 @@ def provenance(run: FinishedRun) -> list[tuple[str, str]]:
         "model": f"{run.label} (model={config['model']['name']})",
         "weights": f"{model.get('weights', 'of the label files')}, {model.get('origin', '')}",
         "weights' SHA-256": model.get("sha256"),
-        "protocol": f"inference={config['inference']['name']}: {config['inference'].get('source', '')}",
+        "protocol": f"inference={run.protocol}: {config['inference'].get('source', '')}",
         "precision": config["inference"].get("precision"),
         "data set": f"{dataset['name']}, {len(run.rows):,} of {dataset['expected_images']:,} images",
         "data's SHA-256": dataset.get("content_hash"),

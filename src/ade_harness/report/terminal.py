@@ -40,8 +40,10 @@ def print_result(console: Console, result: Result) -> None:
     speed = f"{result.images_per_second:.1f} images/s while evaluating"
     if not result.images_per_second:
         speed = "all images were already evaluated"  # a run that was finished, and is resumed
+    changed = result.origin.get("protocol_changes")
     lines = [
         *([("weights", found)] if (found := _weights(result.origin)) else []),
+        *([("protocol", f"{result.origin['protocol']}, changed: {', '.join(changed)}")] if changed else []),
         ("time", f"{format_seconds(result.seconds)} on {ranks}; {speed}"),
         *([("balance", _balance(result.balance))] if result.world_size > 1 else []),
         *([("time breakdown", _stages(result.stage_shares))] if result.stage_shares else []),
