@@ -703,20 +703,20 @@ def test_a_command_without_standard_output_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_changed_protocol_is_named_wherever_a_run_is_shown(call: Call, tmp_path: Path) -> None:
-    for name, changed in (("plain", ()), ("changed", ("inference.tta.flip=true",))):
+    for name, changed in (("plain", ()), ("with_flip", ("inference.tta.flip=true",))):
         done = call(*FAST, "dataset.images=2", "metrics.resamples=0", f"run.dir={name}", *changed)
         assert done.code == 0, done.err
         assert ("protocol:       original_size, changed: tta.flip\n" in done.out) == bool(changed)
         assert json.loads((tmp_path / name / "metrics.json").read_text())["protocol_changes"] == ["tta.flip"] * len(
             changed
         )
-    shown = call("runs", "plain", "changed", "--json").out
+    shown = call("runs", "plain", "with_flip", "--json").out
     assert [row["protocol"] for row in json.loads(shown)["runs"]] == [
         "original_size",
         "original_size, changed: tta.flip",
     ]
-    assert call("report", "changed", "--output", "one.html").code == 0
+    assert call("report", "with_flip", "--output", "one.html").code == 0
     assert "protocol original_size, changed: tta.flip." in (tmp_path / "one.html").read_text()
-    both = call("compare", "plain", "changed", "--output", "two.html")
+    both = call("compare", "plain", "with_flip", "--output", "two.html")
     assert "different protocols: original_size, changed: tta.flip and original_size" in " ".join(both.out.split())
     assert "original_size, changed: tta.flip" in (tmp_path / "two.html").read_text()
