@@ -104,6 +104,15 @@ def test_hydras_directory_is_the_runs(call: Call, tmp_path: Path) -> None:
     assert not (tmp_path / "here" / ".hydra").exists()
 
 
+def test_hydras_own_log_lies_in_the_run_directory(cli: Call, tmp_path: Path) -> None:
+    """As Hydra's documentation has it: in `hydra.run.dir`, before there is a run."""
+    for _ in range(2):  # the second one finds a finished run
+        done = cli(*QUICK, "dataset.images=2", "hydra/job_logging=default", "hydra.run.dir=here", "hydra.verbose=true")
+        assert done.code == 0, done.err
+    assert "DEBUG" in (tmp_path / "here/evaluate.log").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 @pytest.mark.slow
 def test_verbose_shows_debug_messages(call: Call) -> None:
     done = call(*QUICK, "dataset.images=2", "run.dir=run", "hydra.verbose=true")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,6 @@ from ade_harness.runs.directory import decisive, differences
 from ade_harness.runs.provenance import code_state, computing_packages
 from ade_harness.runs.record import decided_counts
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
-_UNREAD = frozenset(
-    [
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".bmp",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jp2",
-        ".jxl",
-        ".jfif",
-        ".jpe",
-        ".ppm",
-        ".dng",
-    ]
-)
-"""Endings of pictures that are not read."""
 _RECORD = "predictions.json"
 _FOLDERS = ("labels", "pictures")
 _OF_ANNOTATIONS = ("dataset.", "metrics.")
@@ -76,7 +56,7 @@ def predict_files(
 
     Args:
         segmenter: the model.
-        files: images with the name of what is written, as :func:`find_images` yields them.
+        files: images with the name of what is written, as :func:`ade_harness.data.image_files.find_images` yields them.
         output: an existing folder.
         exif: whether images are turned as their EXIF orientation says.
         on_done: called with the number of images that are done, failed ones too.
@@ -136,7 +116,7 @@ def open_output(
         output: the folder.
         made_by: as :func:`describe_model` says it.
         facts: of the weights.
-        files: images with the name of what is written, as :func:`find_images` yields them.
+        files: images with the name of what is written, as :func:`ade_harness.data.image_files.find_images` yields them.
 
     Raises:
         HarnessError: it holds predictions of another model, or of another image of the same name, or files of which
@@ -175,42 +155,6 @@ def open_output(
     )
     code = {key: value for key, value in code_state().items() if key in ("version", "commit", "dirty")}
     write_json(path, {**made_by, "weights": dict(facts), "code": code, "sources": sources | new})
-
-
-def find_images(given: Sequence[Path], output: Path) -> Iterator[tuple[Path, str]]:
-    """Yield each image with the name of what is written for it, the path below its folder; not what is in `output`.
-
-    Raises:
-        HarnessError: a path that is not there, a folder without images, or two images of one name.
-    """
-    seen: dict[str, Path] = {}
-    for path in given:
-        require(path.exists(), f"{path}: no such image or folder.")
-        found = [path]
-        if path.is_dir():
-            found = _below(path, output, frozenset(_SUFFIXES))
-        require(bool(found), f"{path}: contains no image ({', '.join(_SUFFIXES)}).")
-        for file in found:
-            name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
-            require(
-                name not in seen,
-                f"{file}: would be written to the same files as {seen.get(name)}. Predict them in two commands, with an"
-                " --output of its own for each.",
-            )
-            seen[name] = file
-            yield file, name
-
-
-def unread_pictures(given: Sequence[Path], output: Path) -> list[Path]:
-    """Return pictures in these folders that :func:`find_images` passes over: neither JPEG nor PNG by their names."""
-    return [file for path in given if path.is_dir() for file in _below(path, output, _UNREAD)]
-
-
-def _below(folder: Path, output: Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the files below a folder with one of these endings, sorted; not what an earlier command made."""
-    made = output.resolve()
-    below = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-    return sorted(p for p in below if made not in p.resolve().parents)
 
 
 def prediction_marks(segmenter: Segmenter) -> list[str]:

@@ -47,6 +47,9 @@ _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 
 _MULTIRUN = "hydra.mode=MULTIRUN"
 
+_End = tuple[int, Path | None]
+"""A job's exit code and run directory."""
+
 
 def run_evaluate(options: argparse.Namespace) -> Answer:
     """Evaluate one configuration, or a sweep of them.
@@ -117,51 +120,18 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
     register_schemas()
     if _shows(options):
         logging.raiseExceptions = False  # Hydra logs what it shows: `... | head` is no error of logging
-    ends: list[tuple[int, Path | None]] = []
+    ends: list[_End] = []
     errors: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name="config")
     def job(tree: DictConfig) -> float | None:
         try:
-            return run(tree)
+            return _run_job(tree, options, command, ends)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # a launcher looks at each job's end
             errors.append(error)  # Hydra would print its own message before ours
             return None
-
-    def run(tree: DictConfig) -> float | None:
-        mine = HydraConfig.get()
-        try:
-            if tree.inference.name in OWN_PROTOCOLS and mine.mode == RunMode.MULTIRUN:
-                # each job knows its model only now; it has the packaged primary
-                config = compose_config(list(mine.overrides.task), _config_dir(options))
-            else:
-                config = checked(_completed(tree, command, _own_folder(options)))
-            handed_over = {
-                "work": command,
-                "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
-                "verbose": mine.verbose if isinstance(mine.verbose, bool | str) else list(mine.verbose),
-            }
-        except OmegaConfBaseException as error:
-            raise HarnessError(explain(error, options.overrides)) from error
-        if command == "evaluate":
-            refuse_recipe(config)
-        if _hydras_directory(config):
-            config.run.dir = str(mine.runtime.output_dir)
-        require_data(config)
-
-        def work(on_run_dir: Callable[[Path], None]) -> None:
-            WORK[command](Composed.from_config(config), on_run_dir)
-
-        code, run_dir = launch(config, options.in_this_process, work, handed_over)
-        ends.append((code, run_dir))
-        if code and HydraConfig.get().mode == RunMode.MULTIRUN:
-            failed = HarnessError(f"a job ended with exit code {code}: see its messages.")
-            failed.exit_code = code
-            raise failed
-        found = score_of(run_dir) if code == 0 and command == "evaluate" else None
-        return float(found["mIoU"]) if found else None  # what a sweeper that optimises looks at
 
     running = current_command.set(command)
     known = len(sweeps)
@@ -179,13 +149,63 @@ def _run_hydra(options: argparse.Namespace, overrides: Sequence[str], command: s
             print(json.dumps(_of_sweeps(sweeps[known:]), indent=2))
     if errors:
         raise errors[0]
+    return _answer(command, ends, sweeps[known:])
+
+
+def _run_job(tree: DictConfig, options: argparse.Namespace, command: str, ends: list[_End]) -> float | None:
+    """Run what Hydra has composed, and add its end to `ends`; return what a sweeper that optimises looks at."""
+    config, handed_over = _checked_job(tree, options, command)
+
+    def work(on_run_dir: Callable[[Path], None]) -> None:
+        WORK[command](Composed.from_config(config), on_run_dir)
+
+    code, run_dir = launch(config, options.in_this_process, work, handed_over)
+    ends.append((code, run_dir))
+    if code and HydraConfig.get().mode == RunMode.MULTIRUN:
+        failed = HarnessError(f"a job ended with exit code {code}: see its messages.")
+        failed.exit_code = code
+        raise failed
+    found = score_of(run_dir) if code == 0 and command == "evaluate" else None
+    return float(found["mIoU"]) if found else None
+
+
+def _checked_job(tree: DictConfig, options: argparse.Namespace, command: str) -> tuple[Config, dict[str, Any]]:
+    """Return the configuration of a job, and what its ranks are given beside it.
+
+    Raises:
+        HarnessError: a mistake in it, or its data are not there.
+    """
+    mine = HydraConfig.get()
+    try:
+        if tree.inference.name in OWN_PROTOCOLS and mine.mode == RunMode.MULTIRUN:
+            # each job knows its model only now; it has the packaged primary
+            config = compose_config(list(mine.overrides.task), _config_dir(options))
+        else:
+            config = checked(_completed(tree, command, _own_folder(options)))
+        handed_over = {
+            "work": command,
+            "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
+            "verbose": mine.verbose if isinstance(mine.verbose, bool | str) else list(mine.verbose),
+        }
+    except OmegaConfBaseException as error:
+        raise HarnessError(explain(error, options.overrides)) from error
+    if command == "evaluate":
+        refuse_recipe(config)
+    if _hydras_directory(config):
+        config.run.dir = str(mine.runtime.output_dir)
+    require_data(config)
+    return config, handed_over
+
+
+def _answer(command: str, ends: Sequence[_End], done: Sequence[Sweep]) -> Answer:
+    """Return the answer of jobs that are done, of a sweep, or of what was submitted or listed."""
     code, run_dir = ends[-1] if ends else (0, None)
     if listed:
         return Answer({"jobs": listed}, code)
     if submitted:
         return Answer({"submitted": list(submitted)}, code)
-    if sweeps[known:]:
-        return Answer(_of_sweeps(sweeps[known:]), code)
+    if done:
+        return Answer(_of_sweeps(done), code)
     return Answer((score_of if command == "evaluate" else training_of)(run_dir), code)
 
 

@@ -9,7 +9,6 @@ from ade_harness.cli.answer import Answer
 from ade_harness.config.arguments import refuse_idle
 from ade_harness.config.compose import compose_config
 from ade_harness.endpoint.client import read_token
-from ade_harness.endpoint.service import make_server, open_service
 from ade_harness.runtime.console import make_console, print_line
 
 
@@ -22,7 +21,10 @@ def run_serve(options: argparse.Namespace) -> Answer:
     console = make_console()
     refuse_idle(options.overrides, "serve")
     token = read_token(options.token_env, "--token-env")
-    service = open_service(compose_config(options.overrides, Path(options.config_dir) if options.config_dir else None))
+    config = compose_config(options.overrides, Path(options.config_dir) if options.config_dir else None)
+    from ade_harness.endpoint.service import make_server, open_service  # imports torch: not before a mistake is named
+
+    service = open_service(config)
     with make_server(service, options.host, options.port, token) as server:
         host, port = server.server_address[:2]
         address = f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"

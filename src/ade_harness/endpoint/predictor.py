@@ -22,8 +22,7 @@ from ade_harness.endpoint.client import Endpoint, read_token
 from ade_harness.endpoint.http import Reply
 from ade_harness.errors import HarnessError, require
 from ade_harness.inference.folder import classes_of_stored
-from ade_harness.inference.predictor import Prediction, Prepared
-from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.inference.predictor import Prepared, ReadyLabels
 from ade_harness.kernels.views import Size
 from ade_harness.models.class_map import ClassMap, refuse_other_classes, resolve_class_map
 from ade_harness.runtime.queue import Loaders
@@ -38,7 +37,7 @@ _LEAST_SCORES = 512 * 512
 _STORAGE = LabelStorage(advice="The endpoint has to send 8-bit grey.")
 
 
-class EndpointPredictor:
+class EndpointPredictor(ReadyLabels):
     """Sends each image to an endpoint, and takes label maps or scores from it.
 
     Requests are made in :meth:`prepare`, that is in loader processes: as many are under way as there are loaders, and
@@ -85,8 +84,6 @@ class EndpointPredictor:
             self._class_map = resolve_class_map(self._channels, given, names, classes)
             # loaders have no device; compiled before they are forked
             self._kernels = kernels.select("auto" if kernels_choice == "triton" else kernels_choice, "cpu")
-
-    network = None
 
     @staticmethod
     def _holds_void(model: ModelConfig) -> bool:
@@ -172,22 +169,6 @@ class EndpointPredictor:
         if share:
             raise HarnessError(f"{name}: {100 * share:.3g}% of the scores are NaN or +inf.")
         return self._class_map.classes_of(self._kernels.label_map(scores, size))
-
-    def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
-        """Return the labels that came."""
-        with watch("copy"):
-            return [Prediction(p.pixels[0].to(device, non_blocking=True)) for p in batch]
-
-    def prepared_bytes(self, size: Size) -> int:
-        """Return the bytes of a label map."""
-        return size[0] * size[1]
-
-    def cost(self, size: Size) -> float:
-        """Return the expected cost of an image: its pixels."""
-        return float(size[0] * size[1])
-
-    def group_key(self, size: Size) -> None:
-        """Images are sent one by one."""
 
     def source_hash(self, image_id: str) -> str:
         """Nothing is read that could be hashed."""

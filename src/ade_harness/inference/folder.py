@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from ade_harness.data.decode import decode_labels
 from ade_harness.data.labels import NO_CLASS, Classes, Color, LabelStorage
 from ade_harness.errors import HarnessError, require
 from ade_harness.files.reading import expanded, read_regular
-from ade_harness.inference.predictor import Prediction, Prepared
-from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.inference.predictor import Prepared, ReadyLabels
 from ade_harness.kernels.views import Size
 from ade_harness.runtime.queue import Loaders
 
@@ -62,7 +61,7 @@ def classes_of_stored(stored: npt.NDArray[np.uint8], encoding: str, name: str, c
 _ZERO_BASED = "_zero_based"
 
 
-class FolderPredictor:
+class FolderPredictor(ReadyLabels):
     """Takes the label maps from files ``<image id>.png`` (or ``.npy``) made by any framework.
 
     Args:
@@ -86,8 +85,6 @@ class FolderPredictor:
             "grey" if kind in ("official", "zero_based", "npy") else kind, _colors(classes, zero_based), _ADVICE
         )
         self.classes = len(classes)
-
-    network = None
 
     def check(self, sizes: Mapping[str, Size]) -> None:
         """Refuse a folder in which images have no file."""
@@ -123,22 +120,6 @@ class FolderPredictor:
             )
         labels = torch.from_numpy(classes_of_stored(stored, self.values, str(path), self.classes))
         return Prepared(image_id, (labels,), (image.shape[0], image.shape[1]))
-
-    def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
-        """Return the labels that were read."""
-        with watch("copy"):
-            return [Prediction(p.pixels[0].to(device, non_blocking=True)) for p in batch]
-
-    def prepared_bytes(self, size: Size) -> int:
-        """Return the bytes of a label map."""
-        return size[0] * size[1]
-
-    def cost(self, size: Size) -> float:
-        """Return the expected cost of an image: its pixels."""
-        return float(size[0] * size[1])
-
-    def group_key(self, size: Size) -> None:
-        """Images are done one by one."""
 
     def source_hash(self, image_id: str) -> str:
         """Return BLAKE2b of the image's label file."""

@@ -93,3 +93,25 @@ class Predictor(Protocol):
 
     def stop(self) -> None:
         """End what loader processes wait for: the work is over."""
+
+
+class ReadyLabels:
+    """What a predictor does once :meth:`Predictor.prepare` has found the labels: files, and answers of a server."""
+
+    network = None
+
+    def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
+        """Return the labels that were found."""
+        with watch("copy"):
+            return [Prediction(p.pixels[0].to(device, non_blocking=True)) for p in batch]
+
+    def prepared_bytes(self, size: Size) -> int:
+        """Return the bytes of a label map."""
+        return size[0] * size[1]
+
+    def cost(self, size: Size) -> float:
+        """Return the expected cost of an image: its pixels."""
+        return float(size[0] * size[1])
+
+    def group_key(self, size: Size) -> None:
+        """Images are done one by one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -104,8 +105,13 @@ def wait_to_see(path: Path) -> None:
 
 
 def is_new(path: Path) -> bool:
-    """Whether a directory holds nothing, or only what a kill left behind before there was a manifest."""
-    return all(entry.name.startswith(".") or entry.name == LOGS for entry in path.iterdir())
+    """Whether a directory holds nothing, or only what a kill left behind before there was a manifest.
+
+    A log that this process writes there does not count: Hydra opens it first (``hydra/job_logging=default``).
+    """
+    handlers = logging.getLogger().handlers
+    logs = {LOGS, *(Path(h.baseFilename).name for h in handlers if isinstance(h, logging.FileHandler))}
+    return all(entry.name.startswith(".") or entry.name in logs for entry in path.iterdir())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
