@@ -621,6 +621,33 @@ def test_a_server_that_is_killed_leaves_a_run_to_continue(
         assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 8
 
 
+@pytest.mark.parametrize(
+    ("then", "shown"),
+    [
+        ({"name": "test", "version": "2"}, "version was 1 at the start and is 2 now"),
+        ({"name": "test"}, "version was 1 at the start and is not said now"),
+        ({"name": "test", "version": "1"}, None),
+    ],
+)
+def test_a_server_that_is_replaced_marks_the_run(
+    call: Call, tmp_path: Path, then: dict[str, str], shown: str | None
+) -> None:
+    def replaced(handler: Handler, data: bytes) -> None:
+        if len(handler.server.requests) == 2:
+            handler.server.info = then
+        good(handler, data)
+
+    with serving(replaced) as server:
+        done = call("model=http", f"model.url={server.url}", "dataset.limit=3", "run.dir=run", *FAST)
+    assert done.code == 0, done.err
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert ("MIXED: continued with changed settings: a replaced server" in done.out) == (shown is not None)
+    assert manifest.get("changes", []) == ([f"a replaced server: {shown}"] if shown else [])
+    assert any("MIXED" in mark for mark in json.loads((tmp_path / "run/metrics.json").read_text())["marks"]) == bool(
+        shown
+    )
+
+
 def test_an_image_that_fails_costs_that_image_only(call: Call, tmp_path: Path) -> None:
     def one_bad(handler: Handler, data: bytes) -> None:
         if len(handler.server.requests) == 2:

@@ -65,7 +65,7 @@ class Striped:
     loaders = FolderPredictor.loaders
     group_key = FolderPredictor.group_key
     cost, prepared_bytes = FolderPredictor.cost, FolderPredictor.prepared_bytes
-    stop = FolderPredictor.stop
+    stop, changes = FolderPredictor.stop, FolderPredictor.changes
 
     def prepare(self, image_id: str, image: np.ndarray) -> Prepared:
         columns = (np.arange(image.shape[1]) // self.width % 150).astype(np.uint8)

@@ -169,6 +169,10 @@ class FunctionPredictor:
         """Nothing to say."""
         return []
 
+    def changes(self) -> list[str]:
+        """Nothing is known of the function."""
+        return []
+
     def stop(self) -> None:
         """Nothing is waited for."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -61,6 +62,7 @@ class EndpointPredictor(ReadyLabels):
         self.classes = len(classes)
         self.info = {key: text for key, text in info.items() if key not in ("classes", "odd")}
         of_server: tuple[str, ...] | None = info.get("classes")
+        self._info = info
         self._remark: str | None = info.get("odd")
         if model.class_names is not None:  # the user knows better
             of_server = tuple(model.class_names)
@@ -206,9 +208,27 @@ class EndpointPredictor(ReadyLabels):
             notes.append(self._class_map.note)
         return notes
 
+    def changes(self) -> list[str]:
+        """Ask ``/info`` once more: a server that was replaced meanwhile says so, if it describes itself at all."""
+        try:
+            now = dataclasses.replace(self.endpoint, retries=0).info()
+        except HarnessError:  # it has answered all that it was asked
+            return []
+        both = ((name, self._info.get(name), now.get(name)) for name in {**self._info, **now})
+        return [
+            f"a replaced server: {name} was {_brief(then)} at the start and is {_brief(at_end)} now"
+            for name, then, at_end in both if then != at_end
+        ]  # fmt: skip
+
     def _origin(self) -> str:
         named = " ".join(self.info[k] for k in ("name", "version") if k in self.info)
         return f"{self.endpoint.shown('predict')}{f' ({named})' if named else ''}"
+
+
+def _brief(value: Any) -> str:
+    """Return what a server says of itself, short enough for a message."""
+    text = "not said" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def open_endpoint(cfg: Config, classes: Classes) -> EndpointPredictor:

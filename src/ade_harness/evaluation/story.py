@@ -107,7 +107,7 @@ def _work(
     failures: list[Failure] = sum(gather(module.failures), [])
     counted = module.recorder.matrix
     total = all_reduce_sum(counted) + matrix_of(before, len(counted))
-    changes = tuple(dict.fromkeys(sum(gather(module.changes), [])))
+    changes = tuple(dict.fromkeys(sum(gather([*module.changes, *([] if stopped else job.predictor.changes())]), [])))
     notes = tuple(dict.fromkeys(sum(gather([*job.predictor.notes(), *module.remarks, *module.recorder.remarks]), [])))
     stages, balance = sum_stages(gather(module.stages)), measure_balance(gather(share))
     on_gpu = torch.cuda.is_available() and ranks.trainer.strategy.root_device.type == "cuda"

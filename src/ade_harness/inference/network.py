@@ -219,6 +219,10 @@ class NetworkPredictor:
         """Nothing is read: the weights are recorded for the whole run."""
         return ""
 
+    def changes(self) -> list[str]:
+        """The weights are in memory."""
+        return []
+
     def notes(self) -> list[str]:
         """Return the class map's remarks, and what the run had to do otherwise than asked."""
         notes = list(self.model.notes)

@@ -91,6 +91,9 @@ class Predictor(Protocol):
     def notes(self) -> list[str]:
         """Return what the user should know about the predictions so far."""
 
+    def changes(self) -> list[str]:
+        """Return how what predicts differs from what it was at the start; asked once all images are done."""
+
     def stop(self) -> None:
         """End what loader processes wait for: the work is over."""
 
@@ -115,3 +118,7 @@ class ReadyLabels:
 
     def group_key(self, size: Size) -> None:
         """Images are done one by one."""
+
+    def changes(self) -> list[str]:
+        """Files are hashed as they are read."""
+        return []
