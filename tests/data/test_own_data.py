@@ -354,3 +354,15 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         (tmp_path / "classes.yaml").write_text(text)
         with pytest.raises(HarnessError, match="the key '(names|7)' stands twice"):
             read_classes(tmp_path / "classes.yaml", "mine")
+
+
+def test_labels_without_an_image_are_a_note(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a copy of the images is a complete set, as far as anybody can tell."""
+    ids = write_data(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "images" / f"{ids[-1]}_images.png").unlink()
+    done = call(*overrides_for(tmp_path), *net_overrides(list(default_colors(19))), "run.dir=run")
+    assert done.code == 0, done.err
+    shown = " ".join(done.out.split())
+    assert "5 of 5 images" in shown
+    assert f"1 of 6 label files have no image, the first is {tmp_path}/labels/{ids[-1]}_labels.png" in shown

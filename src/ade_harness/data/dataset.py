@@ -67,6 +67,8 @@ class SegmentationDataset:
     """Whether these are the images of ADEChallengeData2016, whose sizes are known."""
     apply_exif: bool = True
     """Turn images as their EXIF orientation says."""
+    remarks: tuple[str, ...] = ()
+    """What a user may want to know of its folders."""
 
     @property
     def ids(self) -> list[str]:

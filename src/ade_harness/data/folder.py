@@ -206,6 +206,18 @@ def open_folders(cfg: DatasetConfig, apply_exif: bool = True) -> SegmentationDat
         apply_exif=apply_exif,
         classes=classes,
         encoding=encoding,
+        remarks=_labels_alone(images, labels, label_dir),
+    )
+
+
+def _labels_alone(images: Collection[str], labels: Mapping[str, str], label_dir: Path) -> tuple[str, ...]:
+    """Return a remark on labels of no image: a copy of the images may have broken off."""
+    alone = sorted(set(labels) - set(images))
+    if not alone:
+        return ()
+    return (
+        f"{label_dir}: {len(alone):,} of {len(labels):,} label files have no image, the first is {labels[alone[0]]}:"
+        " are they of another split, or are images missing? Only images are counted",
     )
 
 

@@ -252,6 +252,7 @@ def conclude(
         code_state()["commit"],
         notes=(
             *opened.predictor.notes(),
+            *dataset.remarks,
             *dict.fromkeys(
                 f"runtime.kernels={composed.config.runtime.kernels}: {part.kernels_reason}"
                 for part in counted if part.kernels_reason is not None

@@ -125,6 +125,7 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     # the reason may name a rank's own temporary files
     implementations["the label kernels' remainder"] = None if reason is None else "plain torch"
     notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations)
+    notes += dataset.remarks
     if reason is not None:
         notes.append(f"runtime.kernels={cfg.runtime.kernels}: {reason}")
     of_ranks = gather(_machine_notes(cfg, device))  # nodes may have other GPUs
