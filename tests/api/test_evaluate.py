@@ -178,7 +178,7 @@ def test_the_gpus_peak_is_the_evaluations_own(
 ) -> None:
     """What the caller's process had held before is not the network's; its record is left as it is."""
     found = iter(held)
-    monkeypatch.setattr(inline, "most_held", lambda _: next(found))
+    monkeypatch.setattr(inline, "peak_bytes", lambda _: next(found))
     result = ade.evaluate(Colours(), dataset="demo", options={**SMALL, "dataset.images": 1, "metrics.resamples": 0})
     assert result.metrics["gpu_peak_bytes"] == peak
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.test_cli import Call
 
-WORDS = ("dataset.images=3", "runtime.workers=0", "run.dir=run", "metrics.resamples=0")
+OVERRIDES = ("dataset.images=3", "runtime.workers=0", "run.dir=run", "metrics.resamples=0")
 
 
 def broken(*_: Any, **__: Any) -> None:
@@ -30,7 +30,7 @@ def test_what_fails_after_the_score_is_a_remark(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, overrides: tuple[str, ...], remark: str
 ) -> None:
     monkeypatch.setattr(place, broken)
-    done = call(*WORDS, *overrides)
+    done = call(*OVERRIDES, *overrides)
     assert done.code == 0, done.err
     assert remark in " ".join(done.out.split())
     assert "Traceback" not in done.out + done.err

@@ -18,7 +18,7 @@ from tests.conftest import Done
 from tests.warm import WarmPopen
 
 IMAGES = 10
-WORDS = ("tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=2")
+OVERRIDES = ("tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=2")
 
 
 def table(run: Path) -> pd.DataFrame:
@@ -28,7 +28,7 @@ def table(run: Path) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("one") / "run"
-    command = [sys.executable, "-m", "ade_harness", f"dataset.limit={IMAGES}", *WORDS, f"run.dir={run}"]
+    command = [sys.executable, "-m", "ade_harness", f"dataset.limit={IMAGES}", *OVERRIDES, f"run.dir={run}"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return run
 
@@ -39,7 +39,9 @@ def test_any_number_of_ranks_gives_the_same_bits(
     cli: Callable[..., Done], tmp_path: Path, one_rank: Path, ranks: int
 ) -> None:
     """Through the command itself; tests/runtime/test_same_bits.py has all combinations."""
-    done = cli(f"dataset.limit={IMAGES}", *WORDS, f"runtime.devices={ranks}", "runtime.sharding=static", "run.dir=run")
+    done = cli(
+        f"dataset.limit={IMAGES}", *OVERRIDES, f"runtime.devices={ranks}", "runtime.sharding=static", "run.dir=run"
+    )
     assert done.code == 0, done.err
     assert done.out.count("mIoU  ") == 1  # rank 0 alone speaks
     run = tmp_path / "run"
@@ -55,7 +57,9 @@ def test_any_number_of_ranks_gives_the_same_bits(
 @pytest.mark.slow
 def test_lightnings_own_launcher_works_too(cold_cli: Callable[..., Done], tmp_path: Path, one_rank: Path) -> None:
     """Without a supervisor, as for a Python program that calls ``evaluate`` itself."""
-    done = cold_cli(f"dataset.limit={IMAGES}", *WORDS, "runtime.devices=2", "runtime.supervise=false", "run.dir=run")
+    done = cold_cli(
+        f"dataset.limit={IMAGES}", *OVERRIDES, "runtime.devices=2", "runtime.supervise=false", "run.dir=run"
+    )
     assert done.code == 0, done.err
     assert table(tmp_path / "run").label_hash.tolist() == table(one_rank).label_hash.tolist()
 
@@ -68,7 +72,7 @@ def test_a_bad_image_on_one_rank_ends_all_with_one_message(
     victim.write_bytes(victim.read_bytes()[:-300])
     folder = tiny_ade / "annotations/validation"
     done = cli(
-        "model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *WORDS,
+        "model=predictions", f"model.path={folder}", "dataset=ade20k", f"dataset.root={tiny_ade}", *OVERRIDES,
         "runtime.devices=3", timeout=90,
     )  # fmt: skip
     assert done.code == 2, done.out + done.err
@@ -81,7 +85,7 @@ def test_a_bad_image_on_one_rank_ends_all_with_one_message(
 def test_torchrun_works_too(tmp_path: Path, one_rank: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29731", "-m", "ade_harness",
-        f"dataset.limit={IMAGES}", *WORDS, "runtime.devices=2", "run.dir=run",
+        f"dataset.limit={IMAGES}", *OVERRIDES, "runtime.devices=2", "run.dir=run",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
@@ -107,7 +111,7 @@ def test_ctrl_c_ends_quickly_keeps_the_ledger_and_says_how_to_go_on(cli: Callabl
         "model=custom",
         "model._target_=slow_model.Net",
         "inference=original_size",
-        *WORDS,
+        *OVERRIDES,
         "dataset.limit=60",
     ]
     command = [sys.executable, "-m", "ade_harness", *overrides, "runtime.devices=2", "run.dir=run"]

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 KIND = "cuda"
 IMAGES = 9
-WORDS = (
+OVERRIDES = (
     f"dataset.images={IMAGES}", f"runtime.accelerator={KIND}", "tracking=none", "run.overlays=0", "metrics.resamples=0",
 )  # fmt: skip
 SMALL = {"dataset.images": IMAGES, "metrics.resamples": 0}
@@ -38,7 +38,7 @@ def hashes(run: Path) -> dict[str, str]:
 def test_labels_are_those_of_plain_torch_on_any_number_of_gpus(cold_cli: Callable[..., Done], tmp_path: Path) -> None:
     cases = {"torch": ["runtime.devices=1", "runtime.kernels=torch"], "one": ["runtime.devices=1"], "all": []}
     for name, overrides in cases.items():
-        done = cold_cli(*WORDS, *overrides, f"run.dir={name}")
+        done = cold_cli(*OVERRIDES, *overrides, f"run.dir={name}")
         assert done.code == 0, done.err
     expected = hashes(tmp_path / "torch")
     assert len(expected) == IMAGES
@@ -58,7 +58,7 @@ def test_windows_views_and_batches_too(
     cold_cli: Callable[..., Done], tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     for kernels in ("torch", "auto"):
-        done = cold_cli(*WORDS, *overrides, "runtime.devices=1", f"runtime.kernels={kernels}", f"run.dir={kernels}")
+        done = cold_cli(*OVERRIDES, *overrides, "runtime.devices=1", f"runtime.kernels={kernels}", f"run.dir={kernels}")
         assert done.code == 0, done.err
     assert hashes(tmp_path / "auto") == hashes(tmp_path / "torch")
 

@@ -21,7 +21,7 @@ from ade_harness.runtime.cluster import free_port
 
 IMAGES = 14
 PROTOCOL = ("inference=mmseg_whole_512", "inference.resize.side=64", "inference.resize.max_side=96")
-WORDS = (
+OVERRIDES = (
     *PROTOCOL, f"dataset.limit={IMAGES}", "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0",
     "run.overlays=0",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def run(cache: Path) -> Iterator[Run]:
     ) -> list[int]:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         job = {
-            "overrides": [*WORDS, *overrides], "ranks": ranks, "cwd": str(folder), "port": free_port(), "kill": kill,
+            "overrides": [*OVERRIDES, *overrides], "ranks": ranks, "cwd": str(folder), "port": free_port(), "kill": kill,
             "overrides_of": overrides_of,
         }  # fmt: skip
         process.stdin.write(json.dumps(job) + "\n")

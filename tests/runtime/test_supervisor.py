@@ -24,7 +24,7 @@ from tests.runtime.slow_model import SLOW_MODEL
 from tests.warm import WarmPopen
 
 IMAGES = 24
-WORDS = (
+OVERRIDES = (
     "model=custom", "model._target_=slow_model.Net", "inference=original_size", f"dataset.limit={IMAGES}",
     "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=0", "run.dir=run",
 )  # fmt: skip
@@ -44,7 +44,7 @@ class Started:
         self.run = work / "run"
         (self.run / "progress.json").unlink(missing_ok=True)  # of an earlier part
         self.process = WarmPopen(
-            [sys.executable, "-m", "ade_harness", *WORDS, *overrides], cwd=work, text=True, stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "ade_harness", *OVERRIDES, *overrides], cwd=work, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}, start_new_session=True,
         )  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_status_of_a_running_job_from_another_shell(start: Callable[..., Started
     assert re.search(r"progress: +\d+ of 24 images, \d+\.\d images/s, \d+:\d\d left", shown.out), shown.out
     assert len(re.findall(r"ADE_val_\d{8}", shown.out)) == 2  # what each rank is processing
     # and a second job is refused while this one lives
-    second = cli(*WORDS)
+    second = cli(*OVERRIDES)
     assert second.code == 2
     assert "another job is working on this run (process" in second.err
     started.process.send_signal(signal.SIGTERM)

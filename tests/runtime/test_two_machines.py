@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 NAMES = ("ade-n0", "ade-n1")
-WORDS = ("dataset.limit=12", "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=0")
+OVERRIDES = ("dataset.limit=12", "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=0")
 
 
 def ip(*overrides: str) -> None:
@@ -52,7 +52,7 @@ def remove() -> None:
 @pytest.mark.slow
 def test_the_same_command_on_two_machines(networks: tuple[str, str], tmp_path: Path) -> None:
     one = subprocess.run(
-        [sys.executable, "-m", "ade_harness", *WORDS, "run.dir=one"], cwd=tmp_path, capture_output=True, check=False
+        [sys.executable, "-m", "ade_harness", *OVERRIDES, "run.dir=one"], cwd=tmp_path, capture_output=True, check=False
     )
     assert one.returncode == 0, one.stderr
     nodes = []
@@ -65,7 +65,7 @@ def test_the_same_command_on_two_machines(networks: tuple[str, str], tmp_path: P
             sys.executable,
             "-m",
             "ade_harness",
-            *WORDS,
+            *OVERRIDES,
             "runtime.num_nodes=2",
             "runtime.devices=1",
             "run.dir=two",

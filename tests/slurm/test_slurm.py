@@ -27,7 +27,7 @@ pytestmark = [
 ]
 SCRIPT, SWEEP = REPOSITORY / "slurm/evaluate.sbatch", REPOSITORY / "slurm/sweep.sbatch"
 IMAGES = 24
-WORDS = (
+OVERRIDES = (
     "model=custom", "model._target_=slow_model.Net", "inference=original_size", f"dataset.limit={IMAGES}",
     "tracking=none", "runtime.accelerator=cpu", "runtime.workers=0", "run.overlays=0",
 )  # fmt: skip
@@ -68,7 +68,7 @@ def expected(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("expected")
     (folder / "slow_model.py").write_text(SLOW_MODEL)
     settings = {"ADE_HARNESS_PYTHON": sys.executable, "SLOW_MODEL_SECONDS": "0"}
-    job = cluster.submit(folder, str(SCRIPT), *WORDS, **settings)
+    job = cluster.submit(folder, str(SCRIPT), *OVERRIDES, **settings)
     assert cluster.wait(job) == "COMPLETED", output(folder)
     return folder / f"runs/slurm-{job}"
 
@@ -98,7 +98,7 @@ def until_rows(run: Path, timeout_s: float = 60) -> int:
 
 
 def test_two_nodes_give_the_same_bits_as_one(cluster: Cluster, work: Path, expected: Path) -> None:
-    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *WORDS, "runtime.devices=2")
+    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *OVERRIDES, "runtime.devices=2")
     assert cluster.wait(job) == "COMPLETED", output(work)
     run = work / f"runs/slurm-{job}"
     assert_same(run, expected)
@@ -112,7 +112,7 @@ def test_two_nodes_give_the_same_bits_as_one(cluster: Cluster, work: Path, expec
 def test_one_task_per_rank_works_too(cluster: Cluster, work: Path, expected: Path) -> None:
     script = work / "bare.sbatch"
     script.write_text(f'#!/bin/bash\nsrun {sys.executable} -m ade_harness run.dir=run runtime.num_nodes=2 "$@"\n')
-    job = cluster.submit(work, "--nodes=2", "--ntasks-per-node=1", str(script), *WORDS)
+    job = cluster.submit(work, "--nodes=2", "--ntasks-per-node=1", str(script), *OVERRIDES)
     assert cluster.wait(job) == "COMPLETED", output(work)
     assert_same(work / "run", expected)
     assert json.loads((work / "run/manifest.json").read_text())["timings"]["world_size"] == 2
@@ -124,7 +124,7 @@ def test_requeued_jobs_continue(
 ) -> None:
     """By the signal before the time limit (our requeue), and by `scontrol requeue` (SLURM's own kill)."""
     monkeypatch.setenv("SLOW_MODEL_SECONDS", "0.3")
-    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *WORDS)
+    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *OVERRIDES)
     run = work / f"runs/slurm-{job}"
     cluster.wait(job, "RUNNING")
     until_rows(run)
@@ -150,7 +150,7 @@ def test_scancel_keeps_what_was_counted(
     cluster: Cluster, work: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLOW_MODEL_SECONDS", "1")
-    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *WORDS, "run.dir=run")
+    job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *OVERRIDES, "run.dir=run")
     cluster.wait(job, "RUNNING")
     until_rows(work / "run")
     cluster.run("scancel", job)
@@ -158,7 +158,7 @@ def test_scancel_keeps_what_was_counted(
     kept = len(table(work / "run"))
     assert 0 < kept < IMAGES
     monkeypatch.setenv("SLOW_MODEL_SECONDS", "0")
-    again = cluster.submit(work, str(SCRIPT), *WORDS, "run.dir=run")
+    again = cluster.submit(work, str(SCRIPT), *OVERRIDES, "run.dir=run")
     assert cluster.wait(again) == "COMPLETED", output(work)
     assert f"continuing: {kept} images are done" in output(work)
     assert_same(work / "run", expected)
@@ -180,7 +180,7 @@ def ranks_of(node: str) -> list[psutil.Process]:
 def test_a_killed_rank_on_another_node(cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job ends and frees its nodes."""
     monkeypatch.setenv("SLOW_MODEL_SECONDS", "0.5")
-    overrides = (*WORDS, "runtime.dead_after_s=5", "run.dir=run")
+    overrides = (*OVERRIDES, "runtime.dead_after_s=5", "run.dir=run")
     job = cluster.submit(work, *TWO_NODES, str(SCRIPT), *overrides)
     cluster.wait(job, "RUNNING")
     until_rows(work / "run")
@@ -229,7 +229,7 @@ def test_submitit_launcher_submits_an_array_that_continues(
 ) -> None:
     monkeypatch.setenv("SLOW_MODEL_SECONDS", "0.2")
     reported = cluster.run(
-        sys.executable, "-m", "ade_harness", "-m", "hydra/launcher=slurm", *WORDS, "inference.batch=1,2",
+        sys.executable, "-m", "ade_harness", "-m", "hydra/launcher=slurm", *OVERRIDES, "inference.batch=1,2",
         "runtime.slurm.time_min=5", "runtime.slurm.cpus_per_node=1", "runtime.slurm.extra.comment=ade", cwd=work,
         SLOW_MODEL_SECONDS="0.2",
     )  # fmt: skip

@@ -39,7 +39,7 @@ from tests.warm import WarmPopen
 
 pytestmark = pytest.mark.slow  # each has a process of its own
 
-WORDS = ("dataset.images=4", "metrics.resamples=0", "runtime.workers=0", "run.report=false")
+OVERRIDES = ("dataset.images=4", "metrics.resamples=0", "runtime.workers=0", "run.report=false")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def entry_of(folder: Path, job_type: str = "evaluate") -> Entry:
 
 @pytest.fixture
 def evaluated(online: StubServer, call: Callable[..., Done], tmp_path: Path) -> tuple[Done, Path]:
-    done = call(*WORDS, "run.dir=run", "run.overlays=2")
+    done = call(*OVERRIDES, "run.dir=run", "run.overlays=2")
     assert done.code == 0, done.err
     return done, tmp_path / "run"
 
@@ -289,7 +289,7 @@ def test_a_server_that_hangs_costs_seconds_and_no_result(
     with hang() as address:
         monkeypatch.setenv("WANDB_BASE_URL", address)
         begin = time.monotonic()
-        done = call(*WORDS, "run.dir=run", "tracking.timeout_s=3", "run.overlays=0")
+        done = call(*OVERRIDES, "run.dir=run", "tracking.timeout_s=3", "run.overlays=0")
     assert time.monotonic() - begin < 40
     assert done.code == 0
     assert "doesitlater" in "".join(done.out.split())
@@ -348,7 +348,7 @@ def test_what_fails_at_the_beginning_costs_no_work(
         raise OSError("no more processes")
 
     monkeypatch.setattr(module.subprocess, "Popen", refused)
-    done = call(*WORDS, "run.dir=run", "run.overlays=0")
+    done = call(*OVERRIDES, "run.dir=run", "run.overlays=0")
     assert done.code == 0
     assert "W&B: not open yet: no more processes" in done.out
 
@@ -358,7 +358,7 @@ def test_a_variable_that_wandb_refuses_costs_only_itself(
 ) -> None:
     monkeypatch.setenv("WANDB_TAGS", "x" * 65)  # 64 characters are W&B's bound
     monkeypatch.setenv("WANDB_NOTES", "why")
-    done = call(*WORDS, "run.dir=run", "run.overlays=0")
+    done = call(*OVERRIDES, "run.dir=run", "run.overlays=0")
     assert done.code == 0, done.err
     assert done.out.count("W&B: WANDB_TAGS is invalid and ignored") in (
         1,
@@ -392,7 +392,7 @@ def test_a_score_is_added_to_a_training_at_its_step(
     monkeypatch.setattr(module, "_OPEN_S", 0.0)  # how long a live run is waited for: this one has no other way
     before, known = history(online, training), json.loads(online.runs[training]["config"])
     online.exits[training] = 255  # crashed: adding a score does not make it finished
-    done = call(*WORDS, "run.dir=run", f"tracking.run_id={training}", "tracking.step=1")
+    done = call(*OVERRIDES, "run.dir=run", f"tracking.run_id={training}", "tracking.step=1")
     assert done.code == 0, done.err
     assert f"/runs/{training}" in done.out, done.out
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -416,11 +416,11 @@ def test_a_score_is_added_to_a_training_at_its_step(
 def test_a_run_that_is_not_there_or_still_runs_gets_nothing(
     training: str, online: StubServer, call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = call(*WORDS, "run.dir=run", "tracking.run_id=nowhere", "run.overlays=0")
+    done = call(*OVERRIDES, "run.dir=run", "tracking.run_id=nowhere", "run.overlays=0")
     assert done.code == 2  # before the work begins
     assert "tracking.run_id=nowhere: W&B has no run ade20k/nowhere" in " ".join(done.err.split())
     assert not (tmp_path / "run").exists()
-    assert call(*WORDS, "run.dir=run", "run.overlays=0").code == 0
+    assert call(*OVERRIDES, "run.dir=run", "run.overlays=0").code == 0
     monkeypatch.setitem(online.runs[training], "state", "running")
     before = history(online, training)
     done = call("resume", "run", f"tracking.run_id={training}")
@@ -467,7 +467,7 @@ def test_a_server_that_is_away_at_the_beginning_may_be_back_at_the_end(
     online: StubServer, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    done = call(*WORDS, "run.dir=run", "tracking.run_id=abc", "run.overlays=0")
+    done = call(*OVERRIDES, "run.dir=run", "tracking.run_id=abc", "run.overlays=0")
     assert done.code == 0, done.err
     assert "`resume run` tries it again" in " ".join(done.out.split())
 
@@ -491,7 +491,7 @@ def test_mistakes_are_found_before_anything_starts(overrides: list[str], message
 def test_without_a_key_nothing_can_be_added(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", "/nowhere")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    done = call(*WORDS, "tracking.run_id=abc", "run.dir=run")
+    done = call(*OVERRIDES, "tracking.run_id=abc", "run.dir=run")
     assert done.code == 2
     assert "can be added to a run only online, and W&B is offline" in done.err
     assert not Path("run").exists()

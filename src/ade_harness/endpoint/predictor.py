@@ -33,7 +33,7 @@ ENCODING_HEADER = "Label-Encoding"
 _SCORES_TYPES = (SCORES_TYPE, "application/octet-stream")
 _SPARE_BYTES = 1 << 16
 """For headers of files, and text in them."""
-_LEAST_SCORES = 512 * 512
+_MIN_SCORES = 512 * 512
 """Pixels of scores that any image may have, however small it is."""
 _STORAGE = LabelStorage(advice="The endpoint has to send 8-bit grey.")
 
@@ -134,7 +134,7 @@ class EndpointPredictor(ReadyLabels):
     def _max_bytes(self, size: Size) -> int:
         if self.returns == Returns.labels:
             return 2 * size[0] * size[1] + _SPARE_BYTES
-        return 4 * self._channels * max(size[0] * size[1], _LEAST_SCORES) + _SPARE_BYTES
+        return 4 * self._channels * max(size[0] * size[1], _MIN_SCORES) + _SPARE_BYTES
 
     def _check_type(self, reply: Reply, expected: Sequence[str], name: str) -> None:
         if not reply.body:

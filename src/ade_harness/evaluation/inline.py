@@ -129,7 +129,7 @@ def count_here(
         HarnessError: names the first image that cannot be read or predicted.
     """
     begin = time.perf_counter()
-    held = most_held(device)
+    held = peak_bytes(device)
     chosen, reason = kernels.selection(kernels_choice, device.type)
     classes = len(opened.dataset.classes)
     matrix, rows = np.zeros((classes, classes + 1), np.int64), []
@@ -175,11 +175,11 @@ def count_here(
             finish(launched.popleft())
     while launched:
         finish(launched.popleft())
-    peak = most_held(device)
+    peak = peak_bytes(device)
     return Counted(rows, matrix, time.perf_counter() - begin, peak if peak > held else None, reason)
 
 
-def most_held(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """Return the bytes that torch has held at once on a GPU so far; 0 on others.
 
     The caller's record is read and not begun anew (``torch.cuda.reset_peak_memory_stats``): it may be watched.

@@ -20,10 +20,10 @@ from ade_harness.metrics.counts import Row, matrix_of
 
 _NEAR_ZERO = 0.05
 _CLEARLY_BETTER = 3.0
-_LEAST_ACCURACY = 0.1
-_LEAST_CLASSES = 5
+_MIN_ACCURACY = 0.1
+_MIN_CLASSES = 5
 """In the truth, among the predictions, and moved by another order."""
-_LEAST_IMAGES = 10
+_MIN_IMAGES = 10
 """Images of a sign test: ten of ten is the first result below `_CHANCE`."""
 _CHANCE = 1e-3
 
@@ -39,7 +39,7 @@ def diagnose(rows: Sequence[Row], classes: Classes) -> str | None:
         classes: of the data set.
     """
     matrix = matrix_of(rows, len(classes))
-    if min((matrix.sum(1) > 0).sum(), (matrix[:, :-1].sum(0) > 0).sum()) < _LEAST_CLASSES:
+    if min((matrix.sum(1) > 0).sum(), (matrix[:, :-1].sum(0) > 0).sum()) < _MIN_CLASSES:
         return None
     if scores(matrix).mIoU_detectron2 >= _NEAR_ZERO:
         return None
@@ -56,7 +56,7 @@ def diagnose(rows: Sequence[Row], classes: Classes) -> str | None:
             return f"The score is near zero, and {found}. Check model.class_map and model.encoding"
     fitted, tested = rows[::2], rows[1::2]
     reading, moved = _best_reading(matrix_of(fitted, len(classes)))
-    evidence = _evidence(tested, reading, matrix_of(tested, len(classes))) if len(moved) >= _LEAST_CLASSES else None
+    evidence = _evidence(tested, reading, matrix_of(tested, len(classes))) if len(moved) >= _MIN_CLASSES else None
     if evidence is None:
         return None
     truth, predicted = moved[0]
@@ -76,9 +76,9 @@ def _evidence(rows: Sequence[Row], reading: Reading, matrix: Matrix) -> str | No
     losses = sum(a < b for a, b in zip(read, constant, strict=True))
     chance, pixels = sign_test(wins, wins + losses), int(matrix.sum())
     accuracy, before = sum(read) / max(pixels, 1), int(np.trace(matrix)) / max(pixels, 1)
-    if wins + losses < _LEAST_IMAGES or chance > _CHANCE:
+    if wins + losses < _MIN_IMAGES or chance > _CHANCE:
         return None
-    if accuracy < _LEAST_ACCURACY or accuracy < _CLEARLY_BETTER * before:
+    if accuracy < _MIN_ACCURACY or accuracy < _CLEARLY_BETTER * before:
         return None
     return (
         f"{accuracy:.0%} of the pixels agree instead of {before:.0%}, more than a constant prediction in {wins} of"
