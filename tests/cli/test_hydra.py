@@ -830,6 +830,11 @@ def test_a_file_that_makes_everything_a_sweep_makes_no_sweep_of_its_jobs(
         (["inference.resize.pad_value=nan"], "inference.resize.pad_value=nan: expected 0 to 255"),
         (["inference.resize.rule=exact", "inference.resize.height=16000", "inference.resize.width=16000"],
          "over 134,217,728 pixels"),
+        (["inference.resize.height=300"], "inference.resize.height: has no effect: resize.rule=none does not read it"),
+        (["inference.window.crop=300"], "inference.window.crop: has no effect: mode=whole has no windows"),
+        (["inference.mode=long_side", "inference.window.crop=64", "inference.window.stride=32"],
+         "inference.window.stride: has no effect: mode=long_side has no stride"),
+        (["inference.tta.max_side=300"], "inference.tta.max_side: has no effect: it caps tta.sides, which is null"),
     ],
 )  # fmt: skip
 def test_what_would_have_no_effect_or_no_end_is_refused(

@@ -32,8 +32,8 @@ def test_of_a_probe_too() -> None:
 
 
 def test_what_else_is_known_goes_along() -> None:
-    composed = Composed.from_config(compose_config(["dataset.limit=2", "inference.resize.side=300"]))
-    assert composed.changes == ["resize.side"]
+    composed = Composed.from_config(compose_config(["dataset.limit=2", "inference.resize.multiple_of=32"]))
+    assert composed.changes == ["resize.multiple_of"]
     assert "dataset.limit=2" in (composed.repeat or [])
     content = json.loads(composed.as_json(work="evaluate"))
     assert content["work"] == "evaluate"

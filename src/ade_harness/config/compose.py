@@ -39,8 +39,8 @@ from ade_harness.config.plain import as_dict
 from ade_harness.config.runtime import SlurmConfig
 from ade_harness.config.saved import AS_SAVED, apply_saved
 from ade_harness.config.schema import Config
-from ade_harness.config.validate import validate
-from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.config.validate import unread_lengths, validate
+from ade_harness.errors import HarnessError, did_you_mean, require
 
 _LAUNCHERS: dict[str, dict[str, Any]] = {
     "process": {},
@@ -121,9 +121,16 @@ def checked(tree: DictConfig) -> Config:
     """Return the typed and validated configuration of a composed tree.
 
     Raises:
-        HarnessError: a mandatory value that is missing, an interpolation that cannot be resolved, or a value out of
-            range.
+        HarnessError: a mandatory value that is missing, an interpolation that cannot be resolved, a value out of range,
+            or one that has no effect.
     """
+    config = _validated(tree)
+    _refuse_unread(config)
+    return config
+
+
+def _validated(tree: DictConfig) -> Config:
+    """Return the typed configuration of a tree, also of one that an earlier version took; raises as `checked`."""
     try:
         missing = sorted(OmegaConf.missing_keys(tree))
         if missing:
@@ -138,6 +145,13 @@ def checked(tree: DictConfig) -> Config:
     validate(config)
     config.model.label = distinct_label(config.model)
     return config
+
+
+def _refuse_unread(config: Config) -> None:
+    """Refuse a length of the protocol that somebody has changed, and that has no effect; files may hold such."""
+    unread = unread_lengths(config.inference)
+    name = next((name for name in protocol_changes(config) if name in unread), None) if unread else None
+    require(name is None, f"inference.{name}: has no effect: {unread.get(name or '')}. Remove it, or change that.")
 
 
 def packaged_choices(config: Config) -> list[str]:
@@ -196,7 +210,7 @@ def stored_config(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> 
             key = override.key_or_group
             with open_dict(tree):
                 OmegaConf.update(tree, key, OmegaConf.select(composed, key), merge=False)
-    return checked(tree)
+    return _validated(tree)
 
 
 def _literal(value: Any) -> Any:

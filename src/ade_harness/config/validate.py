@@ -31,6 +31,9 @@ _NEEDED_LENGTHS = {
     ResizeRule.short_side: ("side",),
     ResizeRule.longest_side: ("side",),
 }
+_READ_LENGTHS = {
+    **_NEEDED_LENGTHS, ResizeRule.short_side: ("side", "max_side"), ResizeRule.fit: ("height", "width"),
+}  # fmt: skip
 _SECRET = (
     "It would be written into the run's record: put it into an environment variable, and name that as"
     " model.http.token_env."
@@ -127,6 +130,24 @@ def _check_windows(inference: InferenceConfig) -> None:
         ("masks.resolution", inference.masks.resolution != MaskResolution.original),
     ):
         require(holds, f"inference.{key}: needs inference.mode=whole.")
+
+
+def unread_lengths(inference: InferenceConfig) -> dict[str, str]:
+    """Return the lengths of a protocol that its own rules do not read, each with the reason."""
+    rule, window = inference.resize.rule, inference.window
+    lengths = {
+        name: f"resize.rule={rule} does not read it"
+        for name in ("height", "width", "side", "max_side")
+        if name not in _READ_LENGTHS.get(rule, ()) and getattr(inference.resize, name) is not None
+    }
+    unread = {f"resize.{name}": reason for name, reason in lengths.items()}
+    if inference.mode == Mode.whole and window.crop is not None:
+        unread["window.crop"] = "mode=whole has no windows"
+    if inference.mode != Mode.slide and window.stride is not None:
+        unread["window.stride"] = f"mode={inference.mode} has no stride"
+    if inference.tta.sides is None and inference.tta.max_side is not None:
+        unread["tta.max_side"] = "it caps tta.sides, which is null"
+    return unread
 
 
 def _check_views(inference: InferenceConfig) -> None:
