@@ -31,12 +31,13 @@ from ade_harness.evaluation.launching import Launched
 from ade_harness.evaluation.module import EvaluationModule
 from ade_harness.inference import network
 from ade_harness.inference.factory import open_network
-from ade_harness.inference.forward import is_out_of_memory, short_memory_named
+from ade_harness.inference.forward import short_memory_named
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.runs.provenance import environment
 from ade_harness.runtime import cluster, ranks
 from ade_harness.runtime.coordination import Coordinator, LocalStore
+from ade_harness.runtime.gpu_errors import is_gpu_lost, is_out_of_memory, tried_twice
 from tests.cli.test_cli import FAST, Call
 
 
@@ -125,11 +126,53 @@ def test_few_cores_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation"],
+             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation",
+             "HIP error: out of memory", "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+             "miopenStatusAllocFailed",
+             "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript:\n"
+             "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"],
 )  # fmt: skip
 def test_a_librarys_shortage_of_memory_is_one(text: str) -> None:
     assert is_out_of_memory(RuntimeError(text))
-    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_gpu_lost(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: an illegal memory access was encountered", "HIP error: unspecified launch failure"]
+)
+def test_a_gpu_that_is_lost_is_no_shortage(text: str) -> None:
+    assert is_gpu_lost(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError(text))
+
+
+def test_a_file_that_was_stale_for_a_moment_is_tried_again() -> None:
+    left = [OSError(116, "Stale file handle")]
+
+    def attempt() -> str:
+        if left:
+            raise left.pop()
+        return "compiled"
+
+    assert tried_twice(attempt) == "compiled"
+    with pytest.raises(OSError, match="Stale"):
+        tried_twice(lambda: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+
+
+def test_a_gpu_that_another_program_fills_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning chooses each rank's GPU before anything of ours is on it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    cfg = compose_config([]).runtime
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(launch=fill), setup_environment=None))
+    monkeypatch.setattr(ranks, "make_trainer", lambda *_, **__: trainer)
+    with pytest.raises(HarnessError) as raised, ranks.started_ranks(cfg):
+        pass
+    text = str(raised.value)
+    assert "GPU 0 of CUDA_VISIBLE_DEVICES=4,5 cannot be used (CUDA error: out of memory)" in text
+    assert "`nvidia-smi` names" in text
+
+
+def fill(*_: Any, **__: Any) -> None:
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -21,13 +21,13 @@ def compare(monkeypatch: pytest.MonkeyPatch, **other: str | None) -> list[str]:
     coordinator.world_size = 2
 
     def gather(mine: Any) -> list[Any]:
-        _, first, seen, device = mine
+        _, first, seen, device, _ = mine
         assert set(other) <= set(seen)
-        return [mine, ("n2", first, {**seen, **other}, device)]
+        return [mine, ("n2", first, {**seen, **other}, device, "OSError: stale file handle")]
 
     monkeypatch.setattr(module, "gather", gather)
     dataset = open_dataset(compose_config(["dataset.images=2"]).dataset)
-    return module._compare_ranks(coordinator, dataset, "ids", {"sha256": "a", "source": None}, True, SAME)
+    return module.compare_ranks(coordinator, dataset, "ids", {"sha256": "a", "source": None}, True, SAME)
 
 
 def test_equal_ranks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,4 +54,5 @@ def test_a_rank_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, what: str
     assert "rank 1 on n2 differs from rank 0 on" in str(raised.value)
     assert f"{what} is {value}, not " in str(raised.value)
     files = what.startswith(("the checkpoint", "the code"))
+    assert ("(OSError: stale file handle)" in str(raised.value)) == what.startswith("the implementation")
     assert ("the same files" if files else "the same software and GPUs") in str(raised.value)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +133,41 @@ def test_memory_that_torch_holds_is_given_back_before_anything_is_smaller(monkey
     halves = predictor(Recorder(2, torch.OutOfMemoryError, "CUDA out of memory"), *SLIDE, "inference.batch=6")
     predict(halves, picture(96, 128))
     assert halves.forward.fits == 1  # once only
+
+
+class Held(Recorder):
+    """Remembers, without holding it, what each forward computes with."""
+
+    def __init__(self, maximum: int) -> None:
+        super().__init__(maximum)
+        self.alive: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        activations = images + 1
+        self.alive.append(weakref.ref(activations))
+        return super().forward(activations)
+
+
+@pytest.mark.parametrize("maximum", [2, 0])
+def test_nothing_of_a_forward_that_failed_is_held(maximum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither while memory is given back, nor once an image has failed: Python's collector comes at any time."""
+    module, held = Held(maximum), []
+
+    def empty_cache(device: torch.device) -> bool:
+        held.append(sum(ref() is not None for ref in module.alive))
+        return True
+
+    monkeypatch.setattr("ade_harness.inference.forward._empty_cache", empty_cache)
+    made = predictor(module, *SLIDE, "inference.batch=6")
+    gc.disable()
+    try:
+        with pytest.raises(HarnessError, match="out of memory with one input") if maximum == 0 else nullcontext():
+            predict(made, picture(96, 128))
+        assert len(held) >= 2
+        assert not any(held)
+        assert not any(ref() is not None for ref in module.alive)
+    finally:
+        gc.enable()
 
 
 def test_a_compiled_network_computes_no_more_copies_than_a_group_has_inputs() -> None:

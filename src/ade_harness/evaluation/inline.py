@@ -30,7 +30,6 @@ from ade_harness.evaluation.job import describe_marks
 from ade_harness.evaluation.launching import Launched, launch, refuse_invalid
 from ade_harness.evaluation.recorder import row_of
 from ade_harness.evaluation.score import advice, describe_costs, require_labelled
-from ade_harness.inference.forward import is_out_of_memory
 from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.counts import Row
@@ -39,6 +38,7 @@ from ade_harness.runs.provenance import code_state
 from ade_harness.runs.result import Result, summarise
 from ade_harness.runtime.balance import Balance, RankShare
 from ade_harness.runtime.cluster import host_name
+from ade_harness.runtime.gpu_errors import is_out_of_memory
 
 _AHEAD = 2
 """Batches that each thread prepares ahead."""

@@ -124,7 +124,8 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
             facts = {**facts, "deformable_attention": attention if why is None else f"{attention}: {why}"}
     # the reason may name a rank's own temporary files
     implementations["the label kernels' remainder"] = None if reason is None else "plain torch"
-    notes = _compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations)
+    reasons = [why for why in (reason, FALLBACKS.get(device)) if why is not None]
+    notes = compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations, reasons)
     notes += dataset.remarks
     if reason is not None:
         notes.append(f"runtime.kernels={cfg.runtime.kernels}: {reason}")
@@ -149,15 +150,25 @@ def _machine_notes(cfg: Config, device: str) -> list[str]:
     return [note for note in notes if note is not None]
 
 
-def _compare_ranks(
+def compare_ranks(
     coordinator: Coordinator,
     dataset: SegmentationDataset,
     ids_hash: str,
     facts: Mapping[str, Any],
     is_first: bool,
     implementations: Mapping[str, str | None],
+    reasons: Sequence[str] = (),
 ) -> list[str]:
-    """Refuse ranks that would count something else than rank 0 does; returns notes.
+    """Refuse ranks that would count, or train, something else than rank 0 does; returns notes.
+
+    Args:
+        coordinator: of the ranks.
+        dataset: that this rank has opened.
+        ids_hash: of the ids of the whole data set.
+        facts: of this rank's model.
+        is_first: whether this is the first rank of its node, which alone looks at what the node's ranks share.
+        implementations: of what has several, by what they make.
+        reasons: why this rank does without a kernel.
 
     Raises:
         HarnessError: names the rank, its host, and what differs.
@@ -180,19 +191,24 @@ def _compare_ranks(
         **{f"the implementation of {what}": name for what, name in implementations.items()},
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    reported = gather((host_name(), is_first, seen, device))
-    host, _, expected, _ = reported[0]
-    for rank, (other_host, first, other, _) in enumerate(reported):
+    reported = gather((host_name(), is_first, seen, device, "; ".join(reasons)))
+    host, _, expected, _, of_first = reported[0]
+    for rank, (other_host, first, other, _, of_rank) in enumerate(reported):
         for what, value in other.items():
             per_node = what.startswith(("the data set's", "the code's", "the model's weights"))
             if value != expected[what] and (first or not per_node):
                 computes = what.startswith(("torch", "cuDNN", "the implementation"))
-                advice = "the same software and GPUs; `doctor` there says why" if computes else "the same files"
+                advice = "the same software and GPUs; `doctor` there says more" if computes else "the same files"
+                why = (
+                    next((text for text in (of_rank, of_first) if text), "")
+                    if what.startswith("the implementation")
+                    else ""
+                )
                 raise HarnessError(
                     f"rank {rank} on {other_host} differs from rank 0 on {host}: {what} is {value}, not"
-                    f" {expected[what]}. Give every node {advice}."
+                    f" {expected[what]}{why and f' ({why})'}. Give every node {advice}."
                 )
-    devices = sorted({d for _, _, _, d in reported})
+    devices = sorted({d for _, _, _, d, _ in reported})
     return [] if len(devices) == 1 else [f"the ranks have different devices ({', '.join(devices)}): bits may differ"]
 
 

@@ -23,7 +23,6 @@ from ade_harness.evaluation.data import Failure, ImageItems, LoadedImage
 from ade_harness.evaluation.job import Job
 from ade_harness.evaluation.launching import Launched, launch, refuse_invalid
 from ade_harness.evaluation.recorder import CountedImage, Recorder
-from ade_harness.inference.forward import is_out_of_memory
 from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.counts import Row, label_hash, matrix_of
 from ade_harness.runs.directory import LEDGER
@@ -31,6 +30,7 @@ from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerError, LedgerWriter, read_rows
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
+from ade_harness.runtime.gpu_errors import is_out_of_memory
 
 _MAX_PENDING = 16
 """Images that may wait for the recorder: enough for its slow moments (a segment made durable), little memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,19 +13,10 @@ from ade_harness.config.inference import InferenceConfig
 from ade_harness.errors import HarnessError, ShortMemoryError
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import LabelMap, MaskLogits, other_scores, read_output
+from ade_harness.runtime.gpu_errors import is_gpu_lost, is_out_of_memory
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """``inference.precision`` -> what the forward's autocast computes in."""
-
-
-_OUT_OF_MEMORY = (
-    "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-    # of the CUDA driver, where the allocator holds what is left: a library or a kernel that is loaded at its first use
-    "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_NOT_INITIALIZED",
-    "unable to find an engine to execute this computation",  # cuDNN, where no plan's workspace fits
-    "Failed to allocate memory for requested buffer",  # onnxruntime
-)  # fmt: skip
 
 
 class BatchedForward:
@@ -68,19 +59,13 @@ class BatchedForward:
         # the whole batch again for each image: what an earlier one has left free decides no image's bits
         limit, emptied = self.batch(images[0].device), False
         while True:
-            short: Exception
             try:
-                outputs: list[Tensor | MaskLogits] = []
-                for start in range(0, len(images), limit):
-                    outputs += self._split(images[start : start + limit], what)
-                return outputs
-            except torch.OutOfMemoryError as error:
-                short = error
-            except RuntimeError as error:
+                return self._in_batches(images, limit, what)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
-                short = error
-            # outside of the except block, where the traceback would keep the failed batch's tensors
+                reason = str(error).splitlines()[0]  # the error itself would keep the failed batch's tensors
+            # outside of the except block, where it still is
             if not emptied and _empty_cache(images[0].device):
                 # libraries find none where torch's own cache holds it: the same batch again keeps every bit
                 emptied = True
@@ -89,14 +74,19 @@ class BatchedForward:
             limit = min(limit, len(images)) // 2
             if limit < 1 or self._always_full:
                 raise ShortMemoryError(
-                    f"{what}: out of memory with one input of {size} ({str(short).splitlines()[0]})."
+                    f"{what}: out of memory with one input of {size} ({reason})."
                     " Use a device with more memory, inference.precision=bf16, a smaller inference.batch, or a protocol"
                     " with smaller inputs."
-                ) from short
+                )
             self.halved += 1
             self.fits = limit if self.fits is None else min(self.fits, limit)
-            del short
             _empty_cache(images[0].device)
+
+    def _in_batches(self, images: Sequence[Tensor], limit: int, what: str) -> list[Tensor | MaskLogits]:
+        outputs: list[Tensor | MaskLogits] = []
+        for start in range(0, len(images), limit):
+            outputs += self._split(images[start : start + limit], what)
+        return outputs
 
     def batch(self, device: torch.device) -> int:
         """Return how many inputs share a forward on this device, if memory allows."""
@@ -195,7 +185,7 @@ class BatchedForward:
         except BaseException as error:  # the network may be anybody's code
             if is_out_of_memory(error) and not isinstance(error, RuntimeError):
                 raise torch.OutOfMemoryError(str(error)) from error  # of a library with errors of its own
-            if is_out_of_memory(error) or "CUDA error" in str(error):
+            if is_out_of_memory(error) or is_gpu_lost(error):
                 raise  # the first is dealt with above; after the second this process cannot use its GPU any more
             reason = " ".join(_said(error).split())[:300]
             raise HarnessError(
@@ -275,20 +265,6 @@ def _said(error: BaseException) -> str:
     if "TorchScript interpreter" in text:
         text = next((line for line in reversed(text.splitlines()) if line.strip()), text)
     return text.removeprefix(f"{type(error).__name__}: ")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short: torch's own, the CPU's, cuBLAS's and cuDNN's ways to say it."""
-    text = str(error)
-    if "_STATUS_NOT_INITIALIZED" in text and torch.cuda.is_available():
-        with suppress(RuntimeError):
-            return torch.cuda.mem_get_info()[0] < _LITTLE_BYTES  # else a library is broken, and stays so
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _OUT_OF_MEMORY)
-
-
-_LITTLE_BYTES = 2**30
-"""Of a GPU's memory: cuBLAS and cuDNN start with less than that."""
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, ShortMemoryError, require
 from ade_harness.inference.fitting import check_one_size, check_plan, fitted
-from ade_harness.inference.forward import BatchedForward, is_out_of_memory
+from ade_harness.inference.forward import BatchedForward
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views
 from ade_harness.inference.predictor import Prediction, Prepared
@@ -40,6 +40,7 @@ from ade_harness.models.class_map import ClassMap, resolve_class_map
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.ops.deformable import FALLBACKS
 from ade_harness.models.outputs import MaskLogits
+from ade_harness.runtime.gpu_errors import is_out_of_memory
 from ade_harness.runtime.queue import Loaders
 
 _LABEL_COST = 0.3

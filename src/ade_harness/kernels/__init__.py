@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ade_harness.errors import HarnessError
 from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
+from ade_harness.runtime.gpu_errors import is_gpu_lost, is_out_of_memory, tried_twice
 
 __all__ = [
     "Kernels",
@@ -101,18 +102,18 @@ def unavailable_reason(module: str, gpu: int | None) -> str | None:
         HarnessError: no memory is left to try it.
     """
     try:
-        if importlib.import_module(f"ade_harness.kernels.{module}").agrees_with_torch():
+        if tried_twice(importlib.import_module(f"ade_harness.kernels.{module}").agrees_with_torch):
             return None
     except Exception as error:  # a missing package, or a compiler that fails in any way
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if is_out_of_memory(error):
             free, total = (b / 2**30 for b in torch.cuda.mem_get_info()) if gpu is not None else (0.0, 0.0)
             left = f"GPU {gpu} has {free:.1f} of {total:.1f} GiB free" if gpu is not None else "memory is short"
             raise HarnessError(
                 f"{left}, too little to begin with ({first}). Most often another program uses it: `nvidia-smi` names"
                 " it; CUDA_VISIBLE_DEVICES chooses another GPU."
             ) from error
-        if "CUDA error" in str(error):  # after such an error this process cannot use its GPU any more
+        if is_gpu_lost(error):
             raise HarnessError(
                 f"{module} was tried on GPU {gpu}, which reports {first}. runtime.kernels=torch does without it; a GPU"
                 " that reports such errors again is broken."

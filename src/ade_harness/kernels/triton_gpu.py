@@ -20,6 +20,7 @@ from ade_harness.data.labels import IGNORE_INDEX
 from ade_harness.kernels import reference, triton_jit
 from ade_harness.kernels.constants import constant
 from ade_harness.kernels.views import PixelStatistics, Placement, Size, View, whole
+from ade_harness.runtime.gpu_errors import is_gpu_lost
 
 _P = ParamSpec("_P")
 
@@ -341,7 +342,7 @@ def _softmax_fault(gpu: int | None) -> str | None:
         if torch.equal(_merge(views, _SIZE, True), reference.merge(views, _SIZE, True)):
             return None
     except Exception as error:  # a compiler that fails in any way, at this kernel alone
-        if "CUDA error" in str(error):  # after which this process cannot use its GPU
+        if is_gpu_lost(error):
             raise
         return f"the kernel for the softmax of views fails ({type(error).__name__}: {error})".splitlines()[0]
     return "the softmax of views rounds differently from torch's here"

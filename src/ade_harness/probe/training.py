@@ -22,6 +22,7 @@ from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
+from ade_harness.evaluation.job import compare_ranks
 from ade_harness.files.atomic import write_text
 from ade_harness.files.tensors import write_tensors
 from ade_harness.models.loaded import LoadedModel
@@ -34,7 +35,7 @@ from ade_harness.runs.directory import (
 )
 from ade_harness.runs.progress import read_losses
 from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.cluster import cores_per_rank
+from ade_harness.runtime.cluster import cores_per_rank, local_rank
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import agreed, broadcast, broken_connections
 from ade_harness.runtime.ranks import arithmetic_as_set, started_ranks
@@ -73,6 +74,7 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
         model = agreed(ranks.coordinator, "model", lambda: _loaded(cfg, recipe, dataset.classes))
         device = ranks.trainer.strategy.root_device.type
+        compare_ranks(ranks.coordinator, dataset, dataset.ids_hash(), model.facts, local_rank() == 0, {})
         record = agreed(
             ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, device, console) if first else None
         )

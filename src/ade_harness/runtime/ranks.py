@@ -33,11 +33,13 @@ from ade_harness.runtime.cluster import (
     host_name,
     is_rank,
     is_supervised,
+    local_rank,
     node_count,
     resolve_devices,
     slurm_first_address,
 )
 from ade_harness.runtime.coordination import Coordinator, RankLostError, StopRequestedError, is_distributed
+from ade_harness.runtime.gpu_errors import is_gpu_lost, is_out_of_memory
 from ade_harness.runtime.lifetime import exit_location
 from ade_harness.runtime.progress_bar import ProgressReporter
 from ade_harness.runtime.queue import SharedItems
@@ -286,10 +288,13 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
             launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
         except dist.DistError as missing:
             raise HarnessError(_connection_error(cfg, str(missing))) from missing
-        except RuntimeError as unreachable:
-            if not _OF_GLOO.search(str(unreachable)):
-                raise
-            raise HarnessError(_gloo_error(str(unreachable))) from unreachable
+        except RuntimeError as failure:
+            text = str(failure)
+            if _OF_GLOO.search(text):
+                raise HarnessError(_gloo_error(text)) from failure
+            if is_out_of_memory(failure) or is_gpu_lost(failure):
+                raise HarnessError(_gpu_error(text)) from failure
+            raise
     coordinator = Coordinator()
     watchdog = Watchdog(coordinator, cfg.dead_after_s)
     watchdog.start()
@@ -314,6 +319,17 @@ def started_ranks(cfg: RuntimeConfig, **options: Any) -> Iterator[Ranks]:
         raise
     finally:
         watchdog.close()
+
+
+def _gpu_error(reason: str) -> str:
+    """Say which GPU cannot be used, before anything is on it, and what to do."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    among = "" if visible is None else f" of CUDA_VISIBLE_DEVICES={visible}"
+    return (
+        f"rank {os.environ.get('RANK', '0')} on {host_name()}: GPU {local_rank()}{among} cannot be used"
+        f" ({reason.splitlines()[0]}). Most often another program fills it, or has it to itself: `nvidia-smi` names"
+        " that program. CUDA_VISIBLE_DEVICES chooses other GPUs."
+    )
 
 
 def _gloo_error(reason: str) -> str:

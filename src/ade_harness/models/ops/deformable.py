@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ade_harness.errors import HarnessError
 from ade_harness.kernels.constants import constant
 from ade_harness.models.ops.attention import in_reference
+from ade_harness.runtime.gpu_errors import is_gpu_lost, is_out_of_memory, tried_twice
 
 Shape = tuple[int, int]
 
@@ -160,9 +161,10 @@ def _tried(device: str, place: str, variant: Variant) -> tuple[_Aggregate, str |
             from ade_harness.models.ops.deformable_numba import aggregate_numba as fast
         else:
             return aggregate_torch, f"there is none for {device}"
-        return (fast, None) if _agrees(fast, place, variant) else (aggregate_torch, "it gave other values than torch")
+        agrees = tried_twice(lambda: _agrees(fast, place, variant))
+        return (fast, None) if agrees else (aggregate_torch, "it gave other values than torch")
     except Exception as error:  # a missing package, or a compiler that fails in any way
-        if "out of memory" in str(error) or "CUDA error" in str(error):  # the ranks of a run have to have the same
+        if is_out_of_memory(error) or is_gpu_lost(error):  # the ranks of a run have to have the same
             raise HarnessError(
                 f"deformable attention was tried on {place}, which reports {str(error).splitlines()[0]}. Most often"
                 " another program uses its memory: `nvidia-smi` names it; CUDA_VISIBLE_DEVICES chooses another GPU."
