@@ -47,15 +47,17 @@ def state_of(root: Path) -> dict[str, Any] | None:
     diff = git(root, "diff", "HEAD", "--no-ext-diff") or ""
     deciding = git(root, "diff", "HEAD", "--no-ext-diff", "--", "src", "conf") or ""
     trees = git(root, "rev-parse", "HEAD:src", "HEAD:conf")
+    source = (trees or "").partition("\n")[0] + (git(root, "diff", "HEAD", "--no-ext-diff", "--", "src") or "")
     for name in (git(root, "ls-files", "--others", "--exclude-standard", "src", "conf") or "").splitlines():
         new = f"\n+++ new file {name}\n{(root / name).read_text(errors='replace')}"
-        diff, deciding = diff + new, deciding + new
+        diff, deciding, source = diff + new, deciding + new, source + (new if name.startswith("src/") else "")
     return {
         "commit": commit.strip() if commit else None,
         "origin": re.sub(r"//[^/@]*@", "//", origin.strip()) if origin else None,
         "dirty": bool(diff),
         "diff_sha256": hashlib.sha256(deciding.encode()).hexdigest() if deciding else None,
         "tree": hashlib.sha256(trees.encode()).hexdigest() if trees else None,
+        "src": hashlib.sha256(source.encode()).hexdigest() if trees else None,
     }
 
 

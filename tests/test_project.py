@@ -151,7 +151,7 @@ def test_the_wheel_holds_configuration_weights_and_data(tmp_path: Path) -> None:
     found = code_state(tmp_path / "installed/ade_harness")
     here = code_state()
     assert found["built"]
-    for key in ("commit", "dirty", "origin", "diff_sha256"):
+    for key in ("commit", "dirty", "origin", "diff_sha256", "tree", "src"):
         assert found[key] == here[key]
     assert here["commit"] is not None
     assert here["commit"][:10] in describe_code(found)

@@ -40,6 +40,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
+def nearest(word: str, choices: Iterable[str], number: int = 5) -> str:
+    """Return the choices that are nearest to a word, as text: of many, which nobody wants to see all."""
+    return ", ".join(difflib.get_close_matches(word, list(choices), n=number, cutoff=0))
+
+
 def require(condition: bool, message: str) -> None:
     """Raise HarnessError with `message` unless the condition holds."""
     if not condition:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,25 @@ class _CheckedLauncher(Launcher, ABC):
         Raises:
             HarnessError: a mistake in any job; then none has started. Or jobs that failed.
         """
+        extra = _config_dir(self.config)
+        try:
+            jobs = self._checked(job_overrides, initial_job_idx, extra)
+        except HarnessError:
+            _remove_empty(self.config)
+            raise
+        # a file may say that everything is a sweep: a job is not one, or it would start jobs without end
+        flags = [*_of_jobs(self.config), "hydra.mode=RUN", *(["--config-dir", str(extra.resolve())] if extra else [])]
+        return self.run(jobs, flags)
+
+    def _checked(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, extra: Path | None
+    ) -> list[SweepJob]:
+        """Return the jobs of a sweep, each composed and checked; raises as :meth:`launch`."""
         from ade_harness.cli.sweep import SweepJob
         from ade_harness.config.compose import compose_config
 
-        _check_sweep(self.config, job_overrides)
-        job_overrides = choices_only(job_overrides)
-        extra = _config_dir(self.config)
+        _check_sweep(self.config)
+        job_overrides = _jobs_of(job_overrides)
         jobs, mistakes = [], []
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             plain = list(filter_overrides(overrides))
@@ -69,9 +83,7 @@ class _CheckedLauncher(Launcher, ABC):
                 f"{len(mistakes)} of {len(job_overrides)} jobs cannot run, so none was started.\n" + "\n".join(mistakes)
             )
         self._check_places(jobs)
-        # a file may say that everything is a sweep: a job is not one, or it would start jobs without end
-        flags = [*_of_jobs(self.config), "hydra.mode=RUN", *(["--config-dir", str(extra.resolve())] if extra else [])]
-        return self.run(jobs, flags)
+        return jobs
 
     shares_places = False
     """Whether jobs may be given one directory: each of SLURM's has its own, whatever a sweep says."""
@@ -141,7 +153,7 @@ class OthersLauncher(_CheckedLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run jobs; called by Hydra's sweeper. Raises as the others."""
-        self._handed = choices_only(job_overrides), initial_job_idx
+        self._given = job_overrides, initial_job_idx
         return super().launch(job_overrides, initial_job_idx)
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
@@ -154,7 +166,8 @@ class OthersLauncher(_CheckedLauncher):
         other = Plugins.instance().instantiate_launcher(
             hydra_context=self.context, task_function=self.task_function, config=config
         )
-        returned = other.launch(*self._handed)
+        given, first = self._given
+        returned = other.launch(_jobs_of(given), first)
         if self._sweep is None:
             self._sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
             sweeps.append(self._sweep)
@@ -195,7 +208,7 @@ class OneJobLauncher(_CheckedLauncher):
             self.settings["number"] is not None,
             "hydra/launcher=one_job: runs the job of one number: -m --job N.",
         )
-        job_overrides = choices_only(job_overrides)
+        job_overrides = _jobs_of(job_overrides)
         number, last = int(self.settings["number"]), len(job_overrides) - 1
         require(
             0 <= number <= last, f"--job {number}: expected 0 to {last}, as this sweep has {last + 1} combinations."
@@ -222,13 +235,15 @@ class ListLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra."""
+        self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Print; called by Hydra's sweeper."""
         from ade_harness.cli.sweep import listed
         from ade_harness.runtime.console import make_console, print_line
 
-        for number, overrides in enumerate(choices_only(job_overrides), start=initial_job_idx):
+        _remove_empty(self.config)
+        for number, overrides in enumerate(_jobs_of(job_overrides), start=initial_job_idx):
             listed.append(list(filter_overrides(overrides)))
             print_line(make_console(), f"{number}: {' '.join(listed[-1])}")
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in job_overrides]
@@ -250,8 +265,17 @@ class SlurmLauncher(_CheckedLauncher):
         return [_returned(job, 0, None) for job in jobs]
 
 
-def _check_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:
-    """Refuse sweeps whose jobs would be something else than what was asked for, or of which there are none."""
+def _remove_empty(config: DictConfig) -> None:
+    """Remove the folder that Hydra has made for a sweep, where nothing but Hydra's own file is in it."""
+    folder = Path(str(config.hydra.sweep.dir))
+    with suppress(OSError):
+        if [entry.name for entry in folder.iterdir()] == ["multirun.yaml"]:
+            (folder / "multirun.yaml").unlink()
+            folder.rmdir()
+
+
+def _check_sweep(config: DictConfig) -> None:
+    """Refuse sweeps whose jobs would be something else than what was asked for."""
     from ade_harness.cli.sweep import NO_OTHER_PRIMARY, command
     from ade_harness.config.files import conf_dir
 
@@ -278,17 +302,20 @@ def _check_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> 
         command.get() == "evaluate",
         f"{command.get()}: cannot be swept (hydra.mode=MULTIRUN): each training is a command of its own.",
     )
-    require(
-        len(job_overrides) > 0, "the sweep has no jobs: no choice fits its glob(...), or a list of values is empty."
-    )
 
 
-def choices_only(job_overrides: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Leave out jobs of `schema`, which each group has for files to name: a glob finds it, and it is no choice."""
+def _jobs_of(job_overrides: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Leave out jobs of `schema`, which each group has for files to name: a glob finds it, and it is no choice.
+
+    Raises:
+        HarnessError: none are left.
+    """
     from ade_harness.config.arguments import GROUPS
 
     none = {f"{group}=schema" for group in GROUPS}
-    return [overrides for overrides in job_overrides if not none & set(overrides)]
+    found = [overrides for overrides in job_overrides if not none & set(overrides)]
+    require(bool(found), "the sweep has no jobs: no choice fits its glob(...), or a list of values is empty.")
+    return found
 
 
 def check_job(config: Config) -> None:

@@ -409,7 +409,15 @@ def test_shells_complete_groups_and_keys(tmp_path: Path, shell: str, line: str, 
         ("ade-harness runs --so", "--sort"),
         ("ade-harness inference=s", "inference=ss"),
         ("ade-harness model=zzz inference=((", ""),  # a mistake in the line proposes nothing, and says nothing
-        ("ade-harness --config-dir o", ""),
+        ("ade-harness --config-dir o", "own/"),
+        ("ade-harness --config-dir own/m", "own/model/"),
+        ("ade-harness data ", "download"),
+        ("ade-harness data ver", "verify"),
+        ("ade-harness data download --source ", "archive hub"),
+        ("ade-harness models segformer_b", "segformer_b0 segformer_b1"),
+        ("ade-harness model=segformer_b0 model.checkpoint=ru", "model.checkpoint=runs/"),
+        ("ade-harness predict model=demo run", "runs/"),
+        ("ade-harness compare runs/a --resamples 10 ru", "runs/"),
     ],
 )
 def test_lines_with_commands_and_options_are_completed(

@@ -441,21 +441,23 @@ def test_a_file_system_that_becomes_read_only_is_one_message(
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_run_of_a_version_that_looked_at_the_commit_goes_on(call: Call, tmp_path: Path) -> None:
-    """Now the tree of src/ and conf/ is looked at: a commit of prose alone refuses nothing."""
+@pytest.mark.parametrize("name", ["commit", "tree"])
+def test_a_run_of_a_version_that_looked_at_the_commit_goes_on(call: Call, tmp_path: Path, name: str) -> None:
+    """Or at the tree of src/ and conf/. Now src/ is looked at: a commit of prose alone refuses nothing."""
     overrides = (*FAST, "dataset.images=2", "runtime.workers=0", "metrics.resamples=0", "run.dir=run")
     assert call(*overrides).code == 0
     path = tmp_path / "run/manifest.json"
     manifest = json.loads(path.read_text())
-    if "code.tree" not in manifest["identity"]:
+    if "code.src" not in manifest["identity"]:
         pytest.skip("needs a git checkout: git clone this repository")
-    del manifest["identity"]["code.tree"]
-    for commit, code in ((manifest["code"]["commit"], 0), ("f" * 40, 2)):
-        manifest["identity"]["code.commit"] = commit
+    del manifest["identity"]["code.src"]
+    manifest["identity"]["code.diff_sha256"] = manifest["code"]["diff_sha256"]
+    for found, code in ((manifest["code"][name], 0), ("f" * 40, 2)):
+        manifest["identity"][f"code.{name}"] = found
         path.write_text(json.dumps(manifest))
         done = call(*overrides)
         assert done.code == code
-        assert ('code.commit: was "ffff' in done.err) == (code == 2)
+        assert (f'code.{name}: was "ffff' in done.err) == (code == 2)
 
 
 def test_a_manifest_and_a_configuration_of_two_kinds_are_damaged(call: Callable[..., Done], tmp_path: Path) -> None:

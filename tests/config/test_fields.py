@@ -159,7 +159,7 @@ def test_a_whole_number_beyond_any_float_is_no_value() -> None:
 @pytest.mark.parametrize(
     ("given", "advice"),
     [
-        ("model.path=/nope.onnx", "Add model=onnx, torchscript, exported or predictions"), ("model.id=foo/bar", "Add model=hf or smp"),
+        ("model.path=/nope.onnx", "Add model=torchscript, exported, onnx or predictions"), ("model.id=foo/bar", "Add model=hf or smp"),
         ("model.url=http://127.0.0.1:9", "Add model=http"), ("model._target_=a.B", "Add model=custom"),
     ],
 )  # fmt: skip

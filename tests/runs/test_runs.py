@@ -434,18 +434,27 @@ def test_code_state_in_a_checkout(tmp_path: Path) -> None:
     assert state["commit"] == git(tmp_path, "rev-parse", "HEAD")
     assert state["dirty"] is False
     assert state["origin"] == "https://example.org/a/b.git"
-    tree = state["tree"]
+    tree, source = state["tree"], state["src"]
     (tmp_path / "README.md").write_text("prose\n")
     git(tmp_path, "add", "README.md")
     assert code_state(package)["dirty"] is True
     assert code_state(package)["diff_sha256"] is None  # prose decides no number
     git(tmp_path, "commit", "-qm", "second")
     assert code_state(package)["tree"] == tree
+    (tmp_path / "conf/a.yaml").write_text("a: 1\npaper: another\n")
+    git(tmp_path, "commit", "-qam", "third")
+    assert code_state(package)["tree"] != tree
+    assert code_state(package)["src"] == source  # the values that a run used stand in its configuration
+    (tmp_path / "conf/a.yaml").write_text("a: 1\npaper: a third\n")
+    assert code_state(package)["src"] == source
     (tmp_path / "conf/.#lock.yaml").symlink_to("nowhere")  # an editor's
     (tmp_path / "conf/größe.yaml").write_text("a: 1\n")
     (package / "latin.py").write_bytes("# gr\xf6\xdfe\n".encode("latin-1"))
     assert "größe.yaml" in code_state(package)["diff"]
+    assert code_state(package)["src"] != source
+    source = code_state(package)["src"]
     (package / "a.py").write_text("x = 2\n")
+    assert code_state(package)["src"] != source
     (package / "new.py").write_text("y = 3\n")
     state = code_state(package)
     assert state["dirty"] is True

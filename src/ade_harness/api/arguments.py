@@ -14,19 +14,14 @@ import torch
 from torch import nn
 
 from ade_harness.config.files import choices
+from ade_harness.config.kinds import KINDS
 from ade_harness.config.overrides import as_override_value
 from ade_harness.errors import HarnessError, did_you_mean
 from ade_harness.files.reading import expanded
 
 Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
 
-_FILES = {
-    ".onnx": "onnx",
-    ".pt2": "exported",
-    ".pt": "torchscript",
-    ".ts": "torchscript",
-    ".torchscript": "torchscript",
-}
+_FILES = {suffix: name for name, kind in KINDS.items() for suffix in kind.suffixes}
 
 
 def whole_number(name: str, value: Any, least: int) -> None:

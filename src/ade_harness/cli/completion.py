@@ -7,20 +7,40 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from ade_harness.cli.commands import COMMAND_NAMES, COMMANDS, EVERYWHERE
+from ade_harness.cli.commands import COMMAND_NAMES, COMMANDS, EVERYWHERE, Argument
+from ade_harness.config.arguments import place_fields
+from ade_harness.config.files import choices
 from ade_harness.errors import HarnessError
 
 _LINE = "COMP_LINE"
-_OF_OVERRIDES = ("evaluate", "probe", "predict", "serve")
-"""Commands whose words are overrides."""
+_OF_OVERRIDES = (None, "evaluate", "probe", "predict", "serve")
+"""Commands whose words are overrides; None is a line without a command yet."""
 _FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")
 _NO_CHOICE = "=schema"
 """Ends a choice that each group has for files of the user's to name, and that is none."""
+_TWO_WORDS = [one.name.split(" ") for one in COMMANDS if " " in one.name]
+_SECOND = {first: [second for other, second in _TWO_WORDS if other == first] for first, _ in _TWO_WORDS}
+"""Commands of two words: the second words by the first."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A command line up to its last word, which is being typed."""
+
+    command: str | None
+    """As tables call it: of two words with both, as far as they are there."""
+    overrides: tuple[str, ...]
+    folder: str | None
+    """``--config-dir``."""
+    option: str
+    """That the last word is the value of; empty if it is none's."""
+    last: str
 
 
 def complete(query: str, ask_hydra: Callable[[str | None], None]) -> None:
@@ -32,47 +52,91 @@ def complete(query: str, ask_hydra: Callable[[str | None], None]) -> None:
     """
     words = os.environ.get(_LINE, "").split(" ")
     app = 3 if Path(words[0]).name.startswith("python") else 1  # python -m ade_harness
-    *before, last = words[app:] or [""]
-    overrides, command, folder, value_of = [], None, None, ""
-    for word in before:
-        name, equals, value = word.partition("=")
-        if value_of in _FOLDERS:
-            folder = word
-        elif name in _FOLDERS and equals:
-            folder = value
-        elif "=" in word and not word.startswith("-"):
-            overrides.append(word)
-        elif command is None and word in COMMAND_NAMES:
-            command = word
-        value_of = word if word in _FOLDERS else ""
-    found: list[str] = []
-    if last.startswith("-"):
-        found = [flag for flag in _flags(command) if flag.startswith(last)]
-    elif command is None and "=" not in last:
-        found = [name for name in COMMAND_NAMES if name.startswith(last)]
-    elif command is not None and command not in _OF_OVERRIDES:
-        folder_of, _, begin = last.rpartition("/")
-        there = sorted(Path(f"{folder_of}/" if "/" in last else ".").glob(f"{glob.escape(begin)}*"))
-        found = [f"{path}/" if path.is_dir() else str(path) for path in there]
-    if command in (None, *_OF_OVERRIDES) and not last.startswith("-") and not value_of:
-        printed = StringIO()
-        silent = suppress(HarnessError, SystemExit), redirect_stderr(StringIO()), redirect_stdout(printed)
-        with _line(" ".join(["ade-harness", *overrides, last])), silent[0], silent[1], silent[2]:
-            ask_hydra(folder)
-        found += [word for word in printed.getvalue().split() if not word.endswith(_NO_CHOICE)]
+    line = _read(words[app:] or [""])
+    found = _proposed(line)
+    is_place = line.last.partition("=")[0] in place_fields() and "=" in line.last
+    if line.command in _OF_OVERRIDES and not (line.option or line.last.startswith("-") or is_place):
+        found += _of_hydra(line, ask_hydra)
     print("\n".join(found) if query.endswith("fish") else " ".join(found))
 
 
-def _flags(command: str | None) -> Iterator[str]:
-    """Yield the options of a command: of ``evaluate`` if none is named."""
+def _read(words: Sequence[str]) -> _Line:
+    *before, last = words
+    overrides, command, folder, option = [], None, None, ""
+    for word in before:
+        name, equals, value = word.partition("=")
+        if option:
+            folder, option = word if option in _FOLDERS else folder, ""
+        elif word.startswith("-"):
+            folder = value if name in _FOLDERS and equals else folder
+            option = name if not equals and _takes_a_value(command, name) else ""
+        elif equals:
+            overrides.append(word)
+        elif command is None and word in COMMAND_NAMES:
+            command = word
+        elif command in _SECOND and word in _SECOND[command]:
+            command = f"{command} {word}"
+    return _Line(command, tuple(overrides), folder, option, last)
+
+
+def _proposed(line: _Line) -> list[str]:
+    """Return what the tables of this package and the file system propose."""
+    last, command = line.last, line.command
+    key, equals, value = last.partition("=")
+    if line.option:
+        known = next((a.settings.get("choices") for a in _arguments(command) if line.option in a.names), None)
+        return _files(last) if known is None else _beginning(map(str, known), last)
+    if last.startswith("-"):
+        return _beginning((name for a in _arguments(command) for name in a.names if name.startswith("--")), last)
+    if command in _SECOND:
+        return _beginning(_SECOND[command], last)
+    if command is None and not equals:
+        return _beginning(COMMAND_NAMES, last)
+    if command in _OF_OVERRIDES:
+        if equals:
+            return [f"{key}={name}" for name in _files(value)] if key in place_fields() else []
+        return _files(last) if command == "predict" else []
+    return _beginning(choices("model"), last) if command == "models" else _files(last)
+
+
+def _beginning(known: Iterator[str] | Sequence[str], begin: str) -> list[str]:
+    return [name for name in known if name.startswith(begin)]
+
+
+def _files(begin: str) -> list[str]:
+    """Return the files and folders whose paths begin so."""
+    folder, _, name = begin.rpartition("/")
+    there = sorted(Path(f"{folder}/" if "/" in begin else ".").glob(f"{glob.escape(name)}*"))
+    return [f"{path}/" if path.is_dir() else str(path) for path in there]
+
+
+def _arguments(command: str | None) -> Iterator[Argument]:
+    """Yield the arguments of a command: of ``evaluate`` if none is named, of all ``data`` commands for ``data``."""
     for one in COMMANDS:
-        if one.name.partition(" ")[0] == (command or "evaluate"):
-            yield from (name for a in one.arguments for name in a.names if name.startswith("--"))
-    yield from (name for argument in EVERYWHERE for name in argument.names if name.startswith("--"))
+        if one.name == (command or "evaluate") or one.name.split(" ")[0] == command:
+            yield from one.arguments
+    yield from EVERYWHERE
+
+
+def _takes_a_value(command: str | None, name: str) -> bool:
+    return any(
+        name in a.names and "action" not in a.settings and a.settings.get("nargs") != "?" for a in _arguments(command)
+    )
+
+
+def _of_hydra(line: _Line, ask_hydra: Callable[[str | None], None]) -> list[str]:
+    """Return what Hydra proposes for an override."""
+    printed = StringIO()
+    with (
+        _line_of(" ".join(["ade-harness", *line.overrides, line.last])), suppress(HarnessError, SystemExit),
+        redirect_stderr(StringIO()), redirect_stdout(printed),
+    ):  # fmt: skip
+        ask_hydra(line.folder)
+    return [word for word in printed.getvalue().split() if not word.endswith(_NO_CHOICE)]
 
 
 @contextmanager
-def _line(text: str) -> Iterator[None]:
+def _line_of(text: str) -> Iterator[None]:
     before = os.environ.get(_LINE)
     os.environ[_LINE] = text
     try:

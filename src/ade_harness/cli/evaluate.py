@@ -259,7 +259,7 @@ def _of_sweeps(done: Sequence[Sweep]) -> dict[str, Any]:
 @contextmanager
 def _arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Iterator[None]:
     """Give Hydra its command line: it reads ``sys.argv``, and is set to raise errors rather than to print them."""
-    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    argv, before = sys.argv, {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", GIVEN_FULL_ERROR)}
     flags = _hydra_options(options)
     if options.multirun:
         flags.append("--multirun")
@@ -274,16 +274,17 @@ def _arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Iterato
     if options.verbose:
         flags.append("hydra.verbose=true")
     sys.argv = [argv[0], *overrides, *flags]
+    # processes that are started meanwhile, such as jobs of a sweep, inherit both
+    os.environ.setdefault(GIVEN_FULL_ERROR, before["HYDRA_FULL_ERROR"] or "")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    os.environ[GIVEN_FULL_ERROR] = full or ""  # processes that are started meanwhile inherit both
     try:
         yield
     finally:
         sys.argv = argv
-        os.environ.pop("HYDRA_FULL_ERROR")
-        os.environ.pop(GIVEN_FULL_ERROR)
-        if full is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _hydra_options(options: argparse.Namespace) -> list[str]:

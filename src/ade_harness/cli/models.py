@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +10,7 @@ from rich.table import Table
 
 from ade_harness.cli.answer import Answer
 from ade_harness.config.files import choices, read_choice
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, nearest
 from ade_harness.leaderboard.published import PublishedRow, published_rows
 from ade_harness.runtime.console import make_console, print_fact, print_line
 
@@ -26,7 +24,7 @@ def run_models(options: argparse.Namespace) -> Answer:
     models = {name: read_choice("model", name) for name in choices("model")}
     for name in options.names:
         if name not in models:
-            raise HarnessError(f"models {name}: no such model.{_nearest(name, models)}")
+            raise HarnessError(f"models {name}: no such model. Nearest: {nearest(name, models)}; `models` lists all.")
     console = make_console()
     if options.names:
         for name in options.names:
@@ -39,11 +37,6 @@ def run_models(options: argparse.Namespace) -> Answer:
         if not options.names or name in options.names
     }
     return Answer({"models": content})
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
-    return f" Nearest: {', '.join(near)}; `models` lists all." if near else " `models` lists all."
 
 
 def _table(title: str) -> Table:
@@ -83,7 +76,7 @@ def _describe(console: Console, name: str, model: dict[str, Any]) -> None:
         "source": published.get("source"),
         "leaderboard": "; ".join(_of_leaderboard(row) for row in published_rows() if row.config == name),
         "protocols": ", ".join(f"inference={k}: {v}" for k, v in model.get("protocols", {}).items() if v),
-        "weights": about.get("weights") or "yours",
+        "weights": _weights(model),
         "missing": model.get("missing"),
         "licence": model.get("official", {}).get("license") or model.get("hub", {}).get("license"),
         "paper": about.get("paper"),

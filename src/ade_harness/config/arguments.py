@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from ade_harness.config.model import ModelConfig
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.runtime import RuntimeConfig, SlurmConfig
 from ade_harness.config.schema import MetricsConfig, RunConfig, TrackingConfig
-from ade_harness.errors import HarnessError, did_you_mean, require
+from ade_harness.errors import HarnessError, did_you_mean, nearest, require
 from ade_harness.files.escapes import require_utf8, shortened
 
 _FREE_KEYS = ("model.kwargs.", "model.architecture.", "runtime.slurm.extra.")
@@ -117,7 +116,7 @@ def with_recipe(overrides: Sequence[str], extra: Path | None = None, primary: bo
         name = _chosen_model(overrides)
         known_models = choices("model", extra)
         if name not in known_models:
-            raise HarnessError(f"model={name}: unknown value.{nearest('model', name, known_models)}")
+            raise HarnessError(f"model={name}: unknown value.{known_choices('model', name, known_models)}")
         own.insert(0, own_recipe(name, read_choice("model", name, extra).get("probe"), extra))
     return own
 
@@ -163,7 +162,7 @@ def without_interpolations(value: str) -> str:
 def _quoted(text: str, multirun: bool) -> str:
     """Quote a path, URL or id; what is quoted already, null or an interpolation stays as it is."""
     key, equals, value = text.partition("=")
-    if not equals or key.lstrip("+") not in _places() or not value or value.lower() == "null":
+    if not equals or key.lstrip("+") not in place_fields() or not value or value.lower() == "null":
         return text
     if key.startswith("hydra.") and value.startswith("~/"):  # which Hydra would make a folder of that name
         value = str(Path(value).expanduser())
@@ -194,7 +193,8 @@ def _parses(text: str) -> bool:
 
 
 @cache
-def _places() -> frozenset[str]:
+def place_fields() -> frozenset[str]:
+    """Return the dotted keys of fields that hold a path, a URL or an id."""
     nodes = {**NODES, "run": RunConfig}
     own = (key for group, node in nodes.items() for key in place_keys(node, f"{group}."))
     return frozenset(("hydra.run.dir", "hydra.sweep.dir", *place_keys(SlurmConfig, "hydra.launcher."), *own))
@@ -263,7 +263,7 @@ def _check(text: str, extra: Path | None) -> None:
         value = override.value()
         if _is_no_choice(override) or (isinstance(value, str) and value not in known):
             given = text.partition("=")[2]
-            raise HarnessError(f"{key}={shortened(given)}: unknown value.{nearest(key, given[:100], known)}")
+            raise HarnessError(f"{key}={shortened(given)}: unknown value.{known_choices(key, given[:100], known)}")
     elif key.startswith("hydra/") and _is_no_choice(override):
         raise HarnessError(f"{shortened(text)}: {key} takes the name of a choice.")
     elif key == "hydra.job.chdir" and override.value() is True:
@@ -296,7 +296,12 @@ def _is_no_choice(override: Override) -> bool:
 
 
 def _with_quotes(text: str) -> str:
+    """Return an override whose value is quoted; of a glob, its patterns."""
     key, _, value = text.partition("=")
+    if value.startswith("glob(") and value.endswith(")"):
+        patterns = (part.rpartition("=")[::2] for part in value[5:-1].split(","))
+        quoted = (f"{name}={quote(pattern)}" if name else quote(pattern) for name, pattern in patterns)
+        return f"{key}=glob({','.join(quoted)})"
     return f"{key}={quote(value)}"
 
 
@@ -315,13 +320,12 @@ def refuse_idle(overrides: Sequence[str], command: str) -> None:
     require(idle is None, f"{idle}: has no effect on {command}. Remove it.")
 
 
-def nearest(group: str, value: str, known: Sequence[str]) -> str:
-    """Return the nearest of many choices, or all of a few."""
+def known_choices(group: str, value: str, known: Sequence[str]) -> str:
+    """Return the nearest of many choices, or all of a few, for a message."""
     if len(known) <= 5:
         return f"{did_you_mean(value, known)} Known: {', '.join(known)}."
-    near = difflib.get_close_matches(value, known, n=5, cutoff=0.3)
     more = "`python -m ade_harness models`" if group == "model" else "`python -m ade_harness evaluate --help`"
-    return f" Nearest: {', '.join(near)}; {more} lists all." if near else f" {more} lists all {len(known)}."
+    return f" Nearest: {nearest(value, known)}; {more} lists all."
 
 
 @cache

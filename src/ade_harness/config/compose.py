@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ade_harness.config.arguments import (
     NODES,
     OWN_PROTOCOLS,
-    nearest,
+    known_choices,
     own_protocol,
     prepare,
     quote,
@@ -265,7 +265,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     )
     if absent:
         known = [name for name in absent[3].split() if name != "schema"]
-        return f"{absent[1]}={absent[2]}: unknown value.{nearest(absent[1], absent[2], known)}"
+        return f"{absent[1]}={absent[2]}: unknown value.{known_choices(absent[1], absent[2], known)}"
     choice = re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text)
     if choice and key:
         known = choice[2].split(", ")

@@ -66,6 +66,10 @@ class Kind:
     """Whether its folder may say how images are prepared (``inference=as_saved``)."""
     several_outputs: bool = False
     """Whether ``model.output`` chooses one of its outputs."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of its files, by which a path given from Python is recognised."""
+    told_by: tuple[str, ...] = ()
+    """Dotted keys of ``model.architecture`` that tell one model of this kind from another."""
     trust: str | None = None
     """What somebody else's run of this kind would do, so that it is not repeated without --trust."""
 
@@ -98,8 +102,10 @@ KINDS: dict[str, Kind] = {
         f"{_FORMATS}.transformers:load", Gives.network, "id", "a hub id or a local folder", Source.repository,
         saves_protocol=True,
     ),
-    "timm": Kind(f"{_FORMATS}.timm:load", Gives.network, probe=f"{_FORMATS}.timm:load_headless"),
-    "smp": Kind(f"{_FORMATS}.smp:load", Gives.network, own_source="id"),
+    "timm": Kind(
+        f"{_FORMATS}.timm:load", Gives.network, probe=f"{_FORMATS}.timm:load_headless", told_by=("backbone.name",),
+    ),
+    "smp": Kind(f"{_FORMATS}.smp:load", Gives.network, own_source="id", told_by=("arch", "encoder_name")),
     "custom": Kind(
         f"{_FORMATS}.python:load", Gives.network, "_target_",
         "the import path of your nn.Module, such as my_pkg.my_module.MyNet", is_code=True,
@@ -107,15 +113,15 @@ KINDS: dict[str, Kind] = {
     ),
     "torchscript": Kind(
         f"{_FORMATS}.torchscript:load", Gives.network, "path", "the TorchScript file", Source.file, as_exported=True,
-        trust="would run a TorchScript file, which is a program",
+        suffixes=(".pt", ".ts", ".torchscript"), trust="would run a TorchScript file, which is a program",
     ),
     "exported": Kind(
         f"{_FORMATS}.exported:load", Gives.network, "path", "the .pt2 file of torch.export", Source.file,
-        as_exported=True, trust="would run an exported program",
+        as_exported=True, suffixes=(".pt2",), trust="would run an exported program",
     ),
     "onnx": Kind(
         f"{_FORMATS}.onnx:load", Gives.network, "path", "the .onnx file", Source.file, as_exported=True,
-        several_outputs=True,
+        several_outputs=True, suffixes=(".onnx",),
     ),
     "predictions": Kind(
         "ade_harness.inference.folder:open_folder", Gives.labels, "path", "the folder of label PNGs", Source.nowhere,
@@ -126,6 +132,12 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 """``model.kind`` -> what is known of it."""
+
+
+def kinds_that_read(field: str) -> str:
+    """Return the kinds that read a field of ``model`` saying where a model is: ``onnx, exported or predictions``."""
+    *others, last = (name for name, kind in KINDS.items() if field in (kind.needs, kind.own_source))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def kind_of(name: str) -> Kind:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ade_harness.config.files import choices, read_choice
+from ade_harness.config.kinds import kind_of
 from ade_harness.config.model import ModelConfig
+from ade_harness.config.plain import flatten
 from ade_harness.files.reading import expanded
 
 _LENGTH = 80
@@ -27,17 +28,13 @@ def distinct_label(model: ModelConfig) -> str:
 
 
 def _which(model: ModelConfig) -> str:
-    backbone: Any = model.architecture.get("backbone")
-    network = {
-        "hf": _place(model.id), "http": model.url, "custom": model._target_,
-        "onnx": _place(model.path), "torchscript": _place(model.path), "exported": _place(model.path),
-        "predictions": _place(model.path), "timm": backbone.get("name") if isinstance(backbone, dict) else None,
-        "smp": _place(model.id) or "-".join(
-            str(model.architecture[key]) for key in ("arch", "encoder_name") if key in model.architecture
-        ),
-    }.get(model.name)  # fmt: skip
-    parts = (network, _place(model.checkpoint))
-    return ", ".join(str(part) for part in parts if part)
+    """Return where a model is, or what of its architecture tells it, and its checkpoint."""
+    kind, architecture = kind_of(model.kind), flatten(model.architecture)
+    field = kind.needs or kind.own_source
+    where = getattr(model, field) if field is not None else None
+    network = _place(where) if field in ("id", "path") else where
+    told = "-".join(str(architecture[key]) for key in kind.told_by if key in architecture)
+    return ", ".join(str(part) for part in (network or told, _place(model.checkpoint)) if part)
 
 
 def _place(text: str | None) -> str | None:

@@ -18,7 +18,7 @@ from ade_harness.config.inference import (
     Rounding,
     Upsample,
 )
-from ade_harness.config.kinds import Gives, Kind, Source, kind_of
+from ade_harness.config.kinds import KINDS, Gives, Kind, Source, kind_of, kinds_that_read
 from ade_harness.config.model import Dtype, Encoding, ModelConfig, Returns, Weights
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config, TrackingKind
@@ -191,13 +191,8 @@ def _check_output(inference: InferenceConfig) -> None:
     )
 
 
-_PLACES = {
-    "path": "model=onnx, torchscript, exported or predictions",
-    "id": "model=hf or smp",
-    "url": "model=http",
-    "_target_": "model=custom",
-}
-"""Fields that say where a model is, and the choices that read them."""
+_PLACES = tuple(dict.fromkeys(field for kind in KINDS.values() for field in (kind.needs, kind.own_source) if field))
+"""Fields that say where a model is."""
 
 
 def _check_model(config: Config) -> None:
@@ -218,7 +213,7 @@ def _check_model(config: Config) -> None:
     if unread is not None:
         raise HarnessError(
             f"model.{unread}={getattr(model, unread)}: would not be read, as the model is {model.name}"
-            f" (model.kind={model.kind}). Add {_PLACES[unread]}, or leave it out."
+            f" (model.kind={model.kind}). Add model={kinds_that_read(unread)}, or leave it out."
         )
     _check_weight_fields(model, kind)
     pixels = model.input

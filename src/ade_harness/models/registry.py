@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ade_harness.config.arguments import nearest
+from ade_harness.config.arguments import known_choices
 from ade_harness.config.files import choices, read_choice
 from ade_harness.config.kinds import KINDS, Gives, Kind
 from ade_harness.errors import HarnessError
@@ -72,7 +72,7 @@ def from_official(name: str, state_dict: Mapping[str, Any], **architecture: Any)
     """
     known = systems()
     if name not in known:
-        raise HarnessError(f"{name!r}: no such system.{nearest('model', name, [*known])}")
+        raise HarnessError(f"{name!r}: no such system.{known_choices('model', name, [*known])}")
     state: dict[str, Any] = {}
     for key, value in state_dict.items():
         state |= value if isinstance(value, Mapping) else {key: value}

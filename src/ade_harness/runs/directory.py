@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     if not os.path.lexists(manifest):
         shown, below = escaped(str(path)), next(path.glob(f"*/{MANIFEST}"), None) if path.is_dir() else None
-        where = f" Runs are below it: `python -m ade_harness runs {shown}` lists them." if below else ""
+        where = f" Runs are below it: `python -m ade_harness runs {shlex.quote(shown)}` lists them." if below else ""
         there = f"holds no run (no {MANIFEST})" if path.exists() else "no such folder"
         raise HarnessError(f"{shown}: {there}.{where}")
     content: dict[str, Any] = read_json(manifest, {"schema": int})

@@ -73,7 +73,8 @@ def list_runs(folders: Sequence[Path]) -> list[RunRow]:
     folders = [expanded(folder) for folder in folders]
     for folder in folders:
         if not folder.is_dir():
-            raise HarnessError(f"{folder}: no such folder. Give the folder of runs, or of one run.")
+            what = "is a file" if folder.exists() else "no such folder"
+            raise HarnessError(f"{folder}: {what}. Give the folder of runs, or of one run.")
     found = dict.fromkeys(path for folder in folders for path in _directories(folder, _DEPTH))
     if not found:
         raise HarnessError(f"{', '.join(map(str, folders))}: contains no run (no {MANIFEST}).")

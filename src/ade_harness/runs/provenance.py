@@ -129,7 +129,7 @@ def _driver() -> str | None:
 
 
 _DECIDING = ("src", "conf")
-"""Folders whose files decide what a run counts."""
+"""Folders whose files decide what a run counts; of `conf` the values that it used, which its configuration has."""
 
 
 def code_state(package: Path | None = None) -> dict[str, Any]:
@@ -140,9 +140,10 @@ def code_state(package: Path | None = None) -> dict[str, Any]:
 
     Returns:
         ``version``; in a git checkout also ``commit``, ``origin`` (without credentials), ``dirty``, ``diff``
-        (text, also of new files below src/ and conf/), ``diff_sha256`` of what of it lies in these two folders, and
-        ``tree``, a hash of both at the commit: prose and tests decide no number. An installed package has what its
-        build wrote down (hatch_build.py): the same without ``diff``, and ``built`` is true.
+        (text, also of new files below src/ and conf/), ``diff_sha256`` of what of it lies in these two folders,
+        ``tree``, a hash of both at the commit, and ``src``, a hash of src/ as it is: prose, tests and labels of models
+        decide no number. An installed package has what its build wrote down (hatch_build.py): the same without
+        ``diff``, and ``built`` is true.
     """
     folder = package or Path(ade_harness.__file__).parent
     state: dict[str, Any] = {"version": ade_harness.__version__, "commit": None, "dirty": None}
@@ -154,12 +155,13 @@ def code_state(package: Path | None = None) -> dict[str, Any]:
     diff = _git(root, "diff", "HEAD", "--no-ext-diff") or ""
     deciding = _git(root, "diff", "HEAD", "--no-ext-diff", "--", *_DECIDING) or ""
     trees = _git(root, "rev-parse", *(f"HEAD:{folder}" for folder in _DECIDING))
+    source = (trees or "").partition("\n")[0] + (_git(root, "diff", "HEAD", "--no-ext-diff", "--", "src") or "")
     untracked = (_git(root, "ls-files", "--others", "--exclude-standard", "src", "conf") or "").splitlines()
     for name in untracked:
         if not (root / name).is_file():  # a link that leads nowhere, such as an editor's lock
             continue
         new = f"\n+++ new file {name}\n{(root / name).read_text(encoding='utf-8', errors='replace')}"
-        diff, deciding = diff + new, deciding + new
+        diff, deciding, source = diff + new, deciding + new, source + (new if name.startswith("src/") else "")
     origin = _git(root, "remote", "get-url", "origin")
     state.update(
         commit=commit.strip() if commit else None,
@@ -168,8 +170,12 @@ def code_state(package: Path | None = None) -> dict[str, Any]:
         diff=diff,
         diff_sha256=hashlib.sha256(deciding.encode()).hexdigest() if deciding else None,
         tree=hashlib.sha256(trees.encode()).hexdigest() if trees else None,
+        src=hashlib.sha256(source.encode()).hexdigest() if trees else None,
     )
     return state
+
+
+_BUILT = ("commit", "origin", "dirty", "diff_sha256", "tree", "src")
 
 
 def _built_from(folder: Path) -> dict[str, Any]:
@@ -178,7 +184,7 @@ def _built_from(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / "built_from.json").read_text())
     except (OSError, ValueError):
         return {}
-    return {**{key: found.get(key) for key in ("commit", "origin", "dirty", "diff_sha256", "tree")}, "built": True}
+    return {**{key: found.get(key) for key in _BUILT}, "built": True}
 
 
 def describe_code(state: dict[str, Any]) -> str:

@@ -95,6 +95,7 @@ _LOADED = ("model.state_sha256", "model.files.", "model.config_sha256", "code.mo
 """What an identity says of the model in memory; runs of earlier versions do not have it."""
 _LATER = ("environment.", "model.pixels_sha256")
 """What came into identities last."""
+_EARLIER = ("code.commit", "code.diff_sha256")
 _OF_TRAININGS = ("device", "environment.", "code.", "runtime.", "backbone.part")
 """What the identity of a training says of what computes it, and of which weights; those of earlier versions do not."""
 
@@ -147,8 +148,10 @@ def start_record(
         then = {**{key: value for key, value in now.items() if key.startswith(_LATER)}, **then}  # likewise
         if facts.get("kind") == PROBE:
             then = {**{key: value for key, value in now.items() if key.startswith(_OF_TRAININGS)}, **then}
-        if "code.tree" in now and "code.tree" not in then:  # an earlier version looked at the commit
-            now = {**{key: value for key, value in now.items() if key != "code.tree"}, "code.commit": code["commit"]}
+        if "code.src" in now and "code.src" not in then:  # earlier versions looked at the commit, or at conf/ too
+            name = "tree" if "code.tree" in then else "commit"
+            now = {**{key: value for key, value in now.items() if key != "code.src"}, f"code.{name}": code[name]}
+            now["code.diff_sha256"] = code.get("diff_sha256")
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
@@ -301,8 +304,7 @@ def _computed_by(facts: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str,
         **{f"environment.{name}": version for name, version in computing_packages().items()},
         "code.version": code["version"],
         # a commit may change prose alone; what was installed without it has no other name
-        **({"code.tree": code["tree"]} if code.get("tree") else {"code.commit": code["commit"]}),
-        "code.diff_sha256": code.get("diff_sha256"),
+        **({"code.src": code["src"]} if code.get("src") else {name: code.get(name[5:]) for name in _EARLIER}),
     }
 
 

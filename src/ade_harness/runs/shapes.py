@@ -22,7 +22,7 @@ MANIFEST = {
     "marks?": [str],
     "code?": {
         "version?": str, "commit?": str, "dirty?": bool, "built?": bool, "origin?": str, "diff_sha256?": str,
-        "tree?": str,
+        "tree?": str, "src?": str,
     },
     "seeds?": {"*": int},
     "environment?": {

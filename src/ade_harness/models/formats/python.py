@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ade_harness.config.model import ModelConfig, Weights
+from ade_harness.config.targets import require_target
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, require
+from ade_harness.files.logs import SILENT, log_level
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
@@ -82,10 +84,12 @@ def _makes_a_module(found: Any, target: str) -> bool:
 def _make(target: str, cfg: ModelConfig) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the console script does not
+    require_target(target)
     try:
-        found = get_object(target)
+        with log_level("hydra.utils", SILENT):  # Hydra prints lines of its own
+            found = get_object(target)
     except Exception as error:  # importing runs the user's code, which may fail in any way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise HarnessError(
             f"model._target_={target}: cannot be imported ({reason}). Expected package.module.Name, importable from"
             f" {Path.cwd()} or installed."
