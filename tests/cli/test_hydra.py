@@ -464,12 +464,38 @@ def test_a_primary_configuration_that_jobs_would_not_see_is_refused(call: Call) 
         assert "these would have no effect" in done.err
 
 
+def test_a_sweep_that_runs_nothing_leaves_nothing(call: Call, tmp_path: Path) -> None:
+    sweep = ("-m", *QUICK, "hydra.sweep.dir=all")
+    assert call(*sweep, "dataset.images=2,3", "--list").out.splitlines()[1].startswith("1: ")
+    for more in (["--list"], ["--job=0"], []):
+        one_message(call(*sweep[:-1], "model=glob(nope*)", *more), "the sweep has no jobs")
+    assert call(*sweep, "dataset.images=2,0").code == 2
+    assert list(tmp_path.rglob("multirun.yaml")) == []
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/mine.txt").touch()
+    assert call(*sweep, "dataset.images=2,0").code == 2
+    assert (tmp_path / "all/mine.txt").exists()
+
+
+def test_a_job_that_fails_is_a_message_in_a_sweep_too(cli: Call, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "import torch\nclass Bad(torch.nn.Module):\n    def forward(self, images):\n        raise ValueError('no luck')\n"
+    )
+    custom = ("model=custom", "model._target_=nets.Bad", "inference=original_size")
+    done = cli("-m", *QUICK, *custom, "dataset.images=1,2", "run.root=runs")
+    assert done.code == 2
+    assert done.err.count("no luck") == 2
+    assert "Traceback" not in done.err
+    done = cli("-m", *QUICK, *custom, "dataset.images=1,2", "run.root=runs", HYDRA_FULL_ERROR="1")
+    assert done.err.count("Traceback (most recent call last)") >= 2
+
+
 def test_jobs_of_another_launcher_are_checked_and_become_a_table(call: Call, tmp_path: Path) -> None:
     basic = ("-m", "hydra/launcher=basic", *QUICK, "hydra.sweep.dir=all", "dataset.images=2,3")
     done = call(*basic, "model.checkpoint=null,nowhere.pth")
     assert done.code == 2
     assert "2 of 4 jobs cannot run, so none was started" in done.err
-    assert [path.name for path in (tmp_path / "all").iterdir()] == ["multirun.yaml"]  # of Hydra's sweeper
+    assert not (tmp_path / "all").exists()  # Hydra's sweeper has made it
     done = call(*basic, "metrics.level=0.9", "--json")
     assert done.code == 0, done.err
     rows = json.loads(done.out)["runs"]

@@ -116,9 +116,9 @@ def test_custom_model_with_arguments_and_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("nothing.here.Net", "cannot be imported"),
-        ("tests.models.test_loading.Missing", "cannot be imported"),
-        ("Net", "cannot be imported .ImportError: Error loading 'Net'"),
+        ("nothing.here.Net", "there is no module 'nothing'"),
+        ("tests.models.test_loading.Missing", "Error loading 'tests.models.test_loading.Missing'"),
+        ("Net", "there is no module 'Net'"),
         ("tests.models.test_loading.exploding", r"its construction failed \(RuntimeError: no luck\)"),
         ("builtins.dict", "is a type, expected an nn.Module class"),
         ("os.system", "is a builtin_function_or_method, expected an nn.Module class"),

@@ -88,15 +88,11 @@ def _proposed(line: _Line) -> list[str]:
         return _files(last) if known is None else _beginning(map(str, known), last)
     if last.startswith("-"):
         return _beginning((name for a in _arguments(command) for name in a.names if name.startswith("--")), last)
-    if command in _SECOND:
-        return _beginning(_SECOND[command], last)
-    if command is None and not equals:
-        return _beginning(COMMAND_NAMES, last)
-    if command in _OF_OVERRIDES:
-        if equals:
-            return [f"{key}={name}" for name in _files(value)] if key in place_fields() else []
-        return _files(last) if command == "predict" else []
-    return _beginning(choices("model"), last) if command == "models" else _files(last)
+    if command in _OF_OVERRIDES and equals:
+        return [f"{key}={name}" for name in _files(value)] if key in place_fields() else []
+    words: dict[str | None, Sequence[str]] = {**_SECOND, None: COMMAND_NAMES, "models": choices("model")}
+    words |= dict.fromkeys(("evaluate", "probe", "serve"), ())
+    return _beginning(words[command], last) if command in words else _files(last)
 
 
 def _beginning(known: Iterator[str] | Sequence[str], begin: str) -> list[str]:
