@@ -166,9 +166,9 @@ def prediction_marks(segmenter: Segmenter) -> list[str]:
             "DEMO: this network was trained on synthetic images only: its predictions on photographs are meaningless"
         )
     if facts.get("weights") == "random":
-        marks.append("RANDOM WEIGHTS: the predictions say nothing about the model")
+        marks.append("RANDOM WEIGHTS: not the predictions of a trained model")
     if facts.get("random_keys"):
-        marks.append("RANDOM LAYERS: the predictions say nothing about the model")
+        marks.append("RANDOM LAYERS: not the predictions of a trained model")
     return marks
 
 

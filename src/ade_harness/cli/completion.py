@@ -25,7 +25,9 @@ _FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")
 _NO_CHOICE = "=schema"
 """Ends a choice that each group has for files of the user's to name, and that is none."""
 _TWO_WORDS = [one.name.split(" ") for one in COMMANDS if " " in one.name]
-_SECOND = {first: [second for other, second in _TWO_WORDS if other == first] for first, _ in _TWO_WORDS}
+_SECOND: dict[str | None, Sequence[str]] = {
+    first: [second for other, second in _TWO_WORDS if other == first] for first, _ in _TWO_WORDS
+}
 """Commands of two words: the second words by the first."""
 
 

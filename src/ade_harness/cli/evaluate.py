@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
+import logging.config
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +40,8 @@ from ade_harness.config.files import UNREADABLE, conf_dir
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import refuse_recipe, require_data
 from ade_harness.errors import HarnessError, require
+from ade_harness.files.reading import expanded
+from ade_harness.runs.directory import new_run_name
 from ade_harness.runtime.notes import GIVEN_FULL_ERROR
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
@@ -194,7 +196,41 @@ def _checked_job(tree: DictConfig, options: argparse.Namespace, command: str) ->
     if _hydras_directory(config):
         config.run.dir = str(mine.runtime.output_dir)
     require_data(config)
+    handed_over["logging"] = _in_run_directory(handed_over["logging"], config)
     return config, handed_over
+
+
+def _in_run_directory(settings: Any, config: Config) -> Any:
+    """Return settings of logging whose files in Hydra's directory of the job are in the run's instead.
+
+    Hydra has begun the file already, before anything was composed. It is begun anew where it belongs; the run gets its
+    name now.
+    """
+    here = Path(HydraConfig.get().runtime.output_dir)
+    handlers = settings.get("handlers", {}) if isinstance(settings, dict) else {}
+    moved = {
+        name: Path(handler["filename"]) for name, handler in handlers.items()
+        if isinstance(handler, dict) and "filename" in handler and Path(handler["filename"]).parent == here
+    }  # fmt: skip
+    if not moved or (config.run.dir is not None and expanded(config.run.dir).absolute() == here.absolute()):
+        return settings
+    if config.run.dir is None:
+        config.run.dir = str(expanded(config.run.root) / new_run_name(config.model.name))
+    place = expanded(config.run.dir)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"run.dir={place}: cannot be written ({error.strerror or error}).") from error
+    for handler in logging.getLogger().handlers[:]:
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename) in moved.values():
+            handler.close()
+            logging.getLogger().removeHandler(handler)
+            if Path(handler.baseFilename).stat().st_size == 0:
+                Path(handler.baseFilename).unlink()
+    new = {name: {**handlers[name], "filename": str(place / file.name)} for name, file in moved.items()}
+    settings = {**settings, "handlers": {**handlers, **new}}
+    logging.config.dictConfig(settings)
+    return settings
 
 
 def _answer(command: str, ends: Sequence[_End], done: Sequence[Sweep]) -> Answer:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from ade_harness.config.fields import MISSING, bounded, place
 
 ADE20K_CLASSES = 150
-"""How many classes ADE20K scene parsing has, and the synthetic images, which show them."""
+"""How many classes ADE20K scene parsing has, and the synthetic images, which are drawn from them."""
 
 
 class DatasetKind(StrEnum):

@@ -2,7 +2,7 @@
 
 It lets the whole harness run with no download: regions of the 150 classes with a colour and a stripe texture of
 their own, uneven light, sensor noise, unlabelled areas, grey-scale JPEGs, and the real distribution of image
-sizes scaled down. A score on it says that the harness works, nothing about scene parsing.
+sizes scaled down. A score on it shows that the harness works; it is not an ADE20K score.
 """
 
 from __future__ import annotations

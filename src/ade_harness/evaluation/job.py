@@ -225,20 +225,20 @@ def describe_marks(
     """Return what the run's numbers are not; shown on every output."""
     marks = []
     if dataset.is_demo:
-        marks.append("DEMO: synthetic images, the score says nothing about scene parsing")
+        marks.append("DEMO: synthetic images, not an ADE20K score")
     if facts.get("weights") == "random":
-        marks.append(f"RANDOM WEIGHTS: seed {cfg.model.seed}, the score says nothing about the model")
+        marks.append(f"RANDOM WEIGHTS: seed {cfg.model.seed}, not a score of this model")
     random = facts.get("random_keys", ())
     if random:
         named = ", ".join(random[:3]) + (", ..." if len(random) > 3 else "")
         marks.append(
-            f"RANDOM LAYERS: {len(random)} weights are not in the checkpoint and stayed random ({named}), the score"
-            " says nothing about the model"
+            f"RANDOM LAYERS: {len(random)} weights are not in the checkpoint and stayed random ({named}), not a"
+            " score of this model"
         )
     if facts.get("other_backbone"):
         marks.append("OTHER BACKBONE: the head was trained above other weights of the backbone than those used here")
     if facts.get("head_demo") and not dataset.is_demo:
-        marks.append("DEMO: the head was trained on synthetic images, the score says nothing about scene parsing")
+        marks.append("DEMO: the head was trained on synthetic images, not an ADE20K score")
     if dataset.is_partial:
         marks.append(f"PARTIAL: {len(dataset.pairs):,} of {dataset.expected_images:,} images")
     resized = resized_images(dataset, sizes) if sizes else []

@@ -153,7 +153,7 @@ def _open(
     }
     marks = []
     if dataset.is_demo:
-        marks.append("DEMO: synthetic images, this head knows nothing about scenes")
+        marks.append("DEMO: synthetic images, not trained on photographs")
     elif dataset.is_partial:
         marks.append(f"PARTIAL: trained on {len(dataset.pairs):,} of {dataset.expected_images:,} images")
     seeds = {"probe.seed": recipe.seed, "model.seed": cfg.model.seed}

@@ -135,12 +135,12 @@ def other_backbone(head: Path, sha256: str | None, part: str = "") -> tuple[str,
     if trained not in (None, sha256):
         return (
             f"{head.name} was trained above another file of the backbone (sha256 {str(trained)[:12]}..., here"
-            f" {str(sha256)[:12]}...): unless both hold the same weights, the score says nothing",
+            f" {str(sha256)[:12]}...): unless both hold the same weights, the score is meaningless",
         )
     if of_file is not None and trained == sha256 and of_file != part:
         return (
             f"{head.name} was trained above other weights of the backbone's file ({of_file or 'all of it'}; here"
-            f" {part or 'all of it'}): the score says nothing. model.checkpoint_weights and model.checkpoint_prefix"
+            f" {part or 'all of it'}): the score is meaningless. model.checkpoint_weights and model.checkpoint_prefix"
             " choose them",
         )
     return ()
