@@ -114,7 +114,7 @@ def test_hydras_own_log_lies_in_the_run_directory(cli: Call, tmp_path: Path) -> 
         done = cli(*QUICK, "dataset.images=2", "hydra/job_logging=default", "hydra.verbose=true", *more)
         assert done.code == 0, done.err
     [named] = (tmp_path / "all").iterdir()
-    for place in (tmp_path / "there", named, tmp_path / "sweep/0"):
+    for place in (tmp_path / "there", named, tmp_path / "sweep/0_demo"):
         assert "DEBUG" in (place / "evaluate.log").read_text()
         assert (place / "metrics.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"here", "there", "all", "sweep"}

@@ -136,7 +136,7 @@ def test_a_folder_holds_one_model(call: Call, photos: Path, tmp_path: Path) -> N
     written = (tmp_path / "predictions/labels/street.png").read_bytes()
     for overrides in (
         ("model=demo", "inference=mmseg_slide_512"),
-        ("model=demo", "inference.resize.width=64"),  # a protocol of the same name
+        ("model=demo", "inference.resize.multiple_of=64"),  # a protocol of the same name
         ("model=demo", "model.input.mean=[1, 2, 3]"),
         ("model=segformer_b0", "model.weights=random"),
     ):
