@@ -17,11 +17,15 @@ import os
 import sys
 
 # While Python looks for the module to run, sys.argv is ["-m"], whatever options stand before it.
-_here = os.path.realpath(os.path.join("ade_harness", "__init__.py")) == os.path.realpath(__file__)  # noqa: PTH118
 _ours = sys.argv[:1] == ["-m"] and any("ade_harness" in word for word in sys.orig_argv)
-if _ours and sys.path[:1] in ([""], [os.getcwd()]) and not _here:  # noqa: PTH109
+try:
+    _place = os.getcwd()  # noqa: PTH109
+    _here = os.path.realpath(os.path.join("ade_harness", "__init__.py")) == os.path.realpath(__file__)  # noqa: PTH118
+except OSError:  # the working directory was deleted, and holds nothing
+    _place, _here = "", False
+if _ours and sys.path[:1] in ([""], [_place]) and not _here:
     del sys.path[0]
-del _here, _ours
+del _here, _ours, _place
 
 import random  # noqa: E402
 from importlib import import_module  # noqa: E402

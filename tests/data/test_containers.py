@@ -274,7 +274,15 @@ def test_a_palette_counts_where_the_format_has_it() -> None:
     assert found.palette is not None
     assert found.palette.reshape(-1).tolist() == list(range(9))
     late = PNG + header + pixels + palette + chunk(b"IEND", b"")
-    assert read_png_header(late, "a.png", "label map").palette is None
+    twice = PNG + header + other + palette + pixels + chunk(b"IEND", b"")
+    none = PNG + header + pixels + chunk(b"IEND", b"")
+    for wrong, what in ((late, "no palette"), (none, "no palette"), (twice, "2 palettes")):
+        with pytest.raises(HarnessError, match=f"a palette image with {what} before its pixels"):
+            read_png_header(wrong, "a.png", "label map")
+    with pytest.raises(HarnessError, match="it has several palettes"):
+        check_png(data, "a.png", "label map")
+    grey = PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 8, 0, 0, 0, 0)) + palette + pixels
+    assert read_png_header(grey, "a.png", "label map").palette is None  # nobody looks it up
 
 
 def test_chunks_are_taken_for_what_they_are() -> None:

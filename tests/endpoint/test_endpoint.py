@@ -233,7 +233,7 @@ def test_labels_and_scores_of_an_endpoint_are_those_of_its_model(call: Call, tmp
 )  # fmt: skip
 def test_scores_of_any_protocol_make_its_labels(protocol: list[str]) -> None:
     with reference_server(*protocol, "runtime.kernels=torch") as (service, url):
-        own = service.answer(png(IMAGE), scores=False)[0]
+        [own] = service.answer(png(IMAGE), scores=False)[0]
         scores = predictor(url, "model.http.returns=scores")
         assert np.array_equal(labels_of(scores) + np.uint8(1), np.array(Image.open(io.BytesIO(own))))
         assert np.array_equal(labels_of(predictor(url)), labels_of(scores))
@@ -929,8 +929,37 @@ def test_memory_for_bodies_and_scores_is_bounded(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("ade_harness.endpoint.service._MAX_SCORES_BYTES", 4 * 150 * 40 * 50 - 1)
         assert ask("application/x-npy")[0] == 413
         assert ask("image/png")[0] == 200
-        monkeypatch.setattr("ade_harness.endpoint.server._MAX_BODIES_BYTES", len(image) - 1)
-        assert ask("image/png")[0] == 503
+        monkeypatch.setattr("ade_harness.endpoint.server._MAX_BODIES_BYTES", 2 * len(image) - 1)
+        assert ask("image/png")[0] == 200  # one alone may be of any size
+        # a client that sends a body, and takes its time
+        slow = socket.create_connection((host, int(port)), timeout=10)
+        slow.sendall(b"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(image))
+        deadline = time.monotonic() + 10
+        while (status := ask("image/png")[0]) == 200 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert status == 503
+        slow.close()
+
+
+def test_answers_that_nobody_reads_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small picture has a large answer of scores; a client may ask for many, and read none."""
+    monkeypatch.setattr("ade_harness.endpoint.server._MAX_BODIES_BYTES", 40_000_000)
+    image = png(np.zeros((200, 200, 3), np.uint8))
+    head = (
+        b"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nAccept: application/x-npy\r\nContent-Length: %d\r\n\r\n"
+    )
+    with reference_server("inference.tta.flip=true") as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+        silent = [socket.create_connection((host, int(port)), timeout=30) for _ in range(3)]
+        try:
+            for connection in silent:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                connection.sendall(head % len(image) + image)
+            starts = [connection.recv(12) for connection in silent]
+            assert sorted(starts) == [b"HTTP/1.1 200", b"HTTP/1.1 503", b"HTTP/1.1 503"]
+        finally:
+            for connection in silent:
+                connection.close()
 
 
 def test_connections_and_the_time_of_a_request_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

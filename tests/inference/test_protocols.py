@@ -153,11 +153,8 @@ def test_pixels_equal_the_official_loaders(family: str, kernels: str) -> None:
 
     raw = family in ("d2_tta", "eomt_crops")  # these loaders hand over uint8
     statistics = ["model.input.mean=[0,0,0]", "model.input.std=[1,1,1]"] if raw else []
-    made = predictor(
-        Watch(), *PIXELS[family], *statistics, "inference.mode=whole", "inference.images=1", kernels=kernels
-    )
-    if family == "eomt_crops":
-        made = predictor(Watch(), *PIXELS[family], *statistics, kernels=kernels)
+    whole = ["inference.mode=whole", "inference.images=1", "inference.window.crop=null", "inference.window.stride=null"]
+    made = predictor(Watch(), *PIXELS[family], *statistics, *([] if family == "eomt_crops" else whole), kernels=kernels)
     prepared = made.prepare("x", RGB)
     made.predict([prepared], CPU, Stopwatch(CPU))
     if family == "eomt_crops":

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ade_harness.data.ade20k import validation_sizes
+from ade_harness.errors import HarnessError
 from ade_harness.leaderboard import table
 from ade_harness.leaderboard.table import (
     Entry,
@@ -71,6 +72,7 @@ def test_published_rows_are_the_sites() -> None:
 def test_complete_runs_are_merged_in_and_marked(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = complete(load_run(demo), mIoU=0.62905, intervals={"mIoU": {"low": 0.62, "high": 0.64, "level": 0.95}})
     assert why_not_ranked(run) is None
+    monkeypatch.setattr(table, "is_own_result", lambda *_: True)
     entries = [*published_entries(), *measured_entries(run)]
     for metric, place in (("mIoU", 0), ("miou", 0)):
         mine = ranked(entries, metric)[place]
@@ -85,6 +87,11 @@ def test_complete_runs_are_merged_in_and_marked(demo: Path, tmp_path: Path, monk
     )
     assert "| !\\[x\\](http://a.b/c.png) \\`y\\` |" in as_markdown(measured_entries(strange))
     assert table.NOT_OWN not in as_csv(entries)
+    monkeypatch.undo()
+    with pytest.raises(HarnessError, match="intervals.mIoU: is not that of the ledger"):
+        measured_entries(run)  # it is not what the run has written
+    run = replace(run, metrics={**run.metrics, "intervals": {}})
+    assert {e.note.partition(";")[0] for e in measured_entries(run)} == {table.NOT_SIGNED}
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # somebody else's machine
     assert {e.note.partition(";")[0] for e in measured_entries(run)} == {table.NOT_OWN}
     given = {**run.config, "model": {**run.config["model"], "checkpoint": "/a/mine.pth"}}
@@ -119,14 +126,17 @@ def test_what_has_no_place(demo: Path) -> None:
 def test_a_bad_directory_beside_a_complete_run_is_a_line(
     demo: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = complete(load_run(demo), mIoU=0.5)
-    monkeypatch.setattr(table, "load_run", lambda path: whole if path.name == "whole" else load_run(path))
-    done = call("leaderboard", "whole", "nowhere", demo, "--json")
+    whole = complete(load_run(demo), mIoU=0.5, intervals={})
+    forged = replace(whole, metrics={**whole.metrics, "intervals": {"mIoU": {"low": 0.4, "high": 0.6}}})
+    known = {"whole": whole, "forged": forged}
+    monkeypatch.setattr(table, "load_run", lambda path: known.get(path.name) or load_run(path))
+    done = call("leaderboard", "whole", "nowhere", demo, "forged", "--json")
     assert done.code == 0, done.err
-    assert "1 complete runs; 2 others excluded" in done.err
+    assert "1 complete runs; 3 others excluded" in done.err
     excluded = json.loads(done.out)["excluded"]
     assert excluded[0].startswith("nowhere: no such folder")
     assert "is not comparable with published scores: DEMO" in excluded[1]
+    assert "intervals.mIoU: is not that of the ledger" in excluded[2]
 
 
 def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ from ade_harness.runtime.progress_bar import ProgressReporter
 _PROBLEMS_SHOWN = 50
 _T = TypeVar("_T")
 
+_MAX_ARCHIVE_BYTES = 4 << 30
+"""The official archive has a quarter of that."""
+
 
 def run_download(options: argparse.Namespace) -> Answer:
     """Fetch, check and extract the official archive.
@@ -58,6 +61,7 @@ def run_download(options: argparse.Namespace) -> Answer:
                 archive,
                 algorithm="sha1",
                 digest=sha1,
+                max_bytes=_MAX_ARCHIVE_BYTES,
                 on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
             )
         except HarnessError as error:

@@ -36,7 +36,7 @@ from ade_harness.cli.work import WORK, score_of, training_of
 from ade_harness.config.arguments import OWN_PROTOCOLS, limit_sweep, own_recipe, prepare, with_recipe
 from ade_harness.config.compose import checked, compose_config, explain, register_schemas, with_own_protocol
 from ade_harness.config.composed import Composed
-from ade_harness.config.files import UNREADABLE, conf_dir
+from ade_harness.config.files import UNREADABLE, conf_dir, refuse_bombs
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import refuse_recipe, require_data
 from ade_harness.errors import HarnessError, require
@@ -207,7 +207,8 @@ def _in_run_directory(settings: Any, config: Config) -> Any:
     name now.
     """
     here = Path(HydraConfig.get().runtime.output_dir)
-    handlers = settings.get("handlers", {}) if isinstance(settings, dict) else {}
+    handlers = settings.get("handlers") if isinstance(settings, dict) else None
+    handlers = handlers if isinstance(handlers, dict) else {}
     moved = {
         name: Path(handler["filename"]) for name, handler in handlers.items()
         if isinstance(handler, dict) and "filename" in handler and Path(handler["filename"]).parent == here
@@ -352,6 +353,8 @@ def _own_folder(options: argparse.Namespace) -> Path | None:
     )
     own = _config_dir(options) or (Path(options.config_path) if options.config_path else None)
     require(own is None or own.is_dir(), f"--config-path: {own} is not a folder.")
+    if own is not None:
+        refuse_bombs(own)
     return own
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ade_harness.cli.failures import report_failure, run_and_report
 from ade_harness.config.composed import Composed
 from ade_harness.runtime.cluster import (
+    check_variables,
     find_node,
     is_rank,
     is_reporting_process,
@@ -65,6 +66,7 @@ def launch(
         HarnessError: a score that is to be added to a run of W&B's cannot be.
     """
     known = len(_current_run)
+    check_variables()
     require_attachable(config.tracking, ask=is_reporting_process())
     if in_this_process or is_rank() or not config.runtime.supervise:
         if not in_this_process:  # the process is ours alone: nobody else's imports are changed

@@ -45,7 +45,13 @@ def run_leaderboard(options: argparse.Namespace) -> Answer:
             raise HarnessError("\n".join(excluded))
     elif root.is_dir():
         runs, excluded = find_runs(root)
-    entries = [*published_entries(), *(entry for run in runs for entry in measured_entries(run))]
+    entries = published_entries()
+    for run in runs[:]:
+        try:
+            entries += measured_entries(run)
+        except HarnessError as error:  # a line below the table, as every run that is left out
+            runs.remove(run)
+            excluded.append(str(error))
     for metric in METRICS:
         console.print(ranking_table(ranked(entries, metric), metric))
     print_fact(console, "measured", f"{len(runs)} complete runs; {len(excluded)} others excluded")

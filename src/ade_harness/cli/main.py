@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from importlib import import_module
+from pathlib import Path
 
 from ade_harness.cli.answer import Answer
 from ade_harness.cli.commands import COMMANDS, EVERYWHERE, find_command, overview, parser_of
@@ -31,6 +32,8 @@ _verbose: ContextVar[bool] = ContextVar("verbose", default=False)
 """Whether the command that runs was given ``--verbose``."""
 _OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
 """What a path that the user named may be: before Python 3.12, `Path.exists` raises some of these too."""
+
+_OF_STREAMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +78,7 @@ def guarded(work: Callable[[], int]) -> int:
     """Do `work`; errors become messages and exit codes."""
     _verbose.set(False)
     try:
+        _require_working_directory()
         return work()
     except HarnessError as error:
         if os.environ.get(_TRACEBACK):
@@ -92,10 +96,24 @@ def guarded(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... | head` is no error
         return 0
     except OSError as error:
+        if error.filename is None and error.errno in _OF_STREAMS and not os.environ.get(_TRACEBACK):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of the output goes there
+            print_error(f"error: standard output cannot be written ({error.strerror}).")
+            return EXIT_MESSAGE
         if os.environ.get(_TRACEBACK) or error.filename is None or error.errno not in _OF_PATHS:
             raise
         print_error(f"error: {os.fsdecode(error.filename)}: {error.strerror}.")
         return EXIT_MESSAGE
+
+
+def _require_working_directory() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise HarnessError(
+            f"the working directory cannot be used ({error.strerror}): it was deleted, or is of a disk that is gone. cd"
+            " to another one."
+        ) from error
 
 
 def _dispatch(arguments: list[str], in_this_process: bool) -> int:

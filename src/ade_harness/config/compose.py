@@ -31,7 +31,7 @@ from ade_harness.config.arguments import (
 )
 from ade_harness.config.dataset import DatasetKind
 from ade_harness.config.fields import check_lists, check_ranges
-from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, unreadable_file
+from ade_harness.config.files import UNREADABLE, choices, conf_dir, default_data_roots, refuse_bombs, unreadable_file
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.kinds import kind_of
 from ade_harness.config.labels import distinct_label
@@ -82,6 +82,8 @@ def compose_config(overrides: Sequence[str], extra: Path | None = None) -> Confi
     """
     if extra is not None and not extra.is_dir():
         raise HarnessError(f"--config-dir: {extra} is not a folder.")
+    if extra is not None:
+        refuse_bombs(extra)
     ready = prepare(overrides, extra)
     tree = compose_tree(ready, extra)
     kind = "" if OmegaConf.is_missing(tree.inference, "name") else str(tree.inference.name)

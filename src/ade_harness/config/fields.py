@@ -73,6 +73,7 @@ class Range:
             text = " and ".join(
                 [*parts, *(f"{word} {self._text(end)}" for word, end in ends.items() if end is not None)]
             )
+        text = text or "a finite number"
         also = "" if self.also is None else f", or {self.also}{f' for {self.meaning}' if self.meaning else ''}"
         return f"{text}{unit}{also}"
 

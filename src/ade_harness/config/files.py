@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ade_harness.errors import HarnessError
 UNREADABLE = (yaml.YAMLError, UnicodeError, RecursionError)
 """What YAML and Hydra raise of a file that is no YAML in UTF-8, or nested without end."""
 _MAX_BYTES = 1 << 20
+_MAX_VALUES = 100_000
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -97,11 +100,46 @@ def _read(path: Path) -> dict[str, Any]:
         raise HarnessError(f"{path}: is nested too deeply to be read.") from error
     except yaml.YAMLError as error:
         raise HarnessError(f"{path}{_reason(error)}") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise HarnessError(f"{path}: holds a value that cannot be read ({str(error).partition(';')[0]}).") from error
     except OSError as error:
         raise HarnessError(f"{path}: cannot be read ({error.strerror or error}).") from error
     if found is not None and not isinstance(found, dict):
         raise HarnessError(f"{path}: expected keys and values (`name: mine`), not {type(found).__name__}.")
     return found or {}
+
+
+@cache
+def refuse_bombs(folder: Path) -> None:
+    """Refuse a folder of configurations in which a file's aliases stand for more values than memory holds.
+
+    Hydra reads the file itself, and writes out every alias. What is no YAML at all is left to it: nobody may read it.
+
+    Raises:
+        HarnessError: names the file.
+    """
+    for path in sorted(folder.rglob("*.yaml")):
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # the first, such as a pipe, would be waited for
+            continue
+        try:
+            node = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=_Loader)
+            number = 0 if node is None else _values(node, {})
+        except (yaml.YAMLError, OSError, UnicodeError, RecursionError, ValueError):
+            continue
+        if number > _MAX_VALUES:
+            raise HarnessError(
+                f"{path}: its aliases (*) stand for more than {_MAX_VALUES:,} values. Write out what is meant."
+            )
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many values a node is once all aliases are written out."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # of a node that holds itself
+        below: Any = node.value if isinstance(node, yaml.CollectionNode) else ()
+        nodes = (one for item in below for one in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_values(one, known) for one in nodes)
+    return known[id(node)]
 
 
 def _reason(error: yaml.YAMLError) -> str:

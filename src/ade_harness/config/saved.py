@@ -13,6 +13,7 @@ published score was measured. What is derived here is therefore named so in ever
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def _of_hub(repository: str, name: str, revision: str | None) -> Any:
 def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool) -> None:
     """Fill in what the user left open of ``inference=as_saved``; its name then says what it became.
 
-    A network of 151 channels whose processor does not reduce labels has the background as its channel 0, or as its
-    last one by its names; it is left out (``model.class_map``).
+    A network of 151 channels whose processor does not reduce labels has the background as its channel 0, or where its
+    names say so; it is left out (``model.class_map``). Where names say something else, nothing is assumed.
 
     Args:
         inference: is changed.
@@ -109,8 +110,16 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool)
     one_more = of_ade20k and isinstance(labels, dict) and len(labels) == ADE20K_CLASSES + 1
     if one_more and model.class_map is None and of_pixels and not reduced:
         assert isinstance(labels, dict)
-        last = str(labels.get(str(ADE20K_CLASSES))).lower() in NO_CLASS_NAMES
-        model.class_map = [*range(ADE20K_CLASSES), None] if last else [None, *range(ADE20K_CLASSES)]
+        model.class_map = _without_background([str(labels.get(str(n), "")) for n in range(ADE20K_CLASSES + 1)])
+
+
+def _without_background(names: list[str]) -> list[int | None] | None:
+    """Return the class map of ADE20K's classes with one more channel; None where its names leave it open."""
+    first, last = (name.strip().lower() in NO_CLASS_NAMES for name in (names[0], names[-1]))
+    if last and not first:
+        return [*range(ADE20K_CLASSES), None]
+    unnamed = all(re.fullmatch(r"LABEL_\d+|\d*", name) for name in names)
+    return [None, *range(ADE20K_CLASSES)] if first or unnamed else None
 
 
 def read_processor(model: ModelConfig) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class PngHeader:
     interlaced: bool
     """Whether the pixels come in the seven passes of Adam7."""
     palette: npt.NDArray[np.uint8] | None
-    """[entries, 3] RGB; None without a palette."""
+    """[entries, 3] RGB, of colour type `PALETTE` alone: others may carry one as a suggestion."""
 
 
 class UnreadableError(HarnessError):
@@ -106,19 +106,25 @@ def read_png_header(data: bytes, name: str, what: str) -> PngHeader:
     Raises:
         HarnessError: damaged, or too large.
     """
-    header, palette = None, None
+    header, palettes, at_pixels = None, [], False
     for kind, content in _chunks(data, name, what):
         if kind == b"IHDR" and len(content) == 13:
             width, height, depth, colour_type = struct.unpack(">IIBB", content[:10])
             header = height, width, depth, colour_type, content[12] == 1
         elif kind == b"PLTE":
-            palette = np.frombuffer(content[: len(content) // 3 * 3], np.uint8).reshape(-1, 3)
+            palettes.append(np.frombuffer(content[: len(content) // 3 * 3], np.uint8).reshape(-1, 3))
         elif kind == b"IDAT":
+            at_pixels = True
             break
     if header is None:
         raise unreadable(name, what, "no PNG header")
     check_pixels(header[0], header[1], name, what)
-    return PngHeader(*header, palette)
+    if header[3] != PALETTE:
+        return PngHeader(*header, None)
+    if len(palettes) > 1 or (at_pixels and not palettes):  # Pillow takes the last one, or shows indices as grey
+        found = f"{len(palettes)} palettes" if palettes else "no palette"
+        raise unreadable(name, what, f"a palette image with {found} before its pixels")
+    return PngHeader(*header, palettes[0] if palettes else None)
 
 
 def check_png(data: bytes, name: str, what: str) -> PngHeader:
@@ -127,18 +133,19 @@ def check_png(data: bytes, name: str, what: str) -> PngHeader:
     Raises:
         HarnessError: damaged or cut off.
     """
-    last, headers, pixels = b"", 0, []
+    last, headers, palettes, pixels = b"", 0, 0, []
     for kind, content in _chunks(data, name, what):
         last = kind
         headers += kind == b"IHDR"
+        palettes += kind == b"PLTE"
         if kind == b"IDAT":
             pixels.append(content)
         if kind == b"IEND":
             break
     if last != b"IEND":
         raise unreadable(name, what, "it is truncated")
-    if headers > 1:
-        raise unreadable(name, what, "it has several headers")
+    if headers > 1 or palettes > 1:
+        raise unreadable(name, what, f"it has several {'headers' if headers > 1 else 'palettes'}")
     header = read_png_header(data, name, what)
     _check_rows(header, b"".join(pixels), name, what)
     return header

@@ -40,6 +40,8 @@ _STORAGE = ("grey", "palette_index", "palette_colour", "uint16")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LABEL_SUFFIX = ".png"
 _MAX_BYTES = 1_000_000
+_MAX_NAME = 200
+"""Characters of a class name; it stands in tables and pictures."""
 
 
 def read_classes(path: Path, dataset: str) -> tuple[Classes, LabelEncoding]:
@@ -101,6 +103,11 @@ def _names(given: Any, path: Path) -> tuple[str, ...]:
         require(
             isinstance(original, str | int | float) and not isinstance(original, bool) and bool(name),
             f"{path}: names[{index}]: {original!r} is no name: put it in quotes.",
+        )
+        require(
+            len(name) <= _MAX_NAME,
+            f"{path}: names[{index}]: {name[:40]!r}... has {len(name):,} characters; at most {_MAX_NAME} are drawn and"
+            " written.",
         )
     twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     require(twice is None, f"{path}: names: {twice!r} occurs twice.")

@@ -10,6 +10,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -55,6 +56,10 @@ def open_source(path: Path, keys: str | None = None) -> FileSource:
     raise HarnessError(f"{path}: no such folder or zip. {f'{keys} say where the files are.' if keys else _HELP}")
 
 
+_MAX_VISITS = 16
+"""Of one folder, by links."""
+
+
 class FolderSource:
     """Files below a folder."""
 
@@ -63,12 +68,19 @@ class FolderSource:
 
     def names(self) -> list[str]:
         """Return all file names, sorted; hidden files are left out."""
-        found = []
+        found, visits = [], Counter[Path]()
         for folder, folders, files in os.walk(self.location, followlinks=True):
             above = Path(folder).parents[: len(Path(folder).relative_to(self.location).parts)]
-            if Path(folder).resolve() in {parent.resolve() for parent in above}:  # a link to a folder above it
+            real = Path(folder).resolve()
+            if real in {parent.resolve() for parent in above}:  # a link to a folder above it
                 folders.clear()
                 continue
+            visits[real] += 1
+            if visits[real] > _MAX_VISITS:  # links between many folders have more paths than anybody can walk
+                raise HarnessError(
+                    f"{self.location}: links lead to {real} by more than {_MAX_VISITS} paths, such as {folder}. Remove"
+                    " links between its folders."
+                )
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             relative = Path(folder).relative_to(self.location)
             found += [(relative / f).as_posix() for f in files if not f.startswith(".")]

@@ -24,10 +24,14 @@ _SLOW_CLIENT_S = 60
 _REQUEST_S = 120.0
 """For a whole request to arrive: 64 MiB at 0.6 MB/s."""
 _MAX_BODIES_BYTES = 8 * _MAX_BYTES
-"""Bodies of all requests at a time."""
+"""Bodies and answers of all requests at a time: a client may be slow to send, and to read."""
 _MAX_CONNECTIONS = 128
 """At once; each has a thread."""
 _IMAGE_TYPES = ("image/png", "image/jpeg")
+
+
+Body = tuple[bytes | memoryview, ...]
+"""The parts of an answer, in order."""
 
 
 class RefusedError(Exception):
@@ -45,7 +49,7 @@ class Service(Protocol):
     def info(self) -> dict[str, Any]:
         """Return the reply to GET /info."""
 
-    def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
+    def answer(self, data: bytes, scores: bool) -> tuple[Body, str]:
         """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
 
 
@@ -65,13 +69,13 @@ class Server(ThreadingHTTPServer):
         self._bodies, self._lock = 0, threading.Lock()
 
     def take(self, number: int) -> int:
-        """Reserve memory for a body, or give it back; returns the bytes.
+        """Reserve memory for a body or an answer, or give it back; returns the bytes. One alone may be of any size.
 
         Raises:
             RefusedError: bodies that are under way need too much.
         """
         with self._lock:
-            if number > 0 and self._bodies + number > _MAX_BODIES_BYTES:
+            if number > 0 and self._bodies > 0 and self._bodies + number > _MAX_BODIES_BYTES:
                 raise RefusedError(503, "too many bytes are under way: try again", **{"Retry-After": "1"})
             self._bodies += number
         return number
@@ -161,12 +165,15 @@ class _Handler(BaseHTTPRequestHandler):
                 raise RefusedError(405, f"{path} takes {expected}", Allow=expected)
             self._check_token()
             if method == "GET":
-                self._reply(200, json.dumps(self.server.service.info()).encode(), "application/json", {})
+                self._reply(200, (json.dumps(self.server.service.info()).encode(),), "application/json", {})
                 return
             scores = self._asks_for_scores()
             data = self._read()
             self._arrival.cancel()  # the network may take its time
             body, kind = self.server.service.answer(data, scores)
+            self._give_back()
+            del data
+            self._held = self.server.take(sum(map(len, body)))
             self._reply(200, body, kind, {} if scores else {ENCODING_HEADER: "official"})
         except RefusedError as error:
             self._refuse(error)
@@ -176,8 +183,11 @@ class _Handler(BaseHTTPRequestHandler):
             print(f"serve: {type(error).__name__}: {first_line(str(error))}", file=sys.stderr, flush=True)
             self._refuse(RefusedError(500, "the server failed"))
         finally:
-            self.server.take(-self._held)
-            self._held = 0
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.server.take(-self._held)
+        self._held = 0
 
     def _check_token(self) -> None:
         token = self.server.token
@@ -211,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, error: RefusedError) -> None:
         try:
-            body = json.dumps({"error": str(error)}).encode()
+            body = (json.dumps({"error": str(error)}).encode(),)
             # what was sent may still be under way: it is no next request
             self._reply(error.status, body, "application/json", {**error.headers, "Connection": "close"})
             self._drain()
@@ -226,9 +236,11 @@ class _Handler(BaseHTTPRequestHandler):
         while time.monotonic() < end and self.connection.recv(1 << 16):
             pass
 
-    def _reply(self, status: int, body: bytes, kind: str, headers: Mapping[str, str]) -> None:
+    def _reply(self, status: int, body: Body, kind: str, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+        length = sum(map(len, body))
+        for name, value in {"Content-Type": kind, "Content-Length": str(length), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        for part in body:
+            self.wfile.write(part)

@@ -5,6 +5,7 @@ The network runs in one thread, one image after another; whoever asks waits for 
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,9 @@ from ade_harness.config.schema import Config
 from ade_harness.data.decode import decode_image, read_header
 from ade_harness.data.factory import open_classes
 from ade_harness.endpoint.predictor import LABELS_TYPE, SCORES_TYPE, encode
-from ade_harness.endpoint.server import RefusedError, Server
+from ade_harness.endpoint.server import Body, RefusedError, Server
 from ade_harness.errors import HarnessError
+from ade_harness.files.escapes import escaped
 from ade_harness.inference.factory import open_network
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.predictor import Prepared
@@ -64,7 +66,7 @@ class ModelService:
             **({"sha256": sha256} if sha256 else {}),
         }
 
-    def answer(self, data: bytes, scores: bool) -> tuple[bytes, str]:
+    def answer(self, data: bytes, scores: bool) -> tuple[Body, str]:
         """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
         try:
             height, width = read_header(data, "the image")
@@ -75,10 +77,10 @@ class ModelService:
         with self._place(height * width):
             array = self._answer(data, scores)
         if not scores:
-            return encode(array + np.uint8(1), "png"), LABELS_TYPE  # 255, void, wraps to 0
-        file = io.BytesIO()
-        np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
-        return file.getvalue(), SCORES_TYPE
+            return (encode(array + np.uint8(1), "png"),), LABELS_TYPE  # 255, void, wraps to 0
+        header, array = io.BytesIO(), np.ascontiguousarray(array)
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        return (header.getvalue(), array.data.cast("B")), SCORES_TYPE  # up to 2 GiB: not copied
 
     @contextmanager
     def _place(self, pixels: int) -> Iterator[None]:
@@ -162,6 +164,10 @@ def make_server(service: ModelService, host: str = "127.0.0.1", port: int = 0, t
     """
     try:
         return Server((host, port), service, token)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise HarnessError(f"serve: cannot listen on {host} port {port} ({reason}). Choose another --port.") from error
+        of_port = isinstance(error, OverflowError) or getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        other = "--port" if of_port else "--host: an address of this machine, or 0.0.0.0 for all"
+        raise HarnessError(
+            f"serve: cannot listen on {escaped(host)} port {port} ({reason}). Choose another {other}."
+        ) from error

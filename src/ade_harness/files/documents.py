@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ class OrNull:
     """A shape, or null."""
 
     shape: Shape
+
+
+class Moment:
+    """A date, with or without a time, as ISO 8601 writes it."""
 
 
 @dataclass(frozen=True)
@@ -202,13 +207,24 @@ def _problem(content: Any, shape: Shape, field: str) -> tuple[str, str] | None:
     if isinstance(shape, Between):
         return _range_problem(content, shape, field)
     if isinstance(shape, list):
-        if not isinstance(content, list):
-            return field, "a list"
-        found = (_problem(item, shape[0], f"{field}[{index}]") for index, item in enumerate(content))
-        return next((problem for problem in found if problem), None)
+        return _list_problem(content, shape[0], field)
     if isinstance(shape, Mapping):
         return _mapping_problem(content, shape, field)
     return _scalar_problem(content, shape if isinstance(shape, tuple) else (shape,), field)
+
+
+def _list_problem(content: Any, shape: Shape, field: str) -> tuple[str, str] | None:
+    if not isinstance(content, list):
+        return field, "a list"
+    found = (_problem(item, shape, f"{field}[{index}]") for index, item in enumerate(content))
+    return next((problem for problem in found if problem), None)
+
+
+def _is_moment(content: Any) -> bool:
+    try:
+        return isinstance(content, str) and datetime.fromisoformat(content).year >= 1
+    except ValueError:
+        return False
 
 
 def _range_problem(content: Any, shape: Between, field: str) -> tuple[str, str] | None:
@@ -220,6 +236,8 @@ def _range_problem(content: Any, shape: Between, field: str) -> tuple[str, str] 
 
 
 def _scalar_problem(content: Any, types: tuple[type, ...], field: str) -> tuple[str, str] | None:
+    if Moment in types:
+        return None if _is_moment(content) else (field, "a date and time such as 2026-11-30T18:07:02+00:00")
     numbers = isinstance(content, int | float) and not isinstance(content, bool)
     # Python's whole numbers have no end, and their division or formatting as a float raises OverflowError
     if numbers and not (math.isfinite(content) if isinstance(content, float) else abs(content) < _MAX_FLOAT):

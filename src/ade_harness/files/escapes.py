@@ -40,10 +40,12 @@ def require_utf8(text: str, what: str) -> None:
         HarnessError: begins with `what`.
     """
     if re.search("[\ud800-\udfff]", text):
-        raise HarnessError(f"{what}: its name is not UTF-8. Rename it, or reach it by a link whose name is UTF-8.")
+        raise HarnessError(
+            f"{escaped(what)}: its name is not UTF-8. Rename it, or reach it by a link whose name is UTF-8."
+        )
 
 
-def without_long_words(text: str, maximum: int = 400) -> str:
+def without_long_words(text: str, maximum: int = 2_000) -> str:
     """Return a text in which no word has more than `maximum` characters: what is left out is counted."""
     return re.sub(rf"\S{{{maximum + 1},}}", lambda found: shortened(found[0], maximum), text)
 

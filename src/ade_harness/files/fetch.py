@@ -52,6 +52,7 @@ def fetch(
     algorithm: str = "sha256",
     digest: str | None = None,
     on_bytes: OnBytes | None = None,
+    max_bytes: int = 1 << 38,
 ) -> Path:
     """Download `url` to `destination` unless a checked copy is there already.
 
@@ -64,16 +65,17 @@ def fetch(
         algorithm: of `digest`, as hashlib calls it.
         digest: expected hex digest; None accepts what comes.
         on_bytes: progress callback.
+        max_bytes: more are not taken, whatever the server sends.
 
     Raises:
-        HarnessError: the server fails, or the checksum is wrong (the bad file is deleted).
+        HarnessError: the server fails, sends more, or the checksum is wrong (the bad file is deleted).
     """
     if destination.exists() and (digest is None or file_hash(destination, algorithm) == digest):
         return destination
     part = destination.with_name(destination.name + ".part")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _transfer(url, part, on_bytes)
+        _transfer(url, part, on_bytes, max_bytes)
         found = file_hash(part, algorithm)
         if digest is not None and found != digest:
             part.unlink()
@@ -87,18 +89,19 @@ def fetch(
     return destination
 
 
-def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
+def _transfer(url: str, part: Path, on_bytes: OnBytes | None, max_bytes: int) -> None:
     problem = ""
     for _ in range(_ATTEMPTS):
         have = part.stat().st_size if part.exists() else 0
-        headers = {"Range": f"bytes={have}-"} if have else {}
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
         try:
             with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
                 if response.status_code == 416:  # nothing left to send: the part is whole, or longer than the file
                     total = response.headers.get("Content-Range", "").rpartition("/")[2]
                     if total == str(have):
                         return
-                    part.unlink()
+                    part.unlink(missing_ok=True)
+                    problem = "the server answers 416, that nothing of the file is there"
                     continue
                 if response.status_code >= 400:
                     raise HarnessError(
@@ -107,12 +110,19 @@ def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
                     )
                 resumed = response.status_code == 206
                 have = have if resumed else 0
-                length = response.headers.get("Content-Length")
-                total_bytes = have + int(length) if length else None
+                length = _length_of(url, response)
+                total_bytes = have + length if length is not None else None
                 with part.open("ab" if resumed else "wb") as file:
                     for chunk in response.iter_content(_CHUNK):
-                        file.write(chunk)
                         have += len(chunk)
+                        if have > max_bytes:
+                            file.close()
+                            part.unlink()
+                            raise HarnessError(
+                                f"{url}: the server sends more than {max_bytes:,} bytes, so this is not the file. What"
+                                " had come was deleted."
+                            )
+                        file.write(chunk)
                         if on_bytes:
                             on_bytes(have, total_bytes)
                 if total_bytes is None or have == total_bytes:
@@ -120,10 +130,25 @@ def _transfer(url: str, part: Path, on_bytes: OnBytes | None) -> None:
                 problem = f"the connection was closed after {have} of {total_bytes} bytes"
         except requests.ConnectionError:
             problem = f"no connection to {urlsplit(url).hostname}"
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # of an address in a redirect, too
             problem = str(error)
     kept = f" The partial download is kept in {part}: the same command continues it." if part.exists() else ""
     raise HarnessError(f"{url}: the download stopped {_ATTEMPTS} times ({problem}).{kept}")
+
+
+def _length_of(url: str, response: requests.Response) -> int | None:
+    """Return the bytes that are to come, None if the server does not say; raises HarnessError for odd answers."""
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("identity", ""):
+        raise HarnessError(f"{url}: the server sends the file compressed ({coding[:40]}), which was not asked for.")
+    given = {part.strip() for part in response.headers.get("Content-Length", "").split(",")} - {""}
+    if not given:
+        return None
+    [length] = given if len(given) == 1 else {""}  # several equal ones are one
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
+        shown = response.headers["Content-Length"][:60]
+        raise HarnessError(f"{url}: the server says {shown!r} as the length of the file. Expected a whole number.")
+    return int(length)
 
 
 def extract(archive: Path, folder: Path, on_bytes: OnBytes | None = None) -> None:

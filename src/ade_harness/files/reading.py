@@ -24,6 +24,11 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
+def place_or_id(text: str) -> str:
+    """Return a text that is a folder's path or the id of a repository, the former with its ``~`` replaced."""
+    return str(expanded(text)) if text.startswith("~") else text
+
+
 def require_regular(path: Path, shown: str) -> None:
     """Refuse what is no regular file.
 

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import matplotlib.dates as mdates
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.box import HORIZONTALS
@@ -19,16 +20,19 @@ from rich.text import Text
 from ade_harness.data.ade20k import validation_sizes
 from ade_harness.errors import HarnessError
 from ade_harness.files.atomic import replaced, write_text
+from ade_harness.files.documents import damaged
 from ade_harness.files.escapes import markdown_cell, one_line
 from ade_harness.leaderboard.published import published_rows
+from ade_harness.metrics.bootstrap import bootstrap
 from ade_harness.runs.directory import MANIFEST
 from ade_harness.runs.finished import FinishedRun, load_run
-from ade_harness.runs.record import is_own
+from ade_harness.runs.record import is_own, is_own_result
 
 METRICS = ("mIoU", "miou")
 """The leaderboard's two names for one number; a submission has a row for each."""
 OTHER_DATASET = "evaluated on"
 """How :func:`why_not_ranked` begins for a run of other images than ADE20K's."""
+NOT_SIGNED = "changed since it was made, or made by an earlier version: `reproduce` checks it"
 NOT_OWN = "not made by you on this machine: `reproduce` checks it"
 """Note of a run that carries no signature of this user's."""
 MEASURED, PUBLISHED = "measured", "published"
@@ -66,14 +70,37 @@ def published_entries() -> list[Entry]:
 def measured_entries(run: FinishedRun) -> list[Entry]:
     """Return a run's two rows; the date is that of the run.
 
-    A ledger that sums to its score may be somebody's invention: what this user has not made says so.
+    A ledger that sums to its score may be somebody's invention: what this user has not made says so, and its interval
+    is computed from its ledger.
+
+    Raises:
+        HarnessError: metrics.json has another interval than the ledger.
     """
-    found = run.metrics["intervals"].get("mIoU")
-    interval = (100 * found["low"], 100 * found["high"]) if found else None
-    others = None if is_own(run.path, run.manifest) else NOT_OWN
-    note = "; ".join(filter(None, [others, f"{run.name}, inference={run.protocol}", _given_weights(run), run.verdict]))
+    own = is_own_result(run.path, run.manifest)
+    interval = _interval(run, own)
+    others = None if own else NOT_SIGNED if is_own(run.path, run.manifest) else NOT_OWN
+    verdict = run.verdict if own else None  # as metrics.json has it
+    note = "; ".join(filter(None, [others, f"{run.name}, inference={run.protocol}", _given_weights(run), verdict]))
     month, score = str(run.manifest["finished"])[:7], 100 * float(run.metrics["mIoU"])
     return [Entry(metric, run.label, "", month, score, MEASURED, note, interval) for metric in METRICS]
+
+
+def _interval(run: FinishedRun, own: bool) -> tuple[float, float] | None:
+    """Return the ends of mIoU's interval in percent; raises HarnessError where it is not the ledger's."""
+    found, wanted = run.metrics["intervals"].get("mIoU"), run.config["metrics"]
+    if found is None:
+        return None
+    ends = found["low"], found["high"]
+    if not own:
+        resamples = min(int(wanted["resamples"]), _MAX_RESAMPLES)
+        made = bootstrap(run.areas, resamples, wanted["seed"]).intervals(wanted["level"])["mIoU"] if resamples else None
+        if made is None or not np.allclose(ends, (made.low, made.high), rtol=0, atol=1e-9):
+            raise damaged(str(run.path / "metrics.json"), "intervals.mIoU: is not that of the ledger")
+    return 100 * ends[0], 100 * ends[1]
+
+
+_MAX_RESAMPLES = 100_000
+"""Of somebody else's run: more take minutes."""
 
 
 def _given_weights(run: FinishedRun) -> str | None:

@@ -61,12 +61,12 @@ def draw_overlay(
         left = column * (width + _GAP)
         panel = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(panel, (left, _CAPTION))
-        text = caption
+        text = caption[:width]  # a character is wider than a pixel, so most of it will do
         while draw.textlength(text, font=font) > width and len(text) > 4:
             text = text[:-4] + "..."
         draw.text((left + 2, 3), text, fill="black", font=font)
     if marks:
-        draw.text((2, height + _CAPTION + 3), "; ".join(marks), fill=_WRONG, font=font)
+        draw.text((2, height + _CAPTION + 3), "; ".join(marks)[: canvas.width], fill=_WRONG, font=font)
     return canvas
 
 

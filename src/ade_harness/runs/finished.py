@@ -17,6 +17,7 @@ from ade_harness.metrics.areas import ImageAreas, image_areas
 from ade_harness.metrics.confusion import scores
 from ade_harness.metrics.counts import Row, hash_rows, matrix_of
 from ade_harness.runs.directory import LEDGER, MANIFEST, is_of_memory, read_manifest
+from ade_harness.runs.exactness import check_rows
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.progress import state_of
 from ade_harness.runs.shapes import CONFIG, FINISHED, METRICS
@@ -124,6 +125,7 @@ def load_run(path: Path) -> FinishedRun:
         found,
     )  # fmt: skip
     _check_classes(run)
+    _check_pixels(run)
     _check_scores(run)
     return run
 
@@ -139,6 +141,17 @@ def _check_scores(run: FinishedRun) -> None:
         stored = run.metrics.get(name, value)
         if stored != value and not (isinstance(stored, int | float) and abs(stored - value) <= _ROUNDING):
             raise damaged(str(run.path / "metrics.json"), f"{name}: is {stored}, the ledger sums to {value}")
+
+
+def _check_pixels(run: FinishedRun) -> None:
+    """Refuse a ledger in which an image has other pixels than those of its size."""
+    negative = next((row.image_id for row in run.rows if row.pixels.min(initial=0) < 0), None)
+    if negative is not None:
+        raise damaged(str(run.path / LEDGER), f"{negative}: negative counts")
+    try:
+        check_rows(run.rows, {})
+    except HarnessError as error:
+        raise damaged(str(run.path / LEDGER), str(error).partition(": no score")[0]) from error
 
 
 def _check_classes(run: FinishedRun) -> None:

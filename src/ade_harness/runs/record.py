@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class RunRecord:
             timings = before[-1]
         self.manifest["timings"] = {**timings, "predict_seconds": predict_seconds}
         self.manifest.update(failures=dict(failures), marks=list(marks))
+        self.manifest["result_signature"] = signature(*_result(self.manifest))
         write_json(self.path / MANIFEST, self.manifest)
 
     def finish_training(self, loss: float, iterations: int) -> None:
@@ -224,6 +226,20 @@ def is_own(path: Path, manifest: Mapping[str, Any]) -> bool:
         return _is_signed(read_regular(path / "config.yaml", MAX_TEXT_BYTES).decode("utf-8"), manifest)
     except (HarnessError, UnicodeDecodeError):
         return False
+
+
+def is_own_result(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a finished run is this user's, and its counts, marks and model are still what it has written.
+
+    Runs of earlier versions did not sign them: nobody can tell.
+    """
+    return is_own(path, manifest) and is_signed(manifest.get("result_signature"), *_result(manifest))
+
+
+def _result(manifest: Mapping[str, Any]) -> list[Any]:
+    """Return what a finished run's signature is of, beside its configuration."""
+    decides = {key: manifest.get(key) for key in ("ledger", "marks", "model", "dataset", "failures", "finished")}
+    return ["result", json.dumps(decides, sort_keys=True)]
 
 
 def config_and_owner(path: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -5,7 +5,7 @@ Shapes of :mod:`ade_harness.files.documents`: whoever adds a field to a file, an
 
 from __future__ import annotations
 
-from ade_harness.files.documents import Between, OrNull
+from ade_harness.files.documents import Between, Moment, OrNull
 
 _TEXT_OR_NULL = (str, type(None))
 _SCORES = ("mIoU", "mIoU_csail", "mIoU_detectron2", "pixel_accuracy", "mean_accuracy", "fwIoU", "final_score")
@@ -47,6 +47,7 @@ MANIFEST = {
     "config_sha256?": str,
     "directory?": str,
     "signature?": str,
+    "result_signature?": str,
     "ledger?": {"images?": int, "sha256?": str},
     "timings?": {
         "seconds?": float, "images_per_second?": float, "world_size?": int, "stages?": {"*": float},
@@ -58,8 +59,8 @@ MANIFEST = {
     "earlier?": [dict],
 }  # fmt: skip
 FINISHED = {
-    "started": str,
-    "finished": str,
+    "started": Moment,
+    "finished": Moment,
     "marks": list,
     "device": str,
     "kernels": str,

@@ -66,6 +66,26 @@ def local_rank() -> int:
     return 0
 
 
+_NUMBERS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT")
+
+
+def check_variables() -> None:
+    """Refuse variables of launchers that are no numbers: libraries read them too, the first while it is imported.
+
+    Raises:
+        HarnessError: names the variable.
+    """
+    for name in _NUMBERS:
+        value = os.environ.get(name)
+        most = 65535 if name == "MASTER_PORT" else 1_000_000
+        fits = value is None or (value.isascii() and value.isdigit() and len(value) < 8 and int(value) <= most)
+        require(
+            fits or (not value and name in ("NODE_RANK", "MASTER_PORT")),
+            f"{name}={value}: this environment variable is expected to be a whole number from 0 to {most:,}. Launchers"
+            " set it; unset it where none is used.",
+        )
+
+
 def is_reporting_process() -> bool:
     """Whether this process speaks for the whole run: rank 0, where no supervisor does."""
     return not is_supervised() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -263,7 +283,7 @@ def find_node(cfg: RuntimeConfig) -> Node:
         )
         port = _FIRST_PORT + 8 * int(os.environ["SLURM_JOB_ID"]) % _PORTS  # room for the attempts of each job
         return Node(int(os.environ["SLURM_NODEID"]), count, slurm_first_address(), port)
-    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     require(
         not missing,
         f"runtime.num_nodes={count}: {', '.join(missing)} not set. Under SLURM start it with srun"
@@ -275,7 +295,15 @@ def find_node(cfg: RuntimeConfig) -> Node:
         all(v.isdigit() and len(v) < 10 for v in values) and int(values[0]) < count and 0 < int(values[1]) < 2**16,
         f"NODE_RANK={values[0]}, MASTER_PORT={values[1]}: expected a rank below {count}, and a port from 1 to 65535.",
     )
-    return Node(int(values[0]), count, os.environ["MASTER_ADDR"], int(values[1]))
+    address = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, int(values[1]))
+    except (OSError, UnicodeError) as error:
+        raise HarnessError(
+            f"MASTER_ADDR={address}: {host_name()} knows no such host ({getattr(error, 'strerror', None) or error})."
+            " Expected the name or address of node 0."
+        ) from error
+    return Node(int(values[0]), count, address, int(values[1]))
 
 
 def free_port() -> int:

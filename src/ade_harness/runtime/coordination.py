@@ -84,6 +84,11 @@ def open_store(own_connection: bool = False) -> Any:
     return c10d.PrefixStore("ade_harness", store.clone() if own_connection else store)
 
 
+def _storable(text: str) -> str:
+    """Return a text that UTF-8 can hold: names of files may have other bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class Coordinator:
     """A rank's view of what all ranks do."""
 
@@ -118,7 +123,7 @@ class Coordinator:
         if self.lost is None:
             self.lost = text
             with contextlib.suppress(RuntimeError):  # with rank 0 the store is lost too, and the others notice that
-                self._store.set("lost", text)
+                self._store.set("lost", _storable(text))
 
     def next_item(self) -> int:
         """Take the next place in the shared queue: 0, 1, 2, ..., each given out once."""
@@ -140,7 +145,7 @@ class Coordinator:
         """
         if reason:
             with self._store_errors():
-                self._store.set("why", reason)
+                self._store.set("why", _storable(reason))
         self._add("stop", 1)
 
     @property

@@ -33,6 +33,9 @@ _SHAPE: Mapping[str, Any] = {
     "ledger_sha256": str, "data_sha256": str, "files": dict,
 }  # fmt: skip
 """Types of everything but `files`' and `packages`' entries."""
+_REFERENCE: Mapping[str, Any] = {
+    "role": str, "address": str, "sha256": (str, _NOTHING), "gated": bool, "checked": str,
+}  # fmt: skip
 
 
 def make_declaration(
@@ -160,7 +163,7 @@ def _shape_problems(content: Any, shape: Mapping[str, Any], where: str) -> list[
             continue
         if isinstance(expected, Mapping):
             problems += _shape_problems(content[key], expected, f"{where}{key}.")
-        elif not isinstance(content[key], expected) or isinstance(content[key], bool):
+        elif not isinstance(content[key], expected) or (isinstance(content[key], bool) and expected is not bool):
             problems.append(f"{where}{key}: wrong type, {type(content[key]).__name__}")
     return problems
 
@@ -183,8 +186,9 @@ def _reference_problems(references: Sequence[Any]) -> list[str]:
         return ["references: neither a checkpoint nor an endpoint is named"]
     for number, reference in enumerate(references):
         where = f"references[{number}]"
-        if not isinstance(reference, dict) or not isinstance(reference.get("address"), str):
-            problems.append(f"{where}: expected a mapping with an address")
+        shaped = _shape_problems(reference, _REFERENCE, f"{where}.")
+        if shaped:
+            problems += shaped
             continue
         try:
             parse_address(reference["address"], f"{where}.address")

@@ -15,6 +15,7 @@ from ade_harness.config.model import ModelConfig, Weights
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.fetch import file_hash
+from ade_harness.files.reading import place_or_id
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
@@ -82,18 +83,19 @@ def _nearest(unknown: list[str], known: set[str]) -> str:
 
 def _saved(cfg: ModelConfig, smp: Any) -> LoadedModel:
     """Load what ``save_pretrained`` wrote, from a folder or the hub."""
+    place = place_or_id(cfg.id or "")
     try:
         with redirect_stdout(StringIO()):  # it says from where it loads
             # its encoder's are among the saved weights; config.json may say that the hub has them
-            module = smp.from_pretrained(cfg.id, revision=cfg.revision, strict=True, encoder_weights=None).eval()
+            module = smp.from_pretrained(place, revision=cfg.revision, strict=True, encoder_weights=None).eval()
     except Exception as error:  # of the hub, of smp and of torch
         text = " ".join(str(error).split())[:400]
         raise HarnessError(
             f"model.id={cfg.id}: smp cannot load it ({text}). Expected a folder or repository with config.json and"
             " model.safetensors, as smp's save_pretrained writes them."
         ) from error
-    folder = Path(cfg.id or "")
-    facts: dict[str, Any] = {"origin": str(cfg.id)}
+    folder = Path(place)
+    facts: dict[str, Any] = {"origin": place}
     if (folder / "config.json").is_file():  # what the constructor got beside the weights
         facts["config_sha256"] = file_hash(folder / "config.json", "sha256")
     if (folder / "model.safetensors").is_file():

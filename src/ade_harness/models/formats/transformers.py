@@ -21,6 +21,7 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
+from ade_harness.files.reading import place_or_id
 from ade_harness.models.checkpoint.strict import Strictness, require_all_keys
 from ade_harness.models.formats.processor import Pixels, read_pixels
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
@@ -283,13 +284,13 @@ _NOT_DECISIVE = ("transformers_version", "_name_or_path", "architectures", "torc
 
 def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load ``model.id``; raises as :func:`load_transformers`."""
+    place = place_or_id(cfg.id or "")
     module, names, pixels, facts = load_transformers(
-        cfg.id or "", cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
+        place, cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
     )
     taken = {"mean": pixels.mean, "std": pixels.std, "bgr": pixels.bgr} if pixels else statistics(cfg)
     notes = [] if pixels else [_assumed(cfg)]
-    folder = Path(cfg.id or "")
-    files = _weight_files(folder)
+    files = _weight_files(Path(place))
     if files:  # one file, or the shards
         digests = [file_hash(f, "sha256") for f in files]
         facts["sha256"] = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
