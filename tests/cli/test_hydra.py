@@ -780,6 +780,15 @@ FAULTY = {
     "nul": (b"name: a\0b\n", "nul.yaml: is not plain YAML"),
     "open": (b"name: [a, b\n", "open.yaml, line 2, column 1: is not plain YAML"),
     "deep": (b"kwargs: " + b"[" * 2000 + b"]" * 2000, "deep.yaml: is nested too deeply"),
+    "digits": (b"label: " + b"9" * 6000 + b"\n", "digits.yaml: holds a value that cannot be read (Exceeds the limit"),
+    "bomb": (
+        b"a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+        + b"".join(
+            b"%s: &%s [%s]\n" % (b, b, b",".join([b"*" + a] * 10))
+            for a, b in zip(b"a b c d e f".split(), b"b c d e f g".split(), strict=True)
+        ),
+        "bomb.yaml: its aliases (*) stand for more than 100,000 values",
+    ),
     "cycle": (b"defaults: [cycle, _self_]\nname: a\n", "its defaults are circular"),
     "twice": (b"name: a\nname: b\n", "found duplicate key name"),
     "listed": (b"- a\n", "list is not a subclass of ModelConfig"),

@@ -282,7 +282,7 @@ def _explained(options: argparse.Namespace) -> Iterator[None]:
             raise
         raise HarnessError(explain(error, options.overrides)) from error
     except Exception as error:
-        if isinstance(error, BrokenPipeError) or not is_hydras(error):
+        if isinstance(error, BrokenPipeError) or not (is_hydras(error) or while_composing(error)):
             raise
         raise HarnessError(explain(error, options.overrides)) from error
 

@@ -245,7 +245,7 @@ def stored_node(kind: type[Any], content: Mapping[str, Any]) -> Any:
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
     """Return an error of Hydra, OmegaConf or YAML as one message that names the key or the file, and what was given."""
-    broken = unreadable_file(error) if isinstance(error, UNREADABLE) else None
+    broken = unreadable_file(error) if isinstance(error, (*UNREADABLE, ValueError)) else None
     if broken is not None:
         return broken
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
