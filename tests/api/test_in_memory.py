@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def test_a_class_of_main_within_another_module_is_named(monkeypatch: pytest.Monk
         (lambda: SegmentationScores(2).update(torch.zeros(1, 2, 2, 2).cfloat(), torch.zeros(1, 2, 2).long()), "complex64"),
         (lambda: SegmentationScores(3, ignore_index="x"), "ignore_index='x'"),  # type: ignore[arg-type]
         (lambda: SegmentationScores(3, fast=True), "torchmetrics.Metric: Unexpected keyword arguments: `fast`"),
-        (lambda: SegmentationScores(3).update(np.zeros((1, 2, 2)), torch.zeros(1, 2, 2).long()), "predictions: a ndarray"),
+        (lambda: SegmentationScores(3).update(np.zeros((1, 2, 2)), torch.zeros(1, 2, 2).long()), "preds: a ndarray"),
         (lambda: SegmentationScores(3).update(torch.zeros(1, 2, 2).long(), [[1]]), "target: a list"),
     ],
 )  # fmt: skip
@@ -427,3 +428,133 @@ def test_what_no_command_can_make_again_is_not_to_be_resumed(tmp_path: Path) -> 
     with pytest.raises(HarnessError, match="not finished .* Its model was in memory: evaluate it again, into another"):
         ade.load_run(tmp_path / "run")
     assert main(["resume", str(tmp_path / "run")]) == 2
+
+
+def test_one_rank_of_a_training_may_evaluate_alone() -> None:
+    """DistributedDataParallel's forward sends buffers to all ranks: here nobody would ever receive them."""
+
+    class Waits(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+        def forward(self, *_: Any) -> Any:
+            raise AssertionError("it would wait for the other ranks")
+
+    net = Colours()
+    found = ade.evaluate(Waits(net), dataset="demo", options=SMALL)
+    assert (found.label, found.mIoU) == ("Colours", ade.evaluate(net, dataset="demo", options=SMALL).mIoU)
+
+
+def test_an_average_is_called_one() -> None:
+    net = torch.optim.swa_utils.AveragedModel(Colours())
+    assert ade.evaluate(net, dataset="demo", options=SMALL).label == "Colours (average)"
+
+
+def test_weights_that_are_spread_over_ranks_are_refused() -> None:
+    class DTensor(nn.Parameter):
+        pass
+
+    net = nn.Conv2d(3, 150, 1)
+    net.weight = DTensor(net.weight.detach())
+    with pytest.raises(HarnessError, match=r"sharded over ranks \(DTensor\).*full_state_dict=True"):
+        ade.evaluate(net, dataset="demo", options=SMALL)
+
+
+@pytest.mark.parametrize("kind", ["name", "classifier", "features"])
+def test_a_backbone_without_a_head_is_named(kind: str) -> None:
+    import timm
+
+    made: Any = {
+        "name": lambda: "vit_large_patch14_dinov2.lvd142m",
+        "classifier": lambda: timm.create_model("test_vit"),
+        "features": lambda: timm.create_model("test_resnet", features_only=True),
+    }[kind]()
+    with pytest.raises(HarnessError, match="has no segmentation head. `python -m ade_harness probe model=timm"):
+        ade.evaluate(made, dataset="demo", options=SMALL)
+
+
+def test_precision_and_protocol_are_part_of_a_result() -> None:
+    net = Colours()
+    half = ade.evaluate(net, dataset="demo", options={**SMALL, "inference.precision": "bf16"})
+    flipped = {**SMALL, "inference.tta.flip": True}
+    whole = ade.evaluate(net, dataset="demo", protocol="original_size", options=flipped)
+    assert (half.precision, whole.precision) == ("bf16", "fp32")
+    assert "bf16" in str(half)
+    assert "bf16" in repr(half)
+    assert "bf16" in half._repr_html_()
+    assert str(whole.protocol).endswith(", changed: tta.flip")
+    table = ade.compare([half, whole])
+    assert list(table["precision"]) == ["bf16", "fp32"]
+    assert table["protocol"][1] == whole.protocol
+    assert set(table["dataset"]) == {"demo"}
+
+
+def test_a_segmenter_is_named_by_what_it_was_loaded_from() -> None:
+    segmenter = ade.load_model("segformer_b0", options={"model.weights": "random"})
+    with pytest.raises(HarnessError, match=r"is a Segmenter: give what it was loaded from.*evaluate\('segformer_b0'"):
+        ade.evaluate(segmenter, dataset="demo", options=SMALL)
+
+
+class Joins(nn.Module):
+    """Joins features of two strides, as a U-Net does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 16, stride=16), nn.ConvTranspose2d(4, 150, 16, stride=16)
+        self.beside = nn.Conv2d(3, 150, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores."""
+        scores: Tensor = self.beside(images) + self.up(self.down(images))
+        return scores
+
+
+def test_sides_that_a_network_does_not_take_are_padded_on_request() -> None:
+    with pytest.raises(HarnessError, match=r"multiples of 32 only: inference.resize.pad_multiple=32 pads images"):
+        ade.evaluate(Joins(), dataset="demo", options=SMALL)
+    assert ade.evaluate(Joins(), dataset="demo", options={**SMALL, "inference.resize.pad_multiple": 16}).images == 3
+
+
+class Wanders(Colours):
+    """Changes the process, as anybody's code may."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores."""
+        os.chdir("/")
+        logging.getLogger().setLevel(7)
+        return super().forward(images)
+
+
+def test_what_a_forward_changes_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger().level
+    ade.evaluate(Wanders(), dataset="demo", options=SMALL)
+    assert (Path.cwd(), logging.getLogger().level) == (tmp_path, level)
+
+
+def test_options_are_dotted_keys() -> None:
+    with pytest.raises(HarnessError, match="one dotted key for each value, such as 'model.input.mean'"):
+        ade.evaluate(Colours(), dataset="demo", options={"model.input": {"mean": [0, 0, 0]}})
+
+
+def test_the_metric_in_a_collection_and_in_a_compiled_module() -> None:
+    from torchmetrics import JaccardIndex, MetricCollection
+
+    scores, target = torch.randn(2, 5, 8, 8), torch.randint(0, 5, (2, 8, 8))
+    both = MetricCollection({
+        "theirs": JaccardIndex(task="multiclass", num_classes=5), "ours": SegmentationScores(5, score="mIoU"),
+    })  # fmt: skip
+    both.update(preds=scores, target=target)
+    alone = SegmentationScores(5)
+    torch.compile(lambda a, b: alone.update(a * 1, b), backend="eager")(scores, target)
+    assert float(both.compute()["ours"]) == float(alone.compute()["mIoU"])
+
+
+def test_a_folder_that_smp_saved_is_smps(tmp_path: Path) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="pip install '.[smp]'")
+    smp.Unet("resnet18", encoder_weights=None, classes=150).save_pretrained(tmp_path / "saved")
+    found = ade.evaluate(
+        tmp_path / "saved", dataset="demo", options={**SMALL, "dataset.images": 1, "metrics.resamples": 0}
+    )
+    assert found.images == 1

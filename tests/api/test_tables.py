@@ -52,7 +52,7 @@ def test_a_system_is_a_function_of_an_image(segmenter: ade.Segmenter, picture: n
 
 
 def test_labels_are_those_of_the_evaluation(segmenter: ade.Segmenter) -> None:
-    result = ade.evaluate(segmenter, dataset="demo", options=SMALL)  # it is a function from an image to labels
+    result = ade.evaluate(segmenter.__call__, dataset="demo", options=SMALL)
     assert [r.label_hash for r in result.rows] == [
         r.label_hash for r in ade.evaluate("demo", dataset="demo", options=SMALL).rows
     ]

@@ -491,10 +491,10 @@ def test_scores_are_in_the_trainers_own_logger(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
-        (torch.randn(1, 4, 8, 8).to_sparse(), "predictions: a sparse_coo tensor, expected a dense one"),
-        (torch.full((1, 4, 8, 8), torch.nan), r"predictions hold NaN or \+inf"),
-        (torch.full((1, 4, 8, 8), torch.inf), r"predictions hold NaN or \+inf"),
-        (torch.quantize_per_tensor(torch.rand(1, 4, 8, 8), 0.1, 0, torch.quint8), "predictions: a quantised tensor"),
+        (torch.randn(1, 4, 8, 8).to_sparse(), "preds: a sparse_coo tensor, expected a dense one"),
+        (torch.full((1, 4, 8, 8), torch.nan), r"preds hold NaN or \+inf"),
+        (torch.full((1, 4, 8, 8), torch.inf), r"preds hold NaN or \+inf"),
+        (torch.quantize_per_tensor(torch.rand(1, 4, 8, 8), 0.1, 0, torch.quint8), "preds: a quantised tensor"),
     ],
 )
 def test_scores_without_a_best_class_are_refused(predictions: torch.Tensor, message: str) -> None:

@@ -195,9 +195,7 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
         ade.evaluate("demo", dataset="demo", options=SMALL, limit=limit, run_dir=tmp_path / "runs" / name)
     (tmp_path / "runs/odd").mkdir()
     (tmp_path / "runs/odd/manifest.json").write_text('{"schema": 99, "x": "\x1b[31m"}')
-    done = call(
-        "runs", "--sort", "miou", "--reverse", "--output", "all.csv", "--output", "all.json", "--output", "all.md"
-    )
+    done = call("runs", "--sort", "miou", "--output", "all.csv", "--output", "all.json", "--output", "all.md")
     assert done.code == 0, done.err
     assert "\x1b" not in done.out
     with (tmp_path / "all.csv").open() as file:
@@ -208,7 +206,7 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
     assert found[-1]["status"].startswith("damaged: ")
     assert (
         json.loads((tmp_path / "all.json").read_text())
-        == json.loads(call("runs", "--sort", "mIoU", "--reverse", "--json").out)["runs"]
+        == json.loads(call("runs", "--sort", "mIoU", "--json").out)["runs"]
     )
     assert (tmp_path / "all.md").read_text().count("\n") == 5
     one = json.loads(call("runs", "--json", "--where", "model.name=demo", "--where", "marks!=*PARTIAL*").out)["runs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ade_harness.config.files import choices
 from ade_harness.config.kinds import KINDS
@@ -53,6 +55,8 @@ def plain_name(argument: str, value: Any) -> None:
     raise HarnessError(f"{argument}={value!r}: expected a name, such as {_EXAMPLES[argument]!r}.")
 
 
+_MAPPINGS = ("model.kwargs", "model.architecture")
+"""Options whose values are mappings of any keys."""
 _EXAMPLES = {"dataset": "ade20k", "protocol": "mmseg_slide_512"}
 
 
@@ -115,6 +119,11 @@ def option_overrides(
         if key in _ARGUMENTS:
             raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
         group, _, field = str(key).partition(".")
+        if isinstance(value, Mapping) and value and key not in _MAPPINGS:
+            inner = next(iter(value))
+            raise HarnessError(
+                f"options: {key} is given a mapping: write one dotted key for each value, such as '{key}.{inner}'."
+            )
         if group in ("hydra", "probe"):
             raise HarnessError(f"options: {key} has no effect: it is for the commands of the command line.")
         if group == "tracking" and not runs and value != "none":
@@ -150,47 +159,7 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
     Raises:
         HarnessError: a text that is neither a system nor a file, or something that is no model.
     """
-    overrides = []
-    if isinstance(model, str | Path):
-        text, path = str(model), expanded(model)
-        names = choices("model")
-        if text in names:
-            overrides = [f"model={text}"]
-        elif path.is_dir():
-            overrides = ["model=hf", f"model.id={as_override_value(str(path))}"]
-        elif path.suffix in _FILES and path.is_file():
-            overrides = [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
-        elif path.is_file():
-            raise HarnessError(
-                f"{text!r}: looks like a weight file; also give its system: model='segformer_b0',"
-                f" checkpoint={text!r}. Files that hold a network end in {', '.join(_FILES)}."
-            )
-        else:
-            hub = f" A repository of the hub: model='hf', options={{'model.id': {text!r}}}."
-            hub = hub if _HUB_ID.fullmatch(text) else ""
-            raise HarnessError(
-                f"{text!r}: no such system, file or folder.{did_you_mean(text, names)}{hub} Expected a name that"
-                " `python -m ade_harness models` lists, an .onnx, TorchScript or .pt2 file, or a folder of"
-                " transformers. A checkpoint goes with its system: model='segformer_b0', checkpoint=PATH."
-            )
-    elif isinstance(model, type) or not callable(model):
-        raise HarnessError(
-            f"model is a {type(model).__name__}"
-            f"{f' ({model.__name__}): pass an object of it' if isinstance(model, type) else ''}; expected an nn.Module,"
-            " the name of a system, a path (an ONNX graph goes as its .onnx file), or a function from an image to"
-            " labels."
-        )
-    else:
-        kind = type(getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
-        owner = getattr(model, "__self__", None)
-        if isinstance(owner, nn.Module):
-            raise HarnessError(
-                f"model is a method of a {type(owner).__name__}: give the network itself. (A function gets an image as"
-                " an array, and returns labels.)"
-            )
-        named = _called(model, kind)
-        overrides = ["model=custom", f"model._target_={as_override_value(f'{kind.__module__}.{kind.__qualname__}')}",
-                 f"model.label={as_override_value(str(named))}"]  # fmt: skip
+    overrides = _by_name(model) if isinstance(model, str | Path) else _of_object(model)
     if checkpoint is not None and not isinstance(checkpoint, str | Path):
         raise HarnessError(
             f"checkpoint is a {type(checkpoint).__name__}, expected the path of a file. A state_dict goes into its"
@@ -203,27 +172,132 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
     return overrides
 
 
+def _by_name(model: str | Path) -> list[str]:
+    """Return the overrides of a system's name, or of the path of a file or folder."""
+    text, path = str(model), expanded(model)
+    names = choices("model")
+    if text in names:
+        return [f"model={text}"]
+    if path.is_dir():
+        return [f"model={_kind_of_folder(path)}", f"model.id={as_override_value(str(path))}"]
+    if path.suffix in _FILES and path.is_file():
+        return [f"model={_FILES[path.suffix]}", f"model.path={as_override_value(str(path))}"]
+    if path.is_file():
+        raise HarnessError(
+            f"{text!r}: looks like a weight file; also give its system: model='segformer_b0',"
+            f" checkpoint={text!r}. Files that hold a network end in {', '.join(_FILES)}."
+        )
+    if _is_timms(text):
+        raise HarnessError(_no_head(text, f"{text!r} is a backbone of timm, which"))
+    hub = f" A repository of the hub: model='hf', options={{'model.id': {text!r}}}."
+    hub = hub if _HUB_ID.fullmatch(text) else ""
+    raise HarnessError(
+        f"{text!r}: no such system, file or folder.{did_you_mean(text, names)}{hub} Expected a name that"
+        " `python -m ade_harness models` lists, an .onnx, TorchScript or .pt2 file, or a folder of"
+        " transformers. A checkpoint goes with its system: model='segformer_b0', checkpoint=PATH."
+    )
+
+
+def _of_object(model: Any) -> list[str]:
+    """Return the overrides that say what is in memory."""
+    if isinstance(model, type) or not callable(model):
+        raise HarnessError(
+            f"model is a {type(model).__name__}"
+            f"{f' ({model.__name__}): pass an object of it' if isinstance(model, type) else ''}; expected an nn.Module,"
+            " the name of a system, a path (an ONNX graph goes as its .onnx file), or a function from an image to"
+            " labels."
+        )
+    kind = type(getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module):
+        raise HarnessError(
+            f"model is a method of a {type(owner).__name__}: give the network itself. (A function gets an image as"
+            " an array, and returns labels.)"
+        )
+    target = as_override_value(f"{kind.__module__}.{kind.__qualname__}")
+    return [
+        "model=custom", f"model._target_={target}", f"model.label={as_override_value(str(_called(model, kind)))}",
+    ]  # fmt: skip
+
+
+def _kind_of_folder(folder: Path) -> str:
+    """Return "smp" for a folder that segmentation-models-pytorch has saved, "hf" for any other."""
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "hf"
+    of_smp = isinstance(saved, dict) and "model_type" not in saved and "encoder_name" in saved
+    return "smp" if of_smp else "hf"
+
+
+def _is_timms(name: str) -> bool:
+    """Whether timm knows an architecture of that name."""
+    import timm
+
+    return bool(re.fullmatch(r"[\w.-]+", name)) and timm.is_model(name.partition(".")[0])
+
+
 def _called(model: Any, kind: type) -> str:
     """Return what a model in memory is called: of wrappers, what they wrap."""
     if isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
         return _called(model.module, type(model.module))
+    if isinstance(model, AveragedModel):
+        return f"{_called(model.module, type(model.module))} (average)"
     if isinstance(model, torch.jit.ScriptModule):
         return str(getattr(model, "original_name", kind.__name__))
     return str(getattr(model, "__qualname__", kind.__qualname__)).rpartition("<locals>.")[2]
 
 
 def as_network(model: Any) -> Any:
-    """Return a program of ``torch.export`` as a module that runs it; anything else as it is.
+    """Return what is to be evaluated of a model in memory.
+
+    A program of ``torch.export`` becomes a module that runs it. DistributedDataParallel and DataParallel give the
+    network that they wrap: the former's forward waits for all ranks, of which perhaps one alone evaluates.
 
     Raises:
-        HarnessError: the program takes something else than float32 images.
+        HarnessError: the program takes something else than float32 images; or the network's weights are sharded over
+            ranks, or it is a backbone of timm's without a head.
     """
+    if isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
+        return as_network(model.module)
+    if isinstance(model, nn.Module):
+        _refuse_sharded(model)
+        _refuse_backbone(model)
     exporting: Any = sys.modules.get("torch.export")  # what holds such a program has imported it
     if exporting is None or not isinstance(model, exporting.ExportedProgram):
         return model
     from ade_harness.models.formats.exported import ExportedModel  # imports what is for programs alone
 
     return ExportedModel(model)
+
+
+def _refuse_sharded(network: nn.Module) -> None:
+    """Raise HarnessError for a network whose weights FSDP or tensor parallelism has spread over ranks."""
+    kinds = {type(p).__name__ for p in network.parameters()} | {type(module).__name__ for module in network.modules()}
+    found = next((kind for kind in ("DTensor", "FullyShardedDataParallel") if kind in kinds), None)
+    if found is not None:
+        raise HarnessError(
+            f"the network's weights are sharded over ranks ({found}): no rank can run it alone. Gather them, such as by"
+            " torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, load them into a"
+            " network that is not sharded, and give that."
+        )
+
+
+def _refuse_backbone(network: nn.Module) -> None:
+    """Raise HarnessError for a network that timm made: it classifies, or gives features."""
+    inner = getattr(network, "_orig_mod", network)  # of torch.compile
+    config = getattr(inner, "pretrained_cfg", None)
+    if not type(inner).__module__.startswith("timm."):
+        return
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    raise HarnessError(_no_head(name or "NAME", f"a {type(inner).__name__} of timm"))
+
+
+def _no_head(name: str, what: str) -> str:
+    return (
+        f"{what} has no segmentation head. `python -m ade_harness probe model=timm model.backbone={name}` trains a"
+        " linear one, and prints the command that evaluates it; docs/timm.md."
+    )
 
 
 def in_memory(model: Model) -> bool:

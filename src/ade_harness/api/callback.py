@@ -81,7 +81,8 @@ class ADE20KEvaluation(pl.Callback):
 
     Args:
         root: folder or zip of ADEChallengeData2016; None takes ADE20K_ROOT.
-        protocol: in ``conf/inference``; None: the image as it is, padded to what the network takes.
+        protocol: in ``conf/inference``; None: the image as it is, or fitted into the only size that the network
+            takes. One that needs sides of multiples of 32: ``options={"inference.resize.pad_multiple": 32}``.
         every_n_epochs: how often; also after the last epoch.
         limit: only the first images: the score is then one of a part.
         network: which part of the LightningModule maps normalised images to scores: its attribute's name, or a

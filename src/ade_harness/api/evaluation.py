@@ -30,7 +30,7 @@ from ade_harness.api.arguments import (
     refuse_twice,
     whole_number,
 )
-from ade_harness.api.predictors import FunctionPredictor, network_predictor
+from ade_harness.api.predictors import FunctionPredictor, Segmenter, network_predictor
 from ade_harness.api.result import Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process, device_of
 from ade_harness.config.compose import compose_config, protocol_changes
@@ -120,6 +120,11 @@ def evaluate(
         HarnessError: nothing was scored; the message names the file, key or image, and what to do.
     """
     whole_number("devices", devices, 1)
+    if isinstance(model, Segmenter):  # as a function it would lose what is known of its weights
+        raise HarnessError(
+            f"model is a Segmenter: give what it was loaded from, such as evaluate({model.system!r}, ...) with the same"
+            " checkpoint and options, so that the result says which weights and protocol it is of."
+        )
     model = as_network(model)
     plain_name("dataset", dataset if dataset is not None else "")
     plain_name("protocol", protocol)

@@ -212,6 +212,11 @@ class Segmenter:
         return self._cfg.inference.name
 
     @property
+    def system(self) -> str:
+        """The system's name in ``conf/model``."""
+        return self._cfg.model.name
+
+    @property
     def name(self) -> str:
         """The system, as tables call it."""
         return self._cfg.model.label or self._cfg.model.name

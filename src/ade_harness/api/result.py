@@ -66,6 +66,17 @@ class Evaluation:
         return (float(found["low"]), float(found["high"])) if found else None
 
     @property
+    def protocol(self) -> str | None:
+        """The name of the protocol, and which of its fields are not as its file says; None of runs before that."""
+        name, changed = self.metrics.get("protocol"), self.metrics.get("protocol_changes") or []
+        return f"{name}, changed: {', '.join(changed)}" if changed else name
+
+    @property
+    def precision(self) -> str | None:
+        """``inference.precision`` of the forward: fp32, tf32, bf16 or fp16; None of runs before that."""
+        return self.metrics.get("precision")
+
+    @property
     def scores(self) -> dict[str, float]:
         """Every score by name, 0..1: mIoU by three conventions, accuracies, fwIoU, final score, mean Dice."""
         names = [*SCORE_NAMES, *(["mean_dice"] if self.metrics.get("mean_dice") is not None else [])]  # not of old runs
@@ -132,7 +143,9 @@ class Evaluation:
         return copy.deepcopy(dict(self.metrics))
 
     def _title(self) -> str:
-        return f"{self.label} on {self.dataset}, {self.images:,} of {self.metrics['expected_images']:,} images"
+        how = ", ".join(filter(None, [self.protocol, self.precision if self.precision != "fp32" else None]))
+        images = f"{self.images:,} of {self.metrics['expected_images']:,} images"
+        return f"{self.label} on {self.dataset}, {images}{f', {how}' if how else ''}"
 
     def _lines(self) -> list[tuple[str, str, str]]:
         intervals = self.metrics.get("intervals") or {}

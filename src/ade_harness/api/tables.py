@@ -44,7 +44,8 @@ def compare(
         level: of the intervals.
 
     Returns:
-        One row each: ``label``, ``images``, ``common`` (of them, those that the first has too), ``mIoU``, ``low``,
+        One row each: ``label``, ``dataset``, ``protocol``, ``precision``, ``images``,
+        ``common`` (of them, those that the first has too), ``mIoU``, ``low``,
         ``high`` (its own interval), ``difference`` to the first on the common images with the ends of its paired
         interval, and ``p`` of a permutation test; fractions.
 
@@ -67,7 +68,15 @@ def compare(
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(found):
         low, high = one.interval or (np.nan, np.nan)
-        row = {"label": one.label, "images": one.images, "common": one.images, "mIoU": one.mIoU}
+        row = {
+            "label": one.label,
+            "dataset": one.dataset,
+            "protocol": one.protocol,
+            "precision": one.precision,
+            "images": one.images,
+            "common": one.images,
+            "mIoU": one.mIoU,
+        }
         row |= {"low": low, "high": high}
         row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p"), np.nan)
         if number:

@@ -115,8 +115,8 @@ COMMANDS = (
         "runs", "list runs in one table", "runs:run_runs",
         (
             Argument("folders", nargs="*", metavar="DIR", help="runs, or folders of runs; default: runs"),
-            Argument("--sort", metavar="COLUMN", help="such as mIoU; default: by date"),
-            Argument("--reverse", action="store_true", help="sort in descending order"),
+            Argument("--sort", metavar="COLUMN", help="such as mIoU (best first); default: by date"),
+            Argument("--reverse", action="store_true", help="sort the other way round"),
             Argument(
                 "--where", action="append", default=[], metavar="CONDITION",
                 help="only matching runs: COLUMN=VALUE (with *), !=, <, <=, >, >=, as in 'mIoU>0.4'; repeatable",

@@ -29,6 +29,7 @@ _ALIASES = {
     "model.name": "model", "model.label": "label", "inference.name": "protocol", "inference": "protocol",
     "dataset.name": "dataset", "dir": "run", "date": "started", "score": "mIoU",
 }  # fmt: skip
+_SCORES = ("mIoU", "low", "high", "pixel_accuracy", "mean_accuracy", "mean_dice")
 _SHOWN = ("run", "label", "protocol", "dataset", "images", "mIoU", "interval", "status")
 
 
@@ -44,7 +45,8 @@ def run_runs(options: argparse.Namespace) -> Answer:
     if options.sort is not None:
         column = _column(options.sort)
         known = [row for row in rows if getattr(row, column) is not None]
-        known.sort(key=lambda row: getattr(row, column), reverse=options.reverse)
+        best_first = column in _SCORES  # as in every table of scores
+        known.sort(key=lambda row: getattr(row, column), reverse=options.reverse != best_first)
         rows = known + [row for row in rows if getattr(row, column) is None]
     console = make_console()
     if rows:

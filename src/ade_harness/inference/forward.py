@@ -19,6 +19,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """``inference.precision`` -> what the forward's autocast computes in."""
 
 
+_USUAL_STRIDE = 32
+"""Of the coarsest features of most networks."""
+
+
 class BatchedForward:
     """Runs a network on images of one size, several at a time.
 
@@ -191,7 +195,7 @@ class BatchedForward:
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
                 f" ({type(error).__name__}{reason and f': {reason}'})."
-                f"{self._of_type(reason) or self._of_device(reason, batch) or self._of_size(reason)}"
+                f"{self._of_type(reason) or self._of_device(reason, batch) or self._of_size(reason, batch)}"
                 " ADE_HARNESS_TRACEBACK=1 shows where."
             ) from error
 
@@ -219,11 +223,23 @@ class BatchedForward:
         advice = f"inference.precision={known}, or {convert}" if known else convert
         return f" Its weights are {name}, images float32: {advice}."
 
-    def _of_size(self, reason: str) -> str:
-        """Return what to do where a traced or exported network has kept the size of its example; else nothing."""
+    def _of_size(self, reason: str, batch: Tensor) -> str:
+        """Return what to do where the size may be what the network does not take; else nothing.
+
+        A traced or exported one has kept the size of its example; others join features of several strides, or divide
+        the image into patches.
+        """
         made = isinstance(self.model.module, torch.jit.ScriptModule | torch.fx.GraphModule)
-        if not made or not any(word in reason for word in ("shape", "size", "Sizes", "must match", "Guard failed")):
+        words = ("shape", "size", "Sizes", "must match", "Guard failed", "divisible", "multiple")
+        if not any(word in reason for word in words):
             return ""
+        if not made:
+            odd = any(side % _USUAL_STRIDE for side in batch.shape[2:])
+            return (
+                f" If it takes multiples of {_USUAL_STRIDE} only: inference.resize.pad_multiple={_USUAL_STRIDE}"
+                " pads images (14 or 16 for some transformers)."
+                if odd and self.cfg.resize.pad_multiple == 1 else ""
+            )  # fmt: skip
         return (
             " A network that was traced or exported may take the size alone that it was made with:"
             " inference=fit_input inference.resize.height=H inference.resize.width=W fits images into it. Or export it"

@@ -103,11 +103,13 @@ class SegmentationScores(Metric):
         """Keep the counts as they are: they are integers, and floats would round them."""
         return self
 
-    def update(self, predictions: Tensor, target: Tensor) -> None:
+    # counting reads values, which no compiler can trace: a module that is compiled as a whole calls it as it is
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Count one batch.
 
         Args:
-            predictions: scores float [N, C, h, w] of any size, or labels, integers [N, H, W], where values outside of
+            preds: scores float [N, C, h, w] of any size, or labels, integers [N, H, W], where values outside of
                 0..C-1 are void. Without N for one image. Scores are compared in float32.
             target: integers [N, H, W]: 0..C-1, or `ignore_index`.
 
@@ -115,45 +117,41 @@ class SegmentationScores(Metric):
             ArgumentError: other shapes or types; or, with `validate_args`, a target that is no class, or NaN or +inf
                 among the scores. Then nothing of the batch is counted.
         """
-        predictions, target = self._batched(predictions, target)  # of no image nothing is counted
+        preds, target = self._batched(preds, target)  # of no image nothing is counted
         found = torch.zeros_like(self.matrix)
-        for one, truth in zip(predictions, target, strict=True):
+        for one, truth in zip(preds, target, strict=True):
             found += self._counts(one, truth)
         self.matrix += found
 
-    def _batched(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        for name, value in (("predictions", predictions), ("target", target)):
+    def _batched(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        for name, value in (("preds", preds), ("target", target)):
             if not isinstance(value, Tensor):
                 raise ArgumentError(f"{name}: a {type(value).__name__}, expected a tensor.")
         if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
             raise ArgumentError(f"target is {target.dtype}, expected integers.")
-        for name, value in (("predictions", predictions), ("target", target)):
+        for name, value in (("preds", preds), ("target", target)):
             if value.layout != torch.strided or value.is_quantized:
                 kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
                 raise ArgumentError(f"{name}: a {kind} tensor, expected a dense one (value.to_dense()).")
-        if predictions.is_complex() or predictions.dtype == torch.bool:
-            raise ArgumentError(f"predictions are {predictions.dtype}, expected real scores or integer labels.")
-        scores = predictions.is_floating_point()
+        if preds.is_complex() or preds.dtype == torch.bool:
+            raise ArgumentError(f"preds are {preds.dtype}, expected real scores or integer labels.")
+        scores = preds.is_floating_point()
         if target.ndim == 2:
-            predictions, target = predictions[None], target[None]
+            preds, target = preds[None], target[None]
         expected = [len(target), self.num_classes, "h", "w"] if scores else list(target.shape)
-        fits = (
-            predictions.ndim == 4 and list(predictions.shape[:2]) == expected[:2]
-            if scores
-            else predictions.shape == target.shape
-        )
-        if target.ndim != 3 or not fits or (len(target) and not predictions.numel()):
+        fits = preds.ndim == 4 and list(preds.shape[:2]) == expected[:2] if scores else preds.shape == target.shape
+        if target.ndim != 3 or not fits or (len(target) and not preds.numel()):
             one = " Give target.squeeze(1)." if target.ndim == 4 and target.shape[1] == 1 else ""
             raise ArgumentError(
-                f"predictions are {predictions.dtype} {list(predictions.shape)} for a target of {list(target.shape)};"
+                f"preds are {preds.dtype} {list(preds.shape)} for a target of {list(target.shape)};"
                 f" expected scores {expected if scores else [len(target), self.num_classes, 'h', 'w']} or integer"
                 f" labels {list(target.shape)}.{one}"
             )
-        if predictions.device.type == "meta" or target.device.type == "meta":
-            raise ArgumentError("predictions or target are on the device meta: they have no values to count.")
-        if predictions.device != target.device:
-            raise ArgumentError(f"predictions are on {predictions.device}, the target on {target.device}.")
-        return predictions, target
+        if preds.device.type == "meta" or target.device.type == "meta":
+            raise ArgumentError("preds or target are on the device meta: they have no values to count.")
+        if preds.device != target.device:
+            raise ArgumentError(f"preds are on {preds.device}, the target on {target.device}.")
+        return preds, target
 
     def _counts(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return int64 [C, C + 1] of one image."""
@@ -172,7 +170,7 @@ class SegmentationScores(Metric):
         compact = classes <= MAX_CLASSES
         if prediction.is_floating_point():
             if self.validate_args and bool((prediction.isnan() | prediction.isposinf()).any()):
-                raise ArgumentError("predictions hold NaN or +inf: argmax would take them for the best class.")
+                raise ArgumentError("preds hold NaN or +inf: argmax would take them for the best class.")
             prediction = self._labels(prediction, target)
         if compact:  # the kernels count labels of one byte
             none = torch.full_like(target, IGNORE_INDEX)
@@ -191,6 +189,7 @@ class SegmentationScores(Metric):
         size = (target.shape[0], target.shape[1])
         return chosen.label_map(scores.detach().float().contiguous(), size).long()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(self) -> Any:
         """Return every score by name, float64 (float32 on Apple's GPUs), 0..1, on the metric's device.
 

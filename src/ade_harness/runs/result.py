@@ -245,6 +245,7 @@ def summarise(
             "dataset": dataset.name,
             "protocol": cfg.inference.name,
             "protocol_changes": list(changed),
+            "precision": str(cfg.inference.precision),
             "commit": commit,
         },
         label=cfg.model.label or cfg.model.name,

@@ -82,7 +82,8 @@ FINISHED = {
 }
 """What a manifest has besides once the run is finished."""
 METRICS = {
-    "model?": str, "dataset?": str, "protocol?": str, "protocol_changes?": [str], "commit?": str,
+    "model?": str, "dataset?": str, "protocol?": str, "protocol_changes?": [str], "precision?": str,
+    "commit?": str,
     **dict.fromkeys(("checkpoint?", "checkpoint_part?", "checkpoint_sha256?"), _TEXT_OR_NULL),
     **dict.fromkeys(_SCORES, Between(0.0, 1.0)),
     "images?": _COUNT, "pixels?": _COUNT, "complete?": bool, "mean_dice?": OrNull(Between(0.0, 1.0)),

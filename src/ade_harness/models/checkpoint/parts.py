@@ -147,6 +147,11 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
         if not isinstance(content, Mapping) or len(where) == _MAX_WRAPPERS:  # a pickle may hold itself
             raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
         inside = _networks(content)
+        if content and all("optim" in str(name).lower() for name in inside or content):
+            raise HarnessError(
+                f"{path}: holds no weights of a network, only {', '.join(map(str, list(content)[:5]))}. Give the file"
+                " that the trainer wrote beside it."
+            )
         sides = {f"{side}.": inside.pop(side) for side in _SIDES if side in inside}
         averaged = [name for name in inside if _AVERAGED.search(name)]
         plain = sorted((name for name in inside if name not in averaged), key=_usual_first)
