@@ -74,7 +74,10 @@ def main() -> None:
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     lines = [json.loads(line) for line in out.splitlines()]
     whole, half = ([line for line in lines if line["half"] is half] for half in (False, True))
-    peaks = {a["model"]: {"fp32": a["peak_mib"], "bf16": b["peak_mib"]} for a, b in zip(whole, half, strict=True)}
+    peaks = {
+        a["model"]: {"fp32": a["peak_mib"], "bf16": b["peak_mib"], "weights": a["weights_mib"], "pixels": a["pixels"]}
+        for a, b in zip(whole, half, strict=True)
+    }
     text = "".join(f"  {json.dumps(name)}: {json.dumps(peak)},\n" for name, peak in peaks.items())
     (ROOT / "src/ade_harness/inference/memory.json").write_text("{\n" + text.rstrip(",\n") + "\n}\n")
     rows = [row(a, b) for a, b in zip(whole, half, strict=True)]

@@ -37,6 +37,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.evaluation import launching
 from ade_harness.evaluation.data import LoadedImage
 from ade_harness.evaluation.launching import launch
+from ade_harness.inference.memory import pixels_at_once
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import plan_views
 from ade_harness.inference.stopwatch import Stopwatch
@@ -96,6 +97,8 @@ class Seen:
     now: int = 0
     peak: int = 0
     """Bytes of CUDA tensors at a time, the network's included."""
+    weights: int = 0
+    """Bytes of the network's parameters and buffers."""
 
     @property
     def launches(self) -> int:
@@ -336,6 +339,7 @@ def run(overrides: list[str], size: tuple[int, int] = (512, 683), half: bool = F
         outer = Watch(beside)
         for tensor in (*network.parameters(), *network.buffers()):
             outer.hold(tensor)
+        beside.weights = beside.now
         pixels = tuple(mode.from_tensor(p) for p in image.pixels)
         forward = network.forward
 
@@ -384,6 +388,7 @@ def gpu_kernels() -> kernels.Kernels:
 def main(overrides: list[str]) -> None:
     """Print one line of JSON for each model named, and for those after ``--half`` in bfloat16."""
     names, _, halves = " ".join(overrides).partition("--half")
+    torch.cuda.is_available = lambda: False  # asked at each operator, and without a GPU looked up anew each time
     gc.freeze()  # a fake tensor is many Python objects: collections would take a tenth of the time
     gc.set_threshold(100_000, 50, 100)
     for name, half in [*((n, False) for n in names.split()), *((n, True) for n in halves.split())]:
@@ -393,6 +398,8 @@ def main(overrides: list[str]) -> None:
         found = {
             "model": name, "half": half, "views": len(plans), "windows": sum(len(p.origins) for p in plans),
             "forward": inside.operators, "beside": beside.operators, "peak_mib": round(beside.peak / 2**20),
+            "weights_mib": round(beside.weights / 2**20),
+            "pixels": pixels_at_once(compose_config([f"model={name}"]).inference, (512, 683)),
             "variants": sorted(beside.variants),
             "seconds": round(time.perf_counter() - start, 1),
         }  # fmt: skip

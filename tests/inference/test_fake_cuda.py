@@ -114,6 +114,9 @@ def test_the_memory_table_is_what_was_computed(passes: dict[tuple[str, bool], di
         assert found["peak_mib"] == pytest.approx(expected, rel=0.01), (
             f"scripts/memory_table.py writes it again: {name}"
         )
+        if not half:
+            assert found["weights_mib"] == pytest.approx(peaks()[name]["weights"], rel=0.01)
+        assert found["pixels"] == peaks()[name]["pixels"]
     page = (REPOSITORY / "docs/gpu.md").read_text()
     for name, peak in peaks().items():
         assert f"| `{name}` | {peak['fp32'] / 1024:.1f} | {peak['bf16'] / 1024:.1f} |" in page
@@ -130,4 +133,9 @@ def test_a_system_that_will_not_fit_is_warned_of() -> None:
     assert half is not None
     assert "With model.dtype" not in half
     assert memory_warning(compose_config(["model=segformer_b0"]), 4 << 30) is None
+    several = ["model=segformer_b5", "dataset=ade20k", "dataset.root=x", "inference.images=64", "inference.batch=64"]
+    warning = memory_warning(compose_config(several), 24 << 30)  # of one image it would fit many times
+    assert warning is not None
+    assert "inference.images=64, inference.batch=64" in warning
+    assert memory_warning(compose_config(several[:3]), 24 << 30) is None
     assert memory_warning(compose_config([]), 1) is None  # the demo's network is no published system

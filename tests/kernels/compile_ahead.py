@@ -102,6 +102,8 @@ def compiled(
     """
     names = kernel.function.arg_names
     types = {n: t.format(dtype=dtype) for n, t in kernel.types.items() if n not in constants}
+    if constants.get("PROBABILITIES") is False:  # as the launcher has it: there are no norms, and it gives the scores
+        types["norms"] = types["first"]
     signature = {n: types.get(n, "constexpr") for n in names}
     values = {(names.index(key),): value for key, value in constants.items()}
     looked_at = {p.name for p in kernel.function.params if not p.do_not_specialize_on_alignment}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import Dtype
 from ade_harness.config.schema import Config
+from ade_harness.inference.plan import plan_views
+from ade_harness.kernels.views import Size
 
 _RESERVE = 1.5
 """GiB beside tensors: the CUDA context, and workspaces of cuDNN and cuBLAS (an estimate)."""
@@ -17,13 +21,23 @@ _RESERVE = 1.5
 
 @cache
 def peaks() -> dict[str, dict[str, int]]:
-    """Return system -> ``fp32`` and ``bf16`` -> MiB of tensors at a time, for an image of 512x683.
+    """Return what each system needs, by its name, for an image of 512x683.
 
-    Computed, not measured: each system ran by its own protocol on tensors without values (docs/gpu.md). ``bf16`` is
-    with weights in that dtype.
+    ``fp32`` and ``bf16``, with weights in that dtype, are MiB of tensors at a time, and ``weights`` those of the
+    weights alone in float32; ``pixels`` are those of all inputs that share a forward. Computed, not measured: each
+    system ran by its own protocol on tensors without values (docs/gpu.md).
     """
     found: dict[str, dict[str, int]] = json.loads(Path(__file__).with_name("memory.json").read_text())
     return found
+
+
+def pixels_at_once(inference: InferenceConfig, size: Size) -> int:
+    """Return the pixels of all inputs that share a forward on a GPU, at most, for images of (height, width)."""
+    of_size: Counter[Size] = Counter()
+    for view in plan_views(size, inference):
+        of_size[view.window] += len(view.origins)
+    together = inference.batch or 8
+    return max(min(together, inference.images * n) * height * width for (height, width), n in of_size.items())
 
 
 def memory_warning(cfg: Config, total: int) -> str | None:
@@ -37,14 +51,20 @@ def memory_warning(cfg: Config, total: int) -> str | None:
     if peak is None:
         return None
     half = cfg.model.dtype != Dtype.fp32
-    need = peak["bf16" if half else "fp32"] / 1024 + _RESERVE
-    if need <= total / 2**30:
+    share = pixels_at_once(cfg.inference, (512, 683)) / peak["pixels"]
+
+    def need(dtype: str) -> float:
+        weights = peak["weights"] / (1 if dtype == "fp32" else 2)
+        return (weights + share * (peak[dtype] - weights)) / 1024 + _RESERVE
+
+    needed = need("bf16" if half else "fp32")
+    if needed <= total / 2**30:
         return None
-    less = peak["bf16"] / 1024 + _RESERVE
-    other = "" if half else f" With model.dtype=bf16 inference.precision=bf16 it is about {less:.0f}."
+    other = "" if half else f" With model.dtype=bf16 inference.precision=bf16 it is about {need('bf16'):.0f}."
+    together = f"inference.images={cfg.inference.images}, inference.batch={cfg.inference.batch or 8}"
     return (
-        f"model={cfg.model.name} needs about {need:.0f} GiB of GPU memory for an image of 683x512, up to 8 of whose"
-        f" windows or views share a forward; this GPU has {total / 2**30:.0f}.{other} inference.batch=1 needs least."
+        f"model={cfg.model.name} needs about {needed:.0f} GiB of GPU memory for an image of 683x512 ({together} windows"
+        f" or views in a forward); this GPU has {total / 2**30:.0f}.{other} inference.batch=1 needs least."
     )
 
 
