@@ -24,7 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ade_harness.errors import HarnessError, require
-from ade_harness.files.reading import expanded
+from ade_harness.files.reading import expanded, require_regular
 
 if TYPE_CHECKING:
     from ade_harness.cli.sweep import Sweep, SweepJob
@@ -73,7 +73,7 @@ class _CheckedLauncher(Launcher, ABC):
             plain = list(filter_overrides(overrides))
             try:
                 config = compose_config(plain, extra)
-                check_job(config)
+                check_job(config, self.runs_here)
             except HarnessError as error:
                 mistakes.append(f"job {number} ({' '.join(plain)}): {error}")
                 continue
@@ -85,6 +85,8 @@ class _CheckedLauncher(Launcher, ABC):
         self._check_places(jobs)
         return jobs
 
+    runs_here = True
+    """Whether jobs run on this machine: it has to have what they ask for."""
     shares_places = False
     """Whether jobs may be given one directory: each of SLURM's has its own, whatever a sweep says."""
 
@@ -252,6 +254,7 @@ class ListLauncher(Launcher):
 class SlurmLauncher(_CheckedLauncher):
     """SLURM jobs, as one array: see :mod:`ade_harness.cli.slurm`."""
 
+    runs_here = False
     shares_places = True
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
@@ -318,28 +321,61 @@ def _jobs_of(job_overrides: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     return found
 
 
-def check_job(config: Config) -> None:
-    """Check what an evaluation needs beside a valid configuration: no recipe of a training, and files.
+def check_job(config: Config, here: bool) -> None:
+    """Check what an evaluation needs beside a valid configuration: no recipe of a training, files, and GPUs.
+
+    Args:
+        config: of the job.
+        here: whether it runs on this machine.
 
     Raises:
-        HarnessError: there is a recipe, or names the first key whose file is not there.
+        HarnessError: there is a recipe; names the first key whose file is not there, the first image that is not in
+            the data set, or what this machine lacks.
     """
     from ade_harness.config.targets import require_target
     from ade_harness.config.validate import refuse_recipe, require_data
+    from ade_harness.runtime.cluster import resolve_devices
 
     refuse_recipe(config)
     require_data(config)
     model = config.model
     if model._target_ is not None:
         require_target(model._target_)
-    for key in ("checkpoint", "backbone_checkpoint", "path"):
+    for key in ("checkpoint", "backbone_checkpoint"):
         value = getattr(model, key)
-        require(value is None or expanded(value).exists(), f"model.{key}={value}: no such file or folder.")
+        if value is not None:
+            require_regular(expanded(value), f"model.{key}={value}")
+    require(model.path is None or expanded(model.path).exists(), f"model.path={model.path}: no such file or folder.")
+    is_place = model.id is not None and model.id.startswith(("/", "./", "../", "~"))
+    require(not is_place or expanded(model.id or "").is_dir(), f"model.id={model.id}: no such folder.")
     keys = {"demo": (), "folder": ("image_dir", "label_dir", "classes")}.get(config.dataset.kind, ("root",))
     for key in keys:
         value = getattr(config.dataset, key)
         found = value is None or expanded(value).exists()
         require(found, f"dataset.{key}={value}: no such file, folder or zip.")
+    _check_images(repr(config.dataset), config)
+    if here:
+        resolve_devices(config.runtime)
+
+
+_opened: dict[str, str | None] = {}
+"""Data sets of this process's sweeps, and what is wrong with them."""
+
+
+def _check_images(dataset: str, config: Config) -> None:
+    """Open a data set, once for all jobs that have the same: are its images there, and those that are named?"""
+    from ade_harness.config.dataset import DatasetKind
+    from ade_harness.data.factory import open_dataset
+
+    if config.dataset.kind == DatasetKind.demo:  # is made where it is not there yet
+        return
+    if dataset not in _opened:
+        try:
+            open_dataset(config.dataset, config.inference.exif)
+            _opened[dataset] = None
+        except HarnessError as error:
+            _opened[dataset] = str(error)
+    require(_opened[dataset] is None, _opened[dataset] or "")
 
 
 def _of_jobs(config: DictConfig) -> list[str]:

@@ -471,6 +471,28 @@ def test_a_primary_configuration_that_jobs_would_not_see_is_refused(call: Call) 
         assert "these would have no effect" in done.err
 
 
+@pytest.mark.parametrize(
+    ("swept", "message"),
+    [
+        ("model.id=./mine,../theirs", "model.id=./mine: no such folder"),
+        ("dataset.ids=[ADE_val_00001000],[ADE_val_00009999]", "'ADE_val_00009999' is not in"),
+        ("runtime.devices=1,4000", "runtime.devices=4000"),
+        ("model.checkpoint=folder,nowhere.pth", "model.checkpoint=folder: is not a regular file"),
+    ],
+)
+def test_a_sweep_looks_at_files_images_and_this_machine_first(
+    call: Call, tiny_ade: Path, tmp_path: Path, swept: str, message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    model = ["model=hf", "inference=original_size"] if "model.id" in swept else ["model=segformer_b0"]
+    model += [] if "model.id" in swept or "checkpoint" in swept else ["model.weights=random"]
+    done = call("-m", *QUICK, *model, f"dataset.root={tiny_ade}", "dataset=ade20k", swept, "hydra.sweep.dir=all")
+    assert done.code == 2
+    assert "so none was started" in done.err
+    assert message in done.err
+    assert not (tmp_path / "all").exists()
+
+
 def test_a_sweep_that_runs_nothing_leaves_nothing(call: Call, tmp_path: Path) -> None:
     sweep = ("-m", *QUICK, "hydra.sweep.dir=all")
     assert call(*sweep, "dataset.images=2,3", "--list").out.splitlines()[1].startswith("1: ")
