@@ -156,3 +156,18 @@ def model_file(cfg: ModelConfig) -> Path:
             f"{path}: the sha256 is {file_hash(path, 'sha256')}, model.checkpoint_sha256 expects {digest}."
         )
     return path
+
+
+def not_that(path: Path, what: str, error: Exception, advice: str) -> HarnessError:
+    """Return the error of a ``model.path`` that torch cannot read.
+
+    Args:
+        path: of the file.
+        what: was expected, such as "a TorchScript file".
+        error: of torch's reader, which fails in any way.
+        advice: goes before the place where weights alone are given.
+    """
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return HarnessError(
+        f"{path}: not {what} ({reason}). {advice} with model=custom or a named model, as model.checkpoint=PATH."
+    )

@@ -18,7 +18,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.archive import check_expansion
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
-from ade_harness.models.checkpoint.sources import model_file
+from ade_harness.models.checkpoint.sources import model_file, not_that
 from ade_harness.models.loaded import UNBOUNDED, LoadedModel, names_of, require_channels_first, statistics
 
 
@@ -80,11 +80,8 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     except HarnessError:
         raise
     except Exception as error:  # torch's reader of a damaged file fails in any way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise HarnessError(
-            f"{path}: not a program of torch.export ({reason}). TorchScript goes with model=torchscript, a state_dict"
-            " with model=custom or a named model, as model.checkpoint=PATH."
-        ) from error
+        what = "a program of torch.export"
+        raise not_that(path, what, error, "TorchScript goes with model=torchscript, a state_dict") from error
     module = ExportedModel(program, str(path))
     facts = {"origin": str(path), "sha256": file_hash(path, "sha256")}
     return LoadedModel(
