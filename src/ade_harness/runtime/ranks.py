@@ -68,6 +68,9 @@ class Ranks:
             dist.destroy_process_group()
 
 
+_SHOWN_EVERY_S = 0.1
+
+
 class RankCallback(pl.Callback):
     """Says what this rank does: to the watchdog, to the other ranks, and to the user.
 
@@ -86,7 +89,7 @@ class RankCallback(pl.Callback):
         reporter: ProgressReporter | None,
     ) -> None:  # fmt: skip
         self._ranks, self._costs, self._names, self._items, self._reporter = ranks, costs, names, items, reporter
-        self._begin = 0.0
+        self._begin = self._shown = 0.0
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take signals back from Lightning, whose handler of SIGTERM waits for other ranks; open the display."""
@@ -112,7 +115,8 @@ class RankCallback(pl.Callback):
         seconds = time.monotonic() - self._begin
         self._ranks.watchdog.finished(pl_module.progress, self._costs[batch[0]], seconds)
         self._ranks.coordinator.done(pl_module.progress)
-        self._show()
+        if time.monotonic() - self._shown > _SHOWN_EVERY_S:  # what all have done is asked of the ranks' store
+            self._show()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let the other ranks stop: they need not finish what cannot be scored."""
@@ -138,6 +142,7 @@ class RankCallback(pl.Callback):
             self._reporter.close()
 
     def _show(self) -> None:
+        self._shown = time.monotonic()
         if self._reporter is not None and self._ranks.coordinator.lost is None:
             self._reporter.update(self._ranks.coordinator.done())
 
