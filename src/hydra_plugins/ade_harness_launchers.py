@@ -183,11 +183,18 @@ def _code_of(job: JobReturn) -> int:
     return int(getattr(job._return_value, "exit_code", None) or 1) if failed else 0
 
 
+_made: list[str] = []
+"""The folder of this sweep, if it was not there before."""
+
+
 class CheckSweeps(Callback):
     """Puts a launcher that is not ours into one that checks all jobs first: Hydra's sweepers ask the configuration."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Change what sweepers read; called by Hydra."""
+        """Change what sweepers read; called by Hydra, before the sweep's folder is made."""
+        _made.clear()
+        if not Path(str(config.hydra.sweep.dir)).exists():
+            _made.append(str(config.hydra.sweep.dir))
         launcher = config.hydra.launcher
         target = str(launcher.get("_target_", "")) if isinstance(launcher, DictConfig) else ""  # Hydra refuses others
         if target and not target.startswith(f"{__name__}."):
@@ -269,10 +276,14 @@ class SlurmLauncher(_CheckedLauncher):
 
 
 def _remove_empty(config: DictConfig) -> None:
-    """Remove the folder that Hydra has made for a sweep, where nothing but Hydra's own file is in it."""
+    """Remove the folder that Hydra has made for a sweep, where nothing but Hydra's own file is in it.
+
+    Not that of a job of an array, which others may be about to use.
+    """
     folder = Path(str(config.hydra.sweep.dir))
+    alone = str(config.hydra.launcher.get("_target_", "")).endswith(".OneJobLauncher")
     with suppress(OSError):
-        if [entry.name for entry in folder.iterdir()] == ["multirun.yaml"]:
+        if str(folder) in _made and not alone and [entry.name for entry in folder.iterdir()] == ["multirun.yaml"]:
             (folder / "multirun.yaml").unlink()
             folder.rmdir()
 

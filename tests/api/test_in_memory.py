@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -514,23 +513,6 @@ def test_sides_that_a_network_does_not_take_are_padded_on_request() -> None:
     with pytest.raises(HarnessError, match=r"multiples of 32 only: inference.resize.pad_multiple=32 pads images"):
         ade.evaluate(Joins(), dataset="demo", options=SMALL)
     assert ade.evaluate(Joins(), dataset="demo", options={**SMALL, "inference.resize.pad_multiple": 16}).images == 3
-
-
-class Wanders(Colours):
-    """Changes the process, as anybody's code may."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return scores."""
-        os.chdir("/")
-        logging.getLogger().setLevel(7)
-        return super().forward(images)
-
-
-def test_what_a_forward_changes_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    level = logging.getLogger().level
-    ade.evaluate(Wanders(), dataset="demo", options=SMALL)
-    assert (Path.cwd(), logging.getLogger().level) == (tmp_path, level)
 
 
 def test_options_are_dotted_keys() -> None:

@@ -128,7 +128,7 @@ def test_few_cores_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch) 
     "text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
              "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation",
              "HIP error: out of memory", "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
-             "miopenStatusAllocFailed",
+             "miopenStatusAllocFailed", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory",
              "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript:\n"
              "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"],
 )  # fmt: skip

@@ -26,6 +26,7 @@ from ade_harness.leaderboard.table import (
     why_not_ranked,
 )
 from ade_harness.runs.finished import FinishedRun, load_run
+from ade_harness.runs.record import is_own, is_own_result
 from tests.cli.test_cli import FAST, Call
 from tests.runs.test_runs import make_row
 
@@ -173,3 +174,20 @@ def test_the_verb(demo: Path, call: Call, tmp_path: Path) -> None:
 def test_a_measured_entry_is_never_state_of_the_art_of_the_site() -> None:
     mine = Entry("mIoU", "mine", "", "2020-01", 99.0, "measured", "")
     assert mine not in state_of_the_art([*published_entries(), mine], "mIoU")
+
+
+@pytest.mark.parametrize("edited", ["nothing", "metrics", "marks", "weights", "failures"])
+def test_a_result_that_was_edited_is_no_longer_signed(demo: Path, tmp_path: Path, edited: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(demo, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    if edited == "metrics":
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["intervals"]["mIoU"]["low"] = 0.0
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    elif edited == "weights":
+        manifest["model"]["weights"] = "pretrained"
+    elif edited != "nothing":
+        manifest[edited] = [] if edited == "marks" else {"ADE_val_1": "x"}
+    assert is_own_result(run, manifest) == (edited == "nothing")
+    assert is_own(run, manifest)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def plain_name(argument: str, value: Any) -> None:
     raise HarnessError(f"{argument}={value!r}: expected a name, such as {_EXAMPLES[argument]!r}.")
 
 
-_MAPPINGS = ("model.kwargs", "model.architecture")
+_MAPPINGS = ("model.kwargs", "model.architecture", "runtime.slurm")
 """Options whose values are mappings of any keys."""
 _EXAMPLES = {"dataset": "ade20k", "protocol": "mmseg_slide_512"}
 
@@ -119,7 +120,7 @@ def option_overrides(
         if key in _ARGUMENTS:
             raise HarnessError(f"options: {key} is an argument from Python: {_ARGUMENTS[key]}.")
         group, _, field = str(key).partition(".")
-        if isinstance(value, Mapping) and value and key not in _MAPPINGS:
+        if isinstance(value, Mapping) and value and not key.startswith(_MAPPINGS):
             inner = next(iter(value))
             raise HarnessError(
                 f"options: {key} is given a mapping: write one dotted key for each value, such as '{key}.{inner}'."
@@ -256,13 +257,12 @@ def as_network(model: Any) -> Any:
 
     Raises:
         HarnessError: the program takes something else than float32 images; or the network's weights are sharded over
-            ranks, or it is a backbone of timm's without a head.
+            ranks.
     """
     if isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
         return as_network(model.module)
     if isinstance(model, nn.Module):
         _refuse_sharded(model)
-        _refuse_backbone(model)
     exporting: Any = sys.modules.get("torch.export")  # what holds such a program has imported it
     if exporting is None or not isinstance(model, exporting.ExportedProgram):
         return model
@@ -283,14 +283,20 @@ def _refuse_sharded(network: nn.Module) -> None:
         )
 
 
-def _refuse_backbone(network: nn.Module) -> None:
-    """Raise HarnessError for a network that timm made: it classifies, or gives features."""
-    inner = getattr(network, "_orig_mod", network)  # of torch.compile
-    config = getattr(inner, "pretrained_cfg", None)
-    if not type(inner).__module__.startswith("timm."):
-        return
-    name = config.get("architecture") if isinstance(config, Mapping) else None
-    raise HarnessError(_no_head(name or "NAME", f"a {type(inner).__name__} of timm"))
+@contextmanager
+def backbone_named(model: Any) -> Iterator[None]:
+    """Add to an error of a network that timm made why it may have come: such networks classify, or give features."""
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    try:
+        yield
+    except HarnessError as error:
+        if not type(inner).__module__.startswith("timm."):
+            raise
+        config = getattr(inner, "pretrained_cfg", None)
+        name = config.get("architecture") if isinstance(config, Mapping) else None
+        raise HarnessError(
+            f"{error} {_no_head(name or 'NAME', f'A {type(inner).__name__} as timm makes it')}"
+        ) from error
 
 
 def _no_head(name: str, what: str) -> str:

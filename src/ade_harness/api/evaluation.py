@@ -20,6 +20,7 @@ from torch import nn
 from ade_harness.api.arguments import (
     Model,
     as_network,
+    backbone_named,
     in_memory,
     is_tracked,
     model_overrides,
@@ -156,7 +157,7 @@ def evaluate(
         begin(str(cfg.inference.precision), cfg.runtime.seed)
         opened = open_here(cfg, lambda classes: _predictor(model, cfg, classes))
         place = asked or _device(opened.predictor)
-        with callers_network(opened.predictor.network, place):
+        with callers_network(opened.predictor.network, place), backbone_named(model):
             return _evaluate(composed, opened, place, workers, run_dir, progress)
 
 

@@ -8,14 +8,12 @@ network is evaluated by one thread at a time: the next one waits.
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import random
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,10 +56,6 @@ class _Before:
     warns: bool
     workspace: str | None
     """cuBLAS's, from the environment."""
-    folder: str | None
-    """The working directory."""
-    log_level: int
-    """Of the root logger."""
 
 
 @dataclass
@@ -268,16 +262,7 @@ def _remember() -> _Before:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         os.environ.get(_WORKSPACE),
-        _folder(),
-        logging.getLogger().level,
     )  # fmt: skip
-
-
-def _folder() -> str | None:
-    try:
-        return str(Path.cwd())
-    except OSError:  # it was deleted
-        return None
 
 
 def _older() -> tuple[bool, bool] | None:
@@ -352,9 +337,6 @@ def _give_back(before: _Before) -> None:
             newer.fp32_precision = value
     if before.workspace is None:
         os.environ.pop(_WORKSPACE, None)
-    if before.folder is not None and _folder() != before.folder:  # a network's forward is anybody's code
-        os.chdir(before.folder)
-    logging.getLogger().setLevel(before.log_level)
     if torch.are_deterministic_algorithms_enabled() != before.strict:
         torch.use_deterministic_algorithms(before.strict, warn_only=before.warns)
 

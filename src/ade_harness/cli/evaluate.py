@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging.config
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,10 @@ from ade_harness.config.files import UNREADABLE, conf_dir, refuse_bombs
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import refuse_recipe, require_data
 from ade_harness.errors import HarnessError, require
+from ade_harness.files.logs import configure_log
 from ade_harness.files.reading import expanded
 from ade_harness.runs.directory import new_run_name
+from ade_harness.runtime.cluster import is_rank, node_count
 from ade_harness.runtime.notes import GIVEN_FULL_ERROR
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
@@ -187,7 +189,7 @@ def _checked_job(tree: DictConfig, options: argparse.Namespace, command: str) ->
         handed_over = {
             "work": command,
             "logging": OmegaConf.to_container(mine.job_logging, resolve=True),
-            "verbose": mine.verbose if isinstance(mine.verbose, bool | str) else list(mine.verbose),
+            "verbose": _verbose(),
         }
     except OmegaConfBaseException as error:
         raise HarnessError(explain(error, options.overrides)) from error
@@ -215,6 +217,8 @@ def _in_run_directory(settings: Any, config: Config) -> Any:
     }  # fmt: skip
     if not moved or (config.run.dir is not None and expanded(config.run.dir).absolute() == here.absolute()):
         return settings
+    if config.run.dir is None and (is_rank() or node_count(config.runtime) > 1):
+        return settings  # each process would choose another name
     if config.run.dir is None:
         config.run.dir = str(expanded(config.run.root) / new_run_name(config.model.name))
     place = expanded(config.run.dir)
@@ -226,12 +230,19 @@ def _in_run_directory(settings: Any, config: Config) -> Any:
         if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename) in moved.values():
             handler.close()
             logging.getLogger().removeHandler(handler)
-            if Path(handler.baseFilename).stat().st_size == 0:
-                Path(handler.baseFilename).unlink()
+            with suppress(OSError):  # it may not be begun yet, or two handlers have had it
+                if Path(handler.baseFilename).stat().st_size == 0:
+                    Path(handler.baseFilename).unlink()
     new = {name: {**handlers[name], "filename": str(place / file.name)} for name, file in moved.items()}
     settings = {**settings, "handlers": {**handlers, **new}}
-    logging.config.dictConfig(settings)
+    configure_log(settings, _verbose())
     return settings
+
+
+def _verbose() -> bool | str | list[str]:
+    """Return ``hydra.verbose``."""
+    given = HydraConfig.get().verbose
+    return given if isinstance(given, bool | str) else list(given)
 
 
 def _answer(command: str, ends: Sequence[_End], done: Sequence[Sweep]) -> Answer:

@@ -96,7 +96,7 @@ def guarded(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... | head` is no error
         return 0
     except OSError as error:
-        if error.filename is None and error.errno in _OF_STREAMS and not os.environ.get(_TRACEBACK):
+        if error.filename is None and error.errno in _OF_STREAMS and _output_is_lost():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of the output goes there
             print_error(f"error: standard output cannot be written ({error.strerror}).")
             return EXIT_MESSAGE
@@ -104,6 +104,15 @@ def guarded(work: Callable[[], int]) -> int:
             raise
         print_error(f"error: {os.fsdecode(error.filename)}: {error.strerror}.")
         return EXIT_MESSAGE
+
+
+def _output_is_lost() -> bool:
+    """Whether what is still to be written to standard output cannot be: other files fail with the same errors."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _require_working_directory() -> None:

@@ -7,8 +7,6 @@ do not compose it again.
 from __future__ import annotations
 
 import json
-import logging
-import logging.config
 import os
 import time
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ from ade_harness.cli.launch import be_rank
 from ade_harness.cli.main import guarded
 from ade_harness.cli.work import WORK
 from ade_harness.config.composed import Composed
+from ade_harness.files.logs import configure_log
 from ade_harness.runtime.cluster import HANDOVER
 from ade_harness.runtime.console import debug_messages
 from ade_harness.runtime.lazy_imports import import_lightning
@@ -49,16 +48,8 @@ def _run() -> int:
     composed = Composed.from_json(content)
     with debug_messages() if content["logging"] is None and content["verbose"] else nullcontext():
         if content["logging"] is not None:
-            _configure_log(content["logging"], content["verbose"])
+            configure_log(content["logging"], content["verbose"])
         return be_rank(composed.config, lambda found: WORK[content["work"]](composed, found))
-
-
-def _configure_log(settings: dict[str, Any], verbose: bool | str | list[str]) -> None:
-    """Do what Hydra does with its ``job_logging`` and ``verbose``, without importing Hydra."""
-    logging.config.dictConfig(settings)
-    names = {False: [], True: [None]}[verbose] if isinstance(verbose, bool) else verbose
-    for name in [names] if isinstance(names, str) else names:
-        logging.getLogger(name).setLevel(logging.DEBUG)
 
 
 if __name__ == "__main__":

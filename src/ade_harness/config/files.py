@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ UNREADABLE = (yaml.YAMLError, UnicodeError, RecursionError)
 """What YAML and Hydra raise of a file that is no YAML in UTF-8, or nested without end."""
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 100_000
+_MAX_ALIASES_BYTES = 16 << 20
+"""Of a file that is looked at; no choice is so large."""
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -109,27 +112,39 @@ def _read(path: Path) -> dict[str, Any]:
     return found or {}
 
 
-@cache
 def refuse_bombs(folder: Path) -> None:
     """Refuse a folder of configurations in which a file's aliases stand for more values than memory holds.
 
     Hydra reads the file itself, and writes out every alias. What is no YAML at all is left to it: nobody may read it.
+    Run directories below the folder are no configurations.
 
     Raises:
         HarnessError: names the file.
     """
-    for path in sorted(folder.rglob("*.yaml")):
-        if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # the first, such as a pipe, would be waited for
-            continue
-        try:
-            node = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=_Loader)
-            number = 0 if node is None else _values(node, {})
-        except (yaml.YAMLError, OSError, UnicodeError, RecursionError, ValueError):
-            continue
-        if number > _MAX_VALUES:
-            raise HarnessError(
-                f"{path}: its aliases (*) stand for more than {_MAX_VALUES:,} values. Write out what is meant."
-            )
+    for place, below, names in os.walk(folder):
+        below[:] = [] if "manifest.json" in names else sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(place, name)
+            if name.endswith(".yaml") and path.is_file():  # a pipe would be waited for
+                found = path.stat()
+                _refuse_bomb(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _refuse_bomb(path: Path, size: int, changed: int) -> None:
+    """Raise HarnessError for one file; `changed`: when, so that each state of it is looked at once."""
+    try:
+        content = path.read_bytes() if size <= _MAX_ALIASES_BYTES else b""
+        if not (b"&" in content and b"*" in content):
+            return
+        node = yaml.compose(content.decode("utf-8-sig"), Loader=_Loader)
+        number = 0 if node is None else _values(node, {})
+    except (yaml.YAMLError, OSError, UnicodeError, RecursionError, ValueError):
+        return
+    if number > _MAX_VALUES:
+        raise HarnessError(
+            f"{path}: its aliases (*) stand for more than {_MAX_VALUES:,} values. Write out what is meant."
+        )
 
 
 def _values(node: yaml.Node, known: dict[int, float]) -> float:

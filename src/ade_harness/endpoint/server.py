@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ _SLOW_CLIENT_S = 60
 _REQUEST_S = 120.0
 """For a whole request to arrive: 64 MiB at 0.6 MB/s."""
 _MAX_BODIES_BYTES = 8 * _MAX_BYTES
-"""Bodies and answers of all requests at a time: a client may be slow to send, and to read."""
+"""Bodies of all requests at a time."""
 _MAX_CONNECTIONS = 128
 """At once; each has a thread."""
 _IMAGE_TYPES = ("image/png", "image/jpeg")
@@ -49,8 +49,12 @@ class Service(Protocol):
     def info(self) -> dict[str, Any]:
         """Return the reply to GET /info."""
 
-    def answer(self, data: bytes, scores: bool) -> tuple[Body, str]:
-        """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
+    def answer(self, data: bytes, scores: bool) -> AbstractContextManager[tuple[Body, str]]:
+        """Give the label map (or scores) of an image file, as bytes, and their type, until they are sent.
+
+        Raises:
+            RefusedError: in the context manager's beginning.
+        """
 
 
 class Server(ThreadingHTTPServer):
@@ -69,13 +73,13 @@ class Server(ThreadingHTTPServer):
         self._bodies, self._lock = 0, threading.Lock()
 
     def take(self, number: int) -> int:
-        """Reserve memory for a body or an answer, or give it back; returns the bytes. One alone may be of any size.
+        """Reserve memory for a body, or give it back; returns the bytes.
 
         Raises:
             RefusedError: bodies that are under way need too much.
         """
         with self._lock:
-            if number > 0 and self._bodies > 0 and self._bodies + number > _MAX_BODIES_BYTES:
+            if number > 0 and self._bodies + number > _MAX_BODIES_BYTES:
                 raise RefusedError(503, "too many bytes are under way: try again", **{"Retry-After": "1"})
             self._bodies += number
         return number
@@ -170,11 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             scores = self._asks_for_scores()
             data = self._read()
             self._arrival.cancel()  # the network may take its time
-            body, kind = self.server.service.answer(data, scores)
-            self._give_back()
-            del data
-            self._held = self.server.take(sum(map(len, body)))
-            self._reply(200, body, kind, {} if scores else {ENCODING_HEADER: "official"})
+            with self.server.service.answer(data, scores) as (body, kind):
+                self._reply(200, body, kind, {} if scores else {ENCODING_HEADER: "official"})
         except RefusedError as error:
             self._refuse(error)
         except OSError:
@@ -183,11 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             print(f"serve: {type(error).__name__}: {first_line(str(error))}", file=sys.stderr, flush=True)
             self._refuse(RefusedError(500, "the server failed"))
         finally:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        self.server.take(-self._held)
-        self._held = 0
+            self.server.take(-self._held)
+            self._held = 0
 
     def _check_token(self) -> None:
         token = self.server.token

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ _MAX_PIXELS = 64_000_000
 """Pixels of one image, and of all at a time; a network needs a hundred bytes and more for each."""
 _MAX_SCORES_BYTES = 2 << 30
 """Scores of one image; they are copied into the answer."""
+_MAX_ANSWERS_BYTES = 1 << 30
+"""Scores of all answers at a time, beside that of one alone."""
+_WAIT_S = 60.0
+"""For room; a client that reads nothing is given up after as long."""
 _MAX_WAITING = 64
 
 
@@ -54,6 +58,9 @@ class ModelService:
     _waiting: int = 0
     _pixels: int = 0
     """Pixels of all images that are being decoded, are waiting, or are in the network."""
+    _answers: int = 0
+    """Bytes of all scores that are being made, or sent."""
+    _answers_end: Condition = field(default_factory=Condition)
 
     def info(self) -> dict[str, Any]:
         """Return the reply to GET /info."""
@@ -66,21 +73,49 @@ class ModelService:
             **({"sha256": sha256} if sha256 else {}),
         }
 
-    def answer(self, data: bytes, scores: bool) -> tuple[Body, str]:
-        """Return the label map (or scores) of an image file, as bytes, and their type; raises RefusedError."""
+    @contextmanager
+    def answer(self, data: bytes, scores: bool) -> Iterator[tuple[Body, str]]:
+        """Give the label map (or scores) of an image file, as bytes, and their type, until they are sent.
+
+        Scores are up to 2 GiB, and whoever has asked for them may read slowly: they wait for room before they are made.
+
+        Raises:
+            RefusedError: no such image, or no room in time.
+        """
         try:
             height, width = read_header(data, "the image")
         except HarnessError as error:
             raise RefusedError(400, str(error).partition(" Replace the file")[0]) from error
         if height * width > _MAX_PIXELS:
             raise RefusedError(413, f"the image has {width}x{height} pixels, at most {_MAX_PIXELS:,} are accepted")
-        with self._place(height * width):
-            array = self._answer(data, scores)
         if not scores:
-            return (encode(array + np.uint8(1), "png"),), LABELS_TYPE  # 255, void, wraps to 0
-        header, array = io.BytesIO(), np.ascontiguousarray(array)
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-        return (header.getvalue(), array.data.cast("B")), SCORES_TYPE  # up to 2 GiB: not copied
+            with self._place(height * width):
+                array = self._answer(data, scores)
+            yield (encode(array + np.uint8(1), "png"),), LABELS_TYPE  # 255, void, wraps to 0
+            return
+        with self._room(4 * len(self.predictor.classes) * height * width):
+            with self._place(height * width):
+                array = np.ascontiguousarray(self._answer(data, scores))
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+            yield (header.getvalue(), array.data.cast("B")), SCORES_TYPE  # not copied
+
+    @contextmanager
+    def _room(self, number: int) -> Iterator[None]:
+        """Hold room for an answer of so many bytes; one alone may be of any size."""
+        with self._answers_end:
+            free = self._answers_end.wait_for(
+                lambda: not self._answers or self._answers + number <= _MAX_ANSWERS_BYTES, _WAIT_S
+            )
+            if not free:
+                raise RefusedError(503, "answers that nobody reads take all memory", **{"Retry-After": "1"})
+            self._answers += number
+        try:
+            yield
+        finally:
+            with self._answers_end:
+                self._answers -= number
+                self._answers_end.notify_all()
 
     @contextmanager
     def _place(self, pixels: int) -> Iterator[None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import logging.config
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SILENT = logging.CRITICAL + 1
 """Above every level that libraries log at."""
@@ -25,3 +26,11 @@ def log_level(name: str, level: int) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def configure_log(settings: dict[str, Any], verbose: bool | str | list[str]) -> None:
+    """Do what Hydra does with its ``job_logging`` and ``verbose``, without importing Hydra."""
+    logging.config.dictConfig(settings)
+    names = {False: [], True: [None]}[verbose] if isinstance(verbose, bool) else verbose
+    for name in [names] if isinstance(names, str) else names:
+        logging.getLogger(name).setLevel(logging.DEBUG)

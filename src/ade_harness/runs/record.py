@@ -67,7 +67,7 @@ class RunRecord:
             timings = before[-1]
         self.manifest["timings"] = {**timings, "predict_seconds": predict_seconds}
         self.manifest.update(failures=dict(failures), marks=list(marks))
-        self.manifest["result_signature"] = signature(*_result(self.manifest))
+        self.manifest["result_signature"] = signature(*_result(self.path, self.manifest))
         write_json(self.path / MANIFEST, self.manifest)
 
     def finish_training(self, loss: float, iterations: int) -> None:
@@ -148,12 +148,12 @@ def start_record(
         if "model.state_sha256" not in then:  # of an earlier version, which did not look at these
             then = {**{key: value for key, value in now.items() if key.startswith(_LOADED)}, **then}
         then = {**{key: value for key, value in now.items() if key.startswith(_LATER)}, **then}  # likewise
-        if facts.get("kind") == PROBE:
-            then = {**{key: value for key, value in now.items() if key.startswith(_OF_TRAININGS)}, **then}
         if "code.src" in now and "code.src" not in then:  # earlier versions looked at the commit, or at conf/ too
             name = "tree" if "code.tree" in then else "commit"
             now = {**{key: value for key, value in now.items() if key != "code.src"}, f"code.{name}": code[name]}
             now["code.diff_sha256"] = code.get("diff_sha256")
+        if facts.get("kind") == PROBE:
+            then = {**{key: value for key, value in now.items() if key.startswith(_OF_TRAININGS)}, **then}
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(
@@ -233,13 +233,17 @@ def is_own_result(path: Path, manifest: Mapping[str, Any]) -> bool:
 
     Runs of earlier versions did not sign them: nobody can tell.
     """
-    return is_own(path, manifest) and is_signed(manifest.get("result_signature"), *_result(manifest))
+    return is_own(path, manifest) and is_signed(manifest.get("result_signature"), *_result(path, manifest))
 
 
-def _result(manifest: Mapping[str, Any]) -> list[Any]:
-    """Return what a finished run's signature is of, beside its configuration."""
+def _result(path: Path, manifest: Mapping[str, Any]) -> list[Any]:
+    """Return what a finished run's signature is of, beside its configuration: its scores too."""
     decides = {key: manifest.get(key) for key in ("ledger", "marks", "model", "dataset", "failures", "finished")}
-    return ["result", json.dumps(decides, sort_keys=True)]
+    try:
+        scores = hashlib.sha256(read_regular(path / "metrics.json", MAX_TEXT_BYTES)).hexdigest()
+    except HarnessError:
+        scores = None
+    return ["result", json.dumps(decides, sort_keys=True), scores]
 
 
 def config_and_owner(path: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,15 +73,21 @@ _NUMBERS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK",
 def check_variables() -> None:
     """Refuse variables of launchers that are no numbers: libraries read them too, the first while it is imported.
 
+    Those that say nothing (empty, or -1) are taken out of the environment. Of a process that no launcher has started
+    none is looked at: Kubernetes has a MASTER_PORT=tcp://... of any service that is called so.
+
     Raises:
         HarnessError: names the variable.
     """
     for name in _NUMBERS:
+        if os.environ.get(name, "").strip() in ("", "-1"):
+            os.environ.pop(name, None)
+    for name in _NUMBERS if is_rank() else ():
         value = os.environ.get(name)
         most = 65535 if name == "MASTER_PORT" else 1_000_000
         fits = value is None or (value.isascii() and value.isdigit() and len(value) < 8 and int(value) <= most)
         require(
-            fits or (not value and name in ("NODE_RANK", "MASTER_PORT")),
+            fits,
             f"{name}={value}: this environment variable is expected to be a whole number from 0 to {most:,}. Launchers"
             " set it; unset it where none is used.",
         )
@@ -296,14 +303,29 @@ def find_node(cfg: RuntimeConfig) -> Node:
         f"NODE_RANK={values[0]}, MASTER_PORT={values[1]}: expected a rank below {count}, and a port from 1 to 65535.",
     )
     address = os.environ["MASTER_ADDR"]
-    try:
-        socket.getaddrinfo(address, int(values[1]))
-    except (OSError, UnicodeError) as error:
-        raise HarnessError(
-            f"MASTER_ADDR={address}: {host_name()} knows no such host ({getattr(error, 'strerror', None) or error})."
-            " Expected the name or address of node 0."
-        ) from error
+    _require_host(address, int(values[1]))
     return Node(int(values[0]), count, address, int(values[1]))
+
+
+_KNOWN_WITHIN_S = 60.0
+"""Names of nodes that have just started (Kubernetes) are known after a while."""
+
+
+def _require_host(address: str, port: int) -> None:
+    """Raise HarnessError for a name that nobody knows, also a minute later: ranks would wait for many."""
+    end = time.monotonic() + _KNOWN_WITHIN_S
+    while True:
+        try:
+            socket.getaddrinfo(address, port)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() < end and isinstance(error, socket.gaierror):
+                time.sleep(1)
+                continue
+            raise HarnessError(
+                f"MASTER_ADDR={address}: {host_name()} knows no such host"
+                f" ({getattr(error, 'strerror', None) or error}). Expected the name or address of node 0."
+            ) from error
 
 
 def free_port() -> int:

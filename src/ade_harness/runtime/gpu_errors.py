@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -10,16 +11,15 @@ import torch
 
 _SHORT = (
     "can't allocate memory",  # the CPU's
-    # torch's own, where TorchScript's interpreter has made a plain RuntimeError of it
-    "CUDA out of memory", "HIP out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "HIPBLAS_STATUS_ALLOC_FAILED",
     "miopenStatusAllocFailed", "hipErrorOutOfMemory",
-    # of the driver, where the allocator holds what is left: a library or a kernel that is loaded at its first use
-    "CUDA error: out of memory", "HIP error: out of memory", "[CUDA]: out of memory", "[HIP]: out of memory",
     "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "HIPBLAS_STATUS_NOT_INITIALIZED",
     "unable to find an engine to execute this computation",  # cuDNN, where no plan's workspace fits
     "Failed to allocate memory for requested buffer",  # onnxruntime
 )  # fmt: skip
+_OF_DEVICE = re.compile(r"\b(CUDA|HIP)\b.{0,20}out of memory")
+"""Torch's own, where TorchScript's interpreter has made a plain RuntimeError of it; and the driver's, where the
+allocator holds what is left: a library or a kernel that is loaded at its first use."""
 _LOST = ("CUDA error", "HIP error", "CUDA driver error")
 _T = TypeVar("_T")
 _LITTLE_BYTES = 2**30
@@ -33,7 +33,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         with suppress(RuntimeError):
             return torch.cuda.mem_get_info()[0] < _LITTLE_BYTES  # else a library is broken, and stays so
         return False
-    return isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _SHORT)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or any(part in text for part in _SHORT)
+        or bool(_OF_DEVICE.search(text))
+    )
 
 
 def is_gpu_lost(error: BaseException) -> bool:
