@@ -360,6 +360,20 @@ def write_external(path: Path, seed: int = 0) -> None:
     onnx.save(model, path, save_as_external_data=True, location="w.data", size_threshold=0)
 
 
+@pytest.mark.parametrize("length", [1, 6, 127, 128, 300])
+@pytest.mark.parametrize("key_first", [True, False])
+def test_places_of_external_data_are_read_in_either_order(tmp_path: Path, length: int, key_first: bool) -> None:
+    """Protobuf's fields may come in any order."""
+    name = "d" * length if length < 200 else "a/" * 100 + "d" * (length - 200)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"weights")
+    number = bytes([length]) if length < 128 else bytes([length & 127 | 128, length >> 7])
+    key, value = b"\n\x08location", b"\x12" + number + name.encode()
+    entry = key + value if key_first else value + key
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x07j" + bytes([len(entry) & 127]) + entry + b"\n\x06offset\x12\x010")
+    assert list(companion_hashes(tmp_path / "m.onnx")) == [name]
+
+
 def test_external_data_of_a_graph_is_part_of_the_model(call: Call, tmp_path: Path) -> None:
     write_external(tmp_path / "m.onnx")
     for name in ("other.data", "Conv", "w", "x"):  # names that stand in the graph, but not as a file's

@@ -25,6 +25,8 @@ _REQUEST_S = 120.0
 """For a whole request to arrive: 64 MiB at 0.6 MB/s."""
 _MAX_BODIES_BYTES = 8 * _MAX_BYTES
 """Bodies of all requests at a time."""
+_PIECE_BYTES = 1 << 20
+"""Read of a body at a time."""
 _MAX_CONNECTIONS = 128
 """At once; each has a thread."""
 _IMAGE_TYPES = ("image/png", "image/jpeg")
@@ -211,11 +213,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(411, "Content-Length is needed")
         if len(length) > 12 or int(length) > _MAX_BYTES:
             raise RefusedError(413, f"at most {_MAX_BYTES:,} bytes are accepted")
-        self._held = self.server.take(int(length))
-        data = self.rfile.read(int(length))
-        if len(data) < int(length):
-            raise RefusedError(400, f"the request ended after {len(data):,} of {length} bytes")
-        return data
+        data = bytearray()
+        while left := int(length) - len(data):
+            number = min(left, _PIECE_BYTES)
+            self._held += self.server.take(number)  # as it comes: who sends slowly holds no more than that
+            part = self.rfile.read(number)
+            data += part
+            if len(part) < number:
+                raise RefusedError(400, f"the request ended after {len(data):,} of {length} bytes")
+        return bytes(data)
 
     def _refuse(self, error: RefusedError) -> None:
         try:

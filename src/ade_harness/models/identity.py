@@ -27,8 +27,8 @@ import ade_harness
 from ade_harness.files.fetch import file_hash
 from ade_harness.runtime.limits import usable_cores
 
-_LOCATION = b"\n\x08location\x12"
-"""An entry's key (field 1, 8 bytes), and the tag of its value (field 2)."""
+_KEY, _VALUE = b"\n\x08location", b"\x12"
+"""Of StringStringEntryProto: its field 1, whole, and the tag of its field 2."""
 _MAX_PATH_LENGTH = 4096
 _THIS = Path(ade_harness.__file__).resolve().parent
 """This package: the manifest has its commit."""
@@ -142,19 +142,42 @@ def companion_hashes(path: Path) -> dict[str, str]:
 
 
 def _locations(content: mmap.mmap) -> Iterator[str]:
-    """Yield the values of all entries ``location``: StringStringEntryProto, whose field 2 is the value."""
-    place = content.find(_LOCATION)
+    """Yield the values of all entries ``location``: StringStringEntryProto, whose field 1 is the key and 2 the value.
+
+    Writers put the key first; protobuf allows the other order too.
+    """
+    place = content.find(_KEY)
     while place >= 0:
-        place += len(_LOCATION)
-        length, shift = 0, 0
-        while place < len(content):  # a varint
-            byte = content[place]
-            place, length, shift = place + 1, length | (byte & 127) << shift, shift + 7
-            if byte < 128 or shift > 28:
-                break
+        end = place + len(_KEY)
+        if content[end : end + 1] == _VALUE:
+            length, start = _varint(content, end + 1)
+            value = content[start : start + min(length, _MAX_PATH_LENGTH)]
+        else:
+            value = _value_before(content, place)
         with suppress(UnicodeDecodeError):
-            yield content[place : place + min(length, _MAX_PATH_LENGTH)].decode()
-        place = content.find(_LOCATION, place)
+            if value:
+                yield value.decode()
+        place = content.find(_KEY, end)
+
+
+def _varint(content: mmap.mmap, place: int) -> tuple[int, int]:
+    """Return a number of protobuf's, and the place behind it."""
+    number, shift = 0, 0
+    while place < len(content):
+        byte = content[place]
+        place, number, shift = place + 1, number | (byte & 127) << shift, shift + 7
+        if byte < 128 or shift > 28:
+            break
+    return number, place
+
+
+def _value_before(content: mmap.mmap, end: int) -> bytes:
+    """Return the value that ends where the key begins; empty if there is none."""
+    for length in range(1, min(_MAX_PATH_LENGTH, end)):
+        tag = end - length - (2 if length < 128 else 3)
+        if tag >= 0 and content[tag : tag + 1] == _VALUE and _varint(content, tag + 1) == (length, end - length):
+            return content[end - length : end]
+    return b""
 
 
 def source_hash(module_name: str) -> str | None:
