@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,12 @@ def test_labels_are_those_of_the_evaluation(segmenter: ade.Segmenter) -> None:
     assert [r.label_hash for r in result.rows] == [
         r.label_hash for r in ade.evaluate("demo", dataset="demo", options=SMALL).rows
     ]
+
+
+def test_a_segmenter_travels_to_other_processes(segmenter: ade.Segmenter) -> None:
+    image = np.full((40, 50, 3), 99, np.uint8)
+    labels = segmenter(image)  # by now it has chosen its kernels
+    assert np.array_equal(pickle.loads(pickle.dumps(segmenter))(image), labels)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,10 @@ class NetworkPredictor:
         pixels = {p.sizes: made[p.sizes] if made[p.sizes].flags.owndata else np.array(made[p.sizes]) for p in plans}
         return Prepared(image_id, tuple(torch.from_numpy(p) for p in pixels.values()), original)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the kernels, which are a module: another process chooses its own."""
+        return {**self.__dict__, "_kernels": None}
+
     def predict(self, batch: Sequence[Prepared], device: torch.device, watch: Stopwatch) -> list[Prediction]:
         """Run the network and return labels of the original size; see :class:`Predictor`."""
         if self._kernels is None:
