@@ -113,11 +113,22 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
         begin = time.monotonic()
         facts = {**facts, "state_sha256": state_hash(predictor.network, kind_of(cfg.model.kind).is_code)}
         facts["state_sha256_seconds"] = round(time.monotonic() - begin, 2)
-    chosen, reason = agreed(coordinator, "kernels", lambda: kernels.selection(cfg.runtime.kernels, device))
+
+    def select() -> tuple[kernels.Kernels, str | None]:
+        return kernels.selection(cfg.runtime.kernels, device)
+
+    # the first of a node compiles them, and the others find what it has compiled
+    of_first = agreed(coordinator, "kernels of nodes", lambda: select() if is_first else None)
+    chosen, reason = agreed(coordinator, "kernels", lambda: of_first or select())
     implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}
     if predictor.network is not None:
         network, dtype = predictor.network, AUTOCAST.get(cfg.inference.precision)
-        attention = agreed(coordinator, "deformable attention", lambda: implementation_of(network, device, dtype))
+
+        def attend() -> str | None:
+            return implementation_of(network, device, dtype)
+
+        agreed(coordinator, "deformable attention of nodes", lambda: attend() if is_first else None)
+        attention = agreed(coordinator, "deformable attention", attend)
         implementations["deformable attention"] = attention
         if attention is not None:
             why = FALLBACKS.get(device)
