@@ -160,6 +160,7 @@ def test_a_whole_number_beyond_any_float_is_no_value() -> None:
     ("given", "advice"),
     [
         ("model.path=/nope.onnx", "Add model=torchscript, exported, onnx or predictions"), ("model.id=foo/bar", "Add model=hf or smp"),
+        ("model.input.mean=[inf,0,0]", "model.input.mean[0]=inf: expected a finite number"),
         ("model.url=http://127.0.0.1:9", "Add model=http"), ("model._target_=a.B", "Add model=custom"),
     ],
 )  # fmt: skip

@@ -26,6 +26,7 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
+from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.formats.transformers import UNSUPPORTED, load_transformers
 from ade_harness.models.loading import load_model
 
@@ -288,6 +289,19 @@ def test_a_background_channel_that_no_name_says_is_noted(tmp_path: Path) -> None
         (tmp_path / first / "preprocessor_config.json").write_text("{}")
         model = load_model(compose_config(["model=hf", f"model.id={tmp_path / first}"]).model)
         assert any("first is taken for the background" in note for note in model.notes) == noted
+
+
+def test_names_beat_the_usual_place_of_the_background(tmp_path: Path) -> None:
+    """ADE20K's 150 in order, then one that nobody knows: leaving out the first would count each as another class."""
+    names = [*ade20k_classes().names, "unknown"]
+    write(
+        tmp_path,
+        {"model_type": "segformer", "id2label": {str(i): n for i, n in enumerate(names)}},
+        {"do_reduce_labels": False},
+    )
+    assert compose_config(["model=hf", f"model.id={tmp_path}"]).model.class_map is None
+    with pytest.raises(HarnessError, match=r"By the model's own names: model.class_map=\[0,1,2,.*,149,\?\]"):
+        resolve_class_map(151, None, names, ade20k_classes())
 
 
 def test_a_background_channel_is_left_out(tmp_path: Path) -> None:

@@ -73,7 +73,6 @@ class Range:
             text = " and ".join(
                 [*parts, *(f"{word} {self._text(end)}" for word, end in ends.items() if end is not None)]
             )
-        text = text or "a finite number"
         also = "" if self.also is None else f", or {self.also}{f' for {self.meaning}' if self.meaning else ''}"
         return f"{text}{unit}{also}"
 
@@ -204,7 +203,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         elif isinstance(value, list) and limits is not None:
             _check_list(key, value, limits)
         elif limits is not None:
-            require(limits.holds(value), f"{key}={_shown(value)}: expected {limits}.")
+            require(limits.holds(value), f"{key}={_shown(value)}: expected {str(limits) or 'a finite number'}.")
 
 
 def _check_list(key: str, values: list[Any], limits: Range) -> None:
@@ -212,7 +211,8 @@ def _check_list(key: str, values: list[Any], limits: Range) -> None:
     in_order = not limits.ascending or values == sorted(values)
     require(fits and in_order, f"{key}={values}: expected {limits.of_list()}.")
     for index, value in enumerate(values):
-        require(value is None or limits.holds(value), f"{key}[{index}]={_shown(value)}: expected {limits}.")
+        expected = str(limits) or "a finite number"
+        require(value is None or limits.holds(value), f"{key}[{index}]={_shown(value)}: expected {expected}.")
 
 
 def _shown(value: Any) -> str:

@@ -118,7 +118,7 @@ def _without_background(names: list[str]) -> list[int | None] | None:
     first, last = (name.strip().lower() in NO_CLASS_NAMES for name in (names[0], names[-1]))
     if last and not first:
         return [*range(ADE20K_CLASSES), None]
-    unnamed = all(re.fullmatch(r"LABEL_\d+|\d*", name) for name in names)
+    unnamed = all(re.fullmatch(r"\D{0,20}\d+|", name) for name in names)  # LABEL_7, class 7
     return [None, *range(ADE20K_CLASSES)] if first or unnamed else None
 
 
