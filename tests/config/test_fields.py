@@ -96,6 +96,11 @@ def test_missing_is_omegaconfs() -> None:
     assert fields_module.MISSING == omegaconf.MISSING
 
 
+def test_numbers_without_a_range_are_finite() -> None:
+    with pytest.raises(HarnessError, match=r"model\.input\.mean\[0\]=inf: expected a finite number\.$"):
+        compose_config(["model.input.mean=[inf,0,0]"])
+
+
 def test_a_range_without_ends_says_nothing() -> None:
     assert str(Range()) == ""
     assert Range(length=3).of_list() == "3 numbers"
@@ -160,7 +165,6 @@ def test_a_whole_number_beyond_any_float_is_no_value() -> None:
     ("given", "advice"),
     [
         ("model.path=/nope.onnx", "Add model=torchscript, exported, onnx or predictions"), ("model.id=foo/bar", "Add model=hf or smp"),
-        ("model.input.mean=[inf,0,0]", "model.input.mean[0]=inf: expected a finite number"),
         ("model.url=http://127.0.0.1:9", "Add model=http"), ("model._target_=a.B", "Add model=custom"),
     ],
 )  # fmt: skip
