@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,6 +159,46 @@ def test_a_file_that_was_stale_for_a_moment_is_tried_again() -> None:
     assert tried_twice(attempt) == "compiled"
     with pytest.raises(OSError, match="Stale"):
         tried_twice(lambda: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+
+
+def test_a_node_that_nobody_knows_is_named_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [socket.gaierror(-2, "Name or service not known")] * 2
+
+    def look_up(*_: Any) -> list[Any]:
+        if left:
+            raise left.pop()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    cluster._require_host("node0", 29500)  # that of a pod that has just started
+    assert not left
+    left.append(socket.gaierror(-2, "Name or service not known"))
+    monkeypatch.setattr(cluster, "_KNOWN_WITHIN_S", 0.0)
+    with pytest.raises(HarnessError, match="MASTER_ADDR=node0: .* knows no such host .Name or service not known"):
+        cluster._require_host("node0", 29500)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: this environment variable"),
+        ({"LOCAL_RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT=99999: this environment variable"),
+        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}, None),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, None),  # Kubernetes, of a service that is called master
+        ({"LOCAL_RANK": "", "RANK": "", "WORLD_SIZE": "-1"}, None),
+    ],
+)
+def test_variables_of_launchers_are_numbers(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str | None
+) -> None:
+    for name in cluster._NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(HarnessError, match=re.escape(message)) if message else nullcontext():
+        cluster.check_variables()
+    assert "" not in {os.environ.get(name) for name in variables}
 
 
 def test_a_gpu_that_another_program_fills_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
