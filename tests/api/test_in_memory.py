@@ -540,3 +540,29 @@ def test_a_folder_that_smp_saved_is_smps(tmp_path: Path) -> None:
         tmp_path / "saved", dataset="demo", options={**SMALL, "dataset.images": 1, "metrics.resamples": 0}
     )
     assert found.images == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (
+            lambda: ade.evaluate(Joins(), dataset="demo", options=SMALL),
+            "From Python: options={'inference.resize.pad_multiple': ...}.",
+        ),
+        (
+            lambda: ade.evaluate(nn.Conv2d(3, 151, 1), dataset="demo", options=SMALL),
+            "From Python: options={'model.class_map': ...}.",
+        ),
+        (lambda: ade.evaluate("segformer_b0"), "From Python: root="),
+        (lambda: ade.load_model("segformer_b0", checkpoint="nowhere.pth"), "From Python: checkpoint=.)"),
+        (lambda: ade.evaluate(Colours(), dataset="demo", options={"model.nope": 1}), None),
+    ],
+)
+def test_messages_spell_options_as_python_does(
+    call: Callable[[], Any], expected: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no data set is found
+    with pytest.raises(HarnessError) as raised:
+        call()
+    assert ("From Python" in str(raised.value)) == (expected is not None)
+    assert (expected or "") in str(raised.value)

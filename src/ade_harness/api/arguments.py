@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ade_harness.config.arguments import known_keys
 from ade_harness.config.files import choices
 from ade_harness.config.kinds import KINDS
 from ade_harness.config.overrides import as_override_value
@@ -25,6 +26,33 @@ from ade_harness.files.reading import expanded
 Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
 
 _FILES = {suffix: name for name, kind in KINDS.items() for suffix in kind.suffixes}
+
+
+_OPTION = re.compile(
+    r"(?<![\w.'/])((?:dataset|inference|metrics|model|runtime)(?:\.\w+)+|(?:dataset|inference|model)(?==))"
+)
+"""What may be an option in a message, as the command line spells it."""
+_SPELT = {
+    "dataset": "dataset=", "dataset.root": "root=", "dataset.limit": "limit=", "inference": "protocol=",
+    "model": "the first argument", "model.checkpoint": "checkpoint=", "runtime.devices": "devices=",
+    "runtime.workers": "workers=", "runtime.accelerator": "device=",
+}  # fmt: skip
+"""Options that are arguments from Python."""
+
+
+@contextmanager
+def spelt_for_python() -> Iterator[None]:
+    """Add to an error that names an option of the command line how it is given from Python."""
+    try:
+        yield
+    except HarnessError as error:
+        text = str(error)
+        known = {*known_keys(), "dataset", "inference", "model"}
+        found = [key for key in dict.fromkeys(_OPTION.findall(text)) if key in known]
+        if found and "options" not in text and "From Python" not in text:
+            names = (_SPELT.get(key, f"options={{'{key}': ...}}") for key in found)
+            error.args = (f"{text} (From Python: {', '.join(list(dict.fromkeys(names))[:3])}.)",)
+        raise
 
 
 def whole_number(name: str, value: Any, least: int) -> None:

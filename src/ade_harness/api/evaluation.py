@@ -29,6 +29,7 @@ from ade_harness.api.arguments import (
     plain,
     plain_name,
     refuse_twice,
+    spelt_for_python,
     whole_number,
 )
 from ade_harness.api.predictors import FunctionPredictor, Segmenter, network_predictor
@@ -70,6 +71,7 @@ from ade_harness.tracking.run import log_failure
 Labels = npt.NDArray[np.uint8]
 
 
+@spelt_for_python()
 def evaluate(
     model: Model,
     *,

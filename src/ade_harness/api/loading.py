@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ade_harness.api.arguments import model_overrides, option_overrides, place_of
+from ade_harness.api.arguments import model_overrides, option_overrides, place_of, spelt_for_python
 from ade_harness.api.predictors import Segmenter
 from ade_harness.api.state import callers_hydra, callers_process, require_usual_device
 from ade_harness.config.compose import compose_config
@@ -17,6 +17,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.inference.factory import open_network
 
 
+@spelt_for_python()
 def load_model(
     name: str | Path,
     *,
