@@ -498,8 +498,8 @@ def test_a_sweep_that_runs_nothing_leaves_nothing(call: Call, tmp_path: Path) ->
     assert call(*sweep, "dataset.images=2,3", "--list").out.splitlines()[1].startswith("1: ")
     for more in (["--list"], ["--job=0"], []):
         one_message(call(*sweep[:-1], "model=glob(nope*)", *more), "the sweep has no jobs")
-        for left in tmp_path.rglob("multirun.yaml") if more == ["--job=0"] else ():
-            left.unlink()  # other jobs of an array may use the folder
+        for left in list(tmp_path.rglob("multirun.yaml")) if more == ["--job=0"] else ():
+            shutil.rmtree(left.parent)  # other jobs of an array may use the folder
     assert call(*sweep, "dataset.images=2,0").code == 2
     assert list(tmp_path.rglob("multirun.yaml")) == []
     (tmp_path / "all").mkdir()
