@@ -938,3 +938,10 @@ def test_help_of_one_command(call: Call) -> None:
     one_message(call("data"), "data: expected data ")
     one_message(call("help", "nope"), "'nope' is neither a command nor a key=value override")
     assert "hydra" in call("probe", "--hydra-help").out.lower()
+
+
+def test_the_quoted_form_of_a_glob_is_one(call: Call) -> None:
+    done = call("-m", "model=glob([a-c]*,exclude=b*)", "--list")
+    assert done.code == 2
+    assert "Quote the value: \"model=glob('[a-c]*',exclude='b*')\"" in done.err
+    assert call("-m", "model=glob('[a-c]*',exclude='b*')", "--list").code == 0

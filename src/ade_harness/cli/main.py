@@ -107,9 +107,14 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _output_is_lost() -> bool:
-    """Whether what is still to be written to standard output cannot be: other files fail with the same errors."""
+    """Whether standard output takes not even a new line: other files fail with the same errors."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # a caller's own stream
+        return False
     try:
         sys.stdout.flush()
+        os.write(number, b"\n")
     except OSError:
         return True
     return False

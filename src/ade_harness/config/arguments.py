@@ -301,7 +301,9 @@ def _with_quotes(text: str) -> str:
     if value.startswith("glob(") and value.endswith(")"):
         patterns = (part.rpartition("=")[::2] for part in value[5:-1].split(","))
         quoted = (f"{name}={quote(pattern)}" if name else quote(pattern) for name, pattern in patterns)
-        return f"{key}=glob({','.join(quoted)})"
+        proposed = f"{key}=glob({','.join(quoted)})"
+        if _parses(proposed) and "'[" not in proposed.partition("exclude=")[2]:  # a list of patterns is no pattern
+            return proposed
     return f"{key}={quote(value)}"
 
 

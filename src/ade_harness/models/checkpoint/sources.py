@@ -165,7 +165,7 @@ def not_that(path: Path, what: str, error: Exception, advice: str) -> HarnessErr
         path: of the file.
         what: was expected, such as "a TorchScript file".
         error: of torch's reader, which fails in any way.
-        advice: goes before the place where weights alone are given.
+        advice: which other file is meant, such as "A state_dict goes"; how it is given follows.
     """
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return HarnessError(
