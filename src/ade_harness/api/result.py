@@ -18,7 +18,7 @@ from ade_harness.metrics.areas import ImageAreas, image_areas, split_areas
 from ade_harness.metrics.confusion import area_scores
 from ade_harness.metrics.counts import Row, matrix_of
 from ade_harness.report.contents import SCORE_NAMES
-from ade_harness.runs.finished import FinishedRun
+from ade_harness.runs.finished import FinishedRun, protocol_text
 from ade_harness.runs.result import Result, per_class_rows
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class Evaluation:
     @property
     def protocol(self) -> str | None:
         """The name of the protocol, and which of its fields are not as its file says; None of runs before that."""
-        name, changed = self.metrics.get("protocol"), self.metrics.get("protocol_changes") or []
-        return f"{name}, changed: {', '.join(changed)}" if changed else name
+        return protocol_text(self.metrics.get("protocol"), self.metrics.get("protocol_changes") or [])
 
     @property
     def precision(self) -> str | None:

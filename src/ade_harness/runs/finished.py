@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ class FinishedRun:
     @property
     def protocol(self) -> str:
         """The name of the protocol, and which of its fields are not as its file says."""
-        name, changed = str(self.config["inference"]["name"]), self.metrics.get("protocol_changes") or []
-        return one_line(f"{name}, changed: {', '.join(changed)}" if changed else name)
+        name = str(self.config["inference"]["name"])
+        return one_line(protocol_text(name, self.metrics.get("protocol_changes") or []) or name)
 
     @property
     def classes(self) -> Classes:
@@ -86,6 +87,11 @@ class FinishedRun:
     def complete(self) -> bool:
         """Whether every image of the split was counted."""
         return len(self.rows) == int(self.manifest["dataset"]["expected_images"])
+
+
+def protocol_text(name: str | None, changed: Sequence[str]) -> str | None:
+    """Return how tables call a protocol: its name, and which of its fields are not as its file says."""
+    return f"{name}, changed: {', '.join(changed)}" if changed else name
 
 
 def load_run(path: Path) -> FinishedRun:

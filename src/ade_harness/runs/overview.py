@@ -12,7 +12,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.documents import read_json, read_yaml
 from ade_harness.files.reading import expanded
 from ade_harness.runs.directory import MANIFEST, read_manifest
-from ade_harness.runs.finished import load_run
+from ade_harness.runs.finished import load_run, protocol_text
 from ade_harness.runs.progress import state_of
 from ade_harness.runs.record import is_own
 from ade_harness.runs.shapes import CONFIG, METRICS
@@ -112,10 +112,6 @@ def _directories(folder: Path, depth: int) -> Iterator[Path]:
             yield from _directories(Path(path), depth - 1)
 
 
-def _protocol(name: str | None, changed: Sequence[str]) -> str | None:
-    return f"{name}, changed: {', '.join(changed)}" if changed else name
-
-
 def _row(path: Path) -> RunRow:
     try:
         manifest = read_manifest(path)
@@ -138,7 +134,7 @@ def _row(path: Path) -> RunRow:
         model=of_config.get("name") or model.get("name"),
         checkpoint=model.get("sha256") or model.get("state_sha256"),  # of a network in memory
         dataset=dataset.get("name"),
-        protocol=_protocol(config.get("inference", {}).get("name"), metrics.get("protocol_changes") or []),
+        protocol=protocol_text(config.get("inference", {}).get("name"), metrics.get("protocol_changes") or []),
         commit=manifest.get("code", {}).get("commit"),
         images=metrics.get("images"),
         expected_images=dataset.get("expected_images"),
