@@ -28,6 +28,7 @@ from ade_harness.metrics.counts import Row, label_hash, matrix_of
 from ade_harness.runs.directory import LEDGER
 from ade_harness.runs.label_maps import LabelMaps
 from ade_harness.runs.ledger import LedgerError, LedgerWriter, read_rows
+from ade_harness.runs.record import RunRecord
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.gpu_errors import is_out_of_memory
@@ -92,10 +93,16 @@ class EvaluationModule(pl.LightningModule):
         self._launched: list[Launched] = []
         self._free_since = time.perf_counter()
 
-    def on_test_start(self) -> None:
-        """Compare the model with the one that counted before, once Lightning has moved it to its device."""
+    def setup(self, stage: str) -> None:
+        """Compare a model without a network with the one that counted before: loaders, made next, ask servers too."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if data is not None and self.predictor.network is not None:
+        if data is not None and self.network is None:
+            self.compare_with_before(data.control, torch.device("cpu"))
+
+    def on_test_start(self) -> None:
+        """Compare a network with the one that counted before, once Lightning has moved it to its device."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is not None and self.network is not None:
             self.compare_with_before(data.control, self.device)
 
     def compare_with_before(self, control: ImageItems, device: torch.device) -> None:
@@ -340,12 +347,6 @@ class EvaluationModule(pl.LightningModule):
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
-def sum_stages(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Add up the seconds that ranks spent in each stage."""
-    names = dict.fromkeys(name for stages in of_ranks for name in stages)
-    return {name: sum(stages.get(name, 0.0) for stages in of_ranks) for name in names}
-
-
 def check_unchanged(rows: Sequence[Row], dataset: SegmentationDataset, predictor: Predictor) -> None:
     """Refuse to add to counts that were made from other files than those that are there now.
 
@@ -377,14 +378,18 @@ def counted_before(run_dir: Path, job: Job, say: Callable[[str], None]) -> list[
 
 
 def make_module(
-    cfg: Config, job: Job, counted: Mapping[str, Row], coordinator: Coordinator, run_dir: Path, marks: Sequence[str]
-) -> EvaluationModule:
+    cfg: Config, job: Job, counted: Mapping[str, Row], coordinator: Coordinator, run_dir: Path, marks: Sequence[str],
+    record: RunRecord | None = None,
+) -> EvaluationModule:  # fmt: skip
     """Return the module of a rank: with its ledger's writer, and what it keeps of label maps."""
     writer, label_maps = LedgerWriter(run_dir / LEDGER, marks), LabelMaps(run_dir, cfg.run.label_maps)
     recorder = Recorder(
         run_dir, job.dataset.classes, writer, label_maps, marks, cfg.tracking.kind == TrackingKind.wandb
     )
-    return EvaluationModule(
+    module = EvaluationModule(
         job.predictor, recorder, coordinator, cfg.runtime.kernels, cfg.run.on_error == OnError.skip, counted,
         cfg.run.allow_changed,
     )  # fmt: skip
+    if record is not None:
+        module.on_change = record.add_changes
+    return module

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ade_harness.config.dataset import DatasetKind
 from ade_harness.config.schema import Config, OnError
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
-from ade_harness.evaluation.data import Failure
 from ade_harness.evaluation.job import Job, skipped_marks
+from ade_harness.evaluation.reduction import Work
 from ade_harness.inference.flops import flops_of_image
 from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
@@ -23,30 +22,6 @@ from ade_harness.runs.exactness import check_exact, check_rows, incomplete
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.record import RunRecord, is_mixed
 from ade_harness.runs.result import Result, summarise, write_result
-from ade_harness.runtime.balance import Balance
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all ranks together have done."""
-
-    matrix: Matrix
-    """Their sum, with what was counted before."""
-    failures: Sequence[Failure]
-    stopped: bool
-    """Whether a rank ended the work before its end."""
-    warnings: Sequence[str]
-    notes: Sequence[str]
-    """What the predictors of all ranks remark: one may have run short of memory where the others did not."""
-    start: float
-    """``time.monotonic()`` when the command began."""
-    images_per_second: float
-    balance: Balance
-    stages: Mapping[str, float]
-    gpu_peak: int | None = None
-    """Bytes of GPU memory that torch held at once, on the rank that needed most."""
-    changes: Sequence[str] = ()
-    """How the model differed from the one that an earlier session counted with (``run.allow_changed``)."""
 
 
 def describe_costs(
