@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from ade_harness.runtime.lazy_imports import import_lightning
-from tests.hydra_mode import leave_out_modes
+from tests.faster_hydra import faster
 from tests.warm import WarmPopen, stop_server
 
 REPOSITORY = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, signal.default_int_handler if _signal == signal.SIGINT else signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
-leave_out_modes()
+faster()
 import_lightning()  # as a command does, before a test module imports it
 
 

@@ -209,9 +209,9 @@ def import_all() -> None:
     Image.preinit()
     registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
     registry.cpu_target.target_context.refresh()
-    from tests.hydra_mode import leave_out_modes
+    from tests.faster_hydra import faster
 
-    leave_out_modes()
+    faster()
     assert threading.active_count() == 1
     gc.freeze()
     gc.enable()

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from ade_harness.cli.sweep import Sweep, SweepJob
 from ade_harness.config.arguments import prepare
@@ -27,7 +29,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.metrics.confusion import Scores
 from tests.cli.test_cli import FAST, Call, one_message
 from tests.conftest import Done
-from tests.hydra_mode import leave_out_modes, read_modes
+from tests.faster_hydra import as_released, faster, leave_out_modes, read_modes
 
 Cli = Callable[..., Done]
 QUICK = (*FAST, "metrics.resamples=0", "run.overlays=0", "runtime.workers=0")
@@ -42,10 +44,25 @@ def _modes_are_read() -> Iterator[None]:
 
 
 def test_the_packages_files_set_no_mode() -> None:
-    """Which is why `tests/hydra_mode.py` may leave out to ask."""
+    """Which is why `tests/faster_hydra.py` may leave out to ask."""
     register_schemas()
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         assert compose("config", return_hydra_config=True).hydra.mode is None
+
+
+@pytest.mark.parametrize("overrides", [[], ["model=beit3"], ["model=custom", "model._target_=a.b", "dataset=ade20k"]])
+def test_what_the_tests_leave_out_changes_nothing(overrides: list[str]) -> None:
+    found = []
+    for choose in (as_released, faster, faster):  # the third time from what was kept
+        choose()
+        GlobalHydra.instance().clear()
+        register_schemas()
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            tree = compose("config", overrides=overrides, return_hydra_config=True)
+        del tree.hydra.sweep.dir  # the time
+        found.append((OmegaConf.to_yaml(tree), {key: OmegaConf.get_type(tree[key]) for key in tree if key != "hydra"}))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][0]) > 5000
 
 
 def test_cfg_and_its_options(call: Call) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -174,9 +175,15 @@ def place(default: str | None = None) -> Any:
     return field(default=default, metadata={"place": True})
 
 
-def place_keys(kind: type[Any], prefix: str = "") -> Iterator[str]:
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """Return the types of a configuration class's fields, which are texts in its source."""
+    return get_type_hints(kind)
+
+
+def place_keys(kind: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of all such fields of a configuration class and of what is nested in it."""
-    types = get_type_hints(kind)
+    types = hints_of(kind)
     for one in fields(kind):
         if is_dataclass(types[one.name]):
             yield from place_keys(types[one.name], f"{prefix}{one.name}.")
@@ -225,7 +232,8 @@ def check_lists(config: Any, prefix: str = "") -> None:
     Raises:
         HarnessError: names the dotted key, and the place in the list.
     """
-    hints = get_type_hints(type(config))
+    of_class: Any = type(config)
+    hints = hints_of(of_class)
     for one in fields(config):
         key, value = f"{prefix}{one.name}", getattr(config, one.name)
         kinds = (hints[one.name], *get_args(hints[one.name]))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum, StrEnum
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
+
+from ade_harness.config.fields import hints_of
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -40,16 +41,11 @@ def typed(kind: Any, value: Any) -> Any:
         return [typed(get_args(kind)[0], below) for below in value]
     if is_dataclass(kind):
         made: Any = kind
-        hints = _hints(made)
+        hints = hints_of(made)
         return made(**{f.name: typed(hints[f.name], value[f.name]) for f in fields(kind)})
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
     return float(value) if kind is float else value
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

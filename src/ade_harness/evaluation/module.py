@@ -146,7 +146,7 @@ class EvaluationModule(pl.LightningModule):
         """Evaluate one batch; none is begun after any rank has stopped."""
         _, loaded = batch
         self.progress = None
-        if loaded is not None and not self.coordinator.stopped:
+        if loaded is not None and self.coordinator.may_begin():
             self.progress = self.process(loaded, self.device, self.global_rank)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

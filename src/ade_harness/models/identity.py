@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ade_harness.runtime.limits import usable_cores
 _KEY, _VALUE = b"\n\x08location", b"\x12"
 """Of StringStringEntryProto: its field 1, whole, and the tag of its field 2."""
 _MAX_PATH_LENGTH = 4096
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
 _THIS = Path(ade_harness.__file__).resolve().parent
 """This package: the manifest has its commit."""
 
@@ -202,10 +204,7 @@ def source_hash(module_name: str) -> str | None:
     depth = module_name.count(".") + (Path(file).stem == "__init__")
     parents = Path(file).resolve().parents
     root = parents[min(depth, len(parents) - 1)]
-    files = {Path(f) for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
-    files = {f for f in files if f.is_absolute() and f.suffix == ".py" and not _is_installed(f)}
-    real = {f.resolve() for f in files if f.is_file()}
-    own = {f for f in real if f.is_relative_to(root) and not (_is_installed(f) or f.is_relative_to(_THIS))}
+    own = {f for f in _imported_files() if f.is_relative_to(root)}
     todo = list(own)
     while todo:
         named = _imports_of(todo.pop(), root) - own
@@ -214,6 +213,22 @@ def source_hash(module_name: str) -> str | None:
         todo += new
     lines = [f"{f.relative_to(root).as_posix()} {file_hash(f, 'sha256')}\n" for f in sorted(own)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _imported_files() -> set[Path]:
+    """Return the real Python files of imported modules that are neither installed nor of this package."""
+    found = set()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        # texts first: of the thousands of modules of a command, all but a few are installed, and paths are slow
+        if not isinstance(file, str) or not file.endswith(".py") or not os.path.isabs(file):  # noqa: PTH117
+            continue
+        if any(f"{os.sep}{folder}{os.sep}" in file for folder in _INSTALLED):
+            continue
+        path = Path(file)
+        if path.is_file() and not (_is_installed(real := path.resolve()) or real.is_relative_to(_THIS)):
+            found.add(real)
+    return found
 
 
 def sources_of(module: nn.Module, others: Iterable[str]) -> list[str]:
@@ -232,27 +247,36 @@ def sources_of(module: nn.Module, others: Iterable[str]) -> list[str]:
 def _imports_of(file: Path, root: Path) -> set[Path]:
     """Return the files below `root` that a file's import statements can mean, those within functions too."""
     try:
-        tree = ast.parse(file.read_bytes())
+        status = file.stat()
+        named = _imported_names(file, status.st_mtime_ns, status.st_size, status.st_ino)
     except (SyntaxError, ValueError, OSError):
         return set()
     found: set[Path] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [(root, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parents = file.parents
-            start = parents[min(node.level - 1, len(parents) - 1)] if node.level else root
-            module = node.module or ""
-            names = [(start, f"{module}.{alias.name}".strip(".")) for alias in node.names]
-        else:
-            continue
-        for start, name in names:
-            parts = name.split(".")
-            for depth in range(1, len(parts) + 1):
-                place = start.joinpath(*parts[:depth])
-                found |= {place / "__init__.py", place.with_name(f"{place.name}.py")}
+    parents = file.parents
+    for level, name in named:
+        start = parents[min(level - 1, len(parents) - 1)] if level else root
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            place = start.joinpath(*parts[:depth])
+            found |= {place / "__init__.py", place.with_name(f"{place.name}.py")}
     return {f.resolve() for f in found if f.is_file() and f.resolve().is_relative_to(root)}
 
 
+@cache
+def _imported_names(file: Path, *_: int) -> frozenset[tuple[int, str]]:
+    """Return what a file's import statements name, each with the number of its leading dots.
+
+    Every model of a sweep or of a service asks again: a file is parsed once, as its time, size and inode say.
+    """
+    found: set[tuple[int, str]] = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found |= {(node.level, f"{module}.{alias.name}".strip(".")) for alias in node.names}
+    return frozenset(found)
+
+
 def _is_installed(path: Path) -> bool:
-    return bool({"site-packages", "dist-packages"} & set(path.parts))
+    return not _INSTALLED.isdisjoint(path.parts)

@@ -24,6 +24,8 @@ from ade_harness.runtime.cluster import host_name
 T = TypeVar("T")
 
 _POLL_S = 0.05
+FRESH_S = 0.02
+"""How old an answer of the ranks' store may be, where a late one costs at most one item."""
 _REASON_WITHIN_S = 5.0
 """For a signal that other ranks have had already."""
 
@@ -101,6 +103,7 @@ class Coordinator:
         """Why this rank was asked to stop (a signal); sent to the others when it is seen."""
         self.ended = "interrupted"
         """Why this rank was asked to stop, once that was sent."""
+        self._unstopped_at = -FRESH_S
 
     def _add(self, key: str, amount: int) -> int:
         self._check_alive()
@@ -146,6 +149,7 @@ class Coordinator:
         if reason:
             with self._store_errors():
                 self._store.set("why", _storable(reason))
+        self._unstopped_at = -FRESH_S
         self._add("stop", 1)
 
     @property
@@ -155,6 +159,19 @@ class Coordinator:
             self.ended, self.asked = self.asked, None
             self.stop(self.ended)
         return self._add("stop", 0) > 0
+
+    def may_begin(self) -> bool:
+        """Whether another item may be begun: no rank had asked to stop, a moment ago at most.
+
+        An item may take a millisecond, and asking the store a tenth of that.
+        """
+        now = time.monotonic()
+        if self.asked is not None or now - self._unstopped_at > FRESH_S:
+            if self.stopped:
+                return False
+            self._unstopped_at = now
+        self._check_alive()
+        return True
 
     def raise_if_ended(self) -> None:
         """Leave, if the run was asked to end.

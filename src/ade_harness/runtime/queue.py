@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ade_harness.config.runtime import Sharding
-from ade_harness.runtime.coordination import Coordinator
+from ade_harness.runtime.coordination import FRESH_S, Coordinator
 from ade_harness.runtime.lifetime import end_with_parent
 
 NOTHING = -1
@@ -107,19 +108,26 @@ class SharedItems(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self._sharding == Sharding.static:
             for item in assign(self._costs, self._world_size)[self._rank]:
-                if self._coordinator.stopped:
+                if not self._coordinator.may_begin():
                     return
                 self.held += 1
                 yield item
             return
         order = largest_first(self._costs)
-        while not self._coordinator.stopped and (left := len(order) - self._coordinator.taken()) > 0:
+        left, known_at = len(order), -FRESH_S
+        while self._coordinator.may_begin():
             if self.held >= max_held(left, self._world_size, self._look_ahead, self._at_once):
-                yield NOTHING
+                yield NOTHING  # what is left only becomes less
                 continue
-            place = self._coordinator.next_item()
+            if time.monotonic() - known_at > FRESH_S:  # others may have taken much while this rank was busy
+                left, known_at = len(order) - self._coordinator.taken(), time.monotonic()
+                if left <= 0:
+                    return
+                continue
+            place, known_at = self._coordinator.next_item(), time.monotonic()
             if place >= len(order):
                 return
+            left = len(order) - place - 1
             self.held += 1
             yield order[place]
 

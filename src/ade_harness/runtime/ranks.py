@@ -90,6 +90,7 @@ class RankCallback(pl.Callback):
     ) -> None:  # fmt: skip
         self._ranks, self._costs, self._names, self._items, self._reporter = ranks, costs, names, items, reporter
         self._begin = self._shown = 0.0
+        self._unsent = 0
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take signals back from Lightning, whose handler of SIGTERM waits for other ranks; open the display."""
@@ -114,7 +115,7 @@ class RankCallback(pl.Callback):
         self._items.held -= 1
         seconds = time.monotonic() - self._begin
         self._ranks.watchdog.finished(pl_module.progress, self._costs[batch[0]], seconds)
-        self._ranks.coordinator.done(pl_module.progress)
+        self._unsent += pl_module.progress
         if time.monotonic() - self._shown > _SHOWN_EVERY_S:  # what all have done is asked of the ranks' store
             self._show()
 
@@ -132,6 +133,7 @@ class RankCallback(pl.Callback):
         """
         self._ranks.watchdog.working_on("")
         self._ranks.coordinator.raise_if_ended()
+        self._show()  # what the others are to know before they meet this rank
         self._ranks.coordinator.meet("worked", self._show)
         self._show()
         self._ranks.coordinator.raise_if_ended()
@@ -143,8 +145,11 @@ class RankCallback(pl.Callback):
 
     def _show(self) -> None:
         self._shown = time.monotonic()
-        if self._reporter is not None and self._ranks.coordinator.lost is None:
-            self._reporter.update(self._ranks.coordinator.done())
+        if self._ranks.coordinator.lost is None and (self._unsent or self._reporter is not None):
+            self._unsent, unsent = 0, self._unsent
+            done = self._ranks.coordinator.done(unsent)
+            if self._reporter is not None:
+                self._reporter.update(done)
 
 
 def set_arithmetic(deterministic: bool) -> dict[str, Any]:
