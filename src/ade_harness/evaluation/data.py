@@ -27,7 +27,7 @@ from ade_harness.inference.predictor import Predictor, Prepared
 from ade_harness.metrics.counts import Row
 from ade_harness.runtime.cluster import cores_per_rank, host_name, local_ranks
 from ade_harness.runtime.coordination import Coordinator
-from ade_harness.runtime.queue import Loaders, Numbered, SharedItems, ignore_signals
+from ade_harness.runtime.queue import ItemLoader, Loaders, Numbered, SharedItems, ignore_signals
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,10 @@ class EvaluationData(pl.LightningDataModule):
             warnings.filterwarnings("ignore", message=r"This DataLoader will create")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of (number, batch); a batch is None where the rank may not take one yet."""
+        """Return the loader of (number, batch)."""
         trainer = self.trainer
         assert trainer is not None
-        return DataLoader(
+        return ItemLoader(
             Numbered(self.items),
             batch_size=None,
             sampler=self.sampler,

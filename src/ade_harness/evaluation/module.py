@@ -142,11 +142,11 @@ class EvaluationModule(pl.LightningModule):
                 " the model is still the same"
             )
 
-    def test_step(self, batch: tuple[int, list[LoadedImage | Failure] | None], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[int, list[LoadedImage | Failure]], batch_idx: int) -> None:
         """Evaluate one batch; none is begun after any rank has stopped."""
         _, loaded = batch
         self.progress = None
-        if loaded is not None and self.coordinator.may_begin():
+        if self.coordinator.may_begin():
             self.progress = self.process(loaded, self.device, self.global_rank)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ade_harness.config.runtime import Sharding
 from ade_harness.runtime.coordination import FRESH_S, Coordinator
@@ -140,6 +140,16 @@ class Numbered(Dataset[Any]):
 
     def __getitem__(self, item: int) -> tuple[int, Any]:
         return item, None if item == NOTHING else self._items[item]
+
+
+class ItemLoader(DataLoader[Any]):
+    """A DataLoader of :class:`Numbered` items; passes over :data:`NOTHING`, which no loop needs to see."""
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:  # type: ignore[override]
+        """Yield numbers and items."""
+        for number, item in super().__iter__():
+            if number != NOTHING:
+                yield number, item
 
 
 def ignore_signals(_: int) -> None:

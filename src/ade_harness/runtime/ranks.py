@@ -102,9 +102,8 @@ class RankCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[int, Any], *_: Any
     ) -> None:
         """Say what is begun."""
-        if batch[1] is not None:
-            self._begin = time.monotonic()
-            self._ranks.watchdog.working_on(self._names[batch[0]])
+        self._begin = time.monotonic()
+        self._ranks.watchdog.working_on(self._names[batch[0]])
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: tuple[int, Any], *_: Any
