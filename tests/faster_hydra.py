@@ -43,13 +43,14 @@ _LOADERS: dict[tuple[Any, ...], Any] = {}
 
 def load(stream: Any, Loader: Any) -> Any:
     """`yaml.load`, whose result is kept by the text; errors name the stream."""
-    text = stream.read()
+    text = stream if isinstance(stream, str) else stream.read()
     # OmegaConf makes a class of each call, all of them alike
     loader = _LOADERS.setdefault((Loader.__name__, Loader.__mro__[1:]), Loader)
     try:
         parsed = _parsed(text, loader)
     except yaml.YAMLError:
-        stream.seek(0)
+        if stream is not text:
+            stream.seek(0)
         return yaml.load(stream, Loader)
     return copy.deepcopy(parsed)
 
