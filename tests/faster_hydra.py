@@ -1,10 +1,11 @@
-"""What Hydra does again for every command of one process is done once for all tests of it: half of a composition.
+"""What Hydra does again for every command of one process is done once for all tests of it: most of a composition.
 
 1. Hydra's own main composes twice: in `Hydra.get_mode`, and for the job. The mode is null unless an override or a file
    of the user's sets it, so only with those is it read here.
 2. Each composition copies the store of all structured configurations, and from that copy each one that it takes.
    Nothing changes the store itself, so the first copy is left out.
-3. Each parses the same packaged YAML files by PyYAML's Python code: what a text holds is kept.
+3. The same choices of groups from the same files compose the same tree, to which the other overrides are applied: the
+   tree is kept by choices and files (name, time, size), and copied.
 
 `tests/cli/test_hydra.py` reads the mode always, and shows that what is composed is the same.
 """
@@ -12,17 +13,22 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
-from functools import cache
-from types import SimpleNamespace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import omegaconf.omegaconf
-import yaml
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 
 _get_mode = Hydra.get_mode
+_create_defaults_list = config_loader_impl.create_defaults_list
+_compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
 
 
 def get_mode(self: Hydra, config_name: str | None, overrides: Sequence[str]) -> Any:
@@ -33,33 +39,74 @@ def get_mode(self: Hydra, config_name: str | None, overrides: Sequence[str]) -> 
     return None
 
 
-@cache
-def _parsed(text: str, loader: Any) -> Any:
-    return yaml.load(text, loader)
+def _stamp(folder: str) -> list[tuple[str, int, int]]:
+    """Return names, times and sizes of all files of a folder."""
+    files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    found = ((str(file), file.lstat()) for file in files)
+    return sorted((name, status.st_mtime_ns, status.st_size) for name, status in found)
 
 
-_LOADERS: dict[tuple[Any, ...], Any] = {}
+def _nodes(repo: dict[str, Any]) -> list[int]:
+    """Return what the store of structured configurations holds."""
+    return [n for v in repo.values() for n in (_nodes(v) if isinstance(v, dict) else [id(v)])]
 
 
-def load(stream: Any, Loader: Any) -> Any:
-    """`yaml.load`, whose result is kept by the text; errors name the stream."""
-    text = stream if isinstance(stream, str) else stream.read()
-    # OmegaConf makes a class of each call, all of them alike
-    loader = _LOADERS.setdefault((Loader.__name__, Loader.__mro__[1:]), Loader)
-    try:
-        parsed = _parsed(text, loader)
-    except yaml.YAMLError:
-        if stream is not text:
-            stream.seek(0)
-        return yaml.load(stream, Loader)
-    return copy.deepcopy(parsed)
+@dataclass
+class _Kept:
+    defaults: list[Any]
+    tree: Any
+    overrides: Overrides
+    composed: DictConfig | None = None
+
+
+class _Defaults(list[Any]):
+    """A defaults list that knows where its tree is kept."""
+
+    kept: _Kept
+
+
+_KEPT: dict[Any, _Kept] = {}
+_MAX_KEPT = 64
+"""A tree takes half a megabyte."""
+
+
+def create_defaults_list(
+    repo: Any, config_name: str | None, overrides_list: list[Any], prepend_hydra: bool, skip_missing: bool
+) -> DefaultsList:
+    """Return the defaults list of choices, from earlier where nothing has changed."""
+    asked = Overrides(repo, overrides_list)
+    others = {id(override) for override in asked.config_overrides}
+    files = tuple((s.scheme(), s.path, *(_stamp(s.path) if s.scheme() == "file" else ())) for s in repo.get_sources())
+    choices = tuple(o.input_line for o in overrides_list if id(o) not in others and not o.is_sweep_override())
+    key = (config_name, choices, prepend_hydra, skip_missing, files, tuple(_nodes(ConfigStore.instance().repo)))
+    if key not in _KEPT:
+        made = _create_defaults_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
+        while len(_KEPT) >= _MAX_KEPT:
+            del _KEPT[next(iter(_KEPT))]
+        _KEPT[key] = _Kept(made.defaults, made.defaults_tree, made.overrides)
+    kept = _KEPT[key]
+    defaults = _Defaults(kept.defaults)
+    defaults.kept = kept
+    return DefaultsList(
+        defaults=defaults, config_overrides=asked.config_overrides, defaults_tree=kept.tree, overrides=kept.overrides
+    )
+
+
+def compose_defaults(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
+    """Return a copy of the tree that a defaults list composes."""
+    if not isinstance(defaults, _Defaults):
+        return _compose_defaults(self, defaults, repo)
+    if defaults.kept.composed is None:
+        defaults.kept.composed = _compose_defaults(self, defaults, repo)
+    return copy.deepcopy(defaults.kept.composed)
 
 
 def faster() -> None:
     """Do so in this process."""
     leave_out_modes()
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
-    omegaconf.omegaconf.yaml = SimpleNamespace(**vars(yaml) | {"load": load})  # type: ignore[assignment]
+    config_loader_impl.create_defaults_list = create_defaults_list
+    ConfigLoaderImpl._compose_config_from_defaults_list = compose_defaults  # type: ignore[assignment,method-assign]
 
 
 def leave_out_modes() -> None:
@@ -77,4 +124,5 @@ def as_released() -> None:
     read_modes()
     if "__deepcopy__" in vars(ConfigStore):
         del ConfigStore.__deepcopy__  # type: ignore[attr-defined]
-    omegaconf.omegaconf.yaml = yaml
+    config_loader_impl.create_defaults_list = _create_defaults_list
+    ConfigLoaderImpl._compose_config_from_defaults_list = _compose_defaults  # type: ignore[method-assign]

@@ -202,8 +202,11 @@ def import_all() -> None:
     from ade_harness.config.compose import compose_config, packaged_choices, packaged_tree
     from ade_harness.report.page import _environment
     from ade_harness.runs.provenance import distributions
+    from tests.faster_hydra import faster
 
-    config = compose_config(["dataset.limit=1"])  # fills the caches of Hydra's grammar
+    faster()
+    for overrides in (["tracking=none"], ["dataset.limit=1"]):  # most commands; fills the caches of Hydra's grammar too
+        config = compose_config(overrides)
     packaged_tree(tuple(packaged_choices(config)))
     distributions()  # of what is installed, which no test changes
     for template in _environment().list_templates(extensions=["j2"]):
@@ -211,9 +214,6 @@ def import_all() -> None:
     Image.preinit()
     registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
     registry.cpu_target.target_context.refresh()
-    from tests.faster_hydra import faster
-
-    faster()
     assert threading.active_count() == 1
     gc.freeze()
     gc.enable()

@@ -10,14 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from ade_harness.cli.sweep import Sweep, SweepJob
@@ -50,19 +50,43 @@ def test_the_packages_files_set_no_mode() -> None:
         assert compose("config", return_hydra_config=True).hydra.mode is None
 
 
-@pytest.mark.parametrize("overrides", [[], ["model=beit3"], ["model=custom", "model._target_=a.b", "dataset=ade20k"]])
-def test_what_the_tests_leave_out_changes_nothing(overrides: list[str]) -> None:
-    found = []
-    for choose in (as_released, faster, faster):  # the third time from what was kept
-        choose()
-        GlobalHydra.instance().clear()
-        register_schemas()
-        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            tree = compose("config", overrides=overrides, return_hydra_config=True)
-        del tree.hydra.sweep.dir  # the time
-        found.append((OmegaConf.to_yaml(tree), {key: OmegaConf.get_type(tree[key]) for key in tree if key != "hydra"}))
-    assert found[0] == found[1] == found[2]
-    assert len(found[0][0]) > 5000
+def composed(choose: Callable[[], None], overrides: Sequence[str], folder: Path) -> tuple[str, dict[Any, Any]]:
+    """Compose with Hydra as it is or faster; return the text and the types, and change the tree."""
+    choose()
+    register_schemas()
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        tree = compose("config", [*overrides, f"hydra.searchpath=[file://{folder}]"], return_hydra_config=True)
+    found = OmegaConf.to_yaml(tree), {key: OmegaConf.get_type(tree[key]) for key in tree if key != "hydra"}
+    assert OmegaConf.is_struct(tree)
+    tree.run.root = "changed"
+    tree.hydra.searchpath = []
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["dataset.limit=3"],
+        ["model=beit3", "tracking=none"],
+        ["+probe=dinov3_linear", "hydra/launcher=slurm"],
+        ["model=custom", "model._target_=a.b", "dataset=ade20k", "runtime.seed=1"],
+        ["inference.mode=slide", "inference.window.crop=7", "+model.kwargs.a={b: [1, 2]}", "model=custom"],
+        ["model=own"],
+    ],
+)
+def test_what_the_tests_leave_out_changes_nothing(overrides: list[str], tmp_path: Path) -> None:
+    own = tmp_path / "model/own.yaml"
+    own.parent.mkdir()
+    own.write_text("name: own\nkind: onnx\npath: a\n")
+    first = composed(as_released, overrides, tmp_path)
+    for _ in range(2):  # the second from what was kept
+        assert composed(faster, overrides, tmp_path) == first
+    others = [*overrides, "run.root=other"]
+    assert composed(faster, others, tmp_path) == composed(as_released, others, tmp_path) != first
+    own.write_text("name: own\nkind: onnx\npath: another\n")
+    assert composed(faster, overrides, tmp_path) == composed(as_released, overrides, tmp_path)
+    assert (composed(faster, overrides, tmp_path) == first) is (overrides != ["model=own"])
 
 
 def test_cfg_and_its_options(call: Call) -> None:
