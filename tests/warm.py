@@ -188,8 +188,6 @@ def main(name: str) -> None:
 def import_all() -> None:
     """Import what a command and its ranks do; call nothing of numba's, whose threads would not outlive a fork."""
     gc.disable()
-    # which `wandb.init` imports: its classes look for their docstrings among all modules, of which there are few now
-    importlib.import_module("wandb.sdk.launch")
     from numba.core import registry
 
     from ade_harness.runtime.lazy_imports import import_lightning
