@@ -92,29 +92,23 @@ class RankCallback(pl.Callback):
         self._begin = self._shown = 0.0
         self._unsent = 0
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Take signals back from Lightning, whose handler of SIGTERM waits for other ranks; open the display."""
         self._ranks.install_signals()
+        pl_module.begin, pl_module.finish = self.begin, self.finish  # a step may take several items
         if self._reporter is not None:
             self._reporter.start()
 
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[int, Any], *_: Any
-    ) -> None:
-        """Say what is begun."""
+    def begin(self, number: int) -> None:
+        """Say which item is begun."""
         self._begin = time.monotonic()
-        self._ranks.watchdog.working_on(self._names[batch[0]])
+        self._ranks.watchdog.working_on(self._names[number])
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: tuple[int, Any], *_: Any
-    ) -> None:
-        """Say what is done: ``pl_module.progress``, None if the batch was skipped."""
-        if pl_module.progress is None:
-            return
+    def finish(self, number: int, progress: int) -> None:
+        """Say that it is done, and how much that is."""
         self._items.held -= 1
-        seconds = time.monotonic() - self._begin
-        self._ranks.watchdog.finished(pl_module.progress, self._costs[batch[0]], seconds)
-        self._unsent += pl_module.progress
+        self._ranks.watchdog.finished(progress, self._costs[number], time.monotonic() - self._begin)
+        self._unsent += progress
         if time.monotonic() - self._shown > _SHOWN_EVERY_S:  # what all have done is asked of the ranks' store
             self._show()
 
