@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -458,6 +459,30 @@ def test_rows_that_were_counted_stay_after_an_error_of_the_device() -> None:
     with pytest.raises(RuntimeError, match="illegal memory access"):
         module.close(0)
     assert done == ["settled 0", "closed", "flushed"]
+
+
+def test_a_step_takes_batches_for_a_moment_and_none_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow network gets one batch a step; of a fast one Lightning would cost more than the images."""
+    module, clock, seen = module_of(SimpleNamespace(classes=ade20k_classes())), [0.0], list[Any]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    module.begin, module.finish = seen.append, lambda n, images: seen.append((n, images))
+
+    def process(batch: list[Any], *_: Any) -> int:
+        clock[0] += seconds
+        return len(batch)
+
+    monkeypatch.setattr(module, "process", process)
+    batches = (((number, ["image"] * number), 0, 0) for number in range(1, 9))
+    seconds = 1.0
+    module.test_step(batches)
+    assert seen == [1, (1, 1)]
+    seconds = 0.02
+    module.test_step(batches)
+    assert seen[2:] == [2, (2, 2), 3, (3, 3), 4, (4, 4)]
+    module.coordinator.stop()
+    with pytest.raises(StopIteration):  # the end of the loader, which ends Lightning's loop
+        module.test_step(batches)
+    assert len(seen) == 8
 
 
 def test_evaluations_meet_on_the_cpu_and_trainings_where_lightning_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ade_harness.config.runtime import Sharding
 from ade_harness.data.ade20k import validation_sizes
-from ade_harness.runtime.queue import assign, largest_first, max_held
+from ade_harness.runtime.coordination import Coordinator, LocalStore
+from ade_harness.runtime.queue import NOTHING, ItemLoader, Numbered, SharedItems, assign, largest_first, max_held
 from tests.conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -62,3 +66,79 @@ def test_the_queue_is_efficient_with_a_slow_rank(cost: str, world_size: int, lea
     assert efficiency(COSTS[cost](), world_size, "queue", slow=1.5) > least
     assert efficiency(COSTS[cost](), world_size, "static", slow=1.5) < 0.72
     assert efficiency(COSTS[cost](), world_size, "DistributedSampler", slow=1.5) < 0.72
+
+
+class CountingStore(LocalStore):
+    """A store that counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def add(self, key: str, amount: int) -> int:
+        self.asked[key] += 1
+        return super().add(key, amount)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def shared(store: LocalStore, number: int, world_size: int = 1, ahead: int = 4) -> SharedItems:
+    return SharedItems([1.0] * number, Sharding.queue, Coordinator(store), 0, world_size, ahead, 1)
+
+
+def test_the_store_is_asked_once_for_an_item_of_a_millisecond(clock: list[float]) -> None:
+    """Each question is a tenth of a millisecond of the rank's main thread; four were asked for each image."""
+    store = CountingStore()
+    items = shared(store, 200)
+    taken = []
+    for item in items:
+        clock[0] += 0.001
+        items.held -= 1
+        taken.append(item)
+    assert sorted(taken) == list(range(200))
+    assert store.asked["next"] <= 200 + 1 + 2  # and once more than there are items, and what is left once in 20 ms
+    assert store.asked["stop"] <= 200 / 20 + 2
+
+
+def test_a_rank_that_was_busy_asks_what_others_have_taken(clock: list[float]) -> None:
+    store = LocalStore()
+    items = shared(store, 400, world_size=2)
+    mine = iter(items)
+    assert [next(mine) for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert next(mine) == NOTHING  # five are as many as its loaders can use
+    items.held -= 3
+    Coordinator(store)._add("next", 385)  # by the other rank: ten are left
+    clock[0] += 1
+    assert next(mine) == NOTHING  # two are enough now
+    items.held -= 1
+    assert next(mine) == 390
+
+
+def test_a_stop_is_seen_soon_and_ones_own_at_once(clock: list[float]) -> None:
+    store = LocalStore()
+    mine, other = Coordinator(store), Coordinator(store)
+    assert mine.may_begin()
+    other.stop()
+    assert not other.may_begin()
+    clock[0] += 0.01
+    assert mine.may_begin()
+    clock[0] += 0.02
+    assert not mine.may_begin()
+    assert mine.stopped
+    signalled = Coordinator(LocalStore())
+    assert signalled.may_begin()
+    signalled.asked = "SIGTERM"
+    assert not signalled.may_begin()
+    assert signalled.ended == "SIGTERM"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loop_sees_no_items_that_are_none(workers: int) -> None:
+    order = [2, NOTHING, NOTHING, 0, NOTHING, 1, NOTHING]
+    loader = ItemLoader(Numbered(["a", "b", "c"]), batch_size=None, sampler=order, num_workers=workers)
+    assert [(number, item) for number, item in loader] == [(2, "c"), (0, "a"), (1, "b")]
