@@ -22,12 +22,12 @@ from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
-from ade_harness.evaluation.packing import Layout, pack, unpack
+from ade_harness.evaluation.packing import Layout, Sent, pack, receive, send, unpack
 from ade_harness.inference.predictor import Predictor, Prepared
 from ade_harness.metrics.counts import Row
 from ade_harness.runtime.cluster import cores_per_rank, host_name, local_ranks
 from ade_harness.runtime.coordination import Coordinator
-from ade_harness.runtime.queue import ItemLoader, Loaders, Numbered, SharedItems, ignore_signals
+from ade_harness.runtime.queue import ItemLoader, Loaders, Numbered, SharedItems
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class LoadedImage:
         tensors = [*self.prepared.pixels, self.target, *([] if self.overlay_image is None else [self.overlay_image])]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields |= {"prepared": replace(self.prepared, pixels=()), "target": None, "overlay_image": None}
-        return _with_tensors, (fields, self.overlay_image is not None, *pack(tensors))
+        buffer, layout = pack(tensors)
+        return _with_tensors, (fields, self.overlay_image is not None, send(buffer), layout)
 
     def pin_memory(self) -> LoadedImage:
         """Return a copy from which a GPU can be fed asynchronously; called by torch's DataLoader."""
@@ -60,9 +61,9 @@ class LoadedImage:
         return replace(self, prepared=prepared, target=self.target.pin_memory())
 
 
-def _with_tensors(fields: dict[str, Any], has_overlay: bool, buffer: Tensor, layout: Layout) -> LoadedImage:
+def _with_tensors(fields: dict[str, Any], has_overlay: bool, sent: Tensor | Sent, layout: Layout) -> LoadedImage:
     """Return what `LoadedImage.__reduce__` has taken apart."""
-    tensors = unpack(buffer, layout)
+    tensors = unpack(receive(sent), layout)
     overlay = tensors.pop() if has_overlay else None
     target = tensors.pop()
     prepared = replace(fields["prepared"], pixels=tuple(tensors))
@@ -213,7 +214,6 @@ class EvaluationData(pl.LightningDataModule):
             prefetch_factor=self.prefetch,
             multiprocessing_context="fork" if self.workers else None,  # nothing of the network is sent to workers
             pin_memory=trainer.strategy.root_device.type == "cuda",
-            worker_init_fn=ignore_signals,
         )
 
     def on_exception(self, exception: BaseException) -> None:

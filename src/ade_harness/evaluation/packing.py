@@ -1,17 +1,21 @@
 """Several tensors in one piece of shared memory, for the way from a loader process to its rank.
 
-torch hands each tensor over by a file descriptor of its own: the rank's main thread connects to the loader, both prove
-that they know a secret, and the memory is mapped. That is about half a millisecond of the main thread for each
-(benchmarks/bench_host.py); one piece for an image, its other scales and its annotation takes it once.
+torch hands each tensor over by a file descriptor of its own, for which it opens a connection: about half a millisecond
+of the rank's main thread for each (benchmarks/bench_host.py). One piece for an image, its other scales and its
+annotation needs one descriptor, and that comes by a socket that is open already (runtime/descriptors.py).
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ade_harness.runtime.descriptors import Ticket, is_loader, receive_descriptor, send_descriptor
 
 _ALIGNMENT = 64
 """Bytes; torch's own allocator aligns so."""
@@ -35,6 +39,34 @@ def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, Layout]:
     for place, tensor in zip(unpack(buffer, tuple(layout)), tensors, strict=True):
         place.copy_(tensor)
     return buffer, tuple(layout)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Memory that is on its way by a descriptor."""
+
+    ticket: Ticket
+    size: int
+
+
+def send(buffer: Tensor) -> Tensor | Sent:
+    """Return what a loader process hands over for a packed buffer; elsewhere the buffer itself, torch's own way."""
+    if not is_loader():
+        return buffer
+    descriptor, size = buffer.untyped_storage()._share_fd_cpu_()
+    return Sent(send_descriptor(descriptor), size)
+
+
+def receive(sent: Tensor | Sent) -> Tensor:
+    """Return the buffer that was sent: uint8 [N]."""
+    if isinstance(sent, Tensor):
+        return sent
+    descriptor = receive_descriptor(sent.ticket)
+    try:
+        memory = torch.UntypedStorage._new_shared_fd_cpu(descriptor, sent.size)  # type: ignore[attr-defined]
+    finally:
+        os.close(descriptor)  # torch keeps one of its own
+    return torch.empty(0, dtype=torch.uint8).set_(memory)
 
 
 def unpack(buffer: Tensor, layout: Layout) -> list[Tensor]:

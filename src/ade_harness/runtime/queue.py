@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ade_harness.config.runtime import Sharding
 from ade_harness.runtime.coordination import FRESH_S, Coordinator
+from ade_harness.runtime.descriptors import Descriptors, open_descriptors
 from ade_harness.runtime.lifetime import end_with_parent
 
 NOTHING = -1
@@ -143,13 +145,27 @@ class Numbered(Dataset[Any]):
 
 
 class ItemLoader(DataLoader[Any]):
-    """A DataLoader of :class:`Numbered` items; passes over :data:`NOTHING`, which no loop needs to see."""
+    """A DataLoader of :class:`Numbered` items, whose loaders are forked.
+
+    It passes over :data:`NOTHING`, which no loop needs to see.
+    """
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:  # type: ignore[override]
         """Yield numbers and items."""
-        for number, item in super().__iter__():
-            if number != NOTHING:
-                yield number, item
+        with open_descriptors(self.num_workers) as descriptors:
+            self.worker_init_fn = partial(_begin_loader, descriptors)
+            items = super().__iter__()
+            try:
+                for number, item in items:
+                    if number != NOTHING:
+                        yield number, item
+            finally:
+                del items  # ends the loaders, which may still be sending
+
+
+def _begin_loader(descriptors: Descriptors, worker: int) -> None:
+    descriptors.enter(worker)
+    ignore_signals(worker)
 
 
 def ignore_signals(_: int) -> None:
