@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="loader processes of each rank")
     parser.add_argument("--label-maps", nargs="+", default=["few", "all"], choices=["none", "few", "all"])
     parser.add_argument(
-        "--evaluated", type=int, default=400, help="images of the whole evaluations, of all ranks together"
+        "--evaluated", type=int, default=1200, help="images of the whole evaluations, of all ranks together"
     )
     options = parser.parse_args()
     table = Table(title="the host's work on an image, medians; ms", title_justify="left")
