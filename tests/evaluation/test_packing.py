@@ -114,6 +114,25 @@ def test_the_loaders_of_a_rank_need_no_connections(monkeypatch: pytest.MonkeyPat
     assert len([*Path("/proc/self/fd").iterdir()]) <= before + 2  # of multiprocessing's own
 
 
+class Crowds(Dataset[Any]):
+    """Batches of so many images that their descriptors do not fit into a socket."""
+
+    def __getitem__(self, index: int) -> list[LoadedImage]:
+        return [image(index * 400 + number, False) for number in range(400)]
+
+
+def test_more_descriptors_than_a_socket_holds_take_torchs_way() -> None:
+    """Waiting for room would last for ever: the rank takes them once it has the whole item."""
+    loader = ItemLoader(
+        Numbered(Crowds()), batch_size=None, sampler=[0, 1], num_workers=1, multiprocessing_context="fork"
+    )
+    found = [(number, [one.image_id for one in batch], batch[399].target.clone()) for number, batch in loader]
+    assert [(number, len(ids)) for number, ids, _ in found] == [(0, 400), (1, 400)]
+    for number, ids, target in found:
+        assert ids == [f"i{number * 400 + place}" for place in range(400)]
+        assert torch.equal(target, image(number * 400 + 399, False).target)
+
+
 def test_a_loop_that_ends_early_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     """The loaders end before their sockets are closed: what they still send would be an error of theirs."""
     order = list(range(6)) * 20

@@ -50,11 +50,12 @@ class Sent:
 
 
 def send(buffer: Tensor) -> Tensor | Sent:
-    """Return what a loader process hands over for a packed buffer; elsewhere the buffer itself, torch's own way."""
+    """Return what a loader process hands over for a packed buffer; the buffer itself takes torch's own way."""
     if not is_loader():
         return buffer
     descriptor, size = buffer.untyped_storage()._share_fd_cpu_()
-    return Sent(send_descriptor(descriptor), size)
+    ticket = send_descriptor(descriptor)
+    return buffer if ticket is None else Sent(ticket, size)
 
 
 def receive(sent: Tensor | Sent) -> Tensor:

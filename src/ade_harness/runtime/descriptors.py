@@ -48,7 +48,9 @@ class Descriptors:
         _SENDERS[:] = [_Sender(self.key, worker, pair[1]) for pair in self._pairs[worker : worker + 1]]
         for number, (receiver, sender) in enumerate(self._pairs):
             receiver.close()
-            if number != worker:
+            if number == worker:
+                sender.setblocking(False)
+            else:
                 sender.close()
 
     def receive(self, ticket: Ticket) -> int:
@@ -77,10 +79,15 @@ class _Sender:
     end: socket.socket
     number: int = 0
 
-    def send(self, descriptor: int) -> Ticket:
+    def send(self, descriptor: int) -> Ticket | None:
         ticket = Ticket(self.loaders, self.worker, self.number)
+        try:
+            socket.send_fds(self.end, [_NUMBER.pack(ticket.number)], [descriptor])
+        except OSError:
+            # The socket is full: the rank takes an item's descriptors when it has the whole item, so waiting could last
+            # for ever. Or more are on their way than the user may have open (`ulimit -n`, of all ranks together).
+            return None
         self.number += 1
-        socket.send_fds(self.end, [_NUMBER.pack(ticket.number)], [descriptor])
         return ticket
 
 
@@ -108,8 +115,8 @@ def is_loader() -> bool:
     return bool(_SENDERS)
 
 
-def send_descriptor(descriptor: int) -> Ticket:
-    """Send a descriptor from a loader to its rank."""
+def send_descriptor(descriptor: int) -> Ticket | None:
+    """Send a descriptor from a loader to its rank; None where too many are on their way."""
     return _SENDERS[0].send(descriptor)
 
 
