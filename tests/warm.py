@@ -186,9 +186,9 @@ def main(name: str) -> None:
 
 
 def import_all() -> None:
-    """Import what a command and its ranks do; call nothing of numba's, whose threads would not outlive a fork."""
+    """Import what a command and its ranks do, and compile their kernels; start no thread, which would not outlive a fork."""
     gc.disable()
-    from numba.core import registry
+    import torch
 
     from ade_harness.runtime.lazy_imports import import_lightning
 
@@ -197,6 +197,7 @@ def import_all() -> None:
         importlib.import_module(module)
     from PIL import Image
 
+    from ade_harness import kernels
     from ade_harness.config.compose import compose_config, packaged_choices, packaged_tree
     from ade_harness.report.page import _environment
     from ade_harness.runs.provenance import distributions
@@ -210,9 +211,13 @@ def import_all() -> None:
     for template in _environment().list_templates(extensions=["j2"]):
         _environment().get_template(template)  # compiled by jinja, once
     Image.preinit()
-    registry.cpu_target.typing_context.refresh()  # what numba reads before its first function; starts no thread
-    registry.cpu_target.target_context.refresh()
+    threads, tasks = torch.get_num_threads(), len([*Path("/proc/self/task").iterdir()])
+    torch.set_num_threads(1)
+    labels = torch.zeros(2, 2, dtype=torch.uint8)
+    kernels.select("auto", "cpu").count(labels, labels, 150)  # after it has compared labels with torch's
+    torch.set_num_threads(threads)
     assert threading.active_count() == 1
+    assert len([*Path("/proc/self/task").iterdir()]) == tasks  # OpenBLAS has its own, and knows of forks
     gc.freeze()
     gc.enable()
 

@@ -24,6 +24,7 @@ from ade_harness.runtime.cluster import host_name
 T = TypeVar("T")
 
 _POLL_S = 0.05
+_FIRST_POLL_S = 0.002
 FRESH_S = 0.02
 """How old an answer of the ranks' store may be, where a late one costs at most one item."""
 _REASON_WITHIN_S = 5.0
@@ -199,11 +200,12 @@ class Coordinator:
             RankLostError: a rank was lost while waiting.
             StopRequestedError: the run is to end.
         """
-        arrived = self._add(place, 1)
+        arrived, pause, longest = self._add(place, 1), _FIRST_POLL_S, _POLL_S * max(1.0, self.world_size / 32)
         while arrived < self.world_size:
             self.raise_if_ended()
             meanwhile()
-            time.sleep(_POLL_S * max(1.0, self.world_size / 32))  # many ranks ask one store
+            time.sleep(pause)
+            pause = min(2 * pause, longest)  # ranks meet several times before the first image; many ask one store
             arrived = self._add(place, 0)
 
 
