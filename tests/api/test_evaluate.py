@@ -158,6 +158,7 @@ def test_a_network_in_memory_has_the_numbers_of_the_command_line(
 
 
 @pytest.mark.usefixtures("odd_state")
+@pytest.mark.slow
 def test_loading_leaves_the_process_as_it_was() -> None:
     options = {
         "model._target_": "tests.api.networks.Draws",

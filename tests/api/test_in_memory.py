@@ -240,6 +240,7 @@ def test_a_network_that_exits_ends_no_program_of_the_callers() -> None:
             ade.evaluate(model, dataset="demo", limit=1, options={"metrics.resamples": 0})
 
 
+@pytest.mark.slow
 def test_what_a_network_of_transformers_says_of_itself_is_heeded() -> None:
     """Without its folder: names are checked, and what the folder's loader would correct is said."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -264,6 +265,7 @@ def test_what_a_network_of_transformers_says_of_itself_is_heeded() -> None:
     assert "attn_mask_probs" not in " ".join(ade.evaluate(made, **shown).notes)
 
 
+@pytest.mark.slow
 def test_a_network_of_transformers_travels_to_ranks(tmp_path: Path) -> None:
     """Its constructor tells transformers what it records, which a pickle does not; and hooks count FLOPs once more."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -339,6 +341,7 @@ class AlwaysTraining(nn.Sequential):
 SHORT: dict[str, Any] = {"dataset": "demo", "limit": 2, "options": {"metrics.resamples": 0}}
 
 
+@pytest.mark.slow
 def test_a_network_gets_back_what_its_own_train_or_forward_has_changed() -> None:
     merging = Merging().train()
     before = {name: value.clone() for name, value in merging.state_dict().items()}
@@ -533,6 +536,7 @@ def test_the_metric_in_a_collection_and_in_a_compiled_module() -> None:
     assert float(both.compute()["ours"]) == float(alone.compute()["mIoU"])
 
 
+@pytest.mark.slow
 def test_a_folder_that_smp_saved_is_smps(tmp_path: Path) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch", reason="pip install '.[smp]'")
     smp.Unet("resnet18", encoder_weights=None, classes=150).save_pretrained(tmp_path / "saved")

@@ -533,6 +533,7 @@ def test_the_callback_evaluates_at_the_end_whatever_ends_the_training() -> None:
         assert callback.result is not None
 
 
+@pytest.mark.slow
 def test_what_ends_a_training_early_costs_no_last_score(tmp_path: Path) -> None:
     """EarlyStopping decides after the callback's own turn."""
     callback = of_demo(every_n_epochs=5)
@@ -554,6 +555,7 @@ def test_what_ends_a_training_early_costs_no_last_score(tmp_path: Path) -> None:
     assert times == [1, 2]  # and none beside them
 
 
+@pytest.mark.slow
 def test_callbacks_of_one_prefix_and_schedulers_without_a_score_are_refused() -> None:
     with pytest.raises(HarnessError, match="2 of the trainer's callbacks log as 'ade20k/'"):
         fit([of_demo(), of_demo()])

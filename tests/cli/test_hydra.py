@@ -138,6 +138,7 @@ def test_a_primary_configuration_and_groups_of_ones_own(call: Call, tmp_path: Pa
     assert (recipe["name"], recipe["iterations"], recipe["lr"], recipe["batch"]) == ("short", 3, 0.5, 16)
 
 
+@pytest.mark.slow
 def test_hydras_directory_is_the_runs(call: Call, tmp_path: Path) -> None:
     assert call(*QUICK, "dataset.images=2", "hydra.run.dir=here").code == 0
     assert (tmp_path / "here" / "metrics.json").exists()
@@ -534,6 +535,7 @@ def test_a_sweep_looks_at_files_images_and_this_machine_first(
     assert not (tmp_path / "all").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_runs_nothing_leaves_nothing(call: Call, tmp_path: Path) -> None:
     sweep = ("-m", *QUICK, "hydra.sweep.dir=all")
     assert call(*sweep, "dataset.images=2,3", "--list").out.splitlines()[1].startswith("1: ")
@@ -561,6 +563,7 @@ def test_a_job_that_fails_is_a_message_in_a_sweep_too(cli: Call, tmp_path: Path)
     assert done.err.count("Traceback (most recent call last)") >= 2
 
 
+@pytest.mark.slow
 def test_jobs_of_another_launcher_are_checked_and_become_a_table(call: Call, tmp_path: Path) -> None:
     basic = ("-m", "hydra/launcher=basic", *QUICK, "hydra.sweep.dir=all", "dataset.images=2,3")
     done = call(*basic, "model.checkpoint=null,nowhere.pth")
@@ -589,6 +592,7 @@ def test_jobs_of_another_launcher_are_checked_and_become_a_table(call: Call, tmp
     ],
     ids=" ".join,
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_home_that_nobody_has_is_one_message(call: Call, given: tuple[str, ...]) -> None:
     done = call(*given, *(QUICK if "=" in given[0] else ()))
     assert done.code == 2
@@ -602,6 +606,7 @@ def test_hydras_own_help(call: Call) -> None:
     assert "Use '--cfg hydra' to Show" in done.out
 
 
+@pytest.mark.slow
 def test_folders_of_ones_own_have_any_name(call: Call, tmp_path: Path) -> None:
     (tmp_path / "cd, v=2 (1)/model").mkdir(parents=True)
     (tmp_path / "cd, v=2 (1)/model/mine.yaml").write_text("defaults: [demo, _self_]\nname: mine\n")
@@ -664,6 +669,7 @@ def test_a_configuration_in_place_of_the_packaged_one(call: Call, tmp_path: Path
     assert json.loads(done.out)["model"] == "mine"
 
 
+@pytest.mark.slow
 def test_the_own_protocol_of_a_model_that_a_file_chooses(call: Call, tmp_path: Path) -> None:
     (tmp_path / "own/model").mkdir(parents=True)
     (tmp_path / "own/nightly.yaml").write_text("defaults: [config, {override model: small}, _self_]\n")
@@ -685,6 +691,7 @@ def test_the_own_protocol_of_a_model_that_a_file_chooses(call: Call, tmp_path: P
     assert "no multi-scale protocol was published for model=small. It has inference=ss" in done.err
 
 
+@pytest.mark.slow
 def test_a_group_of_ones_own_chooses_the_model(call: Call, tmp_path: Path) -> None:
     """Hydra's pattern of experiments: the model's own protocol and recipe are known once all is composed."""
     (tmp_path / "own/model/lab").mkdir(parents=True)
@@ -962,6 +969,7 @@ def test_what_would_have_no_effect_or_no_end_is_refused(
     assert not list(tmp_path.glob("**/metrics.json"))
 
 
+@pytest.mark.slow
 def test_a_directory_of_hydras_in_a_file_is_the_runs(call: Call, tmp_path: Path) -> None:
     (tmp_path / "mine/where").mkdir(parents=True)
     (tmp_path / "mine/where/there.yaml").write_text("# @package _global_\nhydra:\n  run:\n    dir: from_file\n")

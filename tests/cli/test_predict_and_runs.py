@@ -190,6 +190,7 @@ def test_label_maps_are_no_pictures(call: Call, photos: Path, tmp_path: Path) ->
     assert "even areas" not in done.out
 
 
+@pytest.mark.slow
 def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
     for name, limit in (("first", None), ("sweep/second", 3)):
         ade.evaluate("demo", dataset="demo", options=SMALL, limit=limit, run_dir=tmp_path / "runs" / name)

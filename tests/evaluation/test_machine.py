@@ -280,6 +280,7 @@ def test_short_memory_anywhere_costs_one_image(
         (4, "skip", "an image failed: its batch was redone in smaller ones, whose float sums may differ in the last bit"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_batch_that_is_too_much_is_halved(
     largest: int, on_error: str, note: str, monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
 ) -> None:
@@ -499,6 +500,7 @@ def test_evaluations_meet_on_the_cpu_and_trainings_where_lightning_says(monkeypa
     assert _get_default_process_group_backend_for_device(torch.device("cuda")) == "nccl"
 
 
+@pytest.mark.slow
 def test_amds_compiler_gets_no_option_that_it_does_not_know() -> None:
     """``maxnreg`` is NVIDIA's; the module is imported as it would be on ROCm."""
     program = (

@@ -46,6 +46,7 @@ IMAGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_images(seeds: range) -> None:
     def door(seed: int) -> None:
         data = damaged_bytes(IMAGES[seed % len(IMAGES)], seed)

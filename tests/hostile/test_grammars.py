@@ -46,6 +46,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_pngs(seeds: range) -> None:
     def image(seed: int) -> None:
         data = grammars.png(seed)
@@ -85,6 +86,7 @@ def test_arrays(seeds: range, tmp_path: Path) -> None:
     attack(seeds, lambda seed: read_scores(grammars.npy(seed), 150, "a"), "array of scores")
 
 
+@pytest.mark.slow
 def test_archives(seeds: range, tiny_ade: Path, tmp_path: Path) -> None:
     files = {str(f.relative_to(tiny_ade.parent)): f.read_bytes() for f in sorted(tiny_ade.rglob("*.*"))}
     path, outside = tmp_path / "a.zip", set(tmp_path.iterdir())
@@ -255,6 +257,7 @@ def test_replies(seeds: range, sender: tuple[str, list[bytes]]) -> None:
     attack(seeds, door, "HTTP reply")
 
 
+@pytest.mark.slow
 def test_the_grammars_are_wide() -> None:
     """Some of each are good, some are not: a grammar that makes only garbage would test the first line of a reader."""
     made: dict[str, Any] = {

@@ -231,6 +231,7 @@ def test_lower_precision_changes_few_labels(precision: str, maximum: float) -> N
     assert precision == "tf32" or share > 0  # it was not ignored; TF32 is a GPU's
 
 
+@pytest.mark.slow
 def test_channels_last_and_compiled_networks_give_the_labels() -> None:
     full = predict(predictor(Recorder(), "inference=original_size"), picture(64, 80))[0].labels
     module = Recorder()

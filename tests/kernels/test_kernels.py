@@ -74,6 +74,7 @@ def naive(scores: Tensor, *sizes: tuple[int, int]) -> Tensor:
     st.integers(1, 40), st.integers(1, 40), st.integers(1, 170), st.integers(1, 170), st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=300, deadline=None)
+@pytest.mark.slow
 def test_label_map_equals_interpolate_and_argmax(
     name: str, kind: str, channels: int, h: int, w: int, height: int, width: int, seed: int
 ) -> None:
@@ -90,6 +91,7 @@ def test_label_map_equals_interpolate_and_argmax(
     st.booleans(), st.booleans(),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_two_steps_with_cropped_padding(
     name: str, kind: str, channels: int, h: int, w: int, mid_height: int, mid_width: int,
     height: int, width: int, seed: int, centred: bool, padded: bool,

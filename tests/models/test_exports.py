@@ -174,6 +174,7 @@ class Flat(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_traced_network_of_one_size_leads_to_the_protocol(tmp_path: Path) -> None:
     torch.jit.trace(Flat(), torch.zeros(1, 3, 64, 64)).save(tmp_path / "net.ts")
     with pytest.raises(HarnessError, match=r"may take the size alone that it was made with: inference=fit_input"):

@@ -432,6 +432,7 @@ class Odd(nn.Conv2d):
     ("what", "reason"),
     [("holds itself", "RecursionError: "), ("eval", "GeneratorExit."), ("names", "ValueError: odd names")],
 )
+@pytest.mark.slow
 def test_code_that_fails_while_it_is_loaded_is_one_message(what: str, reason: str) -> None:
     target = "tests.models.test_identity.Odd"
     overrides = ["model=custom", f"model._target_={target}", f"model.kwargs.what={what}"]
