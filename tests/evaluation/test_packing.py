@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 from multiprocessing import resource_sharer
 from multiprocessing.reduction import ForkingPickler
@@ -131,6 +133,26 @@ def test_more_descriptors_than_a_socket_holds_take_torchs_way() -> None:
     for number, ids, target in found:
         assert ids == [f"i{number * 400 + place}" for place in range(400)]
         assert torch.equal(target, image(number * 400 + 399, False).target)
+
+
+def test_a_limit_of_open_files_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors on their way count against the user's; whether one may be sent changes from item to item."""
+    sent = []
+
+    def send_fds(*arguments: Any) -> int:
+        sent.append(arguments)
+        if len(sent) % 3 == 0:
+            raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+        return original(*arguments)
+
+    original = socket.send_fds
+    monkeypatch.setattr(socket, "send_fds", send_fds)  # inherited by the loader
+    loader = ItemLoader(
+        Numbered(Numbers()), batch_size=None, sampler=range(6), num_workers=1, multiprocessing_context="fork"
+    )
+    for number, batch in loader:
+        for one, other in zip(batch, Images()[number], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 def test_a_loop_that_ends_early_is_silent(capfd: pytest.CaptureFixture[str]) -> None:

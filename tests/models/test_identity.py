@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import nn
 
 from ade_harness.config.compose import compose_config
 from ade_harness.errors import HarnessError
-from ade_harness.models.identity import companion_hashes, source_hash, state_hash
+from ade_harness.models.identity import _imports_of, companion_hashes, source_hash, state_hash
 from ade_harness.models.loading import load_model
 from ade_harness.models.outputs import MaskLogits, read_output
 from ade_harness.runs.ledger import read_rows, write_ledger
@@ -541,3 +542,16 @@ def test_a_file_of_another_model_is_refused_whatever_is_allowed(tmp_path: Path, 
 def test_scores_that_are_no_numbers_are_refused_by_name(scores: Any, message: str) -> None:
     with pytest.raises(HarnessError, match=f"a: the model {message}"):
         read_output(scores, "a")
+
+
+def test_a_file_that_is_rewritten_is_parsed_again(tmp_path: Path) -> None:
+    """What it imports is kept, by its time, size and inode."""
+    file = tmp_path / "net.py"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text("")
+    for name in ("one", "two", "one"):
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        file.write_text(f"def forward():\n    import {name}\n")
+        os.utime(file, ns=(before + 1, before + 1))
+        for _ in range(2):
+            assert _imports_of(file, tmp_path) == {tmp_path / f"{name}.py"}

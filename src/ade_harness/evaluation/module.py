@@ -149,8 +149,9 @@ class EvaluationModule(pl.LightningModule):
     def test_step(self, dataloader_iter: Iterator[tuple[Any, int, int]]) -> None:
         """Evaluate batches for a moment: one, or as many as a fast network makes; none after any rank has stopped.
 
-        Lightning hands a step its loader where the argument has this name. A step costs it 0.6 ms (hooks, the states
-        that they look up), more than all else that the main thread does with an image on a GPU.
+        Lightning hands a step its loader where the argument has this name. Its own work for a step (hooks, the states
+        that they look up) is 0.16 ms of the main thread in a loop that does nothing else, and about 0.3 ms between
+        images: as much as all that this module does with one on a GPU beside launching.
 
         Args:
             dataloader_iter: yields ((number, batch), index, index of the loader); its end ends the test.

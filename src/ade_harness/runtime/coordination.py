@@ -164,7 +164,7 @@ class Coordinator:
     def may_begin(self) -> bool:
         """Whether another item may be begun: no rank had asked to stop, a moment ago at most.
 
-        An item may take a millisecond, and asking the store a tenth of that.
+        An item may take a millisecond, and a question to the store 0.07 of one, half of it the thread's own.
         """
         now = time.monotonic()
         if self.asked is not None or now - self._unstopped_at > FRESH_S:
