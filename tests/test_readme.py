@@ -47,7 +47,6 @@ def test_demo_command_in_a_fresh_clone(tmp_path: Path) -> None:
     assert "mIoU" in done.stdout
     assert len(list((clone / "runs").glob("*/metrics.json"))) == 1
     # installed, not editable: from another folder, with the wheel's own configuration
-    shutil.rmtree(tmp_path / "cache")
     again = subprocess.run(
         [clone / ".venv/bin/ade-harness", "tracking=none", "dataset.images=8"], cwd=tmp_path, env=cache, capture_output=True, text=True,
         check=False,

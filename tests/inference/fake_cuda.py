@@ -44,6 +44,7 @@ from ade_harness.inference.stopwatch import Stopwatch
 from ade_harness.models.checkpoint.strict import Strictness
 from ade_harness.models.loaded import LoadedModel, statistics
 from ade_harness.models.registry import family_of
+from tests.faster_hydra import faster
 from tests.kernels.variants import variant
 
 CUDA = torch.device("cuda:0")
@@ -316,16 +317,15 @@ def autocast_of_cuda() -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-def run(overrides: list[str], size: tuple[int, int] = (512, 683), half: bool = False) -> tuple[Seen, Seen]:
+def run(cfg: Config, size: tuple[int, int], half: bool = False) -> tuple[Seen, Seen]:
     """Predict and count one image; return what happened in the network, and what beside it.
 
     Args:
-        overrides: of the command line, such as ``model=segformer_b0``.
+        cfg: names the system and its protocol; set to float32.
         size: (height, width) of the image.
         half: weights in bfloat16 under autocast: ``model.dtype=bf16 inference.precision=bf16``.
     """
     allow_fake_cuda()
-    cfg = compose_config(overrides)
     mode = _MODE
     made = gpu_kernels()
     network = fake_network(cfg, mode, torch.bfloat16 if half else torch.float32)
@@ -391,15 +391,18 @@ def main(overrides: list[str]) -> None:
     torch.cuda.is_available = lambda: False  # asked at each operator, and without a GPU looked up anew each time
     gc.freeze()  # a fake tensor is many Python objects: collections would take a tenth of the time
     gc.set_threshold(100_000, 50, 100)
+    faster()
+    size = (512, 683)
     for name, half in [*((n, False) for n in names.split()), *((n, True) for n in halves.split())]:
         start = time.perf_counter()
-        inside, beside = run([f"model={name}"], half=half)
-        plans = plan_views((512, 683), compose_config([f"model={name}"]).inference)
+        cfg = compose_config([f"model={name}"])
+        inside, beside = run(cfg, size, half)
+        plans = plan_views(size, cfg.inference)
         found = {
             "model": name, "half": half, "views": len(plans), "windows": sum(len(p.origins) for p in plans),
             "forward": inside.operators, "beside": beside.operators, "peak_mib": round(beside.peak / 2**20),
             "weights_mib": round(beside.weights / 2**20),
-            "pixels": pixels_at_once(compose_config([f"model={name}"]).inference, (512, 683)),
+            "pixels": pixels_at_once(cfg.inference, size),
             "variants": sorted(beside.variants),
             "seconds": round(time.perf_counter() - start, 1),
         }  # fmt: skip
