@@ -130,7 +130,8 @@ def test_few_cores_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation",
+             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+             "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "GET was unable to find an engine to execute this computation",
              "HIP error: out of memory", "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
              "miopenStatusAllocFailed", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory",
              "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript:\n"
@@ -142,11 +143,16 @@ def test_a_librarys_shortage_of_memory_is_one(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["CUDA error: an illegal memory access was encountered", "HIP error: unspecified launch failure"]
-)
+    "text", ["CUDA error: an illegal memory access was encountered", "HIP error: unspecified launch failure",
+             "Triton Error [CUDA]: an illegal memory access was encountered"],
+)  # fmt: skip
 def test_a_gpu_that_is_lost_is_no_shortage(text: str) -> None:
     assert is_gpu_lost(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError(text))
+
+
+def test_a_kernel_that_does_not_fit_loses_no_gpu() -> None:
+    assert not is_gpu_lost(RuntimeError("Triton Error [CUDA]: invalid argument"))
 
 
 def test_a_file_that_was_stale_for_a_moment_is_tried_again() -> None:

@@ -320,7 +320,8 @@ def test_scores_are_enlarged_by_the_native_kernel_whatever_the_caller_has_set() 
     assert len(called) == 2  # the other is the input
 
 
-def test_a_compiled_network_has_one_graph_whatever_comes_first() -> None:
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_compiled_network_has_one_graph_whatever_comes_first(batch: int) -> None:
     """Another shape would be compiled by what was seen before, and give an image other last bits."""
     shapes: list[tuple[int, ...]] = []
 
@@ -336,7 +337,7 @@ def test_a_compiled_network_has_one_graph_whatever_comes_first() -> None:
         made.check({"a": (64, 80), "b": (64, 96)})
     made.check({"a": (64, 80), "b": (64, 80)})
     slides = predictor(load_demo_network(), *SLIDE, "inference.window.crop=64", "inference.window.stride=43",
-                       "inference.compile=eager", "inference.batch=4")  # fmt: skip
+                       "inference.compile=eager", f"inference.batch={batch}")  # fmt: skip
     slides.check({"a": (96, 128), "b": (64, 300)})
     slides.forward._module = torch.compile(slides.network, backend=backend, dynamic=False)
     for size in ((96, 128), (64, 300), (64, 64)):

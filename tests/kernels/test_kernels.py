@@ -365,7 +365,18 @@ def test_pixels_are_normalised_alike(statistics: PixelStatistics) -> None:
     values = values / (255 / statistics.max_value)
     expected = (values - torch.tensor(statistics.mean)[:, None, None]) / torch.tensor(statistics.std)[:, None, None]
     for name in ("reference", "numba_cpu"):
-        assert torch.equal(implementation(name).normalise(pixels, statistics), expected)
+        found = implementation(name).normalise(pixels, statistics)
+        assert torch.equal(found, expected)
+        assert found.is_contiguous()  # or a network may choose other convolutions
+
+
+def test_a_division_by_a_number_is_rounded_as_on_cuda() -> None:
+    """Torch multiplies there by the inverse of float32."""
+    made = implementation("triton_gpu")
+    scales = [255 / most for most in (1.0, 2.0, 7.0, 9.0, 14.0, 127.5)]
+    found = [made.reciprocal(scale) for scale in scales]
+    assert found == [(torch.tensor(1.0) / torch.tensor(scale)).item() for scale in scales]
+    assert found != [float(np.float32(1 / scale)) for scale in scales]
 
 
 def test_axis_tables_rebuild_torch_interpolation() -> None:

@@ -113,7 +113,9 @@ class BatchedForward:
     def _split(self, images: Sequence[Tensor], what: str) -> list[Tensor | MaskLogits]:
         fill = self.batch(images[0].device) - len(images) if self._always_full else 0
         filled = [*images, *[images[-1]] * max(0, fill)]
-        batch = filled[0][None] if len(filled) == 1 else torch.stack(filled)  # one image is not copied
+        # one image is not copied; a window is, or a network would see the width of its canvas in the strides: what is
+        # compiled is compiled for them, and the order of a sum may follow them
+        batch = filled[0][None].contiguous() if len(filled) == 1 else torch.stack(filled)
         returned = self._run(batch, what)
         output = read_output(returned, what)
         elsewhere = {t.device for t in (output if isinstance(output, tuple) else (output,))} - {batch.device}

@@ -33,12 +33,13 @@ def normalise(pixels: Tensor, statistics: PixelStatistics, placement: Placement 
         placement: where they lie on the canvas of (H, W); None is all of it.
 
     Returns:
-        float32 [3, H, W].
+        float32 [3, H, W], contiguous: a network may choose its convolutions by the strides of its input.
     """
     planes = (pixels.flip(1) if placement is not None and placement.flipped else pixels).permute(2, 0, 1)
     if statistics.reverse_channels:
         planes = planes.flip(0)
-    return placed(normalise_values(planes.float(), statistics), statistics, placement)
+    values = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return placed(normalise_values(values, statistics), statistics, placement)
 
 
 def placed(planes: Tensor, statistics: PixelStatistics, placement: Placement | None) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, wraps
 from typing import Any, ParamSpec
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -195,9 +196,14 @@ def launch_normalise(pixels: Tensor, means: Tensor, numbers: Sequence[int], scal
     canvas = torch.empty((3, canvas_height, canvas_width), device=pixels.device)
     triton_jit.normalise_tile[(triton.cdiv(canvas_height * canvas_width, RUN),)](
         pixels, canvas, means, canvas_height, canvas_width, top, left, pixels.shape[0], pixels.shape[1], reverse,
-        flipped, padded, 1 / scale if cuda else scale, pad, CUDA=cuda, SIZE=RUN, **EXACT,
+        flipped, padded, reciprocal(scale) if cuda else scale, pad, CUDA=cuda, SIZE=RUN, **EXACT,
     )  # fmt: skip
     return canvas
+
+
+def reciprocal(scale: float) -> float:
+    """Return 1 / scale as torch has it on CUDA, where it divides by a number: of float32, and rounded to it."""
+    return float(np.float32(1) / np.float32(scale))
 
 
 @on_its_gpu

@@ -12,6 +12,7 @@ import torch
 _SHORT = (
     "can't allocate memory",  # the CPU's
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "HIPBLAS_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED",  # of CUDNN_STATUS_INTERNAL_ERROR_..., as cuDNN 9 says it
     "miopenStatusAllocFailed", "hipErrorOutOfMemory",
     "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "HIPBLAS_STATUS_NOT_INITIALIZED",
     "unable to find an engine to execute this computation",  # cuDNN, where no plan's workspace fits
@@ -20,7 +21,14 @@ _SHORT = (
 _OF_DEVICE = re.compile(r"\b(CUDA|HIP)\b.{0,20}out of memory")
 """Torch's own, where TorchScript's interpreter has made a plain RuntimeError of it; and the driver's, where the
 allocator holds what is left: a library or a kernel that is loaded at its first use."""
-_LOST = ("CUDA error", "HIP error", "CUDA driver error")
+_LOST = (
+    "CUDA error", "HIP error", "CUDA driver error",
+    # Triton adds the driver's text; after other errors, such as that of a launch that does not fit, a GPU is as it was
+    *(f"Triton Error [{of}]: {what}" for of in ("CUDA", "HIP") for what in (
+        "an illegal memory access", "unspecified launch failure", "misaligned address", "an illegal instruction",
+        "uncorrectable ECC error", "the launch timed out", "device-side assert", "hardware stack error",
+    )),
+)  # fmt: skip
 _T = TypeVar("_T")
 _LITTLE_BYTES = 2**30
 """Of a GPU's memory: cuBLAS and cuDNN start with less than that."""
