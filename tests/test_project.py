@@ -226,3 +226,15 @@ def test_no_message_advises_what_makes_a_score_meaningless() -> None:
         for call in raised:
             texts = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
             assert not [s for s in switches if s in "".join(texts)], f"{path.name}:{call.lineno}"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_developers_are_sent_to_exist(page: str) -> None:
+    folders = ("conf", "src", "tests", "docs", "benchmarks", "scripts", "slurm")
+    there = [path for folder in folders for path in (REPOSITORY / folder).rglob("*")]
+    ends = {"/".join(path.parts[-n:]) for path in [*there, *REPOSITORY.iterdir()] for n in range(1, 6)}
+    named = re.findall(
+        r"`((?:[\w.-]+/)*(?:[\w.-]+\.(?:py|yaml|sh|toml|txt)|[\w.-]+/))`", (REPOSITORY / page).read_text()
+    )
+    assert len(named) > 20
+    assert [name for name in named if name.rstrip("/") not in ends and "NAME" not in name] == []

@@ -87,13 +87,15 @@ class _CheckedLauncher(Launcher, ABC):
 
     runs_here = True
     """Whether jobs run on this machine: it has to have what they ask for."""
-    shares_places = False
-    """Whether jobs may be given one directory: each of SLURM's has its own, whatever a sweep says."""
+    names_places = False
+    """Whether jobs without ``run.dir`` choose their directories when they start: SLURM's are called like the jobs."""
 
     def _check_places(self, jobs: Sequence[SweepJob]) -> None:
         """Refuse jobs that would write one directory: the second would continue the first, or find another setup."""
         seen: dict[Path, SweepJob] = {}
-        for job in () if self.shares_places else jobs:
+        for job in jobs:
+            if self.names_places and job.config.run.dir is None:
+                continue
             place = job.run_dir.absolute()
             require(
                 place not in seen,
@@ -185,6 +187,8 @@ def _code_of(job: JobReturn) -> int:
 
 _made: list[str] = []
 """The folder of this sweep, if it was not there before."""
+_refused: list[HarnessError] = []
+"""Why this sweep is refused, which the launcher raises."""
 
 
 class CheckSweeps(Callback):
@@ -192,9 +196,21 @@ class CheckSweeps(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Change what sweepers read; called by Hydra, before the sweep's folder is made."""
+        from ade_harness.config.arguments import limit_sweep
+
         _made.clear()
+        _refused.clear()
         if not Path(str(config.hydra.sweep.dir)).exists():
             _made.append(str(config.hydra.sweep.dir))
+        params = config.hydra.sweeper.get("params") if isinstance(config.hydra.sweeper, DictConfig) else None
+        if isinstance(params, DictConfig):  # a file's: what is typed has been counted before Hydra began
+            typed: Any = OmegaConf.to_container(config.hydra.overrides.task)
+            try:
+                limit_sweep([*(f"{key!s}={value}" for key, value in params.items()), *typed])
+            except HarnessError as error:  # Hydra turns a callback's errors into warnings
+                _refused.append(error)
+                with open_dict(config):
+                    config.hydra.sweeper.params = {}  # or the sweeper would first make a list of all jobs
         launcher = config.hydra.launcher
         target = str(launcher.get("_target_", "")) if isinstance(launcher, DictConfig) else ""  # Hydra refuses others
         if target and not target.startswith(f"{__name__}."):
@@ -209,8 +225,6 @@ class CheckSweeps(Callback):
 class OneJobLauncher(_CheckedLauncher):
     """The job of one number alone, for SLURM's job arrays."""
 
-    shares_places = True
-
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose, check and run one job: each task of an array would take minutes to look at all of a large sweep."""
         require(
@@ -221,6 +235,12 @@ class OneJobLauncher(_CheckedLauncher):
         number, last = int(self.settings["number"]), len(job_overrides) - 1
         require(
             0 <= number <= last, f"--job {number}: expected 0 to {last}, as this sweep has {last + 1} combinations."
+        )
+        place = next((text for text in job_overrides[number] if text.startswith("run.dir=")), None)
+        others = (other for other, texts in enumerate(job_overrides) if other != number and place in texts)
+        other = next(others, None) if place is not None and "${" not in place else None
+        require(
+            other is None, f"jobs {other} and {number} of the sweep write the same directory, {place}. Leave it out."
         )
         return super().launch(job_overrides[number : number + 1], number)
 
@@ -262,7 +282,7 @@ class SlurmLauncher(_CheckedLauncher):
     """SLURM jobs, as one array: see :mod:`ade_harness.cli.slurm`."""
 
     runs_here = False
-    shares_places = True
+    names_places = True
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:
         """Submit all; ``hydra.launcher.KEY`` says what SLURM is asked for."""
@@ -322,9 +342,12 @@ def _jobs_of(job_overrides: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     """Leave out jobs of `schema`, which each group has for files to name: a glob finds it, and it is no choice.
 
     Raises:
-        HarnessError: none are left.
+        HarnessError: none are left, or there are more than anybody means.
     """
     from ade_harness.config.arguments import GROUPS
+
+    if _refused:
+        raise _refused[0]
 
     none = {f"{group}=schema" for group in GROUPS}
     found = [overrides for overrides in job_overrides if not none & set(overrides)]
@@ -344,7 +367,7 @@ def check_job(config: Config, here: bool) -> None:
             the data set, or what this machine lacks.
     """
     from ade_harness.config.targets import require_target
-    from ade_harness.config.validate import refuse_recipe, require_data
+    from ade_harness.config.validate import OWN_DATA, refuse_recipe, require_data
     from ade_harness.runtime.cluster import resolve_devices
 
     refuse_recipe(config)
@@ -359,7 +382,7 @@ def check_job(config: Config, here: bool) -> None:
     require(model.path is None or expanded(model.path).exists(), f"model.path={model.path}: no such file or folder.")
     is_place = model.id is not None and model.id.startswith(("/", "./", "../", "~"))
     require(not is_place or expanded(model.id or "").is_dir(), f"model.id={model.id}: no such folder.")
-    keys = {"demo": (), "folder": ("image_dir", "label_dir", "classes")}.get(config.dataset.kind, ("root",))
+    keys = {"demo": (), "folder": tuple(OWN_DATA)}.get(config.dataset.kind, ("root",))
     for key in keys:
         value = getattr(config.dataset, key)
         found = value is None or expanded(value).exists()

@@ -280,7 +280,7 @@ def test_a_sweep_of_more_values_keeps_what_it_has(cli: Cli, tmp_path: Path) -> N
 def test_json_of_lists_and_single_jobs(cli: Cli, tmp_path: Path) -> None:
     done = cli("-m", "--list", "dataset.limit=1,2", "--json")
     assert json.loads(done.out) == {"jobs": [["dataset.limit=1"], ["dataset.limit=2"]]}
-    done = cli("-m", "--job", "1", *QUICK, "dataset.images=2", "dataset.limit=1,2", "run.dir=one", "--json")
+    done = cli("-m", "--job", "1", *QUICK, "dataset.images=2", "dataset.limit=1,2", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["images"] == 2
 
@@ -625,13 +625,82 @@ def test_a_sweep_of_more_jobs_than_anybody_means_is_refused(call: Call) -> None:
     assert call("-m", "runtime.seed=range(0,3)", "metrics.seed=1,2", "--list").code == 0
 
 
-@pytest.mark.parametrize("launcher", ["process", "basic"])
+def test_a_files_sweep_of_more_jobs_than_anybody_means_is_refused(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/large.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        '      runtime.seed: "range(0,6000)"\n      metrics.seed: "1,2"\n'
+    )
+    done = call("-cd", "mine", "+experiment=large", *QUICK)
+    assert done.code == 2
+    assert "a sweep of 12,000 jobs" in done.err
+
+
+@pytest.mark.parametrize("mode", ["hydra.mode=MULTIRUN", "+hydra.mode=MULTIRUN", "++hydra.mode='MULTIRUN'"])
+def test_a_sweep_is_one_however_it_is_asked_for(call: Call, tmp_path: Path, mode: str) -> None:
+    done = call(mode, "dataset.images=1,2", "model.checkpoint=a,b", "--list", "--json")
+    assert done.code == 0, done.err
+    assert len(json.loads(done.out)["jobs"]) == 4  # a path may be swept, too
+    assert "a sweep of" in call(mode, "runtime.seed=range(0,20000)", *QUICK).err
+    assert "-r and hydra.mode=MULTIRUN are mutually exclusive" in call("-r", mode, *QUICK).err
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/two.yaml").write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n")
+    done = call("-cd", "mine", "+experiment=two", "model.checkpoint=a,b", "--list", "--json")
+    assert done.code == 0, done.err
+    assert len(json.loads(done.out)["jobs"]) == 2
+    done = call("-cd", "mine", "+experiment=two", "hydra.mode=RUN", "dataset.images=1", "--list")
+    assert "--job and --list need a sweep" in done.err
+
+
+def test_what_names_a_folder_of_the_other_kind_is_refused(call: Call) -> None:
+    sweep = ("-m", "dataset.images=1,2")
+    for given in ([*sweep, "hydra.run.dir=x"], [*sweep, "--job", "0", "+hydra.run.dir=x"],
+                  ["hydra.sweep.dir=x"], ["hydra.sweep.subdir=x"]):  # fmt: skip
+        done = call(*given, *QUICK)
+        assert done.code == 2
+        assert f"{given[-1]}: has no effect here" in done.err
+    assert "Give only one" in call(*sweep, "--job", "0", "--list").err
+    assert "-m and hydra.mode=RUN are mutually exclusive" in call(*sweep, "hydra.mode=RUN").err
+
+
+def test_a_plugins_resolver_holds_in_a_path(call: Call) -> None:
+    OmegaConf.register_new_resolver("thrice", lambda text: text * 3)
+    try:
+        done = call("run.dir=runs/${thrice:ab}", "--cfg", "job", "--resolve", "-p", "run")
+    finally:
+        OmegaConf.clear_resolver("thrice")
+    assert done.code == 0, done.err
+    assert "dir: runs/ababab" in done.out
+    done = call("run.root=${nothing:of}/${its kind}", "--cfg", "job", "-p", "run")  # a name, as any other
+    assert done.code == 0, done.err
+    assert "${nothing:of}/${its kind}" in done.out.replace("\\", "")
+
+
+@pytest.mark.parametrize("launcher", ["process", "basic", "slurm"])
 def test_jobs_of_one_directory_are_refused(call: Call, launcher: str, tmp_path: Path) -> None:
     for place in ("run.dir=same", "hydra.sweep.subdir=same"):
-        done = call("-m", f"hydra/launcher={launcher}", "hydra.sweep.dir=all", "metrics.seed=1,2", place, *QUICK)
+        if launcher == "slurm" and place.startswith("hydra."):
+            continue  # is refused of SLURM's jobs
+        of_sweep = () if launcher == "slurm" else ("hydra.sweep.dir=all",)
+        done = call("-m", f"hydra/launcher={launcher}", *of_sweep, "metrics.seed=1,2", place, *QUICK)
         assert done.code == 2
         assert "jobs 0 and 1 of the sweep write the same directory" in done.err
     assert not (tmp_path / "same").exists()
+
+
+def test_a_job_of_an_array_that_shares_its_directory_is_refused(call: Call) -> None:
+    done = call("-m", "--job", "1", "metrics.seed=1,2", "run.dir=same", *QUICK)
+    assert done.code == 2
+    assert "jobs 0 and 1 of the sweep write the same directory, run.dir=same" in done.err
+
+
+def test_a_sweep_over_what_slurm_gives_an_array_is_refused(call: Call) -> None:
+    pytest.importorskip("submitit", reason="pip install submitit to test the SLURM launcher")
+    for key, values in (("mem_gb", "10,20"), ("partition", "a,b")):
+        done = call("-m", "hydra/launcher=slurm", f"runtime.slurm.{key}={values}", *QUICK)
+        assert done.code == 2
+        first, _, second = values.partition(",")
+        assert f"runtime.slurm.{key} is {first} of one job and {second} of another" in done.err
 
 
 def test_lists_and_single_jobs_pass_over_the_launchers_options(call: Call) -> None:

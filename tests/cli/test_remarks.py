@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ade_harness.config.validate import OWN_DATA
 from tests.cli.test_cli import Call
 
 OVERRIDES = ("dataset.images=3", "runtime.workers=0", "run.dir=run", "metrics.resamples=0")
@@ -50,3 +51,7 @@ def test_a_folder_is_not_ignored_where_the_data_are_synthetic(call: Call) -> Non
     done = call("dataset.root=/no/such", "dataset.images=2")
     assert done.code == 2
     assert "dataset.root=/no/such: would not be read, as the data set is demo. Add dataset=ade20k" in done.err
+    for key in OWN_DATA:
+        done = call(f"dataset.{key}=/no/such", "dataset.images=2")
+        assert done.code == 2
+        assert f"dataset.{key}=/no/such: would not be read, as the data set is demo. Add dataset=folder" in done.err

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
@@ -33,8 +34,15 @@ from ade_harness.cli.launch import launch
 from ade_harness.cli.sweep import NO_OTHER_PRIMARY, Sweep, listed, submitted, sweeps
 from ade_harness.cli.sweep import command as current_command
 from ade_harness.cli.work import WORK, score_of, training_of
-from ade_harness.config.arguments import OWN_PROTOCOLS, limit_sweep, own_recipe, prepare, with_recipe
-from ade_harness.config.compose import checked, compose_config, explain, register_schemas, with_own_protocol
+from ade_harness.config.arguments import OWN_PROTOCOLS, limit_sweep, mode_of, own_recipe, prepare, with_recipe
+from ade_harness.config.compose import (
+    checked,
+    compose_config,
+    explain,
+    files_choose_sweep,
+    register_schemas,
+    with_own_protocol,
+)
 from ade_harness.config.composed import Composed
 from ade_harness.config.files import UNREADABLE, conf_dir, refuse_bombs
 from ade_harness.config.schema import Config
@@ -48,8 +56,6 @@ from ade_harness.runtime.notes import GIVEN_FULL_ERROR
 
 _SHOWS = ("cfg", "info", "shell_completion", "hydra_help")
 """Options of Hydra's that print something instead of running."""
-
-_MULTIRUN = "hydra.mode=MULTIRUN"
 
 _End = tuple[int, Path | None]
 """A job's exit code and run directory."""
@@ -75,15 +81,25 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
     require(
         recipe is None, f"{recipe}: is a recipe of the command `probe`, and has no effect on `evaluate`. Remove it."
     )
+    mode, one = mode_of(overrides), RunMode.RUN.name
     require(not (options.run and options.multirun), "-r and -m are mutually exclusive.")
-    overrides += ["hydra.mode=RUN"] if options.run else []
+    require(not options.run or mode in (None, one), f"-r and hydra.mode={mode} are mutually exclusive.")
+    require(not options.multirun or mode != one, f"-m and hydra.mode={mode} are mutually exclusive.")
+    overrides += [f"hydra.mode={one}"] if options.run else []
     require(
         options.experimental_rerun is None,
         "--experimental-rerun: would run code from a pickle. `resume RUN` continues a run, `reproduce RUN` repeats it.",
     )
-    several = options.multirun or _MULTIRUN in overrides
+    several = options.multirun or mode == RunMode.MULTIRUN.name
+    primary = bool(options.config_name or options.config_path)
+    require(not (several and primary), NO_OTHER_PRIMARY)
+    own = _own_folder(options)
+    if own is not None and mode is None and not (options.run or several or options.config_path):
+        several = files_choose_sweep(overrides, own)
     require(several or not (options.list or options.job is not None), "--job and --list need a sweep: add -m.")
-    require(not several or not (options.config_name or options.config_path), NO_OTHER_PRIMARY)
+    require(not options.list or options.job is None, "--list prints the jobs, --job N runs one. Give only one.")
+    _check_places(overrides, several)
+    require(not (several and primary), NO_OTHER_PRIMARY)
     launcher = next((override for override in overrides if override.startswith("hydra/launcher=")), None)
     require(
         several or launcher in (None, "hydra/launcher=process"),
@@ -98,12 +114,19 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         overrides += ["hydra/launcher=one_job", f"hydra.launcher.number={options.job}"]
     elif "hydra/launcher=slurm" in overrides and not any(override.startswith("runtime=") for override in overrides):
         overrides.append("runtime=slurm")
-    primary = bool(options.config_name or options.config_path)
     plain = options.shell_completion or options.hydra_help
-    ready = overrides if plain else prepare(overrides, _own_folder(options), several, primary)
+    ready = overrides if plain else prepare(overrides, own, several, primary)
     if several and not plain:
         limit_sweep(ready)
     return _run_hydra(options, ready, "evaluate")
+
+
+def _check_places(overrides: Sequence[str], several: bool) -> None:
+    """Refuse Hydra's option for the folder of a single run on a sweep, and the other way round."""
+    unread = r"\+*hydra\.run\.dir=" if several else r"\+*hydra\.sweep\.(dir|subdir)="
+    found = next((text for text in overrides if re.match(unread, text)), None)
+    other = "hydra.sweep.dir=PATH names the folder of a sweep" if several else "names the folder of a sweep: add -m"
+    require(found is None, f"{found}: has no effect here; {other}, or remove it.")
 
 
 def run_probe(options: argparse.Namespace) -> Answer:

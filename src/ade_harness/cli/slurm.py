@@ -76,6 +76,18 @@ def sbatch_parameters(cfg: SlurmConfig) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
+def _require_same(nodes: Sequence[SlurmConfig]) -> None:
+    """Refuse a sweep over ``runtime.slurm``: SLURM gives all jobs of an array the same."""
+    for name in SlurmConfig.__dataclass_fields__:
+        values = [getattr(node, name) for node in nodes]
+        other = next((value for value in values if value != values[0]), values[0])
+        require(
+            other == values[0],
+            f"runtime.slurm.{name} is {values[0]} of one job and {other} of another: a sweep is submitted as one array,"
+            " whose jobs all get the same. Give a command for each value.",
+        )
+
+
 def submit(
     jobs: Sequence[Sequence[str]], configs: Sequence[Config], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -83,12 +95,13 @@ def submit(
 
     Args:
         jobs: the arguments of each command.
-        configs: their configurations; the first one's ``runtime.slurm`` holds for all.
+        configs: their configurations, all with the same ``runtime.slurm``.
         settings: of ``hydra.launcher``; what is not null takes precedence over ``runtime.slurm``.
 
     Raises:
-        HarnessError: there is no SLURM or no submitit here, or SLURM refuses.
+        HarnessError: jobs ask for different resources, there is no SLURM or no submitit here, or SLURM refuses.
     """
+    _require_same([config.runtime.slurm for config in configs])
     try:
         import submitit
     except ImportError as error:

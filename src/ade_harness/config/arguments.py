@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -78,6 +79,12 @@ def _of_own_group(text: str, extra: Path | None) -> bool:
     """Whether an override chooses from a group that the packaged configuration does not have."""
     key = text.partition("=")[0].lstrip("+").partition("@")[0]
     return extra is not None and bool(key) and key not in GROUPS and (extra / key).is_dir()
+
+
+def mode_of(overrides: Sequence[str]) -> str | None:
+    """Return what overrides set ``hydra.mode`` to, with or without ``+`` and quotes; None if none does."""
+    found = (re.fullmatch(r"\+{0,2}hydra\.mode=(['\"]?)(.*)\1", text) for text in overrides)
+    return next((one[2] for one in reversed([*found]) if one is not None), None)
 
 
 _MAX_JOBS = 10_000
@@ -180,8 +187,22 @@ def _interpolates(value: str) -> bool:
     """Whether all that looks like an interpolation is one: of a key of ours, or by a resolver; else it is text."""
     named = re.findall(r"\$\{([^}]*)\}", value)
     known = {*known_keys(), *(key.rpartition(".")[0] for key in known_keys())}
-    resolvers = ("oc.", "hydra:", "now:", "hydra.", "model.", "dataset.", "inference.", "runtime.", "run.")
-    return bool(named) and all(name in known or name.startswith(resolvers) for name in named)
+    prefixes = ("hydra.", "model.", "dataset.", "inference.", "runtime.", "run.")
+    return bool(named) and all(name in known or name.startswith(prefixes) or _has_resolver(name) for name in named)
+
+
+def _has_resolver(name: str) -> bool:
+    """Whether the text within ``${...}`` calls a resolver: OmegaConf's, Hydra's, or one of a plugin."""
+    resolver, colon, _ = name.partition(":")
+    if not colon:
+        return False
+    if not OmegaConf.has_resolver(resolver) and resolver.isidentifier():
+        Plugins.instance()  # imports those that are installed
+    return resolver in _OF_APPLICATIONS or OmegaConf.has_resolver(resolver)
+
+
+_OF_APPLICATIONS = ("hydra", "now")
+"""Resolvers that Hydra registers once an application begins."""
 
 
 def _parses(text: str) -> bool:

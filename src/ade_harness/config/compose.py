@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -109,14 +110,40 @@ def with_own_protocol(overrides: Sequence[str], kind: str, tree: DictConfig) -> 
 
 def compose_tree(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
     """Compose Hydra's tree of a configuration, in which mandatory values may be missing; raises as above."""
+    try:
+        return _composed(overrides, extra)
+    except (HydraException, ValueError, *_NO_VALUE, *UNREADABLE) as error:  # ValueError: of overrides of groups
+        raise HarnessError(explain(error, overrides)) from error
+
+
+def _composed(overrides: Sequence[str], extra: Path | None, **options: bool) -> DictConfig:
+    """Compose with Hydra's own errors; `options` are those of :func:`hydra.compose`."""
     register_schemas()
     GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[{quote(f'file://{extra.resolve()}')}]"] if extra else []
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        return compose("config", overrides=[*overrides, *search], **options)
+
+
+def files_choose_sweep(overrides: Sequence[str], extra: Path) -> bool:
+    """Whether files of the user's set ``hydra.mode`` to MULTIRUN: then overrides may hold sweeps.
+
+    Args:
+        overrides: of the command.
+        extra: folder of ``--config-dir``. Hydra is asked only if one of its files has the word.
+    """
+    if not any(RunMode.MULTIRUN.name in path.read_text(errors="replace") for path in extra.rglob("*.yaml")):
+        return False
+    parser = OverridesParser.create()
     try:
-        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            return compose("config", overrides=[*overrides, *search])
-    except (HydraException, ValueError, *_NO_VALUE, *UNREADABLE) as error:  # ValueError: of overrides of groups
-        raise HarnessError(explain(error, overrides)) from error
+        single = [text for text in prepare(overrides, extra, multirun=True) if not _sweeps(parser, text)]
+        return bool(_composed(single, extra, return_hydra_config=True).hydra.mode == RunMode.MULTIRUN)
+    except (HydraException, ValueError, HarnessError, *_NO_VALUE, *UNREADABLE):
+        return False  # the same will be said of the command
+
+
+def _sweeps(parser: OverridesParser, text: str) -> bool:
+    return bool(parser.parse_override(text).is_sweep_override())
 
 
 def checked(tree: DictConfig) -> Config:

@@ -327,8 +327,14 @@ def require_data(config: Config) -> None:
         f"dataset.root={config.dataset.root}: would not be read, as the data set is {config.dataset.kind}. Add"
         " dataset=ade20k to evaluate it, or leave it out.",
     )
-    for key, what in _OWN_DATA.items() if config.dataset.kind == DatasetKind.folder else ():
-        require(bool(getattr(config.dataset, key)), f"dataset.{key} must be set: {what}.")
+    for key, what in OWN_DATA.items():
+        value, read = getattr(config.dataset, key), config.dataset.kind == DatasetKind.folder
+        require(bool(value) or not read, f"dataset.{key} must be set: {what}.")
+        require(
+            not value or read,
+            f"dataset.{key}={value}: would not be read, as the data set is {config.dataset.kind}. Add dataset=folder to"
+            " evaluate your own data, or leave it out.",
+        )
     require(
         config.dataset.kind != DatasetKind.ade20k or bool(config.dataset.root),
         "dataset.root must be set: the folder or zip of ADEChallengeData2016 (or set ADE20K_ROOT). It is not in"
@@ -337,15 +343,16 @@ def require_data(config: Config) -> None:
     )
 
 
-_OWN_DATA = {
+OWN_DATA = {
     "image_dir": "the folder of images",
     "label_dir": "the folder of label files",
     "classes": "a YAML file with the names of the classes (docs/dataset.md)",
 }
+"""Fields of ``dataset`` that your own data need, and no other data set reads."""
 
 
 def _check_own_data(dataset: DatasetConfig) -> None:
-    require(bool(dataset.classes), f"dataset.classes must be set: {_OWN_DATA['classes']}.")
+    require(bool(dataset.classes), f"dataset.classes must be set: {OWN_DATA['classes']}.")
     require(
         dataset.name not in (DatasetKind.ade20k, DatasetKind.demo),
         f"dataset.name={dataset.name}: is the name of another data set. Give your data a name of its own.",
