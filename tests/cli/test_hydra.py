@@ -597,7 +597,22 @@ def test_a_home_that_nobody_has_is_one_message(call: Call, given: tuple[str, ...
     done = call(*given, *(QUICK if "=" in given[0] else ()))
     assert done.code == 2
     assert "no home directory is known for ~nobody_here" in done.err
+    assert "Write ./~nobody_here" in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_name_that_begins_like_a_home_is_one_after_a_dot(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for root in ("./~nobody_here", "./~"):
+        assert call(*QUICK, "dataset.images=2", f"run.root={root}").code == 0
+        assert call("runs", root).code == 0
+        run = next((tmp_path / root).iterdir())
+        for command in ("status", "resume"):
+            done = call(command, f"{root}/{run.name}")
+            assert done.code == 0, done.err
+    assert not (tmp_path / "home").exists()
 
 
 def test_hydras_own_help(call: Call) -> None:

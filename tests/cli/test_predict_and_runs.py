@@ -271,3 +271,55 @@ def test_a_model_that_leaves_silently_is_a_fault(
     assert done.code == 2, done.out + done.err
     assert re.search(r"called os\._exit\(0\) at \S+leaving\.py:6, in forward: the work was not finished", done.err)
     assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ending", "code", "message"),
+    [
+        ("ctypes.CDLL(None)._exit(0)", 1, "was ended with code 0 by the model"),
+        ("os.execv('/bin/true', ['true'])", 1, "was ended with code 0 by the model"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "was killed by SIGKILL (often the kernel"),
+        ("os.kill(os.getppid(), signal.SIGTERM), time.sleep(60)", 143, ""),
+    ],
+)
+def test_an_end_below_python_is_noticed(
+    cli: Callable[..., Done], photos: Path, tmp_path: Path, ending: str, code: int, message: str
+) -> None:
+    (tmp_path / "leaving.py").write_text(
+        "import ctypes, os, signal, time, torch\n\nclass Net(torch.nn.Module):\n"
+        f"    def forward(self, images):\n        {ending}\n"
+    )
+    done = cli("predict", photos, "model=custom", "model._target_=leaving.Net", "model.weights=random")
+    assert done.code == code, done.out + done.err
+    assert message in done.err
+    assert ("the work was not finished" in done.err) == bool(message)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
+def test_a_model_that_changes_the_working_directory_moves_no_result(
+    cli: Callable[..., Done], photos: Path, tmp_path: Path
+) -> None:
+    """Research code does it to find its own files; relative paths stay those of the command."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "wandering.py").write_text(
+        f"import os, torch\nos.chdir({str(elsewhere)!r})\n\nclass Net(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        f"        os.chdir({str(elsewhere)!r})\n"
+        "        return torch.nn.functional.one_hot((images[:, 0] > 0).long(), 150).movedim(-1, 1).float()\n"
+    )
+    model = ("model=custom", "model._target_=wandering.Net", "model.weights=random")
+    done = cli("predict", "photos", "--output=out", *model)
+    assert done.code == 0, done.err
+    for override in ("runtime.supervise=true", "runtime.supervise=false"):
+        done = cli(*model, "dataset.images=3", "tracking=none", "run.overlays=1", override)
+        assert done.code == 0, done.err
+    assert [*elsewhere.iterdir()] == []
+    assert len([*(tmp_path / "out/labels").rglob("*.png")]) == 3
+    runs = [*(tmp_path / "runs").iterdir()]
+    assert len(runs) == 2
+    for run in runs:
+        assert {"metrics.json", "overlays", "manifest.json"} <= {path.name for path in run.iterdir()}
+        assert json.loads((run / "manifest.json").read_text())["directory"] == str(tmp_path)

@@ -28,6 +28,7 @@ from ade_harness.report.overlays import draw_prediction
 from ade_harness.runs.directory import decisive, differences
 from ade_harness.runs.provenance import code_state, computing_packages
 from ade_harness.runs.record import decided_counts
+from ade_harness.runtime.lifetime import directory_kept
 
 _RECORD = "predictions.json"
 _FOLDERS = ("labels", "pictures")
@@ -67,7 +68,8 @@ def predict_files(
             pixels = _read(file, exif)
             if file.suffix.lower() == ".png" and _is_flat(pixels):
                 found.constant.append(str(file))
-            _write(segmenter, file, pixels, output, name)
+            with directory_kept():
+                _write(segmenter, file, pixels, output.absolute(), name)
         except HarnessError as error:
             found.failed[str(file)] = str(error)
             for folder in _FOLDERS:  # of what the file was before: it must not be taken for the present one's

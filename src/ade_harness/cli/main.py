@@ -24,7 +24,7 @@ from ade_harness.cli.answer import Answer
 from ade_harness.cli.commands import COMMANDS, EVERYWHERE, find_command, overview, parser_of
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.console import OUTPUT, Output, debug_messages, print_error
-from ade_harness.runtime.lifetime import no_silent_exit
+from ade_harness.runtime.lifetime import no_silent_exit, watched
 from ade_harness.runtime.notes import COMMAND, EXIT_MESSAGE, GIVEN_FULL_ERROR
 
 _TRACEBACK = "ADE_HARNESS_TRACEBACK"
@@ -33,6 +33,8 @@ _verbose: ContextVar[bool] = ContextVar("verbose", default=False)
 _OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
 """What a path that the user named may be: before Python 3.12, `Path.exists` raises some of these too."""
 
+_WITHOUT_RANKS = (["predict"], ["serve"])
+"""Commands that run a model themselves."""
 _OF_STREAMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -46,9 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     if arguments is None:  # before Hydra writes its own arguments there; ranks inherit it
         os.environ[COMMAND] = json.dumps(["python", "-m", "ade_harness", *sys.argv[1:]])
-        with no_silent_exit():
-            return run_command(list(sys.argv[1:]))
+        given = list(sys.argv[1:])
+        return watched(lambda: _run_alone(given)) if _flags_last(given)[:1] in _WITHOUT_RANKS else _run_alone(given)
     return run_command(list(arguments), in_this_process=True)
+
+
+def _run_alone(arguments: list[str]) -> int:
+    with no_silent_exit():
+        return run_command(arguments)
 
 
 def _open_streams() -> None:

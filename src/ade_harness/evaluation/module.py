@@ -32,6 +32,7 @@ from ade_harness.runs.record import RunRecord
 from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.coordination import Coordinator
 from ade_harness.runtime.gpu_errors import is_out_of_memory
+from ade_harness.runtime.lifetime import directory_kept
 
 _STEP_S = 0.05
 """How long a step goes on with further batches."""
@@ -264,7 +265,8 @@ class EvaluationModule(pl.LightningModule):
 
     def _launch(self, images: list[LoadedImage], device: torch.device) -> Launched:
         chosen = kernels.select(self.kernels_choice, device.type)
-        return launch(images, self.predictor, device, chosen, len(self.recorder.classes))
+        with directory_kept():
+            return launch(images, self.predictor, device, chosen, len(self.recorder.classes))
 
     def _finish(self, batch: Launched, rank: int) -> None:
         seconds = batch.wait()
@@ -392,6 +394,7 @@ def make_module(
     record: RunRecord | None = None,
 ) -> EvaluationModule:  # fmt: skip
     """Return the module of a rank: with its ledger's writer, and what it keeps of label maps."""
+    run_dir = run_dir.absolute()  # the recorder's thread writes while the model predicts, which may change directories
     writer, label_maps = LedgerWriter(run_dir / LEDGER, marks), LabelMaps(run_dir, cfg.run.label_maps)
     recorder = Recorder(
         run_dir, job.dataset.classes, writer, label_maps, marks, cfg.tracking.kind == TrackingKind.wandb

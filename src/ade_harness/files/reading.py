@@ -15,6 +15,9 @@ def expanded(path: str | Path) -> Path:
     Raises:
         HarnessError: there is no such user, or no home directory.
     """
+    if not str(path).startswith("~"):
+        plain = Path(path)  # of ./~x it keeps ~x alone, which would be replaced if it came here again
+        return plain.absolute() if str(plain).startswith("~") else plain
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -33,6 +33,7 @@ from ade_harness.models.checkpoint.sources import (
 from ade_harness.models.checkpoint.strict import Strictness, noting_left_over
 from ade_harness.models.loaded import LoadedModel, anybodys_code, names_of, statistics
 from ade_harness.models.registry import family_of, imported, named, systems
+from ade_harness.runtime.lifetime import directory_kept
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,7 +56,7 @@ def load_model(cfg: ModelConfig, threads: int = 1, classes: Classes | None = Non
         raise HarnessError(
             f"model.dtype: a model of kind {cfg.kind} keeps the types of its file. Leave model.dtype out."
         )
-    with anybodys_code(kind.is_code, f"model._target_={cfg._target_}"):
+    with directory_kept(), anybodys_code(kind.is_code, f"model._target_={cfg._target_}"):
         return _load(cfg, threads, classes or ade20k_classes())
 
 

@@ -69,7 +69,7 @@ class LiveStatus:
         def warn(text: str) -> None:
             print_line(console, text, style="yellow")
 
-        return LiveStatus(record.path, record.lock, total, warn, coordinator.lose)
+        return LiveStatus(record.path.absolute(), record.lock, total, warn, coordinator.lose)
 
     def begin(self, before: int) -> float:
         """Note that the work begins, and how many images were counted earlier; return ``time.monotonic()``."""

@@ -39,7 +39,8 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None] = lambda _: None) -> None:
-        self.path = run_dir / LOCK
+        self.path = run_dir.absolute() / LOCK  # a model may change the working directory while it predicts
+        self._shown = run_dir
         self._say = say
         self._content: dict[str, Any] = {"token": uuid.uuid4().hex, "renewed": 0, **_this_process()}
         self._renewed_at = time.monotonic()
@@ -68,7 +69,7 @@ class RunLock:
         state = owner_state(holder)
         if state == "unknown":
             where = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
-            self._say(f"{self.path.parent} is locked by {where}: checking for {LEASE_S:g} s whether it is still alive")
+            self._say(f"{self._shown} is locked by {where}: checking for {LEASE_S:g} s whether it is still alive")
             end = time.monotonic() + LEASE_S
             while time.monotonic() < end and state == "unknown":
                 time.sleep(0.5)
@@ -76,13 +77,13 @@ class RunLock:
                     return self.acquire()
                 state = "alive" if read_lock(self.path) != holder else "unknown"
         if state == "alive":
-            raise HarnessError(_refusal(self.path, holder))
+            raise HarnessError(_refusal(self._shown, holder))
         if self.path.is_dir() and not self.path.is_symlink():
             raise HarnessError(f"{self.path}: is a folder, expected a lock file. Remove it.")
         self._write()
         time.sleep(_SETTLE_S)  # two that take over at once: the later one has it
         if not self.is_mine():
-            raise HarnessError(_refusal(self.path, read_lock(self.path)))
+            raise HarnessError(_refusal(self._shown, read_lock(self.path)))
         return None
 
     def is_mine(self) -> bool:
@@ -100,7 +101,7 @@ class RunLock:
         self._renewed_at = time.monotonic()
         holder = read_lock(self.path)
         if holder and holder.get("token") != self._content["token"]:
-            raise HarnessError(_refusal(self.path, holder))
+            raise HarnessError(_refusal(self._shown, holder))
         self._content["renewed"] += 1
         self._write()
 
@@ -159,11 +160,11 @@ def at_work(holder: dict[str, Any], progress: dict[str, Any] | None) -> bool:
     return (datetime.now(UTC) - datetime.fromisoformat(progress["updated"])).total_seconds() <= LEASE_S
 
 
-def _refusal(path: Path, holder: dict[str, Any]) -> str:
+def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
     job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
     return (
-        f"{path.parent}: another job is working on this run (process {holder.get('pid')} on {holder.get('host')}{job})."
-        f" Wait for it, stop it, or choose another run.dir; `python -m ade_harness status {path.parent}` shows how far"
+        f"{run_dir}: another job is working on this run (process {holder.get('pid')} on {holder.get('host')}{job})."
+        f" Wait for it, stop it, or choose another run.dir; `python -m ade_harness status {run_dir}` shows how far"
         " it is."
     )
 

@@ -10,11 +10,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ade_harness.errors import HarnessError
+from ade_harness.runtime.console import print_error
 
 
 @contextmanager
@@ -42,6 +43,21 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died in between
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def directory_kept() -> Iterator[None]:
+    """Go back to the working directory afterwards, if it is still there.
+
+    Modules of models change to their own when they are imported, and forget it: relative paths of a run, its data and
+    its results belong to the directory where the command was given.
+    """
+    before = os.getcwd()  # noqa: PTH109  # half of what Path.cwd costs, for each image
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.chdir(before)
 
 
 class CommandEnded(SystemExit):
@@ -85,6 +101,69 @@ def no_silent_exit() -> Iterator[None]:
         yield
     finally:
         os._exit = leave_at_once
+
+
+_SIGNAL_CAUSES = {
+    signal.SIGKILL: "often the kernel, when memory runs out: see dmesg",
+    signal.SIGSEGV: "a fault in compiled code",
+    signal.SIGBUS: "often no space left in /dev/shm",
+    signal.SIGABRT: "compiled code gave up: see its log",
+}
+
+
+def killed_by(number: int) -> str:
+    """Return "was killed by NAME", and what is often the cause, of a signal's number."""
+    name = signal.Signals(number)
+    cause = _SIGNAL_CAUSES.get(name)
+    return f"was killed by {name.name}{f' ({cause})' if cause else ''}"
+
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def watched(work: Callable[[], int]) -> int:
+    """Do `work` in a child of this process; returns its exit code, in both.
+
+    For commands that run a model without ranks and so without a supervisor: what ends the child below Python (``exit``
+    in C, an ``exec``, a crash, the kernel's want of memory) is noticed here. Signals of the terminal reach the child by
+    themselves; those of other processes are passed on. Called before threads begin; where the system cannot wait for
+    signals (macOS), `work` is done in this process.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return work()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, nobody learns how a child ended
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        end_with_parent()
+        try:
+            return work()
+        finally:
+            os.write(writer, b".")  # Python ends it, with whatever code
+    os.close(writer)
+    passed_on: set[int] = set()
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        info = signal.sigwaitinfo({*_PASSED_ON, signal.SIGCHLD})
+        if info.si_signo in _PASSED_ON and info.si_code <= 0:  # else the kernel's, for all of the terminal's group
+            passed_on.add(info.si_signo)
+            os.kill(child, info.si_signo)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    code = os.waitstatus_to_exitcode(found[1])
+    os.set_blocking(reader, False)
+    try:
+        if os.read(reader, 1):
+            return code
+    except BlockingIOError:  # its own children hold the other end still
+        pass
+    finally:
+        os.close(reader)
+    if -code not in passed_on:
+        how = killed_by(-code) if code < 0 else f"was ended with code {code} by the model or a library that it uses"
+        print_error(f"error: the process of the model {how}: the work was not finished.")
+    return 128 - code if code < 0 else code or 1
 
 
 def leave(code: int) -> None:

@@ -22,6 +22,7 @@ from typing import IO
 
 from ade_harness.files.atomic import replaced
 from ade_harness.runtime.cluster import HANDOVER, SUPERVISED, SUPERVISOR, Node, host_name
+from ade_harness.runtime.lifetime import killed_by
 from ade_harness.runtime.notes import (
     DONE,
     EXIT_MESSAGE,
@@ -41,12 +42,6 @@ _OWN_END_S = 3.0
 _TAIL_LINES = 12
 
 _ORDERLY = (EXIT_MESSAGE, EXIT_STOPPED, EXIT_RANK_LOST)
-_SIGNAL_CAUSES = {
-    signal.SIGKILL: "often the kernel, when memory runs out: see dmesg",
-    signal.SIGSEGV: "a fault in compiled code",
-    signal.SIGBUS: "often no space left in /dev/shm",
-    signal.SIGABRT: "compiled code gave up: see its log",
-}
 
 
 @dataclass
@@ -305,9 +300,7 @@ class Supervisor:
 def _obituary(rank: RankProcess, note: dict[str, str], run_dir: str | None) -> str:
     code = rank.process.returncode
     if code < 0:
-        name = signal.Signals(-code)
-        cause = _SIGNAL_CAUSES.get(name)
-        how = f"was killed by {name.name}{f' ({cause})' if cause else ''}"
+        how = killed_by(-code)
     elif rank.exited_early:
         how = "exited early with code 0 (the model, or a library it uses, called os._exit)"
     else:
