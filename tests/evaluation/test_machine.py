@@ -52,11 +52,31 @@ def test_a_small_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     data.check_shared_memory(0, 0, 1e12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(
-        HarnessError, match=r"64 MiB free, and 8 loaders for each of 8 ranks need about 342.*--shm-size"
+        HarnessError, match=r"64\.0 MiB free, and 8 loaders for each of 8 ranks need about 341\.8.*--shm-size"
     ):
         data.check_shared_memory(8, 4, 1.4e6)
     monkeypatch.setattr(data, "_SHARED_MEMORY", tmp_path / "none")  # not Linux
     data.check_shared_memory(8, 4, 1e12)
+
+
+def no_memory(_: int) -> torch.UntypedStorage:
+    raise RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Permission denied (13)")
+
+
+def test_shared_memory_that_cannot_be_made_is_one_message(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    """In a loader an error of pickling would be printed, and its rank would wait for ever."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "_new_shared", no_memory)
+        assert "no shared memory can be made" in doctor._shared()
+        at_start = call(*FAST, "dataset.images=2", "runtime.workers=1")
+        patch.setattr(data, "check_shared_memory", lambda *_: None)
+        later = call(*FAST, "dataset.images=2", "runtime.workers=1")
+        assert call(*FAST, "dataset.images=2").code == 0
+    for done in (at_start, later):
+        assert done.code == 2
+        assert done.err.count("no shared memory can be made") == 1
+        assert "mode: Permission denied (13)). Make it writable" in done.err
+        assert "Traceback" not in done.err + done.out
 
 
 def test_slurm_tasks_that_see_one_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

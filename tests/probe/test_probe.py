@@ -32,6 +32,7 @@ from ade_harness.probe.crops import Crops, Share, distort, make_crop
 from ade_harness.probe.schedule import learning_rate
 from ade_harness.probe.training import cut_log
 from ade_harness.runs.lock import RunLock
+from tests.cli.test_cli import one_message
 from tests.conftest import Done
 from tests.models.systems.test_dense_systems import official_weights
 from tests.probe.composing import compose_probe
@@ -415,6 +416,22 @@ def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: P
     assert call("probe", *PROBE, *short).code == 0  # a version that did not keep these
     prose = ("model.label=another", "model.about.paper=another")  # which decides nothing
     assert call("probe", *PROBE, *short, *prose).code == 0
+    good = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    moments = good["optimizer"]["state"]
+    for name, wrong in {
+        "step": "four", "losses": 3.0, "head": [1], "optimizer": {"state": {}, "param_groups": []},
+    }.items():  # fmt: skip
+        torch.save({**good, name: wrong}, tmp_path / "run/state.pt")
+        one_message(call("resume", "run"), "state.pt: is damaged", "Delete it to start again")
+    for wrong in (-1, 5, True, 2.0, None):
+        torch.save({**good, "step": wrong}, tmp_path / "run/state.pt")
+        one_message(call("resume", "run"), "is damaged (step: expected an integer from 0 to 4)")
+    for wrong in (torch.zeros(3), torch.full_like(moments[0]["exp_avg"], torch.nan), "a"):
+        spoiled = {**moments, 0: {**moments[0], "exp_avg": wrong}}
+        torch.save({**good, "optimizer": {**good["optimizer"], "state": spoiled}}, tmp_path / "run/state.pt")
+        one_message(call("resume", "run"), "state.pt: is damaged")
+    torch.save([1, 2], tmp_path / "run/state.pt")
+    one_message(call("resume", "run"), "state.pt: is damaged")
     (tmp_path / "run/state.pt").write_bytes(b"PK cut")
     assert "state.pt: is damaged" in call("probe", *PROBE, *short).err
     assert "state.pt: is damaged" in call("resume", "run").err

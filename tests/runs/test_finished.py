@@ -57,6 +57,24 @@ def test_a_finished_run_is_read_back(demo: Path) -> None:
     assert run.metrics["calibration_error"] == calibration.ece
 
 
+def test_a_result_that_was_changed_is_marked_wherever_it_is_shown(run: Path, call: Call, tmp_path: Path) -> None:
+    """What the ledger can tell is refused; the rest, such as a mark taken away, only the signature can."""
+    mark = "CHANGED: manifest.json or metrics.json is not as the run has written it"
+    manifest, metrics = (json.loads((run / name).read_text()) for name in ("manifest.json", "metrics.json"))
+    for command in (["status", run], ["runs", run], ["report", run, "--text"]):
+        assert "CHANGED" not in call(*command).out
+    (run / "manifest.json").write_text(json.dumps({**manifest, "marks": []}))
+    assert json.loads(call("status", run, "--json").out)["marks"] == [mark]
+    assert json.loads(call("runs", run, "--json").out)["runs"][0]["marks"] == mark
+    assert load_run(run).marks == (mark,)
+    (run / "manifest.json").write_text(json.dumps({**manifest, "result_signature": None}))
+    assert load_run(run).marks == tuple(manifest["marks"])  # of an earlier version: nobody can tell
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "metrics.json").write_text(json.dumps({**metrics, "mIoU": 0.9}))
+    assert "damaged" in json.loads(call("runs", run, "--json").out)["runs"][0]["status"]
+    assert "mIoU: is 0.9, the ledger sums to" in call("status", run).err
+
+
 def test_a_truncated_or_edited_ledger_is_refused(run: Path, call: Call) -> None:
     segments = sorted((run / "ledger").glob("*.parquet"))
     table = pq.read_table(segments[0])

@@ -19,6 +19,7 @@ from ade_harness import kernels
 from ade_harness.cli.answer import Answer
 from ade_harness.config.files import conf_dir, default_data_roots
 from ade_harness.errors import HarnessError
+from ade_harness.evaluation.packing import in_shared_memory
 from ade_harness.files.fetch import OFFICIAL_URL, cache_dir
 from ade_harness.files.reading import expanded
 from ade_harness.models.ops import deformable
@@ -160,6 +161,10 @@ def _shared() -> str:
         free = shutil.disk_usage("/dev/shm").free / 2**20
     except OSError:
         return "no /dev/shm"
+    try:
+        in_shared_memory([torch.zeros(1)])
+    except HarnessError as error:
+        return str(error)
     return f"/dev/shm {free:.0f} MiB free{'' if free > 256 else ': too little for loaders, see --shm-size'}"
 
 

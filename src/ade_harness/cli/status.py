@@ -20,7 +20,7 @@ from ade_harness.runs.finished import load_run
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.lock import LOCK, at_work, owner_state, read_lock
 from ade_harness.runs.progress import read_losses, read_progress
-from ade_harness.runs.record import read_config
+from ade_harness.runs.record import marks_now, read_config
 from ade_harness.runtime.console import make_console, percent, print_fact, print_line
 from ade_harness.runtime.notes import resume_command
 from ade_harness.runtime.progress_bar import format_seconds
@@ -43,9 +43,10 @@ def run_status(options: argparse.Namespace) -> Answer:
     holder = read_lock(path / LOCK)
     state = run_state(manifest.get("status") or "running", holder, progress)
     run = load_run(path) if state == "finished" else None  # whose ledger sums to its scores
+    marks = marks_now(path, manifest)
     rows, damaged = (run.rows, []) if run is not None else read_rows(path / LEDGER)
     miou = None if run is None else run.metrics["mIoU"]
-    for mark in manifest.get("marks") or ():
+    for mark in marks:
         print_line(console, one_line(mark), style="bold yellow")
     print_fact(console, "state", state)
     print_fact(console, "saved", f"{len(rows)} of {total} images" + (f", {len(damaged)} damaged files" * bool(damaged)))
@@ -69,7 +70,7 @@ def run_status(options: argparse.Namespace) -> Answer:
     content = {
         "run": str(path), "state": state, "saved": len(rows), "images": total, "damaged_files": len(damaged),
         "progress": progress if state.startswith("running") else None, "mIoU": miou,
-        "marks": list(manifest.get("marks") or ()), "failures": dict(manifest.get("failures") or {}),
+        "marks": marks, "failures": dict(manifest.get("failures") or {}),
     }  # fmt: skip
     return Answer(content)
 

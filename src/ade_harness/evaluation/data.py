@@ -15,14 +15,14 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ade_harness.config.runtime import Sharding
 from ade_harness.config.schema import Config
 from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.errors import EveryImageError, HarnessError
 from ade_harness.evaluation.job import Job
-from ade_harness.evaluation.packing import Layout, Sent, pack, receive, send, unpack
+from ade_harness.evaluation.packing import Layout, Sent, in_shared_memory, receive, send, unpack
 from ade_harness.inference.predictor import Predictor, Prepared
 from ade_harness.metrics.counts import Row
 from ade_harness.runtime.cluster import cores_per_rank, host_name, local_ranks
@@ -46,13 +46,29 @@ class LoadedImage:
     """uint8 [H, W, 3], for the few images that are drawn."""
     load_seconds: float
     """Reading, decoding and resizing."""
+    packed: tuple[Tensor, Layout] | None = None
+    """A copy of all tensors in shared memory, which a loader process hands over."""
+
+    def pack(self) -> LoadedImage:
+        """Return the image with its copy in shared memory.
+
+        Raises:
+            HarnessError: there is no shared memory.
+        """
+        tensors = [*self.prepared.pixels, self.target, *([] if self.overlay_image is None else [self.overlay_image])]
+        return replace(self, packed=in_shared_memory(tensors))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Hand all tensors over in one piece of shared memory; called in a loader process."""
-        tensors = [*self.prepared.pixels, self.target, *([] if self.overlay_image is None else [self.overlay_image])]
+        """Hand all tensors over in one piece of shared memory; called by a thread of a loader process.
+
+        An error in that thread would be printed and lose the image, for which the rank would wait: what can fail has
+        been done before, in :meth:`pack`.
+        """
+        packed = self.packed or self.pack().packed
+        assert packed is not None
+        buffer, layout = packed
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields |= {"prepared": replace(self.prepared, pixels=()), "target": None, "overlay_image": None}
-        buffer, layout = pack(tensors)
+        fields |= {"prepared": replace(self.prepared, pixels=()), "target": None, "overlay_image": None, "packed": None}
         return _with_tensors, (fields, self.overlay_image is not None, send(buffer), layout)
 
     def pin_memory(self) -> LoadedImage:
@@ -117,13 +133,16 @@ def check_shared_memory(workers: int, ahead: int, item_bytes: float) -> None:
     Raises:
         HarnessError: how much there is, how much is needed, what to do. A process would die of a bus error instead.
     """
-    if workers == 0 or not _SHARED_MEMORY.is_dir():
+    if workers == 0:
+        return
+    in_shared_memory([torch.zeros(1)])
+    if not _SHARED_MEMORY.is_dir():  # macOS has others
         return
     free, need = shutil.disk_usage(_SHARED_MEMORY).free, workers * ahead * local_ranks() * item_bytes
     if need > free:
         raise HarnessError(
-            f"{_SHARED_MEMORY} on {host_name()} has {free / 2**20:.0f} MiB free, and {workers} loaders for each of"
-            f" {local_ranks()} ranks need about {need / 2**20:.0f} to hand images over. Start the container with"
+            f"{_SHARED_MEMORY} on {host_name()} has {free / 2**20:.1f} MiB free, and {workers} loaders for each of"
+            f" {local_ranks()} ranks need about {need / 2**20:.1f} to hand images over. Start the container with"
             " --shm-size=8g (or --ipc=host), or use a smaller runtime.workers; 0 needs none."
         )
 
@@ -170,7 +189,11 @@ class ImageItems(Dataset[list[LoadedImage | Failure]]):
         overlay = torch.from_numpy(sample.image) if image_id in self.overlay_ids else None
         source, target = self.predictor.source_hash(image_id), torch.from_numpy(sample.target)
         seconds = time.perf_counter() - start
-        return LoadedImage(image_id, prepared, target, sample.content_hash, source, overlay, seconds)
+        image = LoadedImage(image_id, prepared, target, sample.content_hash, source, overlay, seconds)
+        try:
+            return image if get_worker_info() is None else image.pack()
+        except HarnessError as error:
+            return Failure(image_id, str(error), of_all=True)
 
 
 class EvaluationData(pl.LightningDataModule):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ade_harness.errors import EveryImageError
+from ade_harness.runtime.cluster import host_name
 from ade_harness.runtime.descriptors import Ticket, is_loader, receive_descriptor, send_descriptor
 
 _ALIGNMENT = 64
@@ -39,6 +41,22 @@ def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, Layout]:
     for place, tensor in zip(unpack(buffer, tuple(layout)), tensors, strict=True):
         place.copy_(tensor)
     return buffer, tuple(layout)
+
+
+def in_shared_memory(tensors: Sequence[Tensor]) -> tuple[Tensor, Layout]:
+    """Return a copy of tensors in new shared memory, and where they lie in it.
+
+    Raises:
+        HarnessError: there is none, or it cannot be written.
+    """
+    try:
+        return pack(tensors)
+    except (RuntimeError, OSError) as error:
+        raise EveryImageError(
+            f"/dev/shm on {host_name()}: no shared memory can be made, by which loaders hand images over"
+            f" ({' '.join(str(error).split())[:200]}). Make it writable (containers: --shm-size=8g or --ipc=host), or"
+            " use runtime.workers=0, which needs none."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +19,9 @@ from torch import Tensor
 from ade_harness.config.probe import ProbeConfig
 from ade_harness.config.schema import Config
 from ade_harness.data.labels import IGNORE_INDEX
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, require
 from ade_harness.files.atomic import discard, replaced, write_json, write_text
+from ade_harness.files.reading import require_regular
 from ade_harness.inference.forward import arithmetic_of
 from ade_harness.models.heads.linear import LinearHead, LinearSegmenter
 from ade_harness.models.loaded import LoadedModel
@@ -74,20 +75,22 @@ class HeadTraining(pl.LightningModule):
             console.print(f"continuing after {self.first_step:,} of {recipe.iterations:,} iterations")
 
     def _load(self) -> dict[str, Any] | None:
+        """Load the head of an earlier part, if there is one, and return its state."""
         path = self.run_dir / STATE
         if not path.exists():
             return None
+        require_regular(path, str(path))
         try:
             saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             self.head.load_state_dict(saved["head"])
-        except (RuntimeError, OSError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise HarnessError(
-                f"{path}: is damaged ({str(error).splitlines()[0]}). Delete it to start again."
-            ) from error
+            _check_state(saved, [*self.head.parameters()], self.recipe.iterations)
+        except Exception as error:  # the file may be any that torch has written, and hold anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise HarnessError(f"{path}: is damaged ({reason}). Delete it to start again.") from error
         return saved
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW as it was left."""
+        """Return AdamW as it was left; its options are the recipe's."""
         optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=self.recipe.lr,
@@ -95,7 +98,7 @@ class HeadTraining(pl.LightningModule):
             weight_decay=self.recipe.weight_decay,
         )
         if self._saved is not None:
-            optimizer.load_state_dict(self._saved["optimizer"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": self._saved["optimizer"]["state"]})
         return optimizer
 
     def on_fit_start(self) -> None:
@@ -198,3 +201,24 @@ class HeadTraining(pl.LightningModule):
         if self._reporter is not None:
             self._reporter.close()
             discard(self.run_dir / PROGRESS)
+
+
+def _check_state(saved: dict[str, Any], parameters: Sequence[Tensor], iterations: int) -> None:
+    """Refuse a state of which a training could not go on.
+
+    Args:
+        saved: the content of the file; its head has been loaded.
+        parameters: of the head.
+        iterations: of the recipe.
+    """
+    step, losses, moments = saved["step"], saved.get("losses", []), saved["optimizer"]["state"]
+    require(type(step) is int and 0 <= step <= iterations, f"step: expected an integer from 0 to {iterations:,}")
+    rows = isinstance(losses, list) and all(isinstance(row, list) for row in losses)
+    require(
+        rows and all(isinstance(loss, float) for row in losses for loss in row), "losses: expected lists of numbers"
+    )
+    require(moments.keys() == set(range(len(parameters))), "optimizer: expected a state of each parameter")
+    for parameter, state in zip(parameters, (moments[n] for n in range(len(parameters))), strict=True):
+        for name, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+            fits = state[name].shape == shape and state[name].dtype == torch.float32 and state[name].isfinite().all()
+            require(bool(fits), f"optimizer.{name}: expected finite float32 {list(shape)}")

@@ -21,6 +21,7 @@ from ade_harness.runs.directory import LEDGER, MANIFEST, is_of_memory, read_mani
 from ade_harness.runs.exactness import check_rows
 from ade_harness.runs.ledger import read_rows
 from ade_harness.runs.progress import state_of
+from ade_harness.runs.record import marks_now
 from ade_harness.runs.shapes import CONFIG, FINISHED, METRICS
 from ade_harness.runtime.notes import resume_command
 
@@ -51,8 +52,8 @@ class FinishedRun:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What makes the score no score of the model on its data set."""
-        return tuple(one_line(mark) for mark in self.manifest["marks"])
+        """What makes the score no score of the model on its data set, or no score of this run."""
+        return tuple(one_line(mark) for mark in marks_now(self.path, self.manifest))
 
     @property
     def verdict(self) -> str | None:

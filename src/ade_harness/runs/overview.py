@@ -14,7 +14,7 @@ from ade_harness.files.reading import expanded
 from ade_harness.runs.directory import MANIFEST, read_manifest
 from ade_harness.runs.finished import load_run, protocol_text
 from ade_harness.runs.progress import state_of
-from ade_harness.runs.record import is_own
+from ade_harness.runs.record import is_own_result, marks_now
 from ade_harness.runs.shapes import CONFIG, METRICS
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _row(path: Path) -> RunRow:
         config = read_yaml(path / "config.yaml", CONFIG) if (path / "config.yaml").exists() else {}
         finished = manifest.get("status") == "finished" and manifest.get("kind") != "probe"
         metrics = read_json(path / "metrics.json", METRICS) if finished else {}
-        if finished and not is_own(path, manifest):
+        if finished and not is_own_result(path, manifest):
             load_run(path)  # whether its ledger sums to its scores
     except HarnessError as error:
         return RunRow(str(path), f"damaged: {error}", "?")
@@ -148,5 +148,5 @@ def _row(path: Path) -> RunRow:
         flops=metrics.get("flops"),
         gpu_peak_bytes=metrics.get("gpu_peak_bytes"),
         seconds=manifest.get("timings", {}).get("seconds"),
-        marks="; ".join(manifest.get("marks", ())),
+        marks="; ".join(marks_now(path, manifest)),
     )

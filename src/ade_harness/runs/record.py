@@ -236,6 +236,16 @@ def is_own_result(path: Path, manifest: Mapping[str, Any]) -> bool:
     return is_own(path, manifest) and is_signed(manifest.get("result_signature"), *_result(path, manifest))
 
 
+def marks_now(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the marks of a run, and one more if its result was changed after this user had signed it."""
+    signed = manifest.get("status") == "finished" and manifest.get("result_signature")
+    changed = bool(signed) and is_own(path, manifest) and not is_own_result(path, manifest)
+    return [*(manifest.get("marks") or ()), *([_CHANGED] if changed else [])]
+
+
+_CHANGED = "CHANGED: manifest.json or metrics.json is not as the run has written it"
+
+
 def _result(path: Path, manifest: Mapping[str, Any]) -> list[Any]:
     """Return what a finished run's signature is of, beside its configuration: its scores too."""
     decides = {key: manifest.get(key) for key in ("ledger", "marks", "model", "dataset", "failures", "finished")}
