@@ -29,6 +29,14 @@ class EveryImageError(HarnessError):
     """What failed for one image and would fail for every other one: a server that is gone."""
 
 
+def text_of(error: BaseException) -> str:
+    """Return the message of an error; empty if its class, which may be anybody's, cannot give it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of `choices`, or an empty string.
 

@@ -492,6 +492,7 @@ def test_scores_are_in_the_trainers_own_logger(tmp_path: Path) -> None:
     ("predictions", "message"),
     [
         (torch.randn(1, 4, 8, 8).to_sparse(), "preds: a sparse_coo tensor, expected a dense one"),
+        (torch.nested.nested_tensor([torch.randn(4, 8, 8)]), "preds: a nested tensor, expected a dense one"),
         (torch.full((1, 4, 8, 8), torch.nan), r"preds hold NaN or \+inf"),
         (torch.full((1, 4, 8, 8), torch.inf), r"preds hold NaN or \+inf"),
         (torch.quantize_per_tensor(torch.rand(1, 4, 8, 8), 0.1, 0, torch.quint8), "preds: a quantised tensor"),
@@ -504,6 +505,15 @@ def test_scores_without_a_best_class_are_refused(predictions: torch.Tensor, mess
     with pytest.raises(ValueError, match=message):
         metric.update(predictions, torch.zeros(1, 8, 8, dtype=torch.int64))
     assert int(metric.matrix.sum()) == 0
+
+
+def test_scores_that_are_negated_when_they_are_read_are_counted_so() -> None:
+    scores, target = torch.randn(1, 4, 4, 4), torch.randint(0, 4, (1, 8, 8))
+    metric = SegmentationScores(4)
+    metric.update(torch.complex(torch.zeros_like(scores), -scores).conj().imag, target)
+    plain = SegmentationScores(4)
+    plain.update(scores, target)
+    assert torch.equal(metric.matrix, plain.matrix)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -509,3 +511,64 @@ def test_graphs_that_torch_would_leave_out_are_refused() -> None:
         predictor.check({"x": (64, 64)})
     predictor.cfg.compile = "inductor"
     predictor.check({"x": (64, 64)})
+
+
+class Named(torch.Tensor):
+    """A subclass as libraries of images have them: values in its own memory, and a Python class of its own."""
+
+
+class Answers(nn.Module):
+    def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.change = load_demo_network(), change
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.change(self.network(images))
+
+
+def labels_from(change: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    made = predictor(Answers(change), "inference=original_size")
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint8)
+    return made.predict([made.prepare("a", image)], CPU, Stopwatch(CPU))[0].labels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scores: torch.complex(torch.zeros_like(scores), -scores).conj().imag,  # negated when it is read
+        lambda scores: scores.as_subclass(Named),
+        lambda scores: scores[:, None].expand(-1, 2, -1, -1, -1)[:, 1],
+        nn.Parameter,
+        lambda scores: scores.flip(-1).flip(-1).mT.contiguous().mT,
+    ],
+)
+def test_scores_in_any_memory_are_the_same_scores(change: Callable[[torch.Tensor], Any]) -> None:
+    assert torch.equal(labels_from(change), labels_from(lambda scores: scores))
+
+
+def test_scores_that_are_kept_elsewhere_are_refused_by_name() -> None:
+    def masked(scores: torch.Tensor) -> Any:
+        return torch.masked.masked_tensor(scores, scores > 0)
+
+    with pytest.raises(HarnessError, match="a: the model returned a MaskedTensor, whose values are not in one plain"):
+        labels_from(masked)
+
+
+class SpeechlessError(RuntimeError):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+def test_an_error_that_cannot_be_said_is_named() -> None:
+    def fails(_: torch.Tensor) -> Any:
+        raise SpeechlessError
+
+    with pytest.raises(HarnessError, match=r"a: the model failed on an input of \[1, 3, 64, 96\] \(SpeechlessError\)"):
+        labels_from(fails)
+
+
+@pytest.mark.parametrize(("backend", "near"), [("inductr", " Did you mean 'inductor'?"), ("foo", "")])
+def test_a_backend_that_torch_does_not_have_is_refused_at_once(backend: str, near: str) -> None:
+    message = rf"inference.compile={backend}: torch has no such backend\.{re.escape(near)} Backends: .*inductor"
+    with pytest.raises(HarnessError, match=message):
+        predictor(load_demo_network(), *SLIDE, f"inference.compile={backend}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from ade_harness.config.files import choices
 from ade_harness.config.kinds import KINDS
 from ade_harness.config.overrides import as_override_value
 from ade_harness.errors import HarnessError, did_you_mean
+from ade_harness.files.documents import read_json
 from ade_harness.files.reading import expanded
 
 Model = nn.Module | str | Path | Callable[[npt.NDArray[np.uint8]], Any]
@@ -252,8 +252,8 @@ def _of_object(model: Any) -> list[str]:
 def _kind_of_folder(folder: Path) -> str:
     """Return "smp" for a folder that segmentation-models-pytorch has saved, "hf" for any other."""
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        saved = read_json(folder / "config.json")
+    except HarnessError:
         return "hf"
     of_smp = isinstance(saved, dict) and "model_type" not in saved and "encoder_name" in saved
     return "smp" if of_smp else "hf"

@@ -21,7 +21,7 @@ from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.overrides import as_override_value
 from ade_harness.config.validate import require_data
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, text_of
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
 
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
@@ -252,7 +252,7 @@ class ADE20KEvaluation(pl.Callback):
             except Exception as error:  # of any kind, such as short memory: the others would wait for this rank
                 if world_size == 1:
                     raise
-                failure = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+                failure = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {text_of(error)}"
             parts: list[tuple[Counted | None, str]] = [(counted, failure)]
             if world_size > 1:
                 parts = [(None, "")] * world_size

@@ -42,7 +42,7 @@ from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config, TrackingKind
 from ade_harness.config.validate import require_data
 from ade_harness.data.labels import Classes
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, text_of
 from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
 from ade_harness.evaluation.job import describe_facts
 from ade_harness.evaluation.recorder import keep_labels
@@ -209,7 +209,7 @@ def _evaluate(
                     live.close()
                 result, rows = conclude(composed, opened, [counted], path)
             except BaseException as error:  # Ctrl-C too: nothing runs any more
-                why = str(error) or type(error).__name__
+                why = text_of(error) or type(error).__name__
                 record.leave("incomplete", {"evaluate": why})
                 tracking.leave()
                 if cfg.tracking.kind == TrackingKind.wandb and isinstance(error, Exception):

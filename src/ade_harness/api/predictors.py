@@ -18,7 +18,7 @@ from ade_harness.config.schema import Config
 from ade_harness.data.containers import MAX_FILE_BYTES
 from ade_harness.data.decode import decode_image
 from ade_harness.data.labels import NO_CLASS, Classes
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, text_of
 from ade_harness.files.reading import expanded, read_regular
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.predictor import Prediction, Prepared
@@ -124,14 +124,14 @@ class FunctionPredictor:
         except HarnessError:
             raise
         except Exception as error:  # anybody's code
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = " ".join(f"{type(error).__name__}: {text_of(error)}".split())[:300]
             raise HarnessError(f"{prepared.image_id}: the function failed ({reason}).") from error
         size, classes = prepared.original_size, len(self.classes)
         try:
             found = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
         except Exception as error:  # ragged lists, sparse tensors, bfloat16, anybody's __array__
             what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-            reason = " ".join(str(error).split())[:120]
+            reason = " ".join(text_of(error).split())[:120]
             raise HarnessError(
                 f"{prepared.image_id}: the function returned {what}, not an array ({reason}); expected integers"
                 f" {list(size)}: a label for each pixel of the image."

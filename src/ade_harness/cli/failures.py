@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ade_harness.config.schema import Config, TrackingKind
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, text_of
 from ade_harness.runtime.cluster import is_reporting_process
 from ade_harness.runtime.notes import EXIT_MESSAGE, EXIT_RANK_LOST
 
@@ -67,7 +67,7 @@ def run_and_report(cfg: Config, runs: list[Path], work: Callable[[], int], say: 
         report_failure(cfg, run_dir(), str(error), say)
         return EXIT_MESSAGE
     except Exception as error:  # a fault of a model or of this package; its traceback follows
-        report_failure(cfg, run_dir(), f"{type(error).__name__}: {error}", say)
+        report_failure(cfg, run_dir(), f"{type(error).__name__}: {text_of(error)}", say)
         raise
     if code == EXIT_RANK_LOST:
         report_failure(cfg, run_dir(), "another rank was lost", say)

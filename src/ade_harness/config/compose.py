@@ -132,7 +132,8 @@ def files_choose_sweep(overrides: Sequence[str], extra: Path) -> bool:
         overrides: of the command.
         extra: folder of ``--config-dir``. Hydra is asked only if one of its files has the word.
     """
-    if not any(RunMode.MULTIRUN.name in path.read_text(errors="replace") for path in extra.rglob("*.yaml")):
+    files = (path for path in extra.rglob("*.yaml") if path.is_file())  # a pipe would be waited for
+    if not any(RunMode.MULTIRUN.name in path.read_text(errors="replace") for path in files):
         return False
     parser = OverridesParser.create()
     try:

@@ -47,6 +47,21 @@ def require_regular(path: Path, shown: str) -> None:
         raise HarnessError(f"{shown}: {there}.")
 
 
+def require_no_pipes(folder: Path, shown: str) -> None:
+    """Refuse a folder of files that a library opens by itself if one is a pipe, for which it would wait, or a device.
+
+    Args:
+        folder: nothing is refused if there is none.
+        shown: begins the message: ``model.id=...`` as it was given.
+
+    Raises:
+        HarnessError: names the file.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_dir():
+            require_regular(path, f"{shown}: {path.name}")
+
+
 def read_regular(path: Path, maximum: int, limit: int | None = None) -> bytes:
     """Return a file's content.
 

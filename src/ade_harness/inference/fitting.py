@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ade_harness.config.inference import InferenceConfig, ResizeRule
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.inference.plan import ViewPlan, uncovered
 from ade_harness.kernels import Size
 from ade_harness.models.loaded import UNBOUNDED, LoadedModel
@@ -79,6 +79,22 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
             f" inference.resize.pad_to=[{fixed[0]},{fixed[1]}], or inference.resize.rule=exact with height and"
             " width, or windows of that size."
         )
+
+
+def require_backend(backend: str) -> None:
+    """Refuse a backend that torch does not have, before the first image needs it.
+
+    Raises:
+        HarnessError: names what there is.
+    """
+    from torch._dynamo import list_backends  # takes a second, for those alone who compile
+
+    usual, every = list_backends(), list_backends(exclude_tags=())
+    require(
+        backend in every,
+        f"inference.compile={backend}: torch has no such backend.{did_you_mean(backend, every)} Backends:"
+        f" {', '.join(usual)}.",
+    )
 
 
 def check_one_size(backend: str, inputs: Mapping[Size, str]) -> None:

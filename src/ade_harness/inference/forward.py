@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ade_harness.config.inference import InferenceConfig
-from ade_harness.errors import HarnessError, ShortMemoryError
+from ade_harness.errors import HarnessError, ShortMemoryError, text_of
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import LabelMap, MaskLogits, other_scores, read_output
 from ade_harness.runtime.gpu_errors import is_gpu_lost, is_out_of_memory
@@ -118,6 +118,12 @@ class BatchedForward:
         batch = filled[0][None].contiguous() if len(filled) == 1 else torch.stack(filled)
         returned = self._run(batch, what)
         output = read_output(returned, what)
+        odd = next((t for t in (output if isinstance(output, tuple) else (output,)) if not _is_plain(t)), None)
+        if odd is not None and type(odd) is not type(batch):
+            raise HarnessError(
+                f"{what}: the model returned a {type(odd).__name__}, whose values are not in one plain tensor: expected"
+                " a torch.Tensor."
+            )
         elsewhere = {t.device for t in (output if isinstance(output, tuple) else (output,))} - {batch.device}
         if elsewhere:
             raise HarnessError(
@@ -152,7 +158,8 @@ class BatchedForward:
 
     def _kept(self, scores: Tensor) -> Tensor:
         """Return scores as float32 that the next forward leaves alone: CUDA graphs write into the same memory again."""
-        kept = scores.detach().float()
+        kept = scores.detach().as_subclass(Tensor) if _is_plain(scores) else scores.detach()
+        kept = kept.float().resolve_neg()  # kernels read memory, in which a lazy negation has not been done yet
         return kept.clone() if self.cfg.compile == "cudagraphs" else kept
 
     def _is_channels_last(self, output: Sequence[int], images: Sequence[int]) -> bool:
@@ -190,7 +197,7 @@ class BatchedForward:
             raise
         except BaseException as error:  # the network may be anybody's code
             if is_out_of_memory(error) and not isinstance(error, RuntimeError):
-                raise torch.OutOfMemoryError(str(error)) from error  # of a library with errors of its own
+                raise torch.OutOfMemoryError(text_of(error)) from error  # of a library with errors of its own
             if is_out_of_memory(error) or is_gpu_lost(error):
                 raise  # the first is dealt with above; after the second this process cannot use its GPU any more
             reason = " ".join(_said(error).split())[:300]
@@ -277,9 +284,15 @@ def _empty_cache(device: torch.device) -> bool:
     return True
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values are in its own memory: a subclass that redefines operators may keep them elsewhere."""
+    plain: Any = Tensor
+    return bool(type(tensor).__torch_dispatch__ is plain.__torch_dispatch__)
+
+
 def _said(error: BaseException) -> str:
     """Return an error's message: of TorchScript's, which begin with a traceback of its interpreter, the last line."""
-    text = str(error)
+    text = text_of(error)
     if "TorchScript interpreter" in text:
         text = next((line for line in reversed(text.splitlines()) if line.strip()), text)
     return text.removeprefix(f"{type(error).__name__}: ")

@@ -27,7 +27,7 @@ from ade_harness.config.model import ChannelOrder, ModelConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, ShortMemoryError, require
-from ade_harness.inference.fitting import check_one_size, check_plan, fitted
+from ade_harness.inference.fitting import check_one_size, check_plan, fitted, require_backend
 from ade_harness.inference.forward import BatchedForward
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views
@@ -78,6 +78,8 @@ class NetworkPredictor:
         self.statistics = PixelStatistics(model.mean, model.std, bgr, pixels.max_value)
         self.stride: int = pixels.stride
         named = self.class_map_cfg or model.class_names or self.classes.names
+        if self.cfg.compile:
+            require_backend(self.cfg.compile)
         self.forward = BatchedForward(model, self.cfg, len(named))
         self._kernels_choice = kernels_choice
         self._kernels: Kernels | None = None

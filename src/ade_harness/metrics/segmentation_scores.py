@@ -127,12 +127,13 @@ class SegmentationScores(Metric):
         for name, value in (("preds", preds), ("target", target)):
             if not isinstance(value, Tensor):
                 raise ArgumentError(f"{name}: a {type(value).__name__}, expected a tensor.")
+        for name, value in (("preds", preds), ("target", target)):
+            if value.is_nested or value.layout != torch.strided or value.is_quantized:
+                kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+                kind = "nested" if value.is_nested else kind
+                raise ArgumentError(f"{name}: a {kind} tensor, expected a dense one (value.to_dense()).")
         if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
             raise ArgumentError(f"target is {target.dtype}, expected integers.")
-        for name, value in (("preds", preds), ("target", target)):
-            if value.layout != torch.strided or value.is_quantized:
-                kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
-                raise ArgumentError(f"{name}: a {kind} tensor, expected a dense one (value.to_dense()).")
         if preds.is_complex() or preds.dtype == torch.bool:
             raise ArgumentError(f"preds are {preds.dtype}, expected real scores or integer labels.")
         scores = preds.is_floating_point()
@@ -187,7 +188,7 @@ class SegmentationScores(Metric):
         with torch.cuda.device_of(target):  # type: ignore[no-untyped-call]
             chosen = kernels.select(self.kernels_choice, target.device.type)
         size = (target.shape[0], target.shape[1])
-        return chosen.label_map(scores.detach().float().contiguous(), size).long()
+        return chosen.label_map(scores.detach().float().resolve_neg().contiguous(), size).long()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(self) -> Any:

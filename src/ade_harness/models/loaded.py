@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ade_harness.config.model import ModelConfig
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, text_of
 
 UNBOUNDED = 1 << 40
 """Pixels that no image has on a side: a limit that is none."""
@@ -63,7 +63,7 @@ def anybodys_code(is_code: bool, what: str) -> Iterator[None]:
     except BaseException as error:  # a constructor, a property or an overridden method may raise anything
         if not is_code:
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[:300]
+        reason = " ".join(f"{type(error).__name__}: {text_of(error)}".split()).rstrip(":")[:300]
         raise HarnessError(
             f"{what}: its code failed while it was loaded ({reason}). ADE_HARNESS_TRACEBACK=1 shows where."
         ) from error

@@ -107,7 +107,7 @@ def other_scores(output: Any) -> int:
 
 def _is_labels(found: Any) -> bool:
     """Whether something is a map of integers rather than scores."""
-    if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_quantized:
+    if not isinstance(found, Tensor) or found.is_nested or found.layout != torch.strided or found.is_quantized:
         return False
     integers = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
     return integers and (found.ndim == 3 or (found.ndim == 4 and found.shape[1] == 1)) and found.numel() > 0
@@ -117,6 +117,8 @@ def _checked(tensor: Any, what: str) -> Tensor:
     """Return scores; raises HarnessError for a tensor whose values are none."""
     if not isinstance(tensor, Tensor):
         raise HarnessError(f"{what}: the model returned a {type(tensor).__name__} where scores were expected.")
+    if tensor.is_nested:
+        raise HarnessError(f"{what}: the model returned a nested tensor; expected one tensor of scores [N, C, h, w].")
     kind = str(tensor.dtype).removeprefix("torch.")
     if tensor.layout != torch.strided:
         raise HarnessError(f"{what}: the model returned a sparse tensor ({tensor.layout}); expected dense scores.")

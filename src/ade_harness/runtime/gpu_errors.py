@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from ade_harness.errors import text_of
+
 _SHORT = (
     "can't allocate memory",  # the CPU's
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "HIPBLAS_STATUS_ALLOC_FAILED",
@@ -36,7 +38,7 @@ _LITTLE_BYTES = 2**30
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short: torch's own, the CPU's, and those of the libraries of GPUs."""
-    text = str(error)
+    text = text_of(error)
     if "_STATUS_NOT_INITIALIZED" in text and torch.cuda.is_available():
         with suppress(RuntimeError):
             return torch.cuda.mem_get_info()[0] < _LITTLE_BYTES  # else a library is broken, and stays so
@@ -50,7 +52,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_gpu_lost(error: BaseException) -> bool:
     """Whether an error is one after which this process cannot use its GPU any more, such as an illegal access."""
-    return not is_out_of_memory(error) and any(part in str(error) for part in _LOST)
+    return not is_out_of_memory(error) and any(part in text_of(error) for part in _LOST)
 
 
 def tried_twice(attempt: Callable[[], _T]) -> _T:

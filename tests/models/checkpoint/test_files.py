@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ade_harness as ade
 from ade_harness.config.compose import compose_config
 from ade_harness.config.model import ModelConfig
 from ade_harness.errors import HarnessError
@@ -429,6 +430,18 @@ def test_pipes_and_folders_are_not_waited_for(overrides: list[str], tmp_path: Pa
         cfg = compose_config([*(text.format(tmp_path / name) for text in overrides), "dataset=demo"]).model
         with pytest.raises(HarnessError, match=rf"{name}: is (not a regular file|a folder)"):
             load_model(cfg)
+
+
+@pytest.mark.parametrize("kind", ["hf", "smp"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_in_a_folder_of_a_model_are_not_waited_for(kind: str, name: str, tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="pip install 'ade-harness[smp]'")
+    os.mkfifo(tmp_path / name)
+    cfg = compose_config([f"model={kind}", f"model.id={tmp_path}", "dataset=demo"]).model
+    with pytest.raises(HarnessError, match=rf"model.id={tmp_path}: {name}: is not a regular file"):
+        load_model(cfg)
+    with pytest.raises(HarnessError, match=f"{name}: is not a regular file"):
+        ade.load_model(tmp_path)
 
 
 @pytest.mark.parametrize(

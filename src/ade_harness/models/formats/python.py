@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from ade_harness.config.model import ModelConfig, Weights
 from ade_harness.config.targets import require_target
 from ade_harness.data.labels import Classes
-from ade_harness.errors import HarnessError, require
+from ade_harness.errors import HarnessError, require, text_of
 from ade_harness.files.logs import SILENT, log_level
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
@@ -89,7 +89,7 @@ def _make(target: str, cfg: ModelConfig) -> Any:
         with log_level("hydra.utils", SILENT):  # Hydra prints lines of its own
             found = get_object(target)
     except Exception as error:  # importing runs the user's code, which may fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {text_of(error)}".split())[:300]
         raise HarnessError(
             f"model._target_={target}: cannot be imported ({reason}). Expected package.module.Name, importable from"
             f" {Path.cwd()} or installed."

@@ -15,7 +15,7 @@ from ade_harness.config.model import ModelConfig, Weights
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, did_you_mean, require
 from ade_harness.files.fetch import file_hash
-from ade_harness.files.reading import place_or_id
+from ade_harness.files.reading import place_or_id, require_no_pipes
 from ade_harness.models.checkpoint.parts import read_part
 from ade_harness.models.checkpoint.sources import choice_of, chosen_checkpoint, facts_of
 from ade_harness.models.checkpoint.strict import Strictness, load_strictly
@@ -84,6 +84,7 @@ def _nearest(unknown: list[str], known: set[str]) -> str:
 def _saved(cfg: ModelConfig, smp: Any) -> LoadedModel:
     """Load what ``save_pretrained`` wrote, from a folder or the hub."""
     place = place_or_id(cfg.id or "")
+    require_no_pipes(Path(place), f"model.id={cfg.id}")
     try:
         with redirect_stdout(StringIO()):  # it says from where it loads
             # its encoder's are among the saved weights; config.json may say that the hub has them

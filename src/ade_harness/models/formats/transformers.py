@@ -21,7 +21,7 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
-from ade_harness.files.reading import place_or_id
+from ade_harness.files.reading import place_or_id, require_no_pipes
 from ade_harness.models.checkpoint.strict import Strictness, require_all_keys
 from ade_harness.models.formats.processor import Pixels, read_pixels
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
@@ -285,6 +285,7 @@ _NOT_DECISIVE = ("transformers_version", "_name_or_path", "architectures", "torc
 def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     """Load ``model.id``; raises as :func:`load_transformers`."""
     place = place_or_id(cfg.id or "")
+    require_no_pipes(Path(place), f"model.id={cfg.id}")
     module, names, pixels, facts = load_transformers(
         place, cfg.revision, cfg.allow_missing_keys, cfg.allow_unexpected_keys
     )
