@@ -678,6 +678,22 @@ def test_what_names_a_folder_of_the_other_kind_is_refused(call: Call) -> None:
     assert "-m and hydra.mode=RUN are mutually exclusive" in call(*sweep, "hydra.mode=RUN").err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.limit=abc", "dataset.limit=abc: expected an integer."),
+        ("dataset.images=2.5", "dataset.images=2.5: expected an integer."),
+        ("model.input.mean=[1,b,3]", "model.input.mean[1]=b: expected a number."),
+        ("inference.resize.side={}", "inference.resize.side={}: expected an integer."),
+        ("model.class_map={a:1}", "model.class_map={a:1}: expected a list."),
+        ("inference.exif=maybe", "inference.exif=maybe: expected true or false."),
+        ("model.kwargs=3", "model.kwargs=3: expected keys and values."),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(call: Call, override: str, message: str) -> None:
+    assert call(override).err == f"error: {message}\n"
+
+
 def test_a_plugins_resolver_holds_in_a_path(call: Call) -> None:
     OmegaConf.register_new_resolver("thrice", lambda text: text * 3)
     try:

@@ -374,7 +374,7 @@ def test_two_ranks_stop_in_order_and_go_on(tmp_path: Path, backbone: Path) -> No
         (["model=segformer_b0", "probe=dinov3_linear"], "model=segformer_b0: has no linear head on a frozen backbone."),
         (["probe=dinov3"], "probe=dinov3: unknown value. Did you mean"),
         (["probe.iteration=3"], "probe.iteration: no such option. Did you mean 'probe.iterations'"),
-        (["probe.iterations=many"], "Value 'many' of type 'str' could not be converted to Integer"),
+        (["probe.iterations=many"], "probe.iterations=many: expected an integer."),
         (["probe.iterations=0"], "probe.iterations=0: expected 1 to 100,000,000"),
         (["probe.schedule=exp"], "probe.schedule=exp: unknown value, expected one of cosine, poly"),
         (["probe.scale=[2,1]"], "probe.scale=[2.0, 1.0]: expected 2 numbers, each more than 0, the smaller first"),

@@ -308,4 +308,32 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         return f"{name}={value}: expected a list: {name}=[{value}]."
     where = f" (key {key[1]})" if key and key[1] not in text else ""
     given = f" Given: {' '.join(overrides)}" if overrides else ""
-    return f"The configuration is not valid{where}: {(text or type(error).__name__).rstrip('.')}.{given}"
+    return (
+        _wrong_type(text, key[1] if key else "")
+        or f"The configuration is not valid{where}: {(text or type(error).__name__).rstrip('.')}.{given}"
+    )
+
+
+_TYPES = {
+    "Integer": "an integer", "Float": "a number", "bool": "true or false",
+    "ListConfig": "a list", "DictConfig": "keys and values",
+}  # fmt: skip
+"""What OmegaConf converts to, in words."""
+
+
+def _wrong_type(text: str, key: str) -> str | None:
+    """Return in one sentence what OmegaConf says of a value of another type than its key's; None if it is about others.
+
+    Args:
+        text: its message.
+        key: that it names; "" if it names none.
+    """
+    merged = re.search(r"Error merging override \+*([^=\s]+)=(.*?) (?:Value '|Cannot merge)", text)
+    cast = re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", text)
+    cast = cast or re.search(r"Value '(.*)' is not a valid (bool)( )\(", text)
+    mixed = re.search(r"Cannot merge (\w+) with (\w+)", text)
+    wanted = _TYPES.get((cast[3].strip() or cast[2]) if cast else mixed[2] if mixed else "")
+    name = key if cast and key else merged[1] if merged else key
+    if wanted is None or not name:
+        return None
+    return f"{name}={cast[1] if cast else merged[2] if merged else '...'}: expected {wanted}."
