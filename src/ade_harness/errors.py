@@ -14,7 +14,7 @@ class HarnessError(Exception):
     """
 
     exit_code: int | None = None
-    """Of a process that this is about, such as a sweep's job."""
+    """Exit code of the process that the error is about, such as a sweep's job."""
 
 
 class ArgumentError(HarnessError, ValueError):

@@ -175,7 +175,7 @@ def test_a_place_that_the_model_does_not_read_is_refused(given: str, advice: str
 
 
 def test_classes_alone_are_enough_where_nothing_is_evaluated(tmp_path: Path) -> None:
-    """Of `predict` and `serve`."""
+    """What `predict` and `serve` read."""
     (tmp_path / "classes.yaml").write_text("names: [a, b]\n")
     cfg = compose_config(
         ["model=custom", "model._target_=a.B", "dataset=folder", f"dataset.classes={tmp_path}/classes.yaml"]

@@ -99,7 +99,7 @@ def test_the_sign_test(wins: int, trials: int, expected: float) -> None:
 
 @pytest.mark.parametrize(("lost", "expected"), [(0, True), (5, False)])
 def test_a_lead_that_chance_may_give_is_no_evidence(lost: int, expected: bool) -> None:
-    """Of 17 images 12 speak for it, and 5 against it: sign test, p = 0.07."""
+    """12 of 17 images speak for it, and 5 against it: sign test, p = 0.07."""
     rows = rows_of(noisy(0.8, lambda p: np.clip(p + 1, 0, 149)), images=12)
     commonest = np.full((12, 40), int(np.argmax(sum(np.bincount(r.ground_truth, r.pixels, 150) for r in rows))))
     rows += [row_of(100 + number, commonest, np.full_like(commonest, 149 - number)) for number in range(lost)]

@@ -222,13 +222,13 @@ def test_a_checkpoint_is_a_reference_with_its_hash(tmp_path: Path) -> None:
     import wandb
 
     facts = {"name": "segformer b0", "origin": "nvidia/x@abc1/model.safetensors", "sha256": "12" * 32, "weights": None}
-    artifact = wandb_content._checkpoint(wandb, {}, {"model": facts})
+    artifact = wandb_content._checkpoint(wandb, {"model": facts})
     assert (artifact.type, artifact.name) == ("model", "checkpoint-segformer-b0")
     entries = artifact.manifest.entries
     assert entries["model.safetensors"].ref == "https://huggingface.co/nvidia/x/resolve/abc1/model.safetensors"
     assert json.loads(Path(entries["checkpoint.json"].local_path).read_text())["sha256"] == "12" * 32
-    assert wandb_content._checkpoint(wandb, {}, {"model": {"name": "demo", "origin": "packaged"}}) is None
-    other = wandb_content._checkpoint(wandb, {}, {"model": facts | {"sha256": "34" * 32}})
+    assert wandb_content._checkpoint(wandb, {"model": {"name": "demo", "origin": "packaged"}}) is None
+    other = wandb_content._checkpoint(wandb, {"model": facts | {"sha256": "34" * 32}})
     assert other.digest != artifact.digest  # the same address with another file behind it is another version
 
 

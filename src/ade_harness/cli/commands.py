@@ -275,7 +275,7 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     Raises:
         HarnessError: no such command.
     """
-    plain = [word for word in arguments[:2] if not word.startswith("-") and "=" not in word]
+    plain = [given for given in arguments[:2] if not given.startswith("-") and "=" not in given]
     if not arguments or not plain or arguments[0] != plain[0] or arguments[0].startswith("~"):
         return COMMANDS[0], list(arguments)
     for number in (2, 1):

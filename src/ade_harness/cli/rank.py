@@ -1,6 +1,6 @@
 """A rank that a supervisor starts: ``python -m ade_harness.cli.rank``.
 
-It imports what is slow while its supervisor is still at work on the configuration, then takes that from a file: ranks
+It imports what is slow while its supervisor still composes the configuration, then takes that from a file: ranks
 do not compose it again.
 """
 

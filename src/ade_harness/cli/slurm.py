@@ -41,7 +41,7 @@ class EvaluationJob:
 
 def with_run_dir(arguments: Sequence[str], root: str) -> list[str]:
     """Add the run directory of this SLURM job, unless there is one."""
-    if any(word.startswith("run.dir=") for word in arguments):
+    if any(argument.startswith("run.dir=") for argument in arguments):
         return list(arguments)
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]

@@ -18,7 +18,7 @@ UNREADABLE = (yaml.YAMLError, UnicodeError, RecursionError)
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 100_000
 _MAX_ALIASES_BYTES = 16 << 20
-"""Of a file that is looked at; no choice is so large."""
+"""Largest file that is searched for aliases; no choice is so large."""
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

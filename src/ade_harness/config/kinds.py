@@ -68,7 +68,7 @@ class Kind:
     """Whether ``model.output`` chooses one of its outputs."""
     suffixes: tuple[str, ...] = ()
     """Endings of its files, by which a path given from Python is recognised."""
-    told_by: tuple[str, ...] = ()
+    named_by: tuple[str, ...] = ()
     """Dotted keys of ``model.architecture`` that tell one model of this kind from another."""
     trust: str | None = None
     """What somebody else's run of this kind would do, so that it is not repeated without --trust."""
@@ -103,9 +103,9 @@ KINDS: dict[str, Kind] = {
         saves_protocol=True,
     ),
     "timm": Kind(
-        f"{_FORMATS}.timm:load", Gives.network, probe=f"{_FORMATS}.timm:load_headless", told_by=("backbone.name",),
+        f"{_FORMATS}.timm:load", Gives.network, probe=f"{_FORMATS}.timm:load_headless", named_by=("backbone.name",),
     ),
-    "smp": Kind(f"{_FORMATS}.smp:load", Gives.network, own_source="id", told_by=("arch", "encoder_name")),
+    "smp": Kind(f"{_FORMATS}.smp:load", Gives.network, own_source="id", named_by=("arch", "encoder_name")),
     "custom": Kind(
         f"{_FORMATS}.python:load", Gives.network, "_target_",
         "the import path of your nn.Module, such as my_pkg.my_module.MyNet", is_code=True,

@@ -33,8 +33,8 @@ def _which(model: ModelConfig) -> str:
     field = kind.needs or kind.own_source
     where = getattr(model, field) if field is not None else None
     network = _place(where) if field in ("id", "path") else where
-    told = "-".join(str(architecture[key]) for key in kind.told_by if key in architecture)
-    return ", ".join(str(part) for part in (network or told, _place(model.checkpoint)) if part)
+    named = "-".join(str(architecture[key]) for key in kind.named_by if key in architecture)
+    return ", ".join(str(part) for part in (network or named, _place(model.checkpoint)) if part)
 
 
 def _place(text: str | None) -> str | None:

@@ -57,7 +57,7 @@ def open_source(path: Path, keys: str | None = None) -> FileSource:
 
 
 _MAX_VISITS = 16
-"""Of one folder, by links."""
+"""How often one folder may be visited, through links to it."""
 
 
 class FolderSource:

@@ -1,4 +1,4 @@
-"""A server: any model by its protocol, as an endpoint; docs/endpoints.md says what goes over the wire.
+"""A server: any model by its protocol, as an endpoint; docs/endpoints.md has the wire format.
 
 The network runs in one thread, one image after another; whoever asks waits for it.
 """

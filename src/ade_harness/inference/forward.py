@@ -20,7 +20,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 _USUAL_STRIDE = 32
-"""Of the coarsest features of most networks."""
+"""Stride of the coarsest features of most networks."""
 
 
 class BatchedForward:
@@ -192,7 +192,7 @@ class BatchedForward:
         try:
             without_gradients = torch.no_grad if self.model.of_caller else torch.inference_mode
             with arithmetic_of(self.cfg.precision, batch.device.type), without_gradients(), self._as_scripted(batch):
-                return self._callable(batch.device)(batch)
+                return self._callable()(batch)
         except (HarnessError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the network may be anybody's code
@@ -200,7 +200,7 @@ class BatchedForward:
                 raise torch.OutOfMemoryError(text_of(error)) from error  # of a library with errors of its own
             if is_out_of_memory(error) or is_gpu_lost(error):
                 raise  # the first is dealt with above; after the second this process cannot use its GPU any more
-            reason = " ".join(_said(error).split())[:300]
+            reason = " ".join(_message_of(error).split())[:300]
             raise HarnessError(
                 f"{what}: the model failed on an input of {list(batch.shape)}"
                 f" ({type(error).__name__}{reason and f': {reason}'})."
@@ -262,7 +262,7 @@ class BatchedForward:
             return ""
         return f" It names a device in its code, and runs on {batch.device.type} here: export it on that device."
 
-    def _callable(self, device: torch.device) -> Any:
+    def _callable(self) -> Any:
         if self._module is None:
             module: Any = self.model.module
             if self.cfg.channels_last and not self.model.of_caller:  # the layout of its weights is the caller's
@@ -290,7 +290,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return bool(type(tensor).__torch_dispatch__ is plain.__torch_dispatch__)
 
 
-def _said(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     """Return an error's message: of TorchScript's, which begin with a traceback of its interpreter, the last line."""
     text = text_of(error)
     if "TorchScript interpreter" in text:

@@ -182,7 +182,7 @@ def _exp(value, CUDA: tl.constexpr):
 
 
 @triton.jit
-def _tile(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Return rows and columns int32 [ROWS * COLUMNS] of this program's pixels."""
     pixel = tl.arange(0, ROWS * COLUMNS)
     return tl.program_id(0) * ROWS + pixel // COLUMNS, tl.program_id(1) * COLUMNS + pixel % COLUMNS
@@ -194,7 +194,7 @@ def view_norms(
     TWO_STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """Fill norms float32 [V, 2, H, W]: each view's largest score, and the sum of exp(score - largest), in order."""
-    y, x = _tile(width, ROWS, COLUMNS)
+    y, x = _tile(ROWS, COLUMNS)
     view = tl.program_id(2)
     at = (view * 2 * height + y).to(tl.int64) * width + x
     mask = (y < height) & (x < width)
@@ -238,7 +238,7 @@ def label_tile(
     not for each block.
     """
     PIXELS: tl.constexpr = ROWS * COLUMNS
-    row, column = _tile(width, ROWS, COLUMNS)
+    row, column = _tile(ROWS, COLUMNS)
     mask = (row < height) & (column < width)
     at = row.to(tl.int64) * width + column
     y, x = tl.minimum(row, height - 1), tl.minimum(column, width - 1)

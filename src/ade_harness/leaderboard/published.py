@@ -28,8 +28,6 @@ class PublishedRow:
     source_score: float | None
     """Percent, what the source says about this system, if it has such a number."""
     source_note: str
-    checkpoint_status: str
-    """official, official sibling, third party, head to be trained, or never published."""
 
 
 @cache

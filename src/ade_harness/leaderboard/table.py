@@ -102,7 +102,7 @@ def _interval(run: FinishedRun, own: bool) -> tuple[float, float] | None:
 
 
 _MAX_RESAMPLES = 100_000
-"""Of somebody else's run: more take minutes."""
+"""Resamples computed for somebody else's run: more take minutes."""
 
 
 def _given_weights(run: FinishedRun) -> str | None:

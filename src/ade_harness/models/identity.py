@@ -29,7 +29,7 @@ from ade_harness.files.fetch import file_hash
 from ade_harness.runtime.limits import usable_cores
 
 _KEY, _VALUE = b"\n\x08location", b"\x12"
-"""Of StringStringEntryProto: its field 1, whole, and the tag of its field 2."""
+"""A StringStringEntryProto: its field 1, whole, and the tag of its field 2."""
 _MAX_PATH_LENGTH = 4096
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 _THIS = Path(ade_harness.__file__).resolve().parent

@@ -93,7 +93,7 @@ class _Sender:
 
 _KEYS = itertools.count()
 _OPEN: dict[int, Descriptors] = {}
-"""Of this process's loaders, by their key."""
+"""The sockets of this process's loaders, by their key."""
 _SENDERS: list[_Sender] = []
 """In a loader, its end."""
 

@@ -33,7 +33,7 @@ _LOST = (
 )  # fmt: skip
 _T = TypeVar("_T")
 _LITTLE_BYTES = 2**30
-"""Of a GPU's memory: cuBLAS and cuDNN start with less than that."""
+"""Free memory of a GPU: cuBLAS and cuDNN start with less than that."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -169,7 +169,7 @@ def log_content(run: Any, result: Result, config: Mapping[str, Any], manifest: M
         artifact = wandb.Artifact(f"report-{run.id}", "report", metadata={"marks": list(result.marks)})
         artifact.add_file(str(page.resolve()), name=REPORT, policy="immutable", skip_cache=True)
         run.log_artifact(artifact)
-    _use(run, _checkpoint(wandb, config, manifest))
+    _use(run, _checkpoint(wandb, manifest))
     _use(run, _dataset(wandb, result, config, manifest))
 
 
@@ -249,7 +249,7 @@ def _ledger(run_id: str, result: Result, manifest: Mapping[str, Any]) -> Any:
     return artifact
 
 
-def _checkpoint(wandb: Any, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Any:
+def _checkpoint(wandb: Any, manifest: Mapping[str, Any]) -> Any:
     """Return the weights as a reference, None if there is no file of them; nothing is read or fetched."""
     facts = {k: v for k, v in manifest.get("model", {}).items() if v is not None}
     if "sha256" not in facts:

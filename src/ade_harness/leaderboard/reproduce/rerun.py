@@ -145,8 +145,8 @@ def _fetched(folder: Path, kind: str, overrides: Sequence[str], trusted: bool) -
     """
     if kind_of(kind).source is not Source.file or any(override.startswith("model.path=") for override in overrides):
         return []
-    reference = read_declaration(folder)["references"][0]
-    address, sha256 = reference["address"], reference["sha256"]
+    source = read_declaration(folder)["references"][0]
+    address, sha256 = source["address"], source["sha256"]
     if not trusted:
         raise HarnessError(
             f"{folder}: was not made by you on this machine, and would download {escaped(address)}. Give the file with"

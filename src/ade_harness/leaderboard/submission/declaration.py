@@ -33,7 +33,7 @@ _SHAPE: Mapping[str, Any] = {
     "ledger_sha256": str, "data_sha256": str, "files": dict,
 }  # fmt: skip
 """Types of everything but `files`' and `packages`' entries."""
-_REFERENCE: Mapping[str, Any] = {
+_SOURCE: Mapping[str, Any] = {
     "role": str, "address": str, "sha256": (str, _NOTHING), "gated": bool, "checked": str,
 }  # fmt: skip
 
@@ -41,7 +41,7 @@ _REFERENCE: Mapping[str, Any] = {
 def make_declaration(
     run: FinishedRun,
     about: Mapping[str, str | None],
-    references: Sequence[PublicSource],
+    sources: Sequence[PublicSource],
     repository: str,
     command: Sequence[str],
 ) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def make_declaration(
     Args:
         run: complete and clean.
         about: ``contact``, and what there is of ``system``, ``organization``, ``paper``, ``model_code``.
-        references: of weights or endpoint.
+        sources: of weights or endpoint.
         repository: address of the code.
         command: overrides that repeat it anywhere.
     """
@@ -67,7 +67,7 @@ def make_declaration(
         "contact": about["contact"],
         "measured": run.manifest["finished"],
         "results": [{"metric": m, "value": round(100 * value, 2), "fraction": value, **interval} for m in METRICS],
-        "references": [reference.as_dict() for reference in references],
+        "references": [source.as_dict() for source in sources],
         "model_code": about.get("model_code"),
         "code": {"repository": repository, **{k: run.manifest["code"][k] for k in ("commit", "version")}},
         "seeds": dict(run.manifest["seeds"]),
@@ -143,7 +143,7 @@ def declaration_problems(declaration: Mapping[str, Any]) -> list[str]:
     problems += [
         f"command: {override!r} is not allowed" for override in declaration["command"] if not is_safe_override(override)
     ]
-    return problems + _result_problems(declaration["results"]) + _reference_problems(declaration["references"])
+    return problems + _result_problems(declaration["results"]) + _source_problems(declaration["references"])
 
 
 def is_safe_override(override: Any) -> bool:
@@ -180,24 +180,24 @@ def _result_problems(results: Sequence[Any]) -> list[str]:
     return []
 
 
-def _reference_problems(references: Sequence[Any]) -> list[str]:
+def _source_problems(sources: Sequence[Any]) -> list[str]:
     problems = []
-    if not references:
+    if not sources:
         return ["references: neither a checkpoint nor an endpoint is named"]
-    for number, reference in enumerate(references):
+    for number, source in enumerate(sources):
         where = f"references[{number}]"
-        shaped = _shape_problems(reference, _REFERENCE, f"{where}.")
+        shaped = _shape_problems(source, _SOURCE, f"{where}.")
         if shaped:
             problems += shaped
             continue
         try:
-            parse_address(reference["address"], f"{where}.address")
+            parse_address(source["address"], f"{where}.address")
         except HarnessError as error:
             problems.append(str(error))
-        digest, on_hub = reference.get("sha256"), reference["address"].startswith("hub:")
-        if reference.get("role") not in ("checkpoint", "backbone", "endpoint"):
+        digest, on_hub = source.get("sha256"), source["address"].startswith("hub:")
+        if source.get("role") not in ("checkpoint", "backbone", "endpoint"):
             problems.append(f"{where}.role: expected checkpoint, backbone or endpoint")
-        elif digest is None and reference["role"] != "endpoint" and not on_hub:
+        elif digest is None and source["role"] != "endpoint" and not on_hub:
             problems.append(f"{where}.sha256: missing")
         if digest is not None and not _SHA256.fullmatch(str(digest)):
             problems.append(f"{where}.sha256: expected 64 hexadecimal digits")

@@ -73,7 +73,7 @@ def is_local(url: str) -> bool:
 
 
 def sources_of(run: FinishedRun, given: Mapping[str, str]) -> list[PublicSource]:
-    """Find the public references of a run's weights.
+    """Find the public sources of a run's weights.
 
     Args:
         run: a finished run.
@@ -96,14 +96,14 @@ def sources_of(run: FinishedRun, given: Mapping[str, str]) -> list[PublicSource]
             f"the weights are {facts.get('weights')}: {facts.get('origin')}. Evaluate a published checkpoint."
         )
     own = facts.get("head_sha256") or facts.get("sha256")
-    found = [_reference("checkpoint", model, ("official", "hub"), facts.get("origin"), own, given)]
+    found = [_public_source("checkpoint", model, ("official", "hub"), facts.get("origin"), own, given)]
     if facts.get("backbone_origin"):
         pieces = (facts["backbone_origin"], facts.get("backbone_sha256"))
-        found.append(_reference("backbone", model, ("backbone",), *pieces, given))
+        found.append(_public_source("backbone", model, ("backbone",), *pieces, given))
     return found
 
 
-def _reference(
+def _public_source(
     role: str, model: Mapping[str, Any], known: tuple[str, ...], origin: Any, sha256: Any, given: Mapping[str, str]
 ) -> PublicSource:
     """Return where one file of a run is public."""
@@ -135,54 +135,54 @@ def _is_of(file: Mapping[str, Any], sha256: Any) -> bool:
     return file["sha256"] is None or str(sha256).startswith(str(file["sha256"]).lower())
 
 
-def overrides_for(reference: PublicSource, source: Source) -> list[str]:
+def overrides_for(source: PublicSource, taken_from: Source) -> list[str]:
     """Return the overrides that make a model's loader fetch a file from its public address, in place of a local path.
 
     Args:
-        reference: of the file.
-        source: of the model's kind; one that takes a path gets none:
+        source: of the file.
+        taken_from: of the model's kind; one that takes a path gets none:
             :mod:`ade_harness.leaderboard.reproduce.rerun` fetches it.
     """
-    hub = _HUB.fullmatch(reference.address)
-    if reference.role == "endpoint" or source is Source.file:
+    hub = _HUB.fullmatch(source.address)
+    if source.role == "endpoint" or taken_from is Source.file:
         return []
-    if source is Source.repository:
+    if taken_from is Source.repository:
         return [f"model.id='{hub['id']}'", f"model.revision='{hub['revision']}'"] if hub else []
-    backbone = reference.role == "backbone"
+    backbone = source.role == "backbone"
     group = "backbone" if backbone else "hub" if hub else "official"
     if hub is None:
-        overrides = [f"model.{group}.url='{reference.address}'"]
+        overrides = [f"model.{group}.url='{source.address}'"]
     else:
         keys = {"hub_id": hub["id"], "revision": hub["revision"], "filename": hub["file"]}
         overrides = [f"model.{group}.{key}='{value}'" for key, value in keys.items()]
-    overrides.append(f"model.{group}.sha256='{reference.sha256}'")
+    overrides.append(f"model.{group}.sha256='{source.sha256}'")
     if backbone:
         return [*overrides, *(["model.backbone.url=null"] if hub else [])]
     return [*overrides, f"model.source={group}"]
 
 
-def check_public(reference: PublicSource, read_all: bool, on_bytes: OnBytes | None = None) -> PublicSource:
+def check_public(source: PublicSource, read_all: bool, on_bytes: OnBytes | None = None) -> PublicSource:
     """Ask the address anonymously, without any login.
 
     Args:
-        reference: what to look at.
+        source: what to look at.
         read_all: whether to read the whole file and compare its hash, where the server does not report one.
         on_bytes: called with the bytes read so far.
 
     Returns:
-        The reference with what was seen.
+        The source with what was seen.
 
     Raises:
         HarnessError: private, gone, a web page, another file, or not to be reached.
     """
-    address = _web_address(reference)
+    address = _web_address(source)
     with _Stranger() as session:
         try:
             with session.get(address, stream=True, timeout=_TIMEOUT_S) as response:
-                return _look(reference, response, read_all, on_bytes)
+                return _look(source, response, read_all, on_bytes)
         except requests.RequestException as error:
             raise HarnessError(
-                f"{reference.address}: cannot be reached ({type(error).__name__}). Try again, or skip this check"
+                f"{source.address}: cannot be reached ({type(error).__name__}). Try again, or skip this check"
                 " with --no-network: the submission records that."
             ) from error
 
@@ -199,50 +199,48 @@ class _Stranger(requests.Session):
         prepared_request.headers.pop("Authorization", None)
 
 
-def _web_address(reference: PublicSource) -> str:
-    hub = _HUB.fullmatch(reference.address)
+def _web_address(source: PublicSource) -> str:
+    hub = _HUB.fullmatch(source.address)
     if hub is None:
-        return f"{reference.address.rstrip('/')}/info" if reference.role == "endpoint" else reference.address
+        return f"{source.address.rstrip('/')}/info" if source.role == "endpoint" else source.address
     from huggingface_hub import hf_hub_url
 
     return str(hf_hub_url(hub["id"], hub["file"] or "config.json", revision=hub["revision"]))
 
 
-def _look(
-    reference: PublicSource, response: requests.Response, read_all: bool, on_bytes: OnBytes | None
-) -> PublicSource:
-    address, status = reference.address, response.status_code
+def _look(source: PublicSource, response: requests.Response, read_all: bool, on_bytes: OnBytes | None) -> PublicSource:
+    address, status = source.address, response.status_code
     if status in (401, 403):
-        if reference.gated:
-            return _seen(reference, "behind its licence form")
+        if source.gated:
+            return _seen(source, "behind its licence form")
         raise HarnessError(f"{address}: is private: the server answers {status}. Make it public, or name another.")
-    if status == 404 and reference.role == "endpoint":
-        return _seen(reference, "answers")  # GET /info is not asked of every endpoint
+    if status == 404 and source.role == "endpoint":
+        return _seen(source, "answers")  # GET /info is not asked of every endpoint
     if status >= 400:
         raise HarnessError(f"{address}: the server answers {status}. Name an address where the file is.")
-    if reference.role == "endpoint" or (reference.address.startswith("hub:") and reference.sha256 is None):
-        return _seen(reference, "answers")
+    if source.role == "endpoint" or (source.address.startswith("hub:") and source.sha256 is None):
+        return _seen(source, "answers")
     if response.headers.get("Content-Type", "").startswith("text/html"):
         raise HarnessError(f"{address}: answers with a web page, not with a file. Give the address of the file itself.")
     if address.endswith(INDEX):  # the run's hash is of all the shards together
-        return _seen(reference, "its index answers; the shards were not read")
+        return _seen(source, "its index answers; the shards were not read")
     reported = _reported_hash([*response.history, response])
     if reported is None and not read_all:
-        return _seen(reference, "answers; its content was not read")
+        return _seen(source, "answers; its content was not read")
     if reported is None:
         reported, how = _read_hash(response, on_bytes), "read, same hash"
     else:
         how = "the server reports the same hash"
-    if reported != reference.sha256:
+    if reported != source.sha256:
         raise HarnessError(
-            f"{address}: is another file: its sha256 is {reported}, the run has read {reference.sha256}."
+            f"{address}: is another file: its sha256 is {reported}, the run has read {source.sha256}."
             " Name the file that was evaluated."
         )
-    return _seen(reference, how)
+    return _seen(source, how)
 
 
-def _seen(reference: PublicSource, how: str) -> PublicSource:
-    return replace(reference, checked=how)
+def _seen(source: PublicSource, how: str) -> PublicSource:
+    return replace(source, checked=how)
 
 
 def _reported_hash(responses: list[requests.Response]) -> str | None:

@@ -55,7 +55,7 @@ def prepare(
     Args:
         run: a finished run.
         options: flags of the command by name.
-        look: checks that a reference is public.
+        look: checks that a source is public.
 
     Returns:
         The declaration without its ``files``, and the texts of its scripts.
@@ -67,10 +67,10 @@ def prepare(
     problems = run_problems(run)
     repository = options.get("--repository", code.get("origin"))
     given = {role: options[f"--{role}"] for role in ("checkpoint", "backbone") if f"--{role}" in options}
-    references: list[PublicSource] = []
+    sources: list[PublicSource] = []
 
     def find() -> None:
-        references.extend(look(reference) for reference in sources_of(run, given))
+        sources.extend(look(source) for source in sources_of(run, given))
 
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_contact(options.get("--contact")), lambda: check_repository(repository), find,
@@ -89,7 +89,7 @@ def prepare(
         raise HarnessError(f"{run.path}: cannot be submitted:\n" + listed(problems))
     about = {flag.strip("-").replace("-", "_"): value for flag, value in options.items()}
     repository = re.sub(r"^git@([\w.-]+):", r"https://\1/", str(repository))
-    declaration = make_declaration(run, about, references, repository, public_overrides(run, references))
+    declaration = make_declaration(run, about, sources, repository, public_overrides(run, sources))
     return declaration, script_files(declaration)
 
 
@@ -116,16 +116,16 @@ def run_problems(run: FinishedRun) -> list[str]:
     return problems
 
 
-def public_overrides(run: FinishedRun, references: Sequence[PublicSource]) -> list[str]:
+def public_overrides(run: FinishedRun, sources: Sequence[PublicSource]) -> list[str]:
     """Return the overrides that repeat a run anywhere: no paths and names of this machine, seeds spelled out."""
     local = {"checkpoint": "checkpoint", "backbone": "backbone_checkpoint", "endpoint": None}
     model = run.config["model"]
-    source = kind_of(model["kind"]).source
+    taken_from = kind_of(model["kind"]).source
     overrides = [o for o in run.manifest["repeat"] if o.partition("=")[0] not in (*PATHS, "model.http.token_env")]
-    for reference in references:
-        from_disk = model.get(local[reference.role]) is not None
-        if from_disk or source is Source.repository:
-            new = overrides_for(reference, source)
+    for source in sources:
+        from_disk = model.get(local[source.role]) is not None
+        if from_disk or taken_from is Source.repository:
+            new = overrides_for(source, taken_from)
             keys = {override.partition("=")[0] for override in new}
             overrides = [o for o in overrides if o.partition("=")[0] not in keys] + new
     seeds = run.manifest["seeds"]
@@ -201,10 +201,10 @@ def _without(content: Any, places: Mapping[str, str]) -> Any:
     return content
 
 
-def look_up(reference: PublicSource) -> PublicSource:
-    """Check that a reference is public, with progress while its content is read."""
+def look_up(source: PublicSource) -> PublicSource:
+    """Check that a source is public, with progress while its content is read."""
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = make_console(result=False)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"reading {reference.role}", total=None)
-        return check_public(reference, True, lambda have, total: progress.update(task, completed=have, total=total))
+        task = progress.add_task(f"reading {source.role}", total=None)
+        return check_public(source, True, lambda have, total: progress.update(task, completed=have, total=total))

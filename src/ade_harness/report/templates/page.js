@@ -92,7 +92,7 @@
     });
   }
 
-  // ---- pictures: a layer, uncovered from the left ----
+  // ---- pictures: a layer, revealed from the left ----
   document.querySelectorAll(".example").forEach((example) => {
     const layers = [...example.querySelectorAll(".layer")];
     const [choice, slider] = [example.querySelector("select"), example.querySelector("input")];
