@@ -238,3 +238,16 @@ def test_the_files_that_developers_are_sent_to_exist(page: str) -> None:
     )
     assert len(named) > 10
     assert [name for name in named if name.rstrip("/") not in ends and "NAME" not in name] == []
+
+
+def test_the_typed_configuration_is_handed_down() -> None:
+    """Hydra hands its tree to the task function, in cli/evaluate.py; below that a configuration is a `Config`."""
+    named = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for kind in [node.returns, *(argument.annotation for argument in node.args.args + node.args.kwonlyargs)]
+        if kind is not None and "DictConfig" in ast.unparse(kind) and not module.startswith("config.")
+    }
+    assert named == {"cli.evaluate"}
