@@ -23,7 +23,7 @@ from ade_harness.files.documents import Moment, checked
 from ade_harness.files.escapes import require_utf8
 from ade_harness.files.fetch import fetch
 from ade_harness.files.reading import place_or_id
-from ade_harness.leaderboard.submission.declaration import _reference_problems
+from ade_harness.leaderboard.submission.declaration import _source_problems
 from ade_harness.runtime.coordination import Coordinator, LocalStore
 
 Call = Callable[..., Any]
@@ -43,9 +43,9 @@ def test_a_reference_has_all_its_fields(changed: dict[str, Any]) -> None:
     whole = {
         "role": "endpoint", "address": "https://example.org/m", "sha256": None, "gated": False, "checked": "answers",
     }  # fmt: skip
-    assert _reference_problems([whole]) == []
+    assert _source_problems([whole]) == []
     broken = {key: value for key, value in {**whole, **changed}.items() if value is not ...}
-    assert _reference_problems([broken])[0].startswith(f"references[0].{next(iter(changed))}: ")
+    assert _source_problems([broken])[0].startswith(f"references[0].{next(iter(changed))}: ")
 
 
 def test_names_that_are_not_utf8_reach_every_rank() -> None:
