@@ -180,7 +180,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
         (["modle=demo"], ["Did you mean 'model'"]),
         (["evalute"], ["'evalute' is neither a command nor a key=value override", "'evaluate'"]),
         (["--confg", "job"], ["unrecognized arguments: --confg", "--cfg"]),
-        (["dataset.limit=many"], ["dataset.limit", "Integer"]),
+        (["dataset.limit=many"], ["dataset.limit=many: expected an integer."]),
         (["dataset.limit=0"], ["dataset.limit=0: expected 1 or more"]),
         (["runtime.devices=none"], ["runtime.devices=none: expected 1 to 4,096 ranks, or auto"]),
         (["runtime.accelerator=gpu"], ["expected one of auto, cpu, cuda"]),

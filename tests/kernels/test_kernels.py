@@ -272,7 +272,9 @@ def test_triton_merges_windows_mirrors_and_scales_as_torch_does_in_every_bit(see
 
 @pytest.mark.slow
 def test_triton_averages_probabilities_but_for_ties(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation("triton_gpu"), "_softmax_fault", lambda _: None)  # what follows from one is tested below
+    monkeypatch.setattr(
+        implementation("triton_gpu"), "_softmax_fault", lambda _: None
+    )  # what follows from one is tested below
     views = of_triton([whole(scores_of("random", (3, 9, 13), 1), (35, 40)),
                        whole(scores_of("random", (3, 12, 13), 2), (45, 50), flipped=True)])  # fmt: skip
     found = implementation("triton_gpu").merge(views, (40, 45), True)

@@ -316,7 +316,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
 
 _TYPES = {
     "Integer": "an integer", "Float": "a number", "bool": "true or false",
-    "ListConfig": "a list", "DictConfig": "keys and values", "Dict": "keys and values",
+    "List": "a list", "Dict": "keys and values",
 }  # fmt: skip
 """What OmegaConf converts to, in words."""
 
@@ -331,8 +331,10 @@ def _wrong_type(text: str, key: str) -> str | None:
     merged = re.search(r"Error merging override \+*([^=\s]+)=(.*?) (?:Value '|Cannot (?:merge|assign))", text)
     cast = re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", text)
     cast = cast or re.search(r"Value '(.*)' is not a valid (bool)( )\(", text)
-    mixed = re.search(r"Cannot (?:merge|assign) (\w+) (?:with|to) (\w+)", text)
-    wanted = _TYPES.get((cast[3].strip() or cast[2]) if cast else mixed[2] if mixed else "")
+    assigned = re.search(r"Cannot assign \w+ to (\w+)", text)
+    wanted = _TYPES.get((cast[3].strip() or cast[2]) if cast else assigned[1] if assigned else "")
+    if merged and "Cannot merge DictConfig with ListConfig" in text:  # whichever of the two was given
+        wanted = "keys and values" if merged[2].startswith("[") else "a list"
     name = key if cast and key else merged[1] if merged else key
     if wanted is None or not name:
         return None
