@@ -6,6 +6,7 @@
    Nothing changes the store itself, so the first copy is left out.
 3. The same choices of groups from the same files compose the same tree, to which the other overrides are applied: the
    tree is kept by choices and files (name, time, size), and copied.
+4. A file that has not changed is parsed once, and what it holds copied.
 
 `tests/cli/test_hydra.py` reads the mode always, and shows that what is composed is the same.
 """
@@ -15,20 +16,23 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 _get_mode = Hydra.get_mode
 _create_defaults_list = config_loader_impl.create_defaults_list
 _compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
+_load_file = FileConfigSource.load_config
 
 
 def get_mode(self: Hydra, config_name: str | None, overrides: Sequence[str]) -> Any:
@@ -92,6 +96,22 @@ def create_defaults_list(
     )
 
 
+def load_file(self: FileConfigSource, config_path: str) -> ConfigResult:
+    """Return what a file holds, from earlier where it has not changed."""
+    path = os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path)))  # noqa: PTH118
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return _load_file(self, config_path)
+    key = (self.path, self.provider, path, status.st_ino, status.st_mtime_ns, status.st_size)
+    if key not in _FILES:
+        _FILES[key] = _load_file(self, config_path)
+    return replace(_FILES[key], config=copy.deepcopy(_FILES[key].config))
+
+
+_FILES: dict[Any, ConfigResult] = {}
+
+
 def compose_defaults(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
     """Return a copy of the tree that a defaults list composes."""
     if not isinstance(defaults, _Defaults):
@@ -107,6 +127,7 @@ def faster() -> None:
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     config_loader_impl.create_defaults_list = create_defaults_list
     ConfigLoaderImpl._compose_config_from_defaults_list = compose_defaults  # type: ignore[assignment,method-assign]
+    FileConfigSource.load_config = load_file  # type: ignore[method-assign]
 
 
 def leave_out_modes() -> None:
@@ -126,3 +147,4 @@ def as_released() -> None:
         del ConfigStore.__deepcopy__  # type: ignore[attr-defined]
     config_loader_impl.create_defaults_list = _create_defaults_list
     ConfigLoaderImpl._compose_config_from_defaults_list = _compose_defaults  # type: ignore[method-assign]
+    FileConfigSource.load_config = _load_file  # type: ignore[method-assign]
