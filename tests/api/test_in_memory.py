@@ -111,9 +111,12 @@ def test_networks_of_every_kind_have_the_scores_of_the_plain_one(make: Callable[
     ("network", "message"),
     [
         (ChannelsLast(), r"returned \[1, \d+, \d+, 150\] .* channels seem to be last.*permute\(0, 3, 1, 2\)"),
-        (Colours().bfloat16(), r"weights are bfloat16, images float32: inference.precision=bf16, or network.float\(\)"),
+        (
+            Colours().bfloat16(),
+            r"weights are bfloat16, images float32: inference.precision=bf16, or give a copy in float32",
+        ),
         (Colours().half(), r"weights are float16, .*inference.precision=fp16"),
-        (Colours().double(), r"weights are float64, images float32: network.float\(\)"),
+        (Colours().double(), r"weights are float64, images float32: give a copy in float32, copy.deepcopy"),
         (Lazy(), r"the network's layer.weight has no shape yet \(a lazy layer\)"),
         (nn.Sequential(nn.LazyBatchNorm2d(affine=False), Colours()), "the network's 0.running_mean has no shape yet"),
         (Broken().double(), r"\(KeyError: 'a key'\)\. ADE_HARNESS_TRACEBACK"),

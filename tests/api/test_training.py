@@ -332,10 +332,14 @@ def test_a_quick_run_of_the_trainer_evaluates_one_image() -> None:
 def test_mistakes_of_the_callback() -> None:
     with pytest.raises(HarnessError, match="every_n_epochs=0"):
         ade.ADE20KEvaluation(dataset="demo", every_n_epochs=0)
-    with pytest.raises(HarnessError, match="inference=nothing: unknown value"):
+    with pytest.raises(HarnessError, match="inference=nothing: unknown value.*From Python: protocol="):
         ade.ADE20KEvaluation(dataset="demo", protocol="nothing")
-    with pytest.raises(HarnessError, match="network='decoder' gives a NoneType, expected an nn.Module of Trained"):
+    with pytest.raises(HarnessError, match=r"network='decoder' failed on a Trained \(AttributeError: 'Trained' object"):
         fit([ade.ADE20KEvaluation(dataset="demo", network="decoder", options=SMALL)])
+    with pytest.raises(HarnessError, match=r"failed on a Trained \(KeyError: 'x'\); expected one of its nn.Modules"):
+        fit([ade.ADE20KEvaluation(dataset="demo", network=lambda _: {}["x"], options=SMALL)])
+    with pytest.raises(HarnessError, match="'global_step' gives a int, expected an nn.Module of Trained"):
+        fit([ade.ADE20KEvaluation(dataset="demo", network="global_step", options=SMALL)])
 
     with pytest.raises(HarnessError, match="/nowhere: no such folder or zip"):
         fit([ade.ADE20KEvaluation(root="/nowhere", network="net", options=SMALL)], max_epochs=0)
@@ -354,7 +358,11 @@ def test_mistakes_of_the_callback() -> None:
 @pytest.mark.parametrize(
     ("options", "channels", "message"),
     [
-        ({"precision": "bf16-true"}, 150, "weights are bfloat16"),
+        (
+            {"precision": "bf16-true"},
+            150,
+            r"weights are bfloat16.* \(From Python: options={'inference.precision': ...}",
+        ),
         ({"precision": "64-true"}, 150, "weights are float64"),
         ({}, 21, "outputs 21 channels, ADE20K has 150"),
         ({}, 0, "no idea"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ade_harness as ade
 from ade_harness.errors import HarnessError
 from tests.api.networks import Colours
+from tests.models.test_loading import write_onnx
 
 SMALL = {"dataset.images": 4, "metrics.resamples": 0}
 
@@ -292,12 +293,34 @@ def test_a_program_that_takes_some_sizes_says_which(tmp_path: Path, side: str, g
     }
     program = torch.export.export(network(), (torch.zeros(1, 3, 480, 480),), dynamic_shapes=(fixed,))
     torch.export.save(program, tmp_path / "one.pt2")
-    with pytest.raises(HarnessError, match=r"takes inputs with a (height|width) of (480 to 480|400 or more), .* makes"):
+    with pytest.raises(HarnessError, match=r"takes inputs with a (height|width) of (480 alone|400 or more), .* makes"):
         evaluated(tmp_path / "one.pt2")
     unbounded = {2: torch.export.Dim("h", min=8), 3: torch.export.Dim("w", min=8)}
     program = torch.export.export(network(), (torch.zeros(1, 3, 64, 48),), dynamic_shapes=(unbounded,))
     torch.export.save(program, tmp_path / "any.pt2")
     assert hashes(evaluated(tmp_path / "any.pt2")) == hashes(evaluated(network()))
+
+
+@pytest.mark.slow
+def test_a_program_for_squares_says_so(tmp_path: Path) -> None:
+    side = torch.export.Dim("s", min=16, max=4000)
+    program = torch.export.export(network(), (torch.zeros(1, 3, 64, 64),), dynamic_shapes=({2: side, 3: side},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    with pytest.raises(
+        HarnessError, match=r"ADE_val_00000001: the model takes squares only, .*makes \d+x\d+ .* windows"
+    ):
+        evaluated(tmp_path / "net.pt2")
+    windows = {"inference.window.crop": 64, "inference.window.stride": 48}
+    options = {"protocol": "mmseg_slide_512", "inference.resize.side": 96, **windows}
+    assert hashes(evaluated(tmp_path / "net.pt2", **options)) == hashes(evaluated(network(), **options))
+
+
+@pytest.mark.slow
+def test_an_onnx_file_with_one_fixed_side_says_so_before_the_first_image(tmp_path: Path) -> None:
+    for size, side in ((("h", 512), "width"), ((512, "w"), "height")):
+        write_onnx(tmp_path / "net.onnx", size=size)
+        with pytest.raises(HarnessError, match=f"ADE_val_00000001: the model takes inputs with a {side} of 512 alone"):
+            evaluated(tmp_path / "net.onnx")
 
 
 class Elsewhere(nn.Module):

@@ -204,6 +204,9 @@ def write(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> Pa
         ({"model_type": "beit", "image_size": [640, 640]}, {}, "as_saved_slide_640", {"side": 640}),
         ({"model_type": "eomt", "image_size": 512}, {}, "as_saved_long_side_512", {"rule": "cover", "height": 512, "width": 512}),
         ({}, {}, "as_saved_whole_512", {"side": 512}),
+        ({"model_type": "segformer"}, {"size": {"height": 640.0, "width": 800.0}}, "as_saved_whole_640", {"side": 640}),
+        ({"model_type": "segformer"}, {"size": [640, 480]}, "as_saved_whole_480", {"side": 480}),
+        ({"model_type": "dpt", "image_size": 480}, {"size": "?"}, "as_saved_slide_480", {"side": 480}),
     ],
 )  # fmt: skip
 def test_sizes_become_a_protocol(
@@ -215,6 +218,18 @@ def test_sizes_become_a_protocol(
     assert inference.mode == ("slide" if "slide" in name else "long_side" if "long" in name else "whole")
     if "slide" in name:
         assert (inference.window.crop, inference.window.stride) == (fields["side"], fields["side"] * 2 // 3)
+
+
+@pytest.mark.parametrize(
+    "size", ["640", 0, -1, 1.5, True, {}, {"height": 0, "width": 640}, {"max_height": 800, "max_width": 800}, [640], [640, None]]
+)  # fmt: skip
+def test_a_size_that_is_none_is_not_taken_for_another(size: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, {"model_type": "segformer"}, {"size": size})
+    with pytest.raises(
+        HarnessError, match=r"its image processor's size is .*, expected a number of pixels.* inference="
+    ):
+        composed(folder)
+    assert composed(folder, "inference=mmseg_whole_512").resize.side == 512
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -345,9 +360,10 @@ def test_a_processor_within_that_of_all_is_read(tmp_path: Path) -> None:
         ({"rescale_factor": [0.1] * 3}, r"rescale_factor is \[0.1, 0.1, 0.1\], expected a number above 0"),
         ({"rescale_factor": 0}, "rescale_factor is 0, expected a number above 0"),
         (None, "its preprocessor_config.json cannot be read"),
+        ([], "its preprocessor_config.json holds no keys and values"), ([{"size": 1}], "holds no keys and values"),
     ],
 )  # fmt: skip
-def test_statistics_that_are_none(processor: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+def test_statistics_that_are_none(processor: Any, message: str, tmp_path: Path) -> None:
     folder = saved("segformer", tmp_path)
     (folder / "preprocessor_config.json").write_text("{" if processor is None else json.dumps(processor))
     with pytest.raises(HarnessError, match=message):

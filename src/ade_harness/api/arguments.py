@@ -203,6 +203,8 @@ def model_overrides(model: Model, checkpoint: str | Path | None) -> list[str]:
 
 def _by_name(model: str | Path) -> list[str]:
     """Return the overrides of a system's name, or of the path of a file or folder."""
+    if not str(model).strip():
+        raise HarnessError("model is an empty text, expected the name of a system, a path, or a network.")
     text, path = str(model), expanded(model)
     names = choices("model")
     if text in names:

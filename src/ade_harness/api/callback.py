@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ade_harness.api.arguments import option_overrides, plain, plain_name, refuse_twice, whole_number
+from ade_harness.api.arguments import option_overrides, plain, plain_name, refuse_twice, spelt_for_python, whole_number
 from ade_harness.api.predictors import network_predictor
 from ade_harness.api.result import Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process
@@ -97,6 +97,7 @@ class ADE20KEvaluation(pl.Callback):
             callback that monitors a score at times when there is none.
     """
 
+    @spelt_for_python()
     def __init__(
         self, root: str | Path | None = None, protocol: str | None = None, every_n_epochs: int = 1,
         limit: int | None = None, network: str | Callable[[pl.LightningModule], nn.Module] | None = None,
@@ -130,6 +131,7 @@ class ADE20KEvaluation(pl.Callback):
         self._evaluated: int | None = None
         """How many epochs were done when it was made."""
 
+    @spelt_for_python()
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before hours of training."""
         callbacks: list[Any] = getattr(trainer, "callbacks", [])
@@ -211,6 +213,7 @@ class ADE20KEvaluation(pl.Callback):
         for logger in trainer.loggers:  # `log_dict` is for epochs that are under way
             logger.log_metrics(scores, step=trainer.global_step)
 
+    @spelt_for_python()
     def _scores(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
         """Evaluate what would be saved now; return the scores by the names that are logged."""
         network = self._part(module)
@@ -225,8 +228,11 @@ class ADE20KEvaluation(pl.Callback):
         chosen = self._network
         try:
             found: Any = attrgetter(chosen)(module) if isinstance(chosen, str) else chosen(module)
-        except AttributeError:
-            found = None
+        except Exception as error:  # the function is the caller's
+            raise HarnessError(
+                f"ADE20KEvaluation: network={self._network!r} failed on a {type(module).__name__}"
+                f" ({type(error).__name__}: {text_of(error)}); expected one of its nn.Modules."
+            ) from error
         if not isinstance(found, nn.Module):
             raise HarnessError(
                 f"ADE20KEvaluation: network={self._network!r} gives a {type(found).__name__}, expected an nn.Module of"

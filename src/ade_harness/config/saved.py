@@ -22,6 +22,7 @@ from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.files import read_choice
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
+from ade_harness.errors import HarnessError
 from ade_harness.files.documents import read_json
 from ade_harness.files.reading import expanded
 
@@ -76,7 +77,7 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool)
     config = read_saved(model, CONFIG) or {}
     processor = read_processor(model) if config else {}
     kind = str(config.get("model_type", ""))
-    native, (side, cap) = _number(config.get("image_size")), _sides(processor)
+    native = _number(config.get("image_size"))
     windows = kind in (*ONE_SIZE, *_WINDOWED) and native is not None
     wanted: dict[str, Any]
     if windows and kind in _ALONG:
@@ -96,6 +97,7 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool)
         wanted = {"resize": {"rule": "none", "pad_multiple": 32}}
         name = "whole"
     else:
+        side, cap = _sides(processor, f"model.id={model.id}: its image processor's")
         side = side or native or _USUAL_SIDE
         wanted = {"resize": {"rule": "short_side", "side": side, "max_side": cap or 4 * side}}
         if kind in _QUERIES:
@@ -145,17 +147,36 @@ def _fill(node: Any, wanted: dict[str, Any], default: dict[str, Any]) -> None:
             setattr(node, field.name, type(own)(value) if isinstance(own, str) and type(own) is not str else value)
 
 
-def _sides(processor: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Return the short side that a processor resizes to, and its cap of the long side."""
-    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+def _sides(processor: dict[str, Any], where: str) -> tuple[int | None, int | None]:
+    """Return the short side that a processor resizes to, and its cap of the long side; None is not said.
+
+    Raises:
+        HarnessError: a size is said, and not one of these; `where` begins the message.
+    """
+    name = "crop_size" if processor.get("do_center_crop") else "size"
+    size, cap = processor.get(name), _number(processor.get("max_size"))
+    if size is None:
+        return None, cap
     if isinstance(size, dict):
-        sides = [n for n in map(_number, (size.get("height"), size.get("width"))) if n is not None]
-        short = _number(size.get("shortest_edge")) or (min(sides) if sides else None)
-        return short, _number(size.get("longest_edge")) or _number(processor.get("max_size"))
-    return _number(size), _number(processor.get("max_size"))
+        sides = [_number(size.get(key)) for key in ("height", "width") if size.get(key) is not None]
+        short = _number(size.get("shortest_edge")) or (min((n for n in sides if n), default=None))
+        cap, wrong = _number(size.get("longest_edge")) or cap, None in sides
+    elif isinstance(size, list) and len(size) == 2:  # height and width
+        sides = [_number(one) for one in size]
+        short, wrong = min((n for n in sides if n), default=None), None in sides
+    else:
+        short, wrong = _number(size), False
+    if short is None or wrong:
+        raise HarnessError(
+            f"{where} {name} is {json.dumps(size)[:80]}, expected a number of pixels, height and width, or"
+            " shortest_edge. Choose a protocol yourself, such as inference=mmseg_whole_512."
+        )
+    return short, cap
 
 
 def _number(value: Any) -> int | None:
+    """Return a positive whole number; None for anything else, and for two that differ."""
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if whole and not isinstance(value, bool) and value > 0 else None

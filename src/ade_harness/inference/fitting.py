@@ -65,12 +65,18 @@ def check_plan(image_id: str, plan: ViewPlan, cfg: InferenceConfig, model: Loade
         )
     for side, value, limits in zip(("height", "width"), plan.window, model.side_limits or (), strict=False):
         if not limits[0] <= value <= limits[1]:
-            maximum = "or more" if limits[1] >= UNBOUNDED else f"to {limits[1]}"
+            maximum = "or more" if limits[1] >= UNBOUNDED else f"to {limits[1]}" if limits[0] < limits[1] else "alone"
             raise HarnessError(
                 f"{image_id}: the model takes inputs with a {side} of {limits[0]} {maximum}, {name}"
                 f" makes {value}. Choose a protocol whose inputs fit (windows, or inference.resize), or export the"
                 " model for more sizes."
             )
+    require(
+        not model.squares or plan.window[0] == plan.window[1],
+        f"{image_id}: the model takes squares only, as it was exported with one size for both sides; {name} makes"
+        f" {plan.window[1]}x{plan.window[0]} (width x height). Choose a protocol of windows, or export it with a size"
+        ' for each: dynamic_shapes={"x": {2: Dim("height"), 3: Dim("width")}}.',
+    )
     fixed = model.fixed_size
     if fixed is not None and fixed != plan.window:
         raise HarnessError(

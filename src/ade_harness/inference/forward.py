@@ -228,7 +228,8 @@ class BatchedForward:
         exported = isinstance(self.model.module, torch.jit.ScriptModule | torch.fx.GraphModule)
         permitted = self.model.of_caller or not exported  # an exported file runs as it says
         known = next((k for k, dtype in AUTOCAST.items() if dtype in weights and permitted), None)
-        convert = "network.float()" if self.model.of_caller else "export it in float32"
+        copied = "give a copy in float32, copy.deepcopy(network).float()"
+        convert = copied if self.model.of_caller else "export it in float32"
         advice = f"inference.precision={known}, or {convert}" if known else convert
         return f" Its weights are {name}, images float32: {advice}."
 

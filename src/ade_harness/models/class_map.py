@@ -180,6 +180,11 @@ def _proposal(found: Sequence[int | None], names: Sequence[str]) -> str:
 
 def _wrong_number(channels: int, found: list[int | None] | None, names: Sequence[str] | None, classes: Classes) -> str:
     last = len(classes) - 1
+    if channels == 1:
+        return (
+            f"The model outputs 1 channel, {classes.dataset} has {len(classes)} classes. Are these labels? They are"
+            " integers [N, h, w]: output.long()."
+        )
     text = (
         f"The model outputs {channels} channels, {classes.dataset} has {len(classes)} classes: set model.class_map, one"
     )

@@ -35,6 +35,8 @@ class LoadedModel:
     """(height, width) of the only input it takes."""
     side_limits: tuple[tuple[int, int], tuple[int, int]] | None = None
     """Least and greatest height, and width, that it takes, if it says so."""
+    squares: bool = False
+    """Whether it takes inputs alone whose height is their width."""
     fixed_batch: int | None = None
     """Images per call if it takes no other number."""
     of_caller: bool = False

@@ -140,8 +140,9 @@ def _load_system(family: Family, cfg: ModelConfig, classes: Classes) -> LoadedMo
         notes = other_backbone(checkpoint.path, backbone.sha256, below.place)
         facts |= {"other_backbone": notes[0]} if notes else {}
     keys = Strictness(
-        facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file
-    )
+        facts["origin"], tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file,
+        prefix=part.prefix,
+    )  # fmt: skip
     if _is_backbone_alone(family, state, keys):
         raise HarnessError(f"{facts['origin']}: {_without_head(family, cfg)}")
     module = family.load(cfg.architecture, state, keys, classes, published=True)
@@ -173,7 +174,9 @@ def _known(family: Family, cfg: ModelConfig, classes: Classes) -> Known:
                     names = list(family.load(cfg.architecture, None, Strictness(), classes).state_dict())
             except HarnessError:
                 names = []
-            own.append(frozenset([*names, *(name.partition(".")[2] for name in names)]))  # of what it wraps
+            inner = [name.partition(".")[2] for name in names]
+            wraps = len({name.partition(".")[0] for name in names}) == 1
+            own.append(frozenset(inner if wraps else names))  # a file has the names of what is wrapped
         return max(found, len(state.keys() & own[0]))
 
     return known

@@ -121,6 +121,10 @@ AVERAGED: dict[str, dict[str, Any]] = {
     "BasicSR": {"params": SMALL, "params_ema": OTHER},
     "prefixes": {"state_dict": {**below("model."), **below("ema_model.module.", OTHER)}},
     "one prefix": {"state_dict": {**SMALL, **below("ema.", OTHER)}},
+    "capitals": {"state_dict": SMALL, "EMA": OTHER},
+    "a camel": {"model": SMALL, "modelEma": OTHER},
+    "a dash": {"model": SMALL, "model-ema": OTHER},
+    "an average": {"net": SMALL, "average_model": OTHER},
 }  # fmt: skip
 
 
@@ -134,6 +138,16 @@ def test_averaged_weights_are_chosen(name: str) -> None:
     averaged = take_part(content, FILE, Choice(weights=EMA), known)
     assert is_other(averaged)
     assert "model.checkpoint_weights=model" in str(averaged)
+
+
+@pytest.mark.parametrize("other", ["teacher", "student", "discriminator", "target_model", "callbacks"])
+def test_what_stands_beside_is_noted(other: str) -> None:
+    part = take_part({"state_dict": SMALL, other: OTHER}, FILE, Choice(), known)
+    assert is_small(part)
+    assert str(part) == f"state_dict; {other} beside it: not read"
+    assert "cinema" not in take_part({"state_dict": SMALL, "cinema": OTHER}, FILE, Choice(), known).state
+    with pytest.raises(HarnessError, match="no averaged weights were found"):  # ema within another word is none
+        take_part({"state_dict": SMALL, "cinema": OTHER}, FILE, Choice(weights=EMA), known)
 
 
 def test_mmengine_swaps_them() -> None:
@@ -409,9 +423,30 @@ def test_tensors_beside_pickled_objects_are_converted(tmp_path: Path) -> None:
     assert not Path("/tmp/ade_harness_was_converted").exists()
 
 
-def test_a_whole_module_becomes_its_state_dict(tmp_path: Path) -> None:
+def test_a_pickle_of_pythons_own_is_converted(tmp_path: Path) -> None:
+    """Of which torch's tensors hold a file of torch's as bytes; the name says nothing."""
+    for name in ("w.pkl", "w.pth", "w.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps({"model": SMALL, "evil": Evil(), "layer": Whole()}))
+        convert(tmp_path / name, tmp_path / f"{name}.safetensors", Choice())
+        assert is_small(read_part(tmp_path / f"{name}.safetensors"))
+    assert not Path("/tmp/ade_harness_was_converted").exists()
+
+
+def test_small_types_are_converted_and_odd_tensors_are_not(tmp_path: Path) -> None:
+    small = {"a": torch.ones(3).to(torch.float8_e4m3fn), "b": torch.arange(3).to(torch.uint16)}
+    torch.save({"model": {**SMALL, **small}, "args": argparse.Namespace()}, tmp_path / "s.pth")
+    part, _, _ = convert(tmp_path / "s.pth", tmp_path / "s.safetensors", Choice())
+    assert all(torch.equal(part.state[name].float(), value.float()) for name, value in small.items())
+    for odd in (torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.rand(2), 0.1, 0, torch.quint8)):
+        torch.save({"model": {**SMALL, "odd": odd}}, tmp_path / "odd.pth")
+        with pytest.raises(HarnessError, match=r"holds tensors of a kind that is not read \(torch\._utils\._rebuild_"):
+            convert(tmp_path / "odd.pth", tmp_path / "odd.safetensors", Choice())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_whole_module_becomes_its_state_dict(tmp_path: Path, zipped: bool) -> None:
     module = Whole().half()
-    torch.save({"model": module, "epoch": 3}, tmp_path / "m.pt")
+    torch.save({"model": module, "epoch": 3}, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
     convert(tmp_path / "m.pt", tmp_path / "m.safetensors", Choice())
     found, expected = load_file(tmp_path / "m.safetensors"), module.state_dict()
     assert found.keys() == expected.keys()
@@ -537,6 +572,12 @@ def test_a_prefix_that_nobody_knows_is_proposed() -> None:
         load_strictly(nn.Linear(3, 2), {"segmentor.weight": torch.ones(2, 3)}, Strictness("w.pth"))
 
 
+def test_a_prefix_is_proposed_as_the_file_has_it() -> None:
+    state = {f"inner.{name}": value for name, value in nn.Linear(3, 2).state_dict().items()}
+    with pytest.raises(HarnessError, match=r"model\.checkpoint_prefix=net\.inner\.$"):
+        load_strictly(nn.Linear(3, 2), state, Strictness("w.pth", prefix="net."))
+
+
 def test_messages_have_the_files_own_names(tmp_path: Path) -> None:
     part = take_part({"state_dict": below("module.model.")}, FILE, Choice(), known)
     assert part.name_in_file("layer.weight") == "module.model.layer.weight"
@@ -567,7 +608,7 @@ def test_a_backbone_that_cannot_be_fetched_is_asked_for_as_one(monkeypatch: pyte
             backbone_checkpoint(cfg, "x") if cfg.kind != "timm" else timm.load_headless(cfg, ade20k_classes())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "net.", "_orig_mod.", "ema_model.", "module.student."])
+@pytest.mark.parametrize("prefix", ["module.", "net.", "network.", "net.network.", "ema_model.", "module.student."])
 def test_todays_names_of_transformers_are_known_below_a_prefix(tmp_path: Path, prefix: str) -> None:
     """They are not those of the hub's files: the library has renamed its networks' parts."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
 import types
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ class _Left:
     """Stands for an object of a class that is not read; keeps what it would have been made of."""
 
     content: Any = None
+    dump_patches = False
+    """Torch's reader of files from before 1.6 asks each class of a module for it."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Left:
         """Take any arguments."""
@@ -54,8 +58,10 @@ class _Left:
 _MAKERS = {
     ("torch._utils", "_rebuild_tensor"),
     ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor_v3"),
     ("torch._utils", "_rebuild_parameter"),
     ("torch.nn.parameter", "Parameter"),
+    ("torch.storage", "UntypedStorage"),
     ("torch", "Size"),
     ("torch", "device"),
     *(
@@ -74,13 +80,20 @@ class _TensorUnpickler(pickle.Unpickler):
     """Makes tensors, arrays and containers; puts :class:`_Left` in the place of every other class and function."""
 
     left: set[str]
+    ours: Any
+    """The module by which torch unpickles what it reads within."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of the few functions that tensors need, or the class that stands for all others."""
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # of tensors that pickle itself has written
+            return self._load_from_bytes
         if (module, name) in _MAKERS or (module == "torch" and _is_type(name)):
             return _SAFE.get(name) or super().find_class(module, name)
         self.left.add(f"{module}.{name}")
         return _Left
+
+    def _load_from_bytes(self, content: bytes) -> Any:
+        return torch.load(BytesIO(content), map_location="cpu", weights_only=False, pickle_module=self.ours)
 
 
 def _is_type(name: str) -> bool:
@@ -106,6 +119,12 @@ def convert(file: Path, output: Path, choice: Choice) -> tuple[Part, list[str], 
     require(output.suffix == ".safetensors", f"{output}: expected a name that ends in .safetensors.")
     require(not output.exists(), f"{output}: exists already. Give another name, or delete it.")
     content, left = _read(file)
+    odd = [name for name in left if name.startswith("torch._utils._rebuild_")]
+    require(
+        not odd,
+        f"{file}: holds tensors of a kind that is not read ({', '.join(odd)}): sparse or quantised ones, or subclasses."
+        " Save them as plain ones: .to_dense(), .dequantize(), .as_subclass(torch.Tensor).",
+    )
     part = take_part(_opened(content), file, choice)
     for name, tensor in part.state.items():
         held = tensor.untyped_storage().nbytes()
@@ -123,13 +142,15 @@ def convert(file: Path, output: Path, choice: Choice) -> tuple[Part, list[str], 
 def _read(file: Path) -> tuple[Any, list[str]]:
     """Return what a file holds, with stand-ins for foreign objects, and the names of their classes."""
     left: set[str] = set()
-    unpickler = type("Unpickler", (_TensorUnpickler,), {"left": left})
+    ours: Any = types.ModuleType("restricted")  # with all that torch.load uses of a pickle module
+    unpickler = type("Unpickler", (_TensorUnpickler,), {"left": left, "ours": ours})
 
     def load(stream: Any, **settings: Any) -> Any:
         return unpickler(stream, **settings).load()
 
+    ours.Unpickler, ours.load = unpickler, load
     try:
-        if file.suffix == ".pkl" and not zipfile.is_zipfile(file):
+        if _is_plain_pickle(file):
             with file.open("rb") as stream:
                 return load(stream, encoding="latin1"), sorted(left)
         if is_archive(file):
@@ -138,14 +159,30 @@ def _read(file: Path) -> tuple[Any, list[str]]:
                     raise HarnessError(
                         f"{file}: a TorchScript program. Evaluate it: model=torchscript model.path={file}"
                     )
-        ours: Any = types.ModuleType("restricted")  # with all that torch.load uses of a pickle module
-        ours.Unpickler, ours.load = unpickler, load
         return torch.load(file, map_location="cpu", weights_only=False, pickle_module=ours), sorted(left)
     except HarnessError:
         raise
     except Exception as error:  # a damaged file fails in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if _Left.__name__ in reason:  # it was asked for what the object in its place would do
+            raise HarnessError(
+                f"{file}: its tensors are held by {', '.join(sorted(left)[:5])}, which is not read. Where that is"
+                " installed, write the weights alone: torch.save(network.state_dict(), PATH)."
+            ) from error
         raise HarnessError(f"{file}: not a readable torch file or pickle ({reason}). Download it again.") from error
+
+
+def _is_plain_pickle(file: Path) -> bool:
+    """Whether Python's pickle has written a file, and not torch.save: whose older format begins with a number."""
+    if zipfile.is_zipfile(file):
+        return False
+    with file.open("rb") as stream:
+        start = stream.read(64)
+    return not (tarfile.is_tarfile(file) or _MAGIC in start)
+
+
+_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:-1]
+"""With which torch.save began its files before 1.6."""
 
 
 def _opened(value: Any, depth: int = 0, done: dict[int, Any] | None = None) -> Any:
@@ -172,7 +209,8 @@ def _opened_once(value: Any, depth: int, done: dict[int, Any]) -> Any:
         return _opened(content, depth + 1, done) if isinstance(content, Mapping) and depth < _MAX_DEPTH else None
     if depth >= _MAX_DEPTH:
         return None
-    return {str(key): _opened(item, depth + 1, done) for key, item in value.items()}
+    named = {str(key): item for key, item in value.items() if not isinstance(key, _Left)}
+    return {name: _opened(item, depth + 1, done) for name, item in named.items()}
 
 
 _MAX_DEPTH = 8

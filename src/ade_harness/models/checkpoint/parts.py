@@ -64,8 +64,8 @@ class Part:
 
 _PLAIN = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params", "weights")
 """Where trainers put the weights, the usual first."""
-_AVERAGED = re.compile(r"(^|_)(ema|swa|averaged)(_|$)")
-"""Words in the names of averaged weights: ``ema_state_dict``, ``model_ema``, ``state_dict_ema``, ``params_ema``."""
+_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|average|averaged|shadow|polyak)([^a-z]|$)")
+"""Words in the names of averaged weights: ``ema_state_dict``, ``modelEMA``, ``state_dict_ema``, ``average_model``."""
 _SIDES = ("student", "teacher")
 """Networks of one training, beside each other; only the user can say which is meant, unless one alone fits."""
 _STEPS = ("n_averaged", "steps")
@@ -153,7 +153,7 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
                 " that the trainer wrote beside it."
             )
         sides = {f"{side}.": inside.pop(side) for side in _SIDES if side in inside}
-        averaged = [name for name in inside if _AVERAGED.search(name)]
+        averaged = [name for name in inside if _AVERAGED.search(re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())]
         plain = sorted((name for name in inside if name not in averaged), key=_usual_first)
         swapped = _is_mmengines(content) and bool(averaged) and bool(plain)
         if swapped:
@@ -167,6 +167,10 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
         is_averaged = is_averaged or taken in averaged
         where.append(taken)
         beside += others
+        rest = [
+            n for n in (*plain, *averaged, *(side[:-1] for side in sides)) if n != taken and n not in " ".join(others)
+        ]
+        beside += [f"{', '.join(rest)} beside it: not read"] if rest else []
         content = inside[taken]
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     is_averaged = is_averaged or any(name == _STEPS[0] and _counts_steps(name, v) for name, v in tensors.items())

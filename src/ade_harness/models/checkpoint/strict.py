@@ -26,6 +26,9 @@ class Strictness:
     of_file: Callable[[str], str] | None = None
     """The file's own name of a weight, from the one it has here; None: they are the same."""
 
+    prefix: str = ""
+    """What was taken from the beginning of the file's own names."""
+
     def both_names(self, key: str) -> str:
         """Return a weight's name, with the file's own beside it where that is another."""
         own = key if self.of_file is None else self.of_file(key)
@@ -124,7 +127,7 @@ def require_all_keys(
             if named
         ]
         advice = "Choose the model that the file was made for."
-        prefixes = _common_prefixes(missing, unexpected)
+        prefixes = [keys.prefix + found for found in _common_prefixes(missing, unexpected)]
         if len(prefixes) == 1:
             advice = f"Its names are the model's below {prefixes[0]!r}: model.checkpoint_prefix={prefixes[0]}"
         elif prefixes:

@@ -43,6 +43,9 @@ class ExportedModel(nn.Module):
         self.fixed_batch = fixed[0]
         """Images per call if it takes no other number."""
         self.side_limits = _side_limits(program, shape)
+        height, width = shape[2:]
+        vary = not isinstance(height, int) and not isinstance(width, int)
+        self.squares = bool(vary and height.node.expr == width.node.expr)
         """Least and greatest height, and width; None if they are not known, or fixed."""
         self.graph: nn.Module | None = program.module()
         self._program = program
@@ -93,7 +96,7 @@ def sizes_of(module: nn.Module) -> dict[str, Any]:
     """Return the inputs that a program takes as arguments of :class:`LoadedModel`; {} for other modules."""
     if not isinstance(module, ExportedModel):
         return {}
-    return {name: getattr(module, name) for name in ("fixed_size", "fixed_batch", "side_limits")}
+    return {name: getattr(module, name) for name in ("fixed_size", "fixed_batch", "side_limits", "squares")}
 
 
 _Arguments = tuple[Sequence[Any], Mapping[str, Any]]

@@ -18,7 +18,7 @@ from ade_harness.files.fetch import file_hash
 from ade_harness.files.reading import require_regular
 from ade_harness.models.checkpoint.sources import model_file
 from ade_harness.models.identity import companion_hashes
-from ade_harness.models.loaded import LoadedModel, names_of, require_channels_first, statistics
+from ade_harness.models.loaded import UNBOUNDED, LoadedModel, names_of, require_channels_first, statistics
 
 _LABELS = ("tensor(int64)", "tensor(int32)", "tensor(int16)", "tensor(int8)", "tensor(uint8)", "tensor(uint16)")
 _SCORES = ("tensor(float)", "tensor(float16)", "tensor(double)")
@@ -59,7 +59,7 @@ class OnnxModel(nn.Module):
             asked = "" if output is None else f" named {output!r} (model.output)"
             raise HarnessError(
                 f"{path}: no output{asked} of floating-point scores [N, C, h, w] or of integer labels [N, h, w]; the"
-                f" model has {described}."
+                f" model has {described}. Labels: let the graph end in ArgMax over the channels, or in Cast to int64."
             )
         self.output_name: str = chosen[0].name
         self.notes: tuple[str, ...] = ()
@@ -77,6 +77,12 @@ class OnnxModel(nn.Module):
         """(height, width) if the file takes no other."""
         height, width = self.input_shape[2:]
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+    @property
+    def side_limits(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Least and greatest height, and width, where the file fixes one of the two."""
+        sides = [(side, side) if isinstance(side, int) else (0, UNBOUNDED) for side in self.input_shape[2:]]
+        return None if self.fixed_size is not None or (0, UNBOUNDED) == sides[0] == sides[1] else (sides[0], sides[1])
 
     @property
     def fixed_batch(self) -> int | None:
@@ -177,6 +183,7 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
         channels=module.channels,
         fixed_size=module.fixed_size,
         fixed_batch=module.fixed_batch,
+        side_limits=module.side_limits,
         notes=module.notes,
         facts=facts,
     )

@@ -50,6 +50,8 @@ def read_pixels(model_id: str, revision: str | None, model_type: str) -> Pixels 
         if (Path(model_id) / PREPROCESSOR).is_file():
             raise HarnessError(f"model.id={model_id}: its {PREPROCESSOR} cannot be read. Fix or remove it.") from error
         return None
+    if not isinstance(values, Mapping):
+        raise HarnessError(f"model.id={model_id}: its {PREPROCESSOR} holds no keys and values. Fix or remove it.")
     where = f"model.id={model_id}: its image processor's"
     values = _with_defaults(values, model_type)
     rescaled, normalised, flipped = (_switch(values.get(name), f"{where} {name}") for name in _STEPS)

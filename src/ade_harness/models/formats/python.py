@@ -50,7 +50,8 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
         own = module.state_dict()
         part = read_part(checkpoint.path, choice_of(cfg), lambda state: len(state.keys() & own.keys()))
         allowed = tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys)
-        load_strictly(module, part.state, Strictness(checkpoint.origin, *allowed, of_file=part.name_in_file))
+        keys = Strictness(checkpoint.origin, *allowed, of_file=part.name_in_file, prefix=part.prefix)
+        load_strictly(module, part.state, keys)
         weights, facts = "pretrained", facts_of(checkpoint, part)
     others = [getattr(get_object(name), "__module__", "") for name in (target, *_nested_targets(cfg.kwargs))]
     facts["source"] = ", ".join(sources_of(module, others)) or None

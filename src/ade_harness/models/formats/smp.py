@@ -71,7 +71,11 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
     own = module.state_dict()
     part = read_part(checkpoint.path, choice_of(cfg), lambda state: len(state.keys() & own.keys()))
     keys = Strictness(
-        checkpoint.origin, tuple(cfg.allow_missing_keys), tuple(cfg.allow_unexpected_keys), of_file=part.name_in_file
+        checkpoint.origin,
+        tuple(cfg.allow_missing_keys),
+        tuple(cfg.allow_unexpected_keys),
+        of_file=part.name_in_file,
+        prefix=part.prefix,
     )
     load_strictly(module, part.state, keys)
     return _loaded(cfg, module, "pretrained", facts_of(checkpoint, part))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,9 +103,8 @@ _CONSTANTS = ("attn_mask_probs", "criterion.*", "embeddings.position_ids", "rope
 
 
 def _network(cls: Any, config: Any, state: Mapping[str, Tensor] | None, keys: Strictness) -> Eomt:
-    keys = Strictness(
-        keys.origin, (*keys.allow_missing, *_CONSTANTS), (*keys.allow_unexpected, *_CONSTANTS), keys.headless
-    )
+    missing, unexpected = (*keys.allow_missing, *_CONSTANTS), (*keys.allow_unexpected, *_CONSTANTS)
+    keys = replace(keys, allow_missing=missing, allow_unexpected=unexpected)
     return Eomt(load_hub_names(cls, config, state, keys)).eval()
 
 
