@@ -356,18 +356,39 @@ def test_what_fails_at_the_beginning_costs_no_work(
 def test_a_variable_that_wandb_refuses_costs_only_itself(
     online: StubServer, call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_TAGS", "x" * 65)  # 64 characters are W&B's bound
-    monkeypatch.setenv("WANDB_NOTES", "why")
+    given = {"WANDB_TAGS": f"{'x' * 65}, a,,", "WANDB_NOTES": "why", "WANDB_QUIET": "maybe", "WANDB_NAME": ""}
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
     done = call(*OVERRIDES, "run.dir=run", "run.overlays=0")
     assert done.code == 0, done.err
-    assert done.out.count("W&B: WANDB_TAGS is invalid and ignored") in (
-        1,
-        2,
-    )  # at the beginning, at the end
+    assert done.out.count("W&B: WANDB_QUIET is invalid and ignored") in (1, 2)  # at the beginning, at the end
     run = online.runs[read_tracking(tmp_path / "run")["id"]]
     assert run["notes"] == "why"
-    assert "x" * 65 not in run["tags"]
-    assert os.environ["WANDB_TAGS"] == "x" * 65
+    assert {"x" * 64, "a"} <= set(run["tags"])  # 64 characters are W&B's bound
+    assert {key: os.environ[key] for key in given} == given
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("WANDB_TAGS", "nightly,a100,", ""), ("WANDB_TAGS", "", ""), ("WANDB_BASE_URL", "", ""),
+        ("WANDB_PROJECT", "a/b:c", "W&B: WANDB_PROJECT is invalid and ignored: Invalid project name 'a/b:c'"),
+        ("WANDB_CONSOLE", "nope", "W&B: WANDB_CONSOLE is invalid and ignored"),
+    ],
+)  # fmt: skip
+def test_an_odd_variable_costs_no_offline_run(
+    call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv(key, value)
+    done = call("dataset.images=2", "runtime.workers=0", "run.dir=run", "run.overlays=0")
+    assert done.code == 0, done.err
+    assert [line for line in done.out.splitlines() if line.startswith("W&B:")][-1].endswith(
+        str(next((tmp_path / "run/wandb").glob("offline-run-*")))
+    )
+    assert message in done.out
+    assert ("invalid" in done.out) == bool(message)
+    assert os.environ[key] == value
 
 
 # a score that is added to the run of a training

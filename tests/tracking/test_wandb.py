@@ -515,15 +515,20 @@ def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeyp
     monkeypatch.setenv("WANDB_NOTES", "why")
     with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT is invalid and ignored"):
         assert wandb_upload.user_settings() == wandb_upload.UserSettings(notes="why")
-    monkeypatch.setenv("WANDB_TAGS", "x" * 65 + ",ok")  # 64 characters are W&B's bound
-    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS is invalid and ignored"):
-        assert wandb_upload.user_settings().tags == ()
-    bad, before = {"WANDB_PROJECT", "WANDB_TAGS"}, dict(os.environ)
-    with wandb_upload.limits():  # wandb.init would read them too, and fail
-        assert not bad & os.environ.keys()
+    monkeypatch.setenv("WANDB_TAGS", "x" * 65 + ", ok,,ok")  # 64 characters are W&B's bound
+    monkeypatch.setenv("WANDB_BASE_URL", "nowhere")
+    monkeypatch.setenv("WANDB_CONSOLE", "")
+    with pytest.warns(UserWarning, match="WANDB_PROJECT is invalid"):
+        assert wandb_upload.user_settings().tags == ("x" * 64, "ok")
+    bad, before = {"WANDB_PROJECT", "WANDB_CONSOLE", "WANDB_BASE_URL"}, dict(os.environ)
+    with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT is invalid and ignored"), wandb_upload.limits():
+        assert not bad & os.environ.keys()  # wandb.init would read them too, and fail
+        assert os.environ["WANDB_TAGS"] == f"{'x' * 64},ok"
     assert dict(os.environ) == before
-    with pytest.warns(UserWarning, match="W&B: WANDB_TAGS is invalid and ignored"):
-        assert not bad & wandb_upload.environment().keys()  # of the process that speaks with the server
+    with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT is invalid and ignored"):
+        given = wandb_upload.environment()  # of the process that speaks with the server
+    assert bad & given.keys() == {"WANDB_BASE_URL"}  # or results would go to another one
+    assert given["WANDB_TAGS"] == f"{'x' * 64},ok"
 
 
 def run_record(folder: Path) -> Any:

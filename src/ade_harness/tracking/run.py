@@ -183,7 +183,7 @@ def _track(cfg: TrackingConfig, entry: Entry, content: Content, live: LiveRun | 
         # also of a live run that did not end: wandb writes its files every 15 seconds, so the rest is missing there
         offline = _write(cfg, entry, content)
     except Exception as error:  # whatever tracking does, the evaluation is done and on disk
-        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = " ".join(str(error).split())[:300]
         _warn(f"W&B logging failed ({type(error).__name__}: {reason}). The run is whole in {entry.folder}.")
         return None
     if mode == "offline":

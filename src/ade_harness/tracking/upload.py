@@ -32,13 +32,15 @@ LIMITS = {
 def limits() -> Iterator[None]:
     """Let wandb in this process give up a server that does not answer, and print nothing.
 
-    What of the user's variables it cannot understand is taken away as long: it would refuse to begin.
+    What of the user's variables it cannot understand is taken away as long, with a warning: it would refuse to begin.
     """
+    refused, tags = _warned_of(), _tags()
     added = {key: value for key, value in {**LIMITS, "WANDB_SILENT": "true"}.items() if key not in os.environ}
-    before = {key: os.environ.get(key) for key in (*added, *_refused_variables(), "WANDB_MODE")}
+    before = {key: os.environ.get(key) for key in (*added, *refused, *_empty(), _TAGS, "WANDB_MODE")}
     service = os.environ.get("WANDB_SERVICE")
     for key in before:
         os.environ.pop(key, None)
+    os.environ.update({_TAGS: ",".join(tags)} if tags else {})
     os.environ.update(added, WANDB_MODE="offline")  # what we pass: wandb refuses to start with other spellings
     try:
         yield
@@ -129,20 +131,38 @@ class UserSettings:
 
 
 _VARIABLES = (
-    "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_NOTES", "WANDB_TAGS",
+    "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_NOTES",
 )  # fmt: skip
 """What users say by variables of the environment, and W&B checks."""
+
+
+_TAGS = "WANDB_TAGS"
+_NOT_TRIED = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", "WANDB_SERVICE", _TAGS)
+"""Variables that have another meaning here, or that W&B does not check so."""
+_MAX_TAG = 64
+"""Characters, by W&B's rule."""
+
+
+def _tags() -> tuple[str, ...]:
+    """Return the tags in WANDB_TAGS: scripts leave commas at the end, or between nothing."""
+    given = (tag.strip()[:_MAX_TAG] for tag in os.environ.get(_TAGS, "").split(","))
+    return tuple(dict.fromkeys(tag for tag in given if tag))
+
+
+def _empty() -> list[str]:
+    """Return W&B's variables that are set to nothing, as templates of jobs leave them; W&B refuses some of those."""
+    return [key for key, value in os.environ.items() if key.startswith("WANDB_") and not value.strip()]
 
 
 def _refused_variables() -> dict[str, str]:
     """Return which of the user's variables W&B cannot understand, and why."""
     refused = {}
-    for key in _VARIABLES:
-        if os.environ.get(key):
+    for key, value in list(os.environ.items()):
+        if key.startswith("WANDB_") and value.strip() and key not in _NOT_TRIED:
             from wandb import Settings
 
             try:
-                Settings().update_from_env_vars({key: os.environ[key]})
+                Settings().update_from_env_vars({key: value})
             except Exception as error:  # pydantic's ValidationError, wandb's UsageError, ...
                 refused[key] = " ".join(str(error).split())[:200]
     return refused
@@ -168,7 +188,7 @@ def user_settings() -> UserSettings:
         return UserSettings()
     refused = _warned_of()
     found.update_from_env_vars({k: os.environ[k] for k in _VARIABLES if os.environ.get(k) and k not in refused})
-    tags = tuple(found.run_tags or ())
+    tags = _tags() or tuple(found.run_tags or ())
     return UserSettings(found.project, found.entity, found.run_group, found.run_name, found.run_notes, tags)
 
 
@@ -214,7 +234,7 @@ def _synchronised(offline: Path, folder: str, timeout_s: float) -> Uploaded:
     whole = any(offline.glob("*.wandb.synced"))
     url = re.search(r"https?://\S+/runs/[\w-]+", output)
     if whole:
-        problems = [line for line in output.splitlines() if "ERROR" in line]
+        problems = [line for line in output.splitlines() if "ERROR" in line and _LOGS not in line]
         return Uploaded(url[0] if url else None, _short(problems[0]) if problems else "")
     return Uploaded(None, _short(_complaint(output)) or f"`wandb sync` ended with exit code {process.returncode}")
 
@@ -239,7 +259,10 @@ def environment(patient: bool = False) -> dict[str, str]:
     # WANDB_SERVICE: a process that speaks through this one's service would leave its runs open there when it is ended
     unwanted = ("WANDB_MODE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SERVICE")
     limits = {k: v for k, v in LIMITS.items() if not (patient and "RETRY" in k)}
-    return limits | {k: v for k, v in os.environ.items() if k not in unwanted and k not in refused}
+    refused.pop("WANDB_BASE_URL", None)  # or results would go to another server
+    left_out = {*unwanted, *refused, *_empty(), _TAGS}
+    tags = {_TAGS: ",".join(_tags())} if _tags() else {}
+    return limits | tags | {k: v for k, v in os.environ.items() if k not in left_out}
 
 
 @contextmanager
@@ -255,13 +278,15 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
             process.stdout.close()
 
 
+_LOGS = "Find detailed error logs"
+"""In a line that names a file, and no reason."""
 _REFUSED = ("permission denied", "unauthorized", "not logged in", "forbidden", "credentials", "401", "403")
 """What servers say of a key that they do not take."""
 
 
 def _complaint(output: str) -> str:
     """Return the most informative line of what `wandb sync` printed."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip() and _LOGS not in line]
     errors = [line for line in lines if "ERROR" in line or "panic" in line or "Error" in line]
     found = (errors or lines or [""])[0]
     if re.search(r"<!doctype|<html", found, re.IGNORECASE):
