@@ -50,7 +50,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 def nearest(word: str, choices: Iterable[str], number: int = 5) -> str:
     """Return the choices that are nearest to a word, as text: of many, which nobody wants to see all."""
-    return ", ".join(difflib.get_close_matches(word, list(choices), n=number, cutoff=0))
+    ratios = {choice: difflib.SequenceMatcher(None, choice, word).ratio() for choice in choices}
+    return ", ".join(sorted(ratios, key=lambda choice: (-ratios[choice], choice))[:number])
 
 
 def require(condition: bool, message: str) -> None:

@@ -573,3 +573,20 @@ def test_messages_spell_options_as_python_does(
         call()
     assert ("From Python" in str(raised.value)) == (expected is not None)
     assert (expected or "") in str(raised.value)
+
+
+def test_a_network_that_was_made_in_inference_mode_is_evaluated() -> None:
+    class Counting(Colours):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                self.calls += 1
+            return super().forward(images)
+
+    with torch.inference_mode():
+        network = Counting()
+    ade.evaluate(network, dataset="demo", limit=2, options={"metrics.resamples": 0})
+    assert float(network.calls) == 0

@@ -515,6 +515,25 @@ def test_scores_without_a_best_class_are_refused(predictions: torch.Tensor, mess
     assert int(metric.matrix.sum()) == 0
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_the_metric_counts_in_and_out_of_inference_mode(outside: bool) -> None:
+    with torch.inference_mode(not outside):
+        metric = SegmentationScores(4)
+    with torch.inference_mode(outside):
+        metric.update(torch.randn(1, 4, 8, 8), torch.randint(0, 4, (1, 8, 8)))
+    metric.update(torch.randn(1, 4, 8, 8), torch.randint(0, 4, (1, 8, 8)))
+    assert int(metric.matrix.sum()) == 128
+
+
+@pytest.mark.parametrize("name", ["miou", "loss"])
+def test_a_score_that_is_not_logged_is_found_before_the_training(name: str, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor=f"ade20k/{name}", save_on_train_epoch_end=True)
+    with pytest.raises(
+        HarnessError, match=rf"monitor='ade20k/{name}'\): no such score\. .* ade20k/mIoU, .* ade20k/mean_dice"
+    ):
+        fit([ade.ADE20KEvaluation(dataset="demo", options=SMALL, network="net"), checkpoint], enable_checkpointing=True)
+
+
 def test_scores_that_are_negated_when_they_are_read_are_counted_so() -> None:
     scores, target = torch.randn(1, 4, 4, 4), torch.randint(0, 4, (1, 8, 8))
     metric = SegmentationScores(4)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import ade_harness as ade
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.report.overlays import draw_prediction
 from tests.cli.test_cli import Call, one_message
 from tests.conftest import Done
 
@@ -76,7 +77,7 @@ def test_pictures_that_are_not_read_are_counted(call: Call, photos: Path) -> Non
         (("model=demo",), "name an image or a folder of images"),
         (("model=demo", "nowhere"), "nowhere: no such image or folder"),
         (("model=demo", "empty"), "empty: contains no image"),
-        (("model=demo", "photos/street.jpg", "photos"), "would be written to the same files as photos/street.jpg"),
+        (("model=demo", "http://x/y.jpg"), "no such image or folder. Images are read from files, not from addresses"),
         (("model=predictions", "model.path=empty", "photos"), "model=predictions: gives label maps"),
         (("model=nothing", "photos"), "model=nothing: unknown value"),
         (("model=demo", "photos", "--output", "photos/street.jpg"), "--output photos/street.jpg: cannot be written"),
@@ -191,6 +192,31 @@ def test_label_maps_are_no_pictures(call: Call, photos: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_each_image_of_a_folder_is_predicted_once(call: Call, photos: Path, tmp_path: Path) -> None:
+    """Not what a Mac or a notebook hides there, not what an earlier `predict` wrote, and no two into one file."""
+    for name in ("._street.jpg", ".ipynb_checkpoints/street-checkpoint.jpg", "__MACOSX/._a.jpg"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"no image")
+    shutil.copy(photos / "more/kitchen.png", photos / "street.png")
+    expected = ["more/garden", "more/kitchen", "street.jpg", "street.png"]
+    for number, output in enumerate((photos, photos / "predictions", tmp_path / "out")):
+        given = ("predict", "model=demo", photos / "street.jpg", photos, "--output", output, "--json")
+        done = call(*given)
+        assert done.code == 0, done.err
+        assert len(json.loads(done.out)["images"]) == 4, number
+        written = (path.relative_to(output / "labels").as_posix() for path in (output / "labels").rglob("*.png"))
+        assert sorted(name.removesuffix(".png") for name in written) == expected
+
+
+def test_a_strip_is_drawn_small_and_a_narrow_picture_has_a_legend() -> None:
+    classes = ade20k_classes()
+    for size, largest in (((20, 6000), 12_010), ((900, 3), 2_000), ((1, 1), 600)):
+        drawn = draw_prediction(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), classes)
+        assert max(drawn.size) <= largest
+        assert drawn.size[0] >= 190
+
+
+@pytest.mark.slow
 def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
     for name, limit in (("first", None), ("sweep/second", 3)):
         ade.evaluate("demo", dataset="demo", options=SMALL, limit=limit, run_dir=tmp_path / "runs" / name)
@@ -219,6 +245,8 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
     ]
     assert sum(of_images) == len(json.loads(call("runs", "--json").out)["runs"])
     for condition, names in (
+        ("model==demo", 2), ("model=DEMO", 2), ("status=partial", 1), ("marks=*partial*", 1), ("marks!=PARTIAL", 2),
+        ("marks=DEMO", 2), (f"images=={of_images[0]}", 0), ("mIoU=", 1),
         (f"mIoU>={scores[0]}", 1), (f"mIoU<{scores[0]}", 1), ("mIoU > 1", 0), ("images<=4", 2), ("started>2020", 2), ("seconds<0", 0),
     ):  # fmt: skip
         assert len(json.loads(call("runs", "--json", "--where", condition).out)["runs"]) == names, condition
@@ -227,6 +255,9 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
         (("--where", "mIoU>20"), "scores are fractions: mIoU>0.2"),  # as the table's percent suggests
         (("--where", "mIoU>high"), "--where mIoU>high: mIoU is a number, and 'high' is none"),
         (("--where", "points>1"), "points: no such column"),
+        (("--where", "mIoU=>0.4"), "--where mIoU=>0.4: expected COLUMN=VALUE, such as"),
+        (("--where", "images=all"), "--where images=all: images is a number, and 'all' is none"),
+        (("--where", "mIoU>nan"), "--where mIoU>nan: mIoU is a number, and 'nan' is none"),
         (("--sort", "mIoUs"), "mIoUs: no such column. Did you mean 'mIoU'"),
         (("--output", "all.xlsx"), "expected a name that ends in .csv, .json, .md"),
         (("nowhere",), "nowhere: no such folder"),

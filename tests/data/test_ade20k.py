@@ -260,6 +260,9 @@ def test_zip_with_path_traversal_and_broken_zip(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="path traversal"):
         open_ade20k(evil)
     evil.write_bytes(evil.read_bytes()[:-30])
+    (tmp_path / "notes.txt").write_text("no archive")
+    with pytest.raises(HarnessError, match="notes.txt: is neither a folder nor a zip file"):
+        open_ade20k(tmp_path / "notes.txt")
     with pytest.raises(HarnessError, match="not a whole zip"):
         open_ade20k(evil)
 

@@ -531,6 +531,14 @@ def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeyp
     assert given["WANDB_TAGS"] == f"{'x' * 64},ok"
 
 
+def test_the_reason_of_a_failed_upload_is_no_name_of_a_log() -> None:
+    output = (
+        "wandb: ERROR Find detailed error logs at: /tmp/debug-cli.root.log.\n"
+        "Error: WANDB_API_KEY invalid: API key must have 40+ characters, has 5.\n"
+    )
+    assert wandb_upload._complaint(output).startswith("Error: WANDB_API_KEY invalid")
+
+
 def run_record(folder: Path) -> Any:
     [file] = (folder / "wandb").glob("offline-run-*/*.wandb")
     (started,) = [record.run for record in read_wandb(file) if record.HasField("run")]

@@ -15,13 +15,13 @@ from torch import nn
 
 from ade_harness.api.arguments import option_overrides, plain, plain_name, refuse_twice, spelt_for_python, whole_number
 from ade_harness.api.predictors import network_predictor
-from ade_harness.api.result import Evaluation
+from ade_harness.api.result import LOGGED, Evaluation
 from ade_harness.api.state import begin, callers_hydra, callers_network, callers_process
 from ade_harness.config.compose import compose_config, protocol_changes
 from ade_harness.config.composed import Composed
 from ade_harness.config.overrides import as_override_value
 from ade_harness.config.validate import require_data
-from ade_harness.errors import HarnessError, text_of
+from ade_harness.errors import HarnessError, did_you_mean, text_of
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
 
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
@@ -158,6 +158,7 @@ class ADE20KEvaluation(pl.Callback):
             watched = scheduler.monitor
             every = scheduler.frequency if scheduler.interval == "epoch" else 1
             mine = isinstance(watched, str) and watched.startswith(self.prefix)
+            self._require_score("the learning rate's scheduler", watched)
             if mine and (scheduler.interval != "epoch" or every % self.every_n_epochs):
                 raise HarnessError(
                     f"the learning rate's scheduler (monitor={watched!r}) would look when there is no new score. Give"
@@ -165,6 +166,7 @@ class ADE20KEvaluation(pl.Callback):
                 )
         for monitor in getattr(trainer, "callbacks", ()):
             watched = getattr(monitor, "monitor", None)
+            self._require_score(type(monitor).__name__, watched)
             if isinstance(watched, str) and watched.startswith(self.prefix):
                 remedy = self._missed(monitor, trainer)
                 if remedy is not None:
@@ -172,6 +174,15 @@ class ADE20KEvaluation(pl.Callback):
                         f"{type(monitor).__name__}(monitor={watched!r}): would look when there is no new score."
                         f" {remedy}"
                     )
+
+    def _require_score(self, who: str, watched: Any) -> None:
+        """Refuse a callback or scheduler that waits for a score that is none of ours by its name."""
+        name = watched.removeprefix(self.prefix) if isinstance(watched, str) and self.prefix else None
+        if name is not None and name != watched and name not in LOGGED:
+            raise HarnessError(
+                f"{who}(monitor={watched!r}): no such score.{did_you_mean(name, LOGGED)} ADE20KEvaluation logs"
+                f" {', '.join(self.prefix + known for known in LOGGED)}."
+            )
 
     def _missed(self, monitor: Any, trainer: pl.Trainer) -> str | None:
         """Return what to do about a callback whose looks are not after our evaluations; None if all are."""
@@ -181,7 +192,7 @@ class ADE20KEvaluation(pl.Callback):
             if not monitor._should_save_on_train_epoch_end(trainer):
                 return "Give it save_on_train_epoch_end=True: the evaluation is at the end of the training's epoch."
             if monitor._every_n_epochs < 1 or monitor._every_n_epochs % often:
-                return f"Give it every_n_epochs={often}, as ADE20KEvaluation has."
+                return f"Give it every_n_epochs={often}, as ADE20KEvaluation has, in place of steps or a time."
         if _is(monitor, "EarlyStopping"):
             callbacks: list[Any] = trainer.callbacks
             if callbacks.index(monitor) < callbacks.index(self):

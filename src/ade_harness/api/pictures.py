@@ -17,6 +17,7 @@ from ade_harness.config.kinds import kind_of
 from ade_harness.config.plain import as_dict
 from ade_harness.config.schema import Config
 from ade_harness.data.containers import MAX_FILE_BYTES
+from ade_harness.data.image_files import FOLDERS, RECORD
 from ade_harness.data.labels import NO_CLASS
 from ade_harness.data.palettes import is_label_file
 from ade_harness.errors import HarnessError, require
@@ -30,8 +31,6 @@ from ade_harness.runs.provenance import code_state, computing_packages
 from ade_harness.runs.record import decided_counts
 from ade_harness.runtime.lifetime import directory_kept
 
-_RECORD = "predictions.json"
-_FOLDERS = ("labels", "pictures")
 _OF_ANNOTATIONS = ("dataset.", "metrics.")
 """Fields that no prediction reads: the names of classes are compared."""
 _MADE_BY = ("model", "protocol", "state_sha256", "dataset")
@@ -72,7 +71,7 @@ def predict_files(
                 _write(segmenter, file, pixels, output.absolute(), name)
         except HarnessError as error:
             found.failed[str(file)] = str(error)
-            for folder in _FOLDERS:  # of what the file was before: it must not be taken for the present one's
+            for folder in FOLDERS:  # of what the file was before: it must not be taken for the present one's
                 (output / folder / f"{name}.png").unlink(missing_ok=True)
         on_done(done)
     failed = {name for file, name in files if str(file) in found.failed}
@@ -83,9 +82,9 @@ def predict_files(
 
 def _forget(output: Path, names: Collection[str]) -> None:
     """Take images that failed out of the record: nothing of them is there."""
-    content = read_json(output / _RECORD, dict)
+    content = read_json(output / RECORD, dict)
     content["sources"] = {name: file for name, file in content.get("sources", {}).items() if name not in names}
-    write_json(output / _RECORD, content)
+    write_json(output / RECORD, content)
 
 
 def describe_model(segmenter: Segmenter, cfg: Config) -> dict[str, Any]:
@@ -124,8 +123,8 @@ def open_output(
         HarnessError: it holds predictions of another model, or of another image of the same name, or files of which
             nobody knows; or it cannot be written.
     """
-    path, sources = output / _RECORD, {}
-    there = [output / folder for folder in _FOLDERS if (output / folder).exists()]
+    path, sources = output / RECORD, {}
+    there = [output / folder for folder in FOLDERS if (output / folder).exists()]
     if path.exists():
         before = read_json(path, _SHAPE)
         then, now = ({k: made.get(k) for k in (*_MADE_BY, "sha256")} for made in (before, made_by))
@@ -141,7 +140,7 @@ def open_output(
         )
     elif there:
         raise HarnessError(
-            f"{there[0]}: exists already, and no {_RECORD} beside it names its model. Choose another folder"
+            f"{there[0]}: exists already, and no {RECORD} beside it names its model. Choose another folder"
             " with --output, or remove this one."
         )
     try:

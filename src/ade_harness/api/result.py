@@ -24,6 +24,9 @@ from ade_harness.runs.result import Result, per_class_rows
 if TYPE_CHECKING:
     import pandas as pd
 
+LOGGED = (*SCORE_NAMES, "mean_dice")
+"""Names of the scores that the callback logs; of old runs the last is not known."""
+
 
 @dataclass(frozen=True, repr=False, eq=False)  # one is equal to itself: arrays have no truth
 class Evaluation:
@@ -78,7 +81,7 @@ class Evaluation:
     @property
     def scores(self) -> dict[str, float]:
         """Every score by name, 0..1: mIoU by three conventions, accuracies, fwIoU, final score, mean Dice."""
-        names = [*SCORE_NAMES, *(["mean_dice"] if self.metrics.get("mean_dice") is not None else [])]  # not of old runs
+        names = [name for name in LOGGED if name in SCORE_NAMES or self.metrics.get(name) is not None]
         return {name: float(self.metrics[name]) for name in names}
 
     @property

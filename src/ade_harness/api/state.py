@@ -12,7 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -191,7 +191,8 @@ def callers_network(network: nn.Module | None, device: torch.device) -> Iterator
             for module, mode in modes:
                 module.training = mode
             for parameter, wants in wanted:
-                parameter.requires_grad_(wants)
+                if parameter.requires_grad != wants:
+                    parameter.requires_grad_(wants)
             with torch.no_grad():
                 _copy_back([*kept, *((b, buffers[n]) for n, b in network.named_buffers() if n in buffers)])
 
@@ -207,7 +208,9 @@ def _copy_back(values: list[tuple[Tensor, Tensor]]) -> None:
     """Give tensors the values that they had, where an evaluation has changed them."""
     for now, before in values:
         if now.shape == before.shape and not torch.equal(now, before.to(now.device)):
-            now.copy_(before)
+            # what was made in that mode may be changed in it alone
+            with torch.inference_mode() if now.is_inference() else nullcontext():
+                now.copy_(before)
 
 
 def _evaluation_mode(network: nn.Module, modules: list[nn.Module]) -> None:

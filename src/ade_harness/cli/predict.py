@@ -78,7 +78,7 @@ def _read_options(options: argparse.Namespace) -> _Request:
     )
     output = expanded(options.output)
     given = [expanded(path) for path in paths]
-    files, unread = list(find_images(given, output)), unread_pictures(given, output)
+    files, unread = find_images(given, output), unread_pictures(given, output)
     require(bool(files), "predict: name an image or a folder of images: predict model=NAME IMAGE_OR_FOLDER.")
     refuse_idle(overrides, "predict")
     return _Request(compose_config([*overrides, "tracking=none"], extra), files, unread, output)

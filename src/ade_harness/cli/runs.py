@@ -6,9 +6,10 @@ import argparse
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
 from operator import ge, gt, le, lt
 from typing import Any
@@ -39,9 +40,14 @@ def run_runs(options: argparse.Namespace) -> Answer:
     Raises:
         HarnessError: no run, an unknown column, or a file that cannot be written.
     """
+    conditions = [_parsed(condition) for condition in options.where]
+    for name in options.output:
+        require(
+            expanded(name).suffix.lower() in _WRITERS,
+            f"--output {name}: expected a name that ends in {', '.join(_WRITERS)}.",
+        )
     rows = list_runs([expanded(folder) for folder in options.folders or ["runs"]])
-    for condition in options.where:
-        rows = [row for row in rows if _matches(row, condition)]
+    rows = [row for row in rows if all(_matches(row, *condition) for condition in conditions)]
     if options.sort is not None:
         column = _column(options.sort)
         known = [row for row in rows if getattr(row, column) is not None]
@@ -55,12 +61,9 @@ def run_runs(options: argparse.Namespace) -> Answer:
         print_line(console, "no run matches --where")
     for name in options.output:
         path = expanded(name)
-        write = _WRITERS.get(path.suffix.lower())
-        require(write is not None, f"--output {name}: expected a name that ends in {', '.join(_WRITERS)}.")
-        assert write is not None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, write(rows))
+            write_text(path, _WRITERS[path.suffix.lower()](rows))
         except OSError as error:
             raise HarnessError(f"{path}: cannot be written ({error.strerror or error}).") from error
         print_fact(console, "written", str(path))
@@ -76,50 +79,64 @@ def _column(name: str) -> str:
     return found
 
 
-def _matches(row: RunRow, condition: str) -> bool:
-    """Whether a run fits ``column=value``, where a value may hold ``*``, or a comparison; what is unknown fits none.
+def _parsed(condition: str) -> tuple[str, str, str]:
+    """Return column, operator and value of a ``--where``: ``column=value`` or a comparison.
 
     Raises:
-        HarnessError: another form of condition, no such column, or text and number compared in order.
+        HarnessError: another form of condition, no such column, or no number for a column of numbers.
     """
     parts = _CONDITION.fullmatch(condition)
-    if parts is None:
-        raise HarnessError(f"--where {condition}: expected COLUMN=VALUE, such as model=segformer_b0, or mIoU>0.4.")
-    name, operator, value = parts.groups()
-    found = getattr(row, _column(name.strip()))
-    score = _column(name.strip()) in _FRACTIONS
-    if score and _is_number(value) and float(value) > 1:
-        raise HarnessError(
-            f"--where {condition}: scores are fractions: {name.strip()}{operator}{float(value) / 100:g}."
-        )
-    if operator in ("=", "!=") and isinstance(found, int | float) and _is_number(value):
-        return (found == float(value)) == (operator == "=")
-    if operator in ("=", "!="):
-        return fnmatchcase("" if found is None else str(found), value.strip()) == (operator == "=")
-    if found is None:
-        return False
-    if isinstance(found, str):
-        return _ORDERS[operator](found, value.strip())  # dates are in ISO 8601, whose order is that of text
-    try:
-        return _ORDERS[operator](found, float(value))
-    except ValueError as error:
-        problem = f"{name.strip()} is a number, and {value.strip()!r} is none."
-        raise HarnessError(f"--where {condition}: {problem}") from error
+    if parts is None or parts[2] in ("=<", "=>"):
+        raise HarnessError(f"--where {condition}: expected COLUMN=VALUE, such as model=segformer_b0, or mIoU>=0.4.")
+    name, operator, value = parts[1].strip(), parts[2].replace("==", "="), parts[3].strip()
+    column = _column(name)
+    number = _number(value)
+    require(
+        column not in _NUMBERS or number is not None or (not value and operator in ("=", "!=")),
+        f"--where {condition}: {name} is a number, and {value!r} is none.",
+    )
+    require(
+        column not in _FRACTIONS or number is None or number <= 1,
+        f"--where {condition}: scores are fractions: {name}{operator}{(number or 0) / 100:g}.",
+    )
+    return column, operator, value
 
 
+def _matches(row: RunRow, column: str, operator: str, value: str) -> bool:
+    """Whether a run fits a condition; what is unknown fits no comparison.
+
+    A text may hold ``*``, in any case of letters. `status` and `marks` have several: any of them may fit.
+    """
+    found = getattr(row, column)
+    if operator in _ORDERS:
+        if found is None:
+            return False
+        # dates are in ISO 8601, whose order is that of text
+        return bool(_ORDERS[operator](found, value if isinstance(found, str) else float(value)))
+    if column in _NUMBERS:
+        return bool((found == _number(value)) == (operator == "="))
+    texts = ["" if found is None else str(found)]
+    if column in ("status", "marks"):
+        marks = [mark for mark in row.marks.split("; ") if mark]
+        texts += [*(marks if column == "marks" else ()), *(mark.partition(":")[0] for mark in marks)]
+    return any(fnmatchcase(text.lower(), value.lower()) for text in texts) == (operator == "=")
+
+
+_NUMBERS = tuple(field.name for field in fields(RunRow) if "int" in str(field.type) or "float" in str(field.type))
+"""Columns of numbers."""
 _FRACTIONS = ("mIoU", "low", "high", "pixel_accuracy", "mean_accuracy", "mean_dice")
 """Columns of scores, which tables show as percent."""
 
 
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(text)
+        number = float(text)
     except ValueError:
-        return False
-    return True
+        return None
+    return None if math.isnan(number) else number
 
 
-_CONDITION = re.compile(r"([^=!<>]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+_CONDITION = re.compile(r"([^=!<>]+)(==|=<|=>|!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {"<": lt, "<=": le, ">": gt, ">=": ge}
 
 

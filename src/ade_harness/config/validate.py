@@ -239,6 +239,10 @@ def _check_weight_fields(model: ModelConfig, kind: Kind) -> None:
         f"model.{given}: model.kind={model.kind} reads no weight file: {instead}. Leave it out.",
     )
     require(
+        given is None or model.weights != Weights.random,
+        f"model.{given}: would not be read, as model.weights=random. Leave one of them out.",
+    )
+    require(
         model.weights != Weights.random or reads,
         f"model.weights: cannot be chosen for model.kind={model.kind}: {instead}. Leave it out.",
     )

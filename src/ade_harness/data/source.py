@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ade_harness.data.containers import MAX_FILE_BYTES
-from ade_harness.errors import HarnessError
+from ade_harness.errors import HarnessError, require
 from ade_harness.files.archive import check_member_name
 from ade_harness.files.reading import read_regular
 
@@ -129,6 +129,11 @@ class ZipSource:
             try:
                 self._archive, self._owner = zipfile.ZipFile(self.location), os.getpid()
             except _DAMAGED as error:
+                require(
+                    self.location.suffix.lower() == ".zip",
+                    f"{self.location}: is neither a folder nor a zip file. Give the folder ADEChallengeData2016, or its"
+                    " zip.",
+                )
                 raise HarnessError(
                     f"{self.location}: not a whole zip file ({error}). Delete it and download it again:"
                     " `python -m ade_harness data download`."

@@ -243,6 +243,12 @@ class BatchedForward:
         words = ("shape", "size", "Sizes", "must match", "Guard failed", "divisible", "multiple")
         if not any(word in reason for word in words):
             return ""
+        side = getattr(getattr(self.model.module, "config", None), "image_size", None)
+        if isinstance(side, int) and list(batch.shape[2:]) != [side, side]:
+            return (
+                f" Its config.image_size is {side}; windows of that size: inference=mmseg_slide_512"
+                f" inference.window.crop={side} inference.window.stride={side * 2 // 3}."
+            )
         if not made:
             odd = any(side % _USUAL_STRIDE for side in batch.shape[2:])
             return (

@@ -244,7 +244,7 @@ class NetworkPredictor:
                 f"inference={self.cfg.name} is not a published protocol ({size}, pixels normalised with mean"
                 f" {_written(self.model.mean)} and std {_written(self.model.std)}): choose the model's own"
             )
-        staying = [name or "itself" for name, part in self.network.named_modules() if getattr(part, "training", False)]
+        staying = _in_training_mode(self.network)
         if staying:
             notes.append(
                 f"{len(staying)} modules of the network stay in training mode though it was put into evaluation mode"
@@ -381,3 +381,12 @@ class NetworkPredictor:
 
 def _written(values: Sequence[float]) -> str:
     return "/".join(f"{v:g}" for v in values)
+
+
+def _in_training_mode(network: nn.Module, name: str = "") -> list[str]:
+    """Return the names of modules in training mode, but of an exported program, whose graph has one mode for ever."""
+    if isinstance(network, torch.fx.GraphModule) and "train" in vars(network):  # torch.export's, which refuse the other
+        return []
+    own = [name or "itself"] if getattr(network, "training", False) else []
+    below = (_in_training_mode(part, f"{name}.{child}".lstrip(".")) for child, part in network.named_children())
+    return own + [found for part in below for found in part]

@@ -121,7 +121,7 @@ class SegmentationScores(Metric):
         found = torch.zeros_like(self.matrix)
         for one, truth in zip(preds, target, strict=True):
             found += self._counts(one, truth)
-        self.matrix += found
+        self.matrix = self.matrix + found  # a new one: the caller may be in inference mode, or may have been
 
     def _batched(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         for name, value in (("preds", preds), ("target", target)):

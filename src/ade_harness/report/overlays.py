@@ -17,6 +17,8 @@ MASKS = ".npz"
 _GAP = 6
 _CAPTION = 22
 _MIN_PANEL_HEIGHT = 240
+_MAX_PANEL_WIDTH = 2000
+"""Of a panel that is enlarged: of a strip, the height alone would make a picture that no viewer opens."""
 _LEGEND_WIDTH = 190
 _WRONG = (214, 39, 40)
 _RIGHT = (225, 225, 225)
@@ -52,7 +54,7 @@ def draw_overlay(
         "prediction: " + _largest(labels[labels != NO_CLASS], classes): half + colors[labels] // 2,
         f"errors: {right:.1%} of valid pixels right (red wrong, dark not counted)": errors,
     }
-    scale = max(1, -(-_MIN_PANEL_HEIGHT // image.shape[0]))
+    scale = _scale_of(*image.shape[:2])
     height, width = image.shape[0] * scale, image.shape[1] * scale
     canvas = Image.new("RGB", (4 * width + 3 * _GAP, height + _CAPTION * (1 + bool(marks))), "white")
     draw = ImageDraw.Draw(canvas)
@@ -70,6 +72,11 @@ def draw_overlay(
     return canvas
 
 
+def _scale_of(height: int, width: int) -> int:
+    """Return how many times a small image is enlarged."""
+    return max(1, min(-(-_MIN_PANEL_HEIGHT // height), _MAX_PANEL_WIDTH // width))
+
+
 def draw_prediction(
     image: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], classes: Classes, maximum: int = 12
 ) -> Image.Image:
@@ -81,7 +88,7 @@ def draw_prediction(
         classes: of the data set.
         maximum: classes in the legend.
     """
-    scale = max(1, -(-_MIN_PANEL_HEIGHT // image.shape[0]))
+    scale = _scale_of(*image.shape[:2])
     size = image.shape[1] * scale, image.shape[0] * scale
     colors = classes.palette
     pictures = image, image // 3 + colors[labels] // 3 * 2
@@ -89,7 +96,7 @@ def draw_prediction(
     font = ImageFont.load_default(13)
     counts = np.bincount(labels[labels != NO_CLASS].reshape(-1), minlength=len(classes))
     shown = [int(c) for c in np.argsort(-counts, kind="stable")[:maximum] if counts[c]]
-    width = 2 * size[0] + _GAP
+    width = max(2 * size[0] + _GAP, _LEGEND_WIDTH)
     columns = max(1, min(len(shown), width // _LEGEND_WIDTH))
     canvas = Image.new("RGB", (width, size[1] + _CAPTION * max(1, -(-len(shown) // columns))), "white")
     for column, panel in enumerate(panels):

@@ -124,6 +124,8 @@ AVERAGED: dict[str, dict[str, Any]] = {
     "capitals": {"state_dict": SMALL, "EMA": OTHER},
     "a camel": {"model": SMALL, "modelEma": OTHER},
     "a dash": {"model": SMALL, "model-ema": OTHER},
+    "a prefix of words": {"state_dict": {**below("net."), **below("ema_net.", OTHER)}},
+    "an abbreviation": {"model": SMALL, "model_avg": OTHER},
     "an average": {"net": SMALL, "average_model": OTHER},
 }  # fmt: skip
 
@@ -430,6 +432,19 @@ def test_a_pickle_of_pythons_own_is_converted(tmp_path: Path) -> None:
         convert(tmp_path / name, tmp_path / f"{name}.safetensors", Choice())
         assert is_small(read_part(tmp_path / f"{name}.safetensors"))
     assert not Path("/tmp/ade_harness_was_converted").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.eye(3).to_sparse(), r"sparse \(sparse_coo\)"), (torch.ones(3).to(torch.float8_e4m3fn), "of 8 bits"),
+        (torch.quantize_per_tensor(torch.rand(2), 0.1, 0, torch.qint8), "quantised"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_no_weights_are_named(value: torch.Tensor, kind: str, tmp_path: Path) -> None:
+    torch.save({"module." + name: value for name in ("a", "b")}, tmp_path / "w.pth")
+    with pytest.raises(HarnessError, match=rf"w\.pth: module\.a is {kind}.*dense floating-point numbers"):
+        read_part(tmp_path / "w.pth")
 
 
 def test_small_types_are_converted_and_odd_tensors_are_not(tmp_path: Path) -> None:

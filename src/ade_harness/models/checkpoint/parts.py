@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ade_harness.config.model import CheckpointWeights
@@ -64,7 +65,7 @@ class Part:
 
 _PLAIN = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params", "weights")
 """Where trainers put the weights, the usual first."""
-_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|average|averaged|shadow|polyak)([^a-z]|$)")
+_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|average|averaged|shadow|polyak)([^a-z]|$)")
 """Words in the names of averaged weights: ``ema_state_dict``, ``modelEMA``, ``state_dict_ema``, ``average_model``."""
 _SIDES = ("student", "teacher")
 """Networks of one training, beside each other; only the user can say which is meant, unless one alone fits."""
@@ -108,7 +109,25 @@ def read_part(path: Path, choice: Choice | None = None, known: Known | None = No
             or not what `choice` names.
     """
     choice = choice or Choice()
-    return take_part(read_content(path), path, choice, known)
+    part = take_part(read_content(path), path, choice, known)
+    for name, value in part.state.items():
+        kind = _no_weight(value)
+        if kind is not None:
+            raise HarnessError(
+                f"{path}: {part.name_in_file(name)} is {kind}. Weights are dense floating-point numbers: save them so"
+                " (.to_dense(), .dequantize(), or multiplied by their scales)."
+            )
+    return part
+
+
+def _no_weight(value: Tensor) -> str | None:
+    """Return what a tensor is that no network here can take as a weight; None for others."""
+    if value.is_quantized:
+        return "quantised"
+    if value.is_nested or value.layout != torch.strided:
+        return "nested" if value.is_nested else f"sparse ({str(value.layout).removeprefix('torch.')})"
+    small = value.is_floating_point() and value.element_size() < 2
+    return f"of 8 bits ({str(value.dtype).removeprefix('torch.')})" if small else None
 
 
 def take_part(content: Any, path: Path, choice: Choice, known: Known | None = None) -> Part:
@@ -153,7 +172,7 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
                 " that the trainer wrote beside it."
             )
         sides = {f"{side}.": inside.pop(side) for side in _SIDES if side in inside}
-        averaged = [name for name in inside if _AVERAGED.search(re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())]
+        averaged = [name for name in inside if _is_averaged(name)]
         plain = sorted((name for name in inside if name not in averaged), key=_usual_first)
         swapped = _is_mmengines(content) and bool(averaged) and bool(plain)
         if swapped:
@@ -327,9 +346,14 @@ def _recognised(part: Part, path: Path, choice: Choice, known: Known) -> Part:
     return found
 
 
+def _is_averaged(name: str) -> bool:
+    """Whether a name's words, with underscores or capitals, say that it is an average."""
+    return bool(_AVERAGED.search(re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()))
+
+
 def _is_average(prefix: str) -> bool:
     """Whether one of the names in a prefix is that of averaged weights, as in ``module.ema_model.``."""
-    return any(f"{name}." in _AVERAGED_PREFIXES for name in prefix.split("."))
+    return any(f"{name}." in _AVERAGED_PREFIXES or _is_averaged(name) for name in prefix.split("."))
 
 
 def _mostly(state: StateDict, known: Known) -> bool:
@@ -339,7 +363,10 @@ def _mostly(state: StateDict, known: Known) -> bool:
 def _prefixes(state: Iterable[str], above: str = "", depth: int = _MAX_NESTED) -> list[str]:
     """Return the prefixes that names have, and those below each: ``module.``, ``module.student.``."""
     names = list(state)
-    found = [p for p in chain(_PREFIXES, _AVERAGED_PREFIXES) if any(name.startswith(p) for name in names)]
+    firsts = dict.fromkeys(f"{name.partition('.')[0]}." for name in names if "." in name)
+    others = [p for p in firsts if p not in _AVERAGED_PREFIXES and _is_averaged(p[:-1])]
+    usual = chain(_PREFIXES, _AVERAGED_PREFIXES, others)
+    found = [p for p in usual if any(name.startswith(p) for name in names)]
     below = {p: [name.removeprefix(p) for name in names if name.startswith(p)] for p in found}
     deeper = [prefix for p in found if depth > 1 for prefix in _prefixes(below[p], above + p, depth - 1)]
     return [above + p for p in found] + deeper

@@ -43,10 +43,10 @@ class ExportedModel(nn.Module):
         self.fixed_batch = fixed[0]
         """Images per call if it takes no other number."""
         self.side_limits = _side_limits(program, shape)
-        height, width = shape[2:]
-        vary = not isinstance(height, int) and not isinstance(width, int)
-        self.squares = bool(vary and height.node.expr == width.node.expr)
         """Least and greatest height, and width; None if they are not known, or fixed."""
+        vary = not any(isinstance(side, int) for side in shape[2:])
+        self.squares = bool(vary and shape[2].node.expr == shape[3].node.expr)
+        """Whether it takes squares alone: height and width were exported as one size."""
         self.graph: nn.Module | None = program.module()
         self._program = program
         self._call = _arguments_of(program)

@@ -143,7 +143,9 @@ def _usable(outputs: list[Any]) -> list[Any]:
 def _gives_labels(output: Any) -> bool:
     """Whether an output is a map of integers."""
     shape = output.shape
-    return output.type in _LABELS and (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
+    # a channel whose number the file does not say is looked at with the first image
+    one = len(shape) == 4 and (shape[1] == 1 or not isinstance(shape[1], int))
+    return output.type in _LABELS and (len(shape) == 3 or one)
 
 
 _MAX_NAMES_BYTES = 1 << 20
