@@ -218,6 +218,8 @@ def _by_name(model: str | Path) -> list[str]:
             f"{text!r}: looks like a weight file; also give its system: model='segformer_b0',"
             f" checkpoint={text!r}. Files that hold a network end in {', '.join(_FILES)}."
         )
+    if path.suffix in _FILES:
+        raise HarnessError(f"{text!r}: no such file.")
     if _is_timms(text):
         raise HarnessError(_no_head(text, f"{text!r} is a backbone of timm, which"))
     hub = f" A repository of the hub: model='hf', options={{'model.id': {text!r}}}."
