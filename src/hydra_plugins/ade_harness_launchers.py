@@ -236,12 +236,6 @@ class OneJobLauncher(_CheckedLauncher):
         require(
             0 <= number <= last, f"--job {number}: expected 0 to {last}, as this sweep has {last + 1} combinations."
         )
-        place = next((text for text in job_overrides[number] if text.startswith("run.dir=")), None)
-        others = (other for other, texts in enumerate(job_overrides) if other != number and place in texts)
-        other = next(others, None) if place is not None and "${" not in place else None
-        require(
-            other is None, f"jobs {other} and {number} of the sweep write the same directory, {place}. Leave it out."
-        )
         return super().launch(job_overrides[number : number + 1], number)
 
     def run(self, jobs: Sequence[SweepJob], flags: Sequence[str]) -> Sequence[JobReturn]:

@@ -175,7 +175,7 @@ def test_your_own_yaml_from_your_own_folder(tmp_path: Path) -> None:
     ("overrides", "expected"),
     [
         (["model=segformer_bo"], ["model=segformer_bo: unknown value. Nearest: segformer_b0, "]),
-        (["model=segformer_b0", "model.weights=random", "model.checkpoint=/no/such.pth", "dataset=demo"], ["model.checkpoint: would not be read, as model.weights=random"]),
+        (["model=segformer_b0", "model.weights=random", "model.checkpoint=/no/such.pth", "dataset=demo"], ["model.checkpoint: would not be read, since model.weights asks for random ones"]),
         (["model=segfomer_b0"], ["model=segfomer_b0: unknown value", "Nearest: segformer_b0"]),
         (["dataset.limt=3"], ["dataset.limt: no such option", "'dataset.limit'"]),
         (["devices=2"], ["'runtime.devices'"]),

@@ -240,7 +240,7 @@ def _check_weight_fields(model: ModelConfig, kind: Kind) -> None:
     )
     require(
         given is None or model.weights != Weights.random,
-        f"model.{given}: would not be read, as model.weights=random. Leave one of them out.",
+        f"model.{given}: would not be read, since model.weights asks for random ones. Leave one of the two out.",
     )
     require(
         model.weights != Weights.random or reads,
