@@ -42,6 +42,7 @@ from ade_harness.runs.provenance import environment
 from ade_harness.runtime import cluster, ranks
 from ade_harness.runtime.coordination import Coordinator, LocalStore
 from ade_harness.runtime.gpu_errors import is_gpu_lost, is_out_of_memory, tried_twice
+from ade_harness.runtime.lifetime import directory_kept
 from tests.cli.test_cli import FAST, Call
 
 
@@ -549,3 +550,13 @@ def test_the_control_batches_are_those_that_notice_most() -> None:
     assert control_groups(groups, ids, {"a": row(4), "c": row(3)}) == [[2], [0, 1]]  # an image, a forward
     assert control_groups(groups, ids, {"a": row(4), "b": row(3), "c": row(3), "d": row(1)}) == [[0, 1], [2]]
     assert control_groups(groups, ids, {"e": row(1)}) == [[3, 4]]  # predicted whole: so its bits are the same
+
+
+def test_a_working_directory_that_goes_away_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    with directory_kept():
+        (tmp_path / "gone").rmdir()
+    with directory_kept():  # of which there is none any more
+        os.chdir(tmp_path)
+    assert Path.cwd() == tmp_path

@@ -248,7 +248,13 @@ def test_which_weights_of_the_backbones_file_is_said_and_heeded(
     done = call("probe", *PROBE, "probe.iterations=1", "probe.warmup=0", "model.checkpoint_weights=ema", "run.dir=run")
     assert done.code == 0, done.err
     assert "Note: of backbone.pth: model_ema" in done.out
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["identity"]["backbone.part"].startswith("model_ema")
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["identity"]["backbone.part"] == "model_ema"
+    for part, code in (("model_ema; the averaged weights; those that were trained are in model", 0), ("model", 2)):
+        changed = {**manifest, "identity": {**manifest["identity"], "backbone.part": part}}  # the first: as it was said
+        (tmp_path / "run/manifest.json").write_text(json.dumps(changed))
+        assert call("resume", "run").code == code
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     assert "model.checkpoint_weights=ema" in done.out.partition("evaluate it: ")[2]
     head = f"model.checkpoint={tmp_path}/run/head.safetensors"
     same = load_model(compose_config([*SMALL, head, "model.checkpoint_weights=ema"]).model)

@@ -134,7 +134,7 @@ def _open(
     found = {
         "backbone.origin": model.facts["origin"],
         "backbone.sha256": model.facts.get("sha256"),
-        **({"backbone.part": part} if (part := model.facts.get("part")) else {}),
+        **({"backbone.part": place} if (place := model.facts.get("part_place")) else {}),
         "dataset.ids": dataset.ids_hash(),
     }
     facts = {
@@ -159,7 +159,7 @@ def _open(
     seeds = {"probe.seed": recipe.seed, "model.seed": cfg.model.seed}
     record = start_record(as_dict(cfg), facts, marks, seeds, console.print, _decided, found)
     print_line(console, f"run directory: {record.path}")
-    if part:
+    if part := model.facts.get("part"):
         print_line(console, f"Note: of {model.facts['origin']}: {part}.")
     return record
 

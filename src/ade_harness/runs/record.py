@@ -98,7 +98,8 @@ _LOADED = ("model.state_sha256", "model.files.", "model.config_sha256", "code.mo
 _LATER = ("environment.", "model.pixels_sha256")
 """What came into identities last."""
 _EARLIER = ("code.commit", "code.diff_sha256")
-_OF_TRAININGS = ("device", "environment.", "code.", "runtime.", "backbone.part")
+_PART = "backbone.part"
+_OF_TRAININGS = ("device", "environment.", "code.", "runtime.", _PART)
 """What the identity of a training says of what computes it, and of which weights; those of earlier versions do not."""
 
 
@@ -154,6 +155,8 @@ def start_record(
             now["code.diff_sha256"] = code.get("diff_sha256")
         if facts.get("kind") == PROBE:
             then = {**{key: value for key, value in now.items() if key.startswith(_OF_TRAININGS)}, **then}
+            if _PART in then:  # earlier versions added what else the file holds, and how it is chosen
+                then[_PART] = str(then[_PART]).partition(";")[0]
         changes = differences(then, now)
         if changes and not config["run"]["allow_changed"]:
             raise HarnessError(

@@ -52,12 +52,15 @@ def directory_kept() -> Iterator[None]:
     Modules of models change to their own when they are imported, and forget it: relative paths of a run, its data and
     its results belong to the directory where the command was given.
     """
-    before = os.getcwd()  # noqa: PTH109  # half of what Path.cwd costs, for each image
+    before = None
+    with suppress(OSError):  # it may be gone: what has absolute paths goes on
+        before = os.getcwd()  # noqa: PTH109  # half of what Path.cwd costs, for each image
     try:
         yield
     finally:
-        with suppress(OSError):
-            os.chdir(before)
+        if before is not None:
+            with suppress(OSError):
+                os.chdir(before)
 
 
 class CommandEnded(SystemExit):
