@@ -694,6 +694,13 @@ def test_a_value_of_another_type_is_one_sentence(call: Call, override: str, mess
     assert call(override).err == f"error: {message}\n"
 
 
+def test_a_message_holds_a_long_value_in_part(call: Call) -> None:
+    done = call("+dataset.split=" + "a" * 100_000)
+    assert done.code == 2
+    assert len(done.err) < 4_000
+    assert "(98," in done.err or "(99," in done.err  # and how many characters are left out
+
+
 def test_a_plugins_resolver_holds_in_a_path(call: Call) -> None:
     OmegaConf.register_new_resolver("thrice", lambda text: text * 3)
     try:

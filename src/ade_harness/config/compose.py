@@ -42,6 +42,7 @@ from ade_harness.config.saved import AS_SAVED, apply_saved
 from ade_harness.config.schema import Config
 from ade_harness.config.validate import unread_lengths, validate
 from ade_harness.errors import HarnessError, did_you_mean, require
+from ade_harness.files.escapes import without_long_words
 
 _LAUNCHERS: dict[str, dict[str, Any]] = {
     "process": {},
@@ -308,10 +309,13 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         return f"{name}={value}: expected a list: {name}=[{value}]."
     where = f" (key {key[1]})" if key and key[1] not in text else ""
     given = f" Given: {' '.join(overrides)}" if overrides else ""
-    return (
-        _wrong_type(text, key[1] if key else "")
-        or f"The configuration is not valid{where}: {(text or type(error).__name__).rstrip('.')}.{given}"
-    )
+    other = f"The configuration is not valid{where}: {(text or type(error).__name__).rstrip('.')}.{given}"
+    # Hydra says an override up to three times
+    return without_long_words(_wrong_type(text, key[1] if key else "") or other, _MAX_WORD)
+
+
+_MAX_WORD = 1000
+"""Characters of an override in a message."""
 
 
 _TYPES = {
