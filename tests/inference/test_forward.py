@@ -572,3 +572,18 @@ def test_a_backend_that_torch_does_not_have_is_refused_at_once(backend: str, nea
     message = rf"inference.compile={backend}: torch has no such backend\.{re.escape(near)} Backends: .*inductor"
     with pytest.raises(HarnessError, match=message):
         predictor(load_demo_network(), *SLIDE, f"inference.compile={backend}")
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("dpt", "inference.window.crop=384"), ("mobilevit", "pad_multiple=32")])
+def test_a_size_that_does_not_fit_leads_to_what_the_kind_takes(kind: str, advice: str) -> None:
+    """DPT takes `image_size` alone; to others it is the size of their training."""
+
+    def fails(_: torch.Tensor) -> Any:
+        raise RuntimeError("shape '[1, 36, 36, 32]' is invalid for input of size 1")
+
+    network: Any = Answers(fails)
+    network.config = SimpleNamespace(model_type=kind, image_size=384)
+    made = predictor(network, "inference=original_size")
+    image = np.zeros((60, 90, 3), np.uint8)
+    with pytest.raises(HarnessError, match=advice):
+        made.predict([made.prepare("a", image)], CPU, Stopwatch(CPU))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.saved import ONE_SIZE
 from ade_harness.errors import HarnessError, ShortMemoryError, text_of
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import LabelMap, MaskLogits, other_scores, read_output
@@ -243,7 +244,8 @@ class BatchedForward:
         words = ("shape", "size", "Sizes", "must match", "Guard failed", "divisible", "multiple")
         if not any(word in reason for word in words):
             return ""
-        side = getattr(getattr(self.model.module, "config", None), "image_size", None)
+        settings = getattr(self.model.module, "config", None)
+        side = getattr(settings, "image_size", None) if getattr(settings, "model_type", "") in ONE_SIZE else None
         if isinstance(side, int) and list(batch.shape[2:]) != [side, side]:
             return (
                 f" Its config.image_size is {side}; windows of that size: inference=mmseg_slide_512"

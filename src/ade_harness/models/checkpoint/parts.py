@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,6 @@ _PREFIXES = (
     "student.",
     "teacher.",
 )
-_AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_module.")
 _LIGHTNINGS_TRAINED = "current_model_state"
 """Where Lightning's WeightAveraging puts what was trained: ``state_dict`` holds the average."""
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -353,7 +351,7 @@ def _is_averaged(name: str) -> bool:
 
 def _is_average(prefix: str) -> bool:
     """Whether one of the names in a prefix is that of averaged weights, as in ``module.ema_model.``."""
-    return any(f"{name}." in _AVERAGED_PREFIXES or _is_averaged(name) for name in prefix.split("."))
+    return any(_is_averaged(name) for name in prefix.split("."))
 
 
 def _mostly(state: StateDict, known: Known) -> bool:
@@ -364,9 +362,7 @@ def _prefixes(state: Iterable[str], above: str = "", depth: int = _MAX_NESTED) -
     """Return the prefixes that names have, and those below each: ``module.``, ``module.student.``."""
     names = list(state)
     firsts = dict.fromkeys(f"{name.partition('.')[0]}." for name in names if "." in name)
-    others = [p for p in firsts if p not in _AVERAGED_PREFIXES and _is_averaged(p[:-1])]
-    usual = chain(_PREFIXES, _AVERAGED_PREFIXES, others)
-    found = [p for p in usual if any(name.startswith(p) for name in names)]
+    found = [p for p in _PREFIXES if p in firsts] + [p for p in firsts if _is_averaged(p[:-1])]
     below = {p: [name.removeprefix(p) for name in names if name.startswith(p)] for p in found}
     deeper = [prefix for p in found if depth > 1 for prefix in _prefixes(below[p], above + p, depth - 1)]
     return [above + p for p in found] + deeper
