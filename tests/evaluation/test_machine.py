@@ -135,18 +135,19 @@ def test_what_is_handed_over_of_an_image_has_all_its_scales() -> None:
 
 def test_few_cores_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose_config(["model=dinov3_7b_linear", "dataset=ade20k", "dataset.root=x"])
-    assert job._machine_notes(cfg, "cpu") == []
+    sizes = {"ADE_val_1": (512, 683)}
+    assert job._machine_notes(cfg, "cpu", sizes) == []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 << 30))
     for place in (job, cluster):
         monkeypatch.setattr(place, "usable_cores", lambda: 1)
-    notes = job._machine_notes(cfg, "cuda")
+    notes = job._machine_notes(cfg, "cuda", sizes)
     assert "this GPU has 16" in notes[0]
     assert notes[1].startswith("1 ranks share 1 CPU cores")
     for place in (job, cluster):
         monkeypatch.setattr(place, "usable_cores", lambda: 16)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
-    assert job._machine_notes(cfg, "cuda") == []
+    assert job._machine_notes(cfg, "cuda", sizes) == []
 
 
 @pytest.mark.parametrize(
@@ -253,11 +254,11 @@ def test_short_memory_while_labelling_is_one_images_failure(times: int, monkeypa
     image = made.prepare("ADE_val_1", torch.zeros(64, 80, 3, dtype=torch.uint8).numpy())
     original, left = network.NetworkPredictor._labels, [times]
 
-    def short(*arguments: Any) -> Any:
+    def short(*arguments: Any, **options: Any) -> Any:
         if left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(network.NetworkPredictor, "_labels", short)
     device = torch.device("cpu")
@@ -350,10 +351,10 @@ def test_labels_for_which_memory_is_short_are_redone_in_smaller_batches(
         batches.append(len(batch))
         return original(self, batch, *arguments)
 
-    def labels(self: Any, *arguments: Any) -> Any:
+    def labels(self: Any, *arguments: Any, **options: Any) -> Any:
         if batches[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return labelled(self, *arguments)
+        return labelled(self, *arguments, **options)
 
     labelled = NetworkPredictor._labels
     monkeypatch.setattr(NetworkPredictor, "predict", predict)
@@ -367,7 +368,7 @@ def test_labels_for_which_memory_is_short_are_redone_in_smaller_batches(
 
 
 def test_what_the_machine_lacks_is_said_before_the_first_image(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
-    monkeypatch.setattr("ade_harness.evaluation.job._machine_notes", lambda cfg, device: ["this GPU is too small"])
+    monkeypatch.setattr("ade_harness.evaluation.job._machine_notes", lambda *_: ["this GPU is too small"])
 
     def stopped(*_: Any) -> None:
         raise HarnessError("out of memory with one input")
@@ -412,9 +413,32 @@ def test_gpus_that_cuda_cannot_use_are_no_gpus(monkeypatch: pytest.MonkeyPatch) 
             cluster.resolve_devices(RuntimeConfig(accelerator=accelerator))
     assert "driver is too old" in doctor._cuda("13.0", None)
     assert doctor._kernels().count("GPU") == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # as of a torch without CUDA, whatever is there
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(HarnessError, match="this torch is built without CUDA: install its CUDA build"):
+    assert cluster.resolve_devices(RuntimeConfig()) == ("cpu", 1)
+    monkeypatch.setattr(cluster, "_driver_gpus", lambda: 2)
+    with pytest.raises(HarnessError, match="2 GPUs are here, and this torch is built without CUDA: install its CUDA"):
         cluster.resolve_devices(RuntimeConfig())
+    assert "2 GPUs are here" in doctor._cuda(None, None)
+
+
+@pytest.mark.parametrize(("cuda", "built"), [("13.0", "for CUDA 13.0"), (None, "without GPUs")])
+def test_a_gpu_of_amds_needs_torchs_rocm_build(cuda: str | None, built: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(cluster, "_driver_gpus", lambda: 0)
+    assert cluster.gpu_of_another_kind() is None
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path, **options: str(path) == "/dev/kfd" or exists(path, **options))
+    text = f"a GPU of AMD's is here (/dev/kfd), and this torch is built {built}: its ROCm build would use it"
+    assert cluster.resolve_devices(RuntimeConfig()) == ("cpu", 1)  # each processor with graphics has that file
+    assert job._machine_notes(compose_config([]), "cpu", {}) == [text]
+    assert job._machine_notes(compose_config(["runtime.accelerator=cpu"]), "cpu", {}) == []
+    assert doctor._cuda(cuda, None) == text
+    with pytest.raises(
+        HarnessError, match=r"runtime\.accelerator=cuda: torch sees no GPU on .* \(a GPU of AMD's is here"
+    ):
+        cluster.resolve_devices(RuntimeConfig(accelerator=Accelerator.cuda))
 
 
 def test_a_part_of_a_gpu_is_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch import nn
 from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import MaskConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.inference import masks
+from ade_harness.inference import network as inference_network
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import ViewPlan, plan_views
 from ade_harness.inference.stopwatch import Stopwatch
+from ade_harness.kernels import reference
 from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import MaskLogits
@@ -129,6 +133,55 @@ def test_labels_equal_the_official_code(case: str, kernels: str) -> None:
     assert len(np.unique(expected)) >= 5  # the comparison means something
 
 
+@pytest.mark.parametrize("case", [case for case, (network, _, _) in CASES.items() if network is ToyMask])
+def test_scores_of_masks_are_held_together_or_added_up_one_by_one(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with memory for them, and on one without: the official labels, the same bits."""
+    network, overrides, ties = CASES[case]
+    image = {"eomt_mask_tall": RGB.transpose(1, 0, 2), "eomt_mask_3win": RGB[:60]}.get(case, RGB)
+    made = predictor(network(), *overrides, kernels="torch")
+    one_by_one = labels_of(made, np.ascontiguousarray(image))
+    asked = []
+    for module in (masks, inference_network):
+        monkeypatch.setattr(module, "held_together", lambda *_: asked.append("") or True)
+    together = labels_of(made, np.ascontiguousarray(image))
+    several = len(made.prepare("x", image).pixels) > 1 or made.cfg.mode != "whole"
+    assert bool(asked) == several
+    assert np.array_equal(together, one_by_one)
+    assert int((together != np.load(GOLDEN / "protocols.npz")[case]).sum()) <= ties
+
+
+def test_scores_are_held_together_where_a_gpu_has_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, size = torch.device("cuda:0"), (512, 683)
+    monkeypatch.setattr(masks, "_memory_of", lambda _: 4 * 150 * 512 * 683 * 3)
+    for resolution in ("input", "original"):
+        [plan] = plan_views(size, compose_config(["inference=original_size"]).inference)
+        plan = replace(plan, window=size)
+        cfg = MaskConfig(resolution=resolution)
+        assert masks.held_together([plan] * 3, 150, cfg, size, gpu)
+        assert not masks.held_together([plan] * 4, 150, cfg, size, gpu)
+        assert not masks.held_together([plan], 150, cfg, size, CPU)
+    two = replace(plan, origins=((0, 0), (0, 100)))
+    assert not masks.held_together([two, two], 150, MaskConfig(), size, gpu)  # of windows, each counts
+
+
+def test_a_label_step_that_is_short_of_memory_holds_one_view_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, overrides, _ = CASES["d2_mask_tta"]
+    made = predictor(network(), *overrides, kernels="torch")
+    expected = labels_of(made, RGB)
+    held = []
+
+    def together(self: NetworkPredictor, *given: object, frugal: bool = False) -> torch.Tensor:
+        held.append(not frugal)
+        if not frugal:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return labels(self, *given, frugal=frugal)  # type: ignore[arg-type]
+
+    labels = NetworkPredictor._labels
+    monkeypatch.setattr(NetworkPredictor, "_labels", together)
+    assert np.array_equal(labels_of(made, RGB), expected)
+    assert held == [True, False]
+
+
 PIXELS = {
     "mmseg_internimage": inference("internimage_896_ms", "resize.side=128", "resize.max_side=512", "tta.sides=null", f"tta.scales=[{768 / 896},1.0,{1024 / 896}]"),
     "mmseg_vitadapter_pad160": inference("vit_adapter_896_ms", "resize.side=128", "resize.max_side=512", "resize.pad_at_least=160", "window.crop=160", "window.stride=91", "tta.sides=null", f"tta.scales=[{800 / 896},1.0]"),
@@ -181,7 +234,12 @@ def test_queries_merged_at_their_own_resolution(system: str, size: tuple[int, in
     output = MaskLogits(*(torch.from_numpy(stored[f"{system}.{name}"]) for name in ("cls", "mask")))
     plan = ViewPlan((size,), size, (0, 0), size, ((0, 0),), False)
     view = mask_view(
-        plan, [output], MaskConfig(resolution="scores"), resolve_class_map(150, None, None, ade20k_classes()), size
+        reference,
+        plan,
+        [output],
+        MaskConfig(resolution="scores"),
+        resolve_class_map(150, None, None, ade20k_classes()),
+        size,
     )
     scores = F.interpolate(view.scores, size, mode="bilinear", align_corners=False)[:, ::10, ::4, ::4]
     expected = torch.from_numpy(stored[f"{system}.sem_every4"])

@@ -58,13 +58,23 @@ KERNELS = {
     "label_tile of many channels": Kernel(  # more than labels of 8 bits hold: a class map makes fewer of them
         triton_jit.label_tile, {**_VIEWS, "labels": "*i32"},
         tuple(
-            {**_TILE, "TWO_STEPS": two, "PROBABILITIES": False, "WHOLE": True, "BLOCK": triton_gpu.BLOCKS["cuda"][two]}
-            for two in (False, True)
+            {**_TILE, "TWO_STEPS": two, "PROBABILITIES": False, "WHOLE": whole, "BLOCK": triton_gpu.BLOCKS["cuda"][two]}
+            for two in (False, True) for whole in (True, False)
         ), triton_gpu.OF_VIEWS,
     ),
     "view_norms": Kernel(
         triton_jit.view_norms, _VIEWS, tuple({**_TILE, "TWO_STEPS": two} for two in (False, True)), triton_gpu.OF_VIEWS,
     ),
+    **{
+        f"mask_tile to {dtype}": Kernel(
+            triton_jit.mask_tile,
+            {"masks": "*{dtype}", "out": f"*{dtype}"}
+            | dict.fromkeys(("queries", "low_height", "low_width", "area_height", "area_width", *_PLACES), "i32"),
+            tuple({**_TILE, "TWO_STEPS": two, "BLOCK": triton_gpu.MASK_BLOCKS["cuda"][two]} for two in (False, True)),
+            triton_gpu.OF_VIEWS,
+        )
+        for dtype in ("fp32", "bf16")
+    },
     "count_tile": Kernel(
         triton_jit.count_tile,
         {"labels": "*u8", "target": "*u8", "counts": "*i64", "pixels": "i32", "classes": "i32"}, (_RUN,), triton_gpu.EXACT,
@@ -180,8 +190,10 @@ def main(archs: list[int], with_loops: bool) -> None:
     for kernel, constants, dtype in variants():
         for arch, made in compiled(kernel, constants, dtype, archs):
             found = {"kernel": kernel.function.__name__, "arch": arch, "dtype": dtype, "fused": made.metadata.enable_fp_fusion,
-                     "specialised": specialised(kernel)}  # fmt: skip
+                     "specialised": specialised(kernel), "types": kernel.types}  # fmt: skip
             whole = constants.get("WHOLE") and kernel.types["labels"] == "*u8" and arch in (80, 90)
+            if re.search(r"cvt\.rz\.b?f16", str(made.asm.get("ptx", ""))):
+                raise AssertionError(f"{found}: numbers are cut off, not rounded, to half precision")
             code = {"loops": machine_code.read(made.asm["cubin"]).loops} if with_loops or whole else {}
             print(json.dumps({**found, "constants": constants, **usage(made.asm["cubin"]), **code}), flush=True)
 

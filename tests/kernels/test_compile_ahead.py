@@ -55,7 +55,13 @@ def test_every_kernel_compiles_for(compiled: list[dict[str, Any]], arch: int) ->
     functions = jitted()
     launched = functions.keys() - set().union(*functions.values())
     assert {f["kernel"] for f in found} == launched  # a new kernel belongs on compile_ahead.py's list
-    of_scores = {"label_tile", "view_norms", "count_invalid", "_aggregate"}  # in which no dtype is the only one
+    of_scores = {
+        "label_tile",
+        "view_norms",
+        "mask_tile",
+        "count_invalid",
+        "_aggregate",
+    }  # in which no dtype is the only one
     assert {(f["kernel"], f["dtype"]) for f in found if f["kernel"] in of_scores} == {
         (kernel, dtype) for kernel in of_scores for dtype in ("fp32", "fp16", "bf16")
     }
@@ -65,6 +71,40 @@ def test_every_kernel_compiles_for(compiled: list[dict[str, Any]], arch: int) ->
         assert 16 <= kernel["registers"] <= 128, kernel
         assert kernel["specialised"] == [], kernel  # it would be compiled in the middle of a run, for some image's size
         assert not kernel["fused"], kernel  # a product and a sum round twice, unless the code says fma
+
+
+def test_the_page_has_the_registers_that_were_counted(compiled: list[dict[str, Any]]) -> None:
+    """In the order of docs/gpu.md's rows, of float32."""
+    page = (REPOSITORY / "docs/gpu.md").read_text().partition("| kernel | sm_80 |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip(" |").split("|")] for line in page.splitlines()[2:]]
+    written = {row[0]: [int(cell) for cell in row[1:]] for row in rows}
+    found: dict[str, list[int]] = {}
+    for kernel in compiled:
+        name = name_on_page(kernel["kernel"], kernel["constants"])
+        few = kernel["types"].get("labels") != "*i32"  # of more than 256 channels, which is beside the page
+        if kernel["dtype"] == "fp32" and few:
+            found.setdefault(name, []).append(kernel["registers"])
+    for name, registers in found.items():  # each for the five targets; of variants that share a row, the most
+        number = len(registers) // len(ARCHS)
+        most = [max(registers[arch + part * len(ARCHS)] for part in range(number)) for arch in range(len(ARCHS))]
+        assert written[name] == most, name
+    assert found.keys() == written.keys()
+
+
+def name_on_page(kernel: str, constants: dict[str, Any]) -> str:
+    """Return the row of a variant on the page."""
+    steps = "two steps" if constants.get("TWO_STEPS") else "one step"
+    if kernel == "label_tile":
+        soft = ", softmax" if constants["PROBABILITIES"] else ""
+        return f"labels, {'one view and window, ' if constants['WHOLE'] else ''}{steps}{soft}"
+    if kernel == "_aggregate":
+        channels = (
+            "44 or 48" if constants["TAPS"] == 12 and constants["CHANNELS"] in (44, 48) else constants["CHANNELS"]
+        )
+        return f"deformable attention, {constants['TAPS']} points, {channels} channels"
+    names = {"view_norms": f"softmax norms, {steps}", "mask_tile": f"masks, {steps}", "count_tile": "counts",
+             "normalise_tile": "pixels", "count_invalid": "NaN, +inf"}  # fmt: skip
+    return names[kernel]
 
 
 def test_the_bound_of_instructions_knows_the_loop_of_whole_images(compiled: list[dict[str, Any]]) -> None:

@@ -174,7 +174,7 @@ def test_eomt_is_evaluated_without_masks(tmp_path: Path) -> None:
     """Early converters dropped the buffer, and transformers' default is ones: masked attention, other scores."""
     folder = saved("eomt", tmp_path)
     network: Any = load_model(compose_config(["model=hf", f"model.id={folder}"]).model).module.network
-    assert not network.attn_mask_probs.any()
+    assert set(network.attn_mask_probs) == {0.0}
 
 
 def test_a_folder_without_a_processor_says_what_was_assumed(tmp_path: Path) -> None:
@@ -230,6 +230,8 @@ def test_a_size_that_is_none_is_not_taken_for_another(size: Any, tmp_path: Path)
     ):
         composed(folder)
     assert composed(folder, "inference=mmseg_whole_512").resize.side == 512
+    chosen = composed(folder, "inference.resize.side=640")
+    assert (chosen.resize.side, chosen.name) == (640, "as_saved_whole_640")
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -25,7 +25,7 @@ from ade_harness.files.reading import expanded
 from ade_harness.models.ops import deformable
 from ade_harness.runs.lock import RunLock
 from ade_harness.runs.provenance import code_state, environment
-from ade_harness.runtime.cluster import unusable_gpus, usable_gpus
+from ade_harness.runtime.cluster import gpu_of_another_kind, unusable_gpus, usable_gpus
 from ade_harness.runtime.console import make_console, print_line
 from ade_harness.runtime.limits import usable_cores, usable_memory
 from ade_harness.tracking.upload import wandb_mode
@@ -169,11 +169,13 @@ def _shared() -> str:
 
 
 def _cuda(version: str | None, driver: str | None) -> str:
-    if version is None:
-        return "this torch is built without CUDA"
     reason = unusable_gpus()
     if reason is not None:
         return f"{reason}. {_STOPS} here unless it says runtime.accelerator=cpu"
+    if (other := gpu_of_another_kind()) is not None:
+        return other
+    if version is None:
+        return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return f"built for {version}, but no GPU is here"
     return f"{version}, driver {driver}"

@@ -15,6 +15,7 @@ from ade_harness.config.composed import Composed
 from ade_harness.config.dataset import Split
 from ade_harness.config.kinds import kind_of
 from ade_harness.config.plain import as_dict
+from ade_harness.config.runtime import Accelerator
 from ade_harness.config.schema import Config, OnError
 from ade_harness.data.ade20k import resized_images
 from ade_harness.data.ade20k_labels import ade20k_classes
@@ -30,7 +31,7 @@ from ade_harness.models.identity import state_hash
 from ade_harness.models.ops.deformable import FALLBACKS, implementation_of
 from ade_harness.runs.provenance import code_state
 from ade_harness.runs.record import RunRecord, start_record
-from ade_harness.runtime.cluster import cores_per_rank, host_name, local_rank, local_ranks
+from ade_harness.runtime.cluster import cores_per_rank, gpu_of_another_kind, host_name, local_rank, local_ranks
 from ade_harness.runtime.console import print_line
 from ade_harness.runtime.coordination import Coordinator, agreed, broadcast, gather
 from ade_harness.runtime.limits import usable_cores
@@ -130,9 +131,7 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
         agreed(coordinator, "deformable attention of nodes", lambda: attend() if is_first else None)
         attention = agreed(coordinator, "deformable attention", attend)
         implementations["deformable attention"] = attention
-        if attention is not None:
-            why = FALLBACKS.get(device)
-            facts = {**facts, "deformable_attention": attention if why is None else f"{attention}: {why}"}
+        facts = {**facts, **attention_facts(attention, device)}
     # the reason may name a rank's own temporary files
     implementations["the label kernels' remainder"] = None if reason is None else "plain torch"
     reasons = [why for why in (reason, FALLBACKS.get(device)) if why is not None]
@@ -140,7 +139,7 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     notes += dataset.remarks
     if reason is not None:
         notes.append(f"runtime.kernels={cfg.runtime.kernels}: {reason}")
-    of_ranks = gather(_machine_notes(cfg, device))  # nodes may have other GPUs
+    of_ranks = gather(_machine_notes(cfg, device, sizes))  # nodes may have other GPUs
     notes += dict.fromkeys(note for of_rank in of_ranks for note in of_rank)
     marks = describe_marks(cfg, dataset, facts, list(sizes.values()))
     return Job(
@@ -148,17 +147,25 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     )
 
 
-def _machine_notes(cfg: Config, device: str) -> list[str]:
-    """Say what this machine has too little of for a run on GPUs."""
+def _machine_notes(cfg: Config, device: str, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Say what this machine has too little of for a run on GPUs, or that it has one that is not used."""
     if device != "cuda":
-        return []
-    notes = [memory_warning(cfg, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)]
+        other = gpu_of_another_kind() if cfg.runtime.accelerator == Accelerator.auto else None
+        return [other] if other is not None else []
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    notes = [memory_warning(cfg, total, set(sizes.values()))]
     if cores_per_rank() < 2:
         notes.append(
             f"{local_ranks()} ranks share {usable_cores()} CPU cores, and their GPUs will idle: request at least two"
             " cores per rank (sbatch --cpus-per-gpu=8)"
         )
     return [note for note in notes if note is not None]
+
+
+def attention_facts(attention: str | None, device: str) -> dict[str, str]:
+    """Return what the manifest says of deformable attention, if there is any; see :func:`implementation_of`."""
+    why = FALLBACKS.get(device)
+    return {} if attention is None else {"deformable_attention": attention if why is None else f"{attention}: {why}"}
 
 
 def compare_ranks(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.config.model import Dtype
 from ade_harness.config.schema import Config
@@ -40,22 +42,34 @@ def pixels_at_once(inference: InferenceConfig, size: Size) -> int:
     return max(min(together, inference.images * n) * height * width for (height, width), n in of_size.items())
 
 
-def memory_warning(cfg: Config, total: int) -> str | None:
+_USUAL = (512, 683)
+"""(H, W) that the table of peaks is of."""
+_CONFIDENCE_COPIES = 2
+"""Float32 scores of the original size that ``metrics.calibration`` holds at a time."""
+
+
+def memory_warning(cfg: Config, total: int, sizes: Collection[Size] = (_USUAL,)) -> str | None:
     """Say that a system will not fit into a GPU; None where it should, or where nothing is known.
 
     Args:
         cfg: the whole configuration.
         total: bytes of the GPU's memory.
+        sizes: (H, W) of the images, of which the largest needs most.
     """
     peak = peaks().get(cfg.model.name or "")
     if peak is None:
         return None
     half = cfg.model.dtype != Dtype.fp32
-    share = pixels_at_once(cfg.inference, (512, 683)) / peak["pixels"]
+    sizes = sizes or (_USUAL,)
+    inputs = {size: pixels_at_once(cfg.inference, size) for size in sizes}
+    largest = max(inputs, key=lambda size: (inputs[size], size[0] * size[1]))
+    share = inputs[largest] / peak["pixels"]
+    confidence = 4 * ADE20K_CLASSES * _CONFIDENCE_COPIES * max(height * width for height, width in sizes)
+    beside = confidence / 2**30 if cfg.metrics.calibration else 0
 
     def need(dtype: str) -> float:
         weights = peak["weights"] / (1 if dtype == "fp32" else 2)
-        return (weights + share * (peak[dtype] - weights)) / 1024 + _RESERVE
+        return (weights + share * (peak[dtype] - weights)) / 1024 + beside + _RESERVE
 
     needed = need("bf16" if half else "fp32")
     if needed <= total / 2**30:
@@ -63,7 +77,8 @@ def memory_warning(cfg: Config, total: int) -> str | None:
     other = "" if half else f" With model.dtype=bf16 inference.precision=bf16 it is about {need('bf16'):.0f}."
     together = f"inference.images={cfg.inference.images}, inference.batch={cfg.inference.batch or 8}"
     return (
-        f"model={cfg.model.name} needs about {needed:.0f} GiB of GPU memory for an image of 683x512 ({together} windows"
+        f"model={cfg.model.name} needs about {needed:.0f} GiB of GPU memory for an image of"
+        f" {largest[1]}x{largest[0]} ({together} windows"
         f" or views in a forward); this GPU has {total / 2**30:.0f}.{other} inference.batch=1 needs least."
     )
 

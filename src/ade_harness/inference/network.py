@@ -29,7 +29,7 @@ from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, ShortMemoryError, require
 from ade_harness.inference.fitting import check_one_size, check_plan, fitted, require_backend
 from ade_harness.inference.forward import BatchedForward
-from ade_harness.inference.masks import mask_view
+from ade_harness.inference.masks import held_together, mask_view
 from ade_harness.inference.plan import ViewPlan, forward_pixels, plan_views
 from ade_harness.inference.predictor import Prediction, Prepared
 from ade_harness.inference.resize import resize_image, resize_labels
@@ -189,8 +189,10 @@ class NetworkPredictor:
         invalid_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
         for again in (True, False):
             try:
-                labels = self._labels(plans, outputs, prepared.original_size)
-                confidence = self._confidence(plans, outputs, prepared.original_size) if self.confident else None
+                labels = self._labels(plans, outputs, prepared.original_size, frugal=not again)
+                confidence = None
+                if self.confident:
+                    confidence = self._confidence(plans, outputs, prepared.original_size, frugal=not again)
                 return Prediction(labels, invalid_share, confidence)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -315,36 +317,50 @@ class NetworkPredictor:
         tensors = [t for o in outputs for t in ((o.classes, o.masks) if isinstance(o, MaskLogits) else (o,))]
         return self._kernels.invalid_share(tensors)
 
-    def _labels(self, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]], original: Size) -> Tensor:
-        """Merge, upsample and argmax, in the protocol's order of steps."""
+    def _labels(
+        self,
+        plans: Sequence[ViewPlan],
+        outputs: list[list[Tensor | MaskLogits]],
+        original: Size,
+        frugal: bool = False,
+    ) -> Tensor:
+        """Merge, upsample and argmax, in the protocol's order of steps; `frugal` as for masks, same bits."""
         assert self._class_map is not None
         assert self._kernels is not None
         probabilities = self.cfg.tta.average == Average.probabilities
         if self.cfg.output.labels == LabelSize.input:
-            view = self._view(plans[0], outputs[0], original)
+            view = self._view(plans[0], outputs[0], original, frugal)
             top, left, height, width = view.area
             labels = self._kernels.merge([replace(view, valid=None)], view.canvas, False)
             labels = labels[top : top + height, left : left + width]
             return self._class_map.classes_of(resize_labels(labels, original))
-        is_mask = isinstance(outputs[0][0], MaskLogits)
-        if is_mask and len(plans) > 1 and self.cfg.masks.resolution != MaskResolution.scores:
+        first = outputs[0][0]
+        one_by_one = False
+        if isinstance(first, MaskLogits) and len(plans) > 1 and self.cfg.masks.resolution != MaskResolution.scores:
+            channels, device = first.classes.shape[-1] - 1, first.masks.device
+            one_by_one = frugal or not held_together(plans, channels, self.cfg.masks, original, device)
+        if one_by_one:
             # the queries are the smallest form; their full-size scores are added up one view at a time
             total: Tensor | None = None
             for plan, output in zip(plans, outputs, strict=True):
-                view = self._view(plan, output, original)
+                view = self._view(plan, output, original, frugal)
                 if total is None:
                     total = torch.zeros((view.scores.shape[1], *original), device=view.scores.device)
                 torch_kernels.accumulate(total, view, probabilities)
             assert total is not None
             return self._class_map.classes_of(self._kernels.label_map(total.div_(len(plans)), original))
-        views = [self._view(plan, output, original) for plan, output in zip(plans, outputs, strict=True)]
+        views = [self._view(plan, output, original, frugal) for plan, output in zip(plans, outputs, strict=True)]
         return self._class_map.classes_of(self._kernels.merge(views, original, probabilities))
 
     def _confidence(
-        self, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]], original: Size
+        self,
+        plans: Sequence[ViewPlan],
+        outputs: list[list[Tensor | MaskLogits]],
+        original: Size,
+        frugal: bool = False,
     ) -> Tensor:
         """Return the largest class probability of each pixel, float32 [H, W]."""
-        views = [self._view(plan, output, original) for plan, output in zip(plans, outputs, strict=True)]
+        views = [self._view(plan, output, original, frugal) for plan, output in zip(plans, outputs, strict=True)]
         at_input = self.cfg.output.labels == LabelSize.input
         size = views[0].canvas if at_input else original
         if at_input:
@@ -363,13 +379,16 @@ class NetworkPredictor:
             confidence = resize_labels(confidence[top : top + height, left : left + width], original)
         return confidence
 
-    def _view(self, plan: ViewPlan, windows: Sequence[Tensor | MaskLogits], original: Size) -> View:
+    def _view(
+        self, plan: ViewPlan, windows: Sequence[Tensor | MaskLogits], original: Size, frugal: bool = False
+    ) -> View:
         """Collect the scores of a view's windows."""
         assert self._class_map is not None
+        assert self._kernels is not None
         first = windows[0]
         if isinstance(first, MaskLogits):
             queries = [w for w in windows if isinstance(w, MaskLogits)]
-            return mask_view(plan, queries, self.cfg.masks, self._class_map, original)
+            return mask_view(self._kernels, plan, queries, self.cfg.masks, self._class_map, original, frugal)
         class_map = self._class_map
         kept = [class_map.select(w[0]) for w in windows if isinstance(w, Tensor)]
         scores = kept[0][None] if len(kept) == 1 else torch.stack(kept)  # one window is not copied
@@ -383,10 +402,14 @@ def _written(values: Sequence[float]) -> str:
     return "/".join(f"{v:g}" for v in values)
 
 
-def _in_training_mode(network: nn.Module, name: str = "") -> list[str]:
+def _in_training_mode(network: nn.Module, name: str = "", seen: set[int] | None = None) -> list[str]:
     """Return the names of modules in training mode, but of an exported program, whose graph has one mode for ever."""
+    seen = set() if seen is None else seen
+    if id(network) in seen:  # shared by several
+        return []
+    seen.add(id(network))
     if isinstance(network, torch.fx.GraphModule) and "train" in vars(network):  # torch.export's, which refuse the other
         return []
     own = [name or "itself"] if getattr(network, "training", False) else []
-    below = (_in_training_mode(part, f"{name}.{child}".lstrip(".")) for child, part in network.named_children())
+    below = (_in_training_mode(part, f"{name}.{child}".lstrip("."), seen) for child, part in network.named_children())
     return own + [found for part in below for found in part]

@@ -42,6 +42,11 @@ class Kernels(Protocol):
     def merge(self, views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
         """Average views and take the best channel: [H, W]."""
 
+    def mask_probabilities(
+        self, masks: Tensor, canvas: Size, area: tuple[int, int, int, int], size: Size, dtype: torch.dtype
+    ) -> Tensor:
+        """Upsample queries' masks [1, Q, h, w] and take their sigmoid: [Q, H, W]."""
+
     def count(self, labels: Tensor, target: Tensor, classes: int) -> Tensor:
         """Count pixels: int64 [C, C + 1]."""
 

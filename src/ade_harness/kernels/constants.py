@@ -19,7 +19,7 @@ def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy a tensor of the CPU to a device; to CUDA (unless it is a fake one) from pinned memory: nothing waits."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return tensor.to(device)
+        return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

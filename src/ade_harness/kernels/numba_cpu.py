@@ -19,6 +19,7 @@ _ROWS_OF_WINDOWS = 16
 
 
 invalid_share = reference.invalid_share
+mask_probabilities = reference.mask_probabilities
 
 
 @lru_cache(maxsize=8)

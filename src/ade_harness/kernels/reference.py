@@ -126,6 +126,37 @@ def merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
     return labels
 
 
+def mask_probabilities(
+    masks: Tensor, canvas: Size, area: tuple[int, int, int, int], size: Size, dtype: torch.dtype
+) -> Tensor:
+    """Upsample the mask logits of queries to the canvas, crop them, upsample them to a size, and take their sigmoid.
+
+    Each step is of the masks' dtype and rounds to it, as the official code's. A step that changes no size is left out.
+
+    Args:
+        masks: float [1, Q, h, w].
+        canvas: (H, W) of the first step.
+        area: (top, left, height, width) of the canvas that is kept.
+        size: (H, W) of the second step.
+        dtype: of the result.
+
+    Returns:
+        [Q, H, W], 0..1.
+    """
+    top, left, height, width = area
+    cropped = _resize_masks(masks, canvas)[:, :, top : top + height, left : left + width]
+    return _resize_masks(cropped, size)[0].sigmoid().to(dtype)
+
+
+def _resize_masks(masks: Tensor, size: Size) -> Tensor:
+    if tuple(masks.shape[2:]) == tuple(size):
+        return masks
+    if masks.device.type != "cpu":  # as below; channels-last masks would be resized by another kernel
+        native: Tensor = torch.ops.aten.upsample_bilinear2d(masks.contiguous(), list(size), False)
+        return native
+    return F.interpolate(masks, size, mode="bilinear", align_corners=False)
+
+
 def accumulate(total: Tensor, view: View, probabilities: bool) -> None:
     """Add a view's scores, or their softmax over channels, to float32 [C, H, W]."""
     planes = _planes(view, 0, total.shape[0], (total.shape[1], total.shape[2]))

@@ -9,6 +9,7 @@ fake tensors know their results' shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, wraps
 from typing import Any, ParamSpec
 
@@ -30,6 +31,8 @@ TILES = {"cuda": (4, 32), "cpu": (64, 128)}
 BLOCKS = {"cuda": (8, 4), "cpu": (16, 16)}
 """Channels at a time in one step and in two (whose four corners need more registers): so many independent loads are
 under way."""
+MASK_BLOCKS = {"cuda": (8, 2), "cpu": (16, 16)}
+"""Queries at a time: of four in two steps, ptxas would spill some registers."""
 RUN = 1024
 _INVALID_PROGRAMS = 512
 EXACT = {"enable_fp_fusion": False}
@@ -72,6 +75,24 @@ def _merge(views: Sequence[View], size: Size, probabilities: bool) -> Tensor:
     whole_view = len(views) == 1 and views[0].is_whole
     labels: Tensor = _label_views(scores, geometry, [*size], two_steps, probabilities, whole_view)
     return labels
+
+
+def mask_probabilities(
+    masks: Tensor, canvas: Size, area: tuple[int, int, int, int], size: Size, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`ade_harness.kernels.reference.mask_probabilities`."""
+    if not sigmoid_agrees_with_torch():
+        return reference.mask_probabilities(masks, canvas, area, size, dtype)
+    return _mask_probabilities(masks, canvas, area, size, dtype)
+
+
+def _mask_probabilities(
+    masks: Tensor, canvas: Size, area: tuple[int, int, int, int], size: Size, dtype: torch.dtype
+) -> Tensor:
+    if area[2:] == tuple(size) == masks.shape[2:] and masks.dtype == dtype:
+        return masks[0].sigmoid()  # nothing is resized: one launch of torch's own
+    shares: Tensor = _enlarge_masks(masks.contiguous(), [*canvas], [*area], [*size], dtype)
+    return shares
 
 
 def count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -169,6 +190,23 @@ def launch_labels(
 
 
 @on_its_gpu
+def launch_masks(
+    masks: Tensor, canvas: Sequence[int], area: Sequence[int], size: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Launch the kernel of :func:`mask_probabilities`: [Q, H, W] of contiguous [1, Q, h, w]."""
+    queries, device = masks.shape[1], masks.device.type
+    height, width = size
+    rows, columns = TILES[device]
+    two_steps = list(area[2:]) != list(size)
+    shares = torch.empty((queries, height, width), dtype=dtype, device=masks.device)
+    triton_jit.mask_tile[(triton.cdiv(height, rows), triton.cdiv(width, columns))](
+        masks, shares, queries, *masks.shape[2:], *canvas, *area, height, width, TWO_STEPS=two_steps,
+        BLOCK=MASK_BLOCKS[device][two_steps], ROWS=rows, COLUMNS=columns, CUDA=device == "cuda", **OF_VIEWS,
+    )  # fmt: skip
+    return shares
+
+
+@on_its_gpu
 def launch_count(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     """Launch the count kernel; see :func:`count`."""
     counts = torch.zeros((classes, classes + 1), dtype=torch.int64, device=labels.device)
@@ -238,6 +276,16 @@ def _(
     return scores[0].new_empty(size, dtype=_dtype(scores[0].shape[1]))
 
 
+@torch.library.custom_op("ade_harness::enlarge_masks", mutates_args=(), device_types=("cuda", "cpu"))
+def _enlarge_masks(masks: Tensor, canvas: list[int], area: list[int], size: list[int], dtype: torch.dtype) -> Tensor:
+    return launch_masks(masks, canvas, area, size, dtype)
+
+
+@_enlarge_masks.register_fake
+def _(masks: Tensor, canvas: list[int], area: list[int], size: list[int], dtype: torch.dtype) -> Tensor:
+    return masks.new_empty((masks.shape[1], *size), dtype=dtype)
+
+
 @torch.library.custom_op("ade_harness::count_pixels", mutates_args=(), device_types=("cuda", "cpu"))
 def _count_pixels(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     return launch_count(labels, target, classes)
@@ -287,14 +335,18 @@ def _sample_views() -> list[View]:
 
 
 def _more_cases() -> list[View]:
-    """Return views of kernels that no sample launches: windows in one step, and a size that stays (with infinities)."""
+    """Return what no sample has: windows in one step, a size that stays (with infinities), TensorFlow's upsampling."""
     generator = torch.Generator().manual_seed(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     noise = torch.randn(2, 12, 92, 70, generator=generator)
     still = torch.randn(12, *_SIZE, generator=generator)
     if device == "cuda":  # where torch copies what keeps its size; on the CPU it makes NaN of infinities
         still[3], noise[0, 5] = -torch.inf, -torch.inf
-    return [View(noise.to(device), ((0, 0), (0, 54)), (92, 70), _SIZE), whole(still.to(device), _SIZE)]
+    return [
+        View(noise.to(device), ((0, 0), (0, 54)), (92, 70), _SIZE),
+        whole(still.to(device), _SIZE),
+        replace(whole(noise[1, :, :23, :31].to(device), _SIZE), legacy=True),
+    ]
 
 
 def agrees_with_torch() -> bool:
@@ -354,7 +406,29 @@ def _softmax_fault(gpu: int | None) -> str | None:
     return "the softmax of views rounds differently from torch's here"
 
 
+def sigmoid_agrees_with_torch() -> bool:
+    """Whether probabilities of masks equal torch's in every bit on the current GPU; else torch makes them."""
+    return _sigmoid_fault(_gpu()) is None
+
+
+@cache
+def _sigmoid_fault(gpu: int | None) -> str | None:
+    """Return why probabilities of masks are left to torch; None if they are not."""
+    try:
+        masks = 4 * _sample_views()[0].scores
+        for dtype in (torch.float32, torch.bfloat16):
+            for area, size in (((0, 0, *_SIZE), _SIZE), ((2, 3, 80, 101), (70, 113))):
+                given = (masks.to(dtype), _SIZE, area, size, dtype)
+                if not torch.equal(_mask_probabilities(*given), reference.mask_probabilities(*given)):
+                    return "the sigmoid of masks rounds differently from torch's here"
+    except Exception as error:  # a compiler that fails in any way, at this kernel alone
+        if is_gpu_lost(error):
+            raise
+        return f"the kernel for masks fails ({type(error).__name__}: {error})".splitlines()[0]
+    return None
+
+
 def shortcoming() -> str | None:
     """Say what is left to plain torch on this device; None if nothing is."""
-    fault = _softmax_fault(_gpu())
-    return None if fault is None else f"{fault}, so plain torch averages probabilities"
+    faults = [(_softmax_fault(_gpu()), "averages probabilities"), (_sigmoid_fault(_gpu()), "enlarges masks")]
+    return "; ".join(f"{fault}, so plain torch {does}" for fault, does in faults if fault is not None) or None

@@ -1,4 +1,4 @@
-"""Device code, by Triton: labels of views, norms of their softmax, counts, normalised pixels, invalid scores.
+"""Device code, by Triton: labels of views, norms of their softmax, masks, counts, normalised pixels, invalid scores.
 
 Triton compiles annotations too: none but `tl.constexpr` may stand at a function with `@triton.jit`. Kernels are
 launched without the fusion of products and sums (``enable_fp_fusion=False``): each float32 operation that is written
@@ -281,6 +281,55 @@ def label_tile(
         best = tl.where(better, value, best)
         label = tl.where(better, index, label)
     tl.store(labels + at, label.to(labels.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "queries", "low_height", "low_width", "canvas_height", "canvas_width", "top", "left", "area_height",
+        "area_width", "height", "width",
+    ],
+    do_not_specialize_on_alignment=["masks"],
+)  # fmt: skip
+def mask_tile(
+    masks, out, queries, low_height, low_width, canvas_height, canvas_width, top, left, area_height, area_width,
+    height, width, TWO_STEPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CUDA: tl.constexpr,
+):  # fmt: skip
+    """Fill one tile of out [Q, H, W] with the sigmoid of masks [Q, h, w], upsampled to the canvas and then to (H, W).
+
+    Each step rounds to the masks' dtype, as torch's kernels do.
+    """
+    PIXELS: tl.constexpr = ROWS * COLUMNS
+    ROUNDED: tl.constexpr = masks.dtype.element_ty
+    row, column = _tile(ROWS, COLUMNS)
+    mask = (row < height) & (column < width)
+    at = row.to(tl.int64) * width + column
+    y, x = tl.minimum(row, height - 1), tl.minimum(column, width - 1)
+    block = tl.arange(0, BLOCK)
+    plane = tl.cast(low_height, tl.int64) * low_width
+    pixels = tl.cast(height, tl.int64) * width
+    if TWO_STEPS:
+        m0, m1, n0, n1, w_m0, w_m1, w_n0, w_n1 = _places(y, x, top, left, area_height, area_width, height, width, False)
+    else:
+        m0, n0 = y + top, x + left
+    for start in range(0, queries, BLOCK):
+        query = (start + block)[:, None]
+        of_queries = query < queries
+        planes = masks + query.to(tl.int64) * plane
+        value, _ = _window(planes, m0, n0, low_height, low_width, canvas_height, canvas_width, False, of_queries)
+        value = value.to(ROUNDED).to(tl.float32)
+        if TWO_STEPS:
+            b, _ = _window(planes, m0, n1, low_height, low_width, canvas_height, canvas_width, False, of_queries)
+            c, _ = _window(planes, m1, n0, low_height, low_width, canvas_height, canvas_width, False, of_queries)
+            d, _ = _window(planes, m1, n1, low_height, low_width, canvas_height, canvas_width, False, of_queries)
+            b, c, d = b.to(ROUNDED).to(tl.float32), c.to(ROUNDED).to(tl.float32), d.to(ROUNDED).to(tl.float32)
+            upper = _mix(value, b, w_n0[None, :], w_n1[None, :])
+            lower = _mix(c, d, w_n0[None, :], w_n1[None, :])
+            value = _mix(upper, lower, w_m0[None, :], w_m1[None, :]).to(ROUNDED).to(tl.float32)
+        one = tl.zeros((BLOCK, PIXELS), tl.float32) + 1.0
+        share = tl.div_rn(one, one + _exp(-value, CUDA)).to(ROUNDED)
+        tl.store(out + query.to(tl.int64) * pixels + at[None, :], share.to(out.dtype.element_ty),
+                 mask=of_queries & mask[None, :])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pixels", "classes"])

@@ -147,15 +147,31 @@ def unusable_gpus() -> str | None:
     """Say why GPUs that are there cannot be used; None if they can, or there are none."""
     import torch
 
-    seen = torch.cuda.device_count() if not torch.cuda.is_available() else 0
+    if torch.cuda.is_available():
+        return None
+    without = torch.version.cuda is None and torch.version.hip is None  # its own count is 0 whatever is there
+    seen = _driver_gpus() if without else torch.cuda.device_count()
     if not seen:
         return None
-    if torch.version.cuda is None and torch.version.hip is None:
+    if without:
         return f"{seen} GPUs are here, and this torch is built without CUDA: install its CUDA build"
     return (
         f"{seen} GPUs are here that torch, built for CUDA {torch.version.cuda}, cannot use: most often their driver is"
         " too old for it. Update the driver, or install a torch for an older CUDA"
     )
+
+
+def gpu_of_another_kind() -> str | None:
+    """Say that a GPU of AMD's is here and torch no build of ROCm's; None if not.
+
+    It is no error where the CPU was not ruled out: each processor of theirs with graphics has the same file.
+    """
+    import torch
+
+    if torch.version.hip is not None or torch.cuda.is_available() or not Path("/dev/kfd").exists():
+        return None
+    built = "without GPUs" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+    return f"a GPU of AMD's is here (/dev/kfd), and this torch is built {built}: its ROCm build would use it"
 
 
 _LOADER_BYTES = 16 << 20
@@ -189,8 +205,10 @@ def _devices(cfg: RuntimeConfig) -> tuple[str, int]:
             f"runtime.accelerator={cfg.accelerator}: on {host_name()}, {reason}; runtime.accelerator=cpu uses none."
         )
     if accelerator == Accelerator.cuda and not gpus:
+        other = gpu_of_another_kind()
         raise HarnessError(
-            f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}. `python -m ade_harness doctor` says why."
+            f"runtime.accelerator=cuda: torch sees no GPU on {host_name()}{'' if other is None else f' ({other})'}."
+            " `python -m ade_harness doctor` says why."
         )
     tasks = _step_tasks_per_node(node_count(cfg))
     started = is_rank() and not is_supervised()  # by srun, torchrun or mpirun: as many ranks as they have started

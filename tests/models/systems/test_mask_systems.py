@@ -23,6 +23,7 @@ from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
 from ade_harness.inference.masks import mask_view
 from ade_harness.inference.plan import ViewPlan, window_grid
+from ade_harness.kernels import reference
 from ade_harness.kernels.reference import accumulate
 from ade_harness.models import from_official
 from ade_harness.models.checkpoint.family import add_delta
@@ -158,7 +159,9 @@ def merged(case: str, plan: ViewPlan, images: Tensor, masks: MaskConfig, probabi
         images = images.flip(-1)
     with torch.inference_mode():
         windows = [network.raw_outputs(images[..., y : y + height, x : x + width]) for y, x in plan.origins]
-        view = mask_view(plan, windows, masks, resolve_class_map(150, None, None, ade20k_classes()), (75, 101))
+        view = mask_view(
+            reference, plan, windows, masks, resolve_class_map(150, None, None, ade20k_classes()), (75, 101)
+        )
         total = torch.zeros(150, 75, 101)
         accumulate(total, view, probabilities)
     return total

@@ -73,7 +73,9 @@ def relative_positions(side: int, device: torch.device) -> Tensor:
     number = (2 * side - 1) ** 2 + 3
     index = F.pad(rows, (1, 0, 1, 0), value=number - 3)  # class token to patch
     index[1:, 0] = number - 2  # patch to class token
-    index[0, 0] = number - 1
+    index[:1, 0] = (
+        number - 1
+    )  # not of one element by itself, to which a number would be copied: the GPU would be waited for
     return index
 
 

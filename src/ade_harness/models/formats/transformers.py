@@ -22,6 +22,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.files.fetch import file_hash
 from ade_harness.files.logs import SILENT, log_level
 from ade_harness.files.reading import place_or_id, require_no_pipes
+from ade_harness.kernels.constants import constant
 from ade_harness.models.checkpoint.strict import Strictness, require_all_keys
 from ade_harness.models.formats.processor import Pixels, read_pixels
 from ade_harness.models.loaded import LoadedModel, names_of, statistics
@@ -135,6 +136,16 @@ class DetrModel(nn.Module):
         return MaskLogits(output.logits, output.pred_masks)
 
 
+def without_attention_masks(eomt: Any) -> None:
+    """Switch the attention masks of transformers' EoMT off, by numbers of the host in place of a buffer.
+
+    transformers reads the buffer in each layer, which would wait for the GPU.
+    """
+    blocks = len(eomt.attn_mask_probs)
+    del eomt.attn_mask_probs
+    eomt.attn_mask_probs = [0.0] * blocks
+
+
 class UniversalModel(nn.Module):
     """A ``...ForUniversalSegmentation``: images [N, 3, H, W] to class and mask logits.
 
@@ -152,7 +163,7 @@ class UniversalModel(nn.Module):
         if self.is_oneformer:
             task = ONEFORMER_TASKS["semantic"]
             ids = [*task, *[0] * (ONEFORMER_TEXT_LENGTH - len(task))]
-            extra["task_inputs"] = torch.tensor([ids] * images.shape[0], device=images.device)
+            extra["task_inputs"] = constant((tuple(ids),), images.device, torch.int64).expand(images.shape[0], -1)
         output = self.network(pixel_values=images, **extra)
         return MaskLogits(output.class_queries_logits, output.masks_queries_logits)
 
@@ -208,7 +219,7 @@ def load_transformers(
     commit = getattr(config, "_commit_hash", None)
     origin = {"origin": f"{model_id}@{commit}" if commit else model_id}
     if "attn_mask_probs" in dict(network.named_buffers()):
-        network.attn_mask_probs.zero_()  # EoMT's official evaluation is without masks; files do not always say so
+        without_attention_masks(network)  # as EoMT's official evaluation is; files do not always say so
     return wrap(network.eval()), names, read_pixels(model_id, revision, str(config.model_type)), origin
 
 

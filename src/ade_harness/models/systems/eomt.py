@@ -19,6 +19,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.models.checkpoint.family import Family, count, load_hub_names
 from ade_harness.models.checkpoint.key_tables import Table
 from ade_harness.models.checkpoint.strict import Strictness
+from ade_harness.models.formats.transformers import without_attention_masks
 from ade_harness.models.outputs import MaskLogits
 
 _BODY = "network.encoder.backbone."
@@ -80,10 +81,7 @@ class Eomt(nn.Module):
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
-        # numbers of the host in place of a buffer: transformers reads one in each layer, which would wait for the GPU
-        blocks = len(self.network.attn_mask_probs)
-        del self.network.attn_mask_probs
-        self.network.attn_mask_probs = [0.0] * blocks
+        without_attention_masks(self.network)
         self.fixed_size: tuple[int, int] = (network.config.image_size, network.config.image_size)
         """(height, width) of the only input it takes."""
 
