@@ -30,7 +30,7 @@ SMOKE: dict[str, tuple[list[str], str]] = {
     "bench_start": (["--rounds", "1", "--ranks", "1", "--cold"], "start-up"),
     "bench_statistics": (["--images", "20", "--resamples", "200"], "bootstrap"),
     "bench_systems": (["--systems", "segformer_b0"], "segformer_b0"),
-    "gpu_acceptance": (["--parts", "environment", "exact", "speed", "waits", "throughput", "short_memory"], "0 failed of"),
+    "gpu_acceptance": (["--parts", "environment", "exact", "speed", "waits", "others", "throughput", "short_memory"], "0 failed of"),
     "interruptions": (["--images", "4", "--moments", "1", "--ranks", "1", "--rules", "queue", "--victims", "sum", "--seed", "1"], "runs of"),
     "interval_coverage": (["--images", "20", "--sets", "2", "--resamples", "100"], "pixel_accuracy"),
     "simulate_sharding": (["--sizes", "1", "8"], "limit: the largest image"),
