@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -206,7 +207,8 @@ class CheckSweeps(Callback):
         if isinstance(params, DictConfig):  # a file's: what is typed has been counted before Hydra began
             typed: Any = OmegaConf.to_container(config.hydra.overrides.task)
             try:
-                limit_sweep([*(f"{key!s}={value}" for key, value in params.items()), *typed])
+                with suppress(HydraException):  # no overrides by Hydra's grammar: the sweeper says so
+                    limit_sweep([*(f"{key!s}={value}" for key, value in params.items()), *typed])
             except HarnessError as error:  # Hydra turns a callback's errors into warnings
                 _refused.append(error)
                 with open_dict(config):

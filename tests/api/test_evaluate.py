@@ -602,3 +602,15 @@ def test_kernels_that_cannot_be_used_are_a_note(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "unavailable_reason", lambda module, gpu: "no compiler")
     result = ade.evaluate("demo", dataset="demo", options=SMALL)
     assert "runtime.kernels=auto: plain torch is used, which is slower: no compiler" in result.notes
+
+
+def test_the_manifest_says_what_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and why they were not the compiled ones, deformable attention, torch's switches."""
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda module, gpu: "no compiler")
+    monkeypatch.setattr(evaluation, "implementation_of", lambda network, device, dtype: "numba")
+    ade.evaluate("demo", dataset="demo", options=SMALL, limit=2, run_dir=tmp_path / "run")
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["kernels"] == "reference"
+    assert manifest["kernels_reason"] == "plain torch is used, which is slower: no compiler"
+    assert manifest["model"]["deformable_attention"] == "numba"
+    assert manifest["arithmetic"]["cudnn_deterministic"] is True

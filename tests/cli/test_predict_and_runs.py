@@ -15,6 +15,7 @@ from PIL import Image
 
 import ade_harness as ade
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.data.image_files import find_images
 from ade_harness.report.overlays import draw_prediction
 from tests.cli.test_cli import Call, one_message
 from tests.conftest import Done
@@ -208,6 +209,17 @@ def test_each_image_of_a_folder_is_predicted_once(call: Call, photos: Path, tmp_
         assert sorted(name.removesuffix(".png") for name in written) == expected
 
 
+def test_links_to_one_file_are_images_of_their_own_names(photos: Path, tmp_path: Path) -> None:
+    """As in trees of links to one store of files; and other tools' files of predict's names hide nothing."""
+    tree = tmp_path / "tree"
+    (tree / "labels").mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg", "labels/c.jpg"):
+        (tree / name).symlink_to(photos / "street.jpg")
+    (tree / "predictions.json").write_text("[]")
+    found = find_images([tree, tree / "a.jpg"], tmp_path / "out")
+    assert [name for _, name in found] == ["a", "b", "labels/c"]
+
+
 def test_a_strip_is_drawn_small_and_a_narrow_picture_has_a_legend() -> None:
     classes = ade20k_classes()
     for size, largest in (((20, 6000), 12_010), ((900, 3), 2_000), ((1, 1), 600)):
@@ -235,6 +247,7 @@ def test_runs_in_one_table(call: Call, tmp_path: Path) -> None:
         json.loads((tmp_path / "all.json").read_text())
         == json.loads(call("runs", "--sort", "mIoU", "--json").out)["runs"]
     )
+    assert len(json.loads(call("runs", "--json", "--where", "images=*").out)["runs"]) == 2  # whose number is known
     assert (tmp_path / "all.md").read_text().count("\n") == 5
     one = json.loads(call("runs", "--json", "--where", "model.name=demo", "--where", "marks!=*PARTIAL*").out)["runs"]
     assert [Path(row["run"]).name for row in one] == ["first"]

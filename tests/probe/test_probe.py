@@ -429,13 +429,16 @@ def test_another_recipe_does_not_continue(call: Callable[..., Done], tmp_path: P
     }.items():  # fmt: skip
         torch.save({**good, name: wrong}, tmp_path / "run/state.pt")
         one_message(call("resume", "run"), "state.pt: is damaged", "Delete it to start again")
-    for wrong in (-1, 5, True, 2.0, None):
+    for wrong in (-1, True, 2.0, None):
         torch.save({**good, "step": wrong}, tmp_path / "run/state.pt")
-        one_message(call("resume", "run"), "is damaged (step: expected an integer from 0 to 4)")
-    for wrong in (torch.zeros(3), torch.full_like(moments[0]["exp_avg"], torch.nan), "a"):
+        one_message(call("resume", "run"), "is damaged (step: expected an integer, 0 or more)")
+    torch.save({**good, "step": 5}, tmp_path / "run/state.pt")  # of a longer recipe: nothing is to be deleted
+    one_message(call("resume", "run"), "has 5 iterations already, and probe.iterations=4. Take at least as many")
+    diverged = torch.full_like(moments[0]["exp_avg"], torch.nan)
+    for wrong, said in ((torch.zeros(3), "is damaged"), (diverged, "has diverged"), ("a", "is damaged")):
         spoiled = {**moments, 0: {**moments[0], "exp_avg": wrong}}
         torch.save({**good, "optimizer": {**good["optimizer"], "state": spoiled}}, tmp_path / "run/state.pt")
-        one_message(call("resume", "run"), "state.pt: is damaged")
+        one_message(call("resume", "run"), f"state.pt: {'the training ' if wrong is diverged else ''}{said}")
     torch.save([1, 2], tmp_path / "run/state.pt")
     one_message(call("resume", "run"), "state.pt: is damaged")
     (tmp_path / "run/state.pt").write_bytes(b"PK cut")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ade_harness.errors import HarnessError
+from ade_harness.leaderboard.submission.submit import run_problems
 from ade_harness.metrics.calibration import sum_calibration
 from ade_harness.metrics.counts import hash_rows, label_hash
 from ade_harness.runs.finished import FinishedRun, load_run
@@ -67,6 +68,7 @@ def test_a_result_that_was_changed_is_marked_wherever_it_is_shown(run: Path, cal
     assert json.loads(call("status", run, "--json").out)["marks"] == [mark]
     assert json.loads(call("runs", run, "--json").out)["runs"][0]["marks"] == mark
     assert load_run(run).marks == (mark,)
+    assert f"{mark}: evaluate again." in run_problems(load_run(run))
     (run / "manifest.json").write_text(json.dumps({**manifest, "result_signature": None}))
     assert load_run(run).marks == tuple(manifest["marks"])  # of an earlier version: nobody can tell
     (run / "manifest.json").write_text(json.dumps(manifest))

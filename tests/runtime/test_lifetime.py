@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,46 @@ def test_leaving_when_nobody_reads_any_more() -> None:
     )  # fmt: skip
     os.close(writing)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+_INTERRUPTED = """
+import signal, sys, time
+from ade_harness.runtime.lifetime import watched
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which some who start tests ignore
+def work():
+    try:
+        print("ready", flush=True)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        time.sleep(0.5)  # as long as it takes to end well
+        print("interrupted", flush=True)
+        return 2
+sys.exit(watched(work))
+"""
+
+
+def test_who_interrupts_a_whole_group_interrupts_the_work_once() -> None:
+    """Service managers do: the work's process is reached by itself, and by way of its parent."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors) == (2, "interrupted\n", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGSEGV, 139), (signal.SIGKILL, 137)])
+def test_a_crash_after_the_work_has_the_code_of_its_signal(number: int, code: int) -> None:
+    text = (
+        "import atexit, os, sys; from ade_harness.runtime.lifetime import watched;"
+        f" atexit.register(lambda: os.kill(os.getpid(), {int(number)}) if os.getppid() == parent else None);"
+        " parent = os.getpid(); sys.exit(watched(lambda: 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=False, timeout=60)
+    assert done.returncode == code
 
 
 def test_what_is_imported_is_not_looked_at_again() -> None:

@@ -525,6 +525,12 @@ def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeyp
         assert not bad & os.environ.keys()  # wandb.init would read them too, and fail
         assert os.environ["WANDB_TAGS"] == f"{'x' * 64},ok"
     assert dict(os.environ) == before
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "soon-secret")
+    monkeypatch.setenv("WANDB_SILENT", "")
+    with pytest.warns(UserWarning, match="WANDB_HTTP_TIMEOUT is invalid") as warned, wandb_upload.limits():
+        assert (os.environ["WANDB_HTTP_TIMEOUT"], os.environ["WANDB_SILENT"]) == ("8", "true")  # ours, as if unset
+    assert not any("secret" in str(one.message) for one in warned)  # a value may be a header with a key
+    monkeypatch.delenv("WANDB_HTTP_TIMEOUT")
     with pytest.warns(UserWarning, match="W&B: WANDB_PROJECT is invalid and ignored"):
         given = wandb_upload.environment()  # of the process that speaks with the server
     assert bad & given.keys() == {"WANDB_BASE_URL"}  # or results would go to another one

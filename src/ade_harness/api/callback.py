@@ -24,6 +24,7 @@ from ade_harness.config.validate import require_data
 from ade_harness.errors import HarnessError, did_you_mean, text_of
 from ade_harness.evaluation.inline import Counted, Opened, conclude, count_here, open_here, share_of
 
+_PREFIX = "ade20k/"
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
@@ -101,7 +102,7 @@ class ADE20KEvaluation(pl.Callback):
     def __init__(
         self, root: str | Path | None = None, protocol: str | None = None, every_n_epochs: int = 1,
         limit: int | None = None, network: str | Callable[[pl.LightningModule], nn.Module] | None = None,
-        dataset: str = "ade20k", prefix: str = "ade20k/", workers: int = 2, options: Mapping[str, Any] | None = None,
+        dataset: str = "ade20k", prefix: str = _PREFIX, workers: int = 2, options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         whole_number("every_n_epochs", every_n_epochs, 1)
@@ -157,8 +158,8 @@ class ADE20KEvaluation(pl.Callback):
         for scheduler in getattr(trainer, "lr_scheduler_configs", ()):
             watched = scheduler.monitor
             every = scheduler.frequency if scheduler.interval == "epoch" else 1
-            mine = isinstance(watched, str) and watched.startswith(self.prefix)
-            self._require_score("the learning rate's scheduler", watched)
+            mine = self._logs(watched)
+            self._require_score("the learning rate's scheduler", watched, trainer)
             if mine and (scheduler.interval != "epoch" or every % self.every_n_epochs):
                 raise HarnessError(
                     f"the learning rate's scheduler (monitor={watched!r}) would look when there is no new score. Give"
@@ -166,8 +167,8 @@ class ADE20KEvaluation(pl.Callback):
                 )
         for monitor in getattr(trainer, "callbacks", ()):
             watched = getattr(monitor, "monitor", None)
-            self._require_score(type(monitor).__name__, watched)
-            if isinstance(watched, str) and watched.startswith(self.prefix):
+            self._require_score(type(monitor).__name__, watched, trainer)
+            if self._logs(watched):
                 remedy = self._missed(monitor, trainer)
                 if remedy is not None:
                     raise HarnessError(
@@ -175,12 +176,24 @@ class ADE20KEvaluation(pl.Callback):
                         f" {remedy}"
                     )
 
-    def _require_score(self, who: str, watched: Any) -> None:
-        """Refuse a callback or scheduler that waits for a score that is none of ours by its name."""
-        name = watched.removeprefix(self.prefix) if isinstance(watched, str) and self.prefix else None
-        if name is not None and name != watched and name not in LOGGED:
+    def _logs(self, watched: Any) -> bool:
+        return isinstance(watched, str) and watched.startswith(self.prefix) and watched[len(self.prefix) :] in LOGGED
+
+    def _require_score(self, who: str, watched: Any, trainer: pl.Trainer) -> None:
+        """Refuse a callback or scheduler that waits for a score of ours whose name is misspelt.
+
+        Names below our prefix that are near none of ours may be the training's own, or another evaluation's.
+        """
+        if not isinstance(watched, str) or not self.prefix or not watched.startswith(self.prefix):
+            return
+        name = watched.removeprefix(self.prefix)
+        others = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, ADE20KEvaluation) and c is not self]
+        if any(watched.removeprefix(other.prefix) in LOGGED for other in others):
+            return
+        near = did_you_mean(name, LOGGED)
+        if name not in LOGGED and (near or self.prefix == _PREFIX):
             raise HarnessError(
-                f"{who}(monitor={watched!r}): no such score.{did_you_mean(name, LOGGED)} ADE20KEvaluation logs"
+                f"{who}(monitor={watched!r}): no such score.{near} ADE20KEvaluation logs"
                 f" {', '.join(self.prefix + known for known in LOGGED)}."
             )
 

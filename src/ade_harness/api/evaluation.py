@@ -44,14 +44,16 @@ from ade_harness.config.validate import require_data
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, text_of
 from ade_harness.evaluation.inline import Opened, conclude, count_here, open_here
-from ade_harness.evaluation.job import describe_facts
+from ade_harness.evaluation.job import attention_facts, describe_facts
 from ade_harness.evaluation.recorder import keep_labels
 from ade_harness.evaluation.session import warn_on_error
 from ade_harness.files.reading import expanded
 from ade_harness.inference.factory import open_predictor
+from ade_harness.inference.forward import AUTOCAST
 from ade_harness.inference.predictor import Predictor
 from ade_harness.metrics.confusion import Matrix
 from ade_harness.metrics.counts import Row
+from ade_harness.models.ops.deformable import implementation_of
 from ade_harness.runs.directory import LEDGER, MANIFEST
 from ade_harness.runs.finished import load_run
 from ade_harness.runs.label_maps import LabelMaps
@@ -175,12 +177,16 @@ def _evaluate(
             counted = count_here(opened, numbers, device, choice, threads, on_images)
             result, rows = conclude(composed, opened, [counted])
             return Evaluation.of_result(result, tuple(rows), None)
-        cfg, path = composed.config, Path(run_dir)
+        cfg, path = composed.config, Path(run_dir).absolute()  # a model may change the working directory
         if (path / MANIFEST).exists():
-            raise HarnessError(f"run_dir={path}: holds a run already. Choose another folder, or read it: load_run.")
-        cfg.run.dir = str(path)
+            raise HarnessError(f"run_dir={run_dir}: holds a run already. Choose another folder, or read it: load_run.")
+        cfg.run.dir = str(run_dir)
+        network, of_model = opened.predictor.network, opened.predictor.facts()
+        if network is not None:  # every variant that it needs is tried before the first image
+            attention = implementation_of(network, device.type, AUTOCAST.get(cfg.inference.precision))
+            of_model = {**of_model, **attention_facts(attention, device.type)}
         facts = describe_facts(
-            opened.dataset, opened.dataset.ids_hash(), opened.predictor.facts(), cfg, device.type, arithmetic_as_set()
+            opened.dataset, opened.dataset.ids_hash(), of_model, cfg, device.type, arithmetic_as_set()
         )
         facts["repeat"] = composed.repeat
         seeds = {"runtime.seed": cfg.runtime.seed, "model.seed": cfg.model.seed}

@@ -92,7 +92,7 @@ def _parsed(condition: str) -> tuple[str, str, str]:
     column = _column(name)
     number = _number(value)
     require(
-        column not in _NUMBERS or number is not None or (not value and operator in ("=", "!=")),
+        column not in _NUMBERS or number is not None or ((not value or "*" in value) and operator in ("=", "!=")),
         f"--where {condition}: {name} is a number, and {value!r} is none.",
     )
     require(
@@ -113,8 +113,10 @@ def _matches(row: RunRow, column: str, operator: str, value: str) -> bool:
             return False
         # dates are in ISO 8601, whose order is that of text
         return bool(_ORDERS[operator](found, value if isinstance(found, str) else float(value)))
-    if column in _NUMBERS:
+    if column in _NUMBERS and "*" not in value:
         return bool((found == _number(value)) == (operator == "="))
+    if column in _NUMBERS and found is None:  # `images=*`: whose number is known
+        return operator == "!="
     texts = ["" if found is None else str(found)]
     if column in ("status", "marks"):
         marks = [mark for mark in row.marks.split("; ") if mark]

@@ -76,15 +76,17 @@ def sbatch_parameters(cfg: SlurmConfig) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def _require_same(nodes: Sequence[SlurmConfig]) -> None:
-    """Refuse a sweep over ``runtime.slurm``: SLURM gives all jobs of an array the same."""
+def _require_same(nodes: Sequence[SlurmConfig], settings: Mapping[str, Any]) -> None:
+    """Refuse a sweep over ``runtime.slurm``: SLURM gives all jobs of an array the same. `settings` come first."""
     for name in SlurmConfig.__dataclass_fields__:
+        if settings.get(name) is not None:
+            continue
         values = [getattr(node, name) for node in nodes]
         other = next((value for value in values if value != values[0]), values[0])
         require(
             other == values[0],
             f"runtime.slurm.{name} is {values[0]} of one job and {other} of another: a sweep is submitted as one array,"
-            " whose jobs all get the same. Give a command for each value.",
+            " whose jobs all get the same. Give a command for each value, or one to all: hydra.launcher.{name}=...",
         )
 
 
@@ -101,7 +103,7 @@ def submit(
     Raises:
         HarnessError: jobs ask for different resources, there is no SLURM or no submitit here, or SLURM refuses.
     """
-    _require_same([config.runtime.slurm for config in configs])
+    _require_same([config.runtime.slurm for config in configs], settings)
     try:
         import submitit
     except ImportError as error:

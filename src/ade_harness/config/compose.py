@@ -134,7 +134,7 @@ def files_choose_sweep(overrides: Sequence[str], extra: Path) -> bool:
         extra: folder of ``--config-dir``. Hydra is asked only if one of its files has the word.
     """
     files = (path for path in extra.rglob("*.yaml") if path.is_file())  # a pipe would be waited for
-    if not any(RunMode.MULTIRUN.name in path.read_text(errors="replace") for path in files):
+    if not any(RunMode.MULTIRUN.name in _text_of(path) for path in files):
         return False
     parser = OverridesParser.create()
     try:
@@ -142,6 +142,14 @@ def files_choose_sweep(overrides: Sequence[str], extra: Path) -> bool:
         return bool(_composed(single, extra, return_hydra_config=True).hydra.mode == RunMode.MULTIRUN)
     except (HydraException, ValueError, HarnessError, *_NO_VALUE, *UNREADABLE):
         return False  # the same will be said of the command
+
+
+def _text_of(path: Path) -> str:
+    """Return a file's text, and none of one that cannot be read: whoever needs it says so."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _sweeps(parser: OverridesParser, text: str) -> bool:
@@ -332,11 +340,17 @@ def _wrong_type(text: str, key: str) -> str | None:
         text: its message.
         key: that it names; "" if it names none.
     """
-    merged = re.search(r"Error merging override \+*([^=\s]+)=(.*?) (?:Value '|Cannot (?:merge|assign))", text)
+    merged = re.search(
+        r"Error merging override \+*([^=\s]+)=(.*?) (?:Value '|Invalid type|Cannot (?:merge|assign|convert))", text
+    )
     cast = re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", text)
     cast = cast or re.search(r"Value '(.*)' is not a valid (bool)( )\(", text)
     assigned = re.search(r"Cannot assign \w+ to (\w+)", text)
     wanted = _TYPES.get((cast[3].strip() or cast[2]) if cast else assigned[1] if assigned else "")
+    if merged and "is not a subclass of" in text:
+        wanted = "keys and values"
+    if merged and re.search(r"Cannot convert '\w+' to string", text):
+        wanted = "a text"
     if merged and "Cannot merge DictConfig with ListConfig" in text:  # whichever of the two was given
         wanted = "keys and values" if merged[2].startswith("[") else "a list"
     name = key if cast and key else merged[1] if merged else key

@@ -20,7 +20,7 @@ from typing import Any
 
 from ade_harness.config.dataset import ADE20K_CLASSES
 from ade_harness.config.files import read_choice
-from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.inference import InferenceConfig, ResizeConfig
 from ade_harness.config.model import NO_CLASS_NAMES, ModelConfig
 from ade_harness.errors import HarnessError
 from ade_harness.files.documents import read_json
@@ -79,6 +79,7 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool)
     kind = str(config.get("model_type", ""))
     native = _number(config.get("image_size"))
     windows = kind in (*ONE_SIZE, *_WINDOWED) and native is not None
+    packaged = read_choice("inference", AS_SAVED)
     wanted: dict[str, Any]
     if windows and kind in _ALONG:
         wanted = {
@@ -97,13 +98,18 @@ def apply_saved(inference: InferenceConfig, model: ModelConfig, of_ade20k: bool)
         wanted = {"resize": {"rule": "none", "pad_multiple": 32}}
         name = "whole"
     else:
-        side, cap = _sides(processor, f"model.id={model.id}: its image processor's")
+        try:
+            side, cap = _sides(processor, f"model.id={model.id}: its image processor's")
+        except HarnessError:
+            side, cap = inference.resize.side, None
+            if side == packaged.get("resize", {}).get("side", ResizeConfig().side):  # else the user says it
+                raise
         side = side or native or _USUAL_SIDE
         wanted = {"resize": {"rule": "short_side", "side": side, "max_side": cap or 4 * side}}
         if kind in _QUERIES:
             wanted["resize"] |= {"rounding": "detectron2", "backend": "pillow", "pad_multiple": 32}
         name = f"whole_{side}"
-    _fill(inference, wanted, read_choice("inference", AS_SAVED))
+    _fill(inference, wanted, packaged)
     inference.name = f"{AS_SAVED}_{name}"
     labels = config.get("id2label")
     reduced = processor.get("do_reduce_labels", processor.get("reduce_labels", False))
@@ -169,7 +175,7 @@ def _sides(processor: dict[str, Any], where: str) -> tuple[int | None, int | Non
     if short is None or wrong:
         raise HarnessError(
             f"{where} {name} is {json.dumps(size)[:80]}, expected a number of pixels, height and width, or"
-            " shortest_edge. Choose a protocol yourself, such as inference=mmseg_whole_512."
+            " shortest_edge. Choose a protocol yourself, such as inference=mmseg_whole_512, or inference.resize.side."
         )
     return short, cap
 

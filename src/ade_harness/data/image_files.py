@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
-from ade_harness.errors import require
+from ade_harness.errors import HarnessError, require
+from ade_harness.files.documents import read_json
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _UNREAD = frozenset([
@@ -38,7 +40,10 @@ def find_images(given: Sequence[Path], output: Path) -> list[tuple[Path, str]]:
         below = _below(path, output, frozenset(_SUFFIXES)) if path.is_dir() else [path]
         require(bool(below), f"{path}: contains no image ({', '.join(_SUFFIXES)}).")
         for file in below:
-            found.setdefault(file.resolve(), (file, file.relative_to(path) if path.is_dir() else Path(file.name)))
+            # a link is an image of its own: trees of links to one store of files are common
+            found.setdefault(
+                file.parent.resolve() / file.name, (file, file.relative_to(path) if path.is_dir() else Path(file.name))
+            )
     stems = Counter(name.with_suffix("").as_posix() for _, name in found.values())
     named: dict[str, Path] = {}
     for file, name in found.values():
@@ -58,9 +63,18 @@ def unread_pictures(given: Sequence[Path], output: Path) -> list[Path]:
     return [file for path in given if path.is_dir() for file in _below(path, output, _UNREAD)]
 
 
+def _is_record(file: Path) -> bool:
+    """Whether a file is `predict`'s own: other tools have files of this name too."""
+    try:
+        content: dict[str, Any] = read_json(file, dict)
+    except HarnessError:
+        return False
+    return {"model", "protocol"} <= content.keys()
+
+
 def _below(folder: Path, output: Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files below a folder with one of these endings, sorted; not what a `predict` made."""
-    outputs = [output, *(record.parent for record in folder.rglob(RECORD))]
+    outputs = [output, *(record.parent for record in folder.rglob(RECORD) if _is_record(record))]
     made = {(place / name).resolve() for place in outputs for name in FOLDERS}
     below = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     shown = (path for path in below if not any(part.startswith(".") for part in path.relative_to(folder).parts))

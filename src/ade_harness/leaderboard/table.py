@@ -113,8 +113,8 @@ def _given_weights(run: FinishedRun) -> str | None:
 
 def why_not_ranked(run: FinishedRun) -> str | None:
     """Return why a run is not comparable with published scores; None if it has."""
-    if run.manifest["marks"]:
-        return one_line(run.manifest["marks"][0])
+    if run.marks:
+        return one_line(run.marks[0])
     if run.config["dataset"]["kind"] != "ade20k" or run.manifest["dataset"]["name"] != "ade20k":
         return f"{OTHER_DATASET} {run.manifest['dataset']['name']}: the leaderboard covers ADE20K validation only"
     if not run.complete:

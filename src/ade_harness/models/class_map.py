@@ -182,8 +182,8 @@ def _wrong_number(channels: int, found: list[int | None] | None, names: Sequence
     last = len(classes) - 1
     if channels == 1:
         return (
-            f"The model outputs 1 channel, {classes.dataset} has {len(classes)} classes. Are these labels? They are"
-            " integers [N, h, w]: output.long()."
+            f"The model outputs 1 channel, {classes.dataset} has {len(classes)} classes. Scores have a channel for each"
+            " class (of one logit x of the second of two: torch.cat([-x, x], 1)); labels are integers [N, h, w]."
         )
     text = (
         f"The model outputs {channels} channels, {classes.dataset} has {len(classes)} classes: set model.class_map, one"

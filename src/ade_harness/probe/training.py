@@ -27,6 +27,7 @@ from ade_harness.files.atomic import write_text
 from ade_harness.files.tensors import write_tensors
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.loading import load_for_probe
+from ade_harness.models.ops.deformable import implementation_of
 from ade_harness.probe.crops import Crops, Share
 from ade_harness.probe.module import HeadTraining
 from ade_harness.runs.directory import (
@@ -74,7 +75,9 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
         model = agreed(ranks.coordinator, "model", lambda: _loaded(cfg, recipe, dataset.classes))
         device = ranks.trainer.strategy.root_device.type
-        compare_ranks(ranks.coordinator, dataset, dataset.ids_hash(), model.facts, local_rank() == 0, {})
+        attention = agreed(ranks.coordinator, "deformable attention", lambda: implementation_of(model.module, device))
+        computes = {"deformable attention": attention}
+        compare_ranks(ranks.coordinator, dataset, dataset.ids_hash(), model.facts, local_rank() == 0, computes)
         record = agreed(
             ranks.coordinator, "record", lambda: _open(cfg, recipe, dataset, model, device, console) if first else None
         )

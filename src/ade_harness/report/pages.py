@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ade_harness.report.page import render_page, write_run_page
 from ade_harness.report.plots import figure_text
 from ade_harness.report.ranking import Ranking, format_p_value
 from ade_harness.runs.finished import FinishedRun
+from ade_harness.runtime.limits import usable_cores
 
 PAGE = "report.html"
 COMPARISON_PAGE = "comparison.html"
@@ -48,7 +48,7 @@ def write_report(
     samples = Samples(dataset) if dataset else None
     regions = None
     if samples is not None and boundaries:
-        regions = measure_regions(run, samples, os.cpu_count() or 1, _progress(console, "boundaries and objects"))
+        regions = measure_regions(run, samples, usable_cores(), _progress(console, "boundaries and objects"))
     contents = run_contents(run, _read_scenes(scenes, run), regions)
     values = contents.image_scores["mIoU"]
     kept = kept_images(run)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -121,6 +123,7 @@ def killed_by(number: int) -> str:
     return f"was killed by {name.name}{f' ({cause})' if cause else ''}"
 
 
+_SAME_INTERRUPT_S = 1.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -142,6 +145,8 @@ def watched(work: Callable[[], int]) -> int:
         os.close(reader)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         end_with_parent()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupted_once())
         try:
             return work()
         finally:
@@ -153,12 +158,14 @@ def watched(work: Callable[[], int]) -> int:
         if info.si_signo in _PASSED_ON and info.si_code <= 0:  # else the kernel's, for all of the terminal's group
             passed_on.add(info.si_signo)
             os.kill(child, info.si_signo)
+    while signal.sigtimedwait(_PASSED_ON, 0):  # what came after the end was meant for the work
+        pass
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     code = os.waitstatus_to_exitcode(found[1])
     os.set_blocking(reader, False)
     try:
         if os.read(reader, 1):
-            return code
+            return 128 - code if code < 0 else code
     except BlockingIOError:  # its own children hold the other end still
         pass
     finally:
@@ -167,6 +174,24 @@ def watched(work: Callable[[], int]) -> int:
         how = killed_by(-code) if code < 0 else f"was ended with code {code} by the model or a library that it uses"
         print_error(f"error: the process of the model {how}: the work was not finished.")
     return 128 - code if code < 0 else code or 1
+
+
+def _interrupted_once() -> Callable[[int, object], None]:
+    """Return a handler of SIGINT that a process has once in a moment.
+
+    Who interrupts a whole group of processes (service managers, ``kill -INT -PGID``) reaches the child itself, and once
+    more by way of its parent, who cannot tell.
+    """
+    last = -math.inf
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        before, last = last, now
+        if now - before > _SAME_INTERRUPT_S:
+            raise KeyboardInterrupt
+
+    return interrupt
 
 
 def leave(code: int) -> None:

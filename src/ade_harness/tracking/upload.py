@@ -35,8 +35,10 @@ def limits() -> Iterator[None]:
     What of the user's variables it cannot understand is taken away as long, with a warning: it would refuse to begin.
     """
     refused, tags = _warned_of(), _tags()
-    added = {key: value for key, value in {**LIMITS, "WANDB_SILENT": "true"}.items() if key not in os.environ}
-    before = {key: os.environ.get(key) for key in (*added, *refused, *_empty(), _TAGS, "WANDB_MODE")}
+    left = {*refused, *_empty()}
+    ours = {**LIMITS, "WANDB_SILENT": "true"}
+    added = {key: value for key, value in ours.items() if key not in os.environ or key in left}
+    before = {key: os.environ.get(key) for key in (*added, *left, _TAGS, "WANDB_MODE")}
     service = os.environ.get("WANDB_SERVICE")
     for key in before:
         os.environ.pop(key, None)
@@ -164,8 +166,14 @@ def _refused_variables() -> dict[str, str]:
             try:
                 Settings().update_from_env_vars({key: value})
             except Exception as error:  # pydantic's ValidationError, wandb's UsageError, ...
-                refused[key] = " ".join(str(error).split())[:200]
+                refused[key] = _without_value(error)
     return refused
+
+
+def _without_value(error: Exception) -> str:
+    """Say what is wrong without the value, which may be a secret."""
+    errors: Any = getattr(error, "errors", None)  # pydantic's ValidationError
+    return "; ".join(str(found["msg"]) for found in errors())[:200] if errors else type(error).__name__
 
 
 def _warned_of() -> dict[str, str]:

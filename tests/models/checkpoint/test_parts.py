@@ -458,6 +458,33 @@ def test_small_types_are_converted_and_odd_tensors_are_not(tmp_path: Path) -> No
             convert(tmp_path / "odd.pth", tmp_path / "odd.safetensors", Choice())
 
 
+def test_parameters_with_attributes_are_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """`p.no_weight_decay = True`, which torch writes in a way of its own."""
+    module = Whole()
+    for parameter in module.parameters():
+        parameter.no_weight_decay = True  # type: ignore[attr-defined]
+    torch.save({"model": module}, tmp_path / "m.pt")
+    convert(tmp_path / "m.pt", tmp_path / "m.safetensors", Choice())
+    found, expected = load_file(tmp_path / "m.safetensors"), module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not recwarn
+
+
+def test_what_is_no_network_is_neither_noted_nor_taken_for_averages(tmp_path: Path) -> None:
+    others = {
+        "rng_state": {"cpu": torch.zeros(9)},
+        "meters_avg": {"iou": torch.ones(())},
+        "val_metrics": {"a": torch.ones(2)},
+    }
+    torch.save({"model": SMALL, **others}, tmp_path / "m.pth")
+    part = read_part(tmp_path / "m.pth")
+    assert part.where == ("model",)
+    assert part.beside == ()
+    with pytest.raises(HarnessError, match="no averaged weights were found"):
+        read_part(tmp_path / "m.pth", Choice(weights="ema"))
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_whole_module_becomes_its_state_dict(tmp_path: Path, zipped: bool) -> None:
     module = Whole().half()

@@ -101,6 +101,8 @@ def run_problems(run: FinishedRun) -> list[str]:
         advice = "evaluate all 2,000 validation images, with published weights"
         if why.startswith(OTHER_DATASET):
             advice = "evaluate the model on it (dataset=ade20k)"
+        elif why.startswith("CHANGED"):
+            advice = "evaluate again"
         elif why.startswith("PARTIAL"):
             again = resume_command(run.path)
             advice = f"`{again}` evaluates the failed images; or remove dataset.limit and dataset.ids"

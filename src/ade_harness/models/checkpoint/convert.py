@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tarfile
 import types
+import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
@@ -76,6 +77,11 @@ _MAKERS = {
 _SAFE = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}
 
 
+def _parameter(tensor: Tensor, *_: Any) -> Tensor:
+    """Stand in for what torch writes of a parameter that has attributes, which are left."""
+    return tensor
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Makes tensors, arrays and containers; puts :class:`_Left` in the place of every other class and function."""
 
@@ -85,6 +91,8 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of the few functions that tensors need, or the class that stands for all others."""
+        if (module, name) == ("torch._utils", "_rebuild_parameter_with_state"):
+            return _parameter
         if (module, name) == ("torch.storage", "_load_from_bytes"):  # of tensors that pickle itself has written
             return self._load_from_bytes
         if (module, name) in _MAKERS or (module == "torch" and _is_type(name)):
@@ -159,7 +167,9 @@ def _read(file: Path) -> tuple[Any, list[str]]:
                     raise HarnessError(
                         f"{file}: a TorchScript program. Evaluate it: model=torchscript model.path={file}"
                     )
-        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=ours), sorted(left)
+        with warnings.catch_warnings():  # it names what stands here for the classes
+            warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=ours), sorted(left)
     except HarnessError:
         raise
     except Exception as error:  # a damaged file fails in any way

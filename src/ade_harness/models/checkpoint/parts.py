@@ -70,7 +70,7 @@ _SIDES = ("student", "teacher")
 """Networks of one training, beside each other; only the user can say which is meant, unless one alone fits."""
 _STEPS = ("n_averaged", "steps")
 """Counters among averaged weights: torch's AveragedModel, mmengine."""
-_NO_NETWORK = re.compile(r"optim|sched|scaler|loss|criterion")
+_NO_NETWORK = re.compile(r"optim|sched|scaler|loss|criterion|rng|meter|metric")
 """Words in the names of what trainers keep beside networks, with tensors in it."""
 _PREFIXES = (
     "module.",
@@ -184,9 +184,8 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
         is_averaged = is_averaged or taken in averaged
         where.append(taken)
         beside += others
-        rest = [
-            n for n in (*plain, *averaged, *(side[:-1] for side in sides)) if n != taken and n not in " ".join(others)
-        ]
+        said = {taken, *re.split(r"[\s,:;]+", " ".join(others))}
+        rest = [n for n in (*plain, *averaged, *(side[:-1] for side in sides)) if n not in said]
         beside += [f"{', '.join(rest)} beside it: not read"] if rest else []
         content = inside[taken]
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}

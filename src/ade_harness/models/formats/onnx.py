@@ -57,9 +57,10 @@ class OnnxModel(nn.Module):
         if not chosen:
             described = ", ".join(f"{o.name} {o.type} {o.shape}" for o in session.get_outputs())
             asked = "" if output is None else f" named {output!r} (model.output)"
+            cast = ", or in Cast to int64" if any("float" not in o.type and len(o.shape) < 4 for o in chosen) else ""
             raise HarnessError(
                 f"{path}: no output{asked} of floating-point scores [N, C, h, w] or of integer labels [N, h, w]; the"
-                f" model has {described}. Labels: let the graph end in ArgMax over the channels, or in Cast to int64."
+                f" model has {described}. Labels: let the graph end in ArgMax over the channels{cast}."
             )
         self.output_name: str = chosen[0].name
         self.notes: tuple[str, ...] = ()
