@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pstats
 import signal
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def work():
         return 2
 sys.exit(watched(work))
 """
+
+
+def test_a_profiler_sees_the_work(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import sys; from ade_harness.runtime.lifetime import watched\ndef inner(): return 0\nsys.exit(watched(inner))\n"
+    )
+    command = [sys.executable, "-m", "cProfile", "-o", "seen", "program.py"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=60)
+    assert any(name == "inner" for _, _, name in pstats.Stats(str(tmp_path / "seen")).stats)  # type: ignore[attr-defined]
 
 
 def test_who_interrupts_a_whole_group_interrupts_the_work_once() -> None:

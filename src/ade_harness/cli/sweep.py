@@ -107,7 +107,8 @@ class Sweep:
         """Print the table of all."""
         console = make_console()
         console.print(_table(self.rows))
-        print_fact(console, "written", f"{self.folder / TABLE}.csv, {TABLE}.json")
+        if (self.folder / f"{TABLE}.json").exists():  # not of a sweep that was stopped in its first job
+            print_fact(console, "written", f"{self.folder / TABLE}.csv, {TABLE}.json")
 
 
 sweeps: list[Sweep] = []

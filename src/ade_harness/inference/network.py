@@ -185,7 +185,11 @@ class NetworkPredictor:
     def _prediction(
         self, prepared: Prepared, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]]
     ) -> Prediction:
-        """Label one image; once more with an emptied cache if memory is short."""
+        """Label one image; once more with an emptied cache if memory is short.
+
+        In no smaller pieces: the kernels hold nothing of [C, H, W], and what does is the confidence of each pixel and
+        plain torch's average of probabilities, whose sums over classes need all of them at a pixel.
+        """
         invalid_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
         for again in (True, False):
             try:

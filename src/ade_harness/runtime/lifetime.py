@@ -133,9 +133,9 @@ def watched(work: Callable[[], int]) -> int:
     For commands that run a model without ranks and so without a supervisor: what ends the child below Python (``exit``
     in C, an ``exec``, a crash, the kernel's want of memory) is noticed here. Signals of the terminal reach the child by
     themselves; those of other processes are passed on. Called before threads begin; where the system cannot wait for
-    signals (macOS), `work` is done in this process.
+    signals (macOS), and under a profiler or debugger, `work` is done in this process.
     """
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigwaitinfo") or sys.getprofile() is not None or sys.gettrace() is not None:
         return work()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, nobody learns how a child ended
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
