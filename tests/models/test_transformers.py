@@ -26,6 +26,7 @@ from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import InferenceConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.errors import HarnessError
+from ade_harness.inference.network import NetworkPredictor
 from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.formats.transformers import UNSUPPORTED, load_transformers
 from ade_harness.models.loading import load_model
@@ -232,6 +233,24 @@ def test_a_size_that_is_none_is_not_taken_for_another(size: Any, tmp_path: Path)
     assert composed(folder, "inference=mmseg_whole_512").resize.side == 512
     chosen = composed(folder, "inference.resize.side=640")
     assert (chosen.resize.side, chosen.name) == (640, "as_saved_whole_640")
+
+
+@pytest.mark.parametrize(
+    ("processor", "named"),
+    [({"resample": 3}, "bicubic"), ({"resample": 2}, None), ({"resample": 1, "do_resize": False}, None), ({"resample": "x"}, None),
+     ({"resample": True}, None), ({}, None), ({"image_processor_type": "DPTImageProcessor"}, "bicubic")],
+)  # fmt: skip
+def test_another_filter_than_the_protocols_is_a_note(
+    processor: dict[str, Any], named: str | None, tmp_path: Path
+) -> None:
+    folder = saved("segformer", tmp_path)
+    write(folder, json.loads((folder / "config.json").read_text()), {"size": {"height": 64, "width": 64}, **processor})
+    found = {}
+    for protocol in ("as_saved", "mmseg_whole_512"):
+        cfg = compose_config(["model=hf", f"model.id={folder}", f"inference={protocol}"])
+        found[protocol] = " ".join(NetworkPredictor(load_model(cfg.model), cfg.inference, cfg.model).notes())
+    assert "filter" not in found["mmseg_whole_512"]
+    assert (f"resizes with Pillow's {named} filter, as_saved_" in found["as_saved"]) == (named is not None)
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -24,6 +24,7 @@ from ade_harness.config.inference import (
     Upsample,
 )
 from ade_harness.config.model import ChannelOrder, ModelConfig
+from ade_harness.config.saved import AS_SAVED
 from ade_harness.data.ade20k_labels import ade20k_classes
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError, ShortMemoryError, require
@@ -249,6 +250,11 @@ class NetworkPredictor:
             notes.append(
                 f"inference={self.cfg.name} is not a published protocol ({size}, pixels normalised with mean"
                 f" {_written(self.model.mean)} and std {_written(self.model.std)}): choose the model's own"
+            )
+        if self.model.resample is not None and self.cfg.name.startswith(f"{AS_SAVED}_"):
+            notes.append(
+                f"the model's image processor resizes with Pillow's {self.model.resample} filter, {self.cfg.name}"
+                " bilinearly: the score may differ by it"
             )
         staying = _in_training_mode(self.network)
         if staying:

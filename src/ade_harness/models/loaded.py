@@ -39,6 +39,8 @@ class LoadedModel:
     """Whether it takes inputs alone whose height is their width."""
     fixed_batch: int | None = None
     """Images per call if it takes no other number."""
+    resample: str | None = None
+    """The filter by which it says that images are resized, where that is not the bilinear one."""
     of_caller: bool = False
     """Whether somebody goes on with it, perhaps trains it: then nothing that it keeps may be an inference tensor."""
     notes: tuple[str, ...] = ()

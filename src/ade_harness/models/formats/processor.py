@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Resampling
+
 from ade_harness.config.saved import PREPROCESSOR
 from ade_harness.errors import HarnessError
 
@@ -29,6 +31,8 @@ class Pixels:
     """On the 0..255 scale, in the order in which the network takes channels; so is `std`."""
     std: tuple[float, ...]
     bgr: bool
+    resample: str | None = None
+    """How its image processor resizes, where that is not bilinear as in the protocols here."""
 
 
 def read_pixels(model_id: str, revision: str | None, model_type: str) -> Pixels | None:
@@ -58,11 +62,12 @@ def read_pixels(model_id: str, revision: str | None, model_type: str) -> Pixels 
     factor = _number(values.get("rescale_factor", 1 / 255), f"{where} rescale_factor", above=0)
     scale = 1.0 / factor if rescaled else 1.0
     mean, std = values.get("image_mean"), values.get("image_std")
+    filter_ = _filter(values)
     if not normalised or mean is None or std is None:
-        return Pixels((0.0,) * 3, (scale,) * 3, flipped)
+        return Pixels((0.0,) * 3, (scale,) * 3, flipped, filter_)
     mean, std = _three(mean, f"{where} image_mean"), _three(std, f"{where} image_std", above=0)
     step = -1 if flipped else 1  # channels are flipped after everything else
-    return Pixels(tuple(m * scale for m in mean[::step]), tuple(s * scale for s in std[::step]), flipped)
+    return Pixels(tuple(m * scale for m in mean[::step]), tuple(s * scale for s in std[::step]), flipped, filter_)
 
 
 def _with_defaults(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
@@ -81,7 +86,18 @@ def _with_defaults(values: Mapping[str, Any], model_type: str) -> dict[str, Any]
     numbers = {key: getattr(processor, key) for key in _NUMBERS if getattr(processor, key, None) is not None}
     steps = {step: bool(getattr(processor, step, False)) for step in _STEPS}  # None is not done, as False
     taken = inspect.signature(processor._preprocess).parameters
+    numbers["resample"] = getattr(processor, "resample", None)
     return {**numbers, **steps, **values, **{step: False for step in _STEPS if step not in taken}}
+
+
+def _filter(values: Mapping[str, Any]) -> str | None:
+    """Return the name of Pillow's filter by which a processor resizes, if it is another than the bilinear one."""
+    number = values.get("resample")
+    if isinstance(number, bool) or not isinstance(number, int) or number not in list(Resampling):
+        return None
+    if values.get("do_resize") is False or number == Resampling.BILINEAR:
+        return None
+    return Resampling(number).name.lower()
 
 
 def _switch(value: Any, what: str) -> bool:

@@ -322,7 +322,7 @@ def load(cfg: ModelConfig, threads: int, classes: Classes) -> LoadedModel:
         notes.append(f"model=hf: {_DIFFERENT[network.config.model_type]}")
     return LoadedModel(
         module, "pretrained", class_names=names_of(cfg, names), channels=channels, notes=tuple(notes), facts=facts,
-        **taken,
+        resample=pixels.resample if pixels is not None else None, **taken,
     )  # fmt: skip
 
 
