@@ -137,7 +137,12 @@ def test_short_names_of_this_machine_change_no_other_text(whole: Path, tmp_path:
         **run.manifest["timings"],
         "ranks": [{**share, "host": "cpu"} for share in run.manifest["timings"]["ranks"]],
     }
-    manifest = {**run.manifest, "timings": timings, "dataset": {**run.manifest["dataset"], "root": "data"}}
+    manifest = {
+        **run.manifest,
+        "result_signature": None,
+        "timings": timings,
+        "dataset": {**run.manifest["dataset"], "root": "data"},
+    }
     metrics = {**run.metrics, "notes": ["rank 1 on cpu is slow; a cpu-bound one"]}
     run = replace(run, rows=rows, manifest=manifest, metrics=metrics)
     build(run, tmp_path / "short", *prepare(run, ME, lambda reference: reference))
@@ -183,6 +188,7 @@ def variant(
     run = load_run(path)
     manifest = {**run.manifest, "code": {**run.manifest["code"], **code}, "marks": list(marks)}
     manifest["model"] = {"name": "segformer_b0", **(facts or MODEL)}
+    manifest["result_signature"] = None  # it would tell
     return replace(run, manifest=manifest, config={**run.config, "model": {**run.config["model"], **(model or {})}})
 
 

@@ -171,9 +171,10 @@ def _refused_variables() -> dict[str, str]:
 
 
 def _without_value(error: Exception) -> str:
-    """Say what is wrong without the value, which may be a secret."""
-    errors: Any = getattr(error, "errors", None)  # pydantic's ValidationError
-    return "; ".join(str(found["msg"]) for found in errors())[:200] if errors else type(error).__name__
+    """Say what is wrong without pydantic's copy of the value, which may be a header with a key."""
+    errors: Any = getattr(error, "errors", None)
+    text = "; ".join(str(found["msg"]) for found in errors()) if errors else str(error)
+    return " ".join(text.split())[:200]
 
 
 def _warned_of() -> dict[str, str]:
