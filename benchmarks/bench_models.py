@@ -68,7 +68,7 @@ def main() -> None:
             total = sum(spent for stage, spent in evaluation.stages.items() if stage != "decode")
             shares = [f"{100 * evaluation.stages.get(stage, 0) / total:.1f}" for stage in STAGES]
             label = f"SegFormer-{name.upper()} ({parameters:.1f} M)"
-            table.add_row(label, protocol, str(images), f"{images / seconds:.2f}", *shares, f"{peak:.0f}")
+            table.add_row(label, protocol, str(images), f"{images / seconds:.3g}", *shares, f"{peak:.0f}")
     console = Console(width=140)
     console.print(table)
     console.print(machine_line())
