@@ -94,6 +94,7 @@ def _seconds(
             total = time.perf_counter() - start
             if number:
                 found[name].append((total, inner()))
+    gc.unfreeze()
     return found
 
 

@@ -103,6 +103,17 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def arithmetic() -> Iterator[None]:
+    """Leave torch's switch of determinism as it was: the probe's training sets it, and it is the whole process's.
+
+    Under it torchmetrics counts labels by a comparison of each pixel with each of 150 x 150 numbers: 60 GB an image.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """Leave the root logger as it was: Hydra gives it a handler of the captured stream, which is closed afterwards."""
     root = logging.getLogger()

@@ -733,6 +733,7 @@ def test_a_sweep_over_what_slurm_gives_an_array_is_refused(call: Call) -> None:
         assert done.code == 2
         first, _, second = values.partition(",")
         assert f"runtime.slurm.{key} is {first} of one job and {second} of another" in done.err
+        assert f"or one to all: hydra.launcher.{key}=..." in done.err
 
 
 def test_lists_and_single_jobs_pass_over_the_launchers_options(call: Call) -> None:

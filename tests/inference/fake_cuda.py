@@ -387,7 +387,8 @@ def run(cfg: Config, size: tuple[int, int], half: bool = False) -> tuple[Seen, S
         assert {prediction.labels.device.type, launched.counts[0].device.type} == {"cpu"}  # or soon will be
         assert tuple(prediction.labels.shape) == size
         assert tuple(launched.counts[0].shape) == (150, 151)
-        if len(plan_views(size, cfg.inference)[0].origins) + len(image.pixels) > 2 and "enlarge_masks" in operators[1]:
+        windows = sum(len(plan.origins) for plan in plan_views(size, cfg.inference))
+        if windows > 1 and "enlarge_masks" in operators[1]:
             # memory is told of a GPU that has no more than it takes
             del prediction, launched
             beside.peak = beside.now

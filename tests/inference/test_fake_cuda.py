@@ -199,4 +199,9 @@ def test_a_system_that_will_not_fit_is_warned_of() -> None:
     assert memory_warning(compose_config(several[:3]), 3 << 30) is None
     calibrated = memory_warning(compose_config([*several[:3], "metrics.calibration=true"]), 3 << 30)
     assert calibrated is not None  # which needs all scores at the original size
+    one = ["model=oneformer_swin_l", "dataset=ade20k", "dataset.root=x"]  # whose masks are made at the original size
+    assert memory_warning(compose_config(one), 24 << 30, [(512, 683), (640, 853)]) is None
+    label_step = memory_warning(compose_config(one), 24 << 30, [(512, 683), (4000, 6000)])
+    assert label_step is not None  # 4 x (250 queries + 150 classes) x 24 million pixels are 36 GiB
+    assert "needs about 38 GiB" in label_step
     assert memory_warning(compose_config([]), 1) is None  # the demo's network is no published system

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ade_harness.inference.masks import mask_view
 from ade_harness.inference.network import NetworkPredictor
 from ade_harness.inference.plan import ViewPlan, plan_views
 from ade_harness.inference.stopwatch import Stopwatch
-from ade_harness.kernels import reference
+from ade_harness.kernels import View, reference
 from ade_harness.models.class_map import resolve_class_map
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.outputs import MaskLogits
@@ -168,18 +169,29 @@ def test_a_label_step_that_is_short_of_memory_holds_one_view_at_a_time(monkeypat
     network, overrides, _ = CASES["d2_mask_tta"]
     made = predictor(network(), *overrides, kernels="torch")
     expected = labels_of(made, RGB)
-    held = []
+    tries, views = [], []
 
     def together(self: NetworkPredictor, *given: object, frugal: bool = False) -> torch.Tensor:
-        held.append(not frugal)
-        if not frugal:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        tries.append(frugal)
         return labels(self, *given, frugal=frugal)  # type: ignore[arg-type]
 
-    labels = NetworkPredictor._labels
+    def short(several: Sequence[View], *given: object) -> torch.Tensor:
+        views.append(len(several))
+        if len(several) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return merge(several, *given)  # type: ignore[arg-type]
+
+    labels, merge = NetworkPredictor._labels, reference.merge
+    monkeypatch.setattr(inference_network, "held_together", lambda *_: True)  # as on a GPU
     monkeypatch.setattr(NetworkPredictor, "_labels", together)
+    monkeypatch.setattr(reference, "merge", short)
     assert np.array_equal(labels_of(made, RGB), expected)
-    assert held == [True, False]
+    assert tries == [False, True]
+    several = len(made.prepare("x", RGB).pixels)
+    assert views[0] >= several > 1
+    assert set(views[1:]) <= {1}
+    assert np.array_equal(labels_of(made, RGB), expected)  # the next image is not tried together again
+    assert tries == [False, True, True]
 
 
 PIXELS = {

@@ -310,7 +310,7 @@ def test_triton_leaves_probabilities_to_torch_where_the_softmax_differs(monkeypa
 @pytest.mark.parametrize(
     ("canvas", "area", "size"),
     [((92, 124), (0, 0, 92, 124), (92, 124)), ((92, 124), (2, 3, 80, 101), (70, 113)), ((96, 120), (4, 6, 70, 90), (70, 90)),
-     ((23, 31), (1, 2, 20, 25), (80, 91)), ((23, 31), (3, 0, 20, 31), (20, 31))],
+     ((23, 31), (1, 2, 20, 25), (80, 91)), ((23, 31), (3, 0, 20, 31), (20, 31)), ((92, 124), (0, 0, 23, 31), (23, 31))],
 )  # fmt: skip
 def test_triton_enlarges_masks_as_torch_does_in_every_bit(
     dtype: torch.dtype, canvas: tuple[int, int], area: tuple[int, int, int, int], size: tuple[int, int]
@@ -339,6 +339,21 @@ def test_triton_enlarges_masks_as_torch_does_in_every_bit(
     assert (rounded.float() - found).abs().max() <= torch.finfo(torch.bfloat16).eps
 
 
+def test_the_masks_that_a_forward_gives_are_compared_before_the_first_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, which scores of every network are; bfloat16 are the sums of DINOv3's protocol."""
+    made: Any = implementation("triton_gpu")
+    tried = set()
+
+    def equal(masks: torch.Tensor, canvas: Any, area: Any, size: Any, dtype: torch.dtype) -> torch.Tensor:
+        tried.add((masks.dtype, dtype, area[2:] != size))
+        return reference.mask_probabilities(masks, canvas, area, size, dtype)
+
+    monkeypatch.setattr(made, "_mask_probabilities", equal)
+    assert made._sigmoid_fault.__wrapped__(made._gpu()) is None
+    results = (torch.float32, torch.bfloat16)
+    assert tried == {(torch.float32, dtype, steps) for dtype in results for steps in (False, True)}
+
+
 def test_triton_leaves_masks_to_torch_where_the_sigmoid_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     made: Any = implementation("triton_gpu")
     monkeypatch.setattr(made, "_softmax_fault", lambda _: None)
@@ -347,6 +362,8 @@ def test_triton_leaves_masks_to_torch_where_the_sigmoid_differs(monkeypatch: pyt
     chosen, reason = kernels.selection("auto", "cuda")
     assert chosen is made
     assert reason == "the sigmoid of masks rounds differently from torch's here, so plain torch enlarges masks"
+    assert kernels.left_to_torch(chosen) == "enlarges masks"
+    assert kernels.left_to_torch(implementation("reference")) is None
     masks = on("triton_gpu", scores_of("random", (5, 9, 13), 1)[None])
     monkeypatch.setattr(made, "_mask_probabilities", None)
     given = (masks, (70, 80), (0, 0, 60, 70), (33, 44), torch.bfloat16)

@@ -270,6 +270,8 @@ def test_an_output_of_several_is_chosen_and_named(tmp_path: Path) -> None:
     assert not any("outputs" in note for note in chosen.notes)
     with pytest.raises(HarnessError, match=r"no output named 'oot' \(model.output\) .*the model has aux tensor"):
         evaluated(tmp_path / "net.onnx", **{"model.output": "oot"})
+    with pytest.raises(HarnessError, match=r"Labels: let the graph end in ArgMax over the channels\."):
+        evaluated(tmp_path / "net.onnx", **{"model.output": "oot"})
     with pytest.raises(HarnessError, match="model.output=out: chooses an output of an ONNX file; the model is a demo"):
         ade.load_model("demo", options={"model.output": "out"})
 

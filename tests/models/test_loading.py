@@ -168,6 +168,12 @@ def test_onnx_that_gives_labels_or_is_none(tmp_path: Path) -> None:
         load_model(model_cfg("model=onnx", f"model.path={path}"))
     write_onnx(path, rank=3)
     assert load_model(model_cfg("model=onnx", f"model.path={path}")).channels is None
+    of_numbers = onnx.load(path)
+    of_numbers.graph.node.append(helper.make_node("Cast", ["labels"], ["numbers"], to=TensorProto.FLOAT))
+    of_numbers.graph.output[0].CopyFrom(helper.make_tensor_value_info("numbers", TensorProto.FLOAT, ["n", "oh", "ow"]))
+    onnx.save(of_numbers, path)
+    with pytest.raises(HarnessError, match=r"ArgMax over the channels, and in a Cast of numbers to int64\."):
+        load_model(model_cfg("model=onnx", f"model.path={path}"))
     write_onnx(path, rank=2)
     with pytest.raises(HarnessError, match=r"no output of floating-point scores .* or of integer labels \[N, h, w\]"):
         load_model(model_cfg("model=onnx", f"model.path={path}"))

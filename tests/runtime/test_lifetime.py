@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ade_harness.runtime import lifetime
 from ade_harness.runtime.lifetime import importing
 
 _ENDING = """
@@ -73,6 +74,45 @@ def test_a_profiler_sees_the_work(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cProfile", "-o", "seen", "program.py"]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=60)
     assert any(name == "inner" for _, _, name in pstats.Stats(str(tmp_path / "seen")).stats)  # type: ignore[attr-defined]
+
+
+class _Monitoring:
+    """As `sys.monitoring` of Python 3.12, by which cProfile and debuggers work there."""
+
+    DEBUGGER_ID, COVERAGE_ID, PROFILER_ID = 0, 1, 2
+
+    def __init__(self, tool: int) -> None:
+        self.tool = tool
+
+    def get_tool(self, tool: int) -> str | None:
+        """Return the name of who uses it."""
+        return "somebody" if tool == self.tool else None
+
+
+def test_who_looks_on_is_noticed_however_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getprofile", lambda: None)
+    for tool, found in ((0, True), (1, False), (2, True)):
+        monkeypatch.setattr(sys, "gettrace", lambda: None)
+        monkeypatch.setattr(sys, "monitoring", _Monitoring(tool), raising=False)
+        assert lifetime._is_observed() == found
+    monkeypatch.setattr(sys, "monitoring", _Monitoring(9), raising=False)
+    monkeypatch.setattr(sys, "gettrace", type("CTracer", (), {"__module__": "coverage.tracer"}))
+    assert not lifetime._is_observed()  # coverage goes on in children
+    monkeypatch.setattr(sys, "gettrace", type("Debugger", (), {"__module__": "pdb"}))
+    assert lifetime._is_observed()
+
+
+def test_who_goes_on_pressing_ctrl_c_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(lifetime.time, "monotonic", lambda: now[0])
+    interrupt, heard = lifetime._interrupted_once(), []
+    for _ in range(7):  # twice a second, for three seconds
+        try:
+            interrupt(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            heard.append(now[0])
+        now[0] += 0.5
+    assert heard == [100.0, 101.5, 103.0]
 
 
 def test_who_interrupts_a_whole_group_interrupts_the_work_once() -> None:

@@ -503,8 +503,21 @@ def test_a_settings_file_that_wandb_refuses_keeps_results_here(monkeypatch: pyte
     (folder / "settings").write_text("[default]\nignore_globs = a,b\n")
     assert wandb_upload.wandb_mode(None) == "online"
     (folder / "settings").write_text("[default]\ndisabled = true\nmode = offline\n")
-    with pytest.warns(UserWarning, match="offline, since its mode is invalid"):
+    with pytest.warns(UserWarning, match="offline, since its mode is invalid: disabled: "):
         assert wandb_upload.wandb_mode(None) == "offline"
+    (folder / "settings").write_text("[default]\nx_extra_http_headers = Bearer-secret\n")
+
+    def refused() -> None:
+        import wandb
+
+        wandb.Settings(x_extra_http_headers="Bearer-secret")
+
+    for asked in (lambda: wandb_upload.wandb_mode(None), wandb_upload.user_settings):
+        if asked is wandb_upload.user_settings:
+            monkeypatch.setattr(wandb_upload, "_settings_of_files", refused)
+        with pytest.warns(UserWarning, match="x_extra_http_headers: ") as warned:
+            asked()
+        assert "secret" not in " ".join(str(one.message) for one in warned)
 
 
 def test_settings_that_cannot_be_understood_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

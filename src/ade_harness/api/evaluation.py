@@ -324,7 +324,7 @@ def _in_ranks(
             # what is in the folder goes with it: the network of a memory, or a run that nobody asked to keep
             passing = run_dir is None or in_memory(model)
             raise HarnessError(_without_resume(message) if passing else message)
-        found = Evaluation.of_run(load_run(Path(run_dir or Path(folder, "run"))))
+        found = Evaluation.of_run(load_run(Path(run_dir or Path(folder, "run")).absolute()))
     return (
         found
         if run_dir is not None

@@ -86,7 +86,7 @@ def _require_same(nodes: Sequence[SlurmConfig], settings: Mapping[str, Any]) -> 
         require(
             other == values[0],
             f"runtime.slurm.{name} is {values[0]} of one job and {other} of another: a sweep is submitted as one array,"
-            " whose jobs all get the same. Give a command for each value, or one to all: hydra.launcher.{name}=...",
+            f" whose jobs all get the same. Give a command for each value, or one to all: hydra.launcher.{name}=...",
         )
 
 

@@ -107,7 +107,7 @@ class Sweep:
         """Print the table of all."""
         console = make_console()
         console.print(_table(self.rows))
-        if (self.folder / f"{TABLE}.json").exists():  # not of a sweep that was stopped in its first job
+        if self.rows:  # none of a sweep that was stopped in its first job; a file may be an earlier sweep's
             print_fact(console, "written", f"{self.folder / TABLE}.csv, {TABLE}.json")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ade_harness import kernels
 from ade_harness.config.composed import Composed
@@ -123,17 +124,11 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     chosen, reason = agreed(coordinator, "kernels", lambda: of_first or select())
     implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}
     if predictor.network is not None:
-        network, dtype = predictor.network, AUTOCAST.get(cfg.inference.precision)
-
-        def attend() -> str | None:
-            return implementation_of(network, device, dtype)
-
-        agreed(coordinator, "deformable attention of nodes", lambda: attend() if is_first else None)
-        attention = agreed(coordinator, "deformable attention", attend)
+        attention = agreed_attention(coordinator, predictor.network, device, cfg.inference.precision, is_first)
         implementations["deformable attention"] = attention
         facts = {**facts, **attention_facts(attention, device)}
-    # the reason may name a rank's own temporary files
-    implementations["the label kernels' remainder"] = None if reason is None else "plain torch"
+    # not the reason, which may name a rank's own temporary files
+    implementations["what the label kernels leave to torch"] = kernels.left_to_torch(chosen)
     reasons = [why for why in (reason, FALLBACKS.get(device)) if why is not None]
     notes = compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations, reasons)
     notes += dataset.remarks
@@ -160,6 +155,26 @@ def _machine_notes(cfg: Config, device: str, sizes: Mapping[str, tuple[int, int]
             " cores per rank (sbatch --cpus-per-gpu=8)"
         )
     return [note for note in notes if note is not None]
+
+
+def agreed_attention(
+    coordinator: Coordinator, network: nn.Module, device: str, precision: str, is_first: bool
+) -> str | None:
+    """Return what deformable attention runs on, see :func:`implementation_of`; a node's first rank compiles it for all.
+
+    Args:
+        coordinator: of the ranks.
+        network: of this rank.
+        device: "cpu" or "cuda".
+        precision: ``inference.precision``.
+        is_first: whether this is the first rank of its node.
+    """
+
+    def attend() -> str | None:
+        return implementation_of(network, device, AUTOCAST.get(precision))
+
+    agreed(coordinator, "deformable attention of nodes", lambda: attend() if is_first else None)
+    return agreed(coordinator, "deformable attention", attend)
 
 
 def attention_facts(attention: str | None, device: str) -> dict[str, str]:

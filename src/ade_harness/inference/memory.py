@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ade_harness.config.dataset import ADE20K_CLASSES
-from ade_harness.config.inference import InferenceConfig
+from ade_harness.config.inference import InferenceConfig, MaskResolution
 from ade_harness.config.model import Dtype
 from ade_harness.config.schema import Config
 from ade_harness.inference.plan import plan_views
@@ -66,10 +66,14 @@ def memory_warning(cfg: Config, total: int, sizes: Collection[Size] = (_USUAL,))
     share = inputs[largest] / peak["pixels"]
     confidence = 4 * ADE20K_CLASSES * _CONFIDENCE_COPIES * max(height * width for height, width in sizes)
     beside = confidence / 2**30 if cfg.metrics.calibration else 0
+    enlarged = 0.0  # in the label step, of masks that are upsampled to the original size, which no input has
+    if cfg.inference.masks.resolution == MaskResolution.original:
+        queries = cfg.model.architecture.get("head", {}).get("queries", 0)
+        enlarged = 4 * (queries + ADE20K_CLASSES) * max(height * width for height, width in sizes) / 2**20
 
     def need(dtype: str) -> float:
         weights = peak["weights"] / (1 if dtype == "fp32" else 2)
-        return (weights + share * (peak[dtype] - weights)) / 1024 + beside + _RESERVE
+        return (weights + max(share * (peak[dtype] - weights), enlarged)) / 1024 + beside + _RESERVE
 
     needed = need("bf16" if half else "fp32")
     if needed <= total / 2**30:

@@ -85,6 +85,8 @@ class NetworkPredictor:
         self._kernels_choice = kernels_choice
         self._kernels: Kernels | None = None
         self._class_map: ClassMap | None = None
+        self._frugal = False
+        """Whether a label step has found memory short: those after it hold less from the start, with the same bits."""
         if model.channels is not None:
             self._class_map = self._resolved(model.channels)
 
@@ -186,30 +188,39 @@ class NetworkPredictor:
     def _prediction(
         self, prepared: Prepared, plans: Sequence[ViewPlan], outputs: list[list[Tensor | MaskLogits]]
     ) -> Prediction:
-        """Label one image; once more with an emptied cache if memory is short.
+        """Label one image; once more with an emptied cache if memory is short, holding one window's or view's masks.
 
-        In no smaller pieces: the kernels hold nothing of [C, H, W], and what does is the confidence of each pixel and
-        plain torch's average of probabilities, whose sums over classes need all of them at a pixel.
+        In no smaller pieces: the kernels hold nothing of [C, H, W] of a dense system. What does is the product of a
+        mask system's queries (with their masks, [Q, H, W]), which cuBLAS may sum in another order in pieces; the
+        confidence of each pixel, and plain torch's average of probabilities, need all classes at a pixel.
         """
         invalid_share = self._check_scores(prepared.image_id, [o for window in outputs for o in window])
         for again in (True, False):
             try:
-                labels = self._labels(plans, outputs, prepared.original_size, frugal=not again)
+                labels = self._labels(plans, outputs, prepared.original_size, frugal=self._frugal)
                 confidence = None
                 if self.confident:
-                    confidence = self._confidence(plans, outputs, prepared.original_size, frugal=not again)
+                    confidence = self._confidence(plans, outputs, prepared.original_size, frugal=self._frugal)
                 return Prediction(labels, invalid_share, confidence)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             # outside of the except block, where the traceback would keep tensors
+            self._frugal = True
             if again and torch.cuda.is_available():
                 torch.cuda.empty_cache()
         height, width = prepared.original_size
+        less = []
+        if self.confident:
+            less.append("metrics.calibration=false")
+        if isinstance(outputs[0][0], MaskLogits):
+            less.append("smaller images (a mask system holds all classes and queries at full size)")
+        elif self.cfg.tta.average == Average.probabilities and len(plans) > 1:
+            less.append("a protocol that averages scores")
         raise ShortMemoryError(
-            f"{prepared.image_id}: out of memory while labelling {width}x{height} ({reason}). Use a device with more"
-            " memory, metrics.calibration=false, or a protocol that averages scores."
+            f"{prepared.image_id}: out of memory while labelling {width}x{height} ({reason})."
+            f" Use {', or '.join(['a device with more memory', *less])}."
         )
 
     def views(self, prepared: Prepared, device: torch.device) -> tuple[list[View], ClassMap, Tensor]:
@@ -372,6 +383,7 @@ class NetworkPredictor:
         """Return the largest class probability of each pixel, float32 [H, W]."""
         views = [self._view(plan, output, original, frugal) for plan, output in zip(plans, outputs, strict=True)]
         at_input = self.cfg.output.labels == LabelSize.input
+        top, left, height, width = views[0].area
         size = views[0].canvas if at_input else original
         if at_input:
             views = [replace(views[0], valid=None)]
@@ -385,7 +397,6 @@ class NetworkPredictor:
         else:
             confidence = total.amax(0) if probabilities else torch.exp(total.amax(0) - total.logsumexp(0))
         if at_input:
-            top, left, height, width = self._view(plans[0], outputs[0], original).area
             confidence = resize_labels(confidence[top : top + height, left : left + width], original)
         return confidence
 

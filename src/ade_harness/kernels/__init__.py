@@ -127,6 +127,13 @@ def unavailable_reason(module: str, gpu: int | None) -> str | None:
     return "it rounds differently from torch on this machine"
 
 
+def left_to_torch(kernels: Kernels) -> str | None:
+    """Name what an implementation leaves to plain torch on this device, None for nothing; ranks must have the same."""
+    module: Any = kernels
+    left: list[str] = module.left_to_torch() if hasattr(module, "left_to_torch") else []
+    return ", ".join(left) or None
+
+
 def name_of(kernels: Kernels) -> str:
     """Return the name of an implementation: ``reference``, ``numba_cpu`` or ``triton_gpu``."""
     module: Any = kernels

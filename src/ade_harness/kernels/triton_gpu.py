@@ -89,7 +89,7 @@ def mask_probabilities(
 def _mask_probabilities(
     masks: Tensor, canvas: Size, area: tuple[int, int, int, int], size: Size, dtype: torch.dtype
 ) -> Tensor:
-    if area[2:] == tuple(size) == masks.shape[2:] and masks.dtype == dtype:
+    if tuple(area) == (0, 0, *size) and tuple(size) == tuple(canvas) == masks.shape[2:] and masks.dtype == dtype:
         return masks[0].sigmoid()  # nothing is resized: one launch of torch's own
     shares: Tensor = _enlarge_masks(masks.contiguous(), [*canvas], [*area], [*size], dtype)
     return shares
@@ -416,9 +416,9 @@ def _sigmoid_fault(gpu: int | None) -> str | None:
     """Return why probabilities of masks are left to torch; None if they are not."""
     try:
         masks = 4 * _sample_views()[0].scores
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):  # of the results; the forward gives float32
             for area, size in (((0, 0, *_SIZE), _SIZE), ((2, 3, 80, 101), (70, 113))):
-                given = (masks.to(dtype), _SIZE, area, size, dtype)
+                given = (masks, _SIZE, area, size, dtype)
                 if not torch.equal(_mask_probabilities(*given), reference.mask_probabilities(*given)):
                     return "the sigmoid of masks rounds differently from torch's here"
     except Exception as error:  # a compiler that fails in any way, at this kernel alone
@@ -429,6 +429,15 @@ def _sigmoid_fault(gpu: int | None) -> str | None:
 
 
 def shortcoming() -> str | None:
-    """Say what is left to plain torch on this device; None if nothing is."""
-    faults = [(_softmax_fault(_gpu()), "averages probabilities"), (_sigmoid_fault(_gpu()), "enlarges masks")]
-    return "; ".join(f"{fault}, so plain torch {does}" for fault, does in faults if fault is not None) or None
+    """Say what is left to plain torch on this device, and why; None if nothing is."""
+    return "; ".join(f"{fault}, so plain torch {does}" for does, fault in _left().items()) or None
+
+
+def left_to_torch() -> list[str]:
+    """Return what is left to plain torch on this device."""
+    return list(_left())
+
+
+def _left() -> dict[str, str]:
+    faults = {"averages probabilities": _softmax_fault(_gpu()), "enlarges masks": _sigmoid_fault(_gpu())}
+    return {does: fault for does, fault in faults.items() if fault is not None}

@@ -22,12 +22,11 @@ from ade_harness.data.dataset import SegmentationDataset
 from ade_harness.data.factory import open_dataset
 from ade_harness.data.labels import Classes
 from ade_harness.errors import HarnessError
-from ade_harness.evaluation.job import compare_ranks
+from ade_harness.evaluation.job import agreed_attention, compare_ranks
 from ade_harness.files.atomic import write_text
 from ade_harness.files.tensors import write_tensors
 from ade_harness.models.loaded import LoadedModel
 from ade_harness.models.loading import load_for_probe
-from ade_harness.models.ops.deformable import implementation_of
 from ade_harness.probe.crops import Crops, Share
 from ade_harness.probe.module import HeadTraining
 from ade_harness.runs.directory import (
@@ -75,7 +74,9 @@ def train_probe(cfg: Config, console: Console, on_run_dir: Callable[[Path], None
         dataset = agreed(ranks.coordinator, "dataset", lambda: open_dataset(cfg.dataset))
         model = agreed(ranks.coordinator, "model", lambda: _loaded(cfg, recipe, dataset.classes))
         device = ranks.trainer.strategy.root_device.type
-        attention = agreed(ranks.coordinator, "deformable attention", lambda: implementation_of(model.module, device))
+        attention = agreed_attention(
+            ranks.coordinator, model.module, device, cfg.inference.precision, local_rank() == 0
+        )
         computes = {"deformable attention": attention}
         compare_ranks(ranks.coordinator, dataset, dataset.ids_hash(), model.facts, local_rank() == 0, computes)
         record = agreed(

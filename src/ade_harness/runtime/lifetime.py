@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ade_harness.errors import HarnessError
 from ade_harness.runtime.console import print_error
@@ -135,7 +135,7 @@ def watched(work: Callable[[], int]) -> int:
     themselves; those of other processes are passed on. Called before threads begin; where the system cannot wait for
     signals (macOS), and under a profiler or debugger, `work` is done in this process.
     """
-    if not hasattr(signal, "sigwaitinfo") or sys.getprofile() is not None or sys.gettrace() is not None:
+    if not hasattr(signal, "sigwaitinfo") or _is_observed():
         return work()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, nobody learns how a child ended
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
@@ -176,6 +176,19 @@ def watched(work: Callable[[], int]) -> int:
     return 128 - code if code < 0 else code or 1
 
 
+def _is_observed() -> bool:
+    """Whether a profiler or debugger is at work, which would see nothing of a child; coverage follows children."""
+    tracer: Any = sys.gettrace()
+    if tracer is not None and not type(tracer).__module__.startswith("coverage"):
+        return True
+    monitoring: Any = getattr(sys, "monitoring", None)  # by which cProfile works from Python 3.12 on
+    if monitoring is not None and any(
+        monitoring.get_tool(tool) is not None for tool in (monitoring.PROFILER_ID, monitoring.DEBUGGER_ID)
+    ):
+        return True
+    return sys.getprofile() is not None
+
+
 def _interrupted_once() -> Callable[[int, object], None]:
     """Return a handler of SIGINT that a process has once in a moment.
 
@@ -187,8 +200,8 @@ def _interrupted_once() -> Callable[[int, object], None]:
     def interrupt(number: int, frame: object) -> None:
         nonlocal last
         now = time.monotonic()
-        before, last = last, now
-        if now - before > _SAME_INTERRUPT_S:
+        if now - last > _SAME_INTERRUPT_S:
+            last = now
             raise KeyboardInterrupt
 
     return interrupt

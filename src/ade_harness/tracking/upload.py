@@ -86,8 +86,7 @@ def wandb_mode(configured: str | None) -> str:
     try:
         found = _MODES[asked or _mode_of_files()]
     except Exception as error:  # pydantic's ValidationError, wandb's UsageError, KeyError, ...
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"W&B: offline, since its mode is invalid: {reason}", stacklevel=2)
+        warnings.warn(f"W&B: offline, since its mode is invalid: {_without_value(error, True)}", stacklevel=2)
         return "offline"
     return "offline" if found == "online" and not has_key() else found
 
@@ -170,10 +169,14 @@ def _refused_variables() -> dict[str, str]:
     return refused
 
 
-def _without_value(error: Exception) -> str:
-    """Say what is wrong without pydantic's copy of the value, which may be a header with a key."""
+def _without_value(error: Exception, named: bool = False) -> str:
+    """Say what is wrong, and if `named` of which setting, without pydantic's copy of the value: it may hold a key."""
     errors: Any = getattr(error, "errors", None)
-    text = "; ".join(str(found["msg"]) for found in errors()) if errors else str(error)
+
+    def one(found: dict[str, Any]) -> str:
+        return f"{'.'.join(map(str, found['loc']))}: {found['msg']}" if named and found["loc"] else str(found["msg"])
+
+    text = "; ".join(one(found) for found in errors()) if errors else str(error)
     return " ".join(text.split())[:200]
 
 
@@ -193,7 +196,7 @@ def user_settings() -> UserSettings:
     try:
         found = _settings_of_files()
     except Exception as error:  # pydantic's ValidationError, wandb's UsageError, ...
-        warnings.warn(f"W&B: settings cannot be understood: {' '.join(str(error).split())[:200]}", stacklevel=2)
+        warnings.warn(f"W&B: settings cannot be understood: {_without_value(error, True)}", stacklevel=2)
         return UserSettings()
     refused = _warned_of()
     found.update_from_env_vars({k: os.environ[k] for k in _VARIABLES if os.environ.get(k) and k not in refused})

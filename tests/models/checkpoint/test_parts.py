@@ -471,6 +471,22 @@ def test_parameters_with_attributes_are_read(tmp_path: Path, recwarn: pytest.War
     assert not recwarn
 
 
+def test_entries_called_parameters_are_networks() -> None:
+    """Words of trainers' other entries (meter, metric) stand inside of other words."""
+    content = {"parameters": SMALL, "ema": SMALL}
+    assert take_part(content, Path("m.pth"), Choice()).where == ("parameters",)
+    assert take_part(content, Path("m.pth"), Choice(weights="ema")).where == ("ema",)
+    content = {"model": SMALL, "ema_parameters": SMALL}
+    assert take_part(content, Path("m.pth"), Choice(weights="ema")).where == ("ema_parameters",)
+    content = {"geometric": SMALL, "val_meter": SMALL}
+    assert take_part(content, Path("m.pth"), Choice()).where == ("geometric",)
+
+
+def test_entries_with_names_that_are_words_of_the_note_are_noted_too() -> None:
+    content = {"model": SMALL, "model_ema": SMALL, "weights": SMALL}
+    assert "weights beside it: not read" in take_part(content, Path("m.pth"), Choice()).beside
+
+
 def test_what_is_no_network_is_neither_noted_nor_taken_for_averages(tmp_path: Path) -> None:
     others = {
         "rng_state": {"cpu": torch.zeros(9)},

@@ -70,8 +70,8 @@ _SIDES = ("student", "teacher")
 """Networks of one training, beside each other; only the user can say which is meant, unless one alone fits."""
 _STEPS = ("n_averaged", "steps")
 """Counters among averaged weights: torch's AveragedModel, mmengine."""
-_NO_NETWORK = re.compile(r"optim|sched|scaler|loss|criterion|rng|meter|metric")
-"""Words in the names of what trainers keep beside networks, with tensors in it."""
+_NO_NETWORK = re.compile(r"optim|sched|scaler|loss|criterion|(^|[^a-z])(rng|meters?|metrics?)([^a-z]|$)")
+"""Words in the names of what trainers keep beside networks, with tensors in it; "parameters" is none of them."""
 _PREFIXES = (
     "module.",
     "model.",
@@ -180,12 +180,11 @@ def _unwrapped(content: Any, path: Path, choice: Choice) -> Part:
         if sides and not plain and not averaged:
             content = {prefix + k: v for prefix, state in sides.items() for k, v in _flat(state).items()}
             break
-        taken, others = _which(plain, averaged, swapped, path, choice)
+        taken, other, note = _which(plain, averaged, swapped, path, choice)
         is_averaged = is_averaged or taken in averaged
         where.append(taken)
-        beside += others
-        said = {taken, *re.split(r"[\s,:;]+", " ".join(others))}
-        rest = [n for n in (*plain, *averaged, *(side[:-1] for side in sides)) if n not in said]
+        beside += note
+        rest = [n for n in (*plain, *averaged, *(side[:-1] for side in sides)) if n not in (taken, other)]
         beside += [f"{', '.join(rest)} beside it: not read"] if rest else []
         content = inside[taken]
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
@@ -257,8 +256,10 @@ def _counts_steps(name: str, value: Tensor) -> bool:
     return name in _STEPS and value.numel() == 1
 
 
-def _which(plain: list[str], averaged: list[str], swapped: bool, path: Path, choice: Choice) -> tuple[str, list[str]]:
-    """Return the entry to take, and a note on what is left beside it."""
+def _which(
+    plain: list[str], averaged: list[str], swapped: bool, path: Path, choice: Choice
+) -> tuple[str, str | None, list[str]]:
+    """Return the entry to take, the other one that could have been meant, and a note on it."""
     if not plain and not averaged:
         raise HarnessError(f"{path}: holds no state_dict (a mapping from names to tensors).")
     if len(plain) > 1 and plain[0] not in _PLAIN:
@@ -272,11 +273,11 @@ def _which(plain: list[str], averaged: list[str], swapped: bool, path: Path, cho
     takes_averaged = not plain or (bool(averaged) and (asked == "ema" or (asked is None and swapped)))
     taken = averaged[0] if takes_averaged else plain[0]
     if not (plain and averaged):
-        return taken, []
+        return taken, None, []
     other, name = ("model", plain[0]) if takes_averaged else ("ema", averaged[0])
     what = "the averaged weights" if takes_averaged else "the weights that were trained"
     kind = "the averaged ones" if other == "ema" else "those that were trained"
-    return taken, [f"{what}; {kind} are in {name}: {choice.weights_option}{other}"]
+    return taken, name, [f"{what}; {kind} are in {name}: {choice.weights_option}{other}"]
 
 
 def _all_begin(state: StateDict, prefix: str) -> bool:

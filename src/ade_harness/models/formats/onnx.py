@@ -57,7 +57,8 @@ class OnnxModel(nn.Module):
         if not chosen:
             described = ", ".join(f"{o.name} {o.type} {o.shape}" for o in session.get_outputs())
             asked = "" if output is None else f" named {output!r} (model.output)"
-            cast = ", or in Cast to int64" if any("float" not in o.type and len(o.shape) < 4 for o in chosen) else ""
+            labels = [o for o in session.get_outputs() if len(o.shape) == 3 and o.name == (output or o.name)]
+            cast = f", and in a Cast of {labels[0].name} to int64" if labels else ""
             raise HarnessError(
                 f"{path}: no output{asked} of floating-point scores [N, C, h, w] or of integer labels [N, h, w]; the"
                 f" model has {described}. Labels: let the graph end in ArgMax over the channels{cast}."
