@@ -36,6 +36,8 @@ class Kernel:
     """Types of its arguments; ``*{dtype}`` stands for the dtypes in which scores and features come."""
     constants: tuple[dict[str, Any], ...]
     options: dict[str, Any]
+    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    """What ``{dtype}`` stands for."""
 
 
 _SIZES = dict.fromkeys(("channels", "height", "width", "views"), "i32")
@@ -60,7 +62,7 @@ KERNELS = {
         tuple(
             {**_TILE, "TWO_STEPS": two, "PROBABILITIES": False, "WHOLE": whole, "BLOCK": triton_gpu.BLOCKS["cuda"][two]}
             for two in (False, True) for whole in (True, False)
-        ), triton_gpu.OF_VIEWS,
+        ), triton_gpu.OF_VIEWS, ("fp32",),
     ),
     "view_norms": Kernel(
         triton_jit.view_norms, _VIEWS, tuple({**_TILE, "TWO_STEPS": two} for two in (False, True)), triton_gpu.OF_VIEWS,
@@ -71,9 +73,9 @@ KERNELS = {
             {"masks": "*{dtype}", "out": f"*{dtype}"}
             | dict.fromkeys(("queries", "low_height", "low_width", "area_height", "area_width", *_PLACES), "i32"),
             tuple({**_TILE, "TWO_STEPS": two, "BLOCK": triton_gpu.MASK_BLOCKS["cuda"][two]} for two in (False, True)),
-            triton_gpu.OF_VIEWS,
+            triton_gpu.OF_VIEWS, dtypes,
         )
-        for dtype in ("fp32", "bf16")
+        for dtype, dtypes in (("fp32", ("fp32", "fp16", "bf16")), ("bf16", ("fp32",)))  # the forward gives float32
     },
     "count_tile": Kernel(
         triton_jit.count_tile,
@@ -179,7 +181,7 @@ def variants() -> Iterator[tuple[Kernel, dict[str, Any], str]]:
     for kernel in KERNELS.values():
         several = "*{dtype}" in kernel.types.values()
         for constants in kernel.constants:
-            for dtype in ("fp32", "fp16", "bf16") if several else ("fp32",):
+            for dtype in kernel.dtypes if several else ("fp32",):
                 yield kernel, constants, dtype
 
 
