@@ -360,7 +360,7 @@ def run(cfg: Config, size: tuple[int, int], half: bool = False) -> tuple[Seen, S
     network = fake_network(cfg, mode, torch.bfloat16 if half else torch.float32)
     model = LoadedModel(network, "random", fixed_size=getattr(network, "fixed_size", None), **statistics(cfg.model))
     cfg.inference.precision = Precision.fp32
-    predictor = NetworkPredictor(model, cfg.inference, cfg.model, "triton", False, ade20k_classes())
+    predictor = NetworkPredictor(model, cfg.inference, cfg.model, "triton", cfg.metrics.calibration, ade20k_classes())
     predictor._kernels = made
     image = predictor.prepare("x", torch.zeros((*size, 3), dtype=torch.uint8).numpy())
     inside, beside = Seen(), Seen()
@@ -387,6 +387,8 @@ def run(cfg: Config, size: tuple[int, int], half: bool = False) -> tuple[Seen, S
         assert {prediction.labels.device.type, launched.counts[0].device.type} == {"cpu"}  # or soon will be
         assert tuple(prediction.labels.shape) == size
         assert tuple(launched.counts[0].shape) == (150, 151)
+        assert (launched.calibrations[0].numel() > 0) == cfg.metrics.calibration
+        assert launched.calibrations[0].device.type == "cpu"
         windows = sum(len(plan.origins) for plan in plan_views(size, cfg.inference))
         if windows > 1 and "enlarge_masks" in operators[1]:
             # memory is told of a GPU that has no more than it takes
@@ -423,6 +425,37 @@ def gpu_kernels() -> kernels.Kernels:
     return triton_gpu  # type: ignore[return-value]
 
 
+_CALIBRATED = "metrics.calibration=true"
+_ALL_BUT_TWO = f"model.class_map=[{','.join(['null', 'null', *map(str, range(148))])}]"
+OPTIONS = {
+    "calibration": ("segformer_b0", [_CALIBRATED]),
+    "calibration of masks": ("maskformer_swin_t", [_CALIBRATED]),
+    "calibration of averaged probabilities": (
+        "segformer_b0",
+        ["inference=mmseg_whole_512_ms", "inference.tta.scales=[0.5,1.0]", _CALIBRATED],
+    ),
+    "calibration of averaged masks": (
+        "maskformer_swin_t",
+        ["inference=detectron2_512_ms", "inference.tta.sides=[256,512]", _CALIBRATED],
+    ),
+    "other classes": ("segformer_b0", [_ALL_BUT_TWO, _CALIBRATED]),
+    "other classes of masks": ("maskformer_swin_t", [_ALL_BUT_TWO]),
+    "labels of the input's size": ("segformer_b0", ["inference.output.labels=input", _CALIBRATED]),
+    "labels of the input's size, of masks": ("maskformer_swin_t", ["inference.output.labels=input", _CALIBRATED]),
+    "TensorFlow's upsampling": ("segformer_b0", ["inference=mlperf_deeplab", _ALL_BUT_TWO]),
+    "windows and their averages": ("maskformer_swin_t", ["inference=mmseg_slide_512", _CALIBRATED]),
+    "BGR, other padding": ("segformer_b0", ["model.input.channel_order=bgr", "inference=detectron2_512"]),
+}
+"""What no system's own protocol has, each on a small network: its name, the system, the overrides."""
+
+
+def options() -> None:
+    """Run each of OPTIONS, and print its name."""
+    for name, (model, overrides) in OPTIONS.items():
+        print(name, flush=True)
+        run(compose_config([f"model={model}", *overrides]), (375, 500))
+
+
 def main(overrides: list[str]) -> None:
     """Print one line of JSON for each model named, and for those after ``--half`` in bfloat16."""
     names, _, halves = " ".join(overrides).partition("--half")
@@ -430,6 +463,8 @@ def main(overrides: list[str]) -> None:
     gc.freeze()  # a fake tensor is many Python objects: collections would take a tenth of the time
     gc.set_threshold(100_000, 50, 100)
     faster()
+    if overrides == ["--options"]:
+        return options()
     size = (512, 683)
     for name, half in [*((n, False) for n in names.split()), *((n, True) for n in halves.split())]:
         start = time.perf_counter()

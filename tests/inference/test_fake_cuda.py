@@ -58,6 +58,18 @@ def test_no_system_waits_for_the_gpu_and_none_mixes_devices(passes: dict[tuple[s
 
 
 @pytest.mark.slow
+def test_no_option_waits_for_the_gpu_and_none_mixes_devices() -> None:
+    """What no system's own protocol has: calibration, other classes, labels of the input's size, and their likes."""
+    pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to test the GPU kernels' operators")
+    done = subprocess.run(
+        [sys.executable, str(_PROGRAM), "--options"], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]}: {done.stderr[-3000:]}"
+    assert len(done.stdout.splitlines()) >= 11
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # the fixture belongs to whichever comes first
 def test_no_operator_needs_the_global_switch_for_determinism(passes: dict[tuple[str, bool], dict[str, Any]]) -> None:
     called = {op for found in passes.values() for op in (*found["forward"], *found["beside"])}
