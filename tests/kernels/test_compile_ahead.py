@@ -107,6 +107,26 @@ def name_on_page(kernel: str, constants: dict[str, Any]) -> str:
     return names[kernel]
 
 
+@pytest.mark.timeout(300)
+def test_what_images_launch_is_compiled_by_the_comparison_before_them(tmp_path: Path) -> None:
+    """By Triton's own launching, with all but the driver of a GPU: see launch_ahead.py."""
+    pytest.importorskip("triton", reason="pip install triton (a Linux wheel) to compile the GPU kernels")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(_PROGRAM.with_name("launch_ahead.py")), "90"], capture_output=True, text=True, timeout=280,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    kernels = {"label_tile", "view_norms", "mask_tile", "count_tile", "normalise_tile", "count_invalid"}
+    assert {one.split()[0] for one in found["comparison"]} == kernels
+    assert len(found["comparison"]) == len(set(found["comparison"])) > 12
+    assert found["images"] == []  # whatever their sizes, channels, windows and views
+    assert found["sums in bfloat16"] == []
+    assert found["launches"].keys() == kernels
+    assert min(found["launches"].values()) > 24  # six sizes, four numbers of channels
+
+
 def test_the_bound_of_instructions_knows_the_loop_of_whole_images(compiled: list[dict[str, Any]]) -> None:
     """What `benchmarks/gpu_acceptance.py` multiplies by the blocks of channels."""
     found = [k for k in compiled if "loops" in k]
