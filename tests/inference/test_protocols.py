@@ -16,6 +16,7 @@ from torch import nn
 from ade_harness.config.compose import compose_config
 from ade_harness.config.inference import MaskConfig
 from ade_harness.data.ade20k_labels import ade20k_classes
+from ade_harness.errors import HarnessError
 from ade_harness.inference import masks
 from ade_harness.inference import network as inference_network
 from ade_harness.inference.masks import mask_view
@@ -192,6 +193,13 @@ def test_a_label_step_that_is_short_of_memory_holds_one_view_at_a_time(monkeypat
     assert set(views[1:]) <= {1}
     assert np.array_equal(labels_of(made, RGB), expected)  # the next image is not tried together again
     assert tries == [False, True, True]
+
+    def out_of_memory(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(NetworkPredictor, "_labels", out_of_memory)
+    with pytest.raises(HarnessError, match=r"Use a device with more memory, or runtime\.accelerator=cpu \(a mask"):
+        labels_of(made, RGB)
 
 
 PIXELS = {

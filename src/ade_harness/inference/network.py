@@ -215,7 +215,7 @@ class NetworkPredictor:
         if self.confident:
             less.append("metrics.calibration=false")
         if isinstance(outputs[0][0], MaskLogits):
-            less.append("smaller images (a mask system holds all classes and queries at full size)")
+            less.append("runtime.accelerator=cpu (a mask system holds all classes and queries at full size)")
         elif self.cfg.tta.average == Average.probabilities and len(plans) > 1:
             less.append("a protocol that averages scores")
         raise ShortMemoryError(
