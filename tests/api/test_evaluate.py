@@ -342,6 +342,10 @@ def test_ranks_of_a_network_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {row.rank for row in two.rows} == {0, 1}
     assert one.scores == two.scores
     assert two.run_dir is None
+    monkeypatch.chdir(tmp_path)
+    for devices, place in ((1, "here"), (2, "in_ranks")):
+        kept = ade.evaluate(network, dataset="demo", options=SMALL, devices=devices, device="cpu", run_dir=place)
+        assert kept.run_dir == tmp_path / place
     monkeypatch.setattr(Breaks, "__module__", "__main__")
     with pytest.raises(HarnessError, match="cannot import this Breaks of __main__"):
         ade.evaluate(Breaks(), dataset="demo", devices=2)

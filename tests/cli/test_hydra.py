@@ -909,6 +909,10 @@ def test_a_home_in_hydras_directories_is_one(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_sweeper_that_launches_in_batches_gets_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep, config = Sweep(tmp_path), compose_config([])
+    for suffix in ("csv", "json"):  # of an earlier sweep into the same folder
+        (tmp_path / f"sweep.{suffix}").write_text("")
+    sweep.show()  # as when it is stopped in its first job
+    assert "written" not in "".join(capsys.readouterr())
     scores = dict.fromkeys((field.name for field in fields(Scores)), 0.5)
     metrics = {**scores, "intervals": {}, "other_intervals": {}, "convention": "", "notes": []}
     for number, score in enumerate((0.25, None, 0.5)):

@@ -12,7 +12,7 @@ from ade_harness.errors import HarnessError
 from ade_harness.evaluation import job as module
 from ade_harness.runtime.coordination import Coordinator, LocalStore
 
-SAME = {"the label kernels": "triton", "what the label kernels leave to torch": None, "deformable attention": "triton"}
+SAME = {"the label kernels": "triton_gpu", "deformable attention": "triton"}
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, **other: str | None) -> list[str]:
@@ -37,13 +37,13 @@ def test_equal_ranks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("what", "value"),
     [
-        ("the implementation of the label kernels", "torch"),
+        ("the implementation of the label kernels", "reference"),
+        ("the implementation of the label kernels", "triton_gpu, plain torch enlarges masks"),
         ("the implementation of deformable attention", "torch"),
         ("torch", "2.0.0"),
         ("cuDNN", "8"),
         ("torch's allow_tf32", "True"),
         ("torch's CUBLAS_WORKSPACE_CONFIG", ":16:8"),
-        ("the implementation of what the label kernels leave to torch", "enlarges masks"),
         ("the checkpoint (sha256)", "b"),
         ("the code's commit", "c"),
     ],

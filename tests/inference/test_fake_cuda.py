@@ -215,5 +215,9 @@ def test_a_system_that_will_not_fit_is_warned_of() -> None:
     assert memory_warning(compose_config(one), 24 << 30, [(512, 683), (640, 853)]) is None
     label_step = memory_warning(compose_config(one), 24 << 30, [(512, 683), (4000, 6000)])
     assert label_step is not None  # 4 x (250 queries + 150 classes) x 24 million pixels are 36 GiB
-    assert "needs about 38 GiB" in label_step
+    assert "needs about 38 GiB of GPU memory for an image of 6000x4000 (whose masks are upsampled" in label_step
+    assert "inference.batch" not in label_step  # which would change nothing
+    square = memory_warning(compose_config(one), 6 << 30, [(600, 1600), (2000, 2000)])  # the first has a larger input
+    assert square is not None
+    assert "an image of 2000x2000" in square
     assert memory_warning(compose_config([]), 1) is None  # the demo's network is no published system

@@ -251,7 +251,7 @@ def test_every_gpu_is_tried(monkeypatch: pytest.MonkeyPatch, untried: None) -> N
         current[0] = gpu
         assert not made.softmax_agrees_with_torch()
         assert not made.sigmoid_agrees_with_torch()
-        of_softmax, of_masks = str(made.shortcoming()).split("; ")
+        of_softmax, of_masks = made.left_to_torch().values()
         assert of_softmax.startswith("the kernel for the softmax of views fails (AttributeError: ")
         assert of_masks.startswith("the kernel for masks fails (")
     assert tried == [("others", 0), ("others", 0), ("others", 1), ("others", 1)]
@@ -310,7 +310,8 @@ def test_triton_leaves_probabilities_to_torch_where_the_softmax_differs(monkeypa
 @pytest.mark.parametrize(
     ("canvas", "area", "size"),
     [((92, 124), (0, 0, 92, 124), (92, 124)), ((92, 124), (2, 3, 80, 101), (70, 113)), ((96, 120), (4, 6, 70, 90), (70, 90)),
-     ((23, 31), (1, 2, 20, 25), (80, 91)), ((23, 31), (3, 0, 20, 31), (20, 31)), ((92, 124), (0, 0, 23, 31), (23, 31))],
+     ((23, 31), (1, 2, 20, 25), (80, 91)), ((23, 31), (3, 0, 20, 31), (20, 31)), ((92, 124), (0, 0, 23, 31), (23, 31)),
+     ((92, 124), (3, 5, 23, 31), (23, 31))],
 )  # fmt: skip
 def test_triton_enlarges_masks_as_torch_does_in_every_bit(
     dtype: torch.dtype, canvas: tuple[int, int], area: tuple[int, int, int, int], size: tuple[int, int]
@@ -362,8 +363,8 @@ def test_triton_leaves_masks_to_torch_where_the_sigmoid_differs(monkeypatch: pyt
     chosen, reason = kernels.selection("auto", "cuda")
     assert chosen is made
     assert reason == "the sigmoid of masks rounds differently from torch's here, so plain torch enlarges masks"
-    assert kernels.left_to_torch(chosen) == "enlarges masks"
-    assert kernels.left_to_torch(implementation("reference")) is None
+    assert list(chosen.left_to_torch()) == ["enlarges masks"]
+    assert implementation("reference").left_to_torch() == {}
     masks = on("triton_gpu", scores_of("random", (5, 9, 13), 1)[None])
     monkeypatch.setattr(made, "_mask_probabilities", None)
     given = (masks, (70, 80), (0, 0, 60, 70), (33, 44), torch.bfloat16)

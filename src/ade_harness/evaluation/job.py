@@ -122,13 +122,13 @@ def build_job(composed: Composed, coordinator: Coordinator, device: str) -> Job:
     # the first of a node compiles them, and the others find what it has compiled
     of_first = agreed(coordinator, "kernels of nodes", lambda: select() if is_first else None)
     chosen, reason = agreed(coordinator, "kernels", lambda: of_first or select())
-    implementations: dict[str, str | None] = {"the label kernels": kernels.name_of(chosen)}
+    # without the reason, which may name a rank's own temporary files
+    names = [kernels.name_of(chosen), *(f"plain torch {does}" for does in chosen.left_to_torch())]
+    implementations: dict[str, str | None] = {"the label kernels": ", ".join(names)}
     if predictor.network is not None:
         attention = agreed_attention(coordinator, predictor.network, device, cfg.inference.precision, is_first)
         implementations["deformable attention"] = attention
         facts = {**facts, **attention_facts(attention, device)}
-    # not the reason, which may name a rank's own temporary files
-    implementations["what the label kernels leave to torch"] = kernels.left_to_torch(chosen)
     reasons = [why for why in (reason, FALLBACKS.get(device)) if why is not None]
     notes = compare_ranks(coordinator, dataset, ids_hash, facts, is_first, implementations, reasons)
     notes += dataset.remarks

@@ -61,29 +61,37 @@ def memory_warning(cfg: Config, total: int, sizes: Collection[Size] = (_USUAL,))
         return None
     half = cfg.model.dtype != Dtype.fp32
     sizes = sizes or (_USUAL,)
-    inputs = {size: pixels_at_once(cfg.inference, size) for size in sizes}
-    largest = max(inputs, key=lambda size: (inputs[size], size[0] * size[1]))
-    share = inputs[largest] / peak["pixels"]
-    confidence = 4 * ADE20K_CLASSES * _CONFIDENCE_COPIES * max(height * width for height, width in sizes)
-    beside = confidence / 2**30 if cfg.metrics.calibration else 0
-    enlarged = 0.0  # in the label step, of masks that are upsampled to the original size, which no input has
-    if cfg.inference.masks.resolution == MaskResolution.original:
-        queries = cfg.model.architecture.get("head", {}).get("queries", 0)
-        enlarged = 4 * (queries + ADE20K_CLASSES) * max(height * width for height, width in sizes) / 2**20
+    queries = cfg.model.architecture.get("head", {}).get("queries", 0)
+    at_original = cfg.inference.masks.resolution == MaskResolution.original
+    # float32 planes of the original size in the label step
+    planes = (ADE20K_CLASSES + queries) * at_original
+    confidence = ADE20K_CLASSES * _CONFIDENCE_COPIES * cfg.metrics.calibration
 
-    def need(dtype: str) -> float:
+    def parts(size: Size, dtype: str) -> tuple[float, float, float]:
+        """Return MiB of the weights, of the forward, and of the label step's enlarged masks."""
         weights = peak["weights"] / (1 if dtype == "fp32" else 2)
-        return (weights + max(share * (peak[dtype] - weights), enlarged)) / 1024 + beside + _RESERVE
+        share = pixels_at_once(cfg.inference, size) / peak["pixels"]
+        return weights, share * (peak[dtype] - weights), 4 * planes * size[0] * size[1] / 2**20
 
-    needed = need("bf16" if half else "fp32")
+    def need(size: Size, dtype: str) -> float:
+        weights, forward, enlarged = parts(size, dtype)
+        mib = weights + max(forward, enlarged) + 4 * confidence * size[0] * size[1] / 2**20
+        return mib / 1024 + _RESERVE
+
+    dtype = "bf16" if half else "fp32"
+    largest = max(sizes, key=lambda size: (need(size, dtype), size))
+    needed = need(largest, dtype)
     if needed <= total / 2**30:
         return None
-    other = "" if half else f" With model.dtype=bf16 inference.precision=bf16 it is about {need('bf16'):.0f}."
+    other = "" if half else f" With model.dtype=bf16 inference.precision=bf16 it is about {need(largest, 'bf16'):.0f}."
+    _, forward, enlarged = parts(largest, dtype)
     together = f"inference.images={cfg.inference.images}, inference.batch={cfg.inference.batch or 8}"
+    why, less = f"{together} windows or views in a forward", " inference.batch=1 needs least."
+    if enlarged > forward:  # which no batch changes
+        why, less = "whose masks are upsampled to that size", " runtime.accelerator=cpu does without a GPU."
     return (
         f"model={cfg.model.name} needs about {needed:.0f} GiB of GPU memory for an image of"
-        f" {largest[1]}x{largest[0]} ({together} windows"
-        f" or views in a forward); this GPU has {total / 2**30:.0f}.{other} inference.batch=1 needs least."
+        f" {largest[1]}x{largest[0]} ({why}); this GPU has {total / 2**30:.0f}.{other}{less}"
     )
 
 

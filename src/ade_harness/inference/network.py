@@ -86,7 +86,8 @@ class NetworkPredictor:
         self._kernels: Kernels | None = None
         self._class_map: ClassMap | None = None
         self._frugal = False
-        """Whether a label step has found memory short: those after it hold less from the start, with the same bits."""
+        """Set once the label step has run out of memory: from then on full-size masks are merged one window or view at
+        a time, bit-identically."""
         if model.channels is not None:
             self._class_map = self._resolved(model.channels)
 

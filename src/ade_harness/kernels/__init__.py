@@ -53,6 +53,9 @@ class Kernels(Protocol):
     def invalid_share(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the share of NaN and +inf."""
 
+    def left_to_torch(self) -> dict[str, str]:
+        """Return what plain torch does instead on this device, such as "enlarges masks", and why."""
+
 
 def select(choice: str, device_type: str) -> Kernels:
     """Return an implementation for tensors on "cpu" or "cuda".
@@ -85,7 +88,8 @@ def selection(choice: str, device_type: str) -> tuple[Kernels, str | None]:
         reason = unavailable_reason(module, gpu)
         if reason is None:
             found = importlib.import_module(f"ade_harness.kernels.{module}")
-            return cast(Kernels, found), found.shortcoming()
+            left = [f"{why}, so plain torch {does}" for does, why in found.left_to_torch().items()]
+            return cast(Kernels, found), "; ".join(left) or None
         if choice != "auto":
             raise HarnessError(f"runtime.kernels={choice}: cannot be used ({reason}). runtime.kernels=torch works.")
     plain = cast(Kernels, importlib.import_module("ade_harness.kernels.reference"))
@@ -125,13 +129,6 @@ def unavailable_reason(module: str, gpu: int | None) -> str | None:
             ) from error
         return first
     return "it rounds differently from torch on this machine"
-
-
-def left_to_torch(kernels: Kernels) -> str | None:
-    """Name what an implementation leaves to plain torch on this device, None for nothing; ranks must have the same."""
-    module: Any = kernels
-    left: list[str] = module.left_to_torch() if hasattr(module, "left_to_torch") else []
-    return ", ".join(left) or None
 
 
 def name_of(kernels: Kernels) -> str:

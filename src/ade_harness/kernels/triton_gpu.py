@@ -431,16 +431,7 @@ def _sigmoid_fault(gpu: int | None) -> str | None:
     return None
 
 
-def shortcoming() -> str | None:
-    """Say what is left to plain torch on this device, and why; None if nothing is."""
-    return "; ".join(f"{fault}, so plain torch {does}" for does, fault in _left().items()) or None
-
-
-def left_to_torch() -> list[str]:
-    """Return what is left to plain torch on this device."""
-    return list(_left())
-
-
-def _left() -> dict[str, str]:
+def left_to_torch() -> dict[str, str]:
+    """See :meth:`ade_harness.kernels.Kernels.left_to_torch`; compares with torch if that has not been done."""
     faults = {"averages probabilities": _softmax_fault(_gpu()), "enlarges masks": _sigmoid_fault(_gpu())}
     return {does: fault for does, fault in faults.items() if fault is not None}
